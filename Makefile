@@ -1,0 +1,63 @@
+# Everything that CI runs and people need. `make help` lists it.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PROTO_VENV := .venv-proto
+PROTO  := vqserve/v1/tokenizer.proto
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test check format proto image clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+# One install for every target: the stamp is remade when what it installs changes.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.installed  ## make .venv with everything in it
+
+demo: $(VENV)/.installed  ## tokenize a real picture with a real server
+	$(BIN)/python examples/demo.py
+
+serve: $(VENV)/.installed  ## serve the demo codebook on localhost:50051
+	$(BIN)/vqserved serve
+
+test: $(VENV)/.installed  ## run all tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed $(PROTO_VENV)/.installed  ## what a change must pass beside the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@rm -rf build/proto && mkdir -p build/proto && $(call generate,build/proto)
+	@diff -r -x __init__.py -x '*.proto' -x __pycache__ build/proto/vqserve/v1 proto/vqserve/v1 \
+		|| { echo 'generated code is out of step with tokenizer.proto: run `make proto`'; exit 1; }
+
+format: $(VENV)/.installed  ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The generated code's version is the floor of the runtime, so it comes from the oldest tools that are
+# supported, in an environment of their own.
+$(PROTO_VENV)/.installed:
+	$(PYTHON) -m venv $(PROTO_VENV)
+	$(PROTO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check grpcio-tools==1.72.2 'setuptools<81'
+	@touch $@
+
+generate = $(PROTO_VENV)/bin/python -m grpc_tools.protoc -I proto --python_out=$(1) --pyi_out=$(1) \
+	--grpc_python_out=$(1) $(PROTO)
+
+proto: $(PROTO_VENV)/.installed  ## regenerate the code of tokenizer.proto
+	$(call generate,proto)
+
+image:  ## build the container image (IMAGE, BUILDER and BUILD_ARGS can be set)
+	$(BUILDER) $(BUILD_ARGS) -t $(IMAGE) .
+IMAGE   ?= vqserve
+BUILDER ?= docker build
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) $(PROTO_VENV) build dist out

@@ -1,0 +1,36 @@
+"""What a client may know about a codebook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vqserve.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookInfo:
+    """One codebook as it is served.
+
+    Attributes:
+        name: the name that requests use.
+        digest: lower-case hexadecimal SHA-256 over all that encode and decode read.
+        kind: "vq", "ema", "gumbel" or "vq_projection".
+        num_codes: K, rows of the codebook.
+        vocab_size: indices lie in [0, vocab_size).
+        input_dim: channels that encode takes.
+        code_dim: D, width of a code row.
+        output_dim: channels that decode returns.
+        num_quantizers: indices per token, 1 but for residual quantizers.
+        layout: layout of latents where a call does not say; None: channels first for 4 and 5 axes, last for 2 and 3.
+    """
+
+    name: str
+    digest: str
+    kind: str
+    num_codes: int
+    vocab_size: int
+    input_dim: int
+    code_dim: int
+    output_dim: int
+    num_quantizers: int = 1
+    layout: Layout | None = None

@@ -1,0 +1,79 @@
+"""Where the channels of a latent array are, and what that makes of its shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import StrEnum
+
+LATENT_RANKS = (2, 3, 4, 5)
+
+
+class Layout(StrEnum):
+    """Position of the channel axis: the second or the last."""
+
+    CHANNELS_FIRST = "channels_first"
+    CHANNELS_LAST = "channels_last"
+
+
+def parse_layout(layout: str | None) -> Layout | None:
+    """Return the layout of that name; None (the codebook's default) stays None.
+
+    Raises:
+        ValueError: for any other name.
+    """
+    if layout is None:
+        return None
+    try:
+        return Layout(layout)
+    except ValueError:
+        names = ", ".join(repr(str(known)) for known in Layout)
+        raise ValueError(f"layout must be one of {names} or None, not {layout!r}") from None
+
+
+def resolve_layout(rank: int, layout: Layout | None, default: Layout | None = None) -> Layout:
+    """Return the layout of a latent array of this rank.
+
+    Args:
+        rank: axes of the latent array, 2 to 5.
+        layout: what the caller asked for; None: the default.
+        default: the codebook's default; None: channels first for 4 and 5 axes, last for 2 and 3.
+
+    Raises:
+        ValueError: for another rank, and for channels first on 2 axes, which have no batch axis before the channels.
+    """
+    if rank not in LATENT_RANKS:
+        raise ValueError(f"latents must have 2 to 5 axes, not {rank}")
+    if rank == 2:
+        if layout is Layout.CHANNELS_FIRST:
+            raise ValueError("latents of 2 axes are (n, C): channels_first needs at least 3 axes")
+        return Layout.CHANNELS_LAST
+    if layout is not None:
+        return layout
+    if default is not None:
+        return default
+    return Layout.CHANNELS_FIRST if rank >= 4 else Layout.CHANNELS_LAST
+
+
+def channel_axis(layout: Layout) -> int:
+    """Return the index of the channel axis."""
+    return 1 if layout is Layout.CHANNELS_FIRST else -1
+
+
+def grid_shape(latents_shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
+    """Return the shape without its channel axis: the shape of the indices."""
+    shape = list(latents_shape)
+    del shape[channel_axis(layout)]
+    return tuple(shape)
+
+
+def latents_shape(grid: Sequence[int], channels: int, layout: Layout) -> tuple[int, ...]:
+    """Return the shape of the latents that belong to indices of shape `grid`."""
+    if layout is Layout.CHANNELS_FIRST:
+        return (grid[0], channels, *grid[1:])
+    return (*grid, channels)
+
+
+def num_rows(grid: Sequence[int]) -> int:
+    """Return the number of tokens in a grid."""
+    return math.prod(grid)

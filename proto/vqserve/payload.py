@@ -1,0 +1,112 @@
+"""Arrays to payloads (raw little-endian bytes in C order) and back: the one codec of both sides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from vqserve import bfloat16
+from vqserve.v1 import tokenizer_pb2 as pb
+
+# bfloat16 travels as its bit patterns: numpy has no such type.
+_NUMPY: dict[int, np.dtype[np.generic]] = {
+    pb.DTYPE_FLOAT32: np.dtype("<f4"),
+    pb.DTYPE_FLOAT16: np.dtype("<f2"),
+    pb.DTYPE_BFLOAT16: np.dtype("<u2"),
+    pb.DTYPE_FLOAT64: np.dtype("<f8"),
+    pb.DTYPE_UINT8: np.dtype("<u1"),
+    pb.DTYPE_UINT16: np.dtype("<u2"),
+    pb.DTYPE_UINT32: np.dtype("<u4"),
+    pb.DTYPE_INT32: np.dtype("<i4"),
+    pb.DTYPE_INT64: np.dtype("<i8"),
+}
+LATENT_DTYPES = frozenset({pb.DTYPE_FLOAT32, pb.DTYPE_FLOAT16, pb.DTYPE_BFLOAT16, pb.DTYPE_FLOAT64})
+INDEX_DTYPES = frozenset({pb.DTYPE_UINT8, pb.DTYPE_UINT16, pb.DTYPE_UINT32, pb.DTYPE_INT32, pb.DTYPE_INT64})
+
+
+class PayloadError(ValueError):
+    """A payload does not hold the array that its message claims."""
+
+
+def dtype_name(dtype: int) -> str:
+    """Return "float32" for DTYPE_FLOAT32 and so on; of an unknown number, that number."""
+    try:
+        return pb.DType.Name(dtype).removeprefix("DTYPE_").lower()
+    except ValueError:
+        return f"unknown dtype {dtype}"
+
+
+def dtype_of_name(name: str) -> int:
+    """Return DTYPE_FLOAT32 for "float32" and so on.
+
+    Raises:
+        ValueError: for a name that the wire does not have.
+    """
+    number = pb.DType.DESCRIPTOR.values_by_name.get(f"DTYPE_{name.upper()}")
+    if number is None or number.number == pb.DTYPE_UNSPECIFIED:
+        known = ", ".join(dtype_name(dtype) for dtype in _NUMPY)
+        raise ValueError(f"no dtype {name!r} on the wire: it has {known}")
+    return number.number
+
+
+def itemsize(dtype: int) -> int:
+    """Return the bytes of one element."""
+    return _NUMPY[dtype].itemsize
+
+
+def index_dtype(vocab_size: int) -> int:
+    """Return the smallest unsigned type that holds every index in [0, vocab_size)."""
+    if vocab_size <= 1 << 8:
+        return pb.DTYPE_UINT8
+    return pb.DTYPE_UINT16 if vocab_size <= 1 << 16 else pb.DTYPE_UINT32
+
+
+def holds_vocabulary(dtype: int, vocab_size: int) -> bool:
+    """Return whether an integer type holds every index in [0, vocab_size)."""
+    return vocab_size - 1 <= np.iinfo(_NUMPY[dtype]).max
+
+
+def dtype_of(array: npt.NDArray[np.generic]) -> int:
+    """Return the wire type of a numpy array.
+
+    Raises:
+        PayloadError: for a type that does not travel.
+    """
+    dtype = array.dtype.newbyteorder("<")
+    for wire, known in _NUMPY.items():
+        if known == dtype and wire != pb.DTYPE_BFLOAT16:
+            return wire
+    known_names = ", ".join(dtype_name(wire) for wire in _NUMPY)
+    raise PayloadError(f"arrays of {array.dtype} do not travel: use one of {known_names}")
+
+
+def to_bytes(array: npt.NDArray[np.generic], dtype: int) -> bytes:
+    """Return an array's payload; for bfloat16 the array is float32 (rounded here) or uint16 bit patterns."""
+    if dtype == pb.DTYPE_BFLOAT16 and array.dtype != np.uint16:
+        array = bfloat16.round_bits(array.astype(np.float32, copy=False))
+    return np.ascontiguousarray(array, dtype=_NUMPY[dtype]).tobytes()
+
+
+def from_bytes(data: bytes, dtype: int, shape: Sequence[int]) -> npt.NDArray[np.generic]:
+    """Return the array in a payload, as a read-only view; bfloat16 comes as uint16 bit patterns.
+
+    Raises:
+        PayloadError: when the type is not on the wire or the bytes are not those of such an array.
+    """
+    known = _NUMPY.get(dtype)
+    if known is None:
+        raise PayloadError(f"dtype must be set: got {dtype_name(dtype)}")
+    # math.prod on Python integers cannot overflow, whatever the sender claims.
+    expected = math.prod(shape) * known.itemsize
+    if expected != len(data):
+        raise PayloadError(
+            f"shape {tuple(shape)} of {dtype_name(dtype)} is {expected} bytes, the payload has {len(data)}"
+        )
+    try:
+        return np.frombuffer(data, dtype=known).reshape(tuple(shape))
+    except (ValueError, OverflowError) as error:
+        # An axis of zero lets the others be as large as they like: numpy refuses what it cannot address.
+        raise PayloadError(f"shape {tuple(shape)} is too large for an array") from error

@@ -1,0 +1,97 @@
+"""What can go wrong, in the words of the domain: nothing here knows of gRPC (rpc/status.py maps it).
+
+VqserveError
+├── InvalidRequest (also a ValueError)
+│   ├── InvalidShape
+│   ├── InvalidDtype
+│   ├── InvalidOption
+│   ├── NonFiniteLatents
+│   └── IndexOutOfRange
+├── UnknownCodebook
+├── DigestMismatch
+├── Overloaded
+├── DeadlineExpired
+├── Cancelled
+├── Draining
+├── DeviceBroken
+└── CodebookError (also a ValueError)
+    ├── CodebookFileError
+    └── ForeignCheckpointError
+
+The text of an InvalidRequest, an UnknownCodebook, a DigestMismatch and an Overloaded reaches the caller over the
+wire: it must never hold a path or anything else of the server's own.
+"""
+
+from __future__ import annotations
+
+
+class VqserveError(Exception):
+    """Base of all errors that vqserve raises on purpose."""
+
+
+class InvalidRequest(VqserveError, ValueError):
+    """The caller's arrays or options cannot be served."""
+
+
+class InvalidShape(InvalidRequest):
+    """An array has the wrong rank, channel count or size."""
+
+
+class InvalidDtype(InvalidRequest):
+    """An array has an element type that cannot be served."""
+
+
+class InvalidOption(InvalidRequest):
+    """An option has a value that is not one of its values."""
+
+
+class NonFiniteLatents(InvalidRequest):
+    """Latents hold NaN or infinity, or leave float32's range on their way to the codes."""
+
+
+class IndexOutOfRange(InvalidRequest):
+    """An index is not one of the vocabulary."""
+
+
+class UnknownCodebook(VqserveError):
+    """No codebook of that name is served."""
+
+
+class DigestMismatch(VqserveError):
+    """The caller pinned a digest and the codebook has another."""
+
+
+class Overloaded(VqserveError):
+    """The queue is full; `retry_after_s` is when to try again, in seconds."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExpired(VqserveError):
+    """The caller's deadline passed before the device got to the request."""
+
+
+class Cancelled(VqserveError):
+    """The caller went away before the device got to the request."""
+
+
+class Draining(VqserveError):
+    """The server is stopping and takes no new requests."""
+
+
+class DeviceBroken(VqserveError):
+    """The device failed; this process cannot serve any more."""
+
+
+class CodebookError(VqserveError, ValueError):
+    """A codebook cannot be used."""
+
+
+class CodebookFileError(CodebookError):
+    """A codebook file is damaged, inconsistent or of an unknown version."""
+
+
+class ForeignCheckpointError(CodebookError):
+    """A foreign checkpoint cannot be read, or does not say enough to be imported."""
