@@ -1,0 +1,182 @@
+"""Values that are computed exactly and rounded once to float32, the same on every device.
+
+Float64 first; an element whose float64 error straddles a rounding boundary is computed in twice that precision, and
+what that leaves open with rationals.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vqserve_server.search.bounds import SMALLEST_SUBNORMAL, gamma, norms_above
+from vqserve_server.search.expansion import sum_of_products, two_sum
+
+Float64s = npt.NDArray[np.float64]
+Float32s = npt.NDArray[np.float32]
+
+# Elements of a (rows, outputs) tile: 8 MiB in float64.
+_TILE_ELEMENTS = 1 << 20
+_ELEMENTS_PER_CHUNK = 1 << 18
+_ABOVE_FLOAT32 = 2.0**128
+# A sum of squares within these neither overflowed nor lost a square that matters to underflow.
+_SAFE_SQUARES = (2.0**-900, 2.0**1000)
+
+
+def affine(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return rows @ weight.T + bias, each element the exact value rounded once to float32.
+
+    Args:
+        rows: (n, C) float32 or float64, finite.
+        weight: (D, C) float32 or float64, finite, on the rows' device.
+        bias: (D,) or None.
+
+    Returns:
+        (n, D) float32 on the rows' device; zero is +0.0, and what leaves float32's range is infinite.
+    """
+    products = _AffineElements(weight, bias)
+    out = torch.empty(rows.shape[0], weight.shape[0], dtype=torch.float32, device=rows.device)
+    step = max(1, _TILE_ELEMENTS // max(1, weight.shape[0]))
+    for start in range(0, rows.shape[0], step):
+        tile = slice(start, start + step)
+        out[tile] = products.rounded(rows[tile])
+    return out
+
+
+class _AffineElements:
+    """One affine map: its elements in float64 with error bounds, and beyond."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = weight.detach()
+        self._bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach()
+        self._wide_weight = self._weight.to(torch.float64)
+        self._wide_bias = self._bias.to(torch.float64)
+        relative = gamma(weight.shape[1] + 16, torch.float64)
+        self._error_per_norm = relative * norms_above(weight)
+        self._error_constant = (
+            relative * self._wide_bias.abs() + 8.0 * weight.shape[1] * SMALLEST_SUBNORMAL[torch.float64]
+        )
+
+    def rounded(self, rows: Tensor) -> Tensor:
+        values = torch.addmm(self._wide_bias, rows.to(torch.float64), self._wide_weight.T)
+        error = torch.addmm(self._error_constant, norms_above(rows)[:, None], self._error_per_norm[None, :])
+        below, above = (values - error).to(torch.float32), (values + error).to(torch.float32)
+        # Adding zero turns -0.0 into 0.0, whose sign no float64 bound can settle.
+        out = values.to(torch.float32) + 0.0
+        is_open = ~(below == above)
+        if bool(is_open.any()):
+            where = torch.nonzero(is_open)
+            out[is_open] = torch.from_numpy(self._settle(rows, where)).to(rows.device)
+        return out
+
+    def _settle(self, rows: Tensor, where: Tensor) -> Float32s:
+        settled = []
+        step = max(1, _ELEMENTS_PER_CHUNK // (rows.shape[1] + 1))
+        for chunk in torch.split(where, step):
+            i, j = chunk.T
+            x = torch.cat([rows[i].to(torch.float64), self._wide_bias[j][:, None]], dim=1).cpu().numpy()
+            y = torch.cat([self._wide_weight[j], self._wide_weight.new_ones(j.numel(), 1)], dim=1).cpu().numpy()
+            settled.append(self._settle_chunk(x, y, rows.dtype))
+        return np.concatenate(settled)
+
+    def _settle_chunk(self, x: Float64s, y: Float64s, dtype: torch.dtype) -> Float32s:
+        exact_products = dtype == torch.float32 and self._weight.dtype == torch.float32
+        value = sum_of_products(x, y, exact_products=exact_products)
+        with np.errstate(invalid="ignore", over="ignore"):
+            out = round_to_float32(value.hi, value.lo)
+            # One step outwards covers the rounding of the sum itself.
+            below = round_to_float32(*two_sum(value.hi, np.nextafter(value.lo - value.error, -np.inf)))
+            above = round_to_float32(*two_sum(value.hi, np.nextafter(value.lo + value.error, np.inf)))
+        for m in np.nonzero((value.error > 0) & ~(below == above))[0]:
+            out[m] = round_fraction(
+                sum((Fraction(a) * Fraction(b) for a, b in zip(x[m].tolist(), y[m].tolist(), strict=True)), Fraction(0))
+            )
+        return out + np.float32(0.0)
+
+
+def round_to_float32(hi: Float64s, lo: Float64s) -> Float32s:
+    """Return hi + lo rounded once to float32, to nearest even; lo is small beside a float32's spacing at hi."""
+    with np.errstate(over="ignore"):
+        nearest = hi.astype(np.float32)
+    # Rounding to infinity is rounding to the number that would follow float32's largest.
+    back = np.where(np.isinf(nearest), np.copysign(_ABOVE_FLOAT32, nearest), nearest.astype(np.float64))
+    rest = hi - back
+    neighbour = np.nextafter(nearest, np.where(rest > 0, np.float32(np.inf), np.float32(-np.inf)), dtype=np.float32)
+    beyond = np.where(np.isinf(neighbour), np.copysign(_ABOVE_FLOAT32, neighbour), neighbour.astype(np.float64))
+    # hi is half-way between two float32 numbers, so that it was rounded to even: lo decides.
+    is_tie = (rest != 0) & (2.0 * rest == beyond - back) & (np.sign(lo) == np.sign(rest)) & np.isfinite(hi)
+    return np.where(is_tie, neighbour, nearest)
+
+
+def round_fraction(value: Fraction) -> np.float32:
+    """Return a rational rounded once to float32, to nearest even."""
+    try:
+        hi = float(value)
+    except OverflowError:
+        return np.float32(np.inf if value > 0 else -np.inf)
+    rest = value - Fraction(hi)
+    lo = 0.0 if rest == 0 else float(np.copysign(2.0**-1074, rest.numerator))
+    return np.float32(round_to_float32(np.array([hi]), np.array([lo]))[0])
+
+
+def weight_norm(v: Tensor, g: Tensor) -> Tensor:
+    """Return g * v / |v| with the norm taken per column, each element the exact value rounded once to float32.
+
+    Weight normalisation: Salimans and Kingma, 2016 (arXiv:1602.07868).
+
+    Args:
+        v: (K, D) float32 or float64, finite.
+        g: (1, D).
+
+    Returns:
+        (K, D) float32 on v's device; a column of zeros gives NaN, as dividing by its norm does.
+    """
+    directions, scales = v.detach().cpu().numpy(), g.detach().cpu().numpy()[0]
+    columns = [_normalised_column(directions[:, k], scales[k]) for k in range(directions.shape[1])]
+    return torch.from_numpy(np.stack(columns, axis=1)).to(v.device)
+
+
+def _normalised_column(v: npt.NDArray[np.floating], g: np.floating) -> Float32s:
+    wide, scale = v.astype(np.float64), float(g)
+    with np.errstate(all="ignore"):
+        if v.dtype == np.float32:
+            # The squares are exact in float64 and fsum rounds once.
+            sum_of_squares, rounding = math.fsum(wide * wide), 2.0**-53
+        else:
+            sum_of_squares, rounding = float(np.sum(wide * wide)), gamma(2 * v.size, torch.float64)
+        values = scale * wide / np.sqrt(sum_of_squares)
+        # The root halves the sum's relative error; root, product and quotient round once each.
+        error = np.abs(values) * (rounding + 8 * 2.0**-53) + 2.0**-1070
+        if not _SAFE_SQUARES[0] < sum_of_squares < _SAFE_SQUARES[1]:
+            error[:] = np.inf
+        below, above = (values - error).astype(np.float32), (values + error).astype(np.float32)
+        out = values.astype(np.float32) + np.float32(0.0)
+    is_open = np.nonzero(~(below == above))[0]
+    if is_open.size:
+        exact_sum = sum((Fraction(x) ** 2 for x in wide.tolist()), Fraction(0))
+        if exact_sum == 0:
+            return np.full_like(out, np.nan)
+        for k in is_open:
+            out[k] = _round_quotient(Fraction(scale) * Fraction(float(wide[k])), exact_sum)
+    return out
+
+
+def _round_quotient(numerator: Fraction, square: Fraction) -> np.float32:
+    """Return numerator / sqrt(square) rounded once to float32."""
+    # The root of the squared quotient to 2^-200 relatively; whether that is below or above the exact value is known.
+    target = numerator * numerator / square
+    if target == 0:
+        return np.float32(0.0)
+    shift = max(0, 400 - target.numerator.bit_length() + target.denominator.bit_length())
+    shift += shift % 2
+    scaled = (target.numerator << shift) // target.denominator
+    root = math.isqrt(scaled)
+    exact = root * root == scaled and (target.numerator << shift) % target.denominator == 0
+    # A sticky half keeps an inexact root off every rounding boundary.
+    value = Fraction(2 * root + (0 if exact else 1), 2 << (shift // 2))
+    return round_fraction(value if numerator > 0 else -value)

@@ -1,0 +1,97 @@
+"""The last word on near-ties: which of a few candidate codes wins a row in exact arithmetic.
+
+A backend's fast pass leaves some rows open, each with the codes that could still win within the error bound. Their
+scores are computed in twice float64's precision; what that leaves open is decided with rationals.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from vqserve_server.search.expansion import Expansion, sum_of_products
+from vqserve_server.search.searcher import Objective
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+# Elements of the (pairs, terms) arrays that are worked on at once: a few MiB each.
+_ELEMENTS_PER_CHUNK = 1 << 18
+# Two normalised expansions that differ by more than this, relatively, compare as their parts do.
+_EXPANSION_ROUNDING = 2.0**-100
+
+
+class Arbiter:
+    """Scores of (row, code) pairs beyond float64, on the CPU."""
+
+    def __init__(self, codes: Tensor, bias: Tensor | None, objective: Objective) -> None:
+        """Take a codebook: codes (K, D) and, for DOT, bias (K,), float32 or float64 on any device."""
+        self._codes = codes.detach().cpu().numpy()
+        self._bias = None if bias is None else bias.detach().cpu().numpy().astype(np.float64)
+        self._objective = objective
+
+    def settle(self, rows: npt.NDArray[np.floating], pair_row: Ints, pair_code: Ints) -> Ints:
+        """Return the winner of every row among its candidates.
+
+        Args:
+            rows: (r, D) float32 or float64, finite.
+            pair_row: (p,) ascending positions in `rows`; every row has a pair.
+            pair_code: (p,) a candidate of that row; every code that could win is among them.
+
+        Returns:
+            (r,) the winning codes, the lowest among equals.
+        """
+        score = self._score(rows, pair_row, pair_code)
+        # Best first within each row; among equal expansions the lowest code.
+        order = np.lexsort((pair_code, -score.lo, -score.hi, pair_row))
+        hi, lo, error = score.hi[order], score.lo[order], score.error[order]
+        row, code = pair_row[order], pair_code[order]
+        first = np.searchsorted(row, np.arange(rows.shape[0]))
+        winners = code[first]
+
+        best = first[row]
+        with np.errstate(invalid="ignore"):
+            gap = (hi[best] - hi) + (lo[best] - lo)
+            doubt = error[best] + error + np.abs(hi[best]) * _EXPANSION_ROUNDING
+        # Written so that a NaN (an overflow) is within.
+        within = ~(gap > doubt)
+        proven_equal = (hi == hi[best]) & (lo == lo[best]) & (error == 0) & (error[best] == 0)
+        for r in np.unique(row[within & ~proven_equal]):
+            own = slice(first[r], first[r + 1] if r + 1 < first.size else None)
+            contenders = code[own][within[own]]
+            winners[r] = min(contenders.tolist(), key=partial(self._rank, rows[r]))
+        return winners
+
+    def _rank(self, z: npt.NDArray[np.floating], code: int) -> tuple[Fraction, int]:
+        return -self._exact_score(z, code), code
+
+    def _score(self, rows: npt.NDArray[np.floating], pair_row: Ints, pair_code: Ints) -> Expansion:
+        exact_products = rows.dtype == np.float32 and self._codes.dtype == np.float32
+        step = max(1, _ELEMENTS_PER_CHUNK // (2 * self._codes.shape[1]))
+        parts = []
+        for start in range(0, pair_row.size, step):
+            chunk = slice(start, start + step)
+            x, y = self._factors(rows[pair_row[chunk]], pair_code[chunk])
+            parts.append(sum_of_products(x, y, exact_products=exact_products))
+        return Expansion(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+    def _factors(self, z: npt.NDArray[np.floating], codes: Ints) -> tuple[Floats, Floats]:
+        """Return x and y with score = sum(x * y): z.a - a.a/2, or z.a + b.1."""
+        x: Floats = z.astype(np.float64)
+        a: Floats = self._codes[codes].astype(np.float64)
+        if self._objective is Objective.L2:
+            return np.concatenate([x, -0.5 * a], axis=1), np.concatenate([a, a], axis=1)
+        if self._bias is None:
+            return x, a
+        return np.column_stack([x, self._bias[codes]]), np.column_stack([a, np.ones(codes.size)])
+
+    def _exact_score(self, z: npt.NDArray[np.floating], code: int) -> Fraction:
+        pairs = zip(z.tolist(), self._codes[code].tolist(), strict=True)
+        if self._objective is Objective.L2:
+            return sum((Fraction(x) * Fraction(a) - Fraction(a) ** 2 / 2 for x, a in pairs), Fraction(0))
+        bias = 0.0 if self._bias is None else float(self._bias[code])
+        return sum((Fraction(x) * Fraction(a) for x, a in pairs), Fraction(bias))
