@@ -23,7 +23,7 @@ Float32s = npt.NDArray[np.float32]
 # Elements of a (rows, outputs) tile: 8 MiB in float64.
 _TILE_ELEMENTS = 1 << 20
 _ELEMENTS_PER_CHUNK = 1 << 18
-_ABOVE_FLOAT32 = 2.0**128
+_ABOVE_FLOAT32 = np.float64(2.0**128)
 # A sum of squares within these neither overflowed nor lost a square that matters to underflow.
 _SAFE_SQUARES = (2.0**-900, 2.0**1000)
 
@@ -120,7 +120,7 @@ def round_fraction(value: Fraction) -> np.float32:
     except OverflowError:
         return np.float32(np.inf if value > 0 else -np.inf)
     rest = value - Fraction(hi)
-    lo = 0.0 if rest == 0 else float(np.copysign(2.0**-1074, rest.numerator))
+    lo = 0.0 if rest == 0 else (2.0**-1074 if rest > 0 else -(2.0**-1074))
     return np.float32(round_to_float32(np.array([hi]), np.array([lo]))[0])
 
 
@@ -155,7 +155,7 @@ def _normalised_column(v: npt.NDArray[np.floating], g: np.floating) -> Float32s:
         if not _SAFE_SQUARES[0] < sum_of_squares < _SAFE_SQUARES[1]:
             error[:] = np.inf
         below, above = (values - error).astype(np.float32), (values + error).astype(np.float32)
-        out = values.astype(np.float32) + np.float32(0.0)
+        out: Float32s = values.astype(np.float32) + np.float32(0.0)
     is_open = np.nonzero(~(below == above))[0]
     if is_open.size:
         exact_sum = sum((Fraction(x) ** 2 for x in wide.tolist()), Fraction(0))
