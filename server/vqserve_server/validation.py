@@ -1,0 +1,141 @@
+"""What must be true of a caller's arrays before anything is computed: shared by the server's edge and the tokenizer.
+
+numpy only, so that the gRPC layer can refuse a request without torch. Every message names the offender by its
+position in the caller's own array, and nothing of the server.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vqserve.codebook_info import CodebookInfo
+from vqserve.layout import Layout, channel_axis, parse_layout, resolve_layout
+from vqserve_server.errors import IndexOutOfRange, InvalidDtype, InvalidOption, InvalidShape, NonFiniteLatents
+
+# Positions and byte counts are signed 64-bit numbers everywhere below.
+_MAX_ELEMENTS = (1 << 63) // 8
+
+
+class Shaped(Protocol):
+    """A numpy array or a torch tensor, as far as its shape goes."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Lengths of the axes."""
+
+
+def check_layout(rank: int, layout: str | None, *, info: CodebookInfo) -> Layout:
+    """Return the layout of latents of this rank.
+
+    Raises:
+        InvalidOption: `layout` is not the name of one.
+        InvalidShape: the rank is not 2 to 5, or the layout needs more axes.
+    """
+    try:
+        asked = parse_layout(layout)
+    except ValueError as error:
+        raise InvalidOption(str(error)) from None
+    try:
+        return resolve_layout(rank, asked, info.layout)
+    except ValueError as error:
+        raise InvalidShape(str(error)) from None
+
+
+def check_latents(array: Shaped, layout: str | None, *, info: CodebookInfo) -> Layout:
+    """Return the layout of latents whose shape the codebook takes.
+
+    Args:
+        array: the latents; only their shape is looked at.
+        layout: "channels_first", "channels_last" or None, the codebook's default.
+        info: the codebook.
+
+    Raises:
+        InvalidOption: `layout` is not the name of one.
+        InvalidShape: the rank is not 2 to 5, the channel count is not `info.input_dim`, or a size overflows.
+    """
+    shape = tuple(array.shape)
+    resolved = check_layout(len(shape), layout, info=info)
+    channels = shape[channel_axis(resolved)]
+    if channels != info.input_dim:
+        raise InvalidShape(
+            f"latents of shape {shape} have {channels} channels in layout {resolved}, the codebook takes {info.input_dim}"
+        )
+    # An empty axis lets the others be as large as they like: the reply would not be addressable.
+    if math.prod(max(length, 1) for length in shape) > _MAX_ELEMENTS:
+        raise InvalidShape(f"latents of shape {shape} are too large")
+    return resolved
+
+
+def check_indices_shape(array: Shaped, layout: str | None, *, info: CodebookInfo) -> Layout:
+    """Return the layout of the latents that indices of this shape decode to.
+
+    Raises:
+        InvalidOption: `layout` is not the name of one.
+        InvalidShape: the indices have not 1 to 4 axes, the layout needs more, or a size overflows.
+    """
+    shape = tuple(array.shape)
+    if not 1 <= len(shape) <= 4:
+        raise InvalidShape(f"indices must have 1 to 4 axes, not {len(shape)}")
+    if math.prod(max(length, 1) for length in shape) * max(info.output_dim, info.code_dim) > _MAX_ELEMENTS:
+        raise InvalidShape(f"indices of shape {shape} decode to more than can be held")
+    return check_layout(len(shape) + 1, layout, info=info)
+
+
+def first_non_finite(array: npt.NDArray[np.floating[Any]]) -> tuple[int, ...] | None:
+    """Return the position of the first NaN or infinity in C order, or None."""
+    if array.size == 0:
+        return None
+    if array.dtype == np.float16:
+        # numpy computes on float16 by converting each element: its exponent bits say as much, ten times faster.
+        finite = (array.view(np.uint16) & np.uint16(0x7C00)) != np.uint16(0x7C00)
+    else:
+        # The extremes carry every NaN and infinity and need no array of their own.
+        with np.errstate(invalid="ignore"):
+            if math.isfinite(array.min()) and math.isfinite(array.max()):
+                return None
+        finite = np.isfinite(array)
+    if finite.all():
+        return None
+    return tuple(int(i) for i in np.unravel_index(int(finite.argmin()), array.shape))
+
+
+def check_finite(array: npt.NDArray[np.floating[Any]]) -> None:
+    """Refuse latents with NaN or infinity.
+
+    Raises:
+        NonFiniteLatents: names the first one's position: "latents[0, 3, 5, 7] is nan".
+    """
+    position = first_non_finite(array)
+    if position is not None:
+        raise NonFiniteLatents(f"latents{list(position)} is {float(array[position])}")
+
+
+def check_indices(array: npt.NDArray[np.integer[Any]], *, decodable: int) -> None:
+    """Refuse indices outside [0, decodable).
+
+    Args:
+        array: indices of any integer type and shape; compared as they are, so nothing wraps.
+        decodable: the exclusive bound.
+
+    Raises:
+        InvalidDtype: the array does not hold integers (bool does not).
+        IndexOutOfRange: names the first offender's position, its value and the range.
+    """
+    if array.dtype.kind not in "iu":
+        raise InvalidDtype(f"indices must be integers, not {array.dtype}")
+    if array.size == 0:
+        return
+    low, high = int(array.min()), int(array.max())
+    if low >= 0 and high < decodable:
+        return
+    # `decodable` may not fit the array's own type: then it bounds nothing from above.
+    outside = array < 0
+    if high >= decodable:
+        outside |= array >= np.asarray(decodable).astype(array.dtype)
+    position = tuple(int(i) for i in np.unravel_index(int(outside.argmax()), array.shape))
+    raise IndexOutOfRange(f"indices{list(position)} is {int(array[position])}, not in [0, {decodable})")
