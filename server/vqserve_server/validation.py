@@ -63,7 +63,8 @@ def check_latents(array: Shaped, layout: str | None, *, info: CodebookInfo) -> L
     channels = shape[channel_axis(resolved)]
     if channels != info.input_dim:
         raise InvalidShape(
-            f"latents of shape {shape} have {channels} channels in layout {resolved}, the codebook takes {info.input_dim}"
+            f"latents of shape {shape} have {channels} channels in layout {resolved}, "
+            f"the codebook takes {info.input_dim}"
         )
     # An empty axis lets the others be as large as they like: the reply would not be addressable.
     if math.prod(max(length, 1) for length in shape) > _MAX_ELEMENTS:
