@@ -1,0 +1,17 @@
+"""The quantizers: what each computes in training, and exact encode and decode (docs/quantizers.md)."""
+
+from vqserve_server.quantizers.abstract import AbstractQuantizer
+from vqserve_server.quantizers.ema import EMAVectorQuantizer
+from vqserve_server.quantizers.embedding_ema import EmbeddingEMA
+from vqserve_server.quantizers.perplexity import measure_perplexity
+from vqserve_server.quantizers.vector import VectorQuantizer
+from vqserve_server.quantizers.weight_norm import legacy_weight_norm_names
+
+__all__ = [
+    "AbstractQuantizer",
+    "EMAVectorQuantizer",
+    "EmbeddingEMA",
+    "VectorQuantizer",
+    "legacy_weight_norm_names",
+    "measure_perplexity",
+]

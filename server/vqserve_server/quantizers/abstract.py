@@ -1,0 +1,240 @@
+"""What all quantizers share: encode, decode, code rows, and the remap of reported indices."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vqserve_server import search
+from vqserve_server.errors import InvalidShape, NonFiniteLatents
+from vqserve_server.quantizers.checks import check_finite, check_size
+from vqserve_server.quantizers.dtypes import autocast_off, widen
+from vqserve_server.quantizers.remap import Remap, UnknownIndex
+from vqserve_server.quantizers.remapped import RemappedModule
+from vqserve_server.quantizers.rows import from_rows, grid_of, to_rows
+from vqserve_server.search.rounding import affine
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchProblem:
+    """What decides the winning code.
+
+    Attributes:
+        codes: (K, D) float32 or float64; only the codes that take part.
+        objective: what the winner is best at.
+        bias: (K,) of the codes' type, for DOT only.
+        reports_full_ids: whether the winner's index is a full id; else it is a position in `used` already.
+    """
+
+    codes: Tensor
+    objective: search.Objective = search.Objective.L2
+    bias: Tensor | None = None
+    reports_full_ids: bool = True
+
+    def prepare(self, backend: str = "auto") -> search.Searcher:
+        """Return a searcher on the codes' device."""
+        return search.prepare(self.codes, objective=self.objective, bias=self.bias, backend=backend)
+
+
+def project(rows: Tensor, weight: Tensor, bias: Tensor, *, grid: Sequence[int]) -> Tensor:
+    """Return rows (N, C) @ weight.T + bias, (N, D) float32, each element the exact value rounded once.
+
+    Args:
+        rows: (N, C) float32 or float64, finite.
+        weight: (D, C).
+        bias: (D,).
+        grid: shape of the N tokens, to name one.
+
+    Raises:
+        NonFiniteLatents: a token's projection leaves float32's range; names the token.
+    """
+    projected = affine(rows, weight, bias)
+    finite = torch.isfinite(projected).all(dim=1)
+    if not bool(finite.all()):
+        token = torch.nonzero(~finite.reshape(tuple(grid)))[0].tolist()
+        raise NonFiniteLatents(f"the projection of token {token} leaves the range of float32")
+    return projected
+
+
+class AbstractQuantizer(RemappedModule, ABC):
+    """A codebook of K codes of width D, with an optional remap of the ids that it reports.
+
+    Latents are (b, C, h, w), (b, C, t, h, w), (b, s, C) or (n, C), in float16, bfloat16, float32 or float64; their
+    indices are (b, h, w), (b, t, h, w), (b, s) or (n,). `forward(z) -> (z_q, info)` is training's view of a quantizer,
+    `encode` and `decode` are inference's.
+
+    Nothing prepared from the weight is kept on a module, since the weight may change at any time and in ways that
+    leave no trace: every call prepares its search anew. `freeze` gives the form that serves.
+
+    Attributes:
+        kind: the name of the class in files and on the wire.
+        num_codes: K.
+        input_dim: channels that forward and encode take.
+        code_dim: D, the width of a code row.
+        output_dim: channels that decode returns.
+        remap, used, re_embed, unknown_index: see `RemappedModule`.
+        loss_key: the key of the loss in `info`.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self,
+        *,
+        num_codes: int,
+        input_dim: int,
+        code_dim: int,
+        remap: Remap | None = None,
+        unknown_index: UnknownIndex = "random",
+        loss_key: str = "loss/vq",
+    ) -> None:
+        """Set up the remap.
+
+        Args:
+            num_codes: K.
+            input_dim: channels that forward and encode take.
+            code_dim: D, also the channels that decode returns.
+            remap: path of a .npy file, or an integer array, of the full ids in use.
+            unknown_index: "random", "extra" or an integer.
+            loss_key: the key of the loss in `info`.
+
+        Raises:
+            InvalidOption: an argument has none of its values.
+            InvalidShape: the remap is empty or not 1-D.
+            InvalidDtype: the remap does not hold integers.
+            IndexOutOfRange: the remap holds an id outside [0, num_codes).
+            OSError: the remap's file cannot be read.
+        """
+        super().__init__(num_codes, remap, unknown_index)
+        check_size("the number of input channels", input_dim)
+        check_size("the width of a code", code_dim)
+        self.input_dim = input_dim
+        self.code_dim = code_dim
+        self.output_dim = code_dim
+        self.loss_key = loss_key
+
+    # What a quantizer is made of.
+
+    @abstractmethod
+    def code_rows(self) -> Tensor:
+        """Return the codebook (K, D) as it is now, detached, in the weight's type: the rows that decode gathers."""
+
+    @abstractmethod
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Return the code rows (N, D) of full ids (N,), differentiable with respect to the codebook."""
+
+    def search_problem(self) -> SearchProblem:
+        """Return what encode searches: the nearest code, unless a quantizer has another objective."""
+        return SearchProblem(codes=widen(self.code_rows()))
+
+    def input_projection(self) -> tuple[Tensor, Tensor] | None:
+        """Return weight (D, C) and bias (D,) of the projection before the search, detached, at least float32."""
+        return None
+
+    def output_rows(self, code_rows: Tensor) -> Tensor:
+        """Return what decode gives for code rows (N, D): (N, output_dim), detached, in the weight's type."""
+        return code_rows
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The type that decode returns."""
+        return self.code_rows().dtype
+
+    # Latents to indices and back.
+
+    @torch.no_grad()
+    def encode(self, z: Tensor) -> Tensor:
+        """Return the index of every token's code, exact and the same on every device.
+
+        Args:
+            z: (b, C, h, w), (b, C, t, h, w), (b, s, C) or (n, C), C = input_dim, floating point.
+
+        Returns:
+            int64 indices over the grid: (b, h, w), (b, t, h, w), (b, s) or (n,), remapped if there is a remap.
+
+        Raises:
+            InvalidShape: another rank or channel count.
+            InvalidDtype: z is not floating point.
+            NonFiniteLatents: z holds NaN or infinity; names the position.
+        """
+        grid = grid_of(z, self.input_dim)
+        check_finite(z)
+        rows = widen(to_rows(z))
+        with autocast_off(z.device):
+            if rows.shape[0] == 0:
+                return rows.new_empty(grid, dtype=torch.int64)
+            problem = self.search_problem()
+            winners = problem.prepare().search(self._projected(rows, grid))
+            return (self.reported(winners) if problem.reports_full_ids else winners).reshape(grid)
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor) -> Tensor:
+        """Return the latents of indices, as far as the codes keep them.
+
+        Args:
+            indices: (b, h, w), (b, t, h, w), (b, s) or (n,), any integer type, in [0, decodable).
+
+        Returns:
+            (b, C, h, w), (b, C, t, h, w), (b, s, C) or (n, C), C = output_dim, contiguous, of the weight's type.
+
+        Raises:
+            InvalidShape: the indices have not 1 to 4 axes.
+            InvalidDtype: they are not integers.
+            IndexOutOfRange: one is out of range; names the position.
+        """
+        if not 1 <= indices.ndim <= 4:
+            raise InvalidShape(f"indices of shape {tuple(indices.shape)} must have 1 to 4 axes")
+        ids = self.unmap_to_all(indices).reshape(-1)
+        with autocast_off(indices.device):
+            codes = self.code_rows()
+            # An output row is a function of its code alone: whichever is shorter is computed.
+            rows = self.output_rows(codes[ids]) if ids.numel() < self.num_codes else self.output_rows(codes)[ids]
+        return from_rows(rows, indices.shape)
+
+    def get_codebook_entry(self, indices: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """Return raw code rows, never through an output projection, differentiable with respect to the codebook.
+
+        Args:
+            indices: any shape and integer type, in [0, decodable).
+            shape: channel-last shape of 2 to 5 axes that the result is laid out from: (b, h, w, D) gives
+                (b, D, h, w), (b, t, h, w, D) gives (b, D, t, h, w), (b, s, D) and (n, D) stay. None: indices' shape.
+
+        Returns:
+            (*indices.shape, D), or as `shape` says.
+
+        Raises:
+            InvalidShape: `shape` does not end in D, or holds another number of tokens than there are indices.
+            InvalidDtype: the indices are not integers.
+            IndexOutOfRange: one is out of range; names the position.
+        """
+        grid = None if shape is None else self._grid_of_entries(tuple(shape), indices)
+        ids = self.unmap_to_all(indices)
+        with autocast_off(indices.device):
+            rows = self.lookup(ids.reshape(-1))
+        return rows.reshape(*indices.shape, self.code_dim) if grid is None else from_rows(rows, grid)
+
+    def get_trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over all parameters in the order of registration, those that need no gradient included."""
+        return self.parameters()
+
+    def _projected(self, rows: Tensor, grid: Sequence[int]) -> Tensor:
+        projection = self.input_projection()
+        return rows if projection is None else project(rows, *projection, grid=grid)
+
+    def _straight_through(self, z: Tensor, z_q: Tensor, dtype: torch.dtype) -> Tensor:
+        # The value of z_q with the gradient of z (van den Oord et al. 2017, section 3.2).
+        return (z + (z_q - z).detach()).to(dtype)
+
+    def _grid_of_entries(self, shape: tuple[int, ...], indices: Tensor) -> tuple[int, ...]:
+        tokens = torch.Size(shape[:-1]).numel() if min(shape, default=-1) >= 0 else -1
+        if not 2 <= len(shape) <= 5 or shape[-1] != self.code_dim or tokens != indices.numel():
+            raise InvalidShape(
+                f"entries of shape {shape} do not fit {indices.numel()} indices and codes of width {self.code_dim}: "
+                "a shape is channel-last and has 2 to 5 axes"
+            )
+        return shape[:-1]

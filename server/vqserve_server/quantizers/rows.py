@@ -1,0 +1,70 @@
+"""Where tokens are in a tensor: the four layouts, flattened to rows here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vqserve.layout import Layout, channel_axis, grid_shape, num_rows, resolve_layout
+from vqserve_server.errors import InvalidDtype, InvalidShape
+
+_LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def layout_of(rank: int) -> Layout:
+    """Return the layout of latents of 2 to 5 axes: channels first for 4 and 5, last for 2 and 3.
+
+    Raises:
+        InvalidShape: for any other rank.
+    """
+    try:
+        return resolve_layout(rank, None)
+    except ValueError as error:
+        raise InvalidShape(str(error)) from None
+
+
+def grid_of(z: Tensor, channels: int) -> tuple[int, ...]:
+    """Return the shape of the indices of latents.
+
+    Args:
+        z: (b, C, h, w), (b, C, t, h, w), (b, s, C) or (n, C), floating point.
+        channels: the C that is expected.
+
+    Raises:
+        InvalidDtype: z is not float16, bfloat16, float32 or float64.
+        InvalidShape: another rank, or another channel count.
+    """
+    shape = tuple(z.shape)
+    if z.dtype not in _LATENT_DTYPES:
+        raise InvalidDtype(f"latents must be float16, bfloat16, float32 or float64, not {z.dtype}")
+    layout = layout_of(z.ndim)
+    found = shape[channel_axis(layout)]
+    if found != channels:
+        raise InvalidShape(f"latents of shape {shape} have {found} channels in layout {layout}, expected {channels}")
+    return grid_shape(shape, layout)
+
+
+def to_rows(z: Tensor) -> Tensor:
+    """Return latents of 2 to 5 axes as rows (N, C), in the order of the flattened grid."""
+    layout = layout_of(z.ndim)
+    last = z.movedim(channel_axis(layout), -1)
+    return last.reshape(num_rows(last.shape[:-1]), last.shape[-1])
+
+
+def from_rows(rows: Tensor, grid: Sequence[int]) -> Tensor:
+    """Return rows (N, C) as contiguous latents over a grid of 1 to 4 axes: the inverse of `to_rows`."""
+    layout = layout_of(len(grid) + 1)
+    last = rows.reshape(*grid, rows.shape[1])
+    return last.movedim(-1, channel_axis(layout)).contiguous()
+
+
+def check_not_empty(grid: Sequence[int]) -> None:
+    """Refuse a batch without tokens, whose means would be NaN.
+
+    Raises:
+        InvalidShape: the grid holds no token.
+    """
+    if num_rows(grid) == 0:
+        raise InvalidShape(f"a grid of shape {tuple(grid)} holds no tokens: forward needs at least one")
