@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -35,6 +35,11 @@ class SearchProblem:
     objective: search.Objective = search.Objective.L2
     bias: Tensor | None = None
     reports_full_ids: bool = True
+
+    def to(self, device: torch.device) -> SearchProblem:
+        """Return the problem on another device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, codes=self.codes.to(device), bias=bias)
 
     def prepare(self, backend: str = "auto") -> search.Searcher:
         """Return a searcher on the codes' device."""

@@ -55,7 +55,8 @@ class WeightNormEmbedding(nn.Embedding):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight (K, D) as it is now, differentiable, in the parameters' type and its rounding errors."""
         norm = torch.linalg.vector_norm(self.v, dim=0, keepdim=True, dtype=widened(self.v.dtype))
-        return (self.v * (self.g / norm)).to(self.g.dtype)
+        weight: Tensor = self.v * (self.g / norm)
+        return weight.to(self.g.dtype)
 
     def exact_weight(self) -> Tensor:
         """Return the weight (K, D), detached, each entry the exact value rounded once to float32, in g's type."""

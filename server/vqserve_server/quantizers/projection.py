@@ -1,0 +1,107 @@
+"""The vector quantizer that projects its input to narrow codes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vqserve_server.quantizers.checks import check_size
+from vqserve_server.quantizers.dtypes import apply_layer, autocast_off, widen
+from vqserve_server.quantizers.rows import check_not_empty, from_rows, grid_of, to_rows
+from vqserve_server.quantizers.vector import VectorQuantizer
+from vqserve_server.search.rounding import affine
+
+
+class VectorQuantizerWithInputProjection(VectorQuantizer):
+    """Nearest code to a learnt projection of the input (van den Oord et al. 2017; Yu et al. 2021, arXiv:2110.04627).
+
+    State: that of `VectorQuantizer`, `proj_in.weight` (D, C), `proj_in.bias` (D,), and with an output_dim
+    `proj_out.weight` (output_dim, D), `proj_out.bias` (output_dim,).
+
+    Attributes:
+        proj_in: the projection from C = input_dim to D = codebook_dim channels.
+        proj_out: the projection to output_dim channels; nn.Identity where none was asked for.
+        output_dim: channels of the output; D where none was asked for.
+    """
+
+    kind: ClassVar[str] = "vq_projection"
+
+    def __init__(
+        self,
+        input_dim: int,
+        n_codes: int,
+        codebook_dim: int,
+        beta: float = 1.0,
+        output_dim: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Draw the codebook as `VectorQuantizer` and the projections as torch's layers do.
+
+        Args:
+            input_dim: C, the channels of the input.
+            n_codes: K, the number of codes.
+            codebook_dim: D, the width of a code.
+            beta: weight of the commitment loss.
+            output_dim: channels of the output; None: D, without a projection.
+            **kwargs: further arguments of `VectorQuantizer`.
+
+        Raises:
+            InvalidRequest: an argument or the remap is not valid; see `AbstractQuantizer`.
+        """
+        super().__init__(n_codes, codebook_dim, beta, **kwargs)
+        check_size("input_dim", input_dim)
+        self.input_dim = input_dim
+        self.proj_in = nn.Linear(input_dim, codebook_dim)
+        self.proj_out: nn.Module = nn.Identity()
+        if output_dim is not None:
+            check_size("output_dim", output_dim)
+            self.output_dim = output_dim
+            self.proj_out = nn.Linear(codebook_dim, output_dim)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Project in, quantize, project out.
+
+        Loss and straight-through live in the codes' space, on the layer's own projection. In training that is what is
+        searched, too; in eval it is the exact projection rounded once to float32, as in `encode`.
+
+        Args:
+            z: (b, C, h, w), (b, C, t, h, w), (b, s, C) or (n, C), floating point; NaN is not looked for.
+
+        Returns:
+            z_q, contiguous: with an output_dim in z's layout, without one (b, tokens, D) for 4 and 5 axes; in the type
+            that the layers give. And a dict as in `VectorQuantizer.forward`.
+
+        Raises:
+            InvalidShape: another rank or channel count, or no tokens.
+            InvalidDtype: z is not floating point.
+        """
+        grid = grid_of(z, self.input_dim)
+        check_not_empty(grid)
+        rows = to_rows(z)
+        searched = None if self.training else self._searched_in_eval(rows)
+        z_q, info = self._quantized(apply_layer(self.proj_in, rows), grid, searched)
+        if isinstance(self.proj_out, nn.Linear):
+            return from_rows(apply_layer(self.proj_out, z_q), grid), info
+        # The original's layout, which decode does not share.
+        tokens = (grid[0], -1) if len(grid) > 2 else grid
+        return z_q.reshape(*tokens, self.code_dim), info
+
+    def input_projection(self) -> tuple[Tensor, Tensor]:
+        """Return weight (D, C) and bias (D,) of the projection before the search, detached, at least float32."""
+        return widen(self.proj_in.weight), widen(self.proj_in.bias)
+
+    def output_rows(self, code_rows: Tensor) -> Tensor:
+        """Return proj_out of code rows (N, D): (N, output_dim), each the exact value rounded once to float32."""
+        if not isinstance(self.proj_out, nn.Linear):
+            return code_rows
+        out = affine(widen(code_rows), widen(self.proj_out.weight), widen(self.proj_out.bias))
+        return out.to(code_rows.dtype)
+
+    @torch.no_grad()
+    def _searched_in_eval(self, rows: Tensor) -> Tensor:
+        # Rows that are not finite get some code, as everywhere in forward: the exact projection takes finite ones.
+        finite = torch.isfinite(rows).all(dim=1, keepdim=True)
+        with autocast_off(rows.device):
+            return affine(widen(torch.where(finite, rows, 0)), *self.input_projection())
