@@ -1,0 +1,78 @@
+"""`vqserved`: the daemon and the codebook tools. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from vqserve import __version__
+from vqserve_server import config as settings
+from vqserve_server.errors import VqserveError
+
+# What the extra `server` brings; without it the client still works.
+_EXTRA = frozenset({"einops", "faiss", "grpc_reflection", "safetensors", "scipy", "torch"})
+# Command: help, and the module and function that add its parser.
+_TOOLS = {
+    "import": ("make a codebook file from a checkpoint or an array", "codebooks.commands", "add_import_parser"),
+    "inspect": ("say what a codebook file holds", "codebooks.commands", "add_inspect_parser"),
+    "train": ("train a codebook on latents", "training.commands", "add_train_parser"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `vqserved`; return the exit code: 0, 1 on an error, 2 on wrong usage."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parser(arguments[0] if arguments else "").parse_args(arguments)
+        run: Callable[[argparse.Namespace], int] = args.run
+        return run(args)
+    except (VqserveError, settings.ConfigError, OSError) as error:
+        return _complain(str(error))
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRA:
+            raise
+        return _complain(f'{error.name} is missing: pip install "vqserve[server]"')
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vqserved", description="Serve vector-quantizer codebooks over gRPC.")
+    parser.add_argument("--version", action="version", version=f"vqserved {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    serve = subparsers.add_parser("serve", help="serve codebooks", description="Serve codebooks until told to stop.")
+    serve.add_argument(
+        "sources",
+        nargs="*",
+        metavar="PATH | NAME=PATH",
+        help="codebook files, or folders of them; none: the demo codebook",
+    )
+    settings.add_flags(serve)
+    serve.set_defaults(run=_serve)
+    for name, (help_text, module, function) in _TOOLS.items():
+        if name == command:
+            # Only the tool that was asked for: its module brings torch.
+            getattr(importlib.import_module(f"vqserve_server.{module}"), function)(subparsers)
+        else:
+            subparsers.add_parser(name, help=help_text)
+    return parser
+
+
+def _serve(args: argparse.Namespace) -> int:
+    config = settings.resolve(vars(args), os.environ)
+    from vqserve_server import app  # noqa: PLC0415
+
+    return app.run(args.sources, config)
+
+
+def _complain(text: str) -> int:
+    line = " ".join(text.split())
+    print(f"vqserved: error: {line}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""What the daemon can be told: flags over VQSERVE_* environment variables over defaults.
+
+Each field of the dataclasses below is a flag (`--max-batch-rows`) and a variable (`VQSERVE_MAX_BATCH_ROWS`);
+`settings_table` is the table of docs/operations.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+ENV_PREFIX = "VQSERVE_"
+# These belong to the client's command line; a shell may set them for both.
+CLIENT_VARIABLES = frozenset({"VQSERVE_TARGET", "VQSERVE_CODEBOOK"})
+LOG_LEVELS = ("debug", "info", "warning", "error")
+MIB = 1 << 20
+
+
+class ConfigError(ValueError):
+    """A setting has a value that it cannot have, or does not exist; the text names it."""
+
+
+def _text(text: str) -> str:
+    if not text:
+        raise ValueError("must not be empty")
+    return text
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise ValueError(f"must be auto, cpu, cuda or cuda:N, not {text!r}")
+    return text
+
+
+def _log_level(text: str) -> str:
+    if text not in LOG_LEVELS:
+        raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}, not {text!r}")
+    return text
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 86_400:
+        raise ValueError(f"must be a number of seconds from 0 to 86400, not {text!r}")
+    return value
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else -1
+        if not low <= value <= high:
+            raise ValueError(f"must be an integer from {low} to {high}, not {text!r}")
+        return value
+
+    return parse
+
+
+def _setting(default: str | float, help_text: str, parse: Callable[[str], Any]) -> Any:
+    return field(default=default, metadata={"help": help_text, "parse": parse})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How requests are batched and how many may wait."""
+
+    max_batch_rows: int = _setting(16384, "rows of a batch at most; larger requests are split", _integer(1, 1 << 30))
+    max_batch_bytes: int = _setting(64 * MIB, "bytes of a batch's rows at most", _integer(1024, 1 << 40))
+    max_wait_us: int = _setting(
+        0, "microseconds that an idle device waits for a fuller batch; 0: it takes what is there", _integer(0, 10**7)
+    )
+    max_queue_requests: int = _setting(1024, "requests in the server at most", _integer(1, 1 << 20))
+    max_queue_rows: int = _setting(1 << 24, "rows of all requests in the server at most", _integer(1, 1 << 40))
+    max_queue_bytes: int = _setting(
+        1024 * MIB, "bytes of all requests in the server and their replies at most", _integer(1024, 1 << 44)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RpcConfig:
+    """Where the server listens and what it takes from a stranger."""
+
+    host: str = _setting("127.0.0.1", "address to listen on", _text)
+    port: int = _setting(50051, "port to listen on; 0: a free one, named in the ready line", _integer(0, 65535))
+    max_message_bytes: int = _setting(64 * MIB, "bytes of a request or a reply at most", _integer(4096, (1 << 31) - 1))
+    max_concurrent_rpcs: int = _setting(
+        4096, "calls of any kind at once at most, health checks and streams included", _integer(1, 1 << 20)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """All settings of `vqserved serve`."""
+
+    rpc: RpcConfig = RpcConfig()
+    engine: EngineConfig = EngineConfig()
+    device: str = _setting("auto", "auto, cpu, cuda or cuda:N", _device)
+    search: str = _setting("auto", "search backend; every one gives the same tokens", _text)
+    drain_seconds: float = _setting(30.0, "seconds that requests in flight get after SIGTERM or SIGINT", _seconds)
+    log_level: str = _setting("info", f"one of {', '.join(LOG_LEVELS)}", _log_level)
+
+
+_GROUPS: dict[str, type] = {"rpc": RpcConfig, "engine": EngineConfig}
+
+
+def _settings() -> Iterator[tuple[str | None, Field[Any]]]:
+    for group, cls in _GROUPS.items():
+        for setting in fields(cls):
+            yield group, setting
+    for setting in fields(ServeConfig):
+        if setting.name not in _GROUPS:
+            yield None, setting
+
+
+def flag(name: str) -> str:
+    """Return the flag of a setting: "--max-batch-rows"."""
+    return "--" + name.replace("_", "-")
+
+
+def variable(name: str) -> str:
+    """Return the environment variable of a setting: "VQSERVE_MAX_BATCH_ROWS"."""
+    return ENV_PREFIX + name.upper()
+
+
+def _shown(setting: Field[Any]) -> str:
+    default: Any = setting.default
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Give a parser one flag per setting; a flag that is not given is not in the namespace."""
+    for _, setting in _settings():
+        parse = setting.metadata["parse"]
+
+        def parse_flag(text: str, parse: Callable[[str], Any] = parse) -> Any:
+            try:
+                return parse(text)
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
+
+        parser.add_argument(
+            flag(setting.name),
+            type=parse_flag,
+            default=argparse.SUPPRESS,
+            metavar=setting.name.rsplit("_", 1)[-1].upper(),
+            help=f"{setting.metadata['help']} (default: {_shown(setting)})",
+        )
+
+
+def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServeConfig:
+    """Return the settings: flags (parsed by `add_flags`) over environment variables over defaults.
+
+    Raises:
+        ConfigError: a VQSERVE_* variable is unknown or has a bad value, or two settings contradict each other.
+    """
+    known = {variable(setting.name) for _, setting in _settings()}
+    for name in environ:
+        if name.startswith(ENV_PREFIX) and name not in known | CLIENT_VARIABLES:
+            raise ConfigError(f"unknown environment variable {name}")
+    values: dict[str | None, dict[str, Any]] = {None: {}, **{group: {} for group in _GROUPS}}
+    for group, setting in _settings():
+        name = setting.name
+        if name in flags:
+            values[group][name] = flags[name]
+        elif variable(name) in environ:
+            try:
+                values[group][name] = setting.metadata["parse"](environ[variable(name)])
+            except ValueError as error:
+                raise ConfigError(f"{variable(name)} {error}") from None
+    config = ServeConfig(
+        **{group: cls(**values[group]) for group, cls in _GROUPS.items()},
+        **values[None],
+    )
+    if config.engine.max_queue_bytes < 2 * config.rpc.max_message_bytes:
+        raise ConfigError(
+            f"{flag('max_queue_bytes')} ({config.engine.max_queue_bytes}) must hold a request and its reply: "
+            f"at least twice {flag('max_message_bytes')} ({config.rpc.max_message_bytes})"
+        )
+    return config
+
+
+def settings_table() -> str:
+    """Return the table of docs/operations.md, in Markdown."""
+    lines = ["| Flag | Environment | Default | Meaning |", "|---|---|---|---|"]
+    lines += [
+        f"| `{flag(setting.name)}` | `{variable(setting.name)}` | `{_shown(setting)}` | {setting.metadata['help']} |"
+        for _, setting in _settings()
+    ]
+    return "\n".join(lines)

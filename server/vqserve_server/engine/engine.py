@@ -1,0 +1,102 @@
+"""Glue: what the rest of the server knows of batching."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from vqserve_server.config import EngineConfig
+from vqserve_server.engine.admission import Admission
+from vqserve_server.engine.job import Job
+from vqserve_server.engine.live_set import LiveSet
+from vqserve_server.engine.pipeline import Pipeline
+from vqserve_server.engine.queue import JobQueue
+from vqserve_server.engine.stats import EngineStats
+from vqserve_server.engine.worker import Worker
+from vqserve_server.errors import DeviceBroken, Draining
+
+if TYPE_CHECKING:
+    from vqserve_server.tokenizer import Tokenizer
+
+
+class Engine:
+    """Serves jobs on the device of its tokenizers. Its methods may be called from any thread."""
+
+    def __init__(
+        self,
+        tokenizers: Iterable[Tokenizer],
+        config: EngineConfig | None = None,
+        *,
+        on_broken: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Make the engine; `start` starts it.
+
+        Args:
+            tokenizers: what is served, under their names.
+            config: batching and limits.
+            on_broken: called, from another thread, when the device is lost.
+        """
+        config = config or EngineConfig()
+        self.live = LiveSet(tokenizers)
+        self.stats = EngineStats()
+        self._on_broken = on_broken
+        self._admission = Admission(config, retry_after_s=self.stats.retry_after_s)
+        self._pipeline = Pipeline(JobQueue(config))
+        self._worker = Worker(self._pipeline, self.stats, on_broken=self._broken)
+
+    def start(self) -> None:
+        """Start the threads."""
+        self._worker.start()
+
+    def admit(self, rows: int, nbytes: int) -> AbstractContextManager[None]:
+        """Return the context in which a request is in the server.
+
+        Args:
+            rows: its tokens.
+            nbytes: the bytes of its payload and of its reply's.
+
+        Raises:
+            Overloaded: on entering, when a limit would be exceeded.
+            Draining: on entering, when the server stops.
+            DeviceBroken: on entering, when the device is lost.
+        """
+        return self._admission.enter(rows, nbytes)
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; its future is resolved exactly once, whatever happens.
+
+        Raises:
+            Draining: the engine was stopped.
+            DeviceBroken: the device is lost.
+        """
+        self._pipeline.put(job)
+
+    def forget(self, job: Job) -> None:
+        """Drop a job that nobody waits for any more; its future must have been cancelled or resolved."""
+        self._pipeline.discard(job)
+
+    def drain(self) -> None:
+        """Admit no more requests; those that are inside are served."""
+        self._admission.close(Draining("the server is stopping"))
+
+    def stop(self, timeout_s: float = 10.0) -> bool:
+        """Finish what is queued and end the threads.
+
+        Args:
+            timeout_s: how long that may take; what waits after it fails with Draining.
+
+        Returns:
+            Whether the threads have ended. A batch on the device cannot be interrupted.
+        """
+        self.drain()
+        stopping = Draining("the server is stopping")
+        self._pipeline.close(stopping, drop=False)
+        if self._worker.join(timeout_s):
+            return True
+        self._pipeline.close(stopping, drop=True)
+        return self._worker.join(0.0)
+
+    def _broken(self, error: DeviceBroken) -> None:
+        self._admission.close(error)
+        self._on_broken()

@@ -1,0 +1,244 @@
+"""One validated request on its way through the engine."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from vqserve.layout import Layout
+from vqserve_server.engine.rows import first_overflow, read_rows, write_rows
+from vqserve_server.errors import DeadlineExpired, InvalidOption, InvalidRequest
+
+if TYPE_CHECKING:
+    from vqserve_server.tokenizer import Tokenizer
+
+Array = npt.NDArray[Any]
+Output = Literal["latents", "code_rows"]
+
+
+@dataclass(frozen=True)
+class EncodeKey:
+    """What rows must share to be encoded in one batch."""
+
+    tokenizer: Tokenizer
+    dtype: np.dtype[Any]  # float32 or float64: the type after widening
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row and its result."""
+        return self.tokenizer.info.input_dim * self.dtype.itemsize + 8
+
+    def empty(self, rows: int) -> Array:
+        """Return room for that many rows."""
+        return np.empty((rows, self.tokenizer.info.input_dim), self.dtype)
+
+    def compute(self, rows: Array) -> Array:
+        """Return the indices (n,) of rows (n, C)."""
+        return self.tokenizer.encode_rows(rows)
+
+
+@dataclass(frozen=True)
+class DecodeKey:
+    """What indices must share to be decoded in one batch."""
+
+    tokenizer: Tokenizer
+    output: Output
+
+    @property
+    def channels(self) -> int:
+        """Width of what is returned."""
+        info = self.tokenizer.info
+        return info.code_dim if self.output == "code_rows" else info.output_dim
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of an index and its result, which is float64 at most."""
+        return 8 + 8 * self.channels
+
+    def empty(self, rows: int) -> Array:
+        """Return room for that many indices."""
+        return np.empty(rows, np.int64)
+
+    def compute(self, indices: Array) -> Array:
+        """Return the rows (n, channels) of indices (n,)."""
+        return self.tokenizer.decode_rows(indices, output=self.output)
+
+
+Key = EncodeKey | DecodeKey
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A finished job: what to reply and how the time went."""
+
+    array: Array
+    queue_us: int
+    compute_us: int
+    batch_requests: int
+    batch_rows: int
+
+
+class Job(ABC):
+    """Rows in, rows out, and a future that is resolved exactly once: by the first who has an outcome.
+
+    The queue's lock guards `next_row`; the rest changes on the device thread only.
+    """
+
+    def __init__(self, key: Key, source: Array, result: Array, rows: int, deadline: float | None) -> None:
+        self.key = key
+        self.source = source
+        self.result = result
+        self.rows = rows
+        self.deadline = deadline  # time.monotonic() seconds
+        self.future: Future[Served] = Future()
+        self.next_row = 0  # rows before it are in a batch
+        self.arrived = self.waiting_since = time.monotonic()
+        self._rows_done = 0
+        self._queue_s = self._compute_s = 0.0
+        self._batch_requests = self._batch_rows = 0
+
+    @abstractmethod
+    def read(self, start: int, stop: int, into: Array) -> None:
+        """Copy the rows [start, stop) into a batch."""
+
+    @abstractmethod
+    def write(self, start: int, results: Array) -> None:
+        """Copy the results of the rows from `start` on into the reply.
+
+        Raises:
+            InvalidRequest: the reply cannot hold them; concerns nobody else's.
+        """
+
+    def fail(self, error: BaseException) -> bool:
+        """Resolve the future with an error; False if it had an outcome already."""
+        try:
+            self.future.set_exception(error)
+        except InvalidStateError:
+            return False
+        return True
+
+    def alive(self, now: float) -> bool:
+        """Return whether somebody still waits for the job; an expired one is failed here."""
+        if self.deadline is not None and self.deadline <= now:
+            self.fail(DeadlineExpired("the deadline passed before the request was computed"))
+        return not self.future.done()
+
+    def finish(self, start: int, results: Array, *, started: float, ended: float, batch: tuple[int, int]) -> bool:
+        """Take the results of a part; return whether it was the last one, which resolves the future.
+
+        Args:
+            start: the part's first row.
+            results: its results.
+            started: when the device began with its batch, in time.monotonic() seconds.
+            ended: when it had finished.
+            batch: requests and rows of that batch.
+        """
+        try:
+            self.write(start, results)
+        except InvalidRequest as error:
+            self.fail(error)
+        self._rows_done += len(results)
+        self._queue_s += started - self.waiting_since
+        self._compute_s += ended - started
+        self.waiting_since = ended
+        if batch[1] > self._batch_rows:
+            self._batch_requests, self._batch_rows = batch
+        if self._rows_done < self.rows:
+            return False
+        served = Served(
+            array=self.result,
+            queue_us=round(self._queue_s * 1e6),
+            compute_us=round(self._compute_s * 1e6),
+            batch_requests=self._batch_requests,
+            batch_rows=self._batch_rows,
+        )
+        try:
+            self.future.set_result(served)
+        except InvalidStateError:
+            return False  # cancelled meanwhile
+        return True
+
+
+class EncodeJob(Job):
+    """Latents to indices."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        latents: Array,
+        layout: Layout,
+        indices: Array,
+        *,
+        deadline: float | None = None,
+    ) -> None:
+        """Make the job.
+
+        Args:
+            tokenizer: the codebook.
+            latents: validated; float16, float32, float64, or uint16 for bfloat16's bit patterns.
+            layout: where its channels are.
+            indices: the reply, to be written: shaped like the grid, of a type that holds the vocabulary.
+            deadline: time.monotonic() seconds, or None.
+        """
+        wide = np.dtype(np.float64 if latents.dtype == np.float64 else np.float32)
+        super().__init__(EncodeKey(tokenizer, wide), latents, indices, indices.size, deadline)
+        self._layout = layout
+        self._flat = indices.reshape(-1)
+
+    def read(self, start: int, stop: int, into: Array) -> None:
+        """Copy the rows [start, stop) into a batch."""
+        read_rows(self.source, self._layout, start, stop, into)
+
+    def write(self, start: int, results: Array) -> None:
+        """Copy the results of the rows from `start` on into the reply."""
+        self._flat[start : start + len(results)] = results
+
+
+class DecodeJob(Job):
+    """Indices to latents."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        indices: Array,
+        latents: Array,
+        layout: Layout,
+        *,
+        output: Output = "latents",
+        deadline: float | None = None,
+    ) -> None:
+        """Make the job.
+
+        Args:
+            tokenizer: the codebook.
+            indices: validated; any integer type.
+            latents: the reply, to be written: float16, float32, float64, or uint16 for bfloat16's bit patterns.
+            layout: where its channels are.
+            output: "latents" or "code_rows".
+            deadline: time.monotonic() seconds, or None.
+        """
+        super().__init__(DecodeKey(tokenizer, output), indices.reshape(-1), latents, indices.size, deadline)
+        self._layout = layout
+        self._grid = indices.shape
+
+    def read(self, start: int, stop: int, into: Array) -> None:
+        """Copy the rows [start, stop) into a batch."""
+        into[:] = self.source[start:stop]
+
+    def write(self, start: int, results: Array) -> None:
+        """Copy the results of the rows from `start` on into the reply.
+
+        Raises:
+            InvalidOption: names a token with a value beyond the range of the reply's type.
+        """
+        overflow = first_overflow(results, self.result.dtype)
+        if overflow is not None:
+            position = [int(i) for i in np.unravel_index(start + overflow, self._grid)]
+            raise InvalidOption(f"indices{position} decodes to a value beyond the wanted type: take a wider one")
+        write_rows(results, self.result, self._layout, start)

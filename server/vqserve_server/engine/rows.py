@@ -1,0 +1,109 @@
+"""Copies between latents of any layout and rows: widening on the way in, rounding on the way out, one pass each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vqserve import bfloat16
+from vqserve.layout import Layout
+
+Array = npt.NDArray[Any]
+
+# The largest value of each type and half a unit of its last place.
+_ROUNDS_TO_INFINITY = {
+    np.dtype(np.float16): 65520.0,
+    np.dtype(np.uint16): float.fromhex("0x1.ffp127"),  # bfloat16
+    np.dtype(np.float32): float.fromhex("0x1.ffffffp127"),
+}
+
+
+def _pieces(latents: Array, layout: Layout, start: int, stop: int) -> Iterator[tuple[Array, slice]]:
+    """Yield views of the tokens [start, stop) as (..., C) with the rows that they are, counted from `start`."""
+    if layout is Layout.CHANNELS_LAST:
+        yield latents.reshape(-1, latents.shape[-1])[start:stop], slice(0, stop - start)
+        return
+    # (b, C, s): whole images are one view, the ends of a part may lie inside one.
+    images = latents.reshape(latents.shape[0], latents.shape[1], -1)
+    size = images.shape[2]
+    position = start
+    while position < stop:
+        image, offset = divmod(position, size)
+        if offset or stop - position < size:
+            length = min(size - offset, stop - position)
+            view = images[image, :, offset : offset + length].T
+        else:
+            whole = (stop - position) // size
+            length = whole * size
+            view = images[image : image + whole].transpose(0, 2, 1)
+        yield view, slice(position - start, position - start + length)
+        position += length
+
+
+def read_rows(latents: Array, layout: Layout, start: int, stop: int, into: Array) -> None:
+    """Copy the tokens [start, stop) of latents into rows.
+
+    Args:
+        latents: (b, C, ...) or (..., C); float16, float32, float64, or uint16 for bfloat16's bit patterns.
+        layout: which of the two.
+        start: the first token, in C order of the grid.
+        stop: the token after the last.
+        into: (stop - start, C), C order, float32 or float64; every value fits.
+    """
+    for view, rows in _pieces(latents, layout, start, stop):
+        target = into[rows].reshape(view.shape)
+        if latents.dtype == np.uint16:
+            np.left_shift(view, np.uint32(16), out=target.view(np.uint32), dtype=np.uint32)
+        else:
+            target[...] = view
+
+
+def write_rows(rows: Array, latents: Array, layout: Layout, start: int) -> None:
+    """Copy rows to the tokens from `start` on, each value rounded once, to nearest even.
+
+    Args:
+        rows: (n, C), float32 or float64, without a `first_overflow`.
+        latents: (b, C, ...) or (..., C); as in `read_rows`, but written.
+        layout: which of the two.
+        start: the first token, in C order of the grid.
+    """
+    if latents.dtype == np.uint16:
+        rows = bfloat16.round_bits(_to_odd(rows))
+    with np.errstate(under="ignore"):
+        for view, part in _pieces(latents, layout, start, start + len(rows)):
+            view[...] = rows[part].reshape(view.shape)
+
+
+def first_overflow(rows: Array, dtype: np.dtype[Any]) -> int | None:
+    """Return the first row with a value that is infinity once rounded to a type, or None.
+
+    Args:
+        rows: (n, C), float32 or float64, finite.
+        dtype: float16, float32, float64, or uint16 for bfloat16's bit patterns.
+    """
+    limit = _ROUNDS_TO_INFINITY.get(dtype)
+    if limit is None or dtype == rows.dtype or not rows.size:
+        return None
+    if rows.max() < limit and rows.min() > -limit:
+        return None
+    return int((np.abs(rows) >= limit).any(axis=1).argmax())
+
+
+def _to_odd(values: Array) -> npt.NDArray[np.float32]:
+    """Return values as float32, inexact ones rounded to odd.
+
+    Rounding float64 to float32 and then to bfloat16 rounds twice; through round-to-odd the result is as if rounded
+    once (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to
+    odd", 2008).
+    """
+    if values.dtype == np.float32:
+        return values
+    with np.errstate(over="ignore", under="ignore"):
+        nearest = values.astype(np.float32)
+    bits = nearest.view(np.uint32)
+    bits -= (np.abs(nearest) > np.abs(values)).astype(np.uint32)
+    bits |= (nearest != values).astype(np.uint32)
+    return nearest

@@ -1,0 +1,51 @@
+"""What the engine has done so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class EngineStats:
+    """Counters. Only the device thread writes them; whoever reads may see them one batch apart."""
+
+    requests: int = 0
+    batches: int = 0
+    rows: int = 0
+    failed_batches: int = 0
+    largest_batch_requests: int = 0
+    batched_requests: int = 0
+    busy_s: float = 0.0
+
+    def count(self, *, requests: int, rows: int, finished: int, seconds: float) -> None:
+        """Count a batch.
+
+        Args:
+            requests: the requests that were part of it.
+            rows: its rows.
+            finished: the requests that it completed.
+            seconds: how long the device worked on it.
+        """
+        self.batches += 1
+        self.requests += finished
+        self.rows += rows
+        self.batched_requests += requests
+        self.largest_batch_requests = max(self.largest_batch_requests, requests)
+        self.busy_s += seconds
+
+    @property
+    def mean_batch_requests(self) -> float:
+        """Requests per batch, a split request counted in each of its batches."""
+        return self.batched_requests / self.batches if self.batches else 0.0
+
+    def retry_after_s(self, rows: int) -> float:
+        """Return when that many rows will have been computed, judged by the past, from 50 ms to 10 s."""
+        seconds = rows * self.busy_s / self.rows if self.rows else 0.0
+        return min(max(seconds, 0.05), 10.0)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.requests} requests, {self.rows} rows in {self.batches} batches "
+            f"({self.mean_batch_requests:.2f} requests a batch, {self.largest_batch_requests} at most), "
+            f"device busy {self.busy_s:.2f} s, {self.failed_batches} batches failed"
+        )

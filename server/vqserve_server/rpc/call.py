@@ -1,0 +1,109 @@
+"""What surrounds every call of the TokenizerService: its id, its deadline, and the status that it ends with."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from vqserve_server.rpc.status import status_of
+
+REQUEST_ID_KEY = "vqserve-request-id"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
+# gRPC tells "no deadline" as one that is centuries away.
+_NO_DEADLINE_S = 1e9
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call, as its method sees it.
+
+    Attributes:
+        request_id: the caller's, or drawn.
+        arrived: time.monotonic() seconds.
+        deadline: the same clock; None: the caller waits for ever.
+    """
+
+    request_id: str
+    arrived: float
+    deadline: float | None
+
+    def elapsed_us(self) -> int:
+        """Return the microseconds since the arrival."""
+        return round((time.monotonic() - self.arrived) * 1e6)
+
+
+Method = Callable[[bytes, Call], Awaitable[bytes]]
+
+
+class Calls:
+    """Wraps methods into gRPC handlers, and knows how many calls are being answered.
+
+    Handlers take and return raw bytes: a message that is no protobuf is then an error like any other, where gRPC's own
+    deserializing would answer UNKNOWN with the text of the exception.
+    """
+
+    def __init__(self) -> None:
+        self._active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Wait until no call is being answered."""
+        await self._idle.wait()
+
+    def handler(self, name: str, method: Method) -> grpc.RpcMethodHandler[bytes, bytes]:
+        """Return the handler of a unary method."""
+
+        async def answer(raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+            self._active += 1
+            self._idle.clear()
+            try:
+                return await _answer(name, method, raw, context)
+            finally:
+                self._active -= 1
+                if not self._active:
+                    self._idle.set()
+
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+
+async def _answer(name: str, method: Method, raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+    call = _call(context)
+    identity = ((REQUEST_ID_KEY, call.request_id),)
+    context.set_trailing_metadata(identity)
+    try:
+        return await method(raw, call)
+    except Exception as error:
+        status = status_of(error, request_id=call.request_id)
+        if status.code is grpc.StatusCode.INTERNAL:
+            logger.exception("request %s %s failed", call.request_id, name)
+        else:
+            logger.debug("request %s %s: %s: %s", call.request_id, name, status.code.name, status.details)
+    return await context.abort(status.code, status.details, identity + status.metadata)
+
+
+def _call(context: grpc.aio.ServicerContext[Any, Any]) -> Call:
+    now = time.monotonic()
+    remaining = context.time_remaining()
+    return Call(
+        request_id=_request_id(context),
+        arrived=now,
+        deadline=None if remaining is None or remaining > _NO_DEADLINE_S else now + remaining,
+    )
+
+
+def _request_id(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
+            return value
+    return secrets.token_hex(8)

@@ -1,0 +1,125 @@
+"""From protobuf messages to validated values, shared by Encode and Decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from google.protobuf.message import DecodeError, Message
+
+from vqserve import payload
+from vqserve.codebook_info import CodebookInfo
+from vqserve.layout import Layout
+from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve_server.engine import Served
+from vqserve_server.errors import InvalidDtype, InvalidOption, InvalidRequest, InvalidShape
+
+# All of a reply but its payload: digest, shape, statistics, tags.
+ENVELOPE_BYTES = 512
+
+_LAYOUTS: dict[int, Layout | None] = {
+    pb.LAYOUT_UNSPECIFIED: None,
+    pb.LAYOUT_CHANNELS_FIRST: Layout.CHANNELS_FIRST,
+    pb.LAYOUT_CHANNELS_LAST: Layout.CHANNELS_LAST,
+}
+_LAYOUT_NUMBERS = {layout: number for number, layout in _LAYOUTS.items()}
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+
+def parse(kind: type[MessageT], raw: bytes) -> MessageT:
+    """Return the message in some bytes.
+
+    Raises:
+        InvalidRequest: they are not such a message.
+    """
+    try:
+        return kind.FromString(raw)
+    except DecodeError:
+        raise InvalidRequest(f"the request is not a valid {kind.DESCRIPTOR.name}") from None
+
+
+def layout_of(number: int) -> Layout | None:
+    """Return the layout that a request names, None for the codebook's default.
+
+    Raises:
+        InvalidOption: the number is none of the enum's.
+    """
+    try:
+        return _LAYOUTS[number]
+    except KeyError:
+        raise InvalidOption(f"unknown layout {number}") from None
+
+
+def check_dtype(field: str, dtype: int, allowed: frozenset[int]) -> None:
+    """Refuse an element type that a field cannot have.
+
+    Raises:
+        InvalidDtype: names the field and the types that it can have.
+    """
+    if dtype not in allowed:
+        names = ", ".join(payload.dtype_name(known) for known in sorted(allowed))
+        raise InvalidDtype(f"{field} must be one of {names}, not {payload.dtype_name(dtype)}")
+
+
+def array_of(data: bytes, dtype: int, shape: Sequence[int], ranks: range) -> npt.NDArray[Any]:
+    """Return the array in a payload, a read-only view.
+
+    Raises:
+        InvalidShape: the shape has too few or too many axes, or is not the payload's.
+    """
+    # First the rank: a shape may have millions of axes, and the texts below show it.
+    if len(shape) not in ranks:
+        raise InvalidShape(f"the shape must have {ranks[0]} to {ranks[-1]} axes, not {len(shape)}")
+    try:
+        return payload.from_bytes(data, dtype, shape)
+    except payload.PayloadError as error:
+        raise InvalidShape(str(error)) from None
+
+
+@cache
+def numpy_dtype(dtype: int) -> np.dtype[Any]:
+    """Return the numpy type of a wire type; uint16 for bfloat16."""
+    return payload.from_bytes(b"", dtype, (0,)).dtype
+
+
+def check_reply_size(nbytes: int, limit: int) -> None:
+    """Refuse a request whose reply would not fit a message, before anything is computed.
+
+    Raises:
+        InvalidRequest: names both sizes.
+    """
+    if nbytes + ENVELOPE_BYTES > limit:
+        raise InvalidRequest(
+            f"the reply would be {nbytes} bytes and a message holds {limit - ENVELOPE_BYTES}: send fewer tokens at once"
+        )
+
+
+def stats_of(served: Served, total_us: int) -> pb.ServedStats:
+    """Return how the server spent its time."""
+    return pb.ServedStats(
+        queue_us=served.queue_us,
+        compute_us=served.compute_us,
+        total_us=total_us,
+        batch_requests=served.batch_requests,
+        batch_rows=served.batch_rows,
+    )
+
+
+def codebook_message(info: CodebookInfo) -> pb.CodebookInfo:
+    """Return a codebook's description."""
+    return pb.CodebookInfo(
+        name=info.name,
+        digest=info.digest,
+        kind=info.kind,
+        num_codes=info.num_codes,
+        vocab_size=info.vocab_size,
+        input_dim=info.input_dim,
+        code_dim=info.code_dim,
+        output_dim=info.output_dim,
+        num_quantizers=info.num_quantizers,
+        layout=_LAYOUT_NUMBERS[info.layout],  # type: ignore[arg-type]
+    )

@@ -1,0 +1,86 @@
+"""The gRPC server: options, health, reflection, and how it stops."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from vqserve_server.config import RpcConfig
+from vqserve_server.engine import Engine
+from vqserve_server.rpc.call import Calls
+from vqserve_server.rpc.service import SERVICE, TokenizerService
+
+# What is left when all calls are answered: the last bytes of replies, and watchers of the health.
+_LINGER_S = 0.5
+
+
+class RpcServer:
+    """Serves an engine on a port. All methods belong to one event loop."""
+
+    def __init__(self, engine: Engine, config: RpcConfig) -> None:
+        self._config = config
+        self._calls = Calls()
+        self._service = TokenizerService(engine, max_message_bytes=config.max_message_bytes)
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(options=_options(config), maximum_concurrent_rpcs=config.max_concurrent_rpcs)
+        self._server.add_generic_rpc_handlers((self._service.handlers(self._calls),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    async def start(self) -> int:
+        """Listen, and return the port.
+
+        Raises:
+            RuntimeError: the address cannot be bound.
+        """
+        port = self._server.add_insecure_port(address(self._config.host, self._config.port))
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+        return port
+
+    async def not_serving(self) -> None:
+        """Tell whoever asks for the health that this server is to be left alone, for good."""
+        # It waits for watchers to take the news, and a watcher may have stopped reading.
+        try:
+            await asyncio.wait_for(self._health.enter_graceful_shutdown(), _LINGER_S)
+        except TimeoutError:
+            await self._server.stop(None)
+
+    async def stop(self, drain_seconds: float) -> bool:
+        """Let the calls that are being answered finish, then close the port; return whether they finished in time."""
+        finished = True
+        try:
+            await asyncio.wait_for(self._calls.wait_idle(), drain_seconds)
+        except TimeoutError:
+            finished = False
+        await self._server.stop(_LINGER_S)
+        self._service.close()
+        return finished
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+
+def address(host: str, port: int) -> str:
+    """Return HOST:PORT, an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _options(config: RpcConfig) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        # Two servers on one port are a mistake, not a way to share load.
+        ("grpc.so_reuseport", 0),
+        # A caller whose machine is gone is noticed within a minute and a half; its requests are then dropped.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        # Callers may ask for signs of life every ten seconds, also between requests; who asks more often is cut off.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 2),
+    ]

@@ -1,0 +1,134 @@
+"""What tests of several packages share: real servers on free ports."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+
+@dataclass
+class RunningServer:
+    """A server in this process: `app.engine` is its engine, `target` what a client connects to."""
+
+    target: str
+    app: Any
+    loop: asyncio.AbstractEventLoop
+
+    def call(self, coroutine: Any) -> Any:
+        """Run a coroutine on the server's loop and return its result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    def stop(self) -> bool:
+        """Stop it as SIGTERM would; return whether all requests were answered in time."""
+        return self.call(self.app.stop())
+
+
+@contextmanager
+def _serving(tokenizers: Sequence[Any], environ: dict[str, str]) -> Iterator[RunningServer]:
+    from vqserve_server.app import App  # noqa: PLC0415
+    from vqserve_server.config import resolve  # noqa: PLC0415
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="test-server")
+    thread.start()
+    try:
+
+        async def start() -> tuple[Any, int]:
+            app = App(tokenizers, resolve({"port": 0}, environ))
+            return app, await app.start()
+
+        app, port = asyncio.run_coroutine_threadsafe(start(), loop).result()
+        server = RunningServer(f"127.0.0.1:{port}", app, loop)
+        try:
+            yield server
+        finally:
+            server.stop()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@pytest.fixture
+def serving() -> Iterator[Callable[..., RunningServer]]:
+    """Start a server in this process: serving(tokenizer, ..., max_batch_rows=64) -> RunningServer."""
+    with ExitStack() as stack:
+
+        def start(*tokenizers: Any, **settings: object) -> RunningServer:
+            environ = {f"VQSERVE_{name.upper()}": str(value) for name, value in settings.items()}
+            return stack.enter_context(_serving(tokenizers, environ))
+
+        yield start
+
+
+@dataclass
+class Daemon:
+    """A `vqserved serve` of its own process, ready."""
+
+    process: subprocess.Popen[str]
+    ready_line: str
+    target: str
+
+    def stop(self, signal_number: int) -> tuple[int, str]:
+        """Send a signal, wait for the end, and return the exit code and the log."""
+        self.process.send_signal(signal_number)
+        _, log = self.process.communicate()
+        return self.process.returncode, log
+
+
+def daemon_environment(**extra: str) -> dict[str, str]:
+    """The environment of a daemon under test: this one's, without settings, on one thread."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("VQSERVE_")}
+    return {**plain, "OMP_NUM_THREADS": "1", **extra}
+
+
+@pytest.fixture
+def vqserved() -> Iterator[Callable[..., Daemon]]:
+    """Start a daemon on a free port and wait until it is ready: vqserved("demo=path", "--device", "cpu") -> Daemon."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: object, **environ: str) -> Daemon:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vqserve_server.cli", "serve", "--port", "0", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=daemon_environment(**environ),
+        )
+        processes.append(process)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            pytest.fail(f"the daemon did not start: {process.communicate()[1]}")
+        return Daemon(process, line, line.removeprefix("vqserved: ready on ").partition(",")[0])
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def run_vqserved() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `vqserved ARGUMENTS` to its end."""
+
+    def run(*arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "vqserve_server.cli", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=daemon_environment(**environ),
+        )
+
+    return run
