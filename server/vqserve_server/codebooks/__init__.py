@@ -1,0 +1,11 @@
+"""Codebook files and the quantizers in them (docs/codebooks.md)."""
+
+from vqserve_server.codebooks.codebook_file import (
+    SUFFIX,
+    Codebook,
+    codebook_digest,
+    load_codebook,
+    save_codebook,
+)
+
+__all__ = ["SUFFIX", "Codebook", "codebook_digest", "load_codebook", "save_codebook"]

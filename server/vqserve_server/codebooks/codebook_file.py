@@ -1,0 +1,161 @@
+"""Codebook files: a quantizer on disk, written in one step and read with everything checked (docs/codebooks.md)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from vqserve_server.codebooks.arguments import ARGUMENTS, ArgumentError, check_arguments
+from vqserve_server.codebooks.conversion import build, state_of
+from vqserve_server.codebooks.digest import canonical_json
+from vqserve_server.codebooks.safetensors_file import ContainerError, read_header, read_tensor, unique_names, write_file
+from vqserve_server.codebooks.state import CodebookState, StateError, canonical_names, check_claims, check_values
+from vqserve_server.errors import CodebookError, CodebookFileError
+from vqserve_server.quantizers import AbstractQuantizer
+
+SUFFIX = ".safetensors"
+FORMAT_VERSION = "1"
+_PREFIX = "vqserve."
+_KEYS = ("format", "kind", "arguments", "provenance")
+# A codebook has a handful of tensors and a page of provenance.
+_MAX_HEADER_BYTES = 1 << 20
+_MAX_PROVENANCE_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """A codebook file as it was read.
+
+    Attributes:
+        quantizer: on the CPU, in eval mode.
+        kind: "vq", "ema", "gumbel" or "vq_projection".
+        arguments: of the quantizer's constructor.
+        digest: lower-case hexadecimal SHA-256 of what encode and decode read.
+        provenance: where the codebook came from, as its writer told it; nothing depends on it.
+    """
+
+    quantizer: AbstractQuantizer = field(repr=False)
+    kind: str
+    arguments: Mapping[str, object]
+    digest: str
+    provenance: Mapping[str, object] = field(default_factory=dict)
+
+
+def codebook_digest(quantizer: AbstractQuantizer) -> str:
+    """Return the digest that a file of this quantizer has.
+
+    Raises:
+        CodebookError: the quantizer cannot be kept in a file.
+    """
+    return state_of(quantizer).digest()
+
+
+def save_codebook(
+    quantizer: AbstractQuantizer, path: str | Path, *, provenance: Mapping[str, object] | None = None
+) -> str:
+    """Write a quantizer as a codebook file, in one step: a reader sees the old file or the whole new one.
+
+    The same quantizer and provenance give the same bytes.
+
+    Args:
+        quantizer: one of the four classes, on any device, float32 or float64.
+        path: the file, by custom with the ending ".safetensors"; one that is there is replaced.
+        provenance: where the codebook comes from; what JSON can hold. It does not change the digest.
+
+    Returns:
+        The digest.
+
+    Raises:
+        CodebookError: the quantizer or the provenance cannot be kept in a file.
+        OSError: the file cannot be written.
+    """
+    state = state_of(quantizer)
+    try:
+        story = canonical_json(dict(provenance or {}))
+    except (TypeError, ValueError) as error:
+        raise CodebookError(f"provenance must be what JSON can hold: {error}") from None
+    if len(story) > _MAX_PROVENANCE_BYTES:
+        raise CodebookError(f"provenance is {len(story)} bytes, more than {_MAX_PROVENANCE_BYTES}")
+    metadata = {
+        "vqserve.format": FORMAT_VERSION,
+        "vqserve.kind": state.kind,
+        "vqserve.arguments": canonical_json(dict(state.arguments)),
+        "vqserve.provenance": story,
+    }
+    write_file(Path(path), state.tensors, metadata)
+    return state.digest()
+
+
+def load_codebook(path: str | Path) -> Codebook:
+    """Read a codebook file; nothing in it is trusted, and no more memory is taken than the file is long, twice.
+
+    Raises:
+        CodebookFileError: names the file by its stem, says what is wrong and what to do.
+    """
+    path = Path(path)
+    try:
+        # Opening a pipe would wait for a writer.
+        if path.exists() and not path.is_file():
+            raise CodebookFileError(f"codebook {path.stem!r} is no regular file: name the {SUFFIX} file itself")
+        with path.open("rb") as file:
+            state, provenance = _read(file)
+    except OSError as error:
+        raise CodebookFileError(f"codebook {path.stem!r} cannot be read: {error.strerror or error}") from None
+    except (ContainerError, StateError, ArgumentError) as error:
+        what = f"it {error}" if isinstance(error, ContainerError) else str(error)
+        advice = "copy the file again or make it anew with `vqserved import`"
+        raise CodebookFileError(f"codebook {path.stem!r} cannot be used: {what}; {advice}") from None
+    return Codebook(build(state), state.kind, state.arguments, state.digest(), provenance)
+
+
+def _read(file: BufferedReader) -> tuple[CodebookState, dict[str, Any]]:
+    header = read_header(file, max_header_bytes=_MAX_HEADER_BYTES)
+    kind, arguments, provenance = _read_metadata(header.metadata)
+    canonical = canonical_names(set(header.tensors))
+    # All names, types and shapes are compared with the arguments before anything is allocated; read_header has
+    # compared them with the length of the file.
+    check_claims(
+        kind, arguments, {canonical[name]: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
+    )
+    tensors: dict[str, npt.NDArray[Any]] = {}
+    for name, entry in header.tensors.items():
+        array = read_tensor(file, entry)
+        tensors[canonical[name]] = array.astype(array.dtype.newbyteorder("="), copy=False)
+    state = CodebookState(kind, arguments, tensors)
+    check_values(state)
+    return state, provenance
+
+
+def _read_metadata(metadata: Mapping[str, str]) -> tuple[str, dict[str, object], dict[str, Any]]:
+    version = metadata.get("vqserve.format")
+    if version is None:
+        raise StateError("it does not say that it is a vqserve codebook (a foreign checkpoint is imported first)")
+    if version != FORMAT_VERSION:
+        raise StateError(f"it has format {version[:20]!r}, this vqserve reads {FORMAT_VERSION!r}: use a newer one")
+    ours = {name.removeprefix(_PREFIX): text for name, text in metadata.items() if name.startswith(_PREFIX)}
+    if set(ours) != set(_KEYS):
+        odd = sorted(set(ours) ^ set(_KEYS))[0]
+        raise StateError(f"metadata entry {_PREFIX + odd!r} is {'missing' if odd in _KEYS else 'unknown'}")
+    kind = ours["kind"]
+    if kind not in ARGUMENTS:
+        raise StateError(f"it is of unknown kind {kind[:40]!r}, not one of {', '.join(ARGUMENTS)}")
+    arguments = check_arguments(kind, _json_object("arguments", ours["arguments"]))
+    return kind, arguments, _json_object("provenance", ours["provenance"])
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text, object_pairs_hook=unique_names)
+        # NaN and infinity are no JSON, and neither is a number that overflows to one.
+        canonical_json(value)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise StateError(f"metadata entry {_PREFIX + name!r} is no JSON object")
+    return value

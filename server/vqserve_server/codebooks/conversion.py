@@ -1,0 +1,145 @@
+"""Quantizer modules to plain data and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vqserve_server.codebooks.arguments import ArgumentError, check_arguments
+from vqserve_server.codebooks.safetensors_file import dtype_name
+from vqserve_server.codebooks.state import CodebookState, StateError, canonical_names, check_claims, check_values
+from vqserve_server.errors import CodebookError
+from vqserve_server.quantizers import (
+    AbstractQuantizer,
+    EMAVectorQuantizer,
+    GumbelQuantizer,
+    VectorQuantizer,
+    VectorQuantizerWithInputProjection,
+)
+
+KINDS: dict[str, type[AbstractQuantizer]] = {
+    "vq": VectorQuantizer,
+    "ema": EMAVectorQuantizer,
+    "gumbel": GumbelQuantizer,
+    "vq_projection": VectorQuantizerWithInputProjection,
+}
+
+
+def kind_of(quantizer: AbstractQuantizer) -> str:
+    """Return "vq", "ema", "gumbel" or "vq_projection".
+
+    Raises:
+        CodebookError: it is none of the four.
+    """
+    # A subclass may compute something else: a file of it would be read as its base.
+    for kind, cls in KINDS.items():
+        if type(quantizer) is cls:
+            return kind
+    known = ", ".join(cls.__name__ for cls in KINDS.values())
+    raise CodebookError(
+        f"{type(quantizer).__name__} is not one of {known}: load its state dict into the one that it behaves like"
+    )
+
+
+def state_of(quantizer: AbstractQuantizer) -> CodebookState:
+    """Return a quantizer's arguments and tensors, checked: what a file of it holds.
+
+    The tensors are copies where the quantizer is not on the CPU, else they share its memory.
+
+    Raises:
+        CodebookError: it is not one of the four kinds, or its weights cannot be served.
+    """
+    kind = kind_of(quantizer)
+    tensors = {name: tensor.detach().cpu() for name, tensor in quantizer.state_dict().items()}
+    half = [name for name, tensor in tensors.items() if tensor.dtype in {torch.float16, torch.bfloat16}]
+    if half:
+        raise CodebookError(f"{half[0]} is {tensors[half[0]].dtype}: call .float() on the quantizer first")
+    try:
+        arguments = check_arguments(kind, _ARGUMENTS_OF[kind](quantizer))
+        names = canonical_names(set(tensors))
+        arrays = {names[name]: tensor.contiguous().numpy() for name, tensor in tensors.items()}
+        check_claims(kind, arguments, {name: (dtype_name(array.dtype), array.shape) for name, array in arrays.items()})
+        state = CodebookState(kind, arguments, arrays)
+        check_values(state)
+    except (ArgumentError, StateError) as error:
+        raise CodebookError(f"this {type(quantizer).__name__} cannot be kept as a codebook: {error}") from None
+    return state
+
+
+def build(state: CodebookState) -> AbstractQuantizer:
+    """Return the quantizer of a checked state, on the CPU and in eval mode; torch's global generator is left alone."""
+    arguments: dict[str, Any] = dict(state.arguments)
+    tensors = {name: torch.from_numpy(array) for name, array in state.tensors.items()}
+    with torch.random.fork_rng(devices=[]):
+        quantizer = KINDS[state.kind](**arguments)
+    if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
+        quantizer.double()
+    # Taken up as a remap that is in a state dict always is: the constructor knows none.
+    quantizer.load_state_dict(tensors, strict=True)
+    return quantizer.eval()
+
+
+def _unknown_index(quantizer: AbstractQuantizer) -> str | int:
+    # The attribute of an "extra" is the extra id itself: only the vocabulary tells it from a given integer.
+    known = len(quantizer.used) if quantizer.used is not None else quantizer.num_codes
+    return "extra" if quantizer.re_embed == known + 1 else quantizer.unknown_index
+
+
+def _vector_arguments(quantizer: Any) -> dict[str, object]:
+    return {
+        "beta": quantizer.beta,
+        "unknown_index": _unknown_index(quantizer),
+        "sane_index_shape": quantizer.sane_index_shape,
+        "log_perplexity": quantizer.log_perplexity,
+        "embedding_weight_norm": "embedding.weight" not in quantizer.state_dict(),
+        "loss_key": quantizer.loss_key,
+    }
+
+
+def _vq_arguments(quantizer: Any) -> dict[str, object]:
+    return {"n_e": quantizer.n_e, "e_dim": quantizer.e_dim, **_vector_arguments(quantizer)}
+
+
+def _ema_arguments(quantizer: Any) -> dict[str, object]:
+    return {
+        "n_embed": quantizer.num_tokens,
+        "embedding_dim": quantizer.codebook_dim,
+        "beta": quantizer.beta,
+        "decay": quantizer.embedding.decay,
+        "eps": quantizer.embedding.eps,
+        "unknown_index": _unknown_index(quantizer),
+        "loss_key": quantizer.loss_key,
+    }
+
+
+def _gumbel_arguments(quantizer: Any) -> dict[str, object]:
+    return {
+        "num_hiddens": quantizer.input_dim,
+        "embedding_dim": quantizer.embedding_dim,
+        "n_embed": quantizer.n_embed,
+        "straight_through": quantizer.straight_through,
+        "kl_weight": quantizer.kl_weight,
+        # Trainers anneal the temperature: a reloaded quantizer goes on where this one is.
+        "temp_init": quantizer.temperature,
+        "unknown_index": _unknown_index(quantizer),
+        "loss_key": quantizer.loss_key,
+    }
+
+
+def _projection_arguments(quantizer: Any) -> dict[str, object]:
+    return {
+        "input_dim": quantizer.input_dim,
+        "n_codes": quantizer.n_e,
+        "codebook_dim": quantizer.e_dim,
+        "output_dim": quantizer.output_dim if "proj_out.weight" in quantizer.state_dict() else None,
+        **_vector_arguments(quantizer),
+    }
+
+
+_ARGUMENTS_OF = {
+    "vq": _vq_arguments,
+    "ema": _ema_arguments,
+    "gumbel": _gumbel_arguments,
+    "vq_projection": _projection_arguments,
+}

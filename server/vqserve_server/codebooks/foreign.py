@@ -1,0 +1,236 @@
+"""Foreign containers (.npy, .npz, .safetensors, torch's) as named arrays, read without running or trusting them.
+
+No pickle is ever run: numpy's files are read with allow_pickle=False and torch's with weights_only=True. Whatever a
+file claims is compared with what it holds, or with a limit, before memory is taken for it.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vqserve.bfloat16 import widen
+from vqserve_server.codebooks.safetensors_file import (
+    NUMPY_DTYPES,
+    ContainerError,
+    TensorEntry,
+    read_header,
+    read_tensor,
+)
+from vqserve_server.errors import ForeignCheckpointError
+
+# Four times the largest codebook that is known (2^18 codes of width 256 are 256 MiB), with room for a wider one.
+MAX_ARRAY_BYTES = 4 << 30
+# The name of the only array of a file that names none.
+UNNAMED = ""
+
+_TORCH_SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin", ".th"})
+_WRAPPERS = ("state_dict", "model")
+# How torch names the object that it refuses.
+_REFUSED = re.compile(r"GLOBAL (\S+)")
+
+
+@dataclass(frozen=True)
+class ForeignArray:
+    """An array in a file, not read yet.
+
+    Attributes:
+        shape: lengths of the axes.
+        dtype: the element type's name: "float32", "bfloat16" and so on.
+        read: returns the array; bfloat16 comes widened to float32, which is exact.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], npt.NDArray[Any]]
+
+
+@contextmanager
+def open_foreign(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
+    """Open a file and give its arrays by name, valid inside the `with`.
+
+    Nested dictionaries give dotted names; what is no array is left out. One `state_dict` or `model` around everything
+    that matters is taken off.
+
+    Raises:
+        ForeignCheckpointError: the file cannot be read without trusting it, or not at all; one line that says why.
+    """
+    suffix = path.suffix.lower()
+    readers = {".npy": _open_npy, ".npz": _open_npz, ".safetensors": _open_safetensors}
+    reader = _open_torch if suffix in _TORCH_SUFFIXES else readers.get(suffix)
+    if reader is None:
+        known = ", ".join([*readers, *sorted(_TORCH_SUFFIXES)])
+        raise ForeignCheckpointError(f"{path.name}: files of type {suffix!r} are not read, only {known}")
+    try:
+        if not path.is_file():
+            raise ForeignCheckpointError(f"{path.name}: there is no such file")
+        with reader(path) as arrays:
+            yield arrays
+    except ForeignCheckpointError:
+        raise
+    except ContainerError as error:
+        raise ForeignCheckpointError(f"{path.name}: it {error}") from None
+    except MemoryError:
+        raise ForeignCheckpointError(f"{path.name}: it claims more memory than this machine has") from None
+    except pickle.UnpicklingError as error:
+        raise ForeignCheckpointError(f"{path.name}: {_refusal(error)}") from None
+    # The parsers of numpy, zipfile and torch raise what they like on a damaged file.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ForeignCheckpointError(f"{path.name}: it cannot be read: {reason}") from error
+
+
+@contextmanager
+def _open_npy(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
+    # A memory map is refused where the header claims more than the file holds, and Python objects always are.
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise ForeignCheckpointError(f"{path.name}: it is a zip archive: name it .npz")
+    yield {UNNAMED: _numpy_array(path.name, array.shape, array.dtype, lambda: np.asarray(array))}
+
+
+@contextmanager
+def _open_npz(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
+    with zipfile.ZipFile(path) as archive:
+        arrays = {}
+        for member in archive.infolist():
+            if member.filename.endswith(".npy"):
+                name = member.filename.removesuffix(".npy")
+                arrays[name] = _npz_member(path, archive, member)
+        yield arrays
+
+
+def _npz_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> ForeignArray:
+    # Only the array's header is unpacked here. What follows it must be as long as the directory says.
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        shape, dtype = _read_npy_header(stream, version)
+        header_bytes = stream.tell()
+    if dtype.hasobject:
+        raise ForeignCheckpointError(f"{path.name}: {member.filename} holds Python objects, which are not loaded")
+    claimed = math.prod(shape) * dtype.itemsize
+    if header_bytes + claimed != member.file_size:
+        raise ForeignCheckpointError(
+            f"{path.name}: {member.filename} claims {claimed} bytes and has {member.file_size - header_bytes}"
+        )
+
+    def read() -> npt.NDArray[Any]:
+        with archive.open(member) as stream:
+            return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
+
+    return _numpy_array(f"{path.name}: {member.filename}", shape, dtype, read)
+
+
+def _read_npy_header(stream: IO[bytes], version: tuple[int, int]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    elif version == (2, 0):
+        shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+    else:
+        raise ForeignCheckpointError(f"format {version} of .npy is not read")
+    return shape, dtype
+
+
+def _numpy_array(
+    label: str, shape: tuple[int, ...], dtype: np.dtype[Any], read: Callable[[], npt.NDArray[Any]]
+) -> ForeignArray:
+    def checked() -> npt.NDArray[Any]:
+        _check_size(label, math.prod(shape) * dtype.itemsize)
+        return read()
+
+    return ForeignArray(shape, dtype.name, checked)
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
+    with path.open("rb") as file:
+
+        def reader(name: str, entry: TensorEntry) -> Callable[[], npt.NDArray[Any]]:
+            def read() -> npt.NDArray[Any]:
+                _check_size(f"{path.name}: {name}", entry.end - entry.begin)
+                array = read_tensor(file, entry)
+                return widen(array.view(np.uint16)) if entry.dtype == "BF16" else array
+
+            return read
+
+        yield {
+            name: ForeignArray(entry.shape, _safetensors_dtype(entry.dtype), reader(name, entry))
+            for name, entry in read_header(file).tensors.items()
+        }
+
+
+def _safetensors_dtype(name: str) -> str:
+    if name == "BF16":
+        return "bfloat16"
+    return NUMPY_DTYPES[name].name if name in NUMPY_DTYPES else name
+
+
+@contextmanager
+def _open_torch(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
+    # Only the zip format can be mapped; the older one is read at once.
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if isinstance(content, torch.Tensor):
+        yield {UNNAMED: _torch_array(path, "the tensor", content)}
+        return
+    if not isinstance(content, Mapping):
+        raise ForeignCheckpointError(f"{path.name}: it holds a {type(content).__name__}, not tensors by name")
+    yield {name: _torch_array(path, name, tensor) for name, tensor in _flatten(_unwrap(content), "")}
+
+
+def _refusal(error: pickle.UnpicklingError) -> str:
+    refused = _REFUSED.search(str(error))
+    if refused is None:
+        return "it is damaged, or no file that torch.save wrote"
+    return (
+        f"it holds Python objects ({refused[1][:100]}) beside tensors, which could run code when loaded; where it was "
+        "made, load it and save its tensors alone: torch.save(model.state_dict(), 'weights.pt')"
+    )
+
+
+def _unwrap(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    # With both, or with tensors beside them, there is a choice: then the names keep their full length.
+    inner = [content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)]
+    if len(inner) == 1 and not any(isinstance(value, torch.Tensor) for value in content.values()):
+        return _unwrap(inner[0])
+    return content
+
+
+def _flatten(content: Mapping[Any, Any], prefix: str, depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in content.items():
+        if isinstance(value, torch.Tensor):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, Mapping) and depth < 8:
+            yield from _flatten(value, f"{prefix}{name}.", depth + 1)
+
+
+def _torch_array(path: Path, name: str, tensor: torch.Tensor) -> ForeignArray:
+    def read() -> npt.NDArray[Any]:
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise ForeignCheckpointError(f"{path.name}: {name} is not a dense tensor with values")
+        size = tensor.numel() * tensor.element_size()
+        _check_size(f"{path.name}: {name}", size)
+        # With strides of zero a tensor can claim any size.
+        if size > tensor.untyped_storage().nbytes():
+            raise ForeignCheckpointError(f"{path.name}: {name} claims {size} bytes, more than the file has for it")
+        plain = tensor.detach()
+        # Copied out of the mapped file, which may change or vanish.
+        return (plain.to(torch.float32) if plain.dtype == torch.bfloat16 else plain).clone().numpy()
+
+    return ForeignArray(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), read)
+
+
+def _check_size(label: str, size: int) -> None:
+    if size > MAX_ARRAY_BYTES:
+        raise ForeignCheckpointError(f"{label} is {size} bytes, more than {MAX_ARRAY_BYTES}")

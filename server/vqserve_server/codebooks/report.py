@@ -1,0 +1,152 @@
+"""What a person wants to know of a codebook file before serving it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vqserve_server.codebooks.codebook_file import Codebook
+from vqserve_server.quantizers.frozen import freeze
+
+# Tokens a batch, on the EMA's average. A code that is met once in some hundred batches lies above.
+_DEAD_CLUSTER_SIZE = 0.01
+_ELEMENTS_PER_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norms:
+    """Euclidean norms of the codes."""
+
+    min: float
+    median: float
+    max: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A codebook in numbers.
+
+    Attributes:
+        kind: "vq", "ema", "gumbel" or "vq_projection".
+        digest: lower-case hexadecimal SHA-256 of what encode and decode read.
+        num_codes: K.
+        vocab_size: indices lie in [0, vocab_size).
+        input_dim: channels that encode takes.
+        code_dim: D.
+        output_dim: channels that decode returns.
+        dtype: element type of the codebook.
+        arguments: of the quantizer's constructor.
+        provenance: where the codebook came from, as its writer told it.
+        norms: of the codes.
+        duplicates: codes that equal an earlier one: encode never gives them.
+        dead_looking: codes that training seems never to have moved or met; None where nothing tells.
+        dead_looking_means: what `dead_looking` counts.
+        search: the search backend chosen, by device type.
+    """
+
+    kind: str
+    digest: str
+    num_codes: int
+    vocab_size: int
+    input_dim: int
+    code_dim: int
+    output_dim: int
+    dtype: str
+    arguments: Mapping[str, object]
+    provenance: Mapping[str, object]
+    norms: Norms
+    duplicates: int
+    dead_looking: int | None
+    dead_looking_means: str
+    search: Mapping[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+    def as_text(self) -> str:
+        """Return lines for people."""
+        dead = "unknown" if self.dead_looking is None else f"{self.dead_looking} of {self.num_codes}"
+        shown: list[tuple[str, object]] = [
+            ("kind", self.kind),
+            ("digest", self.digest),
+            ("codes", f"{self.num_codes} of width {self.code_dim}, {self.dtype}"),
+            ("vocabulary", self.vocab_size),
+            ("channels", f"{self.input_dim} in, {self.output_dim} out"),
+            ("norms", f"min {self.norms.min:.6g}, median {self.norms.median:.6g}, max {self.norms.max:.6g}"),
+            ("duplicates", f"{self.duplicates} (codes equal to an earlier one)"),
+            ("dead-looking", f"{dead} ({self.dead_looking_means})"),
+            ("search", ", ".join(f"{backend} on {device}" for device, backend in self.search.items())),
+            *((f"argument {name}", value) for name, value in self.arguments.items()),
+            *((f"provenance {name}", value) for name, value in self.provenance.items()),
+        ]
+        width = max(len(name) for name, _ in shown)
+        # What a file says of itself must not move a terminal's cursor.
+        return "".join(f"{_printable(name):{width}}  {_printable(str(value))}\n" for name, value in shown)
+
+
+def inspect(codebook: Codebook) -> Report:
+    """Return the report of a codebook; memory is bounded by a few times the codebook's own."""
+    quantizer = codebook.quantizer
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    frozen = {name: freeze(quantizer, device=torch.device(name)) for name in devices}
+    codes = quantizer.code_rows().numpy()
+    dead, means = _dead_looking(codebook, codes)
+    return Report(
+        kind=codebook.kind,
+        digest=codebook.digest,
+        num_codes=codes.shape[0],
+        vocab_size=frozen["cpu"].vocab_size,
+        input_dim=frozen["cpu"].input_dim,
+        code_dim=codes.shape[1],
+        output_dim=frozen["cpu"].output_dim,
+        dtype=codes.dtype.name,
+        arguments=dict(codebook.arguments),
+        provenance=dict(codebook.provenance),
+        norms=_norms(codes),
+        duplicates=count_duplicates(codes),
+        dead_looking=dead,
+        dead_looking_means=means,
+        search={name: form.search_backend for name, form in frozen.items()},
+    )
+
+
+def count_duplicates(codes: npt.NDArray[np.floating[Any]]) -> int:
+    """Return how many rows equal an earlier one, zeros of either sign being equal."""
+    # Sorted as bytes, which must then be equal where the numbers are.
+    plain = np.ascontiguousarray(codes + codes.dtype.type(0))
+    rows = plain.view(np.dtype((np.void, plain.shape[1] * plain.itemsize))).reshape(-1)
+    return int(rows.size - np.unique(rows).size)
+
+
+def _norms(codes: npt.NDArray[np.floating[Any]]) -> Norms:
+    norms = np.concatenate([np.linalg.norm(chunk.astype(np.float64), axis=1) for chunk in _chunks(codes)])
+    return Norms(min=float(norms.min()), median=float(np.median(norms)), max=float(norms.max()))
+
+
+def _dead_looking(codebook: Codebook, codes: npt.NDArray[np.floating[Any]]) -> tuple[int | None, str]:
+    if codebook.kind == "ema":
+        cluster_size = codebook.quantizer.state_dict()["embedding.cluster_size"].numpy()
+        return int(np.count_nonzero(cluster_size < _DEAD_CLUSTER_SIZE)), f"cluster size below {_DEAD_CLUSTER_SIZE}"
+    if codebook.kind == "gumbel":
+        return None, "a Gumbel codebook starts normal: nothing tells"
+    if codebook.arguments["embedding_weight_norm"]:
+        return None, "a weight-normed codebook starts normal: nothing tells"
+    # As the initialiser rounds it.
+    bound = codes.dtype.type(1 / codes.shape[0])
+    inside = sum(int(np.count_nonzero(np.abs(chunk).max(axis=1) <= bound)) for chunk in _chunks(codes))
+    return inside, "still within the initial range [-1/K, 1/K]"
+
+
+def _chunks(codes: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    step = max(1, _ELEMENTS_PER_CHUNK // codes.shape[1])
+    return [codes[start : start + step] for start in range(0, codes.shape[0], step)]
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

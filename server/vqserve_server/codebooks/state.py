@@ -1,0 +1,157 @@
+"""A codebook as plain data: what a file holds and what a quantizer is made from, checked against itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vqserve_server.codebooks.arguments import MAX_VOCABULARY, served_arguments
+from vqserve_server.codebooks.digest import digest
+from vqserve_server.validation import first_non_finite
+
+_WEIGHT = "embedding.weight"
+_NORM = "embedding.parametrizations.weight.original0"
+_DIRECTION = "embedding.parametrizations.weight.original1"
+# torch named the pair differently before it had parametrizations.
+LEGACY_NAMES: Mapping[str, str] = {"embedding.weight_g": _NORM, "embedding.weight_v": _DIRECTION}
+# What encode and decode never read.
+_TRAINING_ONLY = frozenset({"embedding.cluster_size", "embedding.embed_avg"})
+USED = "used"
+
+
+class StateError(ValueError):
+    """The tensors do not belong to the arguments, or cannot be served."""
+
+
+@dataclass(frozen=True)
+class CodebookState:
+    """Kind, constructor arguments and state dict of a quantizer, as numpy arrays under canonical names."""
+
+    kind: str
+    arguments: Mapping[str, object]
+    tensors: Mapping[str, npt.NDArray[Any]]
+
+    def digest(self) -> str:
+        """Return the digest: equal exactly where encode and decode read the same."""
+        served = {name: array for name, array in self.tensors.items() if name not in _TRAINING_ONLY}
+        return digest(self.kind, served_arguments(self.kind, self.arguments, remapped=USED in served), served)
+
+
+def expected_shapes(kind: str, arguments: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that a quantizer of these arguments has, `used` left out."""
+    match kind:
+        case "gumbel":
+            codes, width, hidden = arguments["n_embed"], arguments["embedding_dim"], arguments["num_hiddens"]
+            return {"proj.weight": (codes, hidden, 1, 1), "proj.bias": (codes,), "embed.weight": (codes, width)}
+        case "ema":
+            codes, width = arguments["n_embed"], arguments["embedding_dim"]
+            return {
+                _WEIGHT: (codes, width),
+                "embedding.cluster_size": (codes,),
+                "embedding.embed_avg": (codes, width),
+            }
+        case "vq":
+            return _vector_shapes(arguments["n_e"], arguments["e_dim"], arguments)
+        case "vq_projection":
+            width = arguments["codebook_dim"]
+            shapes = _vector_shapes(arguments["n_codes"], width, arguments)
+            shapes |= {"proj_in.weight": (width, arguments["input_dim"]), "proj_in.bias": (width,)}
+            if arguments["output_dim"] is not None:
+                out = arguments["output_dim"]
+                shapes |= {"proj_out.weight": (out, width), "proj_out.bias": (out,)}
+            return shapes
+    raise AssertionError(kind)
+
+
+def _vector_shapes(codes: int, width: int, arguments: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    if arguments["embedding_weight_norm"]:
+        return {_NORM: (1, width), _DIRECTION: (codes, width)}
+    return {_WEIGHT: (codes, width)}
+
+
+def canonical_names(names: set[str]) -> dict[str, str]:
+    """Return each name's canonical one: the legacy names of weight norm become torch's present ones.
+
+    Raises:
+        StateError: a tensor is there under both names.
+    """
+    for legacy, current in LEGACY_NAMES.items():
+        if legacy in names and current in names:
+            raise StateError(f"it has both {legacy!r} and {current!r}, two names of one tensor")
+    return {name: LEGACY_NAMES.get(name, name) for name in names}
+
+
+def check_claims(kind: str, arguments: Mapping[str, Any], claims: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Check names, element types and shapes of tensors that need not be in memory yet.
+
+    Args:
+        kind: the quantizer's kind.
+        arguments: as `check_arguments` returns them.
+        claims: safetensors' dtype name and shape of every tensor, by canonical name.
+
+    Raises:
+        StateError: a tensor is missing, extra, or of another shape or element type than it should be.
+    """
+    expected = expected_shapes(kind, arguments)
+    missing = sorted(set(expected) - set(claims))
+    if missing:
+        raise StateError(f"tensor {missing[0]!r} is missing")
+    extra = sorted(set(claims) - set(expected) - {USED})
+    if extra:
+        raise StateError(f"tensor {extra[0]!r} does not belong to kind {kind!r} with these arguments")
+    floats = {name: dtype for name, (dtype, _) in claims.items() if name != USED}
+    for name, dtype in sorted(floats.items()):
+        if dtype in {"F16", "BF16"}:
+            raise StateError(f"tensor {name!r} is {dtype}: weights are kept in F32 (`vqserved import` widens them)")
+        if dtype not in {"F32", "F64"}:
+            raise StateError(f"tensor {name!r} is {dtype}, not F32 or F64")
+    if len(set(floats.values())) > 1:
+        raise StateError("some tensors are F32 and some F64: all must be of one type")
+    for name, shape in expected.items():
+        if claims[name][1] != shape:
+            raise StateError(f"tensor {name!r} has shape {list(claims[name][1])}, the arguments make it {list(shape)}")
+    if USED in claims:
+        _check_used_claim(arguments, *claims[USED])
+
+
+def _check_used_claim(arguments: Mapping[str, Any], dtype: str, shape: tuple[int, ...]) -> None:
+    if dtype != "I64":
+        raise StateError(f"tensor {USED!r} is {dtype}, not I64")
+    if len(shape) != 1 or shape[0] < 1:
+        raise StateError(f"tensor {USED!r} has shape {list(shape)}: it must have one axis and not be empty")
+    if shape[0] + (arguments["unknown_index"] == "extra") > MAX_VOCABULARY:
+        raise StateError(f"tensor {USED!r} has {shape[0]} entries, more than an index can count")
+
+
+def check_values(state: CodebookState) -> None:
+    """Check the values of tensors whose names, types and shapes are right.
+
+    Raises:
+        StateError: names the first tensor and position that cannot be served.
+    """
+    for name, array in sorted(state.tensors.items()):
+        if name == USED:
+            continue
+        position = first_non_finite(array)
+        if position is not None:
+            raise StateError(f"{name}{list(position)} is {float(array[position])}")
+    if _DIRECTION in state.tensors:
+        lengths = np.abs(state.tensors[_DIRECTION]).max(axis=0)
+        if not lengths.all():
+            raise StateError(f"column {int(lengths.argmin())} of {_DIRECTION} is zero and has no direction")
+    used = state.tensors.get(USED)
+    if used is not None:
+        codes = num_codes(state.arguments)
+        outside = (used < 0) | (used >= codes)
+        if outside.any():
+            first = int(outside.argmax())
+            raise StateError(f"{USED}[{first}] is {int(used[first])}, not in [0, {codes})")
+
+
+def num_codes(arguments: Mapping[str, Any]) -> int:
+    """Return K, whatever the kind calls it."""
+    return int(next(arguments[name] for name in ("n_e", "n_embed", "n_codes") if name in arguments))
