@@ -1,0 +1,140 @@
+"""numpy and torch arrays in, the same kind out; torch is never imported, only met when the caller has."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vqserve import bfloat16, payload
+from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve_client.errors import InvalidArgument
+
+Array = npt.NDArray[Any]
+
+# Integers that do not travel, and the ones that hold them.
+_WIDENED = {np.dtype(np.int8): np.int32, np.dtype(np.int16): np.int32}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the caller gave, ready to be cut and sent.
+
+    Attributes:
+        array: the values, of any strides and byte order; bfloat16 as uint16 bit patterns.
+        dtype: the wire type.
+        device: the torch tensor's device; None for numpy.
+    """
+
+    array: Array
+    dtype: int
+    device: Any = None
+
+    @property
+    def is_torch(self) -> bool:
+        """Return whether the caller gave a tensor."""
+        return self.device is not None
+
+
+def given_latents(latents: object) -> Given:
+    """Return latents as they travel.
+
+    Raises:
+        TypeError: for what is neither a numpy array nor a torch tensor.
+        InvalidArgument: for elements that are not float16, bfloat16, float32 or float64.
+    """
+    given = _given(latents, "latents")
+    if given.dtype not in payload.LATENT_DTYPES:
+        raise InvalidArgument(f"latents must be float32, float16, bfloat16 or float64, not {given.array.dtype}")
+    return given
+
+
+def given_indices(indices: object) -> Given:
+    """Return indices as they travel.
+
+    Raises:
+        TypeError: for what is neither a numpy array nor a torch tensor.
+        InvalidArgument: for elements that are no integers, or that int64 does not hold.
+    """
+    given = _given(indices, "indices", _travelling_integers)
+    if given.dtype not in payload.INDEX_DTYPES:
+        raise InvalidArgument(f"indices must be integers, not {payload.dtype_name(given.dtype)}")
+    return given
+
+
+def _given(value: object, what: str, prepare: Callable[[Array], Array] = lambda array: array) -> Given:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return _given_tensor(torch, value, what, prepare)
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{what} must not be a masked array: its mask would be lost")
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{what} must be a numpy array or a torch tensor, not {type(value).__name__}")
+    array = prepare(np.asarray(value))
+    return Given(array, _wire_dtype(array, what))
+
+
+def _given_tensor(torch: Any, tensor: Any, what: str, prepare: Callable[[Array], Array]) -> Given:
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        raise TypeError(f"{what} must be a dense torch tensor with values, not {tensor.layout} on {tensor.device}")
+    # A lazily negated tensor has no numpy form; its values have.
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu()
+    if plain.dtype == torch.bfloat16:
+        return Given(plain.view(torch.int16).numpy().view(np.uint16), pb.DTYPE_BFLOAT16, tensor.device)
+    try:
+        array = prepare(plain.numpy())
+    except TypeError as error:
+        raise InvalidArgument(f"{what} of {tensor.dtype} do not travel") from error
+    return Given(array, _wire_dtype(array, what), tensor.device)
+
+
+def _wire_dtype(array: Array, what: str) -> int:
+    try:
+        return payload.dtype_of(array)
+    except payload.PayloadError as error:
+        raise InvalidArgument(f"{what}: {error}") from error
+
+
+def _travelling_integers(array: Array) -> Array:
+    """Return integers of a width that does not travel in one that does; anything else as it is."""
+    native = array.dtype.newbyteorder("=")
+    if native in _WIDENED:
+        return array.astype(_WIDENED[native])
+    if native == np.uint64:
+        if array.size and array.max() > np.iinfo(np.int64).max:
+            raise InvalidArgument(f"indices hold {array.max()}, which no vocabulary has")
+        return array.astype(np.int64)
+    return array
+
+
+def index_store(shape: tuple[int, ...], dtype: int, *, is_torch: bool) -> Array:
+    """Return an empty array for indices: int64 for torch, else the type they travel in."""
+    return np.empty(shape, np.int64 if is_torch else np.dtype(payload.dtype_name(dtype)))
+
+
+def latent_store(shape: tuple[int, ...], dtype: int, *, is_torch: bool) -> Array:
+    """Return an empty array for latents; for bfloat16, bit patterns for torch and float32 for numpy."""
+    if dtype == pb.DTYPE_BFLOAT16:
+        return np.empty(shape, np.uint16 if is_torch else np.float32)
+    return np.empty(shape, np.dtype(payload.dtype_name(dtype)))
+
+
+def store(part: Array, dtype: int, into: Array) -> None:
+    """Copy the array of one reply to its place, widening bfloat16 where the place is float32."""
+    if dtype == pb.DTYPE_BFLOAT16 and into.dtype == np.float32:
+        part = bfloat16.widen(part)
+    into[...] = part
+
+
+def handed_back(array: Array, dtype: int, given: Given) -> Any:
+    """Return an assembled array as the caller's kind, on the caller's device."""
+    if not given.is_torch:
+        return array
+    torch = sys.modules["torch"]
+    if dtype == pb.DTYPE_BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(given.device)
+    return torch.from_numpy(array).to(given.device)

@@ -1,0 +1,256 @@
+"""One array's way to the server and back: cut into requests, every reply checked before it is put in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vqserve import payload
+from vqserve.codebook_info import CodebookInfo
+from vqserve.layout import Layout, channel_axis, grid_shape, latents_shape, parse_layout, resolve_layout
+from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve_client.arrays import Array, Given, handed_back, index_store, latent_store, store
+from vqserve_client.catalogue import WIRE_OF_LAYOUT
+from vqserve_client.chunking import Cut, Plan, cut_text, latents_cut, plan, rows_per_message
+from vqserve_client.config import ClientConfig
+from vqserve_client.errors import InvalidArgument, MessageTooLarge, ProtocolError
+from vqserve_client.pin import Pin
+
+# The generated stubs want enum classes that exist in the stubs only.
+_EncodeRequest: Any = pb.EncodeRequest
+_DecodeRequest: Any = pb.DecodeRequest
+_OUTPUTS: dict[str, int] = {"latents": pb.DECODE_OUTPUT_LATENTS, "code_rows": pb.DECODE_OUTPUT_CODE_ROWS}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an array is to be turned; checked, so that `encode_many` refuses nonsense before it begins."""
+
+    layout: Layout | None = None
+    dtype: int = pb.DTYPE_FLOAT32
+    output: int = pb.DECODE_OUTPUT_LATENTS
+
+
+def options(*, layout: str | None = None, dtype: str = "float32", output: str = "latents") -> Options:
+    """Return the options of a call.
+
+    Raises:
+        InvalidArgument: for a value that is not one of an option's values.
+    """
+    if output not in _OUTPUTS:
+        raise InvalidArgument(f"output must be 'latents' or 'code_rows', not {output!r}")
+    known = {payload.dtype_name(number): number for number in sorted(payload.LATENT_DTYPES)}
+    if not isinstance(dtype, str) or dtype not in known:
+        names = ", ".join(repr(name) for name in known)
+        raise InvalidArgument(f"dtype must be one of {names}, not {dtype!r}")
+    try:
+        return Options(parse_layout(layout), known[dtype], _OUTPUTS[output])
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from None
+
+
+class ArrayCall:
+    """What encoding and decoding have in common."""
+
+    method: str
+    name: str  # of the caller's array, in errors
+
+    def __init__(self, given: Given, info: CodebookInfo, asked: Options, *, pin: Pin, config: ClientConfig) -> None:
+        self.given = given
+        self.info = info
+        self.asked = asked
+        self._pin = pin
+        self._target = config.target
+        self.grid, self.layout = self._geometry()
+        request_bytes, reply_bytes = self._row_bytes()
+        rows = rows_per_message(config.max_message_bytes, len(info.name.encode()), request_bytes, reply_bytes)
+        if rows < 1:
+            raise self._refusal(
+                f"one token takes {request_bytes} bytes in the request and {reply_bytes} in the reply, more than a "
+                f"message of {config.max_message_bytes} bytes has room for",
+                MessageTooLarge,
+            )
+        self.plan: Plan = plan(self.grid, rows)
+        self._out: Array | None = None
+
+    @property
+    def out(self) -> Array:
+        """Return the array that replies are put into, made when the first is due."""
+        if self._out is None:
+            self._out = self._store()
+        return self._out
+
+    def parts(self) -> Iterator[ArrayPart]:
+        """Return the requests, in order."""
+        return (ArrayPart(self, cut) for cut in self.plan)
+
+    def result(self) -> Any:
+        """Return the assembled array as the caller's kind."""
+        raise NotImplementedError
+
+    def request(self, cut: Cut) -> Any:
+        """Return the request for one cut of the grid."""
+        raise NotImplementedError
+
+    def accept(self, cut: Cut, reply: Any) -> None:
+        """Check a reply and put it in its place."""
+        raise NotImplementedError
+
+    def _geometry(self) -> tuple[tuple[int, ...], Layout]:
+        raise NotImplementedError
+
+    def _row_bytes(self) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def _store(self) -> Array:
+        raise NotImplementedError
+
+    def _checked(self, reply: Any, data: bytes, dtype: int, shape: tuple[int, ...]) -> Array:
+        """Return the array of a reply that is what was asked for."""
+        self._pin.claim(self.info, reply.digest)
+        if reply.dtype != dtype or tuple(reply.shape) != shape:
+            raise self._distrust(
+                f"{payload.dtype_name(reply.dtype)} of shape {tuple(reply.shape)[:8]} came back where "
+                f"{payload.dtype_name(dtype)} of shape {shape} was asked for"
+            )
+        try:
+            return payload.from_bytes(data, dtype, shape)
+        except payload.PayloadError as error:
+            raise self._distrust(str(error)) from error
+
+    def _distrust(self, text: str) -> ProtocolError:
+        return ProtocolError(
+            f"the reply to {self.method} does not fit: {text}", target=self._target, codebook=self.info.name
+        )
+
+    def _refusal(self, text: str, kind: type[InvalidArgument] = InvalidArgument) -> InvalidArgument:
+        return kind(text, target=self._target, codebook=self.info.name)
+
+
+class EncodeCall(ArrayCall):
+    """Latents to indices."""
+
+    method = "Encode"
+    name = "latents"
+
+    def _geometry(self) -> tuple[tuple[int, ...], Layout]:
+        shape = self.given.array.shape
+        try:
+            layout = resolve_layout(len(shape), self.asked.layout, self.info.layout)
+        except ValueError as error:
+            raise self._refusal(str(error)) from None
+        channels = shape[channel_axis(layout)]
+        if channels != self.info.input_dim:
+            raise self._refusal(
+                f"latents of shape {shape} have {channels} channels ({layout}), "
+                f"the codebook takes {self.info.input_dim}"
+            )
+        return grid_shape(shape, layout), layout
+
+    def _row_bytes(self) -> tuple[int, int]:
+        self._index_dtype = payload.index_dtype(self.info.vocab_size)
+        return self.info.input_dim * payload.itemsize(self.given.dtype), payload.itemsize(self._index_dtype)
+
+    def _store(self) -> Array:
+        return index_store(self.grid, self._index_dtype, is_torch=self.given.is_torch)
+
+    def request(self, cut: Cut) -> Any:
+        """Return the request for one cut of the grid."""
+        part = self.given.array[latents_cut(cut, self.layout)]
+        return _EncodeRequest(
+            codebook=self.info.name,
+            expected_digest=self.info.digest,
+            layout=WIRE_OF_LAYOUT[self.layout],
+            dtype=self.given.dtype,
+            shape=part.shape,
+            index_dtype=self._index_dtype,
+            latents=payload.to_bytes(part, self.given.dtype),
+        )
+
+    def accept(self, cut: Cut, reply: Any) -> None:
+        """Check a reply and put it in its place."""
+        into = self.out[cut]
+        part = self._checked(reply, reply.indices, self._index_dtype, into.shape)
+        if part.size and part.max() >= self.info.vocab_size:
+            raise self._distrust(f"index {part.max()} in a vocabulary of {self.info.vocab_size}")
+        store(part, self._index_dtype, into)
+
+    def result(self) -> Any:
+        """Return the indices as the caller's kind."""
+        return handed_back(self.out, self._index_dtype, self.given)
+
+
+class DecodeCall(ArrayCall):
+    """Indices to latents."""
+
+    method = "Decode"
+    name = "indices"
+
+    @property
+    def _width(self) -> int:
+        return self.info.code_dim if self.asked.output == pb.DECODE_OUTPUT_CODE_ROWS else self.info.output_dim
+
+    def _geometry(self) -> tuple[tuple[int, ...], Layout]:
+        grid = self.given.array.shape
+        if not 1 <= len(grid) <= 4:
+            raise self._refusal(f"indices must have 1 to 4 axes, not {len(grid)}")
+        try:
+            return grid, resolve_layout(len(grid) + 1, self.asked.layout, self.info.layout)
+        except ValueError as error:
+            raise self._refusal(str(error)) from None
+
+    def _row_bytes(self) -> tuple[int, int]:
+        return payload.itemsize(self.given.dtype), self._width * payload.itemsize(self.asked.dtype)
+
+    def _store(self) -> Array:
+        shape = latents_shape(self.grid, self._width, self.layout)
+        return latent_store(shape, self.asked.dtype, is_torch=self.given.is_torch)
+
+    def request(self, cut: Cut) -> Any:
+        """Return the request for one cut of the grid."""
+        part = self.given.array[cut]
+        return _DecodeRequest(
+            codebook=self.info.name,
+            expected_digest=self.info.digest,
+            layout=WIRE_OF_LAYOUT[self.layout],
+            dtype=self.given.dtype,
+            shape=part.shape,
+            latent_dtype=self.asked.dtype,
+            output=self.asked.output,
+            indices=payload.to_bytes(part, self.given.dtype),
+        )
+
+    def accept(self, cut: Cut, reply: Any) -> None:
+        """Check a reply and put it in its place."""
+        into = self.out[latents_cut(cut, self.layout)]
+        store(self._checked(reply, reply.latents, self.asked.dtype, into.shape), self.asked.dtype, into)
+
+    def result(self) -> Any:
+        """Return the latents as the caller's kind."""
+        return handed_back(self.out, self.asked.dtype, self.given)
+
+
+class ArrayPart:
+    """One request of an array's call."""
+
+    def __init__(self, call: ArrayCall, cut: Cut) -> None:
+        self._call = call
+        self._cut = cut
+        self.method = call.method
+
+    @property
+    def where(self) -> str:
+        """Return which part of the caller's array this is; empty if it is all of it."""
+        if len(self._call.plan) == 1:
+            return ""
+        cut = latents_cut(self._cut, self._call.layout) if isinstance(self._call, EncodeCall) else self._cut
+        return f"{self._call.name}{cut_text(cut)}"
+
+    def request(self) -> Any:
+        """Return the message to send."""
+        return self._call.request(self._cut)
+
+    def accept(self, reply: Any) -> None:
+        """Check the reply and put it in its place."""
+        self._call.accept(self._cut, reply)

@@ -1,0 +1,92 @@
+"""What the server says it serves, checked and remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vqserve.codebook_info import CodebookInfo
+from vqserve.layout import Layout
+from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve_client.config import is_digest
+from vqserve_client.errors import CodebookNotFound, ProtocolError
+
+LAYOUT_OF_WIRE = {
+    pb.LAYOUT_UNSPECIFIED: None,
+    pb.LAYOUT_CHANNELS_FIRST: Layout.CHANNELS_FIRST,
+    pb.LAYOUT_CHANNELS_LAST: Layout.CHANNELS_LAST,
+}
+WIRE_OF_LAYOUT = {
+    Layout.CHANNELS_FIRST: pb.LAYOUT_CHANNELS_FIRST,
+    Layout.CHANNELS_LAST: pb.LAYOUT_CHANNELS_LAST,
+}
+
+# What the widest index type of the wire's replies, uint32, can name.
+_MOST_INDICES = 1 << 32
+_WIDEST_ROW = 1 << 31
+
+
+class ListPart:
+    """The request for what is served."""
+
+    method = "ListCodebooks"
+    where = ""
+
+    def __init__(self, target: str) -> None:
+        self._target = target
+        self.codebooks: tuple[CodebookInfo, ...] = ()
+
+    def request(self) -> Any:
+        """Return the message to send."""
+        return pb.ListCodebooksRequest()
+
+    def accept(self, reply: Any) -> None:
+        """Take the list, if all of it makes sense."""
+        codebooks = tuple(self._checked(entry) for entry in reply.codebooks)
+        names = [info.name for info in codebooks]
+        if len(set(names)) != len(names):
+            raise ProtocolError(f"the server lists a codebook twice: {', '.join(names)}", target=self._target)
+        self.codebooks = codebooks
+
+    def _checked(self, entry: Any) -> CodebookInfo:
+        widths = (entry.input_dim, entry.code_dim, entry.output_dim)
+        if not (
+            entry.name
+            and is_digest(entry.digest)
+            and 1 <= entry.num_codes <= _MOST_INDICES
+            and 1 <= entry.vocab_size <= _MOST_INDICES
+            and all(1 <= width <= _WIDEST_ROW for width in widths)
+            and entry.num_quantizers >= 1
+            and entry.layout in LAYOUT_OF_WIRE
+        ):
+            described = " ".join(str(entry).split())
+            raise ProtocolError(f"the server lists a codebook that cannot be: {described[:500]}", target=self._target)
+        return CodebookInfo(
+            name=entry.name,
+            digest=entry.digest,
+            kind=entry.kind,
+            num_codes=entry.num_codes,
+            vocab_size=entry.vocab_size,
+            input_dim=entry.input_dim,
+            code_dim=entry.code_dim,
+            output_dim=entry.output_dim,
+            num_quantizers=entry.num_quantizers,
+            layout=LAYOUT_OF_WIRE[entry.layout],
+        )
+
+
+def choose(codebooks: Sequence[CodebookInfo], name: str | None, *, target: str) -> CodebookInfo:
+    """Return the codebook of that name; without a name, the only one.
+
+    Raises:
+        CodebookNotFound: if there is none, or several and no name; the text lists what there is.
+    """
+    chosen = [info for info in codebooks if name is None or info.name == name]
+    if len(chosen) == 1:
+        return chosen[0]
+    served = ", ".join(info.name for info in codebooks) or "nothing"
+    if name is None and chosen:
+        text = f"the server has {len(chosen)} codebooks, say which with codebook=: {served}"
+    else:
+        text = f"no codebook {name!r} is served, only: {served}" if name else "the server has no codebook"
+    raise CodebookNotFound(text, target=target, codebook=name)

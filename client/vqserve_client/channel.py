@@ -1,0 +1,110 @@
+"""The gRPC channel of one client: opened when it is first needed, once per process, left alone across a fork."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import Any
+
+import grpc
+
+from vqserve.v1 import tokenizer_pb2_grpc
+from vqserve_client.config import ClientConfig
+from vqserve_client.errors import Closed
+
+
+def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """Return gRPC's channel options."""
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        # A connection of its own for every channel: a forked child must not find its parent's socket in a shared pool.
+        ("grpc.use_local_subchannel_pool", 1),
+        # As often as a gRPC server allows unless it was told otherwise; more often, and it hangs up.
+        ("grpc.keepalive_time_ms", 300_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 0),
+        # gRPC's default of a second would make every retry of this client fail on the same lost connection.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 5_000),
+    ]
+
+
+# Generated code has no types.
+_Stub: Any = tokenizer_pb2_grpc.TokenizerServiceStub
+
+
+class Connection:
+    """The channel of one client in whatever process it is used."""
+
+    def __init__(self, config: ClientConfig) -> None:
+        self._config = config
+        self._lock = threading.Lock()
+        self._open: _Open | None = None
+        self.closed = False
+        _connections.add(self)
+
+    @property
+    def target(self) -> str:
+        """Return the server's address."""
+        return self._config.target
+
+    def stub(self) -> Any:
+        """Return the stub of this process.
+
+        Raises:
+            Closed: after `close`.
+        """
+        return self._opened()[1]
+
+    def channel(self) -> grpc.Channel:
+        """Return the channel of this process.
+
+        Raises:
+            Closed: after `close`.
+        """
+        return self._opened()[0]
+
+    def close(self) -> None:
+        """Close the channel, if this process opened one; calls under way fail."""
+        with self._lock:
+            self.closed = True
+            opened, self._open = self._open, None
+        if opened is not None:
+            opened[0].close()
+
+    def _opened(self) -> _Open:
+        opened = self._open
+        if opened is None:
+            with self._lock:
+                if self.closed:
+                    raise Closed("this client is closed", target=self.target)
+                opened = self._open
+                if opened is None:
+                    channel = grpc.insecure_channel(
+                        self.target, options=channel_options(self._config.max_message_bytes)
+                    )
+                    opened = self._open = (channel, _Stub(channel))
+        return opened
+
+    def after_fork_in_child(self) -> None:
+        """Forget the parent's channel, and a lock that one of its threads may have held."""
+        self._lock = threading.Lock()
+        if self._open is not None:
+            # Kept, not dropped: its destructor would speak to threads and sockets that are the parent's.
+            _inherited.append(self._open)
+            self._open = None
+
+
+_Open = tuple[grpc.Channel, Any]
+_inherited: list[_Open] = []
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for connection in list(_connections):
+        connection.after_fork_in_child()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

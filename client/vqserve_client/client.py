@@ -1,0 +1,260 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from vqserve.codebook_info import CodebookInfo
+from vqserve_client.calls import Options, options
+from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig
+from vqserve_client.core import DECODE, ENCODE, CallOptions, Core, Operation, Wake
+from vqserve_client.exchange import Budget, Steps
+from vqserve_client.lane import Lane
+
+T = TypeVar("T")
+
+
+class Client:
+    """A server of codebooks. One client serves many threads, forked processes, and pickles.
+
+    Args:
+        target: HOST:PORT.
+        codebook: name of the codebook for calls that name none; None: the server's only one.
+        digest: digest that this codebook must have.
+        timeout: seconds for one whole call, its retries and all of its requests; math.inf: no limit.
+        retries: how often a request is sent again when the server is overloaded or cannot be reached.
+        window: requests of one call that are under way at once.
+        max_message_bytes: largest message, request or reply; larger arrays are cut. The server's must not be smaller.
+
+    Raises:
+        TypeError: for an option of the wrong type.
+        ValueError: for one with a value that makes no sense.
+    """
+
+    def __init__(
+        self,
+        target: str = "localhost:50051",
+        *,
+        codebook: str | None = None,
+        digest: str | None = None,
+        timeout: float = 60.0,
+        retries: int = 3,
+        window: int = 4,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        self._core = Core(
+            ClientConfig(
+                target=target,
+                codebook=codebook,
+                digest=digest,
+                timeout=timeout,
+                retries=retries,
+                window=window,
+                max_message_bytes=max_message_bytes,
+            )
+        )
+
+    def encode(
+        self,
+        latents: Any,
+        *,
+        layout: str | None = None,
+        codebook: str | None = None,
+        digest: str | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """Return the indices of latents.
+
+        Args:
+            latents: (b, C, h, w), (b, C, t, h, w), (b, s, C) or (n, C), a numpy array of float16, float32 or float64,
+                or a torch tensor of these or bfloat16, on any device.
+            layout: "channels_first" or "channels_last"; None: the codebook's default.
+            codebook: name of the codebook; None: the client's.
+            digest: digest that the codebook must have; None: the client's.
+            timeout: seconds for the whole call; None: the client's.
+
+        Returns:
+            The shape of the latents without the channels. numpy: the smallest unsigned type that holds the vocabulary;
+            torch: int64 on the device of the latents.
+
+        Raises:
+            VqserveClientError: see errors.py.
+            TypeError: if latents is no array.
+        """
+        return self._turn(ENCODE, latents, options(layout=layout), CallOptions(codebook, digest, timeout))
+
+    def decode(
+        self,
+        indices: Any,
+        *,
+        layout: str | None = None,
+        dtype: str = "float32",
+        output: str = "latents",
+        codebook: str | None = None,
+        digest: str | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """Return the latents of indices.
+
+        Args:
+            indices: integers of 1 to 4 axes, a numpy array or a torch tensor on any device.
+            layout: as for encode.
+            dtype: "float32", "float16", "float64" or "bfloat16". numpy has no bfloat16: its values come as float32.
+            output: "latents", or "code_rows" for the raw rows of the codebook.
+            codebook: as for encode.
+            digest: as for encode.
+            timeout: as for encode.
+
+        Returns:
+            Latents of the same kind, on the same device, with channels where the layout has them.
+
+        Raises:
+            VqserveClientError: see errors.py.
+            TypeError: if indices is no array.
+        """
+        asked = options(layout=layout, dtype=dtype, output=output)
+        return self._turn(DECODE, indices, asked, CallOptions(codebook, digest, timeout))
+
+    def encode_many(
+        self,
+        items: Iterable[Any],
+        *,
+        layout: str | None = None,
+        codebook: str | None = None,
+        digest: str | None = None,
+        timeout: float | None = None,
+    ) -> Generator[Any, None, None]:
+        """Return the indices of each of many arrays, lazily and in order, several under way at once.
+
+        All come from the codebook of the first. An array must stay as it is until its answer is out. An array that
+        fails raises in its turn, and ends it all; so does closing the generator. `timeout` is for each array; its
+        clock stands still while the caller does not ask for the next.
+
+        Args:
+            items: arrays as for encode; at most `window` are taken ahead.
+            layout: as for encode.
+            codebook: as for encode.
+            digest: as for encode.
+            timeout: seconds for each array; None: the client's.
+
+        Raises:
+            VqserveClientError: see errors.py.
+        """
+        return self._many(ENCODE, iter(items), options(layout=layout), CallOptions(codebook, digest, timeout))
+
+    def decode_many(
+        self,
+        items: Iterable[Any],
+        *,
+        layout: str | None = None,
+        dtype: str = "float32",
+        output: str = "latents",
+        codebook: str | None = None,
+        digest: str | None = None,
+        timeout: float | None = None,
+    ) -> Generator[Any, None, None]:
+        """Return the latents of each of many arrays of indices; see encode_many and decode.
+
+        Args:
+            items: arrays as for decode; at most `window` are taken ahead.
+            layout: as for encode.
+            dtype: as for decode.
+            output: as for decode.
+            codebook: as for encode.
+            digest: as for encode.
+            timeout: seconds for each array; None: the client's.
+
+        Raises:
+            VqserveClientError: see errors.py.
+        """
+        asked = options(layout=layout, dtype=dtype, output=output)
+        return self._many(DECODE, iter(items), asked, CallOptions(codebook, digest, timeout))
+
+    def codebooks(self, *, timeout: float | None = None) -> list[CodebookInfo]:
+        """Return what is served, in name order.
+
+        Raises:
+            VqserveClientError: see errors.py.
+        """
+        return self._drive(lambda wake: self._core.codebooks(CallOptions(timeout=timeout), wake))
+
+    def close(self) -> None:
+        """Close the connection; calls under way in other threads raise Closed. Closing twice is fine."""
+        self._core.connection.close()
+
+    def _turn(self, operation: Operation, array: object, asked: Options, call: CallOptions) -> Any:
+        core = self._core
+        return self._drive(
+            lambda wake: core.turn(
+                operation,
+                array,
+                asked,
+                pin=core.pin(call),
+                deadline=core.deadline(call),
+                budget=Budget(core.config.window),
+                wake=wake,
+            )
+        )
+
+    def _drive(self, begin: Callable[[Wake], Steps[T]]) -> T:
+        """Do a call's steps, waiting between them."""
+        event = threading.Event()
+        with closing(begin(event.set)) as steps:
+            try:
+                while True:
+                    event.wait(next(steps))
+                    event.clear()
+            except StopIteration as stop:
+                value: T = stop.value
+                return value
+
+    def _many(
+        self, operation: Operation, items: Iterator[Any], asked: Options, call: CallOptions
+    ) -> Generator[Any, None, None]:
+        event = threading.Event()
+        with closing(Lane(self._core, operation, asked, call, event.set)) as lane:
+            failure: Exception | None = None
+            more = True
+            while more or not lane.empty:
+                wait_s = lane.advance()
+                if lane.ready:
+                    answer = lane.take()
+                    with lane.standstill():
+                        yield answer
+                elif more and not lane.full:
+                    try:
+                        with lane.standstill():
+                            item = next(items)
+                    except StopIteration:
+                        more = False
+                    except Exception as error:
+                        # The arrays before it still get their answers, as they would one by one.
+                        failure, more = error, False
+                    else:
+                        lane.put(item)
+                else:
+                    event.wait(wait_s)
+                    event.clear()
+            if failure is not None:
+                raise failure
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return self._core.described(type(self).__name__)
+
+    def __getstate__(self) -> ClientConfig:
+        return self._core.config
+
+    def __setstate__(self, config: ClientConfig) -> None:
+        self._core = Core(config)

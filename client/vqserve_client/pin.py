@@ -1,0 +1,93 @@
+"""The one codebook that a call is about, however many requests it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vqserve.codebook_info import CodebookInfo
+from vqserve_client.catalogue import choose
+from vqserve_client.errors import CodebookNotFound, DigestChanged, DigestMismatch, VqserveClientError
+
+
+class WrongDigest(Exception):
+    """A reply was made by another codebook than the one that was asked for: the pin decides what that means."""
+
+
+class Pin:
+    """The one codebook of a call, shared by the items of `encode_many`: none of its answers is another's.
+
+    Every request names the digest that the server's list gave, so the list, which clients remember, may prove out of
+    date: then, and only while nothing has been answered, it is asked for anew.
+
+    Attributes:
+        info: the codebook; None until the list was seen, and again when it proves out of date.
+        refreshed: whether the list had to be asked for anew.
+    """
+
+    def __init__(self, codebook: str | None, digest: str | None, *, target: str) -> None:
+        self.info: CodebookInfo | None = None
+        self.refreshed = False
+        self._codebook = codebook
+        self._digest = digest
+        self._target = target
+        self._answered = False
+        self._remembered = False
+
+    def choose(self, codebooks: Sequence[CodebookInfo], *, remembered: bool = False) -> CodebookInfo:
+        """Pin the codebook that was asked for, unless another item of the call was quicker.
+
+        Args:
+            codebooks: what is served.
+            remembered: whether that was known from an earlier call.
+
+        Raises:
+            CodebookNotFound: if it is not there, or none was named and there are several.
+            DigestMismatch: if it has another digest than the caller's.
+        """
+        if self.info is None:
+            info = choose(codebooks, self._codebook, target=self._target)
+            if self._digest is not None and self._digest != info.digest:
+                raise DigestMismatch(
+                    f"digest {self._digest} was pinned, the codebook has {info.digest}",
+                    target=self._target,
+                    codebook=info.name,
+                )
+            self.info = info
+            self._remembered = remembered
+        return self.info
+
+    def doubt(self) -> bool:
+        """Return whether the codebook may be chosen anew, because it was remembered and has not answered yet."""
+        if not self._remembered or self._answered or self.refreshed:
+            return False
+        self.refreshed = True
+        self.info = None
+        return True
+
+    def claim(self, info: CodebookInfo, digest: str) -> None:
+        """Take an answer of that digest to a request for that codebook.
+
+        Raises:
+            WrongDigest: if it is not the answer of the pinned codebook.
+        """
+        if digest != info.digest or self.info is not info:
+            raise WrongDigest
+        self._answered = True
+
+    def reconsider(self, info: CodebookInfo, error: Exception) -> None:
+        """Return if the request that failed may be made anew with whatever `choose` pins next; else raise why not."""
+        if self.info is not info:
+            return
+        if not self._answered and not self.refreshed:
+            self.refreshed = True
+            self.info = None
+            return
+        if isinstance(error, CodebookNotFound):
+            raise error
+        kind, text = (
+            (DigestChanged, f"the codebook no longer has digest {info.digest}")
+            if self._digest is None
+            else (DigestMismatch, f"digest {self._digest} was pinned, the codebook has another")
+        )
+        request_id = error.request_id if isinstance(error, VqserveClientError) else None
+        raise kind(text, target=self._target, codebook=info.name, request_id=request_id) from error

@@ -1,0 +1,104 @@
+"""The one table from what gRPC reports to this package's errors."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import grpc
+
+from vqserve_client.errors import (
+    AccessDenied,
+    Cancelled,
+    CodebookNotFound,
+    DeadlineExceeded,
+    DigestMismatch,
+    InvalidArgument,
+    MessageTooLarge,
+    Overloaded,
+    ProtocolError,
+    ServerError,
+    Unavailable,
+    VqserveClientError,
+)
+
+REQUEST_ID_KEY = "vqserve-request-id"
+RETRY_AFTER_KEY = "vqserve-retry-after-ms"
+
+ERROR_OF_CODE: Mapping[grpc.StatusCode, type[VqserveClientError]] = MappingProxyType(
+    {
+        grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
+        grpc.StatusCode.OUT_OF_RANGE: InvalidArgument,
+        grpc.StatusCode.NOT_FOUND: CodebookNotFound,
+        grpc.StatusCode.FAILED_PRECONDITION: DigestMismatch,
+        grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+        grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+        grpc.StatusCode.UNAVAILABLE: Unavailable,
+        grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
+        grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
+        grpc.StatusCode.CANCELLED: Cancelled,
+        grpc.StatusCode.UNIMPLEMENTED: ProtocolError,
+        grpc.StatusCode.INTERNAL: ServerError,
+        grpc.StatusCode.UNKNOWN: ServerError,
+        grpc.StatusCode.ABORTED: ServerError,
+        grpc.StatusCode.ALREADY_EXISTS: ServerError,
+        grpc.StatusCode.DATA_LOSS: ServerError,
+    }
+)
+
+# What is safe and useful to send again: nothing was computed, or computing it again gives the same answer.
+RETRIED: frozenset[type[VqserveClientError]] = frozenset({Overloaded, Unavailable})
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a call failed, in gRPC's words."""
+
+    code: grpc.StatusCode
+    details: str
+    metadata: Mapping[str, str]
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """Return the server's hint in seconds; None if there is none that makes sense."""
+        with contextlib.suppress(KeyError, ValueError):
+            seconds = float(self.metadata[RETRY_AFTER_KEY]) / 1000
+            if math.isfinite(seconds) and seconds >= 0:
+                return seconds
+        return None
+
+    @property
+    def error_class(self) -> type[VqserveClientError]:
+        """Return the class of error that this failure is.
+
+        gRPC itself reports a message over the limit with the code of a full queue, and a reply that is no protobuf
+        with the code of a failed server; only its text tells them apart.
+        """
+        if self.code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in self.details:
+            return MessageTooLarge
+        if self.code is grpc.StatusCode.INTERNAL and self.details.startswith("Exception deserializing response"):
+            return ProtocolError
+        return ERROR_OF_CODE.get(self.code, ServerError)
+
+    def error(
+        self, *, target: str, codebook: str | None, request_id: str, notes: Iterable[str] = ()
+    ) -> VqserveClientError:
+        """Return the error to raise: the server's words, and notes of the client's own behind them."""
+        error = self.error_class(
+            "; ".join((self.details or f"{self.code.name} without a text", *notes)),
+            code=self.code.name,
+            target=target,
+            codebook=codebook,
+            request_id=self.metadata.get(REQUEST_ID_KEY, request_id),
+        )
+        if isinstance(error, Overloaded):
+            error.retry_after_s = self.retry_after_s
+        return error
+
+
+def text_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
+    """Return the text entries of trailing metadata."""
+    return {key: value for key, value in metadata or () if isinstance(value, str)}
