@@ -14,8 +14,9 @@ from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout, channel_axis, grid_shape
 from vqserve_server.codebooks import codebook_digest, load_codebook
 from vqserve_server.codebooks.conversion import kind_of
+from vqserve_server.codebooks.device import select_device
 from vqserve_server.codebooks.narrowing import narrow
-from vqserve_server.errors import InvalidDtype, InvalidOption, NonFiniteLatents
+from vqserve_server.errors import CodebookError, InvalidDtype, InvalidOption, NonFiniteLatents
 from vqserve_server.quantizers import AbstractQuantizer
 from vqserve_server.quantizers.frozen import freeze
 from vqserve_server.validation import check_finite, check_indices, check_indices_shape, check_latents
@@ -31,6 +32,7 @@ DECODE_DTYPES = {
 }
 _LATENT_DTYPES = frozenset(DECODE_DTYPES.values())
 _OUTPUTS = ("latents", "code_rows")
+_ELEMENTS_PER_CHUNK = 1 << 22
 
 
 class Tokenizer:
@@ -61,7 +63,8 @@ class Tokenizer:
             search: a search backend of that device, or "auto".
 
         Raises:
-            CodebookError: the quantizer cannot be served: half precision, NaN in a weight, a subclass.
+            CodebookError: the quantizer cannot be served: half precision, NaN in a weight, a subclass, or codes that
+                the output projection takes beyond float32's range.
             InvalidOption: there is no such device or search backend here.
         """
         self.device = select_device(device)
@@ -78,6 +81,7 @@ class Tokenizer:
             code_dim=self._frozen.code_dim,
             output_dim=self._frozen.output_dim,
         )
+        self._check_table()
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "auto", search: str = "auto") -> Tokenizer:
@@ -137,7 +141,7 @@ class Tokenizer:
             InvalidDtype: the latents are no array of such a type.
             InvalidOption: there is no such layout.
             InvalidShape: the rank or the channel count is not the codebook's.
-            NonFiniteLatents: names the position of a NaN or an infinity.
+            NonFiniteLatents: names the position of a NaN or an infinity, or of a token whose projection overflows.
         """
         if isinstance(latents, Tensor):
             return self._encode_tensor(latents, layout)
@@ -149,8 +153,9 @@ class Tokenizer:
         latents = latents.astype(latents.dtype.newbyteorder("="), copy=False)
         check_finite(latents)
         rows = np.moveaxis(latents, channel_axis(resolved), -1).reshape(-1, self.info.input_dim)
-        indices = self.encode_rows(np.ascontiguousarray(rows, np.result_type(rows, np.float32)))
-        return indices.reshape(grid_shape(latents.shape, resolved)).astype(_index_dtype(self.info.vocab_size))
+        wide = _tensor(np.ascontiguousarray(rows, np.result_type(rows, np.float32)))
+        indices = self._encode_grid(wide.to(self.device), grid_shape(latents.shape, resolved))
+        return indices.cpu().numpy().astype(_index_dtype(self.info.vocab_size))
 
     def decode(
         self, indices: ArrayOrTensor, *, layout: str | None = None, dtype: str = "float32", output: Output = "latents"
@@ -203,9 +208,7 @@ class Tokenizer:
         Returns:
             (n,) int64.
         """
-        # torch cannot share read-only memory without a warning; a copy costs next to nothing beside the search.
-        tensor = torch.from_numpy(rows if rows.flags.writeable else rows.copy())
-        return self._frozen.encode_rows(tensor.to(self.device)).cpu().numpy()
+        return self._frozen.encode_rows(_tensor(rows).to(self.device)).cpu().numpy()
 
     def decode_rows(self, indices: npt.NDArray[np.int64], *, output: Output = "latents") -> npt.NDArray[Any]:
         """Return the rows of indices that were checked before.
@@ -217,8 +220,19 @@ class Tokenizer:
         Returns:
             (n, output_dim) or (n, code_dim) of the codebook's own element type.
         """
-        ids = torch.from_numpy(indices if indices.flags.writeable else indices.copy())
-        return self._frozen.decode_rows(ids.to(self.device), output=output).cpu().numpy()
+        return self._frozen.decode_rows(_tensor(indices).to(self.device), output=output).cpu().numpy()
+
+    def _check_table(self) -> None:
+        if self.info.kind != "vq_projection":
+            return
+        # Weights are finite; what the output projection makes of a code need not be.
+        step = max(1, _ELEMENTS_PER_CHUNK // self.info.output_dim)
+        for start in range(0, self.decodable, step):
+            ids = torch.arange(start, min(start + step, self.decodable), device=self.device)
+            finite = torch.isfinite(self._frozen.decode_rows(ids, output="latents")).all(dim=1)
+            if not bool(finite.all()):
+                first = start + int(torch.nonzero(~finite)[0, 0])
+                raise CodebookError(f"the output projection takes index {first} beyond float32's range")
 
     def _encode_tensor(self, latents: Tensor, layout: str | None) -> Tensor:
         if latents.dtype not in _LATENT_DTYPES:
@@ -233,8 +247,26 @@ class Tokenizer:
             raise NonFiniteLatents(f"latents{position} is {float(latents[tuple(position)])}")
         rows = latents.movedim(channel_axis(resolved), -1).reshape(-1, self.info.input_dim)
         wide = rows.to(self.device, torch.promote_types(rows.dtype, torch.float32)).contiguous()
-        indices = self._frozen.encode_rows(wide).to(latents.device)
-        return indices.reshape(grid_shape(latents.shape, resolved))
+        return self._encode_grid(wide, grid_shape(latents.shape, resolved)).to(latents.device)
+
+    def _encode_grid(self, rows: Tensor, grid: tuple[int, ...]) -> Tensor:
+        try:
+            return self._frozen.encode_rows(rows).reshape(grid)
+        except NonFiniteLatents:
+            # A projection overflowed. The frozen quantizer knows rows: the caller knows the grid.
+            position = [int(i) for i in np.unravel_index(self._first_overflow(rows), grid)]
+            raise NonFiniteLatents(f"the projection of token {position} leaves the range of float32") from None
+
+    def _first_overflow(self, rows: Tensor) -> int:
+        start, stop = 0, rows.shape[0]
+        while stop - start > 1:
+            middle = (start + stop) // 2
+            try:
+                self._frozen.encode_rows(rows[start:middle])
+                start = middle
+            except NonFiniteLatents:
+                stop = middle
+        return start
 
     def _checked_ids(self, indices: Tensor) -> Tensor:
         # An unsigned 64-bit index beyond the signed range wraps to a negative one here: out of range all the same,
@@ -264,41 +296,9 @@ class Tokenizer:
         return latents.movedim(-1, channel_axis(layout)).contiguous()
 
 
-def select_device(device: str | torch.device) -> torch.device:
-    """Return the device of that name, tried.
-
-    Args:
-        device: "auto" (a CUDA device that works, else the CPU), "cpu", "cuda" or "cuda:i".
-
-    Raises:
-        InvalidOption: there is no such device, or it does not work.
-    """
-    if device == "auto":
-        return (
-            torch.device("cuda") if torch.cuda.is_available() and _works(torch.device("cuda")) else torch.device("cpu")
-        )
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise InvalidOption(f"device must be auto, cpu, cuda or cuda:i, not {device!r}") from None
-    if chosen.type not in {"cpu", "cuda"}:
-        raise InvalidOption(f"device must be auto, cpu, cuda or cuda:i, not {str(device)!r}")
-    if chosen.type == "cuda" and not _works(chosen):
-        raise InvalidOption(f"device {str(device)!r} is not there or does not work: torch sees {_seen()}")
-    return chosen
-
-
-def _works(device: torch.device) -> bool:
-    # A driver too old for this torch, or a card that it was not built for, shows only when something runs.
-    try:
-        return bool((torch.ones(2, device=device) + 1).sum().item() == 4)
-    except (RuntimeError, AssertionError):
-        return False
-
-
-def _seen() -> str:
-    count = torch.cuda.device_count()
-    return f"{count} CUDA device{'' if count == 1 else 's'}"
+def _tensor(array: npt.NDArray[Any]) -> Tensor:
+    # torch cannot share read-only memory without a warning; a copy costs next to nothing beside the search.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _index_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:

@@ -149,12 +149,17 @@ def check_arguments(kind: str, given: Mapping[str, object]) -> dict[str, object]
 
 
 def served_arguments(kind: str, arguments: Mapping[str, object], *, remapped: bool) -> dict[str, object]:
-    """Return the arguments that encode and decode depend on; without a remap, `unknown_index` is not one of them."""
-    return {
-        name: arguments[name]
-        for name, argument in ARGUMENTS[kind].items()
-        if argument.served and (remapped or name != "unknown_index")
-    }
+    """Return the arguments that encode and decode depend on.
+
+    Without a remap `unknown_index` is not one of them. With one, in a Gumbel codebook only the codes in use compete,
+    so that nothing unknown is ever reported: there it matters only whether decode takes the extra index.
+    """
+    served = {name: arguments[name] for name, argument in ARGUMENTS[kind].items() if argument.served}
+    if not remapped:
+        del served["unknown_index"]
+    elif kind == "gumbel" and served["unknown_index"] != "extra":
+        served["unknown_index"] = "random"
+    return served
 
 
 def _shown(value: object) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from vqserve_server.codebooks.codebook_file import Codebook
+from vqserve_server.codebooks.device import select_device
 from vqserve_server.quantizers.frozen import freeze
 
 # Tokens a batch, on the EMA's average. A code that is met once in some hundred batches lies above.
@@ -93,8 +93,8 @@ class Report:
 def inspect(codebook: Codebook) -> Report:
     """Return the report of a codebook; memory is bounded by a few times the codebook's own."""
     quantizer = codebook.quantizer
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    frozen = {name: freeze(quantizer, device=torch.device(name)) for name in devices}
+    devices = {"cpu", select_device("auto").type}
+    frozen = {name: freeze(quantizer, device=name) for name in sorted(devices)}
     codes = quantizer.code_rows().numpy()
     dead, means = _dead_looking(codebook, codes)
     return Report(
