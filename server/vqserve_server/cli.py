@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -37,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f'{error.name} is missing: pip install "vqserve[server]"')
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        # A user gets a line, also for what nobody foresaw; who wants more asks for it.
+        logging.getLogger(__name__).debug("unexpected error", exc_info=True)
+        return _complain(f"{type(error).__name__}: {error} (--log-level debug shows where)")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -65,11 +65,20 @@ class Batch:
             self._staged += 1
         return self._array[: self.rows]
 
-    def alive(self) -> bool:
-        """Return whether anybody still waits for any of it."""
+    def drop_dead(self) -> bool:
+        """Drop the parts that nobody waits for any more, which a staged batch may hold; return whether any are left."""
         now = time.monotonic()
-        alive = [part.job.alive(now) for part in self.parts]  # no short cut: each expired job is to be told
-        return any(alive)
+        alive = [part for part in self.parts if part.job.alive(now)]
+        if len(alive) < len(self.parts):
+            rows = self.stage()
+            self.parts, self.rows = [], 0
+            for part in alive:
+                kept = Part(part.job, part.start, part.stop, self.rows)
+                rows[kept.rows] = rows[part.rows]
+                self.parts.append(kept)
+                self.rows += kept.stop - kept.start
+            self._staged = len(self.parts)
+        return bool(self.parts)
 
     def compute(self) -> npt.NDArray[Any]:
         """Return one result per row."""

@@ -71,7 +71,11 @@ class Pipeline:
                 # A batch that the stager is at work on is worth the moment that its copy takes.
                 if not self._staging:
                     batch, self._ahead = self._ahead, None
-                    batch = batch or self._queue.take(time.monotonic(), patient=self._closed is None)
+                    now = time.monotonic()
+                    if batch is None:
+                        batch = self._queue.take(now, patient=self._closed is None)
+                    else:
+                        self._queue.top_up(batch, now)  # what the stager has not got to
                     if batch is not None:
                         self._device_busy = True
                         if self._queue:

@@ -86,7 +86,7 @@ class Worker:
             batch.fail(BatchFailed("the computation failed"))
 
     def _run(self, batch: Batch) -> None:
-        if not batch.alive():
+        if not batch.drop_dead():
             return
         batch.stage()
         started = time.monotonic()

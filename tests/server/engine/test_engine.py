@@ -1,0 +1,320 @@
+"""The engine with its threads: every future is resolved, and nothing is computed for nobody."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vqserve.layout import Layout
+from vqserve_server.config import EngineConfig
+from vqserve_server.engine import BatchFailed, DecodeJob, EncodeJob, Engine
+from vqserve_server.errors import DeadlineExpired, DeviceBroken, Draining, InvalidOption, NonFiniteLatents, Overloaded
+
+LAST = Layout.CHANNELS_LAST
+
+
+@pytest.fixture
+def start(fake: Callable[..., Any]) -> Iterator[Callable[..., Engine]]:
+    with ExitStack() as stack:
+
+        def make(*tokenizers: Any, on_broken: Callable[[], None] = lambda: None, **config: int) -> Engine:
+            engine = Engine(tokenizers, EngineConfig(**config), on_broken=on_broken)
+
+            def end() -> None:
+                for tokenizer in tokenizers:
+                    tokenizer.release()
+                assert engine.stop()
+
+            stack.callback(end)
+            engine.start()
+            return engine
+
+        yield make
+
+
+def encode_job(tokenizer: Any, rows: int, *, seed: int = 0, deadline: float | None = None) -> EncodeJob:
+    latents = np.random.default_rng(seed).standard_normal((rows, tokenizer.info.input_dim)).astype(np.float32)
+    return EncodeJob(tokenizer, latents, LAST, np.empty(rows, np.uint16), deadline=deadline)
+
+
+def expected(job: EncodeJob, codes: np.ndarray) -> np.ndarray:
+    return ((job.source[:, None, :].astype(np.float64) - codes) ** 2).sum(-1).argmin(1)
+
+
+def submit(engine: Engine, *jobs: Any) -> list[Any]:
+    for job in jobs:
+        engine.submit(job)
+    return list(jobs)
+
+
+def test_one_request(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer)
+    (job,) = submit(engine, encode_job(tokenizer, 7))
+    served = job.future.result()
+    np.testing.assert_array_equal(served.array, expected(job, tokenizer.codes))
+    assert (served.batch_requests, served.batch_rows) == (1, 7)
+
+
+def test_what_arrives_while_the_device_works_is_one_batch(
+    fake: Callable[..., Any], start: Callable[..., Engine]
+) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer)
+    tokenizer.hold()
+    submit(engine, first := encode_job(tokenizer, 2))
+    tokenizer.wait_entered()
+    # One by one: the batch that is staged ahead grows until the device is free.
+    others = submit(engine, *(encode_job(tokenizer, n, seed=n) for n in range(1, 9)))
+    tokenizer.release()
+    for job in (first, *others):
+        np.testing.assert_array_equal(job.future.result().array, expected(job, tokenizer.codes))
+    assert [len(batch) for batch in tokenizer.batches] == [2, sum(range(1, 9))]
+    assert engine.stats.batches == 2
+    assert engine.stats.requests == 9
+    assert engine.stats.largest_batch_requests == 8
+    assert others[0].future.result().queue_us > 0
+
+
+def test_a_split_request_is_put_together_again(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer, max_batch_rows=10)
+    (job,) = submit(engine, encode_job(tokenizer, 95))
+    served = job.future.result()
+    np.testing.assert_array_equal(served.array, expected(job, tokenizer.codes))
+    assert engine.stats.batches == 10
+    assert engine.stats.requests == 1
+    assert (served.batch_requests, served.batch_rows) == (1, 10)
+
+
+def test_decode_in_every_type_and_layout(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer, max_batch_rows=5)
+    indices = np.arange(12, dtype=np.int32).reshape(2, 3, 2)
+    for dtype in (np.float16, np.float32, np.float64):
+        for layout, shape in ((Layout.CHANNELS_FIRST, (2, 4, 3, 2)), (LAST, (2, 3, 2, 4))):
+            job = DecodeJob(tokenizer, indices, np.empty(shape, dtype), layout, output="code_rows")
+            engine.submit(job)
+            want = -tokenizer.codes[indices]
+            want = np.moveaxis(want, -1, 1) if layout is Layout.CHANNELS_FIRST else want
+            np.testing.assert_array_equal(job.future.result().array, want.astype(dtype))
+
+
+def test_cancelled_and_expired_work_is_never_computed(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer)
+    tokenizer.hold()
+    submit(engine, first := encode_job(tokenizer, 1))
+    tokenizer.wait_entered()
+    cancelled, expired, mate = submit(
+        engine,
+        encode_job(tokenizer, 2, seed=1),
+        encode_job(tokenizer, 3, seed=2, deadline=time.monotonic() + 1e-3),
+        encode_job(tokenizer, 4, seed=3),
+    )
+    cancelled.future.cancel()
+    engine.forget(cancelled)
+    threading.Event().wait(2e-3)  # lets the deadline pass, which nothing announces
+    tokenizer.release()
+    with pytest.raises(DeadlineExpired):
+        expired.future.result()
+    np.testing.assert_array_equal(mate.future.result().array, expected(mate, tokenizer.codes))
+    first.future.result()
+    np.testing.assert_array_equal(np.concatenate(tokenizer.batches), np.concatenate([first.source, mate.source]))
+
+
+def test_an_unexpected_error_fails_its_batch_only(
+    fake: Callable[..., Any], start: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer)
+    tokenizer.error = ZeroDivisionError("secret")
+    (job,) = submit(engine, encode_job(tokenizer, 1))
+    with pytest.raises(BatchFailed):
+        job.future.result()
+    assert "ZeroDivisionError" in caplog.text
+    (job,) = submit(engine, encode_job(tokenizer, 1))
+    job.future.result()
+    assert engine.stats.failed_batches == 1
+
+
+def test_memory_that_ran_out_is_not_a_broken_device(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer)
+    tokenizer.error = torch.OutOfMemoryError("CUDA out of memory")
+    (job,) = submit(engine, encode_job(tokenizer, 1))
+    with pytest.raises(BatchFailed):
+        job.future.result()
+    submit(engine, job := encode_job(tokenizer, 1))
+    job.future.result()
+
+
+def test_a_request_that_only_the_weights_show_to_be_bad_fails_alone(
+    fake: Callable[..., Any], start: Callable[..., Engine]
+) -> None:
+    tokenizer = fake()
+    plain = tokenizer.encode_rows
+
+    def refuse_large(rows: np.ndarray) -> np.ndarray:
+        if rows.max() > 100:
+            raise NonFiniteLatents("a projection overflows")
+        return plain(rows)
+
+    tokenizer.encode_rows = refuse_large
+    engine = start(tokenizer)
+    tokenizer.hold()
+    submit(engine, encode_job(tokenizer, 1))
+    tokenizer.wait_entered()
+    good, bad, also_good = submit(engine, *(encode_job(tokenizer, 3, seed=seed) for seed in (1, 2, 3)))
+    bad.source[1] = 1000.0
+    tokenizer.release()
+    with pytest.raises(NonFiniteLatents):
+        bad.future.result()
+    for job in (good, also_good):
+        np.testing.assert_array_equal(job.future.result().array, expected(job, tokenizer.codes))
+
+
+def test_a_reply_type_that_overflows_fails_its_own_request(
+    fake: Callable[..., Any], start: Callable[..., Engine]
+) -> None:
+    tokenizer = fake()
+    tokenizer.codes[3, 1] = 1e6
+    engine = start(tokenizer)
+    tokenizer.hold()
+    submit(engine, encode_job(tokenizer, 1))
+    tokenizer.wait_entered()
+    jobs = submit(
+        engine,
+        DecodeJob(tokenizer, np.array([[0, 1], [2, 3]]), np.empty((2, 2, 4), np.float16), LAST),
+        DecodeJob(tokenizer, np.array([3, 0]), np.empty((2, 4), np.float32), LAST),
+    )
+    tokenizer.release()
+    with pytest.raises(InvalidOption, match=r"indices\[1, 1\]"):
+        jobs[0].future.result()
+    np.testing.assert_array_equal(jobs[1].future.result().array, tokenizer.codes[[3, 0]])
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.AcceleratorError("an illegal memory access was encountered"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        SystemExit("not even an Exception"),
+    ],
+)
+def test_a_lost_device_resolves_every_future(
+    fake: Callable[..., Any], start: Callable[..., Engine], failure: BaseException
+) -> None:
+    tokenizer, other = fake(), fake(name="other")
+    broken = threading.Event()
+    engine = start(tokenizer, other, on_broken=broken.set)
+    tokenizer.hold()
+    submit(engine, computing := encode_job(tokenizer, 1))
+    tokenizer.wait_entered()
+    staged = submit(engine, encode_job(tokenizer, 1), encode_job(tokenizer, 1))
+    queued = submit(engine, encode_job(other, 1), encode_job(other, 1))
+    tokenizer.error = failure
+    tokenizer.release()
+    for job in (computing, *staged, *queued):
+        with pytest.raises(DeviceBroken):
+            job.future.result()
+    broken.wait()
+    with pytest.raises(DeviceBroken):
+        engine.submit(encode_job(tokenizer, 1))
+    with pytest.raises(DeviceBroken), engine.admit(1, 1):
+        pass
+    assert not other.batches
+
+
+def test_results_of_another_length_are_not_handed_out(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizer = fake()
+    tokenizer.encode_rows = lambda rows: np.zeros(len(rows) + 1, np.int64)
+    (job,) = submit(start(tokenizer), encode_job(tokenizer, 3))
+    with pytest.raises(BatchFailed):
+        job.future.result()
+
+
+def test_stop_finishes_what_is_queued(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer, max_batch_rows=2)
+    tokenizer.hold()
+    jobs = submit(engine, *(encode_job(tokenizer, 2, seed=seed) for seed in range(5)))
+    tokenizer.wait_entered()
+    engine.drain()
+    with pytest.raises(Draining), engine.admit(1, 1):
+        pass
+    tokenizer.release()
+    assert engine.stop()
+    for job in jobs:
+        np.testing.assert_array_equal(job.future.result(timeout=0).array, expected(job, tokenizer.codes))
+    with pytest.raises(Draining):
+        engine.submit(encode_job(tokenizer, 1))
+
+
+def test_stop_gives_up_on_time(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer)
+    tokenizer.hold()
+    submit(engine, encode_job(tokenizer, 1))
+    tokenizer.wait_entered()
+    waiting = submit(engine, encode_job(tokenizer, 1), encode_job(tokenizer, 2))
+    assert not engine.stop(timeout_s=0.0)
+    for job in waiting:
+        with pytest.raises(Draining):
+            job.future.result()
+
+
+def test_an_idle_device_waits_max_wait_us_for_more(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer, max_wait_us=10_000_000, max_batch_rows=6)
+    jobs = submit(engine, *(encode_job(tokenizer, 2, seed=seed) for seed in range(3)))
+    for job in jobs:
+        assert job.future.result().batch_requests == 3
+
+
+def test_limits(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    engine = start(fake(), max_queue_requests=2, max_queue_rows=100, max_queue_bytes=2048)
+    with engine.admit(60, 1000):
+        with pytest.raises(Overloaded, match="rows") as caught, engine.admit(60, 10):
+            pass
+        assert 0.05 <= caught.value.retry_after_s <= 10
+        with pytest.raises(Overloaded, match="bytes"), engine.admit(1, 1500):
+            pass
+        with engine.admit(1, 1), pytest.raises(Overloaded, match="requests"), engine.admit(1, 1):
+            pass
+    # What is larger than a limit by itself is served when it is alone.
+    with engine.admit(1000, 10**6), pytest.raises(Overloaded), engine.admit(1, 1):
+        pass
+    with engine.admit(100, 2048):
+        pass
+
+
+def test_many_threads_submit(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizers = [fake(16, name="a"), fake(17, 3, name="b")]
+    engine = start(*tokenizers, max_batch_rows=50)
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            rng = np.random.default_rng(seed)
+            for _ in range(30):
+                tokenizer = tokenizers[int(rng.integers(2))]
+                (job,) = submit(engine, encode_job(tokenizer, int(rng.integers(1, 120)), seed=int(rng.integers(1000))))
+                np.testing.assert_array_equal(job.future.result().array, expected(job, tokenizer.codes))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert engine.stats.requests == 240
