@@ -22,7 +22,7 @@ from vqserve_server.quantizers import AbstractQuantizer
 SUFFIX = ".safetensors"
 FORMAT_VERSION = "1"
 _PREFIX = "vqserve."
-_KEYS = ("format", "kind", "arguments", "provenance")
+_KEYS = ("format", "kind", "arguments", "digest", "provenance")
 # A codebook has a handful of tensors and a page of provenance.
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_PROVENANCE_BYTES = 1 << 18
@@ -82,14 +82,17 @@ def save_codebook(
         raise CodebookError(f"provenance must be what JSON can hold: {error}") from None
     if len(story) > _MAX_PROVENANCE_BYTES:
         raise CodebookError(f"provenance is {len(story)} bytes, more than {_MAX_PROVENANCE_BYTES}")
+    digest = state.digest()
     metadata = {
         "vqserve.format": FORMAT_VERSION,
         "vqserve.kind": state.kind,
         "vqserve.arguments": canonical_json(dict(state.arguments)),
+        # A flipped bit in a weight is a number like any other: only this tells.
+        "vqserve.digest": digest,
         "vqserve.provenance": story,
     }
     write_file(Path(path), state.tensors, metadata)
-    return state.digest()
+    return digest
 
 
 def load_codebook(path: str | Path) -> Codebook:
@@ -104,17 +107,17 @@ def load_codebook(path: str | Path) -> Codebook:
         if path.exists() and not path.is_file():
             raise CodebookFileError(f"codebook {path.stem!r} is no regular file: name the {SUFFIX} file itself")
         with path.open("rb") as file:
-            state, provenance = _read(file)
+            state, digest, provenance = _read(file)
     except OSError as error:
         raise CodebookFileError(f"codebook {path.stem!r} cannot be read: {error.strerror or error}") from None
     except (ContainerError, StateError, ArgumentError) as error:
         what = f"it {error}" if isinstance(error, ContainerError) else str(error)
         advice = "copy the file again or make it anew with `vqserved import`"
         raise CodebookFileError(f"codebook {path.stem!r} cannot be used: {what}; {advice}") from None
-    return Codebook(build(state), state.kind, state.arguments, state.digest(), provenance)
+    return Codebook(build(state), state.kind, state.arguments, digest, provenance)
 
 
-def _read(file: BufferedReader) -> tuple[CodebookState, dict[str, Any]]:
+def _read(file: BufferedReader) -> tuple[CodebookState, str, dict[str, Any]]:
     header = read_header(file, max_header_bytes=_MAX_HEADER_BYTES)
     kind, arguments, provenance = _read_metadata(header.metadata)
     canonical = canonical_names(set(header.tensors))
@@ -129,7 +132,10 @@ def _read(file: BufferedReader) -> tuple[CodebookState, dict[str, Any]]:
         tensors[canonical[name]] = array.astype(array.dtype.newbyteorder("="), copy=False)
     state = CodebookState(kind, arguments, tensors)
     check_values(state)
-    return state, provenance
+    digest, claimed = state.digest(), header.metadata["vqserve.digest"]
+    if digest != claimed:
+        raise StateError(f"its content has the digest {digest} and not {claimed[:64]!r}: it was damaged or changed")
+    return state, digest, provenance
 
 
 def _read_metadata(metadata: Mapping[str, str]) -> tuple[str, dict[str, object], dict[str, Any]]:

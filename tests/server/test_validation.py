@@ -1,0 +1,130 @@
+"""Validation against a plain reading of what is allowed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from vqserve.codebook_info import CodebookInfo
+from vqserve.layout import Layout
+from vqserve_server import validation
+from vqserve_server.errors import IndexOutOfRange, InvalidDtype, InvalidOption, InvalidShape, NonFiniteLatents
+
+INFO = CodebookInfo(
+    name="c", digest="0" * 64, kind="vq", num_codes=7, vocab_size=7, input_dim=4, code_dim=4, output_dim=4
+)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "expected"),
+    [
+        ((2, 4), None, Layout.CHANNELS_LAST),
+        ((2, 3, 4), None, Layout.CHANNELS_LAST),
+        ((2, 4, 3), "channels_first", Layout.CHANNELS_FIRST),
+        ((2, 4, 3, 3), None, Layout.CHANNELS_FIRST),
+        ((2, 3, 3, 4), "channels_last", Layout.CHANNELS_LAST),
+        ((2, 4, 3, 3, 3), None, Layout.CHANNELS_FIRST),
+        ((0, 4, 0, 3), None, Layout.CHANNELS_FIRST),
+    ],
+)
+def test_layout_of_latents(shape, layout, expected):
+    assert validation.check_latents(np.empty(shape, np.float32), layout, info=INFO) is expected
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (4,) * 6, (2, 5), (2, 3, 3, 4), (2, 4, 3)])
+def test_shapes_that_are_refused_name_what_is_wrong(shape):
+    with pytest.raises(InvalidShape, match=r"channels|axes"):
+        validation.check_latents(np.empty(shape, np.float32), None, info=INFO)
+
+
+def test_two_axes_have_no_channels_first():
+    with pytest.raises(InvalidShape, match="at least 3 axes"):
+        validation.check_latents(np.empty((4, 4), np.float32), "channels_first", info=INFO)
+
+
+def test_unknown_layout_names_the_known_ones():
+    with pytest.raises(InvalidOption, match="channels_last"):
+        validation.check_latents(np.empty((2, 4), np.float32), "nchw", info=INFO)
+
+
+class Claim:
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+
+
+def test_sizes_that_overflow_are_refused_also_beside_an_empty_axis():
+    with pytest.raises(InvalidShape, match="too large"):
+        validation.check_latents(Claim(0, 4, 1 << 31, 1 << 31), None, info=INFO)
+    with pytest.raises(InvalidShape, match="more than can be held"):
+        validation.check_indices_shape(Claim(0, 1 << 31, 1 << 31), None, info=INFO)
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_ranks_of_indices(rank):
+    with pytest.raises(InvalidShape, match="1 to 4 axes"):
+        validation.check_indices_shape(np.zeros((1,) * rank, np.int64), None, info=INFO)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4", ">f2"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_the_position_is_that_in_the_callers_array(dtype, value):
+    latents = np.zeros((2, 4, 3, 3), dtype)
+    latents[1, 2, 0, 1] = value
+    with pytest.raises(NonFiniteLatents, match=r"latents\[1, 2, 0, 1\] is " + str(value)):
+        validation.check_finite(latents)
+    # Not the position in memory: a transposed view has other axes.
+    with pytest.raises(NonFiniteLatents, match=r"latents\[1, 0, 2, 1\]"):
+        validation.check_finite(latents.transpose(3, 2, 1, 0)[:, :, :, :].copy(order="F"))
+
+
+@given(
+    hnp.arrays(
+        st.sampled_from([np.float16, np.float32, np.float64]),
+        hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
+        elements=st.sampled_from([0.0, 1.5, -2.0, 65504.0, np.nan, np.inf, -np.inf]),
+    )
+)
+def test_first_non_finite_is_the_first_in_c_order(array):
+    bad = np.argwhere(~np.isfinite(array))
+    expected = tuple(bad[0].tolist()) if len(bad) else None
+    assert validation.first_non_finite(array) == expected
+
+
+def test_the_largest_numbers_are_finite():
+    validation.check_finite(np.full(9, np.finfo(np.float32).max, np.float32))
+    validation.check_finite(np.full(9, np.finfo(np.float16).max, np.float16))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64])
+def test_indices_of_every_type(dtype):
+    validation.check_indices(np.array([[0, 6]], dtype), decodable=7)
+    with pytest.raises(IndexOutOfRange, match=r"indices\[0, 1\] is 7, not in \[0, 7\)"):
+        validation.check_indices(np.array([[0, 7]], dtype), decodable=7)
+    validation.check_indices(np.array([np.iinfo(dtype).max], dtype), decodable=1 << 64)
+
+
+def test_indices_never_wrap():
+    with pytest.raises(IndexOutOfRange, match=r"indices\[1\] is 18446744073709551615"):
+        validation.check_indices(np.array([0, (1 << 64) - 1], np.uint64), decodable=7)
+    with pytest.raises(IndexOutOfRange, match=r"indices\[0\] is -1"):
+        validation.check_indices(np.array([-1, 9], np.int8), decodable=1000)
+    with pytest.raises(IndexOutOfRange, match=r"indices\[1\] is -128"):
+        validation.check_indices(np.array([100, -128], np.int8), decodable=1 << 32)
+
+
+def test_no_indices_are_in_range():
+    validation.check_indices(np.empty((0, 3), np.int64), decodable=1)
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.float32, np.complex64, object])
+def test_other_types_are_no_indices(dtype):
+    with pytest.raises(InvalidDtype, match="integers"):
+        validation.check_indices(np.zeros(3, dtype), decodable=7)
+
+
+def test_infos_layout_is_the_default():
+    info = CodebookInfo(**{**vars(INFO), "layout": Layout.CHANNELS_FIRST})
+    assert validation.check_latents(np.empty((2, 4, 3), np.float32), None, info=info) is Layout.CHANNELS_FIRST
