@@ -274,9 +274,8 @@ def test_any_codebook_survives(tmp_path, codes, width, seed, used, unknown_index
     remap = None if used is None else [id_ % codes for id_ in used]
     quantizer = VectorQuantizer(codes, width, remap=remap, unknown_index=unknown_index)
     with torch.no_grad():
-        quantizer.embedding.weight.copy_(
-            torch.randn(codes, width, generator=torch.Generator().manual_seed(seed)) * scale
-        )
+        drawn = torch.randn(codes, width, generator=torch.Generator().manual_seed(seed))
+        quantizer.embedding.weight.copy_(drawn * scale)
     if double:
         quantizer.double()
     path = tmp_path / "any.safetensors"
@@ -430,6 +429,9 @@ WEIGHT = "embedding.weight"
         (lambda p: rewrite(p, tensors={WEIGHT: np.zeros((12, 3), np.int64)}), "is I64, not F32 or F64"),
         (lambda p: rewrite(p, tensors={WEIGHT: np.full((12, 3), np.nan, np.float32)}), r"weight\[0, 0\] is nan"),
         (lambda p: rewrite(p, tensors={WEIGHT: np.full((12, 3), -np.inf, np.float32)}), r"weight\[0, 0\] is -inf"),
+        (lambda p: rewrite(p, tensors={WEIGHT: np.zeros((12, 3), np.float32)}), "it was damaged or changed"),
+        (lambda p: rewrite(p, drop=["vqserve.digest"]), "'vqserve.digest' is missing"),
+        (lambda p: rewrite(p, metadata={"vqserve.digest": "0" * 64}), "it was damaged or changed"),
         (lambda p: rewrite(p, tensors={"used": np.array([0, 12])}), r"used\[1\] is 12, not in \[0, 12\)"),
         (lambda p: rewrite(p, tensors={"used": np.array([-1])}), r"used\[0\] is -1"),
         (lambda p: rewrite(p, tensors={"used": np.array([1], np.int32)}), "'used' is I32, not I64"),
@@ -522,6 +524,7 @@ def test_a_lying_header_takes_no_memory(tmp_path, vq_path):
             "vqserve.format": "1",
             "vqserve.kind": "vq",
             "vqserve.arguments": '{"n_e":12,"e_dim":3,"unknown_index":"random","embedding_weight_norm":false}',
+            "vqserve.digest": "0" * 64,
             "vqserve.provenance": "{}",
         },
         "embedding.weight": entry(shape=(size // 4, 1), offsets=(0, size)),
@@ -568,14 +571,11 @@ def load_damaged(sound, data: bytes) -> None:
     tracemalloc.start()
     try:
         codebook = load_codebook(path)
-    except CodebookFileError as error:
-        assert "\n" not in str(error)
+    except CodebookFileError:
+        pass
     else:
-        # A flip inside a number, a text or a training argument makes another sound codebook.
-        save_codebook(codebook.quantizer, path, provenance=codebook.provenance)
-        assert load_codebook(path).digest == codebook.digest
-        if data == sound[0]:
-            assert codebook.digest == digest
+        # What hit the provenance or an argument of training alone is no damage to what is served.
+        assert codebook.digest == digest == codebook_digest(codebook.quantizer)
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
