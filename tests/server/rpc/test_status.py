@@ -1,0 +1,47 @@
+"""Every domain error has a status, and nothing of the server reaches the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from vqserve_server import app, errors
+from vqserve_server.rpc.status import STATUS_CODES, status_of
+
+
+def subclasses(kind: type) -> Iterator[type]:
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from subclasses(subclass)
+
+
+# Raised before there are callers.
+EXEMPT = {app.StartError}
+REACHING_CALLERS = sorted(set(subclasses(errors.VqserveError)) - EXEMPT, key=lambda kind: kind.__name__)
+
+
+@pytest.mark.parametrize("kind", REACHING_CALLERS)
+def test_every_domain_error_is_mapped(kind: type) -> None:
+    assert any(base in STATUS_CODES for base in kind.__mro__)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("/secret/path"), errors.CodebookFileError("/secret/path"), KeyError()])
+def test_the_unexpected_has_a_fixed_text(error: Exception) -> None:
+    status = status_of(error, request_id="abc")
+    assert status.code is grpc.StatusCode.INTERNAL
+    assert status.details == "internal error; the server's log has it under request abc"
+    assert not status.metadata
+
+
+def test_overload_says_when_to_try_again() -> None:
+    status = status_of(errors.Overloaded("full", retry_after_s=0.1234), request_id="abc")
+    assert status.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert status.metadata == (("vqserve-retry-after-ms", "124"),)
+
+
+def test_details_fit_a_header() -> None:
+    status = status_of(errors.InvalidShape("é" * 5000), request_id="abc")
+    assert len(status.details) == 1024
+    assert status.details.isascii()
