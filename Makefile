@@ -55,9 +55,11 @@ proto: $(PROTO_VENV)/.installed  ## regenerate the code of tokenizer.proto
 	$(call generate,proto)
 
 image:  ## build the container image (IMAGE, BUILDER and BUILD_ARGS can be set)
-	$(BUILDER) $(BUILD_ARGS) -t $(IMAGE) .
+	$(BUILDER) $(BUILD_ARGS) $(IMAGE_LABELS) -t $(IMAGE) .
 IMAGE   ?= vqserve
 BUILDER ?= docker build
+IMAGE_LABELS = --build-arg VERSION=$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' proto/vqserve/__init__.py) \
+	--build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null)
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(PROTO_VENV) build dist out

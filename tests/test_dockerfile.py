@@ -1,0 +1,131 @@
+"""What can be read from the Dockerfile without an engine: the promises of docs/deploy.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from vqserve_server import config
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def parse(text):
+    """Return the (instruction, argument) pairs: comments dropped, continued lines joined."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
+    return [(word.upper(), rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines())]
+
+
+INSTRUCTIONS = parse((ROOT / "Dockerfile").read_text())
+STAGE_STARTS = [i for i, (word, _) in enumerate(INSTRUCTIONS) if word == "FROM"]
+SHIPPED = INSTRUCTIONS[STAGE_STARTS[-1] :]
+# What .dockerignore writes, as a regular expression does.
+GLOB = {".": r"\.", "**/": "(.*/)?", "*": "[^/]*"}
+
+
+def shipped(word):
+    return [rest for name, rest in SHIPPED if name == word]
+
+
+def kept(path):
+    """Return whether .dockerignore lets a file into a build: the last pattern that matches it or its folder decides."""
+    verdict = True
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pattern = re.sub(r"[.]|\*\*/|\*", lambda m: GLOB[m[0]], line.removeprefix("!"))
+        if re.fullmatch(f"{pattern}(/.*)?", path):
+            verdict = line.startswith("!")
+    return verdict
+
+
+def test_every_stage_comes_from_the_pinned_base():
+    base = next(rest for word, rest in INSTRUCTIONS[: STAGE_STARTS[0]] if word == "ARG").removeprefix("BASE=")
+    assert re.fullmatch(r"python:3\.\d+-slim-[a-z]+", base)
+    version = base.removeprefix("python:").partition("-")[0]
+    assert f"Programming Language :: Python :: {version}" in PROJECT["project"]["classifiers"]
+    stages = set()
+    for i in STAGE_STARTS:
+        image, _, stage = INSTRUCTIONS[i][1].partition(" AS ")
+        assert image == "${BASE}" or image in stages
+        stages.add(stage)
+
+
+def test_the_image_runs_as_a_number_that_is_not_root():
+    assert re.fullmatch(r"[1-9]\d{3,}:[1-9]\d{3,}", shipped("USER")[-1])
+    words = [word for word, _ in SHIPPED]
+    assert "RUN" not in words[words.index("USER") :]
+
+
+def test_the_image_takes_nothing_but_what_the_other_stages_made():
+    assert "ADD" not in {word for word, _ in SHIPPED}
+    assert shipped("COPY")
+    assert all(rest.startswith("--from=") for rest in shipped("COPY"))
+    assert not any(re.search(r"\b(pip|apt|apt-get)\b", rest) for rest in shipped("RUN"))
+
+
+def test_torch_is_the_pinned_one_and_pip_keeps_no_cache():
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    assert any(re.fullmatch(r"torch==[\d.]+", line) for line in pins)
+    runs = [rest for word, rest in INSTRUCTIONS if word == "RUN"]
+    installs = [command for rest in runs for command in rest.split("&&") if re.search(r"\bpip\b.* install\b", command)]
+    assert installs
+    assert all("-c constraints.txt" in command or "--no-deps" in command for command in installs)
+    assert any(word == "ENV" and "PIP_NO_CACHE_DIR=1" in rest for word, rest in INSTRUCTIONS)
+
+
+def test_health_is_asked_by_a_command_that_the_wheel_installs():
+    (check,) = shipped("HEALTHCHECK")
+    command = json.loads(check.partition(" CMD ")[2])
+    assert command == ["vqserve", "status"]
+    assert command[0] in PROJECT["project"]["scripts"]
+
+
+def test_without_arguments_the_daemon_listens_where_a_published_port_leads():
+    assert json.loads(shipped("ENTRYPOINT")[0]) == ["vqserved"]
+    command, *flags = json.loads(shipped("CMD")[0])
+    assert command == "serve"
+    parser = argparse.ArgumentParser()
+    config.add_flags(parser)
+    environment = dict(pair.split("=", 1) for rest in shipped("ENV") for pair in rest.split())
+    rpc = config.resolve(vars(parser.parse_args(flags)), environment).rpc
+    assert (rpc.host, shipped("EXPOSE")) == ("0.0.0.0", [str(rpc.port)])  # noqa: S104
+
+
+def test_loopback_stays_the_default_of_whoever_names_a_command():
+    environment = " ".join(shipped("ENV"))
+    assert "VQSERVE_HOST" not in environment
+
+
+def test_the_wheel_can_be_built_from_what_enters_the_build():
+    project, hatch = PROJECT["project"], PROJECT["tool"]["hatch"]
+    packages = hatch["build"]["targets"]["wheel"]["packages"]
+    needed = ["pyproject.toml", "constraints.txt", project["readme"], *project["license-files"]]
+    needed += [hatch["version"]["path"], *(f"{package}/__init__.py" for package in packages)]
+    needed.append("server/vqserve_server/assets/demo.safetensors")
+    assert [path for path in needed if not kept(path)] == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ".git/config",
+        ".env",
+        ".venv/bin/python",
+        "tests/conftest.py",
+        "codebooks/mine.safetensors",
+        "server.key",
+        "out/demo.png",
+        "server/vqserve_server/__pycache__/cli.cpython-311.pyc",
+        "proto/stale.pyc",
+    ],
+)
+def test_nothing_else_enters_the_build(path):
+    assert not kept(path)
