@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from vqserve_server.config import EngineConfig
-from vqserve_server.engine.admission import Admission
+from vqserve_server.engine.admission import Admission, Ticket
 from vqserve_server.engine.job import Job
 from vqserve_server.engine.live_set import LiveSet
 from vqserve_server.engine.pipeline import Pipeline
@@ -49,19 +49,15 @@ class Engine:
         """Start the threads."""
         self._worker.start()
 
-    def admit(self, rows: int, nbytes: int) -> AbstractContextManager[None]:
-        """Return the context in which a request is in the server.
-
-        Args:
-            rows: its tokens.
-            nbytes: the bytes of its payload and of its reply's.
+    def admit(self, nbytes: int) -> AbstractContextManager[Ticket]:
+        """Return the context in which a request of that many bytes is in the server.
 
         Raises:
             Overloaded: on entering, when a limit would be exceeded.
             Draining: on entering, when the server stops.
             DeviceBroken: on entering, when the device is lost.
         """
-        return self._admission.enter(rows, nbytes)
+        return self._admission.enter(nbytes)
 
     def submit(self, job: Job) -> None:
         """Queue a job; its future is resolved exactly once, whatever happens.

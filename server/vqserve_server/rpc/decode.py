@@ -51,7 +51,6 @@ class DecodeCall:
         channels = info.code_dim if self._output == "code_rows" else info.output_dim
         self._shape = layout.latents_shape(self._indices.shape, channels, self._layout)
         self.rows = layout.num_rows(self._indices.shape)
-        self.payload_bytes = self._indices.nbytes
         self.reply_bytes = self.rows * channels * payload.itemsize(self._latent_dtype)
         check_reply_size(self.reply_bytes, max_message_bytes)
 

@@ -49,7 +49,6 @@ class EncodeCall:
             name = payload.dtype_name(self._index_dtype)
             raise InvalidDtype(f"index_dtype {name} does not hold the vocabulary of {info.vocab_size} indices")
         self.rows = layout.num_rows(self._grid)
-        self.payload_bytes = self._latents.nbytes
         self.reply_bytes = self.rows * payload.itemsize(self._index_dtype)
         check_reply_size(self.reply_bytes, max_message_bytes)
 

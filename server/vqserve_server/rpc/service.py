@@ -56,16 +56,17 @@ class TokenizerService:
     async def list_codebooks(self, raw: bytes, call: Call) -> bytes:
         """What is being served."""
         parse(pb.ListCodebooksRequest, raw)
-        with self._engine.admit(0, 0):
+        with self._engine.admit(len(raw)):
             codebooks = [codebook_message(info) for info in self._engine.live.infos()]
         return pb.ListCodebooksResponse(codebooks=codebooks).SerializeToString()
 
     async def _answer(self, kind: type[EncodeCall | DecodeCall], raw: bytes, call: Call) -> bytes:
-        request = await self._run(
-            len(raw), lambda: kind(raw, live=self._engine.live, max_message_bytes=self._max_message_bytes)
-        )
-        with self._engine.admit(request.rows, request.payload_bytes + request.reply_bytes):
-            await self._run(request.payload_bytes, request.check)
+        with self._engine.admit(len(raw)) as ticket:
+            request = await self._run(
+                len(raw), lambda: kind(raw, live=self._engine.live, max_message_bytes=self._max_message_bytes)
+            )
+            ticket.add(request.rows, request.reply_bytes)
+            await self._run(len(raw), request.check)
             served = await self._compute(request.job(call.deadline)) if request.rows else _EMPTY
             return await self._run(request.reply_bytes, lambda: request.reply(served, call.elapsed_us()))
 

@@ -228,7 +228,7 @@ def test_a_lost_device_resolves_every_future(
     broken.wait()
     with pytest.raises(DeviceBroken):
         engine.submit(encode_job(tokenizer, 1))
-    with pytest.raises(DeviceBroken), engine.admit(1, 1):
+    with pytest.raises(DeviceBroken), engine.admit(1):
         pass
     assert not other.batches
 
@@ -248,7 +248,7 @@ def test_stop_finishes_what_is_queued(fake: Callable[..., Any], start: Callable[
     jobs = submit(engine, *(encode_job(tokenizer, 2, seed=seed) for seed in range(5)))
     tokenizer.wait_entered()
     engine.drain()
-    with pytest.raises(Draining), engine.admit(1, 1):
+    with pytest.raises(Draining), engine.admit(1):
         pass
     tokenizer.release()
     assert engine.stop()
@@ -280,20 +280,27 @@ def test_an_idle_device_waits_max_wait_us_for_more(fake: Callable[..., Any], sta
 
 
 def test_limits(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
-    engine = start(fake(), max_queue_requests=2, max_queue_rows=100, max_queue_bytes=2048)
-    with engine.admit(60, 1000):
-        with pytest.raises(Overloaded, match="rows") as caught, engine.admit(60, 10):
+    engine = start(fake(), max_queue_requests=3, max_queue_rows=100, max_queue_bytes=2048)
+    with engine.admit(500) as first:
+        first.add(60, 500)
+        with pytest.raises(Overloaded, match="bytes"), engine.admit(1500):
             pass
-        assert 0.05 <= caught.value.retry_after_s <= 10
-        with pytest.raises(Overloaded, match="bytes"), engine.admit(1, 1500):
+        with engine.admit(100) as second:
+            with pytest.raises(Overloaded, match="rows") as caught:
+                second.add(60, 0)
+            assert 0.05 <= caught.value.retry_after_s <= 10
+            with pytest.raises(Overloaded, match="bytes"):
+                second.add(1, 1000)
+            with engine.admit(1), pytest.raises(Overloaded, match="requests"), engine.admit(1):
+                pass
+    # What is larger than a limit by itself is served when it is alone, and all that was counted has been given back.
+    with engine.admit(4000) as large:
+        large.add(1000, 10**6)
+        with pytest.raises(Overloaded), engine.admit(1):
             pass
-        with engine.admit(1, 1), pytest.raises(Overloaded, match="requests"), engine.admit(1, 1):
-            pass
-    # What is larger than a limit by itself is served when it is alone.
-    with engine.admit(1000, 10**6), pytest.raises(Overloaded), engine.admit(1, 1):
-        pass
-    with engine.admit(100, 2048):
-        pass
+    with engine.admit(2000) as first, engine.admit(40) as second:
+        first.add(50, 0)
+        second.add(50, 8)
 
 
 def test_many_threads_submit(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
