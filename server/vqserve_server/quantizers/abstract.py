@@ -4,46 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vqserve_server import search
-from vqserve_server.errors import InvalidShape, NonFiniteLatents
+from vqserve_server.errors import CodebookError, InvalidShape, NonFiniteLatents
 from vqserve_server.quantizers.checks import check_finite, check_size
 from vqserve_server.quantizers.dtypes import autocast_off, widen
 from vqserve_server.quantizers.remap import Remap, UnknownIndex
 from vqserve_server.quantizers.remapped import RemappedModule
 from vqserve_server.quantizers.rows import from_rows, grid_of, to_rows
+from vqserve_server.quantizers.search_problem import SearchProblem
 from vqserve_server.search.rounding import affine
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchProblem:
-    """What decides the winning code.
-
-    Attributes:
-        codes: (K, D) float32 or float64; only the codes that take part.
-        objective: what the winner is best at.
-        bias: (K,) of the codes' type, for DOT only.
-        reports_full_ids: whether the winner's index is a full id; else it is a position in `used` already.
-    """
-
-    codes: Tensor
-    objective: search.Objective = search.Objective.L2
-    bias: Tensor | None = None
-    reports_full_ids: bool = True
-
-    def to(self, device: torch.device) -> SearchProblem:
-        """Return the problem on another device."""
-        bias = None if self.bias is None else self.bias.to(device)
-        return replace(self, codes=self.codes.to(device), bias=bias)
-
-    def prepare(self, backend: str = "auto") -> search.Searcher:
-        """Return a searcher on the codes' device."""
-        return search.prepare(self.codes, objective=self.objective, bias=self.bias, backend=backend)
 
 
 def project(rows: Tensor, weight: Tensor, bias: Tensor, *, grid: Sequence[int]) -> Tensor:
@@ -57,7 +30,10 @@ def project(rows: Tensor, weight: Tensor, bias: Tensor, *, grid: Sequence[int]) 
 
     Raises:
         NonFiniteLatents: a token's projection leaves float32's range; names the token.
+        CodebookError: the projection itself holds NaN or infinity.
     """
+    if not bool(torch.isfinite(weight).all() & torch.isfinite(bias).all()):
+        raise CodebookError("the projection before the search holds NaN or infinity")
     projected = affine(rows, weight, bias)
     finite = torch.isfinite(projected).all(dim=1)
     if not bool(finite.all()):
@@ -166,6 +142,7 @@ class AbstractQuantizer(RemappedModule, ABC):
             InvalidShape: another rank or channel count.
             InvalidDtype: z is not floating point.
             NonFiniteLatents: z holds NaN or infinity; names the position.
+            CodebookError: what is searched holds NaN or infinity.
         """
         grid = grid_of(z, self.input_dim)
         check_finite(z)

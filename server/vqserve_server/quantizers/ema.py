@@ -91,7 +91,7 @@ class EMAVectorQuantizer(AbstractQuantizer):
         dtype = torch.promote_types(z.dtype, self.weight_dtype)
         with autocast_off(z.device):
             rows = to_rows(z).to(widened(dtype))
-            ids = self.search_problem().prepare().search(rows.detach())
+            ids = self.search_problem().search_in_training(rows.detach())
             z_q = self.embedding(ids).to(rows.dtype)
             loss = self.beta * ((z_q.detach() - rows) ** 2).mean()
             perplexity, _ = perplexity_of_counts(count_codes(ids, self.num_codes), ids.numel(), loss.dtype)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vqserve_server.errors import InvalidShape
 from vqserve_server.quantizers.dtypes import widened
 from vqserve_server.quantizers.perplexity import count_codes
 
@@ -18,7 +17,9 @@ class EmbeddingEMA(nn.Module):
 
     A code that no token has reached jumps in the first update to about decay * |w0| / eps, since cluster_size starts
     at zero, and shrinks by `decay` an update: it is out of reach for about ln(1 / eps) / (1 - decay) updates, 1150 with
-    the defaults. The formula is kept, for trained checkpoints depend on it; `reseed` is the remedy.
+    the defaults. The formula is kept, for trained checkpoints depend on it. The remedy is to
+    re-seed such codes from the batch (before the first step: all of them) with the three tensors in agreement, that is
+    cluster_size above zero and embed_avg = weight * cluster_size: `vqserve_server.training` does.
 
     Attributes:
         weight: (K, D) codes, standard normal at first.
@@ -80,26 +81,6 @@ class EmbeddingEMA(nn.Module):
         self.cluster_size_ema_update(counts.to(sums.dtype), is_broken)
         self.embed_avg_ema_update(sums, is_broken)
         self.weight_update(num_codes, is_broken)
-
-    @torch.no_grad()
-    def reseed(self, code_ids: Tensor, rows: Tensor) -> None:
-        """Put dead codes where tokens are, as if each had just been given one token.
-
-        Call it between steps with codes whose cluster_size is small and as many rows drawn from the batch. Before the
-        first step, reseeding every code from the first batch avoids the jump.
-
-        Args:
-            code_ids: (m,) int64 in [0, K).
-            rows: (m, D) floating point, finite.
-
-        Raises:
-            InvalidShape: there are not as many rows as ids, or they are not of width D.
-        """
-        if rows.shape != (code_ids.numel(), self.weight.shape[1]) or code_ids.ndim != 1:
-            raise InvalidShape(f"{tuple(code_ids.shape)} ids cannot be given rows of shape {tuple(rows.shape)}")
-        for parameter in (self.weight, self.embed_avg):
-            parameter[code_ids] = rows.detach().to(parameter)
-        self.cluster_size[code_ids] = 1.0
 
     @torch.no_grad()
     def _average(self, parameter: nn.Parameter, batch: Tensor, keep: Tensor | None) -> None:

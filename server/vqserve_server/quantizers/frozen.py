@@ -102,6 +102,7 @@ def freeze(quantizer: AbstractQuantizer, *, device: torch.device | str, search: 
 
     Raises:
         InvalidOption: the backend does not run on the device.
+        CodebookError: what is searched holds NaN or infinity.
     """
     device = torch.device(device)
     # What depends on the codebook alone is computed on the CPU, whatever the device.

@@ -10,10 +10,11 @@ from torch.nn import functional
 
 from vqserve.layout import channel_axis
 from vqserve_server.errors import InvalidOption
-from vqserve_server.quantizers.abstract import AbstractQuantizer, SearchProblem
+from vqserve_server.quantizers.abstract import AbstractQuantizer
 from vqserve_server.quantizers.dtypes import apply_layer, autocast_off, widen, widened
 from vqserve_server.quantizers.remap import Remap, UnknownIndex
 from vqserve_server.quantizers.rows import check_not_empty, from_rows, grid_of, layout_of, to_rows
+from vqserve_server.quantizers.search_problem import SearchProblem
 from vqserve_server.search import Objective
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vqserve_server.errors import CodebookError
 from vqserve_server.quantizers.checks import check_size
 from vqserve_server.quantizers.dtypes import apply_layer, autocast_off, widen
 from vqserve_server.quantizers.rows import check_not_empty, from_rows, grid_of, to_rows
@@ -93,15 +94,25 @@ class VectorQuantizerWithInputProjection(VectorQuantizer):
         return widen(self.proj_in.weight), widen(self.proj_in.bias)
 
     def output_rows(self, code_rows: Tensor) -> Tensor:
-        """Return proj_out of code rows (N, D): (N, output_dim), each the exact value rounded once to float32."""
+        """Return proj_out of code rows (N, D): (N, output_dim), each the exact value rounded once to float32.
+
+        Raises:
+            CodebookError: a code row or proj_out holds NaN or infinity.
+        """
         if not isinstance(self.proj_out, nn.Linear):
             return code_rows
-        out = affine(widen(code_rows), widen(self.proj_out.weight), widen(self.proj_out.bias))
-        return out.to(code_rows.dtype)
+        operands = (widen(code_rows), widen(self.proj_out.weight), widen(self.proj_out.bias))
+        if not all(bool(torch.isfinite(operand).all()) for operand in operands):
+            raise CodebookError("the codes or proj_out hold NaN or infinity: nothing can be decoded")
+        return affine(*operands).to(code_rows.dtype)
 
     @torch.no_grad()
-    def _searched_in_eval(self, rows: Tensor) -> Tensor:
+    def _searched_in_eval(self, rows: Tensor) -> Tensor | None:
+        weight, bias = self.input_projection()
+        if not bool(torch.isfinite(weight).all() & torch.isfinite(bias).all()):
+            # A projection that has diverged has no exact values: forward goes on with the layer's own.
+            return None
         # Rows that are not finite get some code, as everywhere in forward: the exact projection takes finite ones.
-        finite = torch.isfinite(rows).all(dim=1, keepdim=True)
+        is_finite = torch.isfinite(rows).all(dim=1, keepdim=True)
         with autocast_off(rows.device):
-            return affine(widen(torch.where(finite, rows, 0)), *self.input_projection())
+            return affine(widen(torch.where(is_finite, rows, 0)), weight, bias)

@@ -116,7 +116,7 @@ class VectorQuantizer(AbstractQuantizer):
         dtype = torch.promote_types(rows.dtype, self.weight_dtype)
         with autocast_off(rows.device):
             z = rows.to(widened(dtype))
-            ids = self.search_problem().prepare().search((z if searched is None else searched).detach())
+            ids = self.search_problem().search_in_training((z if searched is None else searched).detach())
             z_q = self.embedding(ids).to(z.dtype)
             loss = self.beta * ((z_q.detach() - z) ** 2).mean() + ((z_q - z.detach()) ** 2).mean()
             indices = self._drawn(ids)

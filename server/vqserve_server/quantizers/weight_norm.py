@@ -60,6 +60,9 @@ class WeightNormEmbedding(nn.Embedding):
 
     def exact_weight(self) -> Tensor:
         """Return the weight (K, D), detached, each entry the exact value rounded once to float32, in g's type."""
+        if not bool(torch.isfinite(self.g).all() & torch.isfinite(self.v).all()):
+            # Diverged: there are no exact values, and what this gives is not finite either.
+            return self.weight.detach()
         return rounding.weight_norm(widen(self.v), widen(self.g)).to(self.g.dtype)
 
     def reset_parameters(self) -> None:

@@ -1,0 +1,64 @@
+"""What a quantizer searches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vqserve_server import search
+from vqserve_server.errors import CodebookError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchProblem:
+    """What decides the winning code.
+
+    Attributes:
+        codes: (K, D) float32 or float64; only the codes that take part.
+        objective: what the winner is best at.
+        bias: (K,) of the codes' type, for DOT only.
+        reports_full_ids: whether the winner's index is a full id; else it is a position in `used` already.
+    """
+
+    codes: Tensor
+    objective: search.Objective = search.Objective.L2
+    bias: Tensor | None = None
+    reports_full_ids: bool = True
+
+    def to(self, device: torch.device) -> SearchProblem:
+        """Return the problem on another device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, codes=self.codes.to(device), bias=bias)
+
+    def prepare(self, backend: str = "auto") -> search.Searcher:
+        """Return a searcher on the codes' device.
+
+        Raises:
+            CodebookError: a code or bias is NaN or infinite; names the first.
+            InvalidOption: the backend does not run on the device.
+        """
+        finite = self._finite()
+        if not bool(finite.all()):
+            raise CodebookError(f"code {int(torch.nonzero(~finite)[0])} holds NaN or infinity: nothing can be encoded")
+        return search.prepare(self.codes, objective=self.objective, bias=self.bias, backend=backend)
+
+    def search_in_training(self, rows: Tensor) -> Tensor:
+        """Return the winning code (N,) int64 of every row (N, D), codes with NaN or infinity never winning.
+
+        A codebook that has diverged must not stop a training loop, which sees it in the loss. Without a finite code
+        every row gets code 0.
+        """
+        finite = self._finite()
+        if bool(finite.all()):
+            return self.prepare().search(rows)
+        kept = torch.nonzero(finite)[:, 0]
+        if kept.numel() == 0:
+            return torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
+        bias = None if self.bias is None else self.bias[kept]
+        return kept[replace(self, codes=self.codes[kept], bias=bias).prepare().search(rows)]
+
+    def _finite(self) -> Tensor:
+        finite = torch.isfinite(self.codes).all(dim=1)
+        return finite if self.bias is None else finite & torch.isfinite(self.bias)
