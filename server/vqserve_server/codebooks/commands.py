@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vqserve_server.codebooks.arguments import check_unknown_index
 from vqserve_server.codebooks.codebook_file import load_codebook, save_codebook
 from vqserve_server.codebooks.importer import METRICS, Import, import_checkpoint
 from vqserve_server.codebooks.report import inspect
@@ -104,4 +105,9 @@ def _unknown_story(result: Import) -> str:
 
 
 def _unknown_index(text: str) -> str | int:
-    return text if text in {"random", "extra"} else int(text)
+    try:
+        value = text if text in {"random", "extra"} else int(text)
+        check_unknown_index(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither random, extra nor an integer in [0, 2^32)") from None
+    return value

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -93,12 +94,11 @@ def open_foreign(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
 
 @contextmanager
 def _open_npy(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
-    # A memory map is refused where the header claims more than the file holds, and Python objects always are.
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(array, np.ndarray):
-        array.close()
+    if zipfile.is_zipfile(path):
         raise ForeignCheckpointError(f"{path.name}: it is a zip archive: name it .npz")
-    yield {UNNAMED: _numpy_array(path.name, array.shape, array.dtype, lambda: np.asarray(array))}
+    with path.open("rb") as file:
+        shape, dtype = _npy_claims(path.name, file, path.stat().st_size)
+        yield {UNNAMED: _numpy_array(path.name, shape, dtype, lambda: _read_npy(file))}
 
 
 @contextmanager
@@ -113,34 +113,39 @@ def _open_npz(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
 
 
 def _npz_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> ForeignArray:
+    label = f"{path.name}: {member.filename}"
     # Only the array's header is unpacked here. What follows it must be as long as the directory says.
     with archive.open(member) as stream:
-        version = np.lib.format.read_magic(stream)
-        shape, dtype = _read_npy_header(stream, version)
-        header_bytes = stream.tell()
-    if dtype.hasobject:
-        raise ForeignCheckpointError(f"{path.name}: {member.filename} holds Python objects, which are not loaded")
-    claimed = math.prod(shape) * dtype.itemsize
-    if header_bytes + claimed != member.file_size:
-        raise ForeignCheckpointError(
-            f"{path.name}: {member.filename} claims {claimed} bytes and has {member.file_size - header_bytes}"
-        )
+        shape, dtype = _npy_claims(label, stream, member.file_size)
 
     def read() -> npt.NDArray[Any]:
         with archive.open(member) as stream:
-            return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
+            return _read_npy(stream)
 
-    return _numpy_array(f"{path.name}: {member.filename}", shape, dtype, read)
+    return _numpy_array(label, shape, dtype, read)
 
 
-def _read_npy_header(stream: IO[bytes], version: tuple[int, int]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _npy_claims(label: str, stream: IO[bytes], size: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return shape and type from a .npy header, which must be those of an array that fills `size` bytes with it."""
+    version = np.lib.format.read_magic(stream)
     if version == (1, 0):
         shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
     elif version == (2, 0):
         shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
     else:
-        raise ForeignCheckpointError(f"format {version} of .npy is not read")
+        raise ForeignCheckpointError(f"{label}: format {version} of .npy is not read")
+    if dtype.hasobject:
+        raise ForeignCheckpointError(f"{label} holds Python objects, which are not loaded")
+    # Python's integers cannot overflow, whatever the header claims.
+    claimed, held = math.prod(shape) * dtype.itemsize, size - stream.tell()
+    if claimed != held or min(shape, default=0) < 0:
+        raise ForeignCheckpointError(f"{label} claims {claimed} bytes for shape {shape} and has {held}")
     return shape, dtype
+
+
+def _read_npy(stream: IO[bytes]) -> npt.NDArray[Any]:
+    stream.seek(0)
+    return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
 
 
 def _numpy_array(
@@ -180,7 +185,9 @@ def _safetensors_dtype(name: str) -> str:
 @contextmanager
 def _open_torch(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
     # Only the zip format can be mapped; the older one is read at once.
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if isinstance(content, torch.Tensor):
         yield {UNNAMED: _torch_array(path, "the tensor", content)}
         return

@@ -1,0 +1,482 @@
+"""Importing from every container, through the command line's own functions."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vqserve_server import cli
+from vqserve_server.codebooks import codebook_digest, commands, foreign, load_codebook
+from vqserve_server.codebooks.importer import import_checkpoint
+from vqserve_server.errors import ForeignCheckpointError
+from vqserve_server.quantizers import VectorQuantizer, legacy_weight_norm_names
+
+CODES = np.random.default_rng(0).standard_normal((10, 4)).astype(np.float32)
+
+
+def run(capsys, *args) -> tuple[int, str, str]:
+    """Return exit status, stdout and stderr of `vqserved ARGS`, in this process."""
+    try:
+        status = cli.main([str(arg) for arg in args])
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def fails(capsys, match: str, *args) -> str:
+    status, out, err = run(capsys, *args)
+    assert status == 1
+    assert out == ""
+    assert err.count("\n") == 1
+    assert match in err
+    return err
+
+
+def write(path: Path, content) -> Path:
+    """Write arrays by name as the suffix says."""
+    match path.suffix:
+        case ".npy":
+            np.save(path, content)
+        case ".npz":
+            np.savez(path, **content)
+        case ".safetensors":
+            save_file({name: torch.as_tensor(value) for name, value in content.items()}, path)
+        case _:
+            torch.save({name: torch.as_tensor(value) for name, value in content.items()}, path)
+    return path
+
+
+SUFFIXES = [".npz", ".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".th"]
+
+
+# Bare arrays.
+
+
+def test_a_bare_npy(tmp_path, capsys):
+    source = write(tmp_path / "codes.npy", CODES)
+    out = tmp_path / "out.safetensors"
+    status, text, err = run(capsys, "import", source, "-o", out, "--metric", "l2")
+    assert (status, err) == (0, "")
+    assert "took  array  10x4 float32" in text
+    assert "unknown_index is 'random', which nothing uses without a remap" in text
+    codebook = load_codebook(out)
+    assert codebook.digest in text
+    assert np.array_equal(codebook.quantizer.embedding.weight.detach().numpy(), CODES)
+    assert codebook.provenance["source"] == "codes.npy"
+    assert len(codebook.provenance["source_sha256"]) == 64
+    assert str(tmp_path) not in out.read_bytes().decode("latin1")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_bare_array_by_key(tmp_path, capsys, suffix):
+    source = write(tmp_path / f"c{suffix}", {"a.codes": CODES, "other": np.zeros((3, 3), np.float32)})
+    out = tmp_path / "out.safetensors"
+    status, text, _ = run(capsys, "import", source, "-o", out, "--key", "a.codes", "--metric", "l2")
+    assert status == 0
+    assert "left  other" in text
+    assert np.array_equal(load_codebook(out).quantizer.embedding.weight.detach().numpy(), CODES)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_among_several_arrays_none_is_guessed(tmp_path, capsys, suffix):
+    arrays = {"a": CODES, "b": CODES + 1, "c": np.zeros(3)}
+    source = write(tmp_path / f"c{suffix}", arrays)
+    err = fails(capsys, "by --key: a 10x4, b 10x4", "import", source, "-o", tmp_path / "o", "--metric", "l2")
+    assert "c 3" not in err
+    fails(capsys, "there is no array 'd'", "import", source, "-o", tmp_path / "o", "--metric", "l2", "--key", "d")
+    # One alone is not taken either: it could be anything.
+    source = write(tmp_path / f"one{suffix}", {"a": CODES})
+    fails(capsys, "by --key: a 10x4", "import", source, "-o", tmp_path / "o", "--metric", "l2")
+    source = write(tmp_path / f"none{suffix}", {"a": np.zeros(3)})
+    fails(capsys, "no array of two axes", "import", source, "-o", tmp_path / "o", "--metric", "l2")
+
+
+def test_a_bare_tensor(tmp_path, capsys):
+    source = tmp_path / "t.pt"
+    torch.save(torch.from_numpy(CODES), source)
+    out = tmp_path / "o.safetensors"
+    assert run(capsys, "import", source, "-o", out, "--metric", "l2")[0] == 0
+    assert np.array_equal(load_codebook(out).quantizer.embedding.weight.detach().numpy(), CODES)
+    fails(capsys, "leave --key out", "import", source, "-o", out, "--metric", "l2", "--key", "a", "--force")
+
+
+def test_the_metric_is_asked_for(tmp_path, capsys):
+    source = write(tmp_path / "codes.npy", CODES)
+    err = fails(capsys, "does not say how it is searched", "import", source, "-o", tmp_path / "o")
+    assert "--metric l2" in err
+    for metric in ("cosine", "dot"):
+        fails(capsys, "searched by l2 only", "import", source, "-o", tmp_path / "o", "--metric", metric)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("array", "match"),
+    [
+        (np.zeros((2, 3, 4), np.float32), "has shape 2x3x4: the codebook must be (K, D)"),
+        (np.zeros(3, np.float32), "has shape 3: the codebook must be (K, D)"),
+        (np.float32(3), "has shape scalar"),
+        (np.zeros((3, 4), np.int32), "is int32: a codebook holds floating-point numbers"),
+        (np.zeros((3, 4), np.complex64), "is complex64"),
+        (np.zeros((3, 4), bool), "is bool"),
+        (np.zeros((3, 4), np.longdouble), "floating-point"),
+        (np.zeros(3, [("a", "f4")]), "the codebook must be"),
+        (np.array([[0, 1], [2, np.nan]], np.float32), "array[1, 1] is nan"),
+        (np.array([[0, np.inf]], np.float16), "array[0, 1] is inf"),
+        (np.array([[0, 1e300]]), "array[0, 1] is 1e+300, beyond float32's range"),
+        (np.array([[{}, {}]]), "holds Python objects, which are not loaded"),
+    ],
+)
+def test_arrays_that_are_no_codebook(tmp_path, capsys, array, match):
+    source = write(tmp_path / "codes.npy", array)
+    fails(capsys, match, "import", source, "-o", tmp_path / "o", "--metric", "l2")
+
+
+def test_an_empty_axis_is_no_codebook(tmp_path, capsys):
+    source = write(tmp_path / "c.npz", {"a": np.zeros((3, 0), np.float32), "b": np.zeros((0, 3), np.float32)})
+    fails(capsys, "'e_dim' is 0", "import", source, "-o", tmp_path / "o", "--metric", "l2", "--key", "a")
+    fails(capsys, "'n_e' is 0", "import", source, "-o", tmp_path / "o", "--metric", "l2", "--key", "b")
+
+
+@pytest.mark.parametrize(("dtype", "exactly"), [(np.float16, True), (np.float64, True), (">f4", True), (">f8", True)])
+def test_other_types_become_float32(tmp_path, capsys, dtype, exactly):
+    half = CODES.astype(np.float16)
+    source = write(tmp_path / "c.npy", half.astype(dtype))
+    out = tmp_path / "o.safetensors"
+    status, text, _ = run(capsys, "import", source, "-o", out, "--metric", "l2")
+    assert status == 0
+    assert ("to float32, exactly" in text) == (dtype not in (">f4",))
+    weight = load_codebook(out).quantizer.embedding.weight.detach().numpy()
+    assert weight.dtype == np.float32
+    assert np.array_equal(weight, half.astype(np.float32))
+
+
+def test_rounding_float64_is_told(tmp_path, capsys):
+    wide = CODES.astype(np.float64)
+    wide[3, 1] += 1e-12
+    wide[4, 0] += 1e-12
+    source = write(tmp_path / "c.npy", wide)
+    out = tmp_path / "o.safetensors"
+    _, text, _ = run(capsys, "import", source, "-o", out, "--metric", "l2")
+    assert "array: float64 to float32, 2 of 40 numbers were rounded" in text
+    assert load_codebook(out).provenance["notes"] == ["array: float64 to float32, 2 of 40 numbers were rounded"]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_bfloat16_is_widened(tmp_path, capsys, suffix):
+    codes = torch.from_numpy(CODES).bfloat16()
+    source = write(tmp_path / f"c{suffix}", {"codes": codes})
+    out = tmp_path / "o.safetensors"
+    _, text, _ = run(capsys, "import", source, "-o", out, "--metric", "l2", "--key", "codes")
+    assert "codes: bfloat16 to float32, exactly" in text
+    assert torch.equal(load_codebook(out).quantizer.embedding.weight.detach(), codes.float())
+
+
+# State dicts.
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".npz"])
+@pytest.mark.parametrize("prefix", ["", "regularization."])
+def test_state_dicts_of_every_kind(tmp_path, capsys, quantizer, prefix, suffix):
+    if quantizer.weight_dtype == torch.float64:
+        pytest.skip("an import is float32")
+    state = {f"{prefix}{name}": tensor for name, tensor in quantizer.state_dict().items()}
+    if prefix:
+        state["encoder.conv.weight"] = torch.zeros(3)
+    source = write(tmp_path / f"model{suffix}", state)
+    out = tmp_path / "o.safetensors"
+    in_use = quantizer.num_codes if quantizer.used is None else len(quantizer.used)
+    unknown = "extra" if quantizer.re_embed == in_use + 1 else quantizer.unknown_index
+    args = ["--unknown-index", unknown, *(["--prefix", prefix.rstrip(".")] if prefix else [])]
+    status, text, err = run(capsys, "import", source, "-o", out, *args)
+    assert (status, err) == (0, "")
+    codebook = load_codebook(out)
+    assert codebook.kind == quantizer.kind
+    assert codebook.digest == codebook_digest(quantizer)
+    assert codebook.quantizer.unknown_index == quantizer.unknown_index
+    assert f"unknown_index is {unknown!r}" in text
+    assert text.count("took  ") == len(quantizer.state_dict())
+    assert ("left  encoder.conv.weight" in text) == bool(prefix)
+    assert "the checkpoint does not hold beta=" in text or codebook.kind == "gumbel"
+
+
+def test_legacy_names_of_weight_norm(tmp_path, capsys, make_quantizer):
+    quantizer = make_quantizer("vq_weight_norm")
+    state = legacy_weight_norm_names({f"q.{name}": tensor for name, tensor in quantizer.state_dict().items()})
+    assert "q.embedding.weight_g" in state
+    source = write(tmp_path / "m.ckpt", state)
+    assert run(capsys, "import", source, "-o", tmp_path / "o", "--prefix", "q.")[0] == 0
+    assert load_codebook(tmp_path / "o").digest == codebook_digest(quantizer)
+
+
+@pytest.mark.parametrize("wrap", [("state_dict",), ("model",), ("model", "state_dict"), ("state_dict", "model")])
+def test_wrappers_are_taken_off(tmp_path, capsys, make_quantizer, wrap):
+    quantizer = make_quantizer("ema")
+    content = dict(quantizer.state_dict())
+    for name in wrap:
+        content = {name: content, "epoch": 3, "lr": [0.1], "optimizer": {"state": {0: {"step": torch.zeros(1)}}}}
+    source = tmp_path / "m.ckpt"
+    torch.save(content, source)
+    assert run(capsys, "import", source, "-o", tmp_path / "o")[0] == 0
+    assert load_codebook(tmp_path / "o").digest == codebook_digest(quantizer)
+
+
+def test_with_two_wrappers_the_names_keep_their_length(tmp_path, capsys, make_quantizer):
+    state = make_quantizer("ema").state_dict()
+    source = tmp_path / "m.ckpt"
+    torch.save({"state_dict": state, "model": state}, source)
+    fails(capsys, "try --prefix model., state_dict.", "import", source, "-o", tmp_path / "o")
+    assert run(capsys, "import", source, "-o", tmp_path / "o", "--prefix", "model")[0] == 0
+
+
+def test_the_older_torch_format(tmp_path, capsys, make_quantizer):
+    quantizer = make_quantizer("gumbel")
+    source = tmp_path / "m.pt"
+    torch.save(quantizer.state_dict(), source, _use_new_zipfile_serialization=False)
+    assert run(capsys, "import", source, "-o", tmp_path / "o")[0] == 0
+    assert load_codebook(tmp_path / "o").digest == codebook_digest(quantizer)
+
+
+def test_a_remap_may_be_of_any_integer_type(tmp_path, capsys):
+    source = write(tmp_path / "m.npz", {"embedding.weight": CODES, "used": np.array([3, 1], np.int32)})
+    assert run(capsys, "import", source, "-o", tmp_path / "o", "--unknown-index", "7")[0] == 0
+    codebook = load_codebook(tmp_path / "o")
+    assert codebook.quantizer.used.tolist() == [3, 1]
+    assert codebook.quantizer.unknown_index == 7
+
+
+@pytest.mark.parametrize(
+    ("state", "args", "match"),
+    [
+        ({"embedding.weight": CODES, "head.weight": CODES}, [], "'head.weight' too"),
+        ({"quantize.embedding.weight": CODES}, [], "try --prefix quantize."),
+        ({"quantize.embedding.weight": CODES}, ["--prefix", "quantize"], "does not say how it is searched"),
+        ({"q.embedding.weight": CODES, "q.codebook_used": CODES[0]}, ["--prefix", "q."], "'codebook_used' too"),
+        ({"q.embedding.weight": CODES}, ["--prefix", "nowhere."], "no quantizer under 'nowhere.'"),
+        ({"embedding.weight": CODES[0]}, [], "the codebook must be (K, D)"),
+        ({"embedding.weight": CODES, "used": CODES[0]}, [], "a remap holds integers"),
+        ({"embedding.weight": CODES, "used": np.zeros((1, 1), np.int64)}, [], "a remap has one axis"),
+        ({"embedding.weight": CODES, "used": np.array([10])}, [], "used[0] is 10, not in [0, 10)"),
+        ({"embedding.weight": CODES, "used": np.array([(1 << 64) - 1], np.uint64)}, [], "used[0] is -1"),
+        ({"embedding.weight": CODES, "embedding.cluster_size": CODES[:, 0]}, [], "embed_avg' is missing"),
+        ({"embed.weight": CODES}, [], "'num_hiddens' is None"),
+        ({"embed.weight": CODES, "proj.weight": CODES}, [], "'proj.bias' is missing"),
+        ({"embed.weight": CODES[0], "proj.weight": CODES}, [], "must have two axes"),
+        ({"embedding.weight": CODES, "proj_in.weight": CODES[0]}, [], "must have two axes"),
+        ({"embedding.weight": CODES, "proj_in.weight": CODES}, [], "'proj_in.bias' is missing"),
+        ({"embedding.weight_v": CODES}, [], "original0' is missing"),
+        ({"embedding.weight": CODES, "embedding.weight_v": CODES}, [], "does not belong to kind 'vq'"),
+    ],
+)
+def test_state_dicts_that_are_no_quantizers(tmp_path, capsys, state, args, match):
+    source = write(tmp_path / "m.npz", state)
+    fails(capsys, match, "import", source, "-o", tmp_path / "o", *args)
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_ambiguous_name_with_the_metric(tmp_path, capsys):
+    source = write(tmp_path / "m.pt", {"quantize.embedding.weight": CODES, "quant_conv.weight": CODES})
+    out = tmp_path / "o.safetensors"
+    assert run(capsys, "import", source, "-o", out, "--prefix", "quantize", "--metric", "l2")[0] == 0
+    assert load_codebook(out).kind == "vq"
+
+
+# Files that lie, and files that would run code.
+
+
+class Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return (Path.touch, (self.marker,))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".bin", ".npy", ".npz", ".safetensors"])
+@pytest.mark.parametrize("how", ["torch", "torch_legacy", "pickle", "npy", "npz"])
+def test_no_pickle_is_run(tmp_path, capsys, suffix, how):
+    marker, source = tmp_path / "marker", tmp_path / f"evil{suffix}"
+    evil = {"embedding.weight": torch.zeros(2, 2), "x": Evil(marker)}
+    with source.open("wb") as file:
+        match how:
+            case "torch":
+                torch.save(evil, file)
+            case "torch_legacy":
+                torch.save(evil, file, _use_new_zipfile_serialization=False)
+            case "pickle":
+                pickle.dump(evil, file)
+            case "npy":
+                np.save(file, np.array([Evil(marker)], object))
+            case "npz":
+                np.savez(file, a=np.array([Evil(marker)], object))
+    fails(capsys, "evil", "import", source, "-o", tmp_path / "o", "--metric", "l2", "--key", "a")
+    assert not marker.exists()
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_whole_pickled_model_gives_the_way_out(tmp_path, capsys):
+    source = tmp_path / "whole.pt"
+    torch.save(VectorQuantizer(3, 2), source)
+    err = fails(capsys, "torch.save(model.state_dict(), 'weights.pt')", "import", source, "-o", tmp_path / "o")
+    assert "VectorQuantizer" in err
+
+
+def npy_header(shape, descr="<f4", version=1) -> bytes:
+    text = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode() + b"\n"
+    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<I", len(text)) + text
+
+
+@pytest.mark.parametrize("shape", [(1 << 40, 8), (1 << 62, 1 << 62), (-1, 8), (-2, -4), (3, 5)])
+def test_an_npy_header_that_lies(tmp_path, capsys, shape):
+    source = tmp_path / "c.npy"
+    source.write_bytes(npy_header(shape) + bytes(32))
+    fails(capsys, "and has 32", "import", source, "-o", tmp_path / "o", "--metric", "l2")
+
+
+def archive(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (npy_header((1 << 40, 8)) + bytes(32), "claims 35184372088832 bytes for shape (1099511627776, 8) and has 32"),
+        (npy_header((2, 4)) + bytes(33), "claims 32 bytes for shape (2, 4) and has 33"),
+        (npy_header((2, 4), version=3) + bytes(32), "format (3, 0)"),
+        (npy_header((2, 4), descr="|O") + bytes(64), "Python objects"),
+        (b"noise", "cannot be read"),
+    ],
+)
+def test_npz_members_that_lie(tmp_path, capsys, data, match):
+    source = archive(tmp_path / "c.npz", {"a.npy": data})
+    fails(capsys, match, "import", source, "-o", tmp_path / "o", "--metric", "l2", "--key", "a")
+
+
+def test_an_npz_of_the_second_version(tmp_path, capsys):
+    source = archive(tmp_path / "c.npz", {"a.npy": npy_header((2, 4), version=2) + bytes(32), "readme": b"x"})
+    assert run(capsys, "import", source, "-o", tmp_path / "o", "--metric", "l2", "--key", "a")[0] == 0
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt", ".npy"])
+def test_arrays_beyond_the_limit_are_not_unpacked(tmp_path, capsys, monkeypatch, suffix):
+    # A zip bomb is honest about its size: the limit stops it, here a small one.
+    monkeypatch.setattr(foreign, "MAX_ARRAY_BYTES", 1000)
+    codes = np.zeros((100, 4), np.float32)
+    source = write(tmp_path / f"c{suffix}", codes if suffix == ".npy" else {"a": codes})
+    key = [] if suffix == ".npy" else ["--key", "a"]
+    fails(capsys, "1600 bytes, more than 1000", "import", source, "-o", tmp_path / "o", "--metric", "l2", *key)
+
+
+def test_a_tensor_of_zero_strides_cannot_claim_memory(tmp_path, capsys):
+    source = tmp_path / "c.pt"
+    torch.save({"a": torch.zeros(1, 1).expand(1 << 13, 1 << 13), "b": torch.zeros(3, 3).to_sparse()}, source)
+    args = ["import", source, "-o", tmp_path / "o", "--metric", "l2", "--key"]
+    fails(capsys, "claims 268435456 bytes, more than the file has for it", *args, "a")
+    fails(capsys, "not a dense tensor", *args, "b")
+
+
+@pytest.mark.parametrize("suffix", [".npy", *SUFFIXES])
+def test_noise_and_truncation(tmp_path, capsys, suffix):
+    good = write(tmp_path / f"good{suffix}", CODES if suffix == ".npy" else {"a": CODES}).read_bytes()
+    source = tmp_path / f"bad{suffix}"
+    for data in (b"", b"\x00" * 50, b"noise" * 50, good[:-40], good[: len(good) // 2], good[:20]):
+        source.write_bytes(data)
+        key = [] if suffix == ".npy" else ["--key", "a"]
+        fails(capsys, "bad", "import", source, "-o", tmp_path / "o", "--metric", "l2", *key)
+
+
+def test_other_files(tmp_path, capsys):
+    fails(capsys, "no such file", "import", tmp_path / "none.pt", "-o", tmp_path / "o")
+    fails(capsys, "files of type '.h5' are not read", "import", tmp_path / "none.h5", "-o", tmp_path / "o")
+    source = tmp_path / "list.pt"
+    torch.save([torch.zeros(2, 2)], source)
+    fails(capsys, "holds a list", "import", source, "-o", tmp_path / "o")
+    source = tmp_path / "zip.npy"
+    source.write_bytes(write(tmp_path / "z.npz", {"a": CODES}).read_bytes())
+    fails(capsys, "name it .npz", "import", source, "-o", tmp_path / "o", "--metric", "l2")
+    exotic = tmp_path / "f8.safetensors"
+    save_file({"a": torch.zeros(2, 2).to(torch.float8_e4m3fn)}, exotic)
+    fails(capsys, "of type F8_E4M3", "import", exotic, "-o", tmp_path / "o", "--metric", "l2", "--key", "a")
+
+
+def test_lack_of_memory_is_told(tmp_path, monkeypatch):
+    def greedy(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(np.lib.format, "read_array", greedy)
+    source = write(tmp_path / "c.npy", CODES)
+    with pytest.raises(ForeignCheckpointError, match="more memory than this machine has"):
+        import_checkpoint(source, metric="l2")
+
+
+# Usage.
+
+
+def test_an_output_that_is_there_is_kept(tmp_path, capsys):
+    source = write(tmp_path / "c.npy", CODES)
+    out = tmp_path / "o.safetensors"
+    out.write_text("precious")
+    fails(capsys, "o.safetensors is there already: pass --force", "import", source, "-o", out, "--metric", "l2")
+    assert out.read_text() == "precious"
+    assert run(capsys, "import", source, "-o", out, "--metric", "l2", "--force")[0] == 0
+    load_codebook(out)
+    fails(capsys, "No such file", "import", source, "-o", tmp_path / "no" / "o", "--metric", "l2")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["import"],
+        ["import", "x.npy"],
+        ["import", "x.npy", "-o", "o", "--metric", "l1"],
+        ["import", "x.npy", "-o", "o", "--key", "a", "--prefix", "b"],
+        ["import", "x.npy", "-o", "o", "--unknown-index", "last"],
+        ["import", "x.npy", "-o", "o", "--unknown-index", "-1"],
+        ["inspect"],
+        ["inspect", "a", "b"],
+    ],
+)
+def test_wrong_usage(capsys, args):
+    status, _, err = run(capsys, *args)
+    assert status == 2
+    assert "usage: vqserved" in err
+
+
+def test_a_long_list_is_cut_short(tmp_path, capsys):
+    arrays = {f"layer{i}.weight": np.zeros((2, 2), np.float32) for i in range(30)}
+    source = write(tmp_path / "m.npz", arrays)
+    fails(capsys, "and 18 more", "import", source, "-o", tmp_path / "o")
+    _, text, _ = run(capsys, "import", source, "-o", tmp_path / "o", "--key", "layer3.weight", "--metric", "l2")
+    assert text.count("left  ") == 21
+    assert "left  and 9 more" in text
+
+
+def test_the_daemons_own_command(tmp_path):
+    source = write(tmp_path / "c.npy", CODES)
+    out = tmp_path / "o.safetensors"
+    command = [sys.executable, "-m", "vqserve_server.cli", "import", source, "-o", out, "--metric", "l2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert load_codebook(out).digest in done.stdout
+
+
+def test_parsers_give_run():
+    parser = argparse.ArgumentParser()
+    subparsers = parser.add_subparsers()
+    commands.add_import_parser(subparsers)
+    commands.add_inspect_parser(subparsers)
+    assert parser.parse_args(["inspect", "x"]).run is commands.run_inspect
+    assert parser.parse_args(["import", "x", "-o", "y"]).unknown_index == "random"
