@@ -100,6 +100,12 @@ def test_a_batch_that_is_not_finite_leaves_all_three_tensors_alone(make, latents
     assert all(torch.isfinite(value).all() for value in module.state_dict().values())
 
 
+def test_the_update_does_not_wait_for_a_device():
+    # A meta tensor has no values: whatever looks at one on the host (.item(), bool, int) raises.
+    embedding = EmbeddingEMA(5, 3).to("meta")
+    embedding.update_from(torch.zeros(7, 3, device="meta"), torch.zeros(7, dtype=torch.int64, device="meta"))
+
+
 def test_sums_that_overflow_the_averages_skip_the_update_too(make):
     module = make("ema").train()
     before = _state(module)

@@ -50,3 +50,12 @@ def test_no_gradient_and_no_dense_one_hot():
     assert in_use.item() == 1 << 19
     assert abs(perplexity.item() / (1 << 19) - 1) < 1e-3
     assert not perplexity.requires_grad
+
+
+def test_nothing_waits_for_a_device():
+    # A meta tensor has no values: whatever looks at one on the host (.item(), bool, int) raises.
+    perplexity, in_use = measure_perplexity(torch.zeros(3, 5, dtype=torch.int64, device="meta"), 4)
+    assert perplexity.device.type == in_use.device.type == "meta"
+    assert (perplexity.dtype, in_use.dtype) == (torch.float32, torch.int64)
+    with pytest.raises(RuntimeError, match="meta"):
+        perplexity.item()
