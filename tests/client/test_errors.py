@@ -1,0 +1,84 @@
+"""The tree of errors, the table, and the page that shows them."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import re
+from pathlib import Path
+
+import grpc
+import pytest
+
+import vqserve_client
+from vqserve_client import Client, errors
+from vqserve_client.status import ERROR_OF_CODE, RETRIED, Failure
+
+KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, Exception)]
+PAGE = Path(__file__).parents[2] / "docs" / "client.md"
+
+
+def test_every_status_is_mapped():
+    assert set(ERROR_OF_CODE) == set(grpc.StatusCode) - {grpc.StatusCode.OK}
+    assert set(RETRIED) == {errors.Overloaded, errors.Unavailable}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_error_is_public_and_of_the_family(kind):
+    assert issubclass(kind, errors.VqserveClientError)
+    assert getattr(vqserve_client, kind.__name__) is kind
+    assert kind.__doc__
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_pickle_with_all_their_fields(kind):
+    options = {"retry_after_s": 0.5} if kind is errors.Overloaded else {}
+    error = kind("what", code="INTERNAL", target="host:1", codebook="a", request_id="id", **options)
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301
+    assert type(again) is kind
+    assert vars(again) == vars(error)
+    assert str(again) == str(error)
+    assert str(error).startswith("what (server host:1, codebook 'a', request id)")
+
+
+def test_the_tree_in_the_docstring_is_the_tree():
+    drawn = re.findall(r"^(\W*)(\w+)(?: \(also a (\w+)\))?$", errors.__doc__.split("\n\n")[1], re.MULTILINE)
+    tree = {}
+    path = []
+    for prefix, name, also in drawn:
+        path[len(prefix) // 4 :] = [name]
+        tree[name] = {*path[-2:-1], *([also] if also else [])}
+    assert tree.pop("VqserveClientError") == set()
+    del path
+    real = {kind.__name__: {base.__name__ for base in kind.__bases__} for kind in KINDS}
+    del real["VqserveClientError"]
+    assert tree == real
+
+
+def test_a_failure_without_words():
+    failure = Failure(grpc.StatusCode.INTERNAL, "", {})
+    assert "INTERNAL" in str(failure.error(target="host:1", codebook=None, request_id="id"))
+
+
+def test_the_page_shows_every_error_with_its_statuses():
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \|", PAGE.read_text(), re.MULTILINE)
+    shown = {name: set(re.findall(r"[A-Z]{2,}(?:_[A-Z]+)*", codes)) for name, codes in rows}
+    names = {kind.__name__ for kind in KINDS} - {"VqserveClientError"}
+    mapped = {name: {code.name for code, kind in ERROR_OF_CODE.items() if kind.__name__ == name} for name in names}
+    assert {name: shown.get(name) for name in names if mapped[name]} == {n: c for n, c in mapped.items() if c}
+    assert names <= set(shown)
+
+
+def test_the_page_shows_the_options_and_their_defaults():
+    text = PAGE.read_text()
+    for name, parameter in inspect.signature(Client).parameters.items():
+        default = "64 MiB" if name == "max_message_bytes" else repr(parameter.default)
+        assert f"| `{name}` | {f'`{default}`' if default != '64 MiB' else default} |" in text, name
+
+
+def test_the_pages_python_runs(tiny, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        source = block.replace("localhost:50051", tiny.target).replace("vqgan-f16", "small")
+        exec(compile(source, str(PAGE), "exec"), {})  # noqa: S102

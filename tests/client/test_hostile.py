@@ -1,0 +1,214 @@
+"""Replies that do not fit their requests are never used."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve_client import DigestChanged, DigestMismatch, ProtocolError, ServerError
+
+OTHER = "f" * 64
+
+
+@pytest.mark.parametrize(
+    ("lie", "text"),
+    [
+        ({"shape": [3]}, r"shape \(3,\)"),
+        ({"shape": [1, 2]}, r"shape \(1, 2\)"),
+        ({"shape": [1 << 63, 1 << 63]}, "shape"),
+        ({"shape": []}, r"shape \(\)"),
+        ({"dtype": pb.DTYPE_INT64}, "int64"),
+        ({"dtype": 77}, "unknown dtype 77"),
+        ({"dtype": 0}, "unspecified"),
+        ({"indices": b""}, "has 0"),
+        ({"indices": b"\0" * 3}, "has 3"),
+        ({"indices": b"\0" * 5}, "has 5"),
+        ({"indices": b"\xff\xff\0\0"}, "index 65535 in a vocabulary of 300"),
+        ({"indices": b"\x2c\x01\0\0"}, "index 300 in"),
+    ],
+)
+def test_a_lying_encode_reply(tiny, connect, lying, latents, lie, text):
+    tiny.script.append(lying(**lie))
+    with pytest.raises(ProtocolError, match=text) as caught:
+        connect(tiny.target).encode(latents(2, 4))
+    assert caught.value.codebook == "small"
+    assert caught.value.request_id == tiny.request_ids[0]
+
+
+@pytest.mark.parametrize(
+    ("lie", "text"),
+    [
+        ({"shape": [2, 4]}, "shape"),
+        ({"shape": [8, 2]}, "shape"),
+        ({"dtype": pb.DTYPE_FLOAT64}, "float64"),
+        ({"dtype": pb.DTYPE_UINT32}, "uint32"),
+        ({"latents": b"\0" * 63}, "63"),
+        ({"latents": b""}, "has 0"),
+    ],
+)
+def test_a_lying_decode_reply(tiny, connect, lying, lie, text):
+    tiny.script.append(lying(**lie))
+    with pytest.raises(ProtocolError, match=text):
+        connect(tiny.target).decode(np.arange(2))
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"name": ""},
+        {"digest": ""},
+        {"digest": "g" * 64},
+        {"digest": "A" * 64},
+        {"num_codes": 0},
+        {"vocab_size": 0},
+        {"vocab_size": (1 << 32) + 1},
+        {"input_dim": 0},
+        {"output_dim": 1 << 63},
+        {"code_dim": 0},
+        {"num_quantizers": 0},
+        {"layout": 9},
+    ],
+)
+def test_a_list_that_cannot_be(tiny, connect, latents, lie):
+    def change(reply: pb.ListCodebooksResponse) -> None:
+        for name, value in lie.items():
+            setattr(reply.codebooks[0], name, value)
+
+    client = connect(tiny.target)
+    for call in (client.codebooks, lambda: client.encode(latents(2, 4))):
+        tiny.list_script.append(change)
+        with pytest.raises(ProtocolError, match="cannot be"):
+            call()
+
+
+def test_a_name_listed_twice(tiny, connect):
+    tiny.list_script.append(lambda reply: reply.codebooks.append(reply.codebooks[0]))
+    with pytest.raises(ProtocolError, match="twice"):
+        connect(tiny.target).codebooks()
+
+
+def test_absurd_widths_are_refused_before_memory_is_asked_for(tiny, connect):
+    tiny.replace("small", output_dim=1 << 31)
+    with pytest.raises(ValueError, match="more than a message"):
+        connect(tiny.target).decode(np.arange(4))
+
+
+def test_a_digest_that_changes_between_the_chunks(tiny, connect, lying, latents):
+    client = connect(tiny.target, max_message_bytes=1024, window=1)
+    tiny.script.extend([lambda request, context, honest: honest(), lying(digest=OTHER)])
+    with pytest.raises(DigestChanged, match="no longer has digest"):
+        client.encode(latents(1000, 4))
+    assert len(tiny.requests) == 2
+
+
+def test_a_codebook_replaced_between_the_chunks(tiny, connect, latents):
+    def replace_then(request, context, honest):
+        tiny.replace("small", digest=OTHER)
+        return tiny.script.clear() or honest()
+
+    tiny.script.extend([lambda request, context, honest: honest(), replace_then])
+    with pytest.raises(DigestChanged) as caught:
+        connect(tiny.target, max_message_bytes=1024, window=1).encode(latents(1000, 4))
+    assert caught.value.code == "FAILED_PRECONDITION"
+    assert caught.value.request_id == tiny.request_ids[1]
+
+
+def test_every_request_names_the_digest_from_the_start(tiny, connect, latents):
+    connect(tiny.target, max_message_bytes=1024).encode(latents(1000, 4))
+    assert {request.expected_digest for request in tiny.requests} == {tiny.codes["small"].info.digest}
+
+
+def test_a_codebook_replaced_between_calls_is_followed(tiny, connect, latents):
+    client = connect(tiny.target)
+    first = client.encode(latents(5, 4))
+    tiny.replace("small", digest=OTHER, output_dim=8)
+    assert (client.encode(latents(5, 4)) == first).all()
+    assert tiny.lists == 2
+
+
+def test_a_codebook_replaced_by_one_of_other_widths_is_followed(serve_tiny, codes, connect, latents):
+    server = serve_tiny(codes("one", 300, 4))
+    client = connect(server.target)
+    client.encode(latents(5, 4))
+    server.codes["one"] = codes("one", 70000, 6)
+    indices = client.encode(latents(5, 6))
+    assert indices.dtype == np.uint32
+    assert client.decode(indices).shape == (5, 12)
+    with pytest.raises(ValueError, match="4 channels"):
+        client.encode(latents(5, 4))
+
+
+def test_a_server_that_never_means_what_it_lists(tiny, connect, lying, latents):
+    tiny.script.extend([lying(digest=OTHER)] * 10)
+    with pytest.raises(DigestChanged):
+        connect(tiny.target).encode(latents(5, 4))
+    assert len(tiny.requests) == 2
+
+
+def test_a_pinned_digest(tiny, connect, lying, latents):
+    digest = tiny.codes["small"].info.digest
+    assert connect(tiny.target, digest=digest).encode(latents(5, 4)).shape == (5,)
+    for client, options in ((connect(tiny.target, digest=OTHER), {}), (connect(tiny.target), {"digest": OTHER})):
+        with pytest.raises(DigestMismatch, match=f"{OTHER} was pinned, the codebook has {digest}"):
+            client.encode(latents(5, 4), **options)
+    assert len(tiny.requests) == 1
+    client = connect(tiny.target, digest=digest)
+    tiny.script.append(lying(digest=OTHER))
+    tiny.script.append(lying(digest=OTHER))
+    with pytest.raises(DigestMismatch):
+        client.encode(latents(5, 4))
+
+
+def test_the_clients_digest_is_not_another_codebooks(serve_tiny, codes, connect, latents):
+    a, b = codes("a", seed=1), codes("b", seed=2)
+    client = connect(serve_tiny(a, b).target, codebook="a", digest=a.info.digest)
+    assert (client.encode(latents(5, 4), codebook="b") == b.encode(latents(5, 4))).all()
+    with pytest.raises(DigestMismatch):
+        client.encode(latents(5, 4), codebook="b", digest=a.info.digest)
+
+
+def test_a_reply_that_is_no_protobuf(connect, latents):
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
+
+    import grpc  # noqa: PLC0415
+
+    handler = grpc.unary_unary_rpc_method_handler(lambda request, context: b"\xff\xff\xff")
+    server = grpc.server(ThreadPoolExecutor(2))
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("vqserve.v1.TokenizerService", {"ListCodebooks": handler}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with pytest.raises(ProtocolError):
+            connect(f"127.0.0.1:{port}").codebooks()
+    finally:
+        server.stop(None).wait()
+
+
+def test_a_server_of_something_else(connect):
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
+
+    import grpc  # noqa: PLC0415
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with pytest.raises(ProtocolError) as caught:
+            connect(f"127.0.0.1:{port}").codebooks()
+        assert caught.value.code == "UNIMPLEMENTED"
+    finally:
+        server.stop(None).wait()
+
+
+def test_a_server_whose_method_raises(tiny, connect, latents):
+    def burst(request, context, honest):
+        raise RuntimeError("scripted")
+
+    tiny.script.append(burst)
+    with pytest.raises(ServerError) as caught:
+        connect(tiny.target).encode(latents(2, 4))
+    assert caught.value.code == "UNKNOWN"
+    assert len(tiny.requests) == 1

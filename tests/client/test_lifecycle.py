@@ -1,0 +1,200 @@
+"""Closing, forking, pickling, sharing."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from vqserve_client import AsyncClient, Client, Closed
+
+
+def test_use_after_close(tiny, connect, latents):
+    client = connect(tiny.target)
+    client.encode(latents(2, 4))
+    client.close()
+    client.close()
+    for call in (
+        lambda: client.encode(latents(2, 4)),
+        client.codebooks,
+        lambda: next(client.encode_many([latents(2, 4)])),
+    ):
+        with pytest.raises(Closed, match="this client is closed"):
+            call()
+
+
+def test_close_before_use_opens_nothing(connect):
+    client = connect("127.0.0.1:1")
+    client.close()
+    with pytest.raises(Closed):
+        client.codebooks()
+
+
+def test_close_during_a_call(tiny, latents):
+    tiny.gate.clear()
+    client = Client(tiny.target)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(client.encode, latents(2, 4))
+        tiny.arrived.acquire()
+        client.close()
+        with pytest.raises(Closed, match="during the call"):
+            call.result()
+
+
+def test_context_manager_closes(tiny):
+    with Client(tiny.target) as client:
+        assert client.codebooks()
+    with pytest.raises(Closed):
+        client.codebooks()
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_repr(kind):
+    assert repr(kind("host:1")) == f"{kind.__name__}('host:1', timeout=60)"
+    client = kind("host:1", codebook="a", digest="0" * 64, timeout=1.5)
+    assert repr(client) == f"{kind.__name__}('host:1', codebook='a', digest='{'0' * 64}', timeout=1.5)"
+
+
+def test_repr_says_closed():
+    client = Client("host:1")
+    client.close()
+    assert "closed" in repr(client)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"timeout": 0}, ValueError),
+        ({"timeout": "1"}, TypeError),
+        ({"timeout": True}, TypeError),
+        ({"retries": -1}, ValueError),
+        ({"retries": 1.0}, TypeError),
+        ({"window": 0}, ValueError),
+        ({"max_message_bytes": 10}, ValueError),
+        ({"max_message_bytes": 1 << 40}, ValueError),
+        ({"codebook": 3}, TypeError),
+        ({"digest": "0" * 63}, ValueError),
+        ({"target": ""}, ValueError),
+        ({"target": "http://host:1"}, ValueError),
+        ({"target": None}, TypeError),
+    ],
+)
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_options_are_checked(kind, options, error):
+    with pytest.raises(error, match=next(iter(options))):
+        kind(**{"target": "localhost:1", **options})
+
+
+def test_options_are_keyword_only():
+    with pytest.raises(TypeError):
+        Client("localhost:1", "codebook")  # type: ignore[misc]
+
+
+def test_pickle_and_copy(tiny, connect, latents):
+    original = Client(tiny.target, codebook="small", timeout=7, max_message_bytes=2048)
+    expected = original.encode(latents(200, 4))
+    for clone in (pickle.loads(pickle.dumps(original)), copy.copy(original), copy.deepcopy(original)):  # noqa: S301
+        assert repr(clone) == repr(original)
+        assert (clone.encode(latents(200, 4)) == expected).all()
+        clone.close()
+    assert original.encode(latents(2, 4)).shape == (2,)
+    original.close()
+    clone = pickle.loads(pickle.dumps(AsyncClient(tiny.target)))  # noqa: S301
+    assert isinstance(clone, AsyncClient)
+
+
+def test_sixteen_threads_share_a_client(tiny, latents):
+    arrays = [latents(40 + seed, 4, seed=seed) for seed in range(16)]
+    expected = [tiny.codes["small"].encode(array).tolist() for array in arrays]
+    barrier = threading.Barrier(16)
+
+    with Client(tiny.target, max_message_bytes=1024) as client, ThreadPoolExecutor(16) as pool:
+
+        def work(number: int) -> bool:
+            barrier.wait()
+            return all(client.encode(arrays[number]).tolist() == expected[number] for _ in range(5))
+
+        assert all(pool.map(work, range(16)))
+
+
+FORK = """
+import asyncio, multiprocessing, os, sys, threading
+import numpy as np
+from vqserve_client import AsyncClient, Client, Closed
+
+target, how = sys.argv[1:]
+latents = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
+client, awaited = Client(target, timeout=30), AsyncClient(target, timeout=30)
+expected = client.encode(latents)
+generator = client.encode_many([latents] * 9)
+next(generator)
+asyncio.run(awaited.encode(latents))
+
+def work():
+    assert (client.encode(latents) == expected).all()
+    assert (asyncio.run(awaited.encode(latents)) == expected).all()
+    assert len(list(client.encode_many([latents] * 5))) == 5
+    try:
+        list(generator)
+    except Closed as error:
+        assert "fork" in str(error)
+    else:
+        raise AssertionError("the parent's generator went on in the child")
+    return os.getpid()
+
+def by_os_fork(count):
+    children = []
+    for _ in range(count):
+        child = os.fork()
+        if child == 0:
+            work()
+            # A normal end, so that whatever was inherited is torn down here.
+            sys.exit(0)
+        children.append(child)
+    assert all(os.waitpid(child, 0)[1] == 0 for child in children)
+
+def by_pool(count):
+    with multiprocessing.get_context("fork").Pool(count) as pool:
+        assert os.getpid() not in [pool.apply(work) for _ in range(count)]
+
+def by_os_fork_under_load(count):
+    stop = threading.Event()
+    def load():
+        while not stop.is_set():
+            client.encode(latents)
+    threads = [threading.Thread(target=load) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    by_os_fork(count)
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+{"fork": by_os_fork, "pool": by_pool, "load": by_os_fork_under_load}[how](3)
+assert (client.encode(latents) == expected).all()
+assert len(list(generator)) == 8
+print("done")
+"""
+
+
+@pytest.mark.parametrize("how", ["fork", "pool", "load"])
+def test_fork(tiny, how):
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK, tiny.target, how],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
+
+
+def test_a_process_that_ends_without_closing(tiny):
+    program = f"from vqserve_client import Client; c = Client({tiny.target!r}); print(c.codebooks()[0].name)"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "small\n", "")

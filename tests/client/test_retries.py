@@ -1,0 +1,218 @@
+"""What is tried again, how often, and until when."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+import struct
+import threading
+
+import pytest
+
+from vqserve_client import (
+    CodebookNotFound,
+    DeadlineExceeded,
+    InvalidArgument,
+    Overloaded,
+    ServerError,
+    Unavailable,
+)
+from vqserve_client.retry import RetryPolicy
+
+
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "RESOURCE_EXHAUSTED"])
+def test_retried_until_it_works(tiny, connect, failing, latents, code):
+    tiny.script.extend([failing(code)] * 3)
+    assert connect(tiny.target).encode(latents(2, 4)).shape == (2,)
+    assert len(tiny.requests) == 4
+    # All attempts of a request carry one id, which is what the server's log knows it by.
+    assert len(set(tiny.request_ids)) == 1
+    assert len(tiny.request_ids[0]) > 8
+
+
+def test_retries_end(tiny, connect, failing, latents):
+    tiny.script.extend([failing("RESOURCE_EXHAUSTED", "full", vqserve_retry_after_ms="20")] * 9)
+    with pytest.raises(Overloaded, match="full; tried 3 times") as caught:
+        connect(tiny.target, retries=2).encode(latents(2, 4))
+    assert caught.value.retry_after_s == 0.02
+    assert caught.value.code == "RESOURCE_EXHAUSTED"
+    assert len(tiny.requests) == 3
+
+
+def test_no_retries(tiny, connect, failing, latents):
+    tiny.script.append(failing("UNAVAILABLE"))
+    with pytest.raises(Unavailable):
+        connect(tiny.target, retries=0).encode(latents(2, 4))
+    assert len(tiny.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("INVALID_ARGUMENT", InvalidArgument),
+        ("INTERNAL", ServerError),
+        ("UNKNOWN", ServerError),
+        ("DEADLINE_EXCEEDED", DeadlineExceeded),
+        ("DATA_LOSS", ServerError),
+    ],
+)
+def test_nothing_else_is_retried(tiny, connect, failing, latents, code, kind):
+    tiny.script.append(failing(code, "scripted", vqserve_request_id="the-servers-own"))
+    with pytest.raises(kind, match="scripted") as caught:
+        connect(tiny.target).encode(latents(2, 4))
+    assert len(tiny.requests) == 1
+    error = caught.value
+    assert (error.code, error.codebook, error.target, error.request_id) == (
+        code,
+        "small",
+        tiny.target,
+        "the-servers-own",
+    )
+
+
+def test_a_hint_beyond_the_deadline_is_not_waited_for(tiny, connect, failing, latents):
+    tiny.script.append(failing("RESOURCE_EXHAUSTED", "full", vqserve_retry_after_ms="3600000"))
+    with pytest.raises(Overloaded) as caught:
+        connect(tiny.target).encode(latents(2, 4))
+    assert caught.value.retry_after_s == 3600
+    assert len(tiny.requests) == 1
+
+
+@pytest.mark.parametrize("hint", ["soon", "-5", "nan", "inf", ""])
+def test_a_hint_that_makes_no_sense_is_none(tiny, connect, failing, latents, hint):
+    tiny.script.append(failing("RESOURCE_EXHAUSTED", "full", vqserve_retry_after_ms=hint))
+    with pytest.raises(Overloaded) as caught:
+        connect(tiny.target, retries=0).encode(latents(2, 4))
+    assert caught.value.retry_after_s is None
+
+
+def test_a_server_that_hangs(tiny, connect, latents):
+    tiny.gate.clear()
+    with pytest.raises(DeadlineExceeded) as caught:
+        connect(tiny.target).encode(latents(2, 4), timeout=0.2)
+    assert isinstance(caught.value, TimeoutError)
+    # The server is told that nobody waits any more.
+    assert tiny.cancelled.acquire(timeout=60)
+
+
+def test_one_timeout_for_all_retries(tiny, connect, failing, latents):
+    tiny.script.append(failing("RESOURCE_EXHAUSTED", vqserve_retry_after_ms="400"))
+    connect(tiny.target, timeout=5).encode(latents(2, 4))
+    first, second = tiny.timeouts
+    # The deadline stays where it was: what was waited for is missing the second time (gRPC rounds what it sends).
+    assert second < first - 0.3
+
+
+def test_no_timeout(tiny, connect, latents):
+    assert connect(tiny.target, timeout=math.inf).encode(latents(2, 4)).shape == (2,)
+    # gRPC tells "none" as a few centuries.
+    assert tiny.timeouts[0] > 1e9
+
+
+def test_nobody_there(connect, latents):
+    with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1\b.*is the server running") as caught:
+        connect("127.0.0.1:1", retries=1).encode(latents(2, 4))
+    assert isinstance(caught.value, ConnectionError)
+
+
+def test_a_connection_dropped_under_a_request_is_retried(tiny, connect, latents):
+    with DroppingProxy(tiny.target, drops=2) as proxy:
+        assert connect(proxy.target, timeout=30).encode(latents(2, 4)).shape == (2,)
+    assert proxy.dropped == 2
+
+
+class DroppingProxy:
+    """Hands on connections, but resets the first few of them once the client has spoken."""
+
+    def __init__(self, target: str, *, drops: int) -> None:
+        host, port = target.split(":")
+        self._upstream = (host, int(port))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._drops = drops
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self.dropped = 0
+        self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self):
+        self._start(self._accept)
+        return self
+
+    def __exit__(self, *_):
+        for one in (self._listener, *self._sockets):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+        for thread in self._threads:
+            thread.join()
+
+    def _start(self, target, *arguments):
+        thread = threading.Thread(target=target, args=arguments)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                accepted, _ = self._listener.accept()
+                if self.dropped < self._drops:
+                    accepted.recv(1)
+                    accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    accepted.close()
+                    self.dropped += 1
+                    continue
+                upstream = socket.create_connection(self._upstream)
+                self._sockets += [accepted, upstream]
+                self._start(self._copy, accepted, upstream)
+                self._start(self._copy, upstream, accepted)
+
+    @staticmethod
+    def _copy(source, sink):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+
+
+def test_unknown_codebooks_are_listed(serve_tiny, codes, connect, latents):
+    server = serve_tiny(codes("a"), codes("b"))
+    client = connect(server.target)
+    with pytest.raises(CodebookNotFound, match="2 codebooks, say which with codebook=: a, b"):
+        client.encode(latents(2, 4))
+    with pytest.raises(CodebookNotFound, match="no codebook 'c' is served, only: a, b"):
+        client.encode(latents(2, 4), codebook="c")
+    assert client.encode(latents(2, 4), codebook="b").shape == (2,)
+    # One that is served since the list was fetched is found.
+    server.codes["c"] = codes("c")
+    assert client.encode(latents(2, 4), codebook="c").shape == (2,)
+
+
+def test_no_codebook_at_all(serve_tiny, connect, latents):
+    with pytest.raises(CodebookNotFound, match="the server has no codebook"):
+        connect(serve_tiny().target).encode(latents(2, 4))
+
+
+def test_a_codebook_that_is_gone(serve_tiny, codes, connect, latents):
+    server = serve_tiny(codes("a"), codes("b"))
+    client = connect(server.target, codebook="a")
+    client.encode(latents(2, 4))
+    del server.codes["a"]
+    with pytest.raises(CodebookNotFound, match="no codebook 'a' is served, only: b"):
+        client.encode(latents(2, 4))
+
+
+def test_concurrent_chunks_back_off_each_for_itself(tiny, connect, failing, latents):
+    tiny.script.extend([failing("RESOURCE_EXHAUSTED", "full", vqserve_retry_after_ms="1")] * 6)
+    array = latents(100, 4)
+    indices = connect(tiny.target, max_message_bytes=1024).encode(array)
+    assert (indices == tiny.codes["small"].encode(array)).all()
+
+
+def test_delays_grow_have_a_cap_and_heed_the_hint():
+    policy = RetryPolicy(10)
+    for failures in range(1, 11):
+        full = min(5.0, 0.1 * 2 ** (failures - 1))
+        assert full / 2 <= policy.delay_s(failures, None) <= full
+    assert policy.delay_s(11, None) is None
+    assert 7 <= policy.delay_s(1, 7.0) <= 8.75
+    assert RetryPolicy(5000).delay_s(4999, None) <= 5
