@@ -131,7 +131,6 @@ class App:
             on_broken=self._on_broken,
         )
         self._rpc = RpcServer(self.engine, self._config.rpc)
-        self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
         """Start, and return the port.
@@ -145,28 +144,25 @@ class App:
         except RuntimeError:
             rpc = self._config.rpc
             raise StartError(f"cannot listen on {address(rpc.host, rpc.port)}") from None
-        self._watch = asyncio.create_task(self._watch_device())
         return port
 
     async def stop(self) -> bool:
         """Take no more requests, answer those inside, and stop; return whether all were answered in time."""
         deadline = self._loop.time() + self._config.drain_seconds
-        await self._rpc.not_serving()
+        self._rpc.not_serving()
         self.engine.drain()
         finished = await self._rpc.stop(self._config.drain_seconds)
-        if self._watch is not None:
-            self._watch.cancel()
         left_s = max(deadline - self._loop.time(), 0.0)
         stopped = await asyncio.to_thread(self.engine.stop, left_s)
         logger.info("served %s", self.engine.stats)
         return finished and stopped
 
     def _on_broken(self) -> None:
-        self._loop.call_soon_threadsafe(self.broken.set)
+        def tell() -> None:
+            self._rpc.not_serving()
+            self.broken.set()
 
-    async def _watch_device(self) -> None:
-        await self.broken.wait()
-        await self._rpc.not_serving()
+        self._loop.call_soon_threadsafe(tell)
 
 
 async def serve(tokenizers: Sequence[Tokenizer], config: ServeConfig) -> int:
@@ -193,12 +189,13 @@ async def serve(tokenizers: Sequence[Tokenizer], config: ServeConfig) -> int:
     del done
     for task in pending:
         task.cancel()
-    if not await app.stop():
+    in_time = await app.stop()
+    code = 1 if app.broken.is_set() else 0
+    if not in_time:
         logger.warning("not all requests were answered within --drain-seconds %g", config.drain_seconds)
-        if not app.broken.is_set():
-            # A thread that computes cannot be stopped, and the interpreter's own end may trip over it.
-            _exit_now(0)
-    return 1 if app.broken.is_set() else 0
+        # A thread that computes cannot be stopped, and the interpreter's own end may trip over it.
+        _exit_now(code)
+    return code
 
 
 def run(sources: Sequence[str], config: ServeConfig) -> int:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from vqserve_server.config import RpcConfig
 from vqserve_server.engine import Engine
 from vqserve_server.rpc.call import Calls
+from vqserve_server.rpc.health import Health
 from vqserve_server.rpc.service import SERVICE, TokenizerService
 
-# What is left when all calls are answered: the last bytes of replies, and watchers of the health.
+# For what is left when all calls are answered: the last bytes of replies, reflection.
 _LINGER_S = 0.5
 
 
@@ -24,7 +25,7 @@ class RpcServer:
         self._config = config
         self._calls = Calls()
         self._service = TokenizerService(engine, max_message_bytes=config.max_message_bytes)
-        self._health = health.aio.HealthServicer()
+        self._health = Health(("", SERVICE))
         self._server = grpc.aio.server(options=_options(config), maximum_concurrent_rpcs=config.max_concurrent_rpcs)
         self._server.add_generic_rpc_handlers((self._service.handlers(self._calls),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -37,17 +38,13 @@ class RpcServer:
             RuntimeError: the address cannot be bound.
         """
         port = self._server.add_insecure_port(address(self._config.host, self._config.port))
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._health.set_serving(True)
         await self._server.start()
         return port
 
-    async def not_serving(self) -> None:
-        """Tell whoever asks for the health that this server is to be left alone, for good."""
-        # It waits for watchers to take the news, and a watcher may have stopped reading.
-        try:
-            await asyncio.wait_for(self._health.enter_graceful_shutdown(), _LINGER_S)
-        except TimeoutError:
-            await self._server.stop(None)
+    def not_serving(self) -> None:
+        """Tell whoever asks for the health that this server is to be left alone."""
+        self._health.set_serving(False)
 
     async def stop(self, drain_seconds: float) -> bool:
         """Let the calls that are being answered finish, then close the port; return whether they finished in time."""
@@ -56,13 +53,10 @@ class RpcServer:
             await asyncio.wait_for(self._calls.wait_idle(), drain_seconds)
         except TimeoutError:
             finished = False
+        self._health.close()
         await self._server.stop(_LINGER_S)
         self._service.close()
         return finished
-
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for service in ("", SERVICE):
-            await self._health.set(service, status)
 
 
 def address(host: str, port: int) -> str:

@@ -1,0 +1,67 @@
+"""Flags over environment over defaults, and every mistake named."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from vqserve_server import config
+
+DOCS = Path(__file__).parents[2] / "docs" / "operations.md"
+
+
+def parse(*arguments: str, **environ: str) -> config.ServeConfig:
+    parser = argparse.ArgumentParser()
+    config.add_flags(parser)
+    return config.resolve(vars(parser.parse_args(arguments)), environ)
+
+
+def test_defaults() -> None:
+    assert parse() == config.ServeConfig()
+    assert parse().rpc.host == "127.0.0.1"
+    assert parse().rpc.max_message_bytes == 64 << 20
+
+
+def test_flags_win_over_environment_over_defaults() -> None:
+    settings = parse("--port", "1", "--drain-seconds", "2.5", VQSERVE_PORT="2", VQSERVE_MAX_BATCH_ROWS="3", HOME="/")
+    assert (settings.rpc.port, settings.drain_seconds, settings.engine.max_batch_rows) == (1, 2.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("VQSERVE_PRT", "1", "unknown environment variable VQSERVE_PRT"),
+        ("VQSERVE_PORT", "65536", "VQSERVE_PORT must be an integer from 0 to 65535, not '65536'"),
+        ("VQSERVE_PORT", "٣", "VQSERVE_PORT must be an integer"),
+        ("VQSERVE_MAX_BATCH_ROWS", "0", "VQSERVE_MAX_BATCH_ROWS must be an integer from 1"),
+        ("VQSERVE_MAX_MESSAGE_BYTES", "-1", "VQSERVE_MAX_MESSAGE_BYTES must be an integer from 4096"),
+        ("VQSERVE_DRAIN_SECONDS", "nan", "VQSERVE_DRAIN_SECONDS must be a number of seconds from 0 to 86400"),
+        ("VQSERVE_DRAIN_SECONDS", "soon", "VQSERVE_DRAIN_SECONDS must be a number of seconds"),
+        ("VQSERVE_DEVICE", "tpu", "VQSERVE_DEVICE must be auto, cpu, cuda or cuda:N, not 'tpu'"),
+        ("VQSERVE_LOG_LEVEL", "loud", "VQSERVE_LOG_LEVEL must be one of debug, info, warning, error, not 'loud'"),
+        ("VQSERVE_HOST", "", "VQSERVE_HOST must not be empty"),
+        ("VQSERVE_MAX_QUEUE_BYTES", "4096", "--max-queue-bytes (4096) must hold a request and its reply"),
+    ],
+)
+def test_a_mistake_in_the_environment_is_named(name: str, value: str, problem: str) -> None:
+    with pytest.raises(config.ConfigError) as caught:
+        parse(**{name: value})
+    assert problem in str(caught.value)
+
+
+def test_the_clients_variables_are_let_alone() -> None:
+    assert parse(VQSERVE_TARGET="host:1", VQSERVE_CODEBOOK="demo") == config.ServeConfig()
+
+
+def test_a_mistake_in_a_flag_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--port", "x")
+    assert caught.value.code == 2
+    assert "--port: must be an integer from 0 to 65535, not 'x'" in capsys.readouterr().err
+
+
+def test_the_documented_table_is_the_settings() -> None:
+    # To mend it: python -c "from vqserve_server.config import settings_table; print(settings_table())"
+    assert config.settings_table() in DOCS.read_text(encoding="utf-8")

@@ -1,0 +1,314 @@
+"""`vqserved serve` as a process: what it prints, what it exits with, how it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from vqserve import __version__
+from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve.v1 import tokenizer_pb2_grpc
+from vqserve_server import app
+from vqserve_server.cli import main
+from vqserve_server.codebooks import save_codebook
+from vqserve_server.quantizers import VectorQuantizer
+from vqserve_server.tokenizer import Tokenizer
+
+TORCH_IS_MISSING = """
+import importlib.abc, sys
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "safetensors", "scipy", "faiss", "einops", "grpc_reflection"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+from vqserve_server.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two codebooks, `large` and `small`."""
+    folder = tmp_path_factory.mktemp("codebooks")
+    torch.manual_seed(0)
+    save_codebook(VectorQuantizer(300, 8), folder / "large.safetensors")
+    save_codebook(VectorQuantizer(16, 4), folder / "small.safetensors")
+    return folder
+
+
+@pytest.fixture
+def run_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `vqserved ARGUMENTS` in this process, which has torch already."""
+    monkeypatch.setattr(app, "_set_up_logging", lambda level: None)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        code = main(arguments)
+        captured = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, code, captured.out, captured.err)
+
+    return run
+
+
+def assert_fails(result: subprocess.CompletedProcess[str], text: str) -> None:
+    assert result.returncode == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("vqserved: error: ")
+    assert text in line
+
+
+def test_a_folder_is_served_until_sigterm(vqserved: Callable[..., Any], folder: Path) -> None:
+    daemon = vqserved(folder)
+    assert daemon.ready_line == f"vqserved: ready on {daemon.target}, 2 codebooks, cpu\n"
+    with grpc.insecure_channel(daemon.target) as channel:
+        stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+        assert [book.name for book in stub.ListCodebooks(pb.ListCodebooksRequest()).codebooks] == ["large", "small"]
+        latents = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float32)
+        request = pb.EncodeRequest(
+            codebook="large", dtype=pb.DTYPE_FLOAT32, shape=latents.shape, latents=latents.tobytes()
+        )
+        indices = np.frombuffer(stub.Encode(request).indices, "<u2")
+        np.testing.assert_array_equal(
+            indices, Tokenizer.load(folder / "large.safetensors", device="cpu").encode(latents)
+        )
+        # A watcher does not hold up the end.
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        code, log = daemon.stop(signal.SIGTERM)
+    assert code == 0
+    assert "SIGTERM: stopping" in log
+    assert "served 1 requests, 50 rows in 1 batches" in log
+    assert "Traceback" not in log
+
+
+def test_one_codebook_under_a_name_until_interrupted(vqserved: Callable[..., Any], folder: Path) -> None:
+    daemon = vqserved(f"mine={folder / 'small.safetensors'}", VQSERVE_DEVICE="cpu", VQSERVE_TARGET="elsewhere:1")
+    assert daemon.ready_line == f"vqserved: ready on {daemon.target}, 1 codebook, cpu\n"
+    with grpc.insecure_channel(daemon.target) as channel:
+        (book,) = tokenizer_pb2_grpc.TokenizerServiceStub(channel).ListCodebooks(pb.ListCodebooksRequest()).codebooks
+    assert book.name == "mine"
+    assert daemon.stop(signal.SIGINT)[0] == 0
+
+
+def test_two_servers_on_one_port(serving: Callable[..., Any], run_vqserved: Callable[..., Any], folder: Path) -> None:
+    target = serving(Tokenizer.load(folder / "small.safetensors", device="cpu")).target
+    port = target.rpartition(":")[2]
+    assert_fails(run_vqserved("serve", folder, "--port", port), f"cannot listen on {target}: the port is in use")
+
+
+def test_grpc_itself_refuses_a_port_in_use(serving: Callable[..., Any], folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder / "small.safetensors", device="cpu")
+    port = int(serving(tokenizer).target.rpartition(":")[2])
+
+    async def start() -> None:
+        second = app.App([tokenizer], app.ServeConfig(rpc=app.RpcConfig(port=port)))
+        try:
+            await second.start()
+        finally:
+            await second.stop()
+
+    with pytest.raises(app.StartError, match="cannot listen on"):
+        asyncio.run(start())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["serve", "{folder}/none.safetensors"], "no such file or folder"),
+        (["serve", "{empty}"], "no *.safetensors file in"),
+        (["serve", "{empty}/bad.pt"], "bad"),
+        (["serve", "name={folder}"], "a name goes with a file"),
+        (["serve", "{folder}", "{folder}/small.safetensors"], "two codebooks are named 'small'"),
+        (["serve", "a b={folder}/small.safetensors"], "'a b' is no name for a codebook"),
+        (["serve", "{folder}", "--search", "magic"], "magic"),
+        (["serve", "{folder}", "--device", "cuda:99"], "cuda:99"),
+        (["serve", "{folder}", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1:50051"),
+        (["serve", "{folder}", "--host", "::1%nowhere"], "cannot listen on [::1%nowhere]:50051"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(
+    run_here: Callable[..., Any], folder: Path, tmp_path: Path, arguments: list[str], text: str
+) -> None:
+    (tmp_path / "bad.pt").write_bytes(b"not a codebook")
+    filled = [argument.format(folder=folder, empty=tmp_path) for argument in arguments]
+    assert_fails(run_here(*filled), text)
+
+
+def test_an_unforeseen_error_is_one_line_too(
+    run_here: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "load_tokenizers", lambda codebooks, config: 1 / 0)
+    assert_fails(run_here("serve", str(folder), "--port", "0"), "ZeroDivisionError: division by zero")
+
+
+def test_a_mistake_in_the_environment_is_one_line(
+    run_here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VQSERVE_PRT", "1")
+    assert_fails(run_here("serve"), "unknown environment variable VQSERVE_PRT")
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["serve", "--port", "x"], ["serve", "--nonsense"]])
+def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: vqserved" in capsys.readouterr().err
+
+
+def test_version(run_vqserved: Callable[..., Any]) -> None:
+    result = run_vqserved("--version")
+    assert (result.returncode, result.stdout) == (0, f"vqserved {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "command", [["serve"], ["import", "x", "-o", "y"], ["inspect", "x"], ["train", "x", "-o", "y"]]
+)
+def test_without_the_extra_it_says_what_to_install(command: list[str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", TORCH_IS_MISSING, *command], capture_output=True, text=True, check=False
+    )
+    assert_fails(result, 'pip install "vqserve[server]"')
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["serve", "--help"]])
+def test_help_needs_no_torch(arguments: list[str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", TORCH_IS_MISSING, *arguments], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_host_beyond_loopback_is_warned_of(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, run_here: Callable[..., Any]
+) -> None:
+    def refuse(codebooks: Any, config: Any) -> Any:
+        raise app.StartError("enough")
+
+    monkeypatch.setattr(app, "load_tokenizers", refuse)
+    run_here("serve", str(folder), "--port", "0")
+    assert "without TLS" not in caplog.text
+    monkeypatch.setattr(app, "check_address", lambda config: None)
+    run_here("serve", str(folder), "--host", "192.0.2.1")
+    assert "listening on 192.0.2.1 without TLS or tokens" in caplog.text
+    assert not app._is_loopback("0.0.0.0")  # noqa: S104
+    assert not app._is_loopback("example.org")
+    assert all(app._is_loopback(host) for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"))
+
+
+def test_the_port_is_free_until_the_codebooks_are_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    seen: list[int] = []
+
+    def load(codebooks: Any, config: Any) -> Any:
+        with socket.socket() as probe:
+            seen.append(probe.connect_ex(("127.0.0.1", port)))
+        raise app.StartError("enough")
+
+    monkeypatch.setattr(app, "load_tokenizers", load)
+    monkeypatch.setattr(app, "_set_up_logging", lambda level: None)
+    config = app.ServeConfig(rpc=app.RpcConfig(port=port))
+    with pytest.raises(app.StartError, match="enough"):
+        app.run([str(folder)], config)
+    assert seen != [0]
+    assert len(seen) == 1
+
+
+# A daemon with a codebook that stops when it is asked for ones, and whose device breaks when asked for twos.
+STUBBORN = """
+import sys, threading, torch
+from vqserve.codebook_info import CodebookInfo
+from vqserve_server import app
+
+class Stubborn:
+    device = "cpu"
+    info = CodebookInfo(
+        name="stubborn", digest="", kind="vq", num_codes=2, vocab_size=2, input_dim=1, code_dim=1, output_dim=1
+    )
+
+    def encode_rows(self, rows):
+        sys.stdout.write("computing\\n")
+        sys.stdout.flush()
+        if rows[0, 0] == 2:
+            raise torch.AcceleratorError("an illegal memory access was encountered")
+        threading.Event().wait()
+
+app.find_codebooks = lambda sources: {}
+app.load_tokenizers = lambda codebooks, config: [Stubborn()]
+from vqserve_server.cli import main
+sys.exit(main(["serve", "--port", "0", *sys.argv[1:]]))
+"""
+
+
+@pytest.fixture
+def stubborn() -> Iterator[Callable[..., Any]]:
+    """A daemon whose device is at work on a row of `value`s: stubborn(value, "--drain-seconds", "9")."""
+    with ExitStack() as stack:
+
+        def start(value: float, *arguments: str) -> tuple[subprocess.Popen[str], Any]:
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", STUBBORN, *arguments],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            target = process.stdout.readline().removeprefix("vqserved: ready on ").partition(",")[0]
+            channel = stack.enter_context(grpc.insecure_channel(target))
+            request = pb.EncodeRequest(
+                dtype=pb.DTYPE_FLOAT32, shape=[1, 1], latents=np.array([value], np.float32).tobytes()
+            )
+            call = tokenizer_pb2_grpc.TokenizerServiceStub(channel).Encode.future(request)
+            assert process.stdout.readline() == "computing\n"
+            return process, call
+
+        yield start
+
+
+def test_a_lost_device_ends_the_daemon(stubborn: Callable[..., Any]) -> None:
+    process, call = stubborn(2)
+    assert call.exception().code() is grpc.StatusCode.UNAVAILABLE
+    assert call.exception().details() == "the device failed"
+    _, log = process.communicate()
+    assert process.returncode == 1
+    assert "an illegal memory access" in log
+    assert log.splitlines()[-1] == "vqserved: error: the device failed; the log has the reason"
+
+
+def test_a_device_that_never_answers_does_not_hold_up_the_end(stubborn: Callable[..., Any]) -> None:
+    process, call = stubborn(1, "--drain-seconds", "0.2")
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate()
+    assert process.returncode == 0
+    assert call.exception() is not None
+    assert "not all requests were answered within --drain-seconds 0.2" in log
+
+
+def test_a_second_signal_ends_it_at_once(stubborn: Callable[..., Any]) -> None:
+    process, _ = stubborn(1, "--drain-seconds", "86400")
+    process.send_signal(signal.SIGTERM)
+    while "SIGTERM: stopping" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
