@@ -170,9 +170,13 @@ def _open_safetensors(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
 
             return read
 
+        header = read_header(file)
+        if "vqserve.format" in header.metadata:
+            # Its arguments are in its metadata, which an import would leave behind.
+            raise ForeignCheckpointError(f"{path.name}: it is a codebook file of vqserve already: serve it as it is")
         yield {
             name: ForeignArray(entry.shape, _safetensors_dtype(entry.dtype), reader(name, entry))
-            for name, entry in read_header(file).tensors.items()
+            for name, entry in header.tensors.items()
         }
 
 

@@ -131,13 +131,15 @@ def import_checkpoint(
         raise ForeignCheckpointError(f"{source.name}: {error}") from None
     with source.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    provenance = {
+    provenance: dict[str, object] = {
         "importer": f"vqserve {__version__}",
         "source": source.name,
         "source_sha256": checksum,
         "tensors": {own: name for name, own in names.items()},
         "notes": notes,
     }
+    if metric is not None:
+        provenance["metric"] = metric
     return Import(quantizer, state.kind, state.arguments, taken, left, assumed, tuple(notes), provenance)
 
 

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from vqserve_server.codebooks import codebook_digest, codebook_file, load_codebook, save_codebook
 from vqserve_server.codebooks.arguments import ARGUMENTS
+from vqserve_server.codebooks.state import StateError, check_claims
 from vqserve_server.errors import CodebookError, CodebookFileError
 from vqserve_server.quantizers import (
     EMAVectorQuantizer,
@@ -193,6 +194,18 @@ def test_the_canonical_form_as_documented():
         )
     )
     assert hashlib.sha256(form).hexdigest() == GOLDEN
+
+
+def test_the_program_in_the_documentation_writes_a_codebook(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[3] / "docs" / "codebooks.md").read_text()
+    assert GOLDEN in text
+    program = text[text.index("import hashlib") :].partition("```")[0]
+    codes = np.random.default_rng(0).standard_normal((9, 3)).astype(np.float32)
+    monkeypatch.chdir(tmp_path)
+    np.save("codes.npy", codes)
+    exec(program, {})  # noqa: S102
+    codebook = load_codebook(tmp_path / "codes.safetensors")
+    assert np.array_equal(codebook.quantizer.embedding.weight.detach().numpy(), codes)
 
 
 def test_legacy_names_of_weight_norm_have_the_same_digest(tmp_path, make_quantizer):
@@ -458,6 +471,14 @@ def test_a_direction_of_length_zero_is_refused(tmp_path, make_quantizer):
     direction = load_file(path)[name]
     direction[:, 1] = 0
     refused(rewrite(path, tensors={name: direction}), "column 1 of")
+
+
+def test_a_remap_longer_than_an_index_can_count_is_refused():
+    arguments = {"n_e": 3, "e_dim": 1, "embedding_weight_norm": False, "unknown_index": "extra"}
+    claims = {WEIGHT: ("F32", (3, 1)), "used": ("I64", (1 << 32,))}
+    with pytest.raises(StateError, match="more than an index can count"):
+        check_claims("vq", arguments, claims)
+    check_claims("vq", {**arguments, "unknown_index": "random"}, claims)
 
 
 def raw(path: Path, header: object, body: bytes = b"", length: int | None = None) -> Path:
