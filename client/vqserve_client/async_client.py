@@ -116,6 +116,11 @@ class AsyncClient:
         """Close the connection; calls under way raise Closed. Closing twice is fine."""
         self._core.connection.close()
 
+    @property
+    def target(self) -> str:
+        """Return the server's address."""
+        return self._core.config.target
+
     async def _turn(self, operation: Operation, array: object, asked: Options, call: CallOptions) -> Any:
         core = self._core
         return await self._drive(

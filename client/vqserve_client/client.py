@@ -186,6 +186,11 @@ class Client:
         """Close the connection; calls under way in other threads raise Closed. Closing twice is fine."""
         self._core.connection.close()
 
+    @property
+    def target(self) -> str:
+        """Return the server's address."""
+        return self._core.config.target
+
     def _turn(self, operation: Operation, array: object, asked: Options, call: CallOptions) -> Any:
         core = self._core
         return self._drive(

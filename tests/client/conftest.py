@@ -75,7 +75,7 @@ class TinyServer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self.target = ""
         self._lock = threading.Lock()
 
-    def ListCodebooks(self, request: Any, context: grpc.ServicerContext) -> Any:
+    def ListCodebooks(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         self.lists += 1
         reply = pb.ListCodebooksResponse()
         for one in self.codes.values():
@@ -86,7 +86,7 @@ class TinyServer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             self.list_script.popleft()(reply)
         return reply
 
-    def Encode(self, request: Any, context: grpc.ServicerContext) -> Any:
+    def Encode(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         def honest() -> Any:
             one = self._codes(request, context)
             latents = payload.from_bytes(request.latents, request.dtype, request.shape)
@@ -104,7 +104,7 @@ class TinyServer(tokenizer_pb2_grpc.TokenizerServiceServicer):
 
         return self._answer(request, context, honest)
 
-    def Decode(self, request: Any, context: grpc.ServicerContext) -> Any:
+    def Decode(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         def honest() -> Any:
             one = self._codes(request, context)
             indices = payload.from_bytes(request.indices, request.dtype, request.shape).astype(np.int64)
@@ -122,7 +122,7 @@ class TinyServer(tokenizer_pb2_grpc.TokenizerServiceServicer):
 
         return self._answer(request, context, honest)
 
-    def replace(self, name: str, **fields: Any) -> None:
+    def replace(self, name: str, /, **fields: Any) -> None:
         """Change what is said of a codebook."""
         self.codes[name].info = replace(self.codes[name].info, **fields)
 

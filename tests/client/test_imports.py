@@ -23,7 +23,7 @@ with Client(sys.argv[1]) as client:
     indices = client.encode(np.ones((3, 4), np.float32))
     assert client.decode(indices, dtype="bfloat16").shape == (3, 8)
 loaded = {name.partition(".")[0] for name in sys.modules}
-print(sorted(loaded & {"torch", "scipy", "safetensors", "faiss", "einops", "vqserve_server", "tqdm", "grpc_health"}))
+print(sorted(loaded & {"torch", "scipy", "safetensors", "faiss", "einops", "vqserve_server", "tqdm"}))
 """
 
 

@@ -1,0 +1,248 @@
+"""`vqserve`: the client on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vqserve import __version__
+from vqserve.codebook_info import CodebookInfo
+from vqserve_client.client import Client
+from vqserve_client.config import ClientConfig, check_digest
+from vqserve_client.errors import VqserveClientError
+from vqserve_client.npy import FileError
+from vqserve_client.retry import check_timeout
+from vqserve_client.transfer import Progress, Task, decode_file, encode_file
+
+_DTYPES = ("float32", "float16", "float64", "bfloat16")
+_LAYOUTS = ("channels_first", "channels_last")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code: 0, 1 on an error, 2 on wrong usage, 130 after Ctrl-C."""
+    args = _parser().parse_args(arguments)
+    try:
+        with _terminable():
+            return int(args.run(args))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has enough; nothing may be written to it at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (VqserveClientError, FileError, TypeError, ValueError, OSError, MemoryError) as error:
+        print(f"vqserve: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vqserve", description="Latents to indices and back, on a vqserve server.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"vqserve {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    encode = _command(commands, "encode", "write the indices of a .npy file of latents", _encode)
+    decode = _command(commands, "decode", "write the latents of a .npy file of indices", _decode)
+    for command in (encode, decode):
+        _add_files(command)
+    decode.add_argument(
+        "--dtype", choices=_DTYPES, default="float32", help="of the latents (bfloat16 is stored as float32)"
+    )
+    decode.add_argument("--output", choices=("latents", "code_rows"), default="latents", help="what to write")
+
+    codebooks = _command(commands, "codebooks", "list what is served", _codebooks)
+    codebooks.add_argument("--json", action="store_true", help="as JSON, with everything that is known")
+
+    status = _command(commands, "status", "say whether the server serves; exit 0 only if it does", _status)
+    status.add_argument("--wait", type=_seconds, metavar="SECONDS", help="wait so long until it does")
+    return parser
+
+
+def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    command.set_defaults(run=run)
+    command.add_argument(
+        "--target",
+        metavar="HOST:PORT",
+        type=_target,
+        default=os.environ.get("VQSERVE_TARGET") or "localhost:50051",
+        help="the server (VQSERVE_TARGET; default localhost:50051)",
+    )
+    command.add_argument("--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="for each call (60)")
+    return command
+
+
+def _add_files(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", type=Path, metavar="IN.npy")
+    command.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.npy", dest="out")
+    command.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    command.add_argument(
+        "--codebook",
+        metavar="NAME",
+        default=os.environ.get("VQSERVE_CODEBOOK") or None,
+        help="name of the codebook (VQSERVE_CODEBOOK; default: the server's only one)",
+    )
+    command.add_argument("--digest", type=_digest, help="the digest that the codebook must have")
+    command.add_argument("--layout", choices=_LAYOUTS, help="where the channels of the latents are")
+    command.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        default=sys.stderr is not None and sys.stderr.isatty(),
+        help="a progress bar on stderr (default: if that is a terminal)",
+    )
+
+
+def _encode(args: argparse.Namespace) -> int:
+    with Client(args.target, timeout=args.timeout) as client, _bar(shown=args.progress) as progress:
+        encode_file(client, _task(args), progress)
+    return 0
+
+
+def _decode(args: argparse.Namespace) -> int:
+    with Client(args.target, timeout=args.timeout) as client, _bar(shown=args.progress) as progress:
+        decode_file(client, _task(args, dtype=args.dtype, output=args.output), progress)
+    return 0
+
+
+def _task(args: argparse.Namespace, **more: str) -> Task:
+    return Task(
+        source=args.source,
+        target=args.out,
+        force=args.force,
+        codebook=args.codebook,
+        digest=args.digest,
+        layout=args.layout,
+        **more,
+    )
+
+
+def _codebooks(args: argparse.Namespace) -> int:
+    with Client(args.target, timeout=args.timeout) as client:
+        codebooks = client.codebooks()
+    print(json.dumps([asdict(info) for info in codebooks], indent=2) if args.json else _table(codebooks))
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    # Not needed by anything else, and slow to import.
+    from vqserve_client import health  # noqa: PLC0415
+    from vqserve_client.channel import Connection  # noqa: PLC0415
+
+    connection = Connection(ClientConfig(target=args.target))
+    try:
+        if args.wait is None:
+            status = health.status(connection, timeout_s=args.timeout)
+        else:
+            status = health.wait_until_serving(connection, timeout_s=args.wait)
+    finally:
+        connection.close()
+    print(status)
+    return 0 if status == health.SERVING else 1
+
+
+def _table(codebooks: Sequence[CodebookInfo]) -> str:
+    heads = ("name", "kind", "codes", "vocabulary", "channels in", "code", "channels out", "layout", "digest")
+    rows = [
+        (
+            info.name,
+            info.kind,
+            str(info.num_codes),
+            str(info.vocab_size),
+            str(info.input_dim),
+            str(info.code_dim),
+            str(info.output_dim),
+            info.layout or "default",
+            info.digest[:12],
+        )
+        for info in codebooks
+    ]
+    # A name comes from the server: nothing in it may drive the terminal.
+    cells = [[_printable(cell) for cell in row] for row in (heads, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
+
+
+@contextlib.contextmanager
+def _bar(*, shown: bool) -> Iterator[Progress]:
+    """Give a progress bar, which says nothing unless it is shown."""
+    if not shown:
+        yield lambda _: lambda _: None
+        return
+    from tqdm import tqdm  # noqa: PLC0415
+
+    with contextlib.ExitStack() as stack:
+
+        def begin(tokens: int) -> Callable[[int], None]:
+            bar = stack.enter_context(tqdm(total=tokens, unit="token", unit_scale=True, file=sys.stderr))
+
+            def advance(count: int) -> None:
+                bar.update(count)
+
+            return advance
+
+        yield begin
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the program as an error would, so that no half-written file is left."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _seconds(text: str) -> float:
+    try:
+        return check_timeout(float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _target(text: str) -> str:
+    try:
+        return ClientConfig(target=text).target
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _digest(text: str) -> str:
+    try:
+        check_digest(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return _printable(" ".join(str(error).split())) or type(error).__name__
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

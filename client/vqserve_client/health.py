@@ -1,0 +1,63 @@
+"""Whether a server serves, by the standard gRPC health service."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from vqserve_client.channel import Connection
+from vqserve_client.retry import Deadline, RetryPolicy
+from vqserve_client.status import Failure, text_metadata
+
+_Stub: Any = health_pb2_grpc.HealthStub
+SERVING = "SERVING"
+
+
+def status(connection: Connection, *, timeout_s: float) -> str:
+    """Return "SERVING", "NOT_SERVING" or "SERVICE_UNKNOWN".
+
+    Raises:
+        VqserveClientError: if the server cannot be asked.
+    """
+    try:
+        reply = _Stub(connection.channel()).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+    except grpc.RpcError as error:
+        raise _failure(error).error(target=connection.target, codebook=None, request_id="") from error
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
+
+
+def wait_until_serving(connection: Connection, *, timeout_s: float) -> str:
+    """Return "SERVING" as soon as that is so, and else the last status after the time is up.
+
+    Raises:
+        VqserveClientError: if the server cannot be asked, for any other reason than that it is not there yet.
+    """
+    deadline = Deadline(timeout_s)
+    last = "UNREACHABLE"
+    policy = RetryPolicy(retries=1 << 31)
+    interruptions = 0
+    while (remaining_s := deadline.remaining_s()) > 0:
+        try:
+            # Watch reports every change, and gRPC waits until there is a server to ask: nothing here polls.
+            stub = _Stub(connection.channel())
+            for reply in stub.Watch(health_pb2.HealthCheckRequest(), timeout=remaining_s, wait_for_ready=True):
+                last = str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
+                if last == SERVING:
+                    return last
+        except grpc.RpcError as error:
+            failure = _failure(error)
+            if failure.code is grpc.StatusCode.UNAVAILABLE:
+                # The server went away while it was watched: wait for the next.
+                pass
+            elif failure.code is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise failure.error(target=connection.target, codebook=None, request_id="") from error
+        interruptions += 1
+        threading.Event().wait(min(policy.delay_s(interruptions, None) or 0.0, max(0.0, deadline.remaining_s())))
+    return last
+
+
+def _failure(error: Any) -> Failure:
+    return Failure(error.code(), error.details() or "", text_metadata(error.trailing_metadata()))

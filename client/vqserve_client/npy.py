@@ -1,0 +1,106 @@
+"""`.npy` files larger than memory, in and out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqserve_client.arrays import Array
+
+
+class FileError(Exception):
+    """A file cannot be used; the text names it."""
+
+
+def open_array(path: Path) -> Array:
+    """Return the array in a file, mapped, not read; nothing in it is executed.
+
+    Raises:
+        FileError: if it is no such file.
+    """
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(np.lib.format.MAGIC_PREFIX))
+        if magic != np.lib.format.MAGIC_PREFIX:
+            raise FileError(f"{path} is not a .npy file")
+        return _mapped(path)
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, EOFError) as error:
+        raise FileError(f"{path} is not a .npy file of numbers: {error}") from error
+
+
+def _mapped(path: Path) -> Array:
+    try:
+        mapped: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError:
+        # There is nothing to map in an array without elements, but it can be read.
+        whole: Array = np.load(path, allow_pickle=False)
+        if whole.size:
+            raise
+        return whole
+    return mapped
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Check that a file may be made.
+
+    Raises:
+        FileError: if it exists and `force` is false, or its folder does not.
+    """
+    if path.is_dir():
+        raise FileError(f"{path} is a folder")
+    if not force and path.exists():
+        raise FileError(f"{path} exists: --force replaces it")
+    if not path.parent.is_dir():
+        raise FileError(f"there is no folder {path.parent}")
+
+
+@contextlib.contextmanager
+def new_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, force: bool) -> Iterator[Array]:
+    """Give a mapped array to fill, which becomes the file only when all went well.
+
+    Raises:
+        FileError: if it cannot be made.
+    """
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with _named(path):
+            array = _created(draft, shape, dtype)
+        yield array
+        with _named(path):
+            if isinstance(array, np.memmap):
+                array.flush()
+            # Somebody else may have made it meanwhile.
+            check_output(path, force=force)
+            draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _created(draft: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    if 0 in shape:
+        # There is nothing to map.
+        empty: Array = np.empty(shape, dtype)
+        with draft.open("wb") as file:
+            np.save(file, empty, allow_pickle=False)
+        return empty
+    mapped: Array = np.lib.format.open_memmap(draft, mode="w+", dtype=dtype, shape=shape)
+    # Now, because a full disk under a mapped file is no error later but the end of the process.
+    with draft.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, draft.stat().st_size)
+    return mapped

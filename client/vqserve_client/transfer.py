@@ -1,0 +1,113 @@
+"""`vqserve encode` and `decode`: one file to another, piece by piece, through `encode_many` and `decode_many`."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqserve import payload
+from vqserve.codebook_info import CodebookInfo
+from vqserve.layout import Layout, grid_shape, latents_shape, parse_layout, resolve_layout
+from vqserve_client.arrays import Array, given_indices, given_latents, latent_store
+from vqserve_client.catalogue import choose
+from vqserve_client.chunking import Cut, latents_cut, plan
+from vqserve_client.client import Client
+from vqserve_client.errors import InvalidArgument
+from vqserve_client.npy import check_output, new_array, open_array
+
+# Small enough that several pieces are under way on both sides at little cost, large enough that calls cost nothing.
+_PIECE_BYTES = 4 << 20
+
+# Told how many tokens the file has, gives what is to be told how many more are done.
+Progress = Callable[[int], Callable[[int], None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One file to turn into another."""
+
+    source: Path
+    target: Path
+    force: bool = False
+    codebook: str | None = None
+    digest: str | None = None
+    layout: str | None = None
+    dtype: str = "float32"
+    output: str = "latents"
+
+
+def encode_file(client: Client, task: Task, progress: Progress) -> None:
+    """Write the indices of a file of latents.
+
+    Raises:
+        FileError: if a file cannot be used.
+        VqserveClientError: see errors.py.
+    """
+    check_output(task.target, force=task.force)
+    array = open_array(task.source)
+    item_bytes = payload.itemsize(given_latents(array).dtype)
+    info = _info(client, task)
+    layout = _layout(array.ndim, task, info)
+    grid = grid_shape(array.shape, layout)
+    dtype = np.dtype(payload.dtype_name(payload.index_dtype(info.vocab_size)))
+    cuts = plan(grid, max(1, _PIECE_BYTES // (info.input_dim * item_bytes)))
+    with new_array(task.target, grid, dtype, force=task.force) as out:
+        done = progress(math.prod(grid))
+        pending: deque[Cut] = deque()
+        pieces = _pieces(array, ((cut, latents_cut(cut, layout)) for cut in cuts), pending)
+        options: dict[str, Any] = {"codebook": info.name, "digest": info.digest}
+        for indices in client.encode_many(pieces, layout=layout, **options):
+            out[pending.popleft()] = indices
+            done(indices.size)
+
+
+def decode_file(client: Client, task: Task, progress: Progress) -> None:
+    """Write the latents of a file of indices.
+
+    Raises:
+        FileError: if a file cannot be used.
+        VqserveClientError: see errors.py.
+    """
+    check_output(task.target, force=task.force)
+    array = open_array(task.source)
+    given_indices(array[:0] if array.ndim else array)
+    info = _info(client, task)
+    layout = _layout(array.ndim + 1, task, info)
+    width = info.code_dim if task.output == "code_rows" else info.output_dim
+    wire = payload.dtype_of_name(task.dtype)
+    dtype = latent_store((0,), wire, is_torch=False).dtype
+    cuts = plan(array.shape, max(1, _PIECE_BYTES // (width * dtype.itemsize)))
+    with new_array(task.target, latents_shape(array.shape, width, layout), dtype, force=task.force) as out:
+        done = progress(array.size)
+        pending: deque[Cut] = deque()
+        pieces = _pieces(array, ((latents_cut(cut, layout), cut) for cut in cuts), pending)
+        options: dict[str, Any] = {"codebook": info.name, "digest": info.digest}
+        for latents in client.decode_many(pieces, layout=layout, dtype=task.dtype, output=task.output, **options):
+            out[pending.popleft()] = latents
+            done(latents.size // width)
+
+
+def _pieces(array: Array, cuts: Iterator[tuple[Cut, Cut]], pending: deque[Cut]) -> Iterator[Array]:
+    """Give the pieces of the source, noting where each answer belongs."""
+    for place, cut in cuts:
+        pending.append(place)
+        yield array[cut]
+
+
+def _info(client: Client, task: Task) -> CodebookInfo:
+    """Return the codebook; its digest is pinned for every piece, so that a file never mixes two."""
+    info = choose(client.codebooks(), task.codebook, target=client.target)
+    return info if task.digest is None else replace(info, digest=task.digest)
+
+
+def _layout(rank: int, task: Task, info: CodebookInfo) -> Layout:
+    try:
+        return resolve_layout(rank, parse_layout(task.layout), info.layout)
+    except ValueError as error:
+        raise InvalidArgument(f"{task.source}: {error}") from None

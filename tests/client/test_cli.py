@@ -1,0 +1,276 @@
+"""The command line, end to end against a tiny server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from vqserve_client import Client, __version__
+from vqserve_client.cli import main
+
+
+@pytest.fixture
+def vqserve(tiny, monkeypatch, capsys):
+    """Run a command in this process: vqserve("encode", ...) -> (exit code, stdout, stderr)."""
+    monkeypatch.setenv("VQSERVE_TARGET", tiny.target)
+    monkeypatch.delenv("VQSERVE_CODEBOOK", raising=False)
+
+    def run(*arguments):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            code = ended.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def files(tmp_path, latents):
+    """A file of latents, and where the indices and the latents made of them shall go."""
+    np.save(tmp_path / "in.npy", latents(20, 4, 32, 32))
+    return tmp_path / "in.npy", tmp_path / "indices.npy", tmp_path / "out.npy"
+
+
+def test_there_and_back(vqserve, tiny, files, monkeypatch):
+    # Pieces of 4096 bytes, so that this small file is cut inside its items.
+    monkeypatch.setattr("vqserve_client.transfer._PIECE_BYTES", 4096)
+    source, middle, target = files
+    assert vqserve("encode", source, "-o", middle) == (0, "", "")
+    with Client(tiny.target) as client:
+        indices = client.encode(np.load(source))
+        assert np.load(middle).dtype == np.uint16
+        assert (np.load(middle) == indices).all()
+        assert len(tiny.requests) > 20
+        for arguments, options in (
+            ([], {}),
+            (["--dtype", "float16"], {"dtype": "float16"}),
+            (["--dtype", "bfloat16"], {"dtype": "bfloat16"}),
+            (["--output", "code_rows"], {"output": "code_rows"}),
+            (["--layout", "channels_last"], {"layout": "channels_last"}),
+        ):
+            assert vqserve("decode", middle, "-o", target, "--force", *arguments) == (0, "", "")
+            decoded = np.load(target)
+            expected = client.decode(indices, **options)
+            assert decoded.dtype == expected.dtype
+            assert (decoded == expected).all()
+    assert sorted(path.name for path in source.parent.iterdir()) == ["in.npy", "indices.npy", "out.npy"]
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (0, 4, 3, 3), (2, 4, 0, 3)])
+def test_files_without_a_token(vqserve, tmp_path, shape):
+    np.save(tmp_path / "in.npy", np.empty(shape, np.float32))
+    assert vqserve("encode", tmp_path / "in.npy", "-o", tmp_path / "i.npy")[0] == 0
+    assert vqserve("decode", tmp_path / "i.npy", "-o", tmp_path / "out.npy")[0] == 0
+    assert np.load(tmp_path / "out.npy").size == 0
+
+
+def test_fortran_and_big_endian_files(vqserve, tiny, tmp_path, latents):
+    array = latents(5, 4, 3, 3)
+    np.save(tmp_path / "in.npy", np.asfortranarray(array.astype(">f4")))
+    assert vqserve("encode", tmp_path / "in.npy", "-o", tmp_path / "i.npy")[0] == 0
+    with Client(tiny.target) as client:
+        assert (np.load(tmp_path / "i.npy") == client.encode(array)).all()
+
+
+def test_an_existing_file_is_kept(vqserve, tiny, files):
+    source, middle, _ = files
+    middle.write_text("precious")
+    code, out, err = vqserve("encode", source, "-o", middle)
+    assert (code, out) == (1, "")
+    assert "exists: --force replaces it" in err
+    assert middle.read_text() == "precious"
+    assert tiny.requests == []
+    assert vqserve("encode", source, "-o", middle, "--force")[0] == 0
+
+
+def one_line(err):
+    return err.startswith("vqserve: ") and err.count("\n") == 1 and err.endswith("\n")
+
+
+def test_errors_are_one_line_and_leave_nothing_behind(vqserve, tiny, failing, files, tmp_path, latents):
+    source, middle, _ = files
+    (tmp_path / "text.npy").write_text("text")
+    np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    np.save(tmp_path / "wide.npy", latents(2, 5))
+    np.save(tmp_path / "scalar.npy", np.float32(1))
+    np.savez(tmp_path / "many.npz", a=latents(2, 4))
+    (tmp_path / "short.npy").write_bytes(source.read_bytes()[:-10])
+    before = {path.name for path in tmp_path.iterdir()}
+    for wrong, text in (
+        ("missing.npy", "No such file"),
+        ("text.npy", "not a .npy file"),
+        ("objects.npy", "not a .npy file of numbers"),
+        ("many.npz", "not a .npy file"),
+        ("short.npy", "not a .npy file of numbers"),
+        ("wide.npy", "5 channels"),
+        ("scalar.npy", "2 to 5 axes"),
+    ):
+        code, out, err = vqserve("encode", tmp_path / wrong, "-o", middle)
+        assert (code, out) == (1, ""), wrong
+        assert one_line(err), err
+        assert text in err
+    assert "int64" in vqserve("encode", save(tmp_path, np.arange(4)), "-o", middle)[2]
+    assert "float32" in vqserve("decode", source, "-o", middle)[2]
+    assert "no folder" in vqserve("encode", source, "-o", tmp_path / "nowhere" / "x.npy")[2]
+    assert "is a folder" in vqserve("encode", source, "-o", tmp_path)[2]
+    assert "no codebook 'x' is served" in vqserve("encode", source, "-o", middle, "--codebook", "x")[2]
+    assert "was pinned" in vqserve("encode", source, "-o", middle, "--digest", "0" * 64)[2]
+    tiny.script.append(failing("INTERNAL", "line\nline\x1b[31m"))
+    code, _, err = vqserve("encode", source, "-o", middle)
+    assert code == 1
+    assert one_line(err)
+    assert "line" in err
+    assert "\x1b" not in err
+    assert {path.name for path in tmp_path.iterdir()} == before | {"saved.npy"}
+
+
+def save(folder, array):
+    np.save(folder / "saved.npy", array)
+    return folder / "saved.npy"
+
+
+def test_a_server_that_is_not_there(vqserve, files):
+    code, out, err = vqserve("codebooks", "--target", "127.0.0.1:1")
+    assert (code, out) == (1, "")
+    assert one_line(err)
+    assert "is the server running" in err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [],
+        ["encode"],
+        ["encode", "in.npy"],
+        ["encode", "in.npy", "-o", "x", "--timeout", "0"],
+        ["encode", "in.npy", "-o", "x", "--digest", "abc"],
+        ["decode", "in.npy", "-o", "x", "--dtype", "int8"],
+        ["codebooks", "--target", "http://host:1"],
+        ["status", "--wait", "-1"],
+        ["nonsense"],
+    ],
+)
+def test_wrong_usage(vqserve, wrong):
+    code, out, err = vqserve(*wrong)
+    assert (code, out) == (2, "")
+    assert "usage: vqserve" in err
+
+
+def test_version(vqserve):
+    assert vqserve("--version") == (0, f"vqserve {__version__}\n", "")
+
+
+def test_codebooks(vqserve, tiny):
+    code, out, _ = vqserve("codebooks")
+    info = tiny.codes["small"].info
+    assert code == 0
+    head, row = out.splitlines()
+    assert head.split()[:2] == ["name", "kind"]
+    assert row.split() == ["small", "vq", "300", "300", "4", "4", "8", "default", info.digest[:12]]
+    code, out, _ = vqserve("codebooks", "--json")
+    assert json.loads(out)[0]["digest"] == info.digest
+    tiny.replace("small", name="evil\x1b[2J")
+    assert "\x1b" not in vqserve("codebooks")[1]
+
+
+def test_the_codebook_of_the_environment(vqserve, monkeypatch, files):
+    monkeypatch.setenv("VQSERVE_CODEBOOK", "other")
+    assert "'other'" in vqserve("encode", files[0], "-o", files[1])[2]
+    assert vqserve("encode", files[0], "-o", files[1], "--codebook", "small")[0] == 0
+
+
+def test_progress_is_shown_when_asked_for(vqserve, files):
+    code, out, err = vqserve("encode", files[0], "-o", files[1], "--progress")
+    assert (code, out) == (0, "")
+    assert "20.5k/20.5k" in err
+    assert "token" in err
+
+
+@pytest.fixture
+def healthy():
+    """A server with the health service only: (target, servicer)."""
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
+
+    servicer = health.HealthServicer()
+    server = grpc.server(ThreadPoolExecutor(4))
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}", servicer
+    server.stop(None).wait()
+
+
+def test_status(vqserve, healthy):
+    target, servicer = healthy
+    statuses = health_pb2.HealthCheckResponse
+    servicer.set("", statuses.SERVING)
+    assert vqserve("status", "--target", target) == (0, "SERVING\n", "")
+    assert vqserve("status", "--target", target, "--wait", "9") == (0, "SERVING\n", "")
+    servicer.set("", statuses.NOT_SERVING)
+    assert vqserve("status", "--target", target) == (1, "NOT_SERVING\n", "")
+    assert vqserve("status", "--target", target, "--wait", "0.2") == (1, "NOT_SERVING\n", "")
+    code, out, err = vqserve("status", "--target", "127.0.0.1:1")
+    assert (code, out) == (1, "")
+    assert one_line(err)
+    assert vqserve("status", "--target", "127.0.0.1:1", "--wait", "0.2") == (1, "UNREACHABLE\n", "")
+
+
+def test_status_waits_until_it_serves(healthy):
+    target, servicer = healthy
+    servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    timer = threading.Timer(0.2, servicer.set, ("", health_pb2.HealthCheckResponse.SERVING))
+    timer.start()
+    assert main(["status", "--target", target, "--wait", "60"]) == 0
+    timer.join()
+
+
+def test_status_of_a_server_without_health(vqserve, tiny):
+    code, out, err = vqserve("status")
+    assert (code, out) == (1, "")
+    assert one_line(err)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted(tiny, files, number, code):
+    source, middle, _ = files
+    tiny.gate.clear()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vqserve_client", "encode", source, "-o", middle, "--target", tiny.target],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    tiny.arrived.acquire()
+    # The file is there in the making.
+    assert [path for path in source.parent.iterdir() if path.name.endswith(".part")]
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (code, "", "")
+    assert [path.name for path in source.parent.iterdir()] == ["in.npy"]
+
+
+def test_a_reader_that_has_enough(tiny):
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(
+        [sys.executable, "-m", "vqserve_client", "codebooks", "--target", tiny.target],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(write)
+    assert "Traceback" not in ended.stderr
+    assert ended.returncode == 1
