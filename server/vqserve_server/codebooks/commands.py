@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from vqserve_server.codebooks.arguments import check_unknown_index
 from vqserve_server.codebooks.codebook_file import load_codebook, save_codebook
 from vqserve_server.codebooks.importer import METRICS, Import, import_checkpoint
-from vqserve_server.codebooks.report import inspect
+from vqserve_server.codebooks.report import inspect, printable
 from vqserve_server.errors import ForeignCheckpointError
 
 if TYPE_CHECKING:
@@ -64,9 +64,13 @@ def run_import(args: argparse.Namespace) -> int:
     output: Path = args.output
     if output.exists() and not args.force:
         raise ForeignCheckpointError(f"{output.name} is there already: pass --force to replace it")
-    result = import_checkpoint(
-        args.source, key=args.key, prefix=args.prefix, metric=args.metric, unknown_index=args.unknown_index
-    )
+    try:
+        result = import_checkpoint(
+            args.source, key=args.key, prefix=args.prefix, metric=args.metric, unknown_index=args.unknown_index
+        )
+    except ForeignCheckpointError as error:
+        # Names in a stranger's file are text of any kind.
+        raise ForeignCheckpointError(printable(str(error))) from error
     digest = save_codebook(result.quantizer, output, provenance=result.provenance)
     sys.stdout.write(_story(result, output, digest))
     return 0
@@ -94,7 +98,7 @@ def _story(result: Import, output: Path, digest: str) -> str:
     lines.append(f"note  the checkpoint does not hold {defaults}: defaults, which encode and decode do not read")
     lines.append(f"note  unknown_index is {result.arguments['unknown_index']!r}{_unknown_story(result)}")
     lines.append(f"wrote {output.name}: {result.kind}, {result.quantizer.num_codes} codes, digest {digest}")
-    return "".join(f"{line}\n" for line in lines)
+    return "".join(f"{printable(line)}\n" for line in lines)
 
 
 _MAX_LEFT = 20

@@ -18,12 +18,8 @@ from vqserve_server.quantizers import (
     VectorQuantizerWithInputProjection,
 )
 
-KINDS: dict[str, type[AbstractQuantizer]] = {
-    "vq": VectorQuantizer,
-    "ema": EMAVectorQuantizer,
-    "gumbel": GumbelQuantizer,
-    "vq_projection": VectorQuantizerWithInputProjection,
-}
+_CLASSES = (VectorQuantizer, EMAVectorQuantizer, GumbelQuantizer, VectorQuantizerWithInputProjection)
+KINDS: dict[str, type[AbstractQuantizer]] = {cls.kind: cls for cls in _CLASSES}
 
 
 def kind_of(quantizer: AbstractQuantizer) -> str:

@@ -86,8 +86,7 @@ class Report:
             *((f"provenance {name}", value) for name, value in self.provenance.items()),
         ]
         width = max(len(name) for name, _ in shown)
-        # What a file says of itself must not move a terminal's cursor.
-        return "".join(f"{_printable(name):{width}}  {_printable(str(value))}\n" for name, value in shown)
+        return "".join(f"{printable(name):{width}}  {printable(str(value))}\n" for name, value in shown)
 
 
 def inspect(codebook: Codebook) -> Report:
@@ -148,5 +147,6 @@ def _chunks(codes: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
     return [codes[start : start + step] for start in range(0, codes.shape[0], step)]
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Return text in which nothing that a file says of itself can move a terminal's cursor."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -143,6 +143,9 @@ def check_values(state: CodebookState) -> None:
         lengths = np.abs(state.tensors[_DIRECTION]).max(axis=0)
         if not lengths.all():
             raise StateError(f"column {int(lengths.argmin())} of {_DIRECTION} is zero and has no direction")
+        # The weight is rounded to float32, and no entry of it is greater than its column's norm.
+        if np.abs(state.tensors[_NORM]).max() > np.finfo(np.float32).max:
+            raise StateError(f"{_NORM} holds a norm beyond float32's range")
     used = state.tensors.get(USED)
     if used is not None:
         codes = num_codes(state.arguments)

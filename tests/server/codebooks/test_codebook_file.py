@@ -471,6 +471,9 @@ def test_a_direction_of_length_zero_is_refused(tmp_path, make_quantizer):
     direction = load_file(path)[name]
     direction[:, 1] = 0
     refused(rewrite(path, tensors={name: direction}), "column 1 of")
+    norm = name.replace("original1", "original0")
+    wide = {name: np.ones((12, 3)), norm: np.full((1, 3), 1e39)}
+    refused(rewrite(path, tensors=wide), "beyond float32's range")
 
 
 def test_a_remap_longer_than_an_index_can_count_is_refused():

@@ -475,6 +475,13 @@ def test_a_long_list_is_cut_short(tmp_path, capsys):
     assert "left  and 9 more" in text
 
 
+def test_names_in_a_file_do_not_move_the_cursor(tmp_path, capsys):
+    source = write(tmp_path / "m.pt", {"a\x1b[2Jb": CODES, "c\x1b[2J": CODES})
+    fails(capsys, "a\\x1b[2Jb 10x4", "import", source, "-o", tmp_path / "o")
+    _, text, _ = run(capsys, "import", source, "-o", tmp_path / "o", "--key", "a\x1b[2Jb", "--metric", "l2")
+    assert "\x1b" not in text
+
+
 def test_the_daemons_own_command(tmp_path):
     source = write(tmp_path / "c.npy", CODES)
     out = tmp_path / "o.safetensors"
