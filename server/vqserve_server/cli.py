@@ -32,13 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(args)
     except (VqserveError, settings.ConfigError, OSError) as error:
         return _complain(str(error))
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRA:
-            raise
-        return _complain(f'{error.name} is missing: pip install "vqserve[server]"')
     except KeyboardInterrupt:
         return 130
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _EXTRA:
+            return _complain(f'{error.name} is missing: pip install "vqserve[server]"')
         # A user gets a line, also for what nobody foresaw; who wants more asks for it.
         logging.getLogger(__name__).debug("unexpected error", exc_info=True)
         return _complain(f"{type(error).__name__}: {error} (--log-level debug shows where)")

@@ -304,6 +304,16 @@ def test_a_device_that_never_answers_does_not_hold_up_the_end(stubborn: Callable
     assert "not all requests were answered within --drain-seconds 0.2" in log
 
 
+def test_sigterm_while_codebooks_are_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(app, "load_tokenizers", lambda codebooks, config: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(app, "_set_up_logging", lambda level: None)
+    with pytest.raises(SystemExit) as caught:
+        app.run([str(folder)], app.ServeConfig(rpc=app.RpcConfig(port=0)))
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_second_signal_ends_it_at_once(stubborn: Callable[..., Any]) -> None:
     process, _ = stubborn(1, "--drain-seconds", "86400")
     process.send_signal(signal.SIGTERM)
