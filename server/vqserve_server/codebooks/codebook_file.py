@@ -96,7 +96,7 @@ def save_codebook(
 
 
 def load_codebook(path: str | Path) -> Codebook:
-    """Read a codebook file; nothing in it is trusted, and no more memory is taken than the file is long, twice.
+    """Read a codebook file; nothing in it is trusted, and memory is bounded by a few times its length.
 
     Raises:
         CodebookFileError: names the file by its stem, says what is wrong and what to do.
