@@ -112,6 +112,10 @@ def import_checkpoint(
     if metric not in (None, "l2"):
         raise ForeignCheckpointError(f"--metric {metric}: this version imports codebooks that are searched by l2 only")
     with open_foreign(source) as arrays:
+        if UNNAMED in arrays and (key or prefix):
+            raise ForeignCheckpointError(
+                f"{source.name}: it holds one array without a name: leave --key and --prefix out"
+            )
         if key is not None or UNNAMED in arrays:
             names = {_the_array(source, arrays, key): _WEIGHT}
             if metric is None:
@@ -150,8 +154,6 @@ def _with_dot(prefix: str) -> str:
 def _the_array(source: Path, arrays: Mapping[str, ForeignArray], key: str | None) -> str:
     if key is None:
         return UNNAMED
-    if UNNAMED in arrays:
-        raise ForeignCheckpointError(f"{source.name}: it holds one array without a name: leave --key out")
     if key not in arrays:
         raise ForeignCheckpointError(f"{source.name}: there is no array {key!r}; {_candidates(arrays)}")
     return key

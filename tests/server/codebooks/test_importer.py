@@ -109,7 +109,8 @@ def test_a_bare_tensor(tmp_path, capsys):
     out = tmp_path / "o.safetensors"
     assert run(capsys, "import", source, "-o", out, "--metric", "l2")[0] == 0
     assert np.array_equal(load_codebook(out).quantizer.embedding.weight.detach().numpy(), CODES)
-    fails(capsys, "leave --key out", "import", source, "-o", out, "--metric", "l2", "--key", "a", "--force")
+    fails(capsys, "leave --key and", "import", source, "-o", out, "--metric", "l2", "--key", "a", "--force")
+    fails(capsys, "leave --key and", "import", source, "-o", out, "--metric", "l2", "--prefix", "a", "--force")
 
 
 def test_the_metric_is_asked_for(tmp_path, capsys):
