@@ -1,0 +1,96 @@
+"""What a training can be told."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from vqserve_server.errors import InvalidOption
+
+KINDS = ("ema", "vq")
+INITIALISATIONS = ("kmeans++", "sample")
+DEFAULT_STEPS = 1000
+# Each step should show most codes a few rows, or the codebook follows the noise of its batches.
+_ROWS_PER_CODE = 4
+_LEAST_BATCH = 8192
+# A code that had 32 chances and took none is not merely unlucky: exp(-32) is 1e-14.
+_CHANCES_PER_CODE = 32
+_LEAST_RESEED_STEPS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How a codebook is trained.
+
+    Attributes:
+        kind: "ema" (EMAVectorQuantizer) or "vq" (VectorQuantizer with Adam).
+        num_codes: K, rows of the codebook.
+        batch_size: rows a step; None: 4 for each code, at least 8192; never more rows than there are.
+        steps: how many; None: `epochs`, or 1000.
+        epochs: passes over the latents, instead of `steps`.
+        initialisation: "kmeans++" or "sample" (rows drawn uniformly).
+        reseed_every: steps between two searches for dead codes; 0: never; None: so many that a code
+            of average use has 32 rows in them, at least 20.
+        seed: of every random choice.
+        lr: Adam's first step in units of the latents (kind "vq"); None: a fifth of the median row's distance from its
+            first code, per element.
+        decay: of the running averages (kind "ema").
+        beta: weight of the commitment loss, kept in the codebook file; it does not change what is learnt here.
+        device: "auto", "cpu" or "cuda".
+    """
+
+    kind: str = "ema"
+    num_codes: int = 1024
+    batch_size: int | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    initialisation: str = "kmeans++"
+    reseed_every: int | None = None
+    seed: int = 0
+    lr: float | None = None
+    decay: float = 0.99
+    beta: float = 0.25
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require("kind", self.kind, self.kind in KINDS, f"one of {', '.join(KINDS)}")
+        known = self.initialisation in INITIALISATIONS
+        _require("initialisation", self.initialisation, known, f"one of {', '.join(INITIALISATIONS)}")
+        _require("num_codes", self.num_codes, self.num_codes >= 1, "at least 1")
+        _require("seed", self.seed, self.seed >= 0, "at least 0")
+        _require("decay", self.decay, 0 <= self.decay < 1, "at least 0 and less than 1")
+        _require("beta", self.beta, 0 <= self.beta < math.inf, "a finite number, at least 0")
+        for name, least in (("batch_size", 1), ("steps", 1), ("reseed_every", 0)):
+            value = getattr(self, name)
+            _require(name, value, value is None or value >= least, f"at least {least}")
+        for name in ("epochs", "lr"):
+            value = getattr(self, name)
+            _require(name, value, value is None or 0 < value < math.inf, "a finite number above 0")
+        if self.steps is not None and self.epochs is not None:
+            raise InvalidOption("give steps or epochs, not both")
+
+    def plan(self, num_rows: int) -> TrainingPlan:
+        """Return the numbers that follow from these options for so many rows."""
+        batch = self.batch_size or max(_ROWS_PER_CODE * self.num_codes, _LEAST_BATCH)
+        batch = max(1, min(batch, num_rows))
+        steps = self.steps or DEFAULT_STEPS
+        if self.epochs is not None:
+            steps = max(1, math.ceil(self.epochs * num_rows / batch))
+        every = self.reseed_every
+        if every is None:
+            every = max(_LEAST_RESEED_STEPS, math.ceil(_CHANCES_PER_CODE * self.num_codes / batch))
+        return TrainingPlan(batch, steps, every)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The sizes of one training: rows a step, steps, and steps between two searches for dead codes (0: none)."""
+
+    batch_size: int
+    steps: int
+    reseed_every: int
+
+
+def _require(name: str, value: object, holds: bool, what: str) -> None:
+    if not holds:
+        raise InvalidOption(f"{name} must be {what}, not {value!r}")
