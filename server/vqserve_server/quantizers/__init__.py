@@ -1,4 +1,7 @@
-"""The quantizers: what each computes in training, and exact encode and decode (docs/quantizers.md)."""
+"""The quantizers: what each computes in training, and exact encode and decode.
+
+Torch only: no gRPC, no files but a remap's. One noun a file; `AbstractQuantizer` has what all share.
+"""
 
 from vqserve_server.quantizers.abstract import AbstractQuantizer
 from vqserve_server.quantizers.ema import EMAVectorQuantizer

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vqserve_server.errors import CodebookError, InvalidShape, NonFiniteLatents
+from vqserve_server.errors import InvalidShape, NonFiniteLatents
 from vqserve_server.quantizers.checks import check_finite, check_size
 from vqserve_server.quantizers.dtypes import autocast_off, widen
 from vqserve_server.quantizers.remap import Remap, UnknownIndex
@@ -24,16 +24,13 @@ def project(rows: Tensor, weight: Tensor, bias: Tensor, *, grid: Sequence[int]) 
 
     Args:
         rows: (N, C) float32 or float64, finite.
-        weight: (D, C).
-        bias: (D,).
+        weight: (D, C), finite.
+        bias: (D,), finite.
         grid: shape of the N tokens, to name one.
 
     Raises:
         NonFiniteLatents: a token's projection leaves float32's range; names the token.
-        CodebookError: the projection itself holds NaN or infinity.
     """
-    if not bool(torch.isfinite(weight).all() & torch.isfinite(bias).all()):
-        raise CodebookError("the projection before the search holds NaN or infinity")
     projected = affine(rows, weight, bias)
     finite = torch.isfinite(projected).all(dim=1)
     if not bool(finite.all()):
@@ -114,7 +111,14 @@ class AbstractQuantizer(RemappedModule, ABC):
         return SearchProblem(codes=widen(self.code_rows()))
 
     def input_projection(self) -> tuple[Tensor, Tensor] | None:
-        """Return weight (D, C) and bias (D,) of the projection before the search, detached, at least float32."""
+        """Return weight (D, C) and bias (D,) of the projection before the search; None: there is none.
+
+        Returns:
+            Detached, in at least float32, finite.
+
+        Raises:
+            CodebookError: the projection holds NaN or infinity.
+        """
         return None
 
     def output_rows(self, code_rows: Tensor) -> Tensor:

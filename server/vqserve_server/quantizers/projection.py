@@ -90,8 +90,15 @@ class VectorQuantizerWithInputProjection(VectorQuantizer):
         return z_q.reshape(*tokens, self.code_dim), info
 
     def input_projection(self) -> tuple[Tensor, Tensor]:
-        """Return weight (D, C) and bias (D,) of the projection before the search, detached, at least float32."""
-        return widen(self.proj_in.weight), widen(self.proj_in.bias)
+        """Return weight (D, C) and bias (D,) of `proj_in`, detached, in at least float32, finite.
+
+        Raises:
+            CodebookError: proj_in holds NaN or infinity.
+        """
+        weight, bias = widen(self.proj_in.weight), widen(self.proj_in.bias)
+        if not bool(torch.isfinite(weight).all() & torch.isfinite(bias).all()):
+            raise CodebookError("proj_in holds NaN or infinity: nothing can be encoded")
+        return weight, bias
 
     def output_rows(self, code_rows: Tensor) -> Tensor:
         """Return proj_out of code rows (N, D): (N, output_dim), each the exact value rounded once to float32.
@@ -108,8 +115,9 @@ class VectorQuantizerWithInputProjection(VectorQuantizer):
 
     @torch.no_grad()
     def _searched_in_eval(self, rows: Tensor) -> Tensor | None:
-        weight, bias = self.input_projection()
-        if not bool(torch.isfinite(weight).all() & torch.isfinite(bias).all()):
+        try:
+            weight, bias = self.input_projection()
+        except CodebookError:
             # A projection that has diverged has no exact values: forward goes on with the layer's own.
             return None
         # Rows that are not finite get some code, as everywhere in forward: the exact projection takes finite ones.

@@ -120,7 +120,7 @@ class RemappedModule(nn.Module):
             return self.reported(ids)
         known = first_positions(self.used, self.num_codes)[ids]
         is_unknown = known == self.used.numel()
-        draws = torch.randint(0, self.re_embed, (int(is_unknown.sum()),))
+        draws = torch.randint(0, self.re_embed, (int(is_unknown.sum()),), device="cpu")
         known[is_unknown] = draws.to(known.device)
         return known
 

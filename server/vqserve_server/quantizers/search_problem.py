@@ -11,7 +11,7 @@ from vqserve_server import search
 from vqserve_server.errors import CodebookError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SearchProblem:
     """What decides the winning code.
 
@@ -42,7 +42,7 @@ class SearchProblem:
         finite = self._finite()
         if not bool(finite.all()):
             raise CodebookError(f"code {int(torch.nonzero(~finite)[0])} holds NaN or infinity: nothing can be encoded")
-        return search.prepare(self.codes, objective=self.objective, bias=self.bias, backend=backend)
+        return self._searcher(backend)
 
     def search_in_training(self, rows: Tensor) -> Tensor:
         """Return the winning code (N,) int64 of every row (N, D), codes with NaN or infinity never winning.
@@ -52,12 +52,15 @@ class SearchProblem:
         """
         finite = self._finite()
         if bool(finite.all()):
-            return self.prepare().search(rows)
+            return self._searcher().search(rows)
         kept = torch.nonzero(finite)[:, 0]
         if kept.numel() == 0:
             return torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
         bias = None if self.bias is None else self.bias[kept]
-        return kept[replace(self, codes=self.codes[kept], bias=bias).prepare().search(rows)]
+        return kept[replace(self, codes=self.codes[kept], bias=bias)._searcher().search(rows)]
+
+    def _searcher(self, backend: str = "auto") -> search.Searcher:
+        return search.prepare(self.codes, objective=self.objective, bias=self.bias, backend=backend)
 
     def _finite(self) -> Tensor:
         finite = torch.isfinite(self.codes).all(dim=1)

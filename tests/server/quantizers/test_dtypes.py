@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vqserve_server import search
+from vqserve_server.quantizers import freeze
+
 HALVES = (torch.float16, torch.bfloat16)
 ALL = (*HALVES, torch.float32, torch.float64)
 
@@ -105,7 +108,27 @@ def test_autocast_narrows_only_the_projection_layers(make, latents, kind, dtype)
         torch.testing.assert_close(info["loss/vq"], plain["loss/vq"], rtol=0.05, atol=0)
     else:
         assert z_q.dtype == plain_z_q.dtype
+        torch.testing.assert_close(z_q, module.decode(info["indices"]).to(z_q.dtype))
         torch.testing.assert_close(info["loss/vq"], plain["loss/vq"], rtol=0.05, atol=1e-4)
+
+
+def test_no_search_runs_under_autocast(make, latents, kind, monkeypatch):
+    # A backend that multiplies in float32 would be narrowed.
+    seen = []
+    prepare = search.prepare
+
+    def spy(*args, **kwargs):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr(search, "prepare", spy)
+    module = make(kind)
+    z = latents(module)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        module.encode(z)
+        module.train()(z)
+        freeze(module, device="cpu")
+    assert seen == [False] * (2 if kind == "gumbel" else 3)
 
 
 def test_training_under_autocast_follows_the_narrowed_projection(make, latents):

@@ -306,3 +306,25 @@ def test_weight_norm_reset(make):
     assert not torch.equal(module.embedding.v, before)
     torch.testing.assert_close(module.embedding.g, module.embedding.v.norm(dim=0, keepdim=True))
     assert isinstance(module.embedding, nn.Embedding)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"remap": [3, 1, 15]}])
+def test_a_module_without_memory_loads_by_assignment(make, latents, kind, arguments):
+    source = make(kind, **arguments)
+    with torch.device("meta"):
+        module = make(kind)
+    module.load_state_dict(source.state_dict(), strict=True, assign=True)
+    z = latents(source)
+    assert torch.equal(module.encode(z), source.encode(z))
+
+
+def test_deterministic_algorithms_are_enough(make, latents, kind):
+    module = make(kind, remap=[3, 1, 15]).train()
+    torch.use_deterministic_algorithms(True)
+    try:
+        z = latents(module).requires_grad_()
+        z_q, info = module(z)
+        (z_q.sum() + info["loss/vq"]).backward()
+        module.decode(module.encode(z))
+    finally:
+        torch.use_deterministic_algorithms(False)
