@@ -23,6 +23,8 @@ _ROUND_SHARE = 64
 _DISTANCES_AT_ONCE = 1 << 24
 # Points that rounding puts at distance 0 are still distinct: they stay in the draw, behind all others.
 _LEAST = np.finfo(np.float64).tiny ** 0.5
+# What is farther than this, in units of the set's own extent, is as good as nowhere.
+_FAR = 1e30
 
 
 def draw_spread(
@@ -47,10 +49,16 @@ def draw_spread(
     Returns:
         (count,) positions in the order drawn.
     """
-    # Centred, the expansion |x|^2 - 2 x.c + |c|^2 loses least.
-    points = points - points.mean(dim=0)
-    left = weights.copy() if nearest is None else weights * np.maximum(nearest.double().cpu().numpy(), _LEAST)
-    lowest = torch.full((len(points),), math.inf, device=points.device) if nearest is None else nearest.float().clone()
+    # Centred, the expansion |x|^2 - 2 x.c + |c|^2 loses least; scaled, it does not overflow.
+    points = points.double() - points.double().mean(dim=0)
+    scale = float(points.abs().max()) or 1.0
+    points = (points / scale).float()
+    if nearest is None:
+        lowest = torch.full((len(points),), math.inf, device=points.device)
+        left = weights.copy()
+    else:
+        lowest = (nearest.double() / scale**2).clamp(max=_FAR).float()
+        left = weights * np.maximum(lowest.double().cpu().numpy(), _LEAST)
     rounds: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
     total = 0
     while total < count:

@@ -18,12 +18,12 @@ class Learner(ABC):
     quantizer: AbstractQuantizer
 
     @abstractmethod
-    def step(self, batch: Tensor, progress: float) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, batch: Tensor, done: float) -> tuple[Tensor, Tensor, Tensor]:
         """Learn from one batch.
 
         Args:
             batch: (n, D) float32.
-            progress: how much of the training lies behind, in [0, 1).
+            done: how much of the training lies behind, in [0, 1).
 
         Returns:
             z_q (n, D), the ids (n,) that the codes had before the step, and the loss, a scalar.
@@ -45,9 +45,9 @@ class EmaLearner(Learner):
         self.place(torch.arange(num_codes, device=codes.device), codes)
 
     @torch.no_grad()
-    def step(self, batch: Tensor, progress: float) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, batch: Tensor, done: float) -> tuple[Tensor, Tensor, Tensor]:
         """See Learner."""
-        del progress
+        del done
         z_q, info = self.quantizer(batch)
         return z_q, info["encoding_indices"], info[self.quantizer.loss_key]
 
@@ -67,9 +67,9 @@ class AdamLearner(Learner):
         self._lr = lr
         self._optimizer = torch.optim.Adam(self.quantizer.parameters(), lr=lr)
 
-    def step(self, batch: Tensor, progress: float) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, batch: Tensor, done: float) -> tuple[Tensor, Tensor, Tensor]:
         """See Learner."""
-        self._optimizer.param_groups[0]["lr"] = self._lr * (1.0 - progress)
+        self._optimizer.param_groups[0]["lr"] = self._lr * (1.0 - done)
         self._optimizer.zero_grad()
         z_q, info = self.quantizer(batch)
         loss: Tensor = info[self.quantizer.loss_key]

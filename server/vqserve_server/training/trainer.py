@@ -95,14 +95,12 @@ def _run(
         for step, positions in enumerate(shuffled_batches(len(rows), plan.batch_size, plan.steps, rng)):
             batch = torch.from_numpy(rows.take(positions)).to(device)
             z_q, ids, loss = learner.step(batch, step / plan.steps)
+            usage.add(ids)
             if _reseeds_after(step, plan):
-                usage.add(ids)
                 dead = usage.take_dead()
                 seeds = draw_seeds(batch, z_q, len(dead), rng)
                 learner.place(dead[: len(seeds)], seeds)
                 codes_reseeded += len(seeds)
-            elif plan.reseed_every:
-                usage.add(ids)
             if progress and (step % _STEPS_PER_REPORT == 0 or step + 1 == plan.steps):
                 _report(bar, loss, ids, num_codes, codes_reseeded)
             bar.update()

@@ -57,6 +57,13 @@ def test_kmeans_plus_plus_finds_every_far_cluster_where_a_sample_does_not() -> N
     assert len(set(found["sample"])) < 64
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_kmeans_plus_plus_works_at_any_scale(scale: float) -> None:
+    array = np.random.default_rng(5).normal(size=(500, 3))
+    codes = codes_of((scale * array).astype(np.float32), 100, "kmeans++")
+    assert len(np.unique(codes, axis=0)) == 100
+
+
 def test_weighted_choice_is_without_replacement_and_in_proportion() -> None:
     rng = np.random.default_rng(3)
     weights = np.array([0.0, 1.0, 3.0, 0.0, 6.0])
