@@ -70,14 +70,13 @@ class Batch:
         now = time.monotonic()
         alive = [part for part in self.parts if part.job.alive(now)]
         if len(alive) < len(self.parts):
-            rows = self.stage()
-            self.parts, self.rows = [], 0
+            rows, parts, offset = self.stage(), [], 0
             for part in alive:
-                kept = Part(part.job, part.start, part.stop, self.rows)
+                kept = Part(part.job, part.start, part.stop, offset)
                 rows[kept.rows] = rows[part.rows]
-                self.parts.append(kept)
-                self.rows += kept.stop - kept.start
-            self._staged = len(self.parts)
+                parts.append(kept)
+                offset = kept.rows.stop
+            self.parts, self.rows, self._staged = parts, offset, len(parts)
         return bool(self.parts)
 
     def compute(self) -> npt.NDArray[Any]:

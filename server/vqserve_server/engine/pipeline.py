@@ -28,7 +28,7 @@ class Pipeline:
         self._stager_wake = threading.Condition(self._lock)
         self._ahead: Batch | None = None
         self._staging = False  # the stager copies rows into `_ahead`
-        self._device_busy = False
+        self._on_device: Batch | None = None
         self._closed: VqserveError | None = None
 
     def put(self, job: Job) -> None:
@@ -41,7 +41,7 @@ class Pipeline:
             if self._closed is not None:
                 raise type(self._closed)(*self._closed.args)
             self._queue.put(job)
-            (self._stager_wake if self._device_busy else self._device_wake).notify()
+            (self._stager_wake if self._on_device else self._device_wake).notify()
 
     def discard(self, job: Job) -> None:
         """Take a job out of the queue, if it is there."""
@@ -49,24 +49,23 @@ class Pipeline:
             self._queue.discard(job)
 
     def close(self, reason: VqserveError, *, drop: bool) -> None:
-        """Take no more jobs; what is here is finished or, with `drop`, failed with the reason."""
+        """Take no more jobs; what is here, on the device too, is finished or, with `drop`, failed with the reason."""
+        jobs: list[Job] = []
         with self._lock:
             self._closed = self._closed or reason
-            dropped = self._queue.clear() if drop else []
-            ahead = self._ahead if drop else None
             if drop:
+                jobs = self._queue.clear()
+                jobs += [part.job for batch in (self._ahead, self._on_device) if batch for part in batch.parts]
                 self._ahead = None
             self._device_wake.notify_all()
             self._stager_wake.notify_all()
-        for job in dropped:
+        for job in jobs:
             job.fail(reason)
-        if ahead is not None:
-            ahead.fail(reason)
 
     def next_for_device(self) -> Batch | None:
         """Return the next batch, staged or not, as soon as there is one; None: closed and nothing left."""
         with self._lock:
-            self._device_busy = False
+            self._on_device = None
             while True:
                 # A batch that the stager is at work on is worth the moment that its copy takes.
                 if not self._staging:
@@ -77,7 +76,7 @@ class Pipeline:
                     else:
                         self._queue.top_up(batch, now)  # what the stager has not got to
                     if batch is not None:
-                        self._device_busy = True
+                        self._on_device = batch
                         if self._queue:
                             self._stager_wake.notify()
                         return batch
@@ -108,7 +107,7 @@ class Pipeline:
         return True
 
     def _next_to_stage(self) -> Batch | None:
-        if not self._device_busy or not self._queue:
+        if self._on_device is None or not self._queue:
             return None
         now = time.monotonic()
         if self._ahead is None:

@@ -55,14 +55,8 @@ class Worker:
             self._break(error)
 
     def _compute_batches(self) -> None:
-        batch: Batch | None = None
-        try:
-            while (batch := self._pipeline.next_for_device()) is not None:
-                self._serve(batch)
-        except BaseException:
-            if batch is not None:
-                batch.fail(DeviceBroken("the device failed"))
-            raise
+        while (batch := self._pipeline.next_for_device()) is not None:
+            self._serve(batch)
 
     def _stage_ahead(self) -> None:
         while self._pipeline.stage_ahead():

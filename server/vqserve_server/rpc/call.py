@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 
+from vqserve_server.engine import BatchFailed
 from vqserve_server.rpc.status import status_of
 
 REQUEST_ID_KEY = "vqserve-request-id"
@@ -86,7 +87,9 @@ async def _answer(name: str, method: Method, raw: bytes, context: grpc.aio.Servi
     except Exception as error:
         status = status_of(error, request_id=call.request_id)
         if status.code is grpc.StatusCode.INTERNAL:
-            logger.exception("request %s %s failed", call.request_id, name)
+            # What a batch failed of was logged once, by the engine.
+            known = isinstance(error, BatchFailed)
+            logger.error("request %s %s failed", call.request_id, name, exc_info=None if known else error)
         else:
             logger.debug("request %s %s: %s: %s", call.request_id, name, status.code.name, status.details)
     return await context.abort(status.code, status.details, identity + status.metadata)

@@ -233,6 +233,31 @@ def test_a_lost_device_resolves_every_future(
     assert not other.batches
 
 
+def test_rows_that_cannot_be_staged_fail_their_batch(
+    fake: Callable[..., Any], start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer)
+    tokenizer.hold()
+    submit(engine, encode_job(tokenizer, 1))
+    tokenizer.wait_entered()
+    tried = threading.Event()
+    job = encode_job(tokenizer, 1)
+
+    def read(start: int, stop: int, into: np.ndarray) -> None:
+        tried.set()
+        raise MemoryError
+
+    monkeypatch.setattr(job, "read", read)
+    submit(engine, job)
+    tried.wait()
+    tokenizer.release()
+    with pytest.raises(BatchFailed):
+        job.future.result()
+    submit(engine, job := encode_job(tokenizer, 1))
+    job.future.result()
+
+
 def test_results_of_another_length_are_not_handed_out(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
     tokenizer = fake()
     tokenizer.encode_rows = lambda rows: np.zeros(len(rows) + 1, np.int64)
@@ -262,11 +287,11 @@ def test_stop_gives_up_on_time(fake: Callable[..., Any], start: Callable[..., En
     tokenizer = fake()
     engine = start(tokenizer)
     tokenizer.hold()
-    submit(engine, encode_job(tokenizer, 1))
+    (computing,) = submit(engine, encode_job(tokenizer, 1))
     tokenizer.wait_entered()
     waiting = submit(engine, encode_job(tokenizer, 1), encode_job(tokenizer, 2))
     assert not engine.stop(timeout_s=0.0)
-    for job in waiting:
+    for job in (computing, *waiting):
         with pytest.raises(Draining):
             job.future.result()
 
