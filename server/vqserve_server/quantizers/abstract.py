@@ -91,9 +91,8 @@ class AbstractQuantizer(RemappedModule, ABC):
         super().__init__(num_codes, remap, unknown_index)
         check_size("the number of input channels", input_dim)
         check_size("the width of a code", code_dim)
-        self.input_dim = input_dim
-        self.code_dim = code_dim
-        self.output_dim = code_dim
+        self.input_dim = int(input_dim)
+        self.code_dim = self.output_dim = int(code_dim)
         self.loss_key = loss_key
 
     # What a quantizer is made of.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -64,5 +66,5 @@ def check_size(name: str, value: int) -> None:
     Raises:
         InvalidOption: names the argument.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise InvalidOption(f"{name} must be a positive integer, not {value!r}")

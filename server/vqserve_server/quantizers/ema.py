@@ -59,8 +59,8 @@ class EMAVectorQuantizer(AbstractQuantizer):
             unknown_index=unknown_index,
             loss_key=loss_key,
         )
-        self.num_tokens = n_embed
-        self.codebook_dim = embedding_dim
+        self.num_tokens = self.num_codes
+        self.codebook_dim = self.code_dim
         self.beta = beta
         self.embedding = EmbeddingEMA(n_embed, embedding_dim, decay, eps)
 

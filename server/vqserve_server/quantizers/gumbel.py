@@ -66,8 +66,8 @@ class GumbelQuantizer(AbstractQuantizer):
             unknown_index=unknown_index,
             loss_key=loss_key,
         )
-        self.n_embed = n_embed
-        self.embedding_dim = embedding_dim
+        self.n_embed = self.num_codes
+        self.embedding_dim = self.code_dim
         self.straight_through = straight_through
         self.kl_weight = kl_weight
         self.temperature = temp_init

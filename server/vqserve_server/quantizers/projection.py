@@ -53,12 +53,12 @@ class VectorQuantizerWithInputProjection(VectorQuantizer):
         """
         super().__init__(n_codes, codebook_dim, beta, **kwargs)
         check_size("input_dim", input_dim)
-        self.input_dim = input_dim
+        self.input_dim = int(input_dim)
         self.proj_in = nn.Linear(input_dim, codebook_dim)
-        self.proj_out: nn.Module = nn.Identity()
+        self.proj_out: nn.Linear | nn.Identity = nn.Identity()
         if output_dim is not None:
             check_size("output_dim", output_dim)
-            self.output_dim = output_dim
+            self.output_dim = int(output_dim)
             self.proj_out = nn.Linear(codebook_dim, output_dim)
 
     def forward(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -83,11 +83,11 @@ class VectorQuantizerWithInputProjection(VectorQuantizer):
         rows = to_rows(z)
         searched = None if self.training else self._searched_in_eval(rows)
         z_q, info = self._quantized(apply_layer(self.proj_in, rows), grid, searched)
-        if isinstance(self.proj_out, nn.Linear):
-            return from_rows(apply_layer(self.proj_out, z_q), grid), info
-        # The original's layout, which decode does not share.
-        tokens = (grid[0], -1) if len(grid) > 2 else grid
-        return z_q.reshape(*tokens, self.code_dim), info
+        if isinstance(self.proj_out, nn.Identity):
+            # The original's layout, which decode does not share.
+            tokens = (grid[0], -1) if len(grid) > 2 else grid
+            return z_q.reshape(*tokens, self.code_dim), info
+        return from_rows(apply_layer(self.proj_out, z_q), grid), info
 
     def input_projection(self) -> tuple[Tensor, Tensor]:
         """Return weight (D, C) and bias (D,) of `proj_in`, detached, in at least float32, finite.
@@ -106,7 +106,7 @@ class VectorQuantizerWithInputProjection(VectorQuantizer):
         Raises:
             CodebookError: a code row or proj_out holds NaN or infinity.
         """
-        if not isinstance(self.proj_out, nn.Linear):
+        if isinstance(self.proj_out, nn.Identity):
             return code_rows
         operands = (widen(code_rows), widen(self.proj_out.weight), widen(self.proj_out.bias))
         if not all(bool(torch.isfinite(operand).all()) for operand in operands):

@@ -44,10 +44,10 @@ class RemappedModule(nn.Module):
     def __init__(self, num_codes: int, remap: Remap | None, unknown_index: UnknownIndex) -> None:
         super().__init__()
         check_size("the number of codes", num_codes)
-        self.num_codes = num_codes
+        self.num_codes = int(num_codes)
         self.remap: Remap | None = remap
         self._unknown = checked_unknown(unknown_index)
-        self.register_buffer("used", None if remap is None else read_used(remap, num_codes))
+        self.register_buffer("used", None if remap is None else read_used(remap, self.num_codes))
         self._count_used()
         if remap is not None:
             _LOG.info("remap of %d codes: re_embed %d, unknown_index %s", num_codes, self.re_embed, self.unknown_index)

@@ -57,8 +57,8 @@ class VectorQuantizer(AbstractQuantizer):
         super().__init__(
             num_codes=n_e, input_dim=e_dim, code_dim=e_dim, remap=remap, unknown_index=unknown_index, loss_key=loss_key
         )
-        self.n_e = n_e
-        self.e_dim = e_dim
+        self.n_e = self.num_codes
+        self.e_dim = self.code_dim
         self.beta = beta
         self.sane_index_shape = sane_index_shape
         self.log_perplexity = log_perplexity

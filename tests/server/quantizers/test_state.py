@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -90,6 +91,12 @@ def test_initial_values(make):
 def test_impossible_sizes_are_refused(make, kind, arguments):
     with pytest.raises(ValueError, match="must be a positive integer"):
         make(kind, **arguments)
+
+
+def test_sizes_may_be_numpy_integers(make, kind):
+    module = make(kind, num_codes=np.int64(16), code_dim=np.int32(4))
+    assert module.decode(torch.tensor([3])).shape == (1, module.output_dim)
+    assert all(type(value) is int for value in (module.num_codes, module.code_dim, module.output_dim))
 
 
 def test_deepcopy_pickle_and_torch_save(make, kind, latents):
