@@ -66,7 +66,9 @@ def index_dtype(vocab_size: int) -> int:
 
 def holds_vocabulary(dtype: int, vocab_size: int) -> bool:
     """Return whether an integer type holds every index in [0, vocab_size)."""
-    return vocab_size - 1 <= np.iinfo(_NUMPY[dtype]).max
+    integer = _NUMPY[dtype]
+    bits = 8 * integer.itemsize - (integer.kind == "i")
+    return vocab_size <= 1 << bits
 
 
 def dtype_of(array: npt.NDArray[np.generic]) -> int:
