@@ -57,7 +57,7 @@ def place_ema_codes(quantizer: EMAVectorQuantizer, ids: Tensor, rows: Tensor, to
     The update computes weight = embed_avg / smoothed(cluster_size). So cluster_size is what a code of average use has
     in the long run, tokens_per_step / K, and embed_avg is the row times it. A step in which no token comes scales both
     by `decay` and leaves the weight where it is; n tokens with mean m move it by the share of m in the average,
-    n (1 - decay) / (cluster_size decay + n (1 - decay)). (At a cluster_size of zero the first step would divide by eps.)
+    n (1 - decay) / (cluster_size decay + n (1 - decay)). (At a cluster_size of 0 the first step would divide by eps.)
 
     Args:
         quantizer: changed in place.
