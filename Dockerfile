@@ -49,7 +49,8 @@ USER 10001:10001
 EXPOSE 50051
 STOPSIGNAL SIGTERM
 # The port is bound only when every codebook is loaded and warm: until then this fails, and --start-period forgives it.
-HEALTHCHECK --interval=30s --timeout=10s --start-period=300s --retries=3 CMD ["vqserve", "status"]
+# The command gives up before the engine does, so that the health log says why.
+HEALTHCHECK --interval=30s --timeout=10s --start-period=300s --retries=3 CMD ["vqserve", "status", "--timeout", "5"]
 # Without arguments: the demo codebook, reachable through `-p`. Arguments replace all of CMD, so whoever names a command
 # names its address too.
 ENTRYPOINT ["vqserved"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import vqserve_client.cli
 from vqserve_server import config
 
 ROOT = Path(__file__).parents[1]
@@ -81,11 +82,15 @@ def test_torch_is_the_pinned_one_and_pip_keeps_no_cache():
     assert any(word == "ENV" and "PIP_NO_CACHE_DIR=1" in rest for word, rest in INSTRUCTIONS)
 
 
-def test_health_is_asked_by_a_command_that_the_wheel_installs():
+def test_health_is_asked_by_a_command_that_the_wheel_installs(monkeypatch, capsys):
     (check,) = shipped("HEALTHCHECK")
-    command = json.loads(check.partition(" CMD ")[2])
-    assert command == ["vqserve", "status"]
-    assert command[0] in PROJECT["project"]["scripts"]
+    script, *arguments = json.loads(check.partition(" CMD ")[2])
+    assert PROJECT["project"]["scripts"][script] == f"{vqserve_client.cli.__name__}:main"
+    assert arguments[0] == "status"
+    # Nobody listens on port 1: the command must understand its arguments and say so, which is the exit code 1.
+    monkeypatch.setenv("VQSERVE_TARGET", "127.0.0.1:1")
+    assert vqserve_client.cli.main(arguments) == 1
+    assert "127.0.0.1:1" in capsys.readouterr().err
 
 
 def test_without_arguments_the_daemon_listens_where_a_published_port_leads():
