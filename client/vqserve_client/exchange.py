@@ -17,6 +17,7 @@ import grpc
 
 from vqserve_client.channel import Connection
 from vqserve_client.errors import Closed, DeadlineExceeded, ProtocolError
+from vqserve_client.fork import gate
 from vqserve_client.retry import Deadline, RetryPolicy
 from vqserve_client.status import REQUEST_ID_KEY, RETRIED, Failure, text_metadata
 
@@ -95,7 +96,6 @@ class Exchange:
         upcoming = next(parts, None)
         try:
             while running or upcoming is not None:
-                self._check_process()
                 while upcoming is not None and self._budget.free > 0:
                     self._sent += 1
                     self._budget.take()
@@ -150,14 +150,21 @@ class Exchange:
                 codebook=one.codebook,
             )
         metadata = ((REQUEST_ID_KEY, one.request_id),)
+        request = one.part.request()
         method = getattr(self._connection.stub(), one.part.method)
+        gate.enter()
         try:
-            one.ticket = method.future(one.part.request(), timeout=timeout_s, metadata=metadata)
-        except ValueError as error:
-            if self._connection.closed:
+            one.ticket = method.future(request, timeout=timeout_s, metadata=metadata)
+        except BaseException as error:
+            gate.leave()
+            if isinstance(error, ValueError) and self._connection.closed:
                 raise self._closed() from error
             raise
-        one.ticket.add_done_callback(lambda _: self._wake())
+        one.ticket.add_done_callback(self._ended)
+
+    def _ended(self, _ticket: Any) -> None:
+        gate.leave()
+        self._wake()
 
     def _back_off(self, one: _Running, ticket: Any) -> None:
         """Set the time of the next attempt, or raise why there is none."""
@@ -173,10 +180,6 @@ class Exchange:
 
     def _closed(self) -> Closed:
         return Closed("this client was closed during the call", target=self.target)
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise Closed("this call was begun in another process, before a fork", target=self.target)
 
 
 class _Running:

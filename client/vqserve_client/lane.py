@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 from vqserve_client.calls import Options
 from vqserve_client.core import CallOptions, Core, Operation, Wake
+from vqserve_client.errors import Closed
 from vqserve_client.exchange import Budget, Steps
 from vqserve_client.retry import Deadline
 
@@ -26,6 +28,7 @@ class Lane:
         self._pin = core.pin(call)
         self._budget = Budget(core.config.window)
         self._jobs: deque[_Job] = deque()
+        self._pid = os.getpid()
 
     @property
     def full(self) -> bool:
@@ -57,7 +60,13 @@ class Lane:
         self._jobs.append(_Job(steps, deadline))
 
     def advance(self) -> float | None:
-        """Do what can be done; return the seconds until there is more unless a reply comes sooner."""
+        """Do what can be done; return the seconds until there is more unless a reply comes sooner.
+
+        Raises:
+            Closed: in a process that was forked after the lane began.
+        """
+        if os.getpid() != self._pid:
+            raise Closed("this generator was begun in another process, before a fork", target=self._core.config.target)
         while True:
             given_back = self._budget.given_back
             waits = []

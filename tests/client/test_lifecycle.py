@@ -159,7 +159,7 @@ def by_os_fork(count):
     assert all(os.waitpid(child, 0)[1] == 0 for child in children)
 
 def by_pool(count):
-    with multiprocessing.get_context("fork").Pool(count) as pool:
+    with multiprocessing.get_context("fork").Pool(count, maxtasksperchild=1) as pool:
         assert os.getpid() not in [pool.apply(work) for _ in range(count)]
 
 def by_os_fork_under_load(count):
@@ -167,7 +167,7 @@ def by_os_fork_under_load(count):
     def load():
         while not stop.is_set():
             client.encode(latents)
-    threads = [threading.Thread(target=load) for _ in range(3)]
+    threads = [threading.Thread(target=load, daemon=True) for _ in range(3)]
     for thread in threads:
         thread.start()
     by_os_fork(count)
