@@ -25,7 +25,7 @@ from patches import CHANNELS, PATCH, latents_to_picture, picture_to_latents, psn
 from PIL import Image
 
 import vqserve_server
-from vqserve_client import Client
+from vqserve_client import Client, VqserveClientError
 from vqserve_server import Tokenizer
 
 ASSETS = Path(vqserve_server.__file__).parent / "assets"
@@ -53,7 +53,10 @@ class Server:
     def stop(self) -> None:
         """Ask it to stop, as an operator would, and wait until it has."""
         self.process.send_signal(signal.SIGTERM)
-        status = self.process.wait(STOP_S)
+        try:
+            status = self.process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            raise DemoError(f"the server did not stop within {STOP_S} s") from None
         if status != 0:
             raise DemoError(f"the server stopped with exit code {status}, not 0")
 
@@ -96,7 +99,7 @@ def main() -> int:
         original = np.asarray(picture.convert("RGB"))
     try:
         show(original)
-    except DemoError as error:
+    except (DemoError, VqserveClientError) as error:
         print(f"\nThe demo failed: {error}", file=sys.stderr)
         return 1
     return 0
