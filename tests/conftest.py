@@ -15,6 +15,11 @@ from typing import Any
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the number of rows of tests/server/search/test_many_rows.py."""
+    parser.addoption("--search-rows", type=int, default=100_000, help="rows of the exactness test, all shapes together")
+
+
 @dataclass
 class RunningServer:
     """A server in this process: `app.engine` is its engine, `target` what a client connects to."""

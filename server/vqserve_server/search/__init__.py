@@ -5,6 +5,6 @@ answer is the code that wins in exact arithmetic on the given numbers, the lowes
 """
 
 from vqserve_server.search.backends import available, prepare
-from vqserve_server.search.searcher import Objective, Searcher
+from vqserve_server.search.searcher import Objective, SearchCounts, Searcher
 
-__all__ = ["Objective", "Searcher", "available", "prepare"]
+__all__ = ["Objective", "SearchCounts", "Searcher", "available", "prepare"]

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from vqserve_server.errors import InvalidOption
+from vqserve_server.search import fused, native
 from vqserve_server.search.duplicates import MergedSearcher, first_of_equals
-from vqserve_server.search.reference import ReferenceSearcher
 from vqserve_server.search.searcher import Objective, Searcher
-
-_BACKENDS = {"reference": ReferenceSearcher}
+from vqserve_server.search.tiled import TiledSearcher
 
 
 def available(device: torch.device | str) -> tuple[str, ...]:
-    """Return the names of the backends that run on this device."""
-    torch.device(device)
-    return tuple(_BACKENDS)
+    """Return the names of the backends that run on this device, the preferred one first."""
+    device = torch.device(device)
+    names = ["torch", "reference"]
+    if fused.is_available(device):
+        names.insert(0 if device.type == "cuda" else 2, "triton")
+    if device.type == "cpu" and native.levels():
+        names.insert(0, "native")
+    return tuple(names)
 
 
 def prepare(
@@ -35,15 +41,38 @@ def prepare(
         backend: one of `available(codes.device)`, or "auto".
 
     Raises:
-        InvalidOption: for a backend that does not run on this device.
+        InvalidOption: for a backend that does not run on this device, or cannot take this codebook.
     """
-    if backend == "auto":
-        backend = "reference"
-    if backend not in available(codes.device):
-        names = ", ".join(("auto", *available(codes.device)))
-        raise InvalidOption(f"no search backend {backend!r} on {codes.device.type}: choose one of {names}")
+    names = available(codes.device)
+    if backend not in ("auto", *names):
+        raise InvalidOption(
+            f"no search backend {backend!r} on {codes.device.type}: choose one of {', '.join(('auto', *names))}"
+        )
+    able = [name for name in names if _fits(name, codes, bias, objective)]
+    if backend not in ("auto", *able):
+        raise InvalidOption(f"search backend {backend!r} can't take this codebook: choose one of {', '.join(able)}")
+    chosen = able[0] if backend == "auto" else backend
     kept = first_of_equals(codes, bias)
     if kept is None:
-        return _BACKENDS[backend](codes, bias, objective)
-    distinct = _BACKENDS[backend](codes[kept], None if bias is None else bias[kept], objective)
-    return MergedSearcher(distinct, kept)
+        return _build(chosen, codes, bias, objective)
+    return MergedSearcher(_build(chosen, codes[kept], None if bias is None else bias[kept], objective), kept)
+
+
+def _fits(backend: str, codes: Tensor, bias: Tensor | None, objective: Objective) -> bool:
+    if backend == "native":
+        return native.fits(codes, bias, objective)
+    return backend != "triton" or fused.fits(codes)
+
+
+def _build(backend: str, codes: Tensor, bias: Tensor | None, objective: Objective) -> Searcher:
+    reference = functools.partial(TiledSearcher, codes, bias, objective, dtype=torch.float64)
+    tiled = functools.partial(TiledSearcher, codes, bias, objective, dtype=torch.float32, fallback=reference)
+    match backend:
+        case "native":
+            return native.NativeSearcher(codes, bias, objective, fallback=reference)
+        case "triton":
+            return fused.FusedSearcher(codes, bias, objective, fallback=tiled)
+        case "torch":
+            return tiled()
+        case _:
+            return reference()

@@ -1,12 +1,22 @@
-"""Rounding-error bounds of dot products (docs/exact-search.md derives them)."""
+"""Scores and how far they can be off (docs/exact-search.md derives the bounds)."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vqserve_server.search.searcher import Objective
+
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 SMALLEST_SUBNORMAL = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
+# Products below this may be flushed to zero.
+_TINY = {torch.float32: 2.0**-124, torch.float64: 2.0**-1000}
+# Bounds are rounded to the scores' type; this is far more than that takes away.
+_SLACK = 1.0 + 2.0**-20
+# Bytes of what is widened at once.
+_CHUNK_BYTES = 1 << 22
 
 
 def gamma(operations: int, dtype: torch.dtype) -> float:
@@ -22,9 +32,55 @@ def gamma(operations: int, dtype: torch.dtype) -> float:
 
 def norms_above(vectors: Tensor) -> Tensor:
     """Return (n,) float64 upper bounds of the Euclidean norms of (n, D) vectors, computed in float64."""
-    wide = vectors.to(torch.float64)
     # D squarings, D - 1 additions and a square root, each with a relative error; the last factor covers the product.
     safety = 1.0 + gamma(vectors.shape[1] + 4, torch.float64)
     # Squares that underflow lose at most sqrt(D * 2^-1074) of the norm.
-    norms: Tensor = torch.linalg.vector_norm(wide, dim=1)
-    return norms * safety + vectors.shape[1] * 2.0**-537
+    lost = vectors.shape[1] * 2.0**-537
+    chunks = _chunks(vectors)
+    return torch.cat([torch.linalg.vector_norm(chunk.double(), dim=1) for chunk in chunks]) * safety + lost
+
+
+def row_norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return (n,) upper bounds of the norms of (n, D) rows, in the type of the scores."""
+    return (norms_above(rows) * _SLACK).to(dtype)
+
+
+@dataclass(frozen=True)
+class ScoreBounds:
+    """Scores z . a + offset, to be greatest, each within slope * |z| + base of its exact value.
+
+    Attributes:
+        offset: (K,) -|a|^2 / 2 for L2, b for DOT.
+        slope: (K,).
+        base: (K,).
+    """
+
+    offset: Tensor
+    slope: Tensor
+    base: Tensor
+
+    @classmethod
+    def of(cls, codes: Tensor, bias: Tensor | None, objective: Objective, dtype: torch.dtype) -> ScoreBounds:
+        """Return those of a codebook (K, D) for scores that are computed in `dtype`, in any order of summation."""
+        num_codes, dim = codes.shape
+        if objective is Objective.L2:
+            offset = -0.5 * torch.cat([chunk.double().square().sum(dim=1) for chunk in _chunks(codes)])
+        elif bias is not None:
+            offset = bias.detach().double()
+        else:
+            offset = torch.zeros(num_codes, dtype=torch.float64, device=codes.device)
+        # Row and code are rounded, multiplied and added; the offset is rounded, and so are the bound and the sums
+        # with it.
+        relative = gamma(2 * dim + 24, dtype)
+        tiny = (2 * dim + 24) * _TINY[dtype]
+        norms = norms_above(codes)
+        return cls(
+            offset=offset.to(dtype),
+            slope=((relative * norms + tiny) * _SLACK).to(dtype),
+            base=((relative * offset.abs() + tiny * (1 + norms)) * _SLACK).to(dtype),
+        )
+
+
+def _chunks(vectors: Tensor) -> tuple[Tensor, ...]:
+    chunks: tuple[Tensor, ...] = torch.split(vectors.detach(), max(1, _CHUNK_BYTES // (8 * vectors.shape[1])))
+    return chunks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqserve_server.search.searcher import Searcher
+from vqserve_server.search.searcher import SearchCounts, Searcher
 
 
 class MergedSearcher(Searcher):
@@ -17,9 +17,9 @@ class MergedSearcher(Searcher):
         self._lowest_index = lowest_index
         self.backend = distinct.backend
 
-    def search(self, rows: Tensor) -> Tensor:
+    def search(self, rows: Tensor, counts: SearchCounts | None = None) -> Tensor:
         """Return the winning code of every row; see `Searcher.search`."""
-        return self._lowest_index[self._distinct.search(rows)]
+        return self._lowest_index[self._distinct.search(rows, counts)]
 
 
 def first_of_equals(codes: Tensor, bias: Tensor | None) -> Tensor | None:

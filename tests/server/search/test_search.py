@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from vqserve_server.errors import InvalidOption
 from vqserve_server.search import Objective, available, prepare
+from vqserve_server.search.native import fits
 
 BACKENDS = available("cpu")
 
@@ -27,9 +28,11 @@ def exact_winner(row, codes, bias, objective) -> int:
     return min(range(len(codes)), key=lambda j: (cost(j), j))
 
 
-def check(rows, codes, *, objective=Objective.L2, bias=None, backends=BACKENDS):
+def check(rows, codes, *, objective=Objective.L2, bias=None):
     expected = [exact_winner(row, codes, bias, objective) for row in rows]
-    for backend in backends:
+    for backend in BACKENDS:
+        if backend == "native" and not fits(codes, bias, objective):
+            continue
         searcher = prepare(codes, objective=objective, bias=bias, backend=backend)
         assert searcher.backend == backend
         got = searcher.search(rows)
@@ -154,5 +157,5 @@ def test_a_row_that_is_not_finite_gets_some_index_and_harms_no_other(backend, va
 
 
 def test_an_unknown_backend_is_refused_by_name():
-    with pytest.raises(InvalidOption, match="no search backend 'hnsw' on cpu: choose one of auto, reference"):
+    with pytest.raises(InvalidOption, match=r"no search backend .hnsw. on cpu: choose one of auto, .*reference"):
         prepare(torch.zeros(2, 2), backend="hnsw")

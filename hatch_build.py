@@ -1,0 +1,83 @@
+"""Compiles the CPU search when a wheel or an editable install is made.
+
+The compiler is zig's (a build requirement from the package index), so that a source build needs nothing that pip does
+not bring and the library runs on systems older than the one that built it.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+_FOLDER = Path("server/vqserve_server/search/native")
+_LIBRARY = _FOLDER / "libscan.so"
+_COMMON = [
+    "-O3",
+    "-std=c11",
+    "-Wall",
+    "-Wextra",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
+
+# machine -> (zig target, wheel platform, {symbol suffix: flags}). The suffixes are those of native/library.py.
+_TARGETS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "x86_64": (
+        "x86_64-linux-gnu.2.28",
+        "manylinux_2_28_x86_64",
+        {
+            "avx512": "-mcpu=x86_64_v4 -mprefer-vector-width=512 -DLANES=16 -DROWS=8 -DVECS=3",
+            "avx2": "-mcpu=x86_64_v3 -DLANES=8 -DROWS=4 -DVECS=2",
+            "default": "-mcpu=x86_64 -DLANES=4 -DROWS=4 -DVECS=2",
+        },
+    ),
+    "aarch64": (
+        "aarch64-linux-gnu.2.28",
+        "manylinux_2_28_aarch64",
+        {"default": "-DLANES=4 -DROWS=8 -DVECS=2"},
+    ),
+}
+
+
+class CompileSearch(BuildHookInterface[Any]):
+    """Adds the compiled library to the wheel, and the wheel's platform to its name."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile before the build; on a machine without a target the wheel has no library and torch searches."""
+        target = _TARGETS.get(platform.machine()) if sys.platform == "linux" else None
+        if self.target_name != "wheel" or target is None:
+            return
+        triple, wheel_platform, levels = target
+        root = Path(self.root)
+        with tempfile.TemporaryDirectory() as scratch:
+            objects = [self._compile(root, triple, level, flags, Path(scratch)) for level, flags in levels.items()]
+            library = Path(scratch) / "libscan.so"
+            self._zig("-target", triple, "-shared", "-s", "-o", str(library), *objects, "-lm")
+            # A process that has the old library mapped keeps it.
+            library.chmod(0o755)
+            (root / _LIBRARY).unlink(missing_ok=True)
+            (root / _LIBRARY).write_bytes(library.read_bytes())
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{wheel_platform}"
+        build_data["artifacts"].append(str(_LIBRARY))
+
+    def _compile(self, root: Path, triple: str, level: str, flags: str, scratch: Path) -> str:
+        target = scratch / f"{level}.o"
+        source = root / _FOLDER / "scan.c"
+        self._zig("-target", triple, *_COMMON, *flags.split(), f"-DLEVEL={level}", "-c", str(source), "-o", str(target))
+        return str(target)
+
+    def _zig(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "ziglang", "cc", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")

@@ -1,0 +1,89 @@
+"""Search on CUDA in one Triton kernel: scores, bounds, winner and runner-up never leave the registers."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vqserve_server.search.bounds import ScoreBounds, row_norms
+from vqserve_server.search.searcher import Objective, SearchCounts, Searcher
+
+_BLOCK_ROWS = 64
+_BLOCK_CODES = 64
+# Components are multiplied in blocks of at most this many; tl.dot wants at least 16.
+_MAX_BLOCK_DIM = 64
+
+
+def is_available(device: torch.device) -> bool:
+    """Return whether Triton is installed and runs there: on CUDA, or anywhere with TRITON_INTERPRET=1."""
+    try:
+        import triton  # noqa: F401, PLC0415
+    except ImportError:
+        return False
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def fits(codes: Tensor) -> bool:
+    """Return whether the kernel takes a codebook: float32, and indices of 32 bits."""
+    return codes.dtype == torch.float32 and codes.shape[0] < 2**31
+
+
+class FusedSearcher(Searcher):
+    """float32 with error bounds in one pass; rows within the bound of a second code go to the fallback."""
+
+    backend = "triton"
+
+    def __init__(
+        self, codes: Tensor, bias: Tensor | None, objective: Objective, *, fallback: Callable[[], Searcher]
+    ) -> None:
+        """Take a codebook that `fits`.
+
+        Args:
+            codes: (K, D) float32.
+            bias: (K,) float32, for DOT.
+            objective: what the winning code is best at.
+            fallback: makes the searcher for rows that the bound leaves open.
+        """
+        self._codes = codes.detach().contiguous()
+        self._bounds = ScoreBounds.of(codes, bias, objective, torch.float32)
+        self._fallback = functools.cache(fallback)
+
+    def search(self, rows: Tensor, counts: SearchCounts | None = None) -> Tensor:
+        """Return the winning code of every row; see `Searcher.search`."""
+        from vqserve_server.search.fused_kernel import nearest  # noqa: PLC0415
+
+        count, dim = rows.shape
+        winners = torch.zeros(count, dtype=torch.int64, device=rows.device)
+        if count == 0:
+            return winners
+        is_open = torch.ones(count, dtype=torch.int8, device=rows.device)
+        block_dim = min(_MAX_BLOCK_DIM, max(16, 1 << (dim - 1).bit_length()))
+        norms = row_norms(rows, torch.float32)
+        grid = (-(-count // _BLOCK_ROWS),)
+        nearest[grid](
+            rows.detach().float().contiguous(),
+            norms,
+            self._codes,
+            self._bounds.offset,
+            self._bounds.slope,
+            self._bounds.base,
+            winners,
+            is_open,
+            count,
+            self._codes.shape[0],
+            dim,
+            BLOCK_ROWS=_BLOCK_ROWS,
+            BLOCK_CODES=_BLOCK_CODES,
+            BLOCK_DIM=block_dim,
+        )
+        again = torch.nonzero(is_open)[:, 0]
+        of_fallback = SearchCounts()
+        if again.numel():
+            winners[again] = self._fallback().search(rows[again], of_fallback)
+        if counts is not None:
+            counts.add(rows=count, rechecked=again.numel(), arbitrated=of_fallback.arbitrated)
+        return winners

@@ -1,0 +1,134 @@
+"""Search with torch's matrix product in tiles, on any device: in float32, or in float64 as the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqserve_server.search.bounds import ScoreBounds, row_norms
+from vqserve_server.search.searcher import Objective, SearchCounts, Searcher
+from vqserve_server.search.settle import Arbiter
+
+# Bytes of a (rows, codes) tile, of which a handful live at once, and of the codes of one tile.
+_TILE_BYTES = 1 << 22
+_CODES_BYTES = 1 << 22
+# A row with more codes than this within the bound is searched by other means.
+_CROWD = 64
+
+
+class TiledSearcher(Searcher):
+    """Every score with its error bound; codes within the bound of the best are settled by the arbiter."""
+
+    def __init__(
+        self,
+        codes: Tensor,
+        bias: Tensor | None,
+        objective: Objective,
+        *,
+        dtype: torch.dtype,
+        fallback: Callable[[], Searcher] | None = None,
+    ) -> None:
+        """Take a codebook on any device.
+
+        Args:
+            codes: (K, D) float32 or float64.
+            bias: (K,), added to the scores of DOT.
+            objective: what the winning code is best at.
+            dtype: of the scores, float32 or float64.
+            fallback: makes a searcher for rows that are near to very many codes; None: the arbiter sees to them.
+        """
+        self.backend = "reference" if dtype == torch.float64 else "torch"
+        self._dtype = dtype
+        self._fallback = fallback
+        self._arbiter = Arbiter(codes, bias, objective)
+        self._codes = codes.detach()
+        self._bounds = ScoreBounds.of(codes, bias, objective, dtype)
+        num_codes, dim = codes.shape
+        itemsize = dtype.itemsize
+        self._tile_codes = max(1, min(num_codes, _CODES_BYTES // (dim * itemsize), _TILE_BYTES // itemsize))
+        self._tile_rows = max(1, _TILE_BYTES // (self._tile_codes * itemsize))
+
+    def search(self, rows: Tensor, counts: SearchCounts | None = None) -> Tensor:
+        """Return the winning code of every row; see `Searcher.search`."""
+        counts = counts or SearchCounts()
+        winners = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
+        with _full_float32(rows.device):
+            for start in range(0, rows.shape[0], self._tile_rows):
+                tile = slice(start, start + self._tile_rows)
+                winners[tile] = self._search_tile(rows[tile].detach(), counts)
+        return winners
+
+    def _search_tile(self, rows: Tensor, counts: SearchCounts) -> Tensor:
+        bounds, narrow = self._bounds, rows.to(self._dtype)
+        norms = row_norms(rows, self._dtype)[:, None]
+        best = torch.full((rows.shape[0],), -torch.inf, dtype=self._dtype, device=rows.device)
+        winners = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
+        near = torch.zeros_like(winners)
+        found = []
+        for start in range(0, self._codes.shape[0], self._tile_codes):
+            window = slice(start, start + self._tile_codes)
+            scores = torch.addmm(bounds.offset[window], narrow, self._codes[window].to(self._dtype).T)
+            error = torch.addmm(bounds.base[window], norms, bounds.slope[None, window])
+            lower, place = (scores - error).max(dim=1)
+            winners = torch.where(lower > best, place + start, winners)
+            # A bound that overflowed is a NaN here, which stays: the row keeps all its codes.
+            best = torch.maximum(best, lower)
+            upper = scores.add_(error)
+            could_win = ~(upper < best[:, None])
+            near += could_win.sum(dim=1)
+            could_win &= (near <= _CROWD)[:, None]
+            row, code = torch.nonzero(could_win, as_tuple=True)
+            found.append((row, code + start, upper[row, code]))
+        row, code, bound = (torch.cat(parts) for parts in zip(*found, strict=True))
+        is_real = torch.isfinite(rows).all(dim=1)
+        crowded = (near > _CROWD) & is_real
+        kept = ~(bound < best[row]) & ~crowded[row]
+        settled = self._settle(rows, winners, row[kept], code[kept], is_real)
+        left = int(crowded.sum())
+        if left:
+            winners[crowded] = self._search_crowded(rows[crowded])
+        # The arbiter begins where float64 ends.
+        counts.add(rows=rows.shape[0], rechecked=settled + left, arbitrated=settled + left)
+        return winners
+
+    def _settle(self, rows: Tensor, winners: Tensor, row: Tensor, code: Tensor, is_real: Tensor) -> int:
+        """Settle the rows that have several (row, code) pairs, and return how many they are."""
+        is_open = (torch.bincount(row, minlength=rows.shape[0]) > 1) & is_real
+        open_rows = torch.nonzero(is_open)[:, 0]
+        if not open_rows.numel():
+            return 0
+        kept = is_open[row]
+        position = torch.cumsum(is_open, 0) - 1
+        pair_row, by_row = torch.sort(position[row[kept]], stable=True)
+        settled = self._arbiter.settle(
+            rows[open_rows].cpu().numpy(), pair_row.cpu().numpy(), code[kept][by_row].cpu().numpy()
+        )
+        winners[open_rows] = torch.from_numpy(settled).to(rows.device)
+        return open_rows.numel()
+
+    def _search_crowded(self, rows: Tensor) -> Tensor:
+        # Rows that are near to very many codes are often all the same: zeros, say.
+        distinct, inverse = torch.unique(rows, dim=0, return_inverse=True)
+        if self._fallback is not None:
+            return self._fallback().search(distinct)[inverse]
+        every_code = np.arange(self._codes.shape[0])
+        first = np.zeros_like(every_code)
+        winners = [self._arbiter.settle(row[None].cpu().numpy(), first, every_code) for row in distinct]
+        return torch.from_numpy(np.concatenate(winners)).to(rows.device)[inverse]
+
+
+@contextmanager
+def _full_float32(device: torch.device) -> Iterator[None]:
+    """Keep float32 products from being computed in TensorFloat-32, whatever the process allows."""
+    if device.type != "cuda" or not torch.backends.cuda.matmul.allow_tf32:
+        yield
+        return
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = True
