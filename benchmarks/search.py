@@ -215,7 +215,12 @@ def main() -> None:
     for kind in KINDS:
         report += [f"## Rows: {kind}", "", *table([cell for cell in cells if cell.kind == kind]), ""]
     if device.type == "cpu" and options.codebooks is None and not options.shapes:
-        report += ["## Memory of a search beside codebook, rows and result, MiB", "", *memory_peaks(available("cpu")), ""]
+        report += [
+            "## Memory of a search beside codebook, rows and result, MiB",
+            "",
+            *memory_peaks(available("cpu")),
+            "",
+        ]
     RESULTS.mkdir(exist_ok=True)
     stem = f"search-{options.machine}" + ("-codebooks" if options.codebooks else "")
     (RESULTS / f"{stem}.md").write_text("\n".join(report))

@@ -11,8 +11,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -210,25 +209,11 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     check_address(config.rpc)
     if not _is_loopback(config.rpc.host):
         logger.warning("listening on %s without TLS or tokens: anybody who reaches it can use it", config.rpc.host)
-    with _ended_by_sigterm():
-        tokenizers = load_tokenizers(codebooks, config)
+    tokenizers = load_tokenizers(codebooks, config)
     code = asyncio.run(serve(tokenizers, config))
     if code:
         raise StartError("the device failed; the log has the reason")
     return code
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    # A process without a handler dies of the signal, but process 1 of a container would ignore it.
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _announce(tokenizers: Sequence[Tokenizer], host: str, port: int) -> None:

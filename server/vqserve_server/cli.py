@@ -6,15 +6,17 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from vqserve import __version__
 from vqserve_server import config as settings
 from vqserve_server.errors import VqserveError
 
 # What the extra `server` brings; without it the client still works.
-_EXTRA = frozenset({"einops", "faiss", "grpc_reflection", "safetensors", "scipy", "torch"})
+_EXTRA = frozenset({"grpc_reflection", "torch"})
 # Command: help, and the module and function that add its parser.
 _TOOLS = {
     "import": ("make a codebook file from a checkpoint or an array", "codebooks.commands", "add_import_parser"),
@@ -66,9 +68,23 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 def _serve(args: argparse.Namespace) -> int:
     config = settings.resolve(vars(args), os.environ)
-    from vqserve_server import app  # noqa: PLC0415
+    with _ended_by_sigterm():
+        from vqserve_server import app  # noqa: PLC0415
 
-    return app.run(args.sources, config)
+        return app.run(args.sources, config)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    # A process without a handler dies of the signal, but process 1 of a container would ignore it.
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _complain(text: str) -> int:

@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from vqserve import __version__
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1 import tokenizer_pb2_grpc
-from vqserve_server import app
+from vqserve_server import app, cli
 from vqserve_server.cli import main
 from vqserve_server.codebooks import save_codebook
 from vqserve_server.quantizers import VectorQuantizer
@@ -309,7 +309,7 @@ def test_sigterm_while_codebooks_are_loaded(monkeypatch: pytest.MonkeyPatch, fol
     monkeypatch.setattr(app, "load_tokenizers", lambda codebooks, config: signal.raise_signal(signal.SIGTERM))
     monkeypatch.setattr(app, "_set_up_logging", lambda level: None)
     with pytest.raises(SystemExit) as caught:
-        app.run([str(folder)], app.ServeConfig(rpc=app.RpcConfig(port=0)))
+        cli.main(["serve", str(folder), "--port", "0"])
     assert caught.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 
 import torch
@@ -19,12 +21,16 @@ _MAX_BLOCK_DIM = 64
 
 
 def is_available(device: torch.device) -> bool:
-    """Return whether Triton is installed and runs there: on CUDA, or anywhere with TRITON_INTERPRET=1."""
-    try:
-        import triton  # noqa: F401, PLC0415
-    except ImportError:
+    """Return whether Triton is installed and runs there: on CUDA, or anywhere with TRITON_INTERPRET=1.
+
+    On CUDA it compiles a launcher at run time, so that a machine without a C compiler has no Triton.
+    """
+    if importlib.util.find_spec("triton") is None:
         return False
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True
+    has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
+    return device.type == "cuda" and has_compiler
 
 
 def fits(codes: Tensor) -> bool:

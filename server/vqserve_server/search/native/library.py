@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import platform
 from pathlib import Path
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 _PATH = Path(__file__).with_name("libscan.so")
 
@@ -84,9 +87,11 @@ class Library:
             raise MemoryError("no memory for a search")
 
 
+@functools.cache
 def levels() -> tuple[str, ...]:
     """Return the instruction sets that this processor runs, best first; none where the library was not built."""
     if not _PATH.exists():
+        logger.warning("the compiled search was not built for this platform: torch searches on the CPU, more slowly")
         return ()
     if platform.machine() != "x86_64":
         return ("default",)
