@@ -129,7 +129,7 @@ def _task(args: argparse.Namespace, **more: str) -> Task:
 def _codebooks(args: argparse.Namespace) -> int:
     with Client(args.target, timeout=args.timeout) as client:
         codebooks = client.codebooks()
-    print(json.dumps([asdict(info) for info in codebooks], indent=2) if args.json else _table(codebooks))
+    print(json.dumps([asdict(info) for info in codebooks], indent=2) if args.json else _table(codebooks), flush=True)
     return 0
 
 
@@ -146,7 +146,7 @@ def _status(args: argparse.Namespace) -> int:
             status = health.wait_until_serving(connection, timeout_s=args.wait)
     finally:
         connection.close()
-    print(status)
+    print(status, flush=True)
     return 0 if status == health.SERVING else 1
 
 

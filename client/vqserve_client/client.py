@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -13,6 +11,7 @@ from vqserve_client.calls import Options, options
 from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig
 from vqserve_client.core import DECODE, ENCODE, CallOptions, Core, Operation, Wake
 from vqserve_client.exchange import Budget, Steps
+from vqserve_client.interrupts import Bell, SignalsPutOff
 from vqserve_client.lane import Lane
 
 T = TypeVar("T")
@@ -207,25 +206,31 @@ class Client:
 
     def _drive(self, begin: Callable[[Wake], Steps[T]]) -> T:
         """Do a call's steps, waiting between them."""
-        event = threading.Event()
-        with closing(begin(event.set)) as steps:
-            try:
-                while True:
-                    event.wait(next(steps))
-                    event.clear()
-            except StopIteration as stop:
-                value: T = stop.value
-                return value
+        bell = Bell()
+        steps = begin(bell.ring)
+        try:
+            while True:
+                with SignalsPutOff():
+                    wait_s = next(steps)
+                bell.wait(wait_s)
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
+        finally:
+            with SignalsPutOff():
+                steps.close()
 
     def _many(
         self, operation: Operation, items: Iterator[Any], asked: Options, call: CallOptions
     ) -> Generator[Any, None, None]:
-        event = threading.Event()
-        with closing(Lane(self._core, operation, asked, call, event.set)) as lane:
+        bell = Bell()
+        lane = Lane(self._core, operation, asked, call, bell.ring)
+        try:
             failure: Exception | None = None
             more = True
             while more or not lane.empty:
-                wait_s = lane.advance()
+                with SignalsPutOff():
+                    wait_s = lane.advance()
                 if lane.ready:
                     answer = lane.take()
                     with lane.standstill():
@@ -242,10 +247,12 @@ class Client:
                     else:
                         lane.put(item)
                 else:
-                    event.wait(wait_s)
-                    event.clear()
+                    bell.wait(wait_s)
             if failure is not None:
                 raise failure
+        finally:
+            with SignalsPutOff():
+                lane.close()
 
     def __enter__(self) -> Self:
         return self

@@ -2,7 +2,7 @@
 
 What a call does is a generator of *steps*. It sends what may be sent, takes the replies that have come, and yields how
 many seconds it can be left alone unless a reply comes sooner (None: until then). Whoever drives it does the waiting:
-client.py on a threading.Event, async_client.py on an asyncio.Event. That is all in which they differ.
+client.py on a Bell (interrupts.py), async_client.py on an asyncio.Event. That is all in which they differ.
 """
 
 from __future__ import annotations

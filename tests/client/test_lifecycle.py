@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from vqserve_client import AsyncClient, Client, Closed
+from vqserve_client.interrupts import SignalsPutOff
 
 
 def test_use_after_close(tiny, connect, latents):
@@ -126,6 +128,7 @@ FORK = """
 import asyncio, multiprocessing, os, sys, threading
 import numpy as np
 from vqserve_client import AsyncClient, Client, Closed
+from vqserve_client.interrupts import SignalsPutOff
 
 target, how = sys.argv[1:]
 latents = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
@@ -198,3 +201,32 @@ def test_a_process_that_ends_without_closing(tiny):
     program = f"from vqserve_client import Client; c = Client({tiny.target!r}); print(c.codebooks()[0].name)"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "small\n", "")
+
+
+def test_signals_are_put_off_and_then_come():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    reached = []
+    with pytest.raises(KeyboardInterrupt), SignalsPutOff():
+        signal.raise_signal(signal.SIGINT)
+        reached.append("the end of the step")
+    assert reached
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_ctrl_c_ends_a_waiting_call_and_the_client_still_works(tiny, latents):
+    with Client(tiny.target) as client:
+        client.codebooks()
+        tiny.gate.clear()
+
+        def interrupt() -> None:
+            tiny.arrived.acquire()
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            client.encode(latents(2, 4))
+        thread.join()
+        assert tiny.cancelled.acquire(timeout=60)
+        tiny.gate.set()
+        assert client.encode(latents(2, 4)).shape == (2,)
