@@ -206,9 +206,14 @@ def test_a_process_that_ends_without_closing(tiny):
 def test_signals_are_put_off_and_then_come():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     reached = []
-    with pytest.raises(KeyboardInterrupt), SignalsPutOff():
-        signal.raise_signal(signal.SIGINT)
-        reached.append("the end of the step")
+
+    def step() -> None:
+        with SignalsPutOff():
+            signal.raise_signal(signal.SIGINT)
+            reached.append("the end of the step")
+
+    with pytest.raises(KeyboardInterrupt):
+        step()
     assert reached
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
