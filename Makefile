@@ -6,13 +6,14 @@ PROTO_VENV := .venv-proto
 PROTO  := vqserve/v1/tokenizer.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check format proto image clean
+.PHONY: help setup demo serve test test-search bench-search check format proto image clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
-# One install for every target: the stamp is remade when what it installs changes.
-$(VENV)/.installed: pyproject.toml constraints.txt
+# One install for every target: the stamp is remade when what it installs or compiles changes.
+COMPILED := hatch_build.py server/vqserve_server/search/native/scan.c
+$(VENV)/.installed: pyproject.toml constraints.txt $(COMPILED)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
@@ -27,6 +28,17 @@ serve: $(VENV)/.installed  ## serve the demo codebook on localhost:50051
 
 test: $(VENV)/.installed  ## run all tests
 	$(BIN)/python -m pytest
+
+ROWS ?= 10000000
+test-search: $(VENV)/.installed  ## compare every search backend with an oracle on ROWS rows
+	$(BIN)/python -m pytest tests/server/search/test_many_rows.py --search-rows $(ROWS) --timeout 0
+
+bench-search: $(VENV)/.bench-installed  ## exact search beside the inexact ones (CODEBOOKS=DIR: on those)
+	$(BIN)/python benchmarks/search.py $(if $(CODEBOOKS),--codebooks $(CODEBOOKS))
+
+$(VENV)/.bench-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
 
 check: $(VENV)/.installed $(PROTO_VENV)/.installed  ## what a change must pass beside the tests
 	$(BIN)/ruff check .

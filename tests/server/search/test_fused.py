@@ -1,0 +1,74 @@
+"""The Triton kernel, in Triton's interpreter where there is no GPU."""
+
+import pytest
+import torch
+
+from vqserve_server.search import Objective, SearchCounts, available
+from vqserve_server.search.fused import FusedSearcher, is_available
+from vqserve_server.search.tiled import TiledSearcher
+
+pytest.importorskip("triton", reason="Triton is not installed")
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch):
+    # Triton reads this when the kernel's module is imported, which no other test does.
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def fused(codes, bias=None, objective=Objective.L2):
+    def fallback():
+        return TiledSearcher(codes, bias, objective, dtype=torch.float64)
+
+    return FusedSearcher(codes, bias, objective, fallback=fallback), fallback()
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+@pytest.mark.parametrize(("k", "d", "n"), [(1, 1, 3), (100, 3, 70), (513, 17, 130), (64, 200, 10), (65, 64, 64)])
+def test_it_agrees_with_the_reference(objective, k, d, n):
+    device = DEVICES[-1]
+    g = torch.Generator().manual_seed(k)
+    codes, rows = torch.randn(k, d, generator=g).to(device), torch.randn(n, d, generator=g).to(device)
+    bias = None if objective is Objective.L2 else torch.randn(k, generator=g).to(device)
+    searcher, reference = fused(codes, bias, objective)
+    counts = SearchCounts()
+    assert torch.equal(searcher.search(rows, counts), reference.search(rows))
+    assert counts.rows == n
+    assert torch.equal(searcher.search(rows.double()), reference.search(rows.double()))
+    assert searcher.search(rows[:0]).shape == (0,)
+
+
+def test_near_ties_go_to_the_fallback_and_nothing_else_does():
+    device = DEVICES[-1]
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randn(200, 6, generator=g).to(device)
+    ties = (codes[:20] + codes[20:40]) / 2
+    rows = torch.cat([codes, ties])
+    searcher, reference = fused(codes)
+    counts = SearchCounts()
+    assert torch.equal(searcher.search(rows, counts), reference.search(rows))
+    assert counts.rechecked <= 20
+    everywhere = torch.cat([codes, codes[:, [1, 0, 2, 3, 4, 5]]])
+    mirrored = rows.clone()
+    mirrored[:, 1] = mirrored[:, 0]
+    searcher, reference = fused(everywhere)
+    counts = SearchCounts()
+    assert torch.equal(searcher.search(mirrored, counts), reference.search(mirrored))
+    assert counts.rechecked == len(mirrored)
+
+
+def test_rows_that_are_not_finite_do_not_touch_others():
+    device = DEVICES[-1]
+    codes = torch.randn(90, 5, generator=torch.Generator().manual_seed(1)).to(device)
+    rows = codes.clone()
+    rows[3, 2], rows[70] = float("nan"), float("inf")
+    got = fused(codes)[0].search(rows)
+    kept = [i for i in range(90) if i not in (3, 70)]
+    assert got[kept].tolist() == kept
+    assert ((got >= 0) & (got < 90)).all()
+
+
+def test_it_is_listed_where_it_runs():
+    assert is_available(torch.device("cpu")) == ("triton" in available("cpu")) == (not torch.cuda.is_available())

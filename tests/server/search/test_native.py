@@ -1,0 +1,120 @@
+"""The compiled search: every instruction set, odd sizes, and what float32 cannot take."""
+
+import numpy as np
+import pytest
+import torch
+
+from vqserve_server.search import Objective, SearchCounts, available, prepare
+from vqserve_server.search.native import NativeSearcher, levels
+from vqserve_server.search.tiled import TiledSearcher
+
+pytestmark = pytest.mark.skipif(not levels(), reason="the compiled search was not built for this platform")
+
+
+def reference(codes, bias=None, objective=Objective.L2):
+    return TiledSearcher(codes, bias, objective, dtype=torch.float64)
+
+
+def native(codes, bias=None, objective=Objective.L2, level=None):
+    return NativeSearcher(codes, bias, objective, fallback=lambda: reference(codes, bias, objective), level=level)
+
+
+def test_it_is_the_first_choice_on_a_cpu():
+    assert available("cpu")[0] == "native"
+    assert prepare(torch.randn(9, 3)).backend == "native"
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("k", [1, 2, 15, 16, 17, 47, 48, 49, 255, 256, 257, 1000])
+@pytest.mark.parametrize("d", [1, 2, 3, 5, 8, 9, 33])
+def test_odd_sizes(level, k, d):
+    g = torch.Generator().manual_seed(k * 100 + d)
+    codes = torch.randn(k, d, generator=g)
+    rows = torch.cat(
+        [torch.randn(29, d, generator=g), codes[:9], (codes[:5] + codes[-5:].flip(0)[: len(codes[:5])]) / 2]
+    )
+    expected = reference(codes).search(rows)
+    searcher = native(codes, level=level)
+    for count in (0, 1, 7, 8, 9, 16, len(rows)):
+        assert torch.equal(searcher.search(rows[:count]), expected[:count])
+    assert torch.equal(searcher.search(rows.double()), expected)
+    bias = torch.randn(k, generator=g)
+    dot = native(codes, bias, Objective.DOT, level=level)
+    assert torch.equal(dot.search(rows), reference(codes, bias, Objective.DOT).search(rows))
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("d", [3, 64])
+def test_many_rows_on_many_threads(level, d):
+    g = torch.Generator().manual_seed(d)
+    codes, rows = torch.randn(3000, d, generator=g), torch.randn(5000, d, generator=g)
+    assert torch.equal(native(codes, level=level).search(rows), reference(codes).search(rows))
+
+
+def test_rows_of_any_memory_layout():
+    g = torch.Generator().manual_seed(0)
+    codes, latents = torch.randn(300, 6, generator=g), torch.randn(6, 40, generator=g)
+    searcher = native(codes)
+    assert torch.equal(searcher.search(latents.T), searcher.search(latents.T.contiguous()))
+    wide = torch.randn(40, 12, generator=g)
+    assert torch.equal(searcher.search(wide[:, ::2]), searcher.search(wide[:, ::2].contiguous()))
+
+
+@pytest.mark.parametrize("magnitude", [1e-38, 1e-20, 1e18, 3e37])
+def test_rows_far_beyond_the_codes(magnitude):
+    g = torch.Generator().manual_seed(1)
+    codes = torch.randn(400, 4, generator=g)
+    rows = torch.cat([torch.randn(20, 4, generator=g) * magnitude, torch.zeros(1, 4)])
+    assert torch.equal(native(codes).search(rows), reference(codes).search(rows))
+
+
+def test_a_lattice_is_settled_without_the_arbiter():
+    axis = torch.arange(8, dtype=torch.float32)
+    codes = torch.cartesian_prod(axis, axis, axis)
+    # Centres of cells are as near to eight codes, outside to four or two; only the last corner is near to one.
+    rows = codes + 0.5
+    searcher = native(codes)
+    searcher._arbiter = None
+    counts = SearchCounts()
+    winners = searcher.search(rows, counts)
+    assert torch.equal(winners, reference(codes).search(rows))
+    assert counts == SearchCounts(rows=512, rechecked=511, arbitrated=511)
+
+
+def test_rows_with_more_near_codes_than_it_keeps_go_to_the_fallback():
+    # The corners of a cube in eight dimensions: its centre is as near to all 256.
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 8)
+    left = []
+
+    class Fallback:
+        def search(self, rows):
+            left.append(len(rows))
+            return reference(corners).search(rows)
+
+    searcher = NativeSearcher(corners, None, Objective.L2, fallback=Fallback)
+    rows = torch.cat([torch.zeros(3, 8), corners[7:9]])
+    assert searcher.search(rows).tolist() == [0, 0, 0, 7, 8]
+    assert left == [3]
+
+
+def test_counts_tell_how_many_rows_were_looked_at_twice():
+    g = torch.Generator().manual_seed(3)
+    codes = torch.randn(2000, 4, generator=g)
+    counts = SearchCounts()
+    native(codes).search(torch.randn(4000, 4, generator=g), counts)
+    assert counts.rows == 4000
+    assert counts.rechecked < 200
+    assert counts.arbitrated <= counts.rechecked
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_rows_that_are_not_finite_do_not_touch_their_group(value):
+    g = torch.Generator().manual_seed(4)
+    codes, rows = torch.randn(500, 4, generator=g), torch.randn(40, 4, generator=g)
+    expected = reference(codes).search(rows)
+    harmed = rows.clone()
+    harmed[5, 1] = harmed[17] = value
+    got = native(codes).search(harmed)
+    kept = [i for i in range(40) if i not in (5, 17)]
+    assert torch.equal(got[kept], expected[kept])
+    assert ((got >= 0) & (got < 500)).all()
