@@ -10,13 +10,19 @@ from vqserve_server.search.fused import FusedSearcher, is_available
 from vqserve_server.search.tiled import TiledSearcher
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-# Triton decides when it is imported whether kernels are interpreted.
+# Triton decides when it is imported whether kernels are interpreted, and asks again when it interprets.
 with pytest.MonkeyPatch.context() as patch:
     if not torch.cuda.is_available():
         assert "triton" not in sys.modules, "imported before it could be told to interpret"
         patch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton", reason="Triton is not installed")
     import vqserve_server.search.fused_kernel  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch):
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 def fused(codes, bias=None, objective=Objective.L2):
@@ -72,6 +78,7 @@ def test_rows_that_are_not_finite_do_not_touch_others():
 
 
 def test_it_is_listed_where_it_runs(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "triton" not in available("cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert is_available(torch.device("cpu"))
