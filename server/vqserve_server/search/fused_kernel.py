@@ -41,6 +41,8 @@ def nearest(  # noqa: PLR0917
         error = norm[:, None] * tl.load(slope + code, mask=is_code, other=0.0)[None, :]
         error += tl.load(base + code, mask=is_code, other=0.0)[None, :]
         upper = score + tl.load(offset + code, mask=is_code, other=float("-inf"))[None, :] + error
+        # A bound that overflowed is a NaN: as infinity it leaves the row open.
+        upper = tl.where(upper == upper, upper, float("inf"))  # noqa: PLR0124
         best = tl.max(upper, axis=1)
         place = tl.argmax(upper, axis=1)
         runner_up = tl.max(tl.where(tl.arange(0, BLOCK_CODES)[None, :] == place[:, None], float("-inf"), upper), axis=1)
@@ -48,7 +50,7 @@ def nearest(  # noqa: PLR0917
         winner = tl.where(best > first, start + place, winner)
         first = tl.maximum(first, best)
     error = norm * tl.load(slope + winner, mask=is_row, other=0.0) + tl.load(base + winner, mask=is_row, other=0.0)
-    # The winner's lower bound; what it was rounded by is within the bounds' slack. A NaN leaves the row open.
+    # The winner's lower bound; what it was rounded by is within the bounds' slack.
     settled = second < first - 2 * error
     tl.store(winners + row, winner.to(tl.int64), mask=is_row)
     tl.store(is_open + row, (~settled).to(tl.int8), mask=is_row)
