@@ -35,12 +35,16 @@ def test_tokens_are_those_of_the_cpu(backend, objective, k, d):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_tensor_float_32_does_not_reach_the_search(backend, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_reduced_precision_does_not_reach_the_search(backend, precision):
     g = torch.Generator().manual_seed(0)
     codes, rows = torch.randn(4096, 64, generator=g), torch.randn(4096, 64, generator=g)
     expected = prepare(codes).search(rows)
-    assert torch.equal(prepare(codes.cuda(), backend=backend).search(rows.cuda()).cpu(), expected)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert torch.equal(prepare(codes.cuda(), backend=backend).search(rows.cuda()).cpu(), expected)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_projections_are_rounded_alike():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -39,11 +39,12 @@ class TiledSearcher(Searcher):
             bias: (K,), added to the scores of DOT.
             objective: what the winning code is best at.
             dtype: of the scores, float32 or float64.
-            fallback: makes a searcher for rows that are near to very many codes; None: the arbiter sees to them.
+            fallback: makes a searcher in float64 for rows that are near to very many codes, and for all rows while the
+                process allows TensorFloat-32 or the like; None, for float64: the arbiter sees to them.
         """
         self.backend = "reference" if dtype == torch.float64 else "torch"
         self._dtype = dtype
-        self._fallback = fallback
+        self._fallback = None if fallback is None else functools.cache(fallback)
         self._arbiter = Arbiter(codes, bias, objective)
         self._codes = codes.detach()
         self._bounds = ScoreBounds.of(codes, bias, objective, dtype)
@@ -54,12 +55,13 @@ class TiledSearcher(Searcher):
 
     def search(self, rows: Tensor, counts: SearchCounts | None = None) -> Tensor:
         """Return the winning code of every row; see `Searcher.search`."""
+        if self._dtype == torch.float32 and self._fallback is not None and _may_be_reduced(rows.device):
+            return self._fallback().search(rows, counts)
         counts = counts or SearchCounts()
         winners = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
-        with _full_float32(rows.device):
-            for start in range(0, rows.shape[0], self._tile_rows):
-                tile = slice(start, start + self._tile_rows)
-                winners[tile] = self._search_tile(rows[tile].detach(), counts)
+        for start in range(0, rows.shape[0], self._tile_rows):
+            tile = slice(start, start + self._tile_rows)
+            winners[tile] = self._search_tile(rows[tile].detach(), counts)
         return winners
 
     def _search_tile(self, rows: Tensor, counts: SearchCounts) -> Tensor:
@@ -121,14 +123,16 @@ class TiledSearcher(Searcher):
         return torch.from_numpy(np.concatenate(winners)).to(rows.device)[inverse]
 
 
-@contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    """Keep float32 products from being computed in TensorFloat-32, whatever the process allows."""
-    if device.type != "cuda" or not torch.backends.cuda.matmul.allow_tf32:
-        yield
-        return
-    torch.backends.cuda.matmul.allow_tf32 = False
+def _may_be_reduced(device: torch.device) -> bool:
+    """Return whether the process lets float32 products be computed with fewer bits, outside the bounds.
+
+    Both of torch's ways of allowing it are asked: the older one raises when the newer one was used.
+    """
     try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = True
+        if torch.get_float32_matmul_precision() != "highest":
+            return True
+    except RuntimeError:
+        return True
+    product = torch.backends.cuda.matmul if device.type == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
+    levels = torch.backends, torch.backends.mkldnn, product
+    return any(getattr(level, "fp32_precision", "none") not in ("none", "ieee") for level in levels)

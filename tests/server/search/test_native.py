@@ -1,5 +1,8 @@
 """The compiled search: every instruction set, odd sizes, and what float32 cannot take."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -118,3 +121,20 @@ def test_rows_that_are_not_finite_do_not_touch_their_group(value):
     kept = [i for i in range(40) if i not in (5, 17)]
     assert torch.equal(got[kept], expected[kept])
     assert ((got >= 0) & (got < 500)).all()
+
+
+def test_a_forked_child_has_threads_of_its_own():
+    script = """
+import os, torch
+from vqserve_server.search import prepare
+torch.set_num_threads(2)
+codes = torch.randn(4096, 8)
+searcher = prepare(codes, backend="native")
+searcher.search(codes)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(searcher.search(codes), torch.arange(4096)) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "0\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -114,3 +115,7 @@ class NativeSearcher(Searcher):
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="vqserve-search")
+
+
+# A forked child has no threads: its pool is made anew.
+os.register_at_fork(after_in_child=_pool.cache_clear)
