@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 PROTO  := vqserve/v1/tokenizer.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-search bench-search check format proto image clean
+.PHONY: help setup demo serve test test-search coverage bench-search check format proto lock image clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -32,6 +32,11 @@ test: $(VENV)/.installed  ## run all tests
 ROWS ?= 10000000
 test-search: $(VENV)/.installed  ## compare every search backend with an oracle on ROWS rows
 	$(BIN)/python -m pytest tests/server/search/test_many_rows.py --search-rows $(ROWS) --timeout 0
+
+# The science: what these lines do not reach cannot be trusted to compute what quantizers.md says.
+coverage: $(VENV)/.installed  ## tests of the server; fails below 95 % of the quantizers' and codebooks' lines
+	$(BIN)/python -m pytest tests/server --cov vqserve_server.quantizers --cov vqserve_server.codebooks \
+		--cov-report term-missing:skip-covered --cov-fail-under 95
 
 bench-search: $(VENV)/.bench-installed  ## exact search beside the inexact ones (CODEBOOKS=DIR: on those)
 	$(BIN)/python benchmarks/search.py $(if $(CODEBOOKS),--codebooks $(CODEBOOKS))
@@ -66,6 +71,9 @@ generate = $(PROTO_VENV)/bin/python -m grpc_tools.protoc -I proto --python_out=$
 proto: $(PROTO_VENV)/.installed  ## regenerate the code of tokenizer.proto
 	$(call generate,proto)
 
+lock: $(VENV)/.installed  ## remake constraints.txt from the newest releases that fit together
+	$(BIN)/python scripts/lock.py
+
 image:  ## build the container image (IMAGE, BUILDER and BUILD_ARGS can be set)
 	$(BUILDER) $(BUILD_ARGS) $(IMAGE_LABELS) -t $(IMAGE) .
 IMAGE   ?= vqserve
@@ -75,3 +83,4 @@ IMAGE_LABELS = --build-arg VERSION=$(shell sed -n 's/^__version__ = "\(.*\)"/\1/
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(PROTO_VENV) build dist out
+	rm -f server/vqserve_server/search/native/libscan.so

@@ -1,7 +1,8 @@
 """The client for asyncio.
 
 It uses the same blocking channel as Client and waits for its replies on the event loop. gRPC's own asyncio channel
-would do, but it does not survive a fork; docs/decisions/async-client.md has what this costs.
+would do, but it does not survive a fork; what this costs is in
+docs/decisions/0004-one-channel-for-both-clients.md.
 """
 
 from __future__ import annotations
