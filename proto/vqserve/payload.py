@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from vqserve import bfloat16
 from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve.vocabulary import smallest_unsigned
 
 # bfloat16 travels as its bit patterns: numpy has no such type.
 _NUMPY: dict[int, np.dtype[np.generic]] = {
@@ -59,9 +60,7 @@ def itemsize(dtype: int) -> int:
 
 def index_dtype(vocab_size: int) -> int:
     """Return the smallest unsigned type that holds every index in [0, vocab_size)."""
-    if vocab_size <= 1 << 8:
-        return pb.DTYPE_UINT8
-    return pb.DTYPE_UINT16 if vocab_size <= 1 << 16 else pb.DTYPE_UINT32
+    return dtype_of_name(smallest_unsigned(vocab_size).name)
 
 
 def holds_vocabulary(dtype: int, vocab_size: int) -> bool:
