@@ -4,16 +4,18 @@ VqserveError
 ├── InvalidRequest (also a ValueError)
 │   ├── InvalidShape
 │   ├── InvalidDtype
+│   │   └── NotAnArray (also a TypeError)
 │   ├── InvalidOption
 │   ├── NonFiniteLatents
 │   └── IndexOutOfRange
-├── UnknownCodebook
+├── UnknownCodebook (also a LookupError)
 ├── DigestMismatch
 ├── Overloaded
 ├── DeadlineExpired
 ├── Cancelled
 ├── Draining
 ├── DeviceBroken
+├── Closed
 └── CodebookError (also a ValueError)
     ├── CodebookFileError
     └── ForeignCheckpointError
@@ -41,6 +43,10 @@ class InvalidDtype(InvalidRequest):
     """An array has an element type that cannot be served."""
 
 
+class NotAnArray(InvalidDtype, TypeError):
+    """A value is no array at all, or one without plain values: a list, a scalar, a masked array, a sparse tensor."""
+
+
 class InvalidOption(InvalidRequest):
     """An option has a value that is not one of its values."""
 
@@ -53,7 +59,7 @@ class IndexOutOfRange(InvalidRequest):
     """An index is not one of the vocabulary."""
 
 
-class UnknownCodebook(VqserveError):
+class UnknownCodebook(VqserveError, LookupError):
     """No codebook of that name is served."""
 
 
@@ -83,6 +89,10 @@ class Draining(VqserveError):
 
 class DeviceBroken(VqserveError):
     """The device failed; this process cannot serve any more."""
+
+
+class Closed(VqserveError):
+    """The tokenizer was closed."""
 
 
 class CodebookError(VqserveError, ValueError):

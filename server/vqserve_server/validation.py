@@ -1,7 +1,7 @@
-"""What must be true of a caller's arrays before anything is computed: shared by the server's edge and the tokenizer.
+"""What must be true of a caller's arrays and options before anything is computed.
 
-numpy only, so that the gRPC layer can refuse a request without torch. Every message names the offender by its
-position in the caller's own array, and nothing of the server.
+Shared by the server's edge and the tokenizer; numpy only, so that the gRPC layer can refuse a request without torch.
+Every message names the offender by its position in the caller's own array, and nothing of the server.
 """
 
 from __future__ import annotations
@@ -15,10 +15,18 @@ import numpy.typing as npt
 
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout, channel_axis, parse_layout, resolve_layout
-from vqserve_server.errors import IndexOutOfRange, InvalidDtype, InvalidOption, InvalidShape, NonFiniteLatents
+from vqserve_server.errors import (
+    DigestMismatch,
+    IndexOutOfRange,
+    InvalidDtype,
+    InvalidOption,
+    InvalidShape,
+    NonFiniteLatents,
+)
 
 # Positions and byte counts are signed 64-bit numbers everywhere below.
 _MAX_ELEMENTS = (1 << 63) // 8
+_DIGEST_CHARACTERS = 64
 
 
 class Shaped(Protocol):
@@ -27,6 +35,16 @@ class Shaped(Protocol):
     @property
     def shape(self) -> Sequence[int]:
         """Lengths of the axes."""
+
+
+def check_digest(expected: str, *, info: CodebookInfo) -> None:
+    """Refuse a codebook that is not the one that the caller pinned.
+
+    Raises:
+        DigestMismatch: names both digests.
+    """
+    if expected != info.digest:
+        raise DigestMismatch(f"codebook {info.name!r} has digest {info.digest}, not {expected[:_DIGEST_CHARACTERS]!r}")
 
 
 def check_layout(rank: int, layout: str | None, *, info: CodebookInfo) -> Layout:

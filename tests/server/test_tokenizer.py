@@ -13,13 +13,17 @@ from hypothesis import strategies as st
 from vqserve_server.codebooks import codebook_digest, device, load_codebook, save_codebook
 from vqserve_server.codebooks.narrowing import narrow
 from vqserve_server.errors import (
+    Closed,
     CodebookError,
     CodebookFileError,
+    DigestMismatch,
     IndexOutOfRange,
     InvalidDtype,
     InvalidOption,
     InvalidShape,
     NonFiniteLatents,
+    NotAnArray,
+    UnknownCodebook,
 )
 from vqserve_server.quantizers import (
     EMAVectorQuantizer,
@@ -223,6 +227,26 @@ def test_other_indices_are_refused(tokenizer, indices):
         tokenizer.decode(indices)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        [[0] * 6],
+        3,
+        None,
+        "text",
+        np.float32(1),
+        np.ma.masked_array(np.zeros((2, 6)), mask=True),
+        torch.zeros(2, 6, dtype=torch.int64).to_sparse(),
+        torch.zeros(2, 6, dtype=torch.int64, device="meta"),
+    ],
+)
+def test_what_is_no_array_is_a_type_error_too(tokenizer, value):
+    for call in (tokenizer.encode, tokenizer.decode):
+        with pytest.raises(NotAnArray, match=r"must be a (numpy array or a|dense) torch tensor") as caught:
+            call(value)
+        assert isinstance(caught.value, TypeError)
+
+
 def test_shapes_and_options_are_checked(tokenizer):
     with pytest.raises(InvalidShape, match="5 channels"):
         tokenizer.encode(torch.zeros(2, 5))
@@ -238,8 +262,15 @@ def test_shapes_and_options_are_checked(tokenizer):
         tokenizer.decode(torch.zeros(2, dtype=torch.int64), dtype="float8")
     with pytest.raises(InvalidOption, match="output must be one of latents"):
         tokenizer.decode(torch.zeros(2, dtype=torch.int64), output="rows")
-    with pytest.raises(InvalidOption, match="numpy has no bfloat16"):
-        tokenizer.decode(np.zeros(2, np.int64), dtype="bfloat16")
+    with pytest.raises(InvalidOption, match="dtype must be one of float32"):
+        tokenizer.decode(np.zeros(2, np.int64), dtype=np.float32)
+    # A generator refuses them when it is made.
+    with pytest.raises(InvalidOption, match="layout"):
+        tokenizer.encode_many([], layout="last")
+    with pytest.raises(InvalidOption, match="output"):
+        tokenizer.decode_many([], output="rows")
+    with pytest.raises(TypeError, match="iter"):
+        tokenizer.encode_many(3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -349,6 +380,9 @@ def test_decode_rounds_once():
     assert tokenizer.decode(ids).dtype == np.float32
     bfloat16 = tokenizer.decode(torch.from_numpy(ids), dtype="bfloat16")
     assert bfloat16.dtype == torch.bfloat16
+    widened = tokenizer.decode(ids, dtype="bfloat16")
+    assert widened.dtype == np.float32
+    assert np.array_equal(widened, bfloat16.float().numpy())
 
 
 @settings(max_examples=300, deadline=None)
@@ -387,6 +421,66 @@ def test_values_beyond_a_types_range_are_refused():
     assert bool(torch.isfinite(tokenizer.decode(ids, dtype="bfloat16")).all())
     wide = Tokenizer(quantizer.double(), device="cpu")
     assert bool(torch.isfinite(wide.decode(ids)).all())
+
+
+# What a client can do as well.
+
+
+def test_many_are_lazy_and_in_order(tokenizer):
+    arrays = [latents_of(n, 6).numpy() for n in range(1, 5)]
+    taken = []
+
+    def source():
+        for array in arrays:
+            taken.append(len(array))
+            yield array
+
+    answers = tokenizer.encode_many(source())
+    assert taken == []
+    assert np.array_equal(next(answers), tokenizer.encode(arrays[0]))
+    assert taken == [1]
+    indices = [tokenizer.encode(arrays[0]), *answers]
+    for array, got in zip(arrays, indices, strict=True):
+        assert np.array_equal(got, tokenizer.encode(array))
+    for got, decoded in zip(indices, tokenizer.decode_many(indices, output="code_rows"), strict=True):
+        assert np.array_equal(decoded, tokenizer.decode(got, output="code_rows"))
+
+
+def test_codebook_and_digest_are_held_against_the_info(tokenizer):
+    latents = latents_of(2, 6)
+    fits = {"codebook": "plain", "digest": tokenizer.digest, "timeout": 1e-9}
+    indices = tokenizer.encode(latents, **fits)
+    assert torch.equal(tokenizer.decode(indices, **fits), tokenizer.decode(indices))
+    for options, error, text in (
+        ({"codebook": "other"}, UnknownCodebook, "no codebook 'other': this is 'plain'"),
+        ({"digest": "0" * 64}, DigestMismatch, "'plain' has digest"),
+    ):
+        for call, array in ((tokenizer.encode, latents), (tokenizer.decode, indices)):
+            with pytest.raises(error, match=text):
+                call(array, **options)
+        for many, array in ((tokenizer.encode_many, latents), (tokenizer.decode_many, indices)):
+            with pytest.raises(error, match=text):
+                list(many([array], **options))
+
+
+def test_closing():
+    with Tokenizer(made("vq"), name="plain", device="cpu") as tokenizer:
+        assert tokenizer.codebooks(timeout=1) == [tokenizer.info]
+        answers = tokenizer.encode_many([latents_of(2, 6)] * 2)
+        next(answers)
+    tokenizer.close()
+    for call in (
+        tokenizer.codebooks,
+        lambda: tokenizer.encode(latents_of(2, 6)),
+        lambda: tokenizer.decode(np.zeros(2, np.uint8)),
+        lambda: next(answers),
+        lambda: tokenizer.encode_rows(latents_of(2, 6).numpy()),
+        lambda: tokenizer.decode_rows(np.zeros(2, np.int64)),
+    ):
+        with pytest.raises(Closed):
+            call()
+    assert repr(tokenizer).endswith("closed)")
+    assert tokenizer.name == "plain"
 
 
 # Loading.

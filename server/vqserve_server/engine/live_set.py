@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vqserve.codebook_info import CodebookInfo
-from vqserve_server.errors import DigestMismatch, UnknownCodebook
+from vqserve_server.errors import UnknownCodebook
+from vqserve_server.validation import check_digest
 
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
@@ -43,9 +44,6 @@ class LiveSet:
             problem = "the request names no codebook"
         if tokenizer is None:
             raise UnknownCodebook(f"{problem}; served here: {', '.join(sorted(self._by_name))}")
-        info = tokenizer.info
-        if expected_digest and expected_digest != info.digest:
-            raise DigestMismatch(
-                f"codebook {info.name!r} has digest {info.digest}, not {expected_digest[:_QUOTED_CHARACTERS]!r}"
-            )
+        if expected_digest:
+            check_digest(expected_digest, info=tokenizer.info)
         return tokenizer

@@ -17,8 +17,8 @@ def subclasses(kind: type) -> Iterator[type]:
         yield from subclasses(subclass)
 
 
-# Raised before there are callers.
-EXEMPT = {app.StartError}
+# Raised before there are callers, or only in process.
+EXEMPT = {app.StartError, errors.Closed}
 REACHING_CALLERS = sorted(set(subclasses(errors.VqserveError)) - EXEMPT, key=lambda kind: kind.__name__)
 
 

@@ -1,0 +1,137 @@
+"""The caller's arrays, numpy or torch: checked and flattened for the codebook; answers as the kind that came."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vqserve.codebook_info import CodebookInfo
+from vqserve.layout import Layout, channel_axis, grid_shape
+from vqserve.vocabulary import smallest_unsigned
+from vqserve_server.errors import InvalidDtype, NonFiniteLatents, NotAnArray
+from vqserve_server.validation import check_finite, check_indices, check_indices_shape, check_latents
+
+_LATENT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the caller gave, fit for a codebook.
+
+    Attributes:
+        tokens: latents as (n, input_dim) float32 or float64, finite, in C order; indices as (n,) int64, in range.
+        grid: shape of the tokens in the caller's array.
+        layout: of the latents, those that came or those that are asked for.
+        device: the tensor's; None for numpy.
+    """
+
+    tokens: Tensor
+    grid: tuple[int, ...]
+    layout: Layout
+    device: torch.device | None = None
+
+    def indices(self, indices: Tensor, *, vocab_size: int) -> Any:
+        """Return indices as the caller's kind: torch int64, numpy of the smallest type that holds the vocabulary."""
+        if self.device is not None:
+            return indices.to(self.device)
+        return indices.cpu().numpy().astype(smallest_unsigned(vocab_size))
+
+    def latents(self, latents: Tensor) -> Any:
+        """Return latents as the caller's kind; numpy has no bfloat16: float32 holds its values."""
+        if self.device is not None:
+            return latents.to(self.device)
+        return (latents.float() if latents.dtype == torch.bfloat16 else latents).cpu().numpy()
+
+
+def given_latents(latents: object, layout: Layout | None, *, info: CodebookInfo) -> Given:
+    """Return latents that the codebook takes.
+
+    Raises:
+        NotAnArray: they are neither a numpy array nor a dense torch tensor.
+        InvalidDtype: their elements are not float16, bfloat16, float32 or float64.
+        InvalidShape: the rank or the channel count is not the codebook's.
+        NonFiniteLatents: names the position of a NaN or an infinity.
+    """
+    if isinstance(latents, Tensor):
+        _check_dense(latents, "latents")
+        if latents.dtype not in _LATENT_DTYPES:
+            raise InvalidDtype(f"latents must be float16, bfloat16, float32 or float64, not {latents.dtype}")
+        resolved = check_latents(latents, layout, info=info)
+        plain = latents.detach()
+        _check_finite_tensor(plain)
+        rows = plain.movedim(channel_axis(resolved), -1).reshape(-1, info.input_dim)
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
+        return Given(wide, grid_shape(latents.shape, resolved), resolved, latents.device)
+    array = _plain_array(latents, "latents")
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise InvalidDtype(f"latents must be float16, float32 or float64, not {array.dtype}")
+    resolved = check_latents(array, layout, info=info)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    check_finite(array)
+    flat = np.moveaxis(array, channel_axis(resolved), -1).reshape(-1, info.input_dim)
+    wide = tensor_of(np.ascontiguousarray(flat, np.result_type(flat, np.float32)))
+    return Given(wide, grid_shape(array.shape, resolved), resolved)
+
+
+def given_indices(indices: object, layout: Layout | None, *, info: CodebookInfo, decodable: int) -> Given:
+    """Return indices that the codebook decodes.
+
+    Raises:
+        NotAnArray: they are neither a numpy array nor a dense torch tensor.
+        InvalidDtype: their elements are no integers.
+        InvalidShape: the rank is not 1 to 4.
+        IndexOutOfRange: names the position, the value and the range.
+    """
+    if isinstance(indices, Tensor):
+        _check_dense(indices, "indices")
+        if indices.is_complex() or indices.is_floating_point() or indices.dtype == torch.bool:
+            raise InvalidDtype(f"indices must be integers, not {indices.dtype}")
+        resolved = check_indices_shape(indices, layout, info=info)
+        return Given(_checked_ids(indices.detach(), decodable), tuple(indices.shape), resolved, indices.device)
+    array = _plain_array(indices, "indices")
+    resolved = check_indices_shape(array, layout, info=info)
+    check_indices(array, decodable=decodable)
+    return Given(torch.from_numpy(array.reshape(-1).astype(np.int64)), array.shape, resolved)
+
+
+def tensor_of(array: npt.NDArray[Any]) -> Tensor:
+    """Return a tensor of an array's values, sharing its memory where torch can."""
+    # torch cannot share read-only memory without a warning; a copy costs next to nothing beside the search.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _plain_array(value: object, what: str) -> npt.NDArray[Any]:
+    # A masked array's mask would be lost.
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+        raise NotAnArray(f"{what} must be a numpy array or a torch tensor, not {type(value).__name__}")
+    return np.asarray(value)
+
+
+def _check_dense(tensor: Tensor, what: str) -> None:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        raise NotAnArray(
+            f"{what} must be a dense torch tensor with values, not {tensor.dtype} {tensor.layout} on {tensor.device}"
+        )
+
+
+def _check_finite_tensor(latents: Tensor) -> None:
+    finite = torch.isfinite(latents)
+    if not bool(finite.all()):
+        position = torch.nonzero(~finite)[0].tolist()
+        raise NonFiniteLatents(f"latents{position} is {float(latents[tuple(position)])}")
+
+
+def _checked_ids(indices: Tensor, decodable: int) -> Tensor:
+    # An unsigned 64-bit index beyond the signed range wraps to a negative one here: out of range all the same, and
+    # named by its own value below.
+    ids = indices.reshape(-1).to(torch.int64)
+    if ids.numel():
+        low, high = torch.aminmax(ids)
+        if low < 0 or high >= decodable:
+            check_indices(indices.cpu().numpy(), decodable=decodable)
+    return ids

@@ -1,0 +1,283 @@
+"""The tokenizer: what a client of a server can do, with one codebook in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vqserve.codebook_info import CodebookInfo
+from vqserve_server.codebooks import codebook_digest, load_codebook
+from vqserve_server.codebooks.conversion import kind_of
+from vqserve_server.codebooks.device import select_device
+from vqserve_server.errors import Closed, UnknownCodebook
+from vqserve_server.quantizers import AbstractQuantizer
+from vqserve_server.quantizers.frozen import FrozenQuantizer, freeze
+from vqserve_server.tokenizer.arrays import given_indices, given_latents, tensor_of
+from vqserve_server.tokenizer.grid import check_table, decode_grid, encode_grid
+from vqserve_server.tokenizer.options import Options, Output, options
+from vqserve_server.validation import check_digest
+
+ArrayOrTensor = TypeVar("ArrayOrTensor", npt.NDArray[Any], Tensor)
+
+
+class Tokenizer:
+    """A codebook ready to serve, with the methods of `vqserve_client.Client`: local and remote swap by one line.
+
+    Later changes of the quantizer that it was made from have no effect. Safe for use by many threads. The options
+    `codebook`, `digest` and `timeout` are a client's: the first two are held against `info`, the last has no effect.
+
+    Attributes:
+        info: what a client may know about the codebook.
+        decodable: the exclusive bound of the indices that decode accepts: a sentinel for unknown codes can lie beyond.
+        device: where the codebook is and the search runs.
+        search: name of the search backend.
+        weight_dtype: element type of the codebook, and of `decode_rows`.
+    """
+
+    def __init__(
+        self,
+        quantizer: AbstractQuantizer,
+        *,
+        name: str = "codebook",
+        device: str | torch.device = "auto",
+        search: str = "auto",
+    ) -> None:
+        """Freeze a quantizer.
+
+        Args:
+            quantizer: one of the four classes, float32 or float64.
+            name: what `info` calls it.
+            device: "auto" (a CUDA device that works, else the CPU), "cpu", "cuda" or "cuda:i".
+            search: a search backend of that device, or "auto".
+
+        Raises:
+            CodebookError: the quantizer cannot be served: half precision, NaN in a weight, a subclass, or codes that
+                the output projection takes beyond float32's range.
+            InvalidOption: there is no such device or search backend here.
+        """
+        self.device = select_device(device)
+        digest = codebook_digest(quantizer)
+        frozen = freeze(quantizer, device=self.device, search=search)
+        self.info = CodebookInfo(
+            name=name,
+            digest=digest,
+            kind=kind_of(quantizer),
+            num_codes=frozen.num_codes,
+            vocab_size=frozen.vocab_size,
+            input_dim=frozen.input_dim,
+            code_dim=frozen.code_dim,
+            output_dim=frozen.output_dim,
+        )
+        if self.info.kind == "vq_projection":
+            check_table(frozen)
+        self.decodable = frozen.decodable
+        self.search = frozen.search_backend
+        self.weight_dtype = frozen.weight_dtype
+        self._frozen: FrozenQuantizer | None = frozen
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "auto", search: str = "auto") -> Self:
+        """Load a codebook file; its stem becomes the name.
+
+        Args:
+            path: the file.
+            device: as in the constructor.
+            search: as in the constructor.
+
+        Raises:
+            CodebookFileError: the file is damaged, inconsistent or of an unknown version.
+            InvalidOption: there is no such device or search backend here.
+        """
+        return cls(load_codebook(path).quantizer, name=Path(path).stem, device=device, search=search)
+
+    @property
+    def name(self) -> str:
+        """The codebook's name."""
+        return self.info.name
+
+    @property
+    def digest(self) -> str:
+        """Lower-case hexadecimal SHA-256 of what encode and decode read."""
+        return self.info.digest
+
+    def encode(
+        self,
+        latents: ArrayOrTensor,
+        *,
+        layout: str | None = None,
+        codebook: str | None = None,
+        digest: str | None = None,
+        timeout: float | None = None,
+    ) -> ArrayOrTensor:
+        """Return the index of the code that each latent is nearest to (Gumbel: that scores highest), exactly.
+
+        Args:
+            latents: numpy float16, float32 or float64, or torch with bfloat16 too, of 2 to 5 axes with
+                `info.input_dim` channels.
+            layout: "channels_first" or "channels_last"; None: channels first for 4 and 5 axes, last for 2 and 3.
+            codebook: the codebook's name, if it is to be checked.
+            digest: the codebook's digest, if it is to be checked.
+            timeout: has no effect in process.
+
+        Returns:
+            The same kind of array, shaped as the latents without their channel axis: numpy of the smallest unsigned
+            type that holds the vocabulary, torch of int64 on the latents' device.
+
+        Raises:
+            NotAnArray: the latents are no numpy array or dense tensor; also a TypeError.
+            InvalidDtype: the latents are no array of such a type.
+            InvalidOption: there is no such layout.
+            InvalidShape: the rank or the channel count is not the codebook's.
+            NonFiniteLatents: names the position of a NaN or an infinity, or of a token whose projection overflows.
+            UnknownCodebook: the codebook has another name.
+            DigestMismatch: it has another digest.
+            Closed: the tokenizer was closed.
+        """
+        return self._encode(latents, options(layout=layout), codebook, digest)
+
+    def decode(
+        self,
+        indices: ArrayOrTensor,
+        *,
+        layout: str | None = None,
+        dtype: str = "float32",
+        output: str = "latents",
+        codebook: str | None = None,
+        digest: str | None = None,
+        timeout: float | None = None,
+    ) -> ArrayOrTensor:
+        """Return what indices stand for.
+
+        Args:
+            indices: any integers of 1 to 4 axes, in [0, decodable).
+            layout: of the result, as in `encode`.
+            dtype: of the result: "float32", "float16", "float64" or "bfloat16", rounded once from the codebook's own
+                values. numpy has no bfloat16: float32 holds its values.
+            output: "latents", which the decoder takes, or "code_rows", the codebook's rows before any projection.
+            codebook: as in `encode`.
+            digest: as in `encode`.
+            timeout: has no effect in process.
+
+        Returns:
+            The same kind of array on the indices' device: their grid with `info.output_dim` channels, for code rows
+            `info.code_dim`.
+
+        Raises:
+            IndexOutOfRange: names the position, the value and the range.
+            InvalidDtype: the indices are no array of integers.
+            InvalidOption: there is no such layout, dtype or output, or a value leaves the dtype's range.
+            InvalidShape: the rank is not 1 to 4.
+            NotAnArray, UnknownCodebook, DigestMismatch, Closed: as in `encode`.
+        """
+        return self._decode(indices, options(layout=layout, dtype=dtype, output=output), codebook, digest)
+
+    def encode_many(
+        self,
+        items: Iterable[ArrayOrTensor],
+        *,
+        layout: str | None = None,
+        codebook: str | None = None,
+        digest: str | None = None,
+        timeout: float | None = None,
+    ) -> Generator[ArrayOrTensor, None, None]:
+        """Return the indices of each of many arrays, lazily and in order; see `encode`."""
+        asked = options(layout=layout)
+        # What cannot be iterated is refused here, not at the first answer.
+        return (self._encode(item, asked, codebook, digest) for item in iter(items))
+
+    def decode_many(
+        self,
+        items: Iterable[ArrayOrTensor],
+        *,
+        layout: str | None = None,
+        dtype: str = "float32",
+        output: str = "latents",
+        codebook: str | None = None,
+        digest: str | None = None,
+        timeout: float | None = None,
+    ) -> Generator[ArrayOrTensor, None, None]:
+        """Return the latents of each of many arrays of indices, lazily and in order; see `decode`."""
+        asked = options(layout=layout, dtype=dtype, output=output)
+        return (self._decode(item, asked, codebook, digest) for item in iter(items))
+
+    def codebooks(self, *, timeout: float | None = None) -> list[CodebookInfo]:
+        """Return what there is: the one codebook."""
+        self._open()
+        return [self.info]
+
+    def close(self) -> None:
+        """Let go of the codebook's memory; later calls raise Closed, those under way end. Closing twice is fine."""
+        self._frozen = None
+
+    def encode_rows(self, rows: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.int64]:
+        """Return the indices of rows that were checked before.
+
+        Args:
+            rows: (n, input_dim) float32 or float64, finite, in C order.
+
+        Returns:
+            (n,) int64.
+        """
+        return self._open().encode_rows(tensor_of(rows).to(self.device)).cpu().numpy()
+
+    def decode_rows(self, indices: npt.NDArray[np.int64], *, output: Output = "latents") -> npt.NDArray[Any]:
+        """Return the rows of indices that were checked before.
+
+        Args:
+            indices: (n,) int64 in [0, decodable).
+            output: "latents" or "code_rows".
+
+        Returns:
+            (n, output_dim) or (n, code_dim) of the codebook's own element type.
+        """
+        return self._open().decode_rows(tensor_of(indices).to(self.device), output=output).cpu().numpy()
+
+    def _encode(
+        self, latents: ArrayOrTensor, asked: Options, codebook: str | None, digest: str | None
+    ) -> ArrayOrTensor:
+        frozen = self._open(codebook, digest)
+        given = given_latents(latents, asked.layout, info=self.info)
+        indices: ArrayOrTensor = given.indices(encode_grid(frozen, given), vocab_size=self.info.vocab_size)
+        return indices
+
+    def _decode(
+        self, indices: ArrayOrTensor, asked: Options, codebook: str | None, digest: str | None
+    ) -> ArrayOrTensor:
+        frozen = self._open(codebook, digest)
+        given = given_indices(indices, asked.layout, info=self.info, decodable=self.decodable)
+        latents: ArrayOrTensor = given.latents(decode_grid(frozen, given, asked))
+        return latents
+
+    def _open(self, codebook: str | None = None, digest: str | None = None) -> FrozenQuantizer:
+        """Return the codebook, if it is still there and the one that is meant."""
+        frozen = self._frozen
+        if frozen is None:
+            raise Closed("the tokenizer was closed")
+        if codebook is not None and codebook != self.info.name:
+            raise UnknownCodebook(f"no codebook {codebook!r}: this is {self.info.name!r}")
+        if digest is not None:
+            check_digest(digest, info=self.info)
+        return frozen
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        info = self.info
+        closed = "" if self._frozen is not None else ", closed"
+        return (
+            f"Tokenizer({info.name!r}, kind={info.kind!r}, num_codes={info.num_codes}, code_dim={info.code_dim}, "
+            f"digest={info.digest[:12]!r}, device={str(self.device)!r}, search={self.search!r}{closed})"
+        )
