@@ -70,8 +70,8 @@ def held(fake: Callable[..., Any], serving: Callable[..., Any], connect: Callabl
     tokenizer.release()
 
 
-def one_call(client: Any, tokenizer: Tokenizer, rng: np.random.Generator) -> int:
-    """Encode and decode something random; return how many requests its batch had."""
+def one_call(client: Any, tokenizer: Tokenizer, rng: np.random.Generator) -> None:
+    """Encode and decode something random."""
     layout = str(rng.choice(list(LAYOUTS)))
     grid = [int(n) for n in rng.integers(1, 7, size=int(rng.integers(2, 5)))]
     axis = 1 if layout == "channels_first" else len(grid)
@@ -88,7 +88,6 @@ def one_call(client: Any, tokenizer: Tokenizer, rng: np.random.Generator) -> int
     np.testing.assert_array_equal(indices, tokenizer.encode(meant, layout=layout))
     decoded = client.decode(indices, codebook=name, layout=LAYOUTS[layout])
     np.testing.assert_array_equal(decoded, tokenizer.decode(indices, layout=layout))
-    return reply.stats.batch_requests
 
 
 def test_mixed_callers_get_what_each_gets_alone(
@@ -96,17 +95,16 @@ def test_mixed_callers_get_what_each_gets_alone(
 ) -> None:
     server = serving(*tokenizers.values(), max_batch_rows=500)
 
-    def caller(seed: int) -> int:
+    def caller(seed: int) -> None:
         rng = np.random.default_rng(seed)
         client = connect(server.target)
-        return max(one_call(client, tokenizers[str(rng.choice(["vq", "gumbel"]))], rng) for _ in range(CALLS))
+        for _ in range(CALLS):
+            one_call(client, tokenizers[str(rng.choice(["vq", "gumbel"]))], rng)
 
     with ThreadPoolExecutor(CALLERS) as pool:
-        largest = list(pool.map(caller, range(CALLERS)))
-    stats = server.app.engine.stats
-    assert stats.requests == 2 * CALLERS * CALLS
-    assert stats.batches < stats.requests
-    assert max(largest) > 1
+        list(pool.map(caller, range(CALLERS)))
+    # Whether they met in batches is a matter of timing here; tests/client/test_real_server.py holds the device.
+    assert server.app.engine.stats.requests == 2 * CALLERS * CALLS
 
 
 def test_a_bad_request_never_fails_its_mates(held: Any) -> None:
