@@ -13,6 +13,8 @@ UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 SMALLEST_SUBNORMAL = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
 # Products below this may be flushed to zero.
 _TINY = {torch.float32: 2.0**-124, torch.float64: 2.0**-1000}
+# Sums up to this do not overflow, errors included.
+_LARGEST_SUM = {torch.float32: 2.0**125, torch.float64: 2.0**1020}
 # Bounds are rounded to the scores' type; this is far more than that takes away.
 _SLACK = 1.0 + 2.0**-20
 # Bytes of what is widened at once.
@@ -53,11 +55,13 @@ class ScoreBounds:
         offset: (K,) -|a|^2 / 2 for L2, b for DOT.
         slope: (K,).
         base: (K,).
+        longest_row: the greatest |z| for which no partial sum overflows; the bound holds up to it.
     """
 
     offset: Tensor
     slope: Tensor
     base: Tensor
+    longest_row: float
 
     @classmethod
     def of(cls, codes: Tensor, bias: Tensor | None, objective: Objective, dtype: torch.dtype) -> ScoreBounds:
@@ -78,6 +82,8 @@ class ScoreBounds:
             offset=offset.to(dtype),
             slope=((relative * norms + tiny) * _SLACK).to(dtype),
             base=((relative * offset.abs() + tiny * (1 + norms)) * _SLACK).to(dtype),
+            # No partial sum exceeds |z||a| + |offset|, in whatever order it is summed.
+            longest_row=(_LARGEST_SUM[dtype] - float(offset.abs().max())) / max(float(norms.max()), 2.0**-100),
         )
 
 

@@ -86,7 +86,8 @@ class FusedSearcher(Searcher):
             BLOCK_CODES=_BLOCK_CODES,
             BLOCK_DIM=block_dim,
         )
-        again = torch.nonzero(is_open)[:, 0]
+        # The bound does not hold where sums may overflow.
+        again = torch.nonzero((is_open != 0) | ~(norms <= self._bounds.longest_row))[:, 0]
         of_fallback = SearchCounts()
         if again.numel():
             winners[again] = self._fallback().search(rows[again], of_fallback)

@@ -54,7 +54,7 @@ class Arbiter:
         winners = code[first]
 
         best = first[row]
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             gap = (hi[best] - hi) + (lo[best] - lo)
             doubt = error[best] + error + np.abs(hi[best]) * _EXPANSION_ROUNDING
         # Written so that a NaN (an overflow) is within.

@@ -16,7 +16,7 @@ from vqserve_server.search.settle import Arbiter
 # Bytes of a (rows, codes) tile, of which a handful live at once, and of the codes of one tile.
 _TILE_BYTES = 1 << 22
 _CODES_BYTES = 1 << 22
-# A row with more codes than this within the bound is searched by other means.
+# A row with more codes than this within the bound is searched by other means, as is one whose sums may overflow.
 _CROWD = 64
 
 
@@ -67,6 +67,7 @@ class TiledSearcher(Searcher):
     def _search_tile(self, rows: Tensor, counts: SearchCounts) -> Tensor:
         bounds, narrow = self._bounds, rows.to(self._dtype)
         norms = row_norms(rows, self._dtype)[:, None]
+        too_long = ~(norms[:, 0] <= bounds.longest_row)
         best = torch.full((rows.shape[0],), -torch.inf, dtype=self._dtype, device=rows.device)
         winners = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
         near = torch.zeros_like(winners)
@@ -87,7 +88,7 @@ class TiledSearcher(Searcher):
             found.append((row, code + start, upper[row, code]))
         row, code, bound = (torch.cat(parts) for parts in zip(*found, strict=True))
         is_real = torch.isfinite(rows).all(dim=1)
-        crowded = (near > _CROWD) & is_real
+        crowded = ((near > _CROWD) | too_long) & is_real
         kept = ~(bound < best[row]) & ~crowded[row]
         settled = self._settle(rows, winners, row[kept], code[kept], is_real)
         left = int(crowded.sum())

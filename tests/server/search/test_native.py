@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from vqserve_server.errors import InvalidRequest
 from vqserve_server.search import Objective, SearchCounts, available, prepare
 from vqserve_server.search.native import NativeSearcher, levels
 from vqserve_server.search.tiled import TiledSearcher
@@ -138,3 +139,9 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "0\n"
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(4, 7), torch.zeros(4, 8, dtype=torch.float16), torch.zeros(8)])
+def test_rows_of_another_width_or_type_are_refused_before_compiled_code_sees_them(rows):
+    with pytest.raises(InvalidRequest, match="rows must be"):
+        native(torch.zeros(3, 8)).search(rows)

@@ -159,3 +159,54 @@ def test_a_row_that_is_not_finite_gets_some_index_and_harms_no_other(backend, va
 def test_an_unknown_backend_is_refused_by_name():
     with pytest.raises(InvalidOption, match=r"no search backend .hnsw. on cpu: choose one of auto, .*reference"):
         prepare(torch.zeros(2, 2), backend="hnsw")
+
+
+@pytest.mark.parametrize(
+    ("objective", "codes", "row"),
+    [
+        (Objective.L2, [[-1, 1], [-1.9, 1.91]], [2.4e38, 2.4e38]),
+        (Objective.DOT, [[1, -1], [-1e10, 1.001e10]], [1e30, 1e30]),
+        (Objective.DOT, [[-1e10, 1.001e10], [1, -1]], [1e30, 1e30]),
+        (Objective.DOT, [[1e30, -1e30], [1e29, 2e29]], [1e10, 1e10]),
+    ],
+)
+def test_partial_sums_that_overflow_and_would_cancel(objective, codes, row):
+    check(torch.tensor([row, [1.0, 2.0]]), torch.tensor(codes), objective=objective)
+
+
+def test_wide_rows_whose_scores_overflow_here_and_there():
+    g = torch.Generator().manual_seed(1)
+    codes = torch.randn(64, 256, generator=g)
+    rows = torch.randn(40, 256, generator=g) * (2e38 / 16)
+    check(rows, codes, objective=Objective.DOT)
+    check(rows, codes)
+
+
+@pytest.mark.parametrize(
+    ("objective", "codes", "row"),
+    [
+        (
+            Objective.L2,
+            [[2.0**30, 2, 2.0**30, 0], [2.0**30, 2, 2.0**30, 2.0**-60]],
+            [0, 0, 2.0**30, 2.0**-57],
+        ),
+        (
+            Objective.DOT,
+            [[2.0**40, 2.0**-14, -(2.0**40), 0], [2.0**40, 2.0**-14, -(2.0**40), 0.9 * 2.0**-68]],
+            [1.0, 1.0, 1.0, 1.0],
+        ),
+    ],
+)
+def test_a_difference_beyond_the_bits_that_cancellation_leaves(objective, codes, row):
+    check(torch.tensor([row]), torch.tensor(codes), objective=objective)
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_float64_rows_below_float32_s_normal_numbers(objective):
+    g = torch.Generator().manual_seed(0)
+    small = torch.randint(-4, 5, (40, 9), generator=g) * 2.0**-147
+    codes = torch.cat([torch.randn(300, 9, generator=g) * 2.0**-100, small.float()])
+    rows = torch.randn(60, 9, generator=g, dtype=torch.float64) * 2.0**-146
+    check(rows, codes, objective=objective)
+    codes = torch.randn(60, 3, generator=g) * 2.0**38
+    check(torch.randn(60, 3, generator=g, dtype=torch.float64) * 2.0**-148, codes, objective=objective)

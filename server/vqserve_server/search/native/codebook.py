@@ -29,8 +29,10 @@ _UNBOXED_COMPONENTS = 64
 _ALIGNMENT = 64
 # Norms and bounds are float64 sums of fewer than 2^20 terms; this is far more than they can be off.
 _SLACK = 1.0 + 2.0**-20
-# With components of this size no score of float32 overflows for the rows that float32's pass takes.
+# DOT is not scaled: codes up to this size leave room for rows.
 _LARGEST_UNSCALED = 2.0**40
+# Float32 holds sums up to this, errors included, with room to spare.
+_LARGEST_SUM = 2.0**125
 
 
 def fits(codes: Tensor, bias: Tensor | None, objective: Objective) -> bool:
@@ -73,10 +75,13 @@ class NativeCodebook:
         self.panels = self._panels(scaled, offset, width)
         # Each component is rounded, multiplied and added; the offset, the bound itself and its use round a few times.
         relative = gamma(2 * dim + 24, torch.float32) * _SLACK
-        # Room for products that underflow, flushed to zero or not.
+        # Room for products, rows and codes that underflow, flushed to zero or not.
         tiny = (2 * dim + 24) * 2.0**-124
-        self.error_slope = _above(relative * self._block_max(norms) + tiny)
-        self.error_base = _above(relative * self._block_max(np.abs(offset)) + tiny)
+        longest, largest_offset = self._block_max(norms), self._block_max(np.abs(offset))
+        self.error_slope = _above(relative * longest + tiny)
+        self.error_base = _above(relative * largest_offset + tiny * (1 + longest))
+        # No partial sum exceeds |z||a| + |offset|, in whatever order it is summed.
+        longest_row = (_LARGEST_SUM - float(largest_offset.max())) / max(float(longest.max()), 2.0**-100)
         self.boxes = self._boxes(scaled) if boxed else None
 
         self.codes = np.ascontiguousarray(array[order])
@@ -97,6 +102,7 @@ class NativeCodebook:
             error_base=self.error_base.ctypes.data,
             boxes=None if self.boxes is None else self.boxes.ctypes.data,
             scale=float(self._scale),
+            longest_row=min(longest_row, _LARGEST_SUM),
             codes=self.codes.ctypes.data,
             offset=self.offset.ctypes.data,
             bias=None if self.bias is None else self.bias.ctypes.data,

@@ -28,6 +28,7 @@ class CodebookStruct(ctypes.Structure):
         ("error_base", ctypes.c_void_p),
         ("boxes", ctypes.c_void_p),
         ("scale", ctypes.c_float),
+        ("longest_row", ctypes.c_float),
         ("codes", ctypes.c_void_p),
         ("offset", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),

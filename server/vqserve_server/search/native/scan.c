@@ -37,7 +37,8 @@ typedef struct {
     const float *error_slope;  // (blocks): float32 score error <= slope * |z| + base
     const float *error_base;   // (blocks)
     const float *boxes;        // (blocks, dim, 2) bounds of the scaled codes, or null: no pruning
-    float scale;               // power of two, rows and codes are multiplied by it in float32
+    float scale;               // power of two by which rows and codes are multiplied
+    float longest_row;         // greatest |scaled z| for which no partial sum of float32 overflows
     const float *codes;        // (num_codes, dim) in slot order, as stored
     const double *offset;      // (num_codes) half |a|^2 or -b, rounded to float64
     const float *bias;         // (num_codes) b in slot order, or null for L2
@@ -97,7 +98,7 @@ INLINE void block_minima(const float *restrict z, const float *restrict panel,
 typedef struct {
     vf lower[ROWS], second[ROWS], upper[ROWS];
     vi cell[ROWS];
-    float norm[ROWS];     // >= |scaled z|; NaN: not a row
+    float norm[ROWS];     // >= |scaled z|; infinite: too long for float32; NaN: not a row
     double square[ROWS];  // >= |scaled z|^2
 } Group;
 
@@ -169,8 +170,9 @@ static Expansion expanded_score(const Codebook *book, const double *z, int64_t s
         add(&sum, -z[d] * x);
         if (!book->bias) add(&sum, 0.5 * x * x);
     }
-    Expansion out = {sum.hi + sum.lo, 0.0, sum.error * (1.0 + 0x1p-40)};
-    out.lo = sum.lo - (out.hi - sum.hi);
+    // After cancellation the low part may be the larger one: the sum must not assume an order.
+    double hi = sum.hi + sum.lo, v = hi - sum.hi;
+    Expansion out = {hi, (sum.hi - (hi - v)) + (sum.lo - v), sum.error * (1.0 + 0x1p-40)};
     if (!isfinite(out.hi)) out.error = INFINITY;
     return out;
 }
@@ -263,24 +265,30 @@ static inline double component(const Rows *rows, int64_t row, int64_t d, int64_t
     return rows->narrow ? (double)rows->narrow[row * dim + d] : rows->wide[row * dim + d];
 }
 
-// Packs up to ROWS rows as (dim, ROWS) scaled float32 and resets what is known of them. A row that is not finite, and
-// one that is not there, is packed as zeros and has no norm.
+// Packs up to ROWS rows as (dim, ROWS) scaled float32 and resets what is known of them. A row that is not finite, one
+// that is not there and one that is too long are packed as zeros; their norms tell.
 static void pack(const Codebook *book, const Rows *rows, int64_t first, int64_t dim, float *z, Group *group) {
     for (int r = 0; r < ROWS; r++) {
         group->lower[r] = group->second[r] = group->upper[r] = splat(INFINITY);
         group->cell[r] = (vi){0};
         int64_t row = first + r < rows->count ? rows->order[first + r] : -1;
-        double square = row < 0 ? NAN : 0;
+        double square = 0;
+        int finite = row >= 0;
         for (int64_t d = 0; row >= 0 && d < dim; d++) {
-            float x = (float)component(rows, row, d, dim) * book->scale;
-            z[d * ROWS + r] = x;
-            square += (double)x * x;
+            // Scaled before it is rounded: a subnormal float32 has few bits.
+            double x = component(rows, row, d, dim) * book->scale;
+            finite &= isfinite(x) != 0;
+            z[d * ROWS + r] = (float)x;
+            square += x * x;
         }
-        if (!isfinite(square))
+        // One part in 2^20 covers the roundings of the norm and of its square, the rest what underflows.
+        double norm = sqrt(square) * (1 + 0x1p-20) + 0x1p-120;
+        if (!finite) norm = NAN;
+        else if (!(norm <= book->longest_row)) norm = INFINITY;
+        if (!isfinite(norm))
             for (int64_t d = 0; d < dim; d++) z[d * ROWS + r] = 0;
-        // One part in 2^20 covers float32's rounding of the row, of the norm and of its half square.
-        group->norm[r] = (float)(sqrt(square) * (1 + 0x1p-20));
-        group->square[r] = square * (1 + 0x1p-20);
+        group->norm[r] = (float)norm;
+        group->square[r] = finite ? square * (1 + 0x1p-20) + 0x1p-240 : NAN;
     }
 }
 
@@ -291,7 +299,7 @@ static void set_reach(const Group *group, int64_t dim, float reach[ROWS]) {
         double upper = least(group->upper[r]), square = group->square[r];
         double farthest = 2 * upper + square + 0x1p-20 * (2 * fabs(upper) + square);
         reach[r] = (float)(farthest * (1 + (dim + 16) * 0x1p-22)) + 0x1p-120f;
-        if (isnan(square)) reach[r] = -1;
+        if (!isfinite(group->norm[r])) reach[r] = -1;
     }
 }
 

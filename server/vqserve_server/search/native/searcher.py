@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vqserve_server.errors import InvalidRequest
 from vqserve_server.search.native.codebook import NativeCodebook
 from vqserve_server.search.native.library import OpenStruct, RowsStruct, levels, load
 from vqserve_server.search.searcher import Objective, SearchCounts, Searcher
@@ -51,10 +52,15 @@ class NativeSearcher(Searcher):
         self._book = NativeCodebook(codes, bias, objective, self._library)
         self._arbiter = Arbiter(codes, bias, objective)
         self._fallback = functools.cache(fallback)
+        self._dim = codes.shape[1]
         self._work_per_row = codes.shape[0] * codes.shape[1]
 
     def search(self, rows: Tensor, counts: SearchCounts | None = None) -> Tensor:
         """Return the winning code of every row; see `Searcher.search`."""
+        if rows.dim() != 2 or rows.shape[1] != self._dim or rows.dtype not in (torch.float32, torch.float64):
+            raise InvalidRequest(
+                f"rows must be (n, {self._dim}) float32 or float64, not {tuple(rows.shape)} {rows.dtype}"
+            )
         array = np.ascontiguousarray(rows.detach().numpy())
         winners = np.empty(len(array), np.int64)
         threads = min(torch.get_num_threads(), len(array) * self._work_per_row // _WORK_PER_THREAD)
