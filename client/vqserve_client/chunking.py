@@ -8,11 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vqserve.layout import Layout, channel_axis
+from vqserve.payload import ENVELOPE_BYTES
 
 Cut = tuple[slice, ...]
-
-# What a message holds beside its payload and the codebook's name: digest, shape, statistics, tags.
-ENVELOPE_BYTES = 512
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ from vqserve import bfloat16
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.vocabulary import smallest_unsigned
 
+# What a message holds beside its payload and the codebook's name, at most: digest, shape, statistics, tags.
+ENVELOPE_BYTES = 512
+
 # bfloat16 travels as its bit patterns: numpy has no such type.
 _NUMPY: dict[int, np.dtype[np.generic]] = {
     pb.DTYPE_FLOAT32: np.dtype("<f4"),

@@ -108,6 +108,22 @@ def test_every_type_is_for_latents_or_for_indices():
     assert not payload.LATENT_DTYPES & payload.INDEX_DTYPES
 
 
+@pytest.mark.parametrize("kind", [pb.EncodeRequest, pb.EncodeResponse, pb.DecodeRequest, pb.DecodeResponse])
+def test_the_envelope_is_the_most_that_a_message_holds_beside_name_and_payload(kind):
+    stats = {field.name: (1 << 64) - 1 for field in pb.ServedStats.DESCRIPTOR.fields if field.name != "batch_requests"}
+    most = {
+        "digest": "f" * 64,
+        "expected_digest": "f" * 64,
+        "shape": [(1 << 64) - 1] * 5,
+        "stats": pb.ServedStats(**stats, batch_requests=(1 << 32) - 1),
+    }
+    fields = [field for field in kind.DESCRIPTOR.fields if field.name != "codebook" and field.number != 100]
+    message = kind(**{field.name: most.get(field.name, 7 if field.name.endswith("dtype") else 1) for field in fields})
+    assert [field for field, _ in message.ListFields()] == fields
+    # Tags and lengths of the name and of a payload of 2 GiB.
+    assert len(message.SerializeToString()) + 2 * (2 + 5) <= payload.ENVELOPE_BYTES
+
+
 @given(st.integers(1, 1 << 32))
 def test_index_dtype_is_the_smallest_that_holds_the_vocabulary(vocab_size):
     dtype = payload.index_dtype(vocab_size)

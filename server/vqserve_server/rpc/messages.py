@@ -17,9 +17,6 @@ from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.engine import Served
 from vqserve_server.errors import InvalidDtype, InvalidOption, InvalidRequest, InvalidShape
 
-# All of a reply but its payload: digest, shape, statistics, tags.
-ENVELOPE_BYTES = 512
-
 _LAYOUTS: dict[int, Layout | None] = {
     pb.LAYOUT_UNSPECIFIED: None,
     pb.LAYOUT_CHANNELS_FIRST: Layout.CHANNELS_FIRST,
@@ -92,10 +89,9 @@ def check_reply_size(nbytes: int, limit: int) -> None:
     Raises:
         InvalidRequest: names both sizes.
     """
-    if nbytes + ENVELOPE_BYTES > limit:
-        raise InvalidRequest(
-            f"the reply would be {nbytes} bytes and a message holds {limit - ENVELOPE_BYTES}: send fewer tokens at once"
-        )
+    room = limit - payload.ENVELOPE_BYTES
+    if nbytes > room:
+        raise InvalidRequest(f"the reply would be {nbytes} bytes and a message holds {room}: send fewer tokens at once")
 
 
 def stats_of(served: Served, total_us: int) -> pb.ServedStats:
