@@ -5,18 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from vqserve import layout, payload
+from vqserve.codebook_info import CodebookInfo
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_server.engine import DecodeJob, LiveSet, Output, Served
+from vqserve_server.engine import DecodeJob, Output, Served
 from vqserve_server.errors import InvalidOption
-from vqserve_server.rpc.messages import (
-    array_of,
-    check_dtype,
-    check_reply_size,
-    layout_of,
-    numpy_dtype,
-    parse,
-    stats_of,
-)
+from vqserve_server.rpc.array_call import ArrayCall
+from vqserve_server.rpc.messages import array_of, check_dtype, layout_of, numpy_dtype, stats_of
 from vqserve_server.validation import check_indices, check_indices_shape
 
 _OUTPUTS: dict[int, Output] = {
@@ -26,20 +20,12 @@ _OUTPUTS: dict[int, Output] = {
 }
 
 
-class DecodeCall:
-    """A request whose form is right; `check` looks at the data."""
+class DecodeCall(ArrayCall[pb.DecodeRequest]):
+    """Indices to latents."""
 
-    def __init__(self, raw: bytes, *, live: LiveSet, max_message_bytes: int) -> None:
-        """Read the message.
+    request_type = pb.DecodeRequest
 
-        Raises:
-            InvalidRequest: what is wrong with it.
-            UnknownCodebook: no such codebook.
-            DigestMismatch: the caller pinned another digest.
-        """
-        request = parse(pb.DecodeRequest, raw)
-        self._tokenizer = live.resolve(request.codebook, request.expected_digest)
-        info = self._tokenizer.info
+    def _read(self, request: pb.DecodeRequest, info: CodebookInfo) -> None:
         check_dtype("dtype", request.dtype, payload.INDEX_DTYPES)
         self._indices = array_of(request.indices, request.dtype, request.shape, range(1, 5))
         self._layout = check_indices_shape(self._indices, layout_of(request.layout), info=info)
@@ -52,7 +38,6 @@ class DecodeCall:
         self._shape = layout.latents_shape(self._indices.shape, channels, self._layout)
         self.rows = layout.num_rows(self._indices.shape)
         self.reply_bytes = self.rows * channels * payload.itemsize(self._latent_dtype)
-        check_reply_size(self.reply_bytes, max_message_bytes)
 
     def check(self) -> None:
         """Look at the data.

@@ -8,37 +8,23 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve import bfloat16, layout, payload
+from vqserve.codebook_info import CodebookInfo
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_server.engine import EncodeJob, LiveSet, Served
+from vqserve_server.engine import EncodeJob, Served
 from vqserve_server.errors import InvalidDtype
-from vqserve_server.rpc.messages import (
-    array_of,
-    check_dtype,
-    check_reply_size,
-    layout_of,
-    numpy_dtype,
-    parse,
-    stats_of,
-)
+from vqserve_server.rpc.array_call import ArrayCall
+from vqserve_server.rpc.messages import array_of, check_dtype, layout_of, numpy_dtype, stats_of
 from vqserve_server.validation import check_finite, check_latents
 
 _BFLOAT16_EXPONENT = np.uint16(0x7F80)
 
 
-class EncodeCall:
-    """A request whose form is right; `check` looks at the data."""
+class EncodeCall(ArrayCall[pb.EncodeRequest]):
+    """Latents to indices."""
 
-    def __init__(self, raw: bytes, *, live: LiveSet, max_message_bytes: int) -> None:
-        """Read the message.
+    request_type = pb.EncodeRequest
 
-        Raises:
-            InvalidRequest: what is wrong with it.
-            UnknownCodebook: no such codebook.
-            DigestMismatch: the caller pinned another digest.
-        """
-        request = parse(pb.EncodeRequest, raw)
-        self._tokenizer = live.resolve(request.codebook, request.expected_digest)
-        info = self._tokenizer.info
+    def _read(self, request: pb.EncodeRequest, info: CodebookInfo) -> None:
         check_dtype("dtype", request.dtype, payload.LATENT_DTYPES)
         self._latents = array_of(request.latents, request.dtype, request.shape, range(2, 6))
         self._layout = check_latents(self._latents, layout_of(request.layout), info=info)
@@ -50,7 +36,6 @@ class EncodeCall:
             raise InvalidDtype(f"index_dtype {name} does not hold the vocabulary of {info.vocab_size} indices")
         self.rows = layout.num_rows(self._grid)
         self.reply_bytes = self.rows * payload.itemsize(self._index_dtype)
-        check_reply_size(self.reply_bytes, max_message_bytes)
 
     def check(self) -> None:
         """Look at the data.
