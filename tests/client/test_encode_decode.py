@@ -116,17 +116,6 @@ def test_awkward_tensors(tiny, connect, latents):
     assert torch.equal(client.encode(strided), client.encode(strided.float()))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_tensors_come_back_to_their_device(tiny, connect, latents):
-    client = connect(tiny.target)
-    tensor = torch.from_numpy(latents(2, 4, 3, 5)).cuda().requires_grad_()
-    indices = client.encode(tensor)
-    assert indices.device == tensor.device
-    assert torch.equal(indices.cpu(), client.encode(tensor.cpu()))
-    assert client.decode(indices, dtype="bfloat16").device == tensor.device
-
-
 @pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", ">i2", ">u8"])
 def test_indices_of_every_integer(tiny, connect, dtype):
     indices = np.array([0, 1, 99], dtype)

@@ -39,6 +39,20 @@ def test_a_tokenizer_gives_the_cpu_s_answers(quantizer):
     assert torch.equal(on_gpu.decode(indices).cpu(), on_cpu.decode(indices))
 
 
+def test_tensors_come_back_to_their_device(quantizer, serving):
+    on_cpu = Tokenizer(quantizer, name="book", device="cpu")
+    tensor = torch.randn(2, on_cpu.info.input_dim, 3, 5, device="cuda", requires_grad=True)
+    expected = on_cpu.encode(tensor.cpu())
+    with Client(serving(on_cpu).target) as client:
+        for book in (client, on_cpu, Tokenizer(quantizer, device="cuda")):
+            indices = book.encode(tensor)
+            assert indices.device == tensor.device
+            assert torch.equal(indices.cpu(), expected)
+            decoded = book.decode(indices, dtype="bfloat16")
+            assert decoded.device == tensor.device
+            assert torch.equal(decoded.cpu(), on_cpu.decode(expected, dtype="bfloat16"))
+
+
 def test_a_server_answers_many_clients_as_the_cpu_would(quantizer, serving):
     on_cpu = Tokenizer(quantizer, name="book", device="cpu")
     server = serving(Tokenizer(quantizer, name="book", device="cuda"))
