@@ -49,6 +49,8 @@ ERROR_OF_CODE: Mapping[grpc.StatusCode, type[VqserveClientError]] = MappingProxy
     }
 )
 
+_LONGEST_TEXT = 2000
+
 # What is safe and useful to send again: nothing was computed, or computing it again gives the same answer.
 RETRIED: frozenset[type[VqserveClientError]] = frozenset({Overloaded, Unavailable})
 
@@ -88,7 +90,7 @@ class Failure:
     ) -> VqserveClientError:
         """Return the error to raise: the server's words, and notes of the client's own behind them."""
         error = self.error_class(
-            "; ".join((self.details or f"{self.code.name} without a text", *notes)),
+            "; ".join((_printable(self.details) or f"{self.code.name} without a text", *notes)),
             code=self.code.name,
             target=target,
             codebook=codebook,
@@ -97,6 +99,12 @@ class Failure:
         if isinstance(error, Overloaded):
             error.retry_after_s = self.retry_after_s
         return error
+
+
+def _printable(text: str) -> str:
+    """Return a server's text as one may print it: no control characters, and not without end."""
+    shown = "".join(char if char.isprintable() else " " for char in text[: _LONGEST_TEXT + 1])
+    return shown if len(shown) <= _LONGEST_TEXT else f"{shown[:_LONGEST_TEXT]}..."
 
 
 def text_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:

@@ -89,7 +89,7 @@ class RpcConfig:
     port: int = _setting(50051, "port to listen on; 0: a free one, named in the ready line", _integer(0, 65535))
     max_message_bytes: int = _setting(64 * MIB, "bytes of a request or a reply at most", _integer(4096, (1 << 31) - 1))
     max_concurrent_rpcs: int = _setting(
-        4096, "calls of any kind at once at most, health checks and streams included", _integer(1, 1 << 20)
+        512, "calls of any kind at once at most, health checks and streams included", _integer(1, 1 << 20)
     )
 
 

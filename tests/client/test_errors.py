@@ -60,6 +60,14 @@ def test_a_failure_without_words():
     assert "INTERNAL" in str(failure.error(target="host:1", codebook=None, request_id="id"))
 
 
+def test_a_hostile_server_s_words_are_cut_and_cannot_steer_a_terminal():
+    failure = Failure(grpc.StatusCode.INTERNAL, "\x1b[2Jboom\n" + "x" * 100_000, {})
+    text = str(failure.error(target="host:1", codebook=None, request_id="id"))
+    assert "boom" in text
+    assert text.isprintable()
+    assert len(text) < 3000
+
+
 def test_the_page_shows_every_error_with_its_statuses():
     rows = re.findall(r"^\| `([A-Z]\w+)` \| ([^|]*) \|", PAGE.read_text(), re.MULTILINE)
     shown = {name: [] if "(" in codes else re.findall(r"[A-Z_]+", codes) for name, codes in rows}

@@ -138,7 +138,8 @@ def _npy_claims(label: str, stream: IO[bytes], size: int) -> tuple[tuple[int, ..
         raise ForeignCheckpointError(f"{label} holds Python objects, which are not loaded")
     # Python's integers cannot overflow, whatever the header claims.
     claimed, held = math.prod(shape) * dtype.itemsize, size - stream.tell()
-    if claimed != held or min(shape, default=0) < 0:
+    # An axis of zero lets the others be as long as they like: numpy refuses what it cannot address, with a warning.
+    if claimed != held or min(shape, default=0) < 0 or max(shape, default=0) >= 1 << 62:
         raise ForeignCheckpointError(f"{label} claims {claimed} bytes for shape {shape} and has {held}")
     return shape, dtype
 

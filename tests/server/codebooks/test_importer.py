@@ -344,6 +344,13 @@ def test_an_npy_header_that_lies(tmp_path, capsys, shape):
     fails(capsys, "and has 32", "import", source, "-o", tmp_path / "o", "--metric", "l2")
 
 
+def test_an_npy_header_without_elements_and_with_an_endless_axis(tmp_path, capsys, recwarn):
+    source = tmp_path / "c.npy"
+    source.write_bytes(npy_header((0, 1 << 63)))
+    fails(capsys, "claims 0 bytes for shape (0, 9223372036854775808)", "import", source, "-o", tmp_path / "o")
+    assert not recwarn.list
+
+
 def archive(path: Path, members: dict[str, bytes]) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for name, data in members.items():
