@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from vqserve_client import CodebookNotFound, DigestMismatch, InvalidArgument, MessageTooLarge, Unavailable
+from vqserve_client import Client, CodebookNotFound, DigestMismatch, InvalidArgument, MessageTooLarge, Unavailable
 from vqserve_client.cli import main
 from vqserve_server.quantizers import VectorQuantizer, VectorQuantizerWithInputProjection
 from vqserve_server.tokenizer import Tokenizer
@@ -112,6 +115,106 @@ def test_many_threads_and_generators(serving, tokenizer, connect, latents, reque
     with ThreadPoolExecutor(16) as pool:
         runs = pool.map(lambda _: [answer.tolist() for answer in client.encode_many(items)], range(16))
         assert all(run == expected for run in runs)
+
+
+CLIENTS = 32
+
+
+class HeldServer:
+    """A server of some tokenizers; its device waits in `together` until all the calls are queued."""
+
+    def __init__(self, serving, tokenizers, monkeypatch):
+        self._gate, self._entered = threading.Event(), threading.Event()
+        self._submitted = threading.Semaphore(0)
+        for tokenizer in tokenizers:
+            for name in ("encode_rows", "decode_rows"):
+                monkeypatch.setattr(tokenizer, name, partial(self._compute, getattr(tokenizer, name)))
+        self.server = serving(*tokenizers)
+        engine = self.server.app.engine
+        monkeypatch.setattr(engine, "submit", partial(self._submit, engine.submit))
+
+    def together(self, first, calls):
+        """Return the answers of calls that all wait while the device is at work on the first one."""
+        self._gate.clear()
+        self._entered.clear()
+        with ThreadPoolExecutor(len(calls) + 1) as pool:
+            try:
+                ahead = pool.submit(first)
+                assert self._entered.wait(60)
+                answers = [pool.submit(call) for call in calls]
+                assert all(self._submitted.acquire(timeout=60) for _ in (ahead, *answers))
+            finally:
+                self._gate.set()
+            ahead.result()
+            return [answer.result() for answer in answers]
+
+    def _compute(self, plain, *args, **options):
+        self._entered.set()
+        self._gate.wait()
+        return plain(*args, **options)
+
+    def _submit(self, plain, job):
+        plain(job)
+        self._submitted.release()
+
+
+def mixed_latents(seed, channels):
+    """Latents of any rank, layout and type, and the layout's name."""
+    rng = np.random.default_rng(seed)
+    layout = ["channels_first", "channels_last"][seed // 2 % 2]
+    grid = rng.integers(1, 7, size=rng.integers(2, 5))
+    axis = 1 if layout == "channels_first" else len(grid)
+    array = rng.standard_normal((*grid[:axis], channels, *grid[axis:]))
+    kinds = [np.float16, np.float32, np.float64, torch.bfloat16, torch.float32, torch.float64]
+    kind = kinds[seed // 4 % len(kinds)]
+    return (torch.from_numpy(array).to(kind) if isinstance(kind, torch.dtype) else array.astype(kind)), layout
+
+
+def assert_same(remote, local):
+    assert type(remote) is type(local)
+    assert remote.dtype == local.dtype
+    assert torch.equal(torch.as_tensor(remote), torch.as_tensor(local))
+
+
+def test_32_clients_are_answered_in_shared_batches_as_if_alone(serving, tokenizer, projected, latents, monkeypatch):
+    books = [(tokenizer, projected)[seed % 2] for seed in range(CLIENTS)]
+    held = HeldServer(serving, (tokenizer, projected), monkeypatch)
+    given = [mixed_latents(seed, book.info.input_dim) for seed, book in enumerate(books)]
+    asked = [
+        {
+            "layout": [None, "channels_first", "channels_last"][seed % 3],
+            "dtype": ["float32", "float16", "bfloat16", "float64"][seed // 2 % 4],
+            "output": ["latents", "code_rows"][seed // 8 % 2],
+        }
+        for seed in range(CLIENTS)
+    ]
+    with ExitStack() as stack:
+        clients = [stack.enter_context(Client(held.server.target, codebook=book.name)) for book in books]
+        first = partial(clients[0].encode, latents(1, 8))
+        indices = held.together(
+            first,
+            [
+                partial(client.encode, array, layout=layout)
+                for client, (array, layout) in zip(clients, given, strict=True)
+            ],
+        )
+        decoded = held.together(
+            first,
+            [
+                partial(client.decode, array, **options)
+                for client, array, options in zip(clients, indices, asked, strict=True)
+            ],
+        )
+    for book, (array, layout), got, options, out in zip(books, given, indices, asked, decoded, strict=True):
+        assert_same(got, book.encode(array, layout=layout))
+        assert_same(out, book.decode(got, **options))
+    # The counters are complete once the device thread has ended.
+    assert held.server.stop()
+    stats = held.server.app.engine.stats
+    assert stats.requests == 2 * (CLIENTS + 1)
+    # A batch for each of the two codebooks and two row types or outputs, and one for each first call.
+    assert stats.batches == 2 * (2 * 2 + 1)
+    assert stats.largest_batch_requests >= CLIENTS / 4
 
 
 def test_many(serving, tokenizer, connect, latents):
