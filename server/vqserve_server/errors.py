@@ -20,6 +20,8 @@ VqserveError
     ├── CodebookFileError
     └── ForeignCheckpointError
 
+Beside them app.py has StartError, a VqserveError too: why the daemon cannot start, which no caller ever sees.
+
 The text of an InvalidRequest, an UnknownCodebook, a DigestMismatch and an Overloaded reaches the caller over the
 wire: it must never hold a path or anything else of the server's own.
 """
