@@ -186,8 +186,14 @@ def test_retries_and_a_list_out_of_date_inside_a_window(tiny, connect, failing, 
 
 def test_retries_end_in_their_turn(tiny, connect, failing, latents):
     client = connect(tiny.target, retries=0, window=2)
-    tiny.script.extend([lambda request, context, honest: honest()] * 2 + [failing("RESOURCE_EXHAUSTED")] * 9)
-    generator = client.encode_many([latents(2, 4)] * 9)
+    full = failing("RESOURCE_EXHAUSTED")
+
+    def full_for_the_long(request, context, honest):
+        return honest() if request.shape[0] == 2 else full(request, context, honest)
+
+    # Which of two requests under way arrives first is open.
+    tiny.script.extend([full_for_the_long] * 9)
+    generator = client.encode_many([latents(2, 4)] * 2 + [latents(3, 4)] * 7)
     next(generator)
     next(generator)
     with pytest.raises(Overloaded):
