@@ -33,7 +33,7 @@ ROWS ?= 10000000
 test-search: $(VENV)/.installed  ## compare every search backend with an oracle on ROWS rows
 	$(BIN)/python -m pytest tests/server/search/test_many_rows.py --search-rows $(ROWS) --timeout 0
 
-# The science: what these lines do not reach cannot be trusted to compute what quantizers.md says.
+# The science: what these lines do not reach cannot be trusted to compute what docs/quantizers.md says.
 coverage: $(VENV)/.installed  ## tests of the server; fails below 95 % of the quantizers' and codebooks' lines
 	$(BIN)/python -m pytest tests/server --cov vqserve_server.quantizers --cov vqserve_server.codebooks \
 		--cov-report term-missing:skip-covered --cov-fail-under 95
