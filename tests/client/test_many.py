@@ -143,7 +143,9 @@ def test_closing_early_cancels_what_is_under_way(tiny, connect, latents):
             hanging.wait()
         else:
             gone = threading.Event()
-            context.add_callback(gone.set)
+            if not context.add_callback(gone.set):
+                # It was cancelled before it came here.
+                gone.set()
             hanging.set()
             gone.wait()
             cancelled.release()
