@@ -37,8 +37,8 @@ KINDS = ("random", "near codes", "clustered")
 RESULTS = Path(__file__).parent / "results"
 OURS = "ours, exact"
 # Seconds for all rounds of a cell, and how many rounds.
-CELL_SECONDS = 6.0
-ROUNDS = (3, 15)
+CELL_SECONDS = 4.0
+ROUNDS = (2, 15)
 
 
 @dataclass(frozen=True)
