@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +19,11 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the number of rows of tests/server/search/test_many_rows.py."""
     parser.addoption("--search-rows", type=int, default=100_000, help="rows of the exactness test, all shapes together")
+
+
+def pytest_configure() -> None:
+    """Undo what shells do to background jobs: they start them with SIGINT ignored, and so their children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass
