@@ -14,7 +14,8 @@ help:  ## list the targets
 # One install for every target: the stamp is remade when what it installs or compiles changes.
 COMPILED := hatch_build.py server/vqserve_server/search/native/scan.c
 $(VENV)/.installed: pyproject.toml constraints.txt $(COMPILED)
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vqserve needs Python 3.11 or later: make PYTHON=python3.11")'
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 

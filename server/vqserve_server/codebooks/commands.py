@@ -62,6 +62,8 @@ def run_import(args: argparse.Namespace) -> int:
         OSError: the file cannot be written.
     """
     output: Path = args.output
+    if not output.parent.is_dir():
+        raise ForeignCheckpointError(f"there is no folder {output.parent}: make it first")
     if output.exists() and not args.force:
         raise ForeignCheckpointError(f"{output.name} is there already: pass --force to replace it")
     try:

@@ -506,3 +506,9 @@ def test_parsers_give_run():
     commands.add_inspect_parser(subparsers)
     assert parser.parse_args(["inspect", "x"]).run is commands.run_inspect
     assert parser.parse_args(["import", "x", "-o", "y"]).unknown_index == "random"
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
+    source = tmp_path / "c.npy"
+    np.save(source, np.zeros((3, 2), np.float32))
+    fails(capsys, "there is no folder", "import", source, "-o", tmp_path / "none" / "o", "--metric", "l2")
