@@ -452,7 +452,9 @@ def test_an_output_that_is_there_is_kept(tmp_path, capsys):
     assert out.read_text() == "precious"
     assert run(capsys, "import", source, "-o", out, "--metric", "l2", "--force")[0] == 0
     load_codebook(out)
-    fails(capsys, "No such file", "import", source, "-o", tmp_path / "no" / "o", "--metric", "l2")
+    missing = tmp_path / "no"
+    error = f"there is no folder {missing}: make it first"
+    fails(capsys, error, "import", source, "-o", missing / "o", "--metric", "l2")
 
 
 @pytest.mark.parametrize(
