@@ -42,7 +42,7 @@ def find_codebooks(sources: Sequence[str]) -> dict[str, Path]:
         sources: paths of files or folders, or NAME=FILE; none: the demo codebook.
 
     Raises:
-        StartError: nothing is there, or two have one name.
+        StartError: nothing is there, a folder cannot be read, or two have one name.
     """
     found: dict[str, Path] = {}
     for name, path in _named_paths(sources):
@@ -70,11 +70,20 @@ def _named_paths(sources: Sequence[str]) -> list[tuple[str, Path]]:
             continue
         if name:
             raise StartError(f"{path} is a folder: a name goes with a file")
-        files = sorted(path.glob(f"*{SUFFIX}"))
+        files = _codebook_files(path)
         if not files:
             raise StartError(f"no *{SUFFIX} file in {path}")
         pairs += [(file.stem, file) for file in files]
     return pairs
+
+
+def _codebook_files(folder: Path) -> list[Path]:
+    # Not glob, to which a folder that may not be read is an empty one: a mounted folder often belongs to somebody else.
+    try:
+        return sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIX))
+    except PermissionError as error:
+        hint = f"{error.strerror}; let it (chmod a+rX), or serve as another user"
+        raise StartError(f"user {os.geteuid()} cannot read the folder {folder}: {hint}") from None
 
 
 def load_tokenizers(codebooks: dict[str, Path], config: ServeConfig) -> list[Tokenizer]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import signal
 import socket
 import subprocess
@@ -147,6 +149,18 @@ def test_what_cannot_be_served_is_one_line(
     (tmp_path / "bad.pt").write_bytes(b"not a codebook")
     filled = [argument.format(folder=folder, empty=tmp_path) for argument in arguments]
     assert_fails(run_here(*filled), text)
+
+
+def test_a_folder_that_this_user_may_not_list_is_not_called_empty(
+    run_here: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Said by the test and not by the folder's mode, which root, and so many a CI, passes by.
+    def refuse(path: Path) -> Iterator[Path]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    text = f"user {os.geteuid()} cannot read the folder {tmp_path}: Permission denied"
+    assert_fails(run_here("serve", str(tmp_path)), text)
 
 
 def test_an_unforeseen_error_is_one_line_too(
