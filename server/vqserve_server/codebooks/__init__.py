@@ -3,9 +3,10 @@
 from vqserve_server.codebooks.codebook_file import (
     SUFFIX,
     Codebook,
+    check_folder,
     codebook_digest,
     load_codebook,
     save_codebook,
 )
 
-__all__ = ["SUFFIX", "Codebook", "codebook_digest", "load_codebook", "save_codebook"]
+__all__ = ["SUFFIX", "Codebook", "check_folder", "codebook_digest", "load_codebook", "save_codebook"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import BufferedReader
@@ -54,6 +55,17 @@ def codebook_digest(quantizer: AbstractQuantizer) -> str:
         CodebookError: the quantizer cannot be kept in a file.
     """
     return state_of(quantizer).digest()
+
+
+def check_folder(path: Path) -> None:
+    """Find out whether a file can be written where `path` says, before the work whose outcome it is to hold.
+
+    Raises:
+        PermissionError: this user may not write into its folder, or the file system is read-only.
+    """
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        hint = "let it, or name another folder or user"
+        raise PermissionError(f"user {os.geteuid()} cannot write into the folder {path.parent}: {hint}")
 
 
 def save_codebook(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqserve_server.codebooks.arguments import check_unknown_index
-from vqserve_server.codebooks.codebook_file import load_codebook, save_codebook
+from vqserve_server.codebooks.codebook_file import check_folder, load_codebook, save_codebook
 from vqserve_server.codebooks.importer import METRICS, Import, import_checkpoint
 from vqserve_server.codebooks.report import inspect, printable
 from vqserve_server.errors import ForeignCheckpointError
@@ -66,6 +66,7 @@ def run_import(args: argparse.Namespace) -> int:
         raise ForeignCheckpointError(f"there is no folder {output.parent}: make it first")
     if output.exists() and not args.force:
         raise ForeignCheckpointError(f"{output.name} is there already: pass --force to replace it")
+    check_folder(output)
     try:
         result = import_checkpoint(
             args.source, key=args.key, prefix=args.prefix, metric=args.metric, unknown_index=args.unknown_index

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import vqserve
-from vqserve_server.codebooks import save_codebook
+from vqserve_server.codebooks import check_folder, save_codebook
 from vqserve_server.errors import InvalidOption
 from vqserve_server.training.latent_rows import LatentRows
 from vqserve_server.training.options import TrainingOptions
@@ -54,6 +54,7 @@ def train_file(
         raise InvalidOption(f"{out.name} is there already: pass --force to replace it")
     if not out.parent.is_dir():
         raise InvalidOption(f"{out.parent}, where {out.name} is to be written, is no folder")
+    check_folder(out)
     rows = LatentRows.open(latents, layout)
     trained = train(rows, options, progress=progress)
     with latents.open("rb") as file:

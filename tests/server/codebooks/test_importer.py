@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import struct
 import subprocess
@@ -514,3 +515,10 @@ def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
     source = tmp_path / "c.npy"
     np.save(source, np.zeros((3, 2), np.float32))
     fails(capsys, "there is no folder", "import", source, "-o", tmp_path / "none" / "o", "--metric", "l2")
+
+
+def test_a_folder_that_this_user_may_not_write_is_named(tmp_path, capsys, monkeypatch):
+    source = write(tmp_path / "c.npy", CODES)
+    # Root may write anywhere: only the answer is replaced.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    fails(capsys, f"cannot write into the folder {tmp_path}", "import", source, "-o", tmp_path / "o", "--metric", "l2")

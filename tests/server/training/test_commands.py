@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from vqserve_server import Tokenizer
 from vqserve_server.cli import main
 from vqserve_server.codebooks import load_codebook
+from vqserve_server.training import job
 
 
 @pytest.fixture
@@ -129,6 +131,15 @@ def test_a_missing_file_or_folder_is_one_line(
     assert len(lines) == 2
     assert "none.npy" in lines[0]
     assert "is no folder" in lines[1]
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_training(
+    latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(job, "train", lambda *arguments, **options: pytest.fail("it was trained"))
+    assert train(latents, tmp_path / "book.safetensors") == 1
+    assert f"cannot write into the folder {tmp_path}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [["--kind=gumbel"], ["--steps=1", "--epochs=1"], ["--layout=nchw"], ["--speed=9"]])
