@@ -113,6 +113,8 @@ def test_the_wheel_can_be_built_from_what_enters_the_build():
     project, hatch = PROJECT["project"], PROJECT["tool"]["hatch"]
     packages = hatch["build"]["targets"]["wheel"]["packages"]
     needed = ["pyproject.toml", "constraints.txt", project["readme"], *project["license-files"]]
+    hook = hatch["build"]["targets"]["wheel"]["hooks"]["custom"]["path"]
+    needed += [hook, "server/vqserve_server/search/native/scan.c"]
     needed += [hatch["version"]["path"], *(f"{package}/__init__.py" for package in packages)]
     needed.append("server/vqserve_server/assets/demo.safetensors")
     assert [path for path in needed if not kept(path)] == []
@@ -128,6 +130,8 @@ def test_the_wheel_can_be_built_from_what_enters_the_build():
         "codebooks/mine.safetensors",
         "server.key",
         "out/demo.png",
+        # Compiled here, for this machine: the image compiles its own.
+        "server/vqserve_server/search/native/libscan.so",
         "server/vqserve_server/__pycache__/cli.cpython-311.pyc",
         "proto/stale.pyc",
     ],
