@@ -1,7 +1,7 @@
 # The daemon in a container: docs/deploy.md says how to build and run it.
 #
 # The base is pinned to a Python minor version and a Debian release, so that a rebuild brings their security fixes.
-# For builds that repeat to the byte pin its digest too, as your registry shows it
+# For builds on the same base each time pin its digest too, as your registry shows it
 # (`docker buildx imagetools inspect python:3.11-slim-bookworm`):
 #   --build-arg BASE=python:3.11-slim-bookworm@sha256:...
 ARG BASE=python:3.11-slim-bookworm
