@@ -114,7 +114,9 @@ def test_the_wheel_can_be_built_from_what_enters_the_build():
     packages = hatch["build"]["targets"]["wheel"]["packages"]
     needed = ["pyproject.toml", "constraints.txt", project["readme"], *project["license-files"]]
     hook = hatch["build"]["targets"]["wheel"]["hooks"]["custom"]["path"]
-    needed += [hook, "server/vqserve_server/search/native/scan.c"]
+    sources = [str(path.relative_to(ROOT)) for path in (ROOT / "server").rglob("*.c")]
+    assert sources
+    needed += [hook, *sources]
     needed += [hatch["version"]["path"], *(f"{package}/__init__.py" for package in packages)]
     needed.append("server/vqserve_server/assets/demo.safetensors")
     assert [path for path in needed if not kept(path)] == []
@@ -131,7 +133,7 @@ def test_the_wheel_can_be_built_from_what_enters_the_build():
         "server.key",
         "out/demo.png",
         # Compiled here, for this machine: the image compiles its own.
-        "server/vqserve_server/search/native/libscan.so",
+        "server/vqserve_server/search/native/compiled.so",
         "server/vqserve_server/__pycache__/cli.cpython-311.pyc",
         "proto/stale.pyc",
     ],
