@@ -12,7 +12,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 # One install for every target: the stamp is remade when what it installs or compiles changes.
-COMPILED := hatch_build.py server/vqserve_server/search/native/scan.c
+COMPILED := hatch_build.py $(wildcard server/vqserve_server/search/native/*.[ch])
 $(VENV)/.installed: pyproject.toml constraints.txt $(COMPILED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vqserve needs Python 3.11 or later: make PYTHON=python3.11")'
 	$(PYTHON) -m venv --clear $(VENV)
@@ -84,4 +84,4 @@ IMAGE_LABELS = --build-arg VERSION=$(shell sed -n 's/^__version__ = "\(.*\)"/\1/
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(PROTO_VENV) build dist out
-	rm -f server/vqserve_server/search/native/libscan.so
+	rm -f server/vqserve_server/search/native/libsearch.so

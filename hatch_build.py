@@ -16,7 +16,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 _FOLDER = Path("server/vqserve_server/search/native")
-_LIBRARY = _FOLDER / "libscan.so"
+_LIBRARY = _FOLDER / "libsearch.so"
 _COMMON = [
     "-O3",
     "-std=c11",
@@ -24,9 +24,10 @@ _COMMON = [
     "-Wextra",
     "-fPIC",
     "-fvisibility=hidden",
-    "-ffp-contract=fast",
+    "-ffp-contract=on",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-pthread",
 ]
 
 # machine -> (zig target, wheel platform, {symbol suffix: flags}). The suffixes are those of native/library.py.
@@ -59,9 +60,12 @@ class CompileSearch(BuildHookInterface[Any]):
         triple, wheel_platform, levels = target
         root = Path(self.root)
         with tempfile.TemporaryDirectory() as scratch:
-            objects = [self._compile(root, triple, level, flags, Path(scratch)) for level, flags in levels.items()]
-            library = Path(scratch) / "libscan.so"
-            self._zig("-target", triple, "-shared", "-s", "-o", str(library), *objects, "-lm")
+            objects = [self._compile(root, triple, "pool.c", [], Path(scratch) / "pool.o")]
+            for level, flags in levels.items():
+                own = [*flags.split(), f"-DLEVEL={level}"]
+                objects.append(self._compile(root, triple, "search.c", own, Path(scratch) / f"{level}.o"))
+            library = Path(scratch) / "libsearch.so"
+            self._zig("-target", triple, "-shared", "-s", "-pthread", "-o", str(library), *objects, "-lm")
             # A process that has the old library mapped keeps it.
             library.chmod(0o755)
             (root / _LIBRARY).unlink(missing_ok=True)
@@ -70,10 +74,9 @@ class CompileSearch(BuildHookInterface[Any]):
         build_data["tag"] = f"py3-none-{wheel_platform}"
         build_data["artifacts"].append(str(_LIBRARY))
 
-    def _compile(self, root: Path, triple: str, level: str, flags: str, scratch: Path) -> str:
-        target = scratch / f"{level}.o"
-        source = root / _FOLDER / "scan.c"
-        self._zig("-target", triple, *_COMMON, *flags.split(), f"-DLEVEL={level}", "-c", str(source), "-o", str(target))
+    def _compile(self, root: Path, triple: str, name: str, flags: list[str], target: Path) -> str:
+        source = root / _FOLDER / name
+        self._zig("-target", triple, *_COMMON, *flags, "-c", str(source), "-o", str(target))
         return str(target)
 
     def _zig(self, *arguments: str) -> None:

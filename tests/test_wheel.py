@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ["vqserve", "vqserve_client", "vqserve_server"]
 PLATFORMS = {"x86_64": "manylinux_2_28_x86_64", "aarch64": "manylinux_2_28_aarch64"}
 COMPILED = PLATFORMS.get(platform.machine()) if sys.platform == "linux" else None
-LIBRARY = "vqserve_server/search/native/libscan.so"
+LIBRARY = "vqserve_server/search/native/libsearch.so"
 DIST_INFO = f"vqserve-{vqserve.__version__}.dist-info"
 
 # pip fetches the build requirements, a C compiler of 100 MB among them: about 40 s once for this file.
@@ -77,7 +77,7 @@ def test_it_holds_every_file_of_the_sources(names):
         "vqserve_server/assets/README.md",
         "vqserve_server/assets/demo.png",
         "vqserve_server/assets/demo.safetensors",
-        "vqserve_server/search/native/scan.c",
+        "vqserve_server/search/native/search.c",
         f"{DIST_INFO}/licenses/LICENSE",
     ],
 )
@@ -107,4 +107,4 @@ def test_its_metadata(wheel):
 def test_its_library_loads(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         library = ctypes.CDLL(archive.extract(LIBRARY, tmp_path))
-    assert library.vq_scan_default
+    assert library.vq_search_default

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -72,17 +73,71 @@ def test_rows_far_beyond_the_codes(magnitude):
     assert torch.equal(native(codes).search(rows), reference(codes).search(rows))
 
 
-def test_a_lattice_is_settled_without_the_arbiter():
+def refuse():
+    raise AssertionError("rows were left to the fallback")
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_lattice_is_settled_in_compiled_code(level, dtype):
     axis = torch.arange(8, dtype=torch.float32)
     codes = torch.cartesian_prod(axis, axis, axis)
     # Centres of cells are as near to eight codes, outside to four or two; only the last corner is near to one.
-    rows = codes + 0.5
-    searcher = native(codes)
-    searcher._arbiter = None
+    rows = codes.to(dtype) + 0.5
+    searcher = NativeSearcher(codes, None, Objective.L2, fallback=refuse, level=level)
     counts = SearchCounts()
     winners = searcher.search(rows, counts)
     assert torch.equal(winners, reference(codes).search(rows))
     assert counts == SearchCounts(rows=512, rechecked=511, arbitrated=511)
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("d", [3, 40])
+def test_float64_rows_a_hair_from_the_middle_are_settled_in_compiled_code(level, d):
+    g = torch.Generator().manual_seed(d)
+    codes = torch.randint(1, 17, (300, d), generator=g).float()
+    # Midpoints of neighbours, exact in float64, and the numbers beside them: a difference that only products of twice
+    # float64's precision show.
+    middle = (codes[:-1].double() + codes[1:].double()) / 2
+    above = torch.nextafter(middle, torch.full_like(middle, torch.inf))
+    rows = torch.cat([middle, above, middle * (1 + 2.0**-40)])
+    searcher = NativeSearcher(codes, None, Objective.L2, fallback=refuse, level=level)
+    assert torch.equal(searcher.search(rows), reference(codes).search(rows))
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 8, 9, 15])
+def test_few_rows_share_the_codes_among_threads(level, count):
+    g = torch.Generator().manual_seed(count)
+    codes = torch.round(torch.randn(40000, 96, generator=g) * 8) / 8
+    rows = (codes[:count] + codes[-count:]) / 2
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        got = native(codes, level=level).search(rows)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(got, reference(codes).search(rows))
+
+
+@pytest.mark.parametrize("level", levels())
+def test_boxes_of_boxes(level):
+    # More blocks than one group of groups of boxes holds, and a last group that is not full.
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randn(40001, 3, generator=g)
+    rows = torch.cat([torch.randn(500, 3, generator=g), torch.randn(20, 3, generator=g) * 100, codes[-50:]])
+    assert torch.equal(native(codes, level=level).search(rows), reference(codes).search(rows))
+
+
+def test_searches_at_once_do_not_mix():
+    g = torch.Generator().manual_seed(0)
+    books = [torch.randn(k, d, generator=g) for k, d in ((3000, 4), (2000, 64), (500, 16))]
+    work = [(native(codes), torch.randn(3000, codes.shape[1], generator=g)) for codes in books]
+    expected = [searcher.search(rows) for searcher, rows in work]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(10):
+            got = pool.map(lambda pair: pair[0].search(pair[1]), work * 2)
+            assert all(torch.equal(*pair) for pair in zip(got, expected * 2, strict=True))
 
 
 def test_rows_with_more_near_codes_than_it_keeps_go_to_the_fallback():

@@ -1,4 +1,4 @@
-"""The CPU's search in compiled code: scan.c, and what Python tells it."""
+"""The CPU's search in compiled code: search.c and its headers, and what Python tells them."""
 
 from vqserve_server.search.native.codebook import fits
 from vqserve_server.search.native.library import levels

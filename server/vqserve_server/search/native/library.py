@@ -12,21 +12,25 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_PATH = Path(__file__).with_name("libscan.so")
+_PATH = Path(__file__).with_name("libsearch.so")
 
 
 class CodebookStruct(ctypes.Structure):
-    """A prepared codebook; scan.c says what the fields are."""
+    """A prepared codebook; layout.h says what the fields are."""
 
     _fields_ = (
         ("num_codes", ctypes.c_int64),
         ("dim", ctypes.c_int64),
-        ("steps", ctypes.c_int64),
+        ("vectors", ctypes.c_int64),
+        ("panels", ctypes.c_int64),
         ("block", ctypes.c_int64),
-        ("panels", ctypes.c_void_p),
+        ("panel", ctypes.c_void_p),
         ("error_slope", ctypes.c_void_p),
         ("error_base", ctypes.c_void_p),
+        ("box_groups", ctypes.c_int64),
         ("boxes", ctypes.c_void_p),
+        ("outer_groups", ctypes.c_int64),
+        ("outer", ctypes.c_void_p),
         ("scale", ctypes.c_float),
         ("longest_row", ctypes.c_float),
         ("codes", ctypes.c_void_p),
@@ -38,54 +42,58 @@ class CodebookStruct(ctypes.Structure):
     )
 
 
-class RowsStruct(ctypes.Structure):
-    """The rows of one call; scan.c says what the fields are."""
-
-    _fields_ = (
-        ("count", ctypes.c_int64),
-        ("narrow", ctypes.c_void_p),
-        ("wide", ctypes.c_void_p),
-        ("order", ctypes.c_void_p),
-        ("home", ctypes.c_void_p),
-        ("winner", ctypes.c_void_p),
-    )
-
-
-class OpenStruct(ctypes.Structure):
-    """What one call leaves undecided; scan.c says what the fields are."""
-
-    _fields_ = (
-        ("capacity", ctypes.c_int64),
-        ("pairs", ctypes.c_int64),
-        ("pair_row", ctypes.c_void_p),
-        ("pair_code", ctypes.c_void_p),
-        ("rescan_row", ctypes.c_void_p),
-        ("rescans", ctypes.c_int64),
-        ("rechecked", ctypes.c_int64),
-        ("expanded", ctypes.c_int64),
-    )
-
-
 class Library:
     """The functions for one instruction set."""
 
     def __init__(self, library: ctypes.CDLL, level: str) -> None:
-        self.level = level
-        self._scan = getattr(library, f"vq_scan_{level}")
-        self._scan.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-        self._scan.restype = ctypes.c_int64
-        panel_width = getattr(library, f"vq_panel_width_{level}")
-        panel_width.restype = ctypes.c_int64
-        self.panel_width: int = panel_width()
+        self._search = getattr(library, f"vq_search_{level}")
+        self._search.argtypes = (
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_int32,
+            ctypes.c_int64,
+            ctypes.c_int32,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+        )
+        self._search.restype = ctypes.c_int64
+        self._panel_vectors = getattr(library, f"vq_panel_vectors_{level}")
+        self._panel_vectors.restype = ctypes.c_int64
+        lanes = getattr(library, f"vq_lanes_{level}")
+        lanes.restype = ctypes.c_int64
+        self.lanes: int = lanes()
 
-    def scan(self, book: CodebookStruct, rows: RowsStruct, left_open: OpenStruct) -> None:
-        """Search; without the interpreter's lock.
+    def panel_vectors(self, *, is_boxed: bool) -> int:
+        """Return how many vectors of codes a panel has."""
+        vectors: int = self._panel_vectors(int(is_boxed))
+        return vectors
+
+    def search(
+        self, book: CodebookStruct, rows: torch.Tensor, winners: torch.Tensor, counts: ctypes.Array[ctypes.c_int64]
+    ) -> int:
+        """Search, without the interpreter's lock, and return how many winners are left undecided, as -1.
+
+        Args:
+            book: a prepared codebook.
+            rows: (n, dim) float32 or float64 on the CPU, contiguous.
+            winners: (n,) int64, contiguous.
+            counts: two numbers to add to: rows looked at twice, and rows that float64 left open.
 
         Raises:
             MemoryError: there is none for a few rows.
         """
-        if self._scan(ctypes.byref(book), ctypes.byref(rows), ctypes.byref(left_open)):
+        undecided: int = self._search(
+            ctypes.addressof(book),
+            rows.data_ptr(),
+            rows.dtype == torch.float64,
+            rows.shape[0],
+            torch.get_num_threads(),
+            winners.data_ptr(),
+            ctypes.addressof(counts),
+        )
+        if undecided < 0:
             raise MemoryError("no memory for a search")
+        return undecided
 
 
 @functools.cache
