@@ -8,7 +8,15 @@ from typing import Any
 
 from vqserve import payload
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import Layout, channel_axis, grid_shape, latents_shape, parse_layout, resolve_layout
+from vqserve.layout import (
+    Layout,
+    channel_axis,
+    grid_shape,
+    latents_shape,
+    parse_layout,
+    resolve_layout,
+    wrong_channels,
+)
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client.arrays import Array, Given, handed_back, index_store, latent_store, store
 from vqserve_client.catalogue import WIRE_OF_LAYOUT
@@ -140,12 +148,8 @@ class EncodeCall(ArrayCall):
             layout = resolve_layout(len(shape), self.asked.layout, self.info.layout)
         except ValueError as error:
             raise self._refusal(str(error)) from None
-        channels = shape[channel_axis(layout)]
-        if channels != self.info.input_dim:
-            raise self._refusal(
-                f"latents of shape {shape} have {channels} channels ({layout}), "
-                f"the codebook takes {self.info.input_dim}"
-            )
+        if shape[channel_axis(layout)] != self.info.input_dim:
+            raise self._refusal(wrong_channels(shape, layout, self.info.input_dim))
         return grid_shape(shape, layout), layout
 
     def _row_bytes(self) -> tuple[int, int]:

@@ -112,6 +112,18 @@ def test_many_and_what_there_is(book, quantizer, latents):
         ("encode", torch.zeros(2, 6).to_sparse(), {}, TypeError, "dense torch tensor"),
         ("encode", np.zeros((2, 6), np.int32), {}, ValueError, "int32"),
         ("encode", np.zeros((2, 7), np.float32), {}, ValueError, "7 channels"),
+        ("encode", np.zeros((2, 8, 8, 6), np.float32), {}, ValueError, r'6: should it be layout="channels_last"\?'),
+        (
+            "encode",
+            np.zeros((2, 6, 8), np.float32),
+            {"layout": "channels_last"},
+            ValueError,
+            r'6: should it be layout="channels_first"\?',
+        ),
+        ("encode", torch.zeros(2, 6, 8), {}, ValueError, r'6: should it be layout="channels_first"\?'),
+        # Two axes have one layout only, and a guess that would not fit either is none.
+        ("encode", np.zeros((6, 8), np.float32), {}, ValueError, "takes 6(?!:)"),
+        ("encode", np.zeros((2, 8, 7), np.float32), {}, ValueError, "takes 6(?!:)"),
         ("encode", np.full((1, 6), np.nan, np.float32), {}, ValueError, r"latents\[0, 0\] is nan"),
         ("encode", np.zeros((2, 6), np.float32), {"layout": "nchw"}, ValueError, "nchw"),
         ("encode", np.zeros((2, 6), np.float32), {"codebook": "none"}, LookupError, "'none'"),
