@@ -8,6 +8,7 @@ from typing import Any
 
 from vqserve import payload
 from vqserve.codebook_info import CodebookInfo
+from vqserve.latent_dtype import latent_dtype_name
 from vqserve.layout import (
     Layout,
     channel_axis,
@@ -40,7 +41,7 @@ class Options:
     output: int = pb.DECODE_OUTPUT_LATENTS
 
 
-def options(*, layout: str | None = None, dtype: str = "float32", output: str = "latents") -> Options:
+def options(*, layout: str | None = None, dtype: Any = "float32", output: str = "latents") -> Options:
     """Return the options of a call.
 
     Raises:
@@ -48,12 +49,8 @@ def options(*, layout: str | None = None, dtype: str = "float32", output: str = 
     """
     if output not in _OUTPUTS:
         raise InvalidArgument(f"output must be 'latents' or 'code_rows', not {output!r}")
-    known = {payload.dtype_name(number): number for number in sorted(payload.LATENT_DTYPES)}
-    if not isinstance(dtype, str) or dtype not in known:
-        names = ", ".join(repr(name) for name in known)
-        raise InvalidArgument(f"dtype must be one of {names}, not {dtype!r}")
     try:
-        return Options(parse_layout(layout), known[dtype], _OUTPUTS[output])
+        return Options(parse_layout(layout), payload.dtype_of_name(latent_dtype_name(dtype)), _OUTPUTS[output])
     except ValueError as error:
         raise InvalidArgument(str(error)) from None
 

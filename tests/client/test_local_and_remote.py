@@ -91,6 +91,44 @@ def test_decode(book, quantizer, output, dtype):
 
 
 @everywhere
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (np.float16, "float16"),
+        (np.float64, "float64"),
+        (np.dtype(np.float32), "float32"),
+        (np.arange(2.0).dtype, "float64"),
+        (torch.float16, "float16"),
+        (torch.float64, "float64"),
+        (torch.bfloat16, "bfloat16"),
+    ],
+)
+def test_a_dtype_may_be_numpy_s_or_torch_s(book, dtype, name):
+    indices = torch.arange(300)
+    for array in (indices, indices.numpy()):
+        expected = book.decode(array, dtype=name)
+        for decoded in (book.decode(array, dtype=dtype), *book.decode_many([array], dtype=dtype)):
+            assert decoded.dtype == expected.dtype
+            assert (decoded == expected).all()
+
+
+@everywhere
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *("int8", "FLOAT32", None, 16, float, object, np.int8, np.floating, np.longdouble, np.dtype("V4"), torch.int64),
+        # Answers are of this machine's byte order.
+        np.dtype(np.float32).newbyteorder(),
+    ],
+    ids=str,
+)
+def test_other_dtypes_are_refused_by_name(book, dtype):
+    names = "'float32', 'float16', 'float64', 'bfloat16'"
+    with pytest.raises(ValueError, match=f"dtype must be one of {names} or numpy's or torch's type of that name, not"):
+        book.decode(np.arange(3), dtype=dtype)
+
+
+@everywhere
 def test_many_and_what_there_is(book, quantizer, latents):
     (info,) = book.codebooks()
     assert (info.name, info.input_dim, info.output_dim) == ("book", 6, 5)
