@@ -29,7 +29,11 @@ def add_train_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the codebook file to write")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
-    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+    parser.add_argument(
+        "--quiet",
+        action="store_true",
+        help="show no progress (else a bar on a terminal, a line now and then elsewhere)",
+    )
     parser.add_argument(
         "--layout",
         choices=[str(layout) for layout in Layout],
