@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vqserve_server.codebooks import SUFFIX, load_codebook
+from vqserve_server.codebook_path import SUFFIX
+from vqserve_server.codebooks import load_codebook
 from vqserve_server.config import RpcConfig, ServeConfig
 from vqserve_server.engine import Engine
 from vqserve_server.errors import VqserveError

@@ -191,7 +191,7 @@ def test_version(run_vqserved: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["serve"], ["import", "x", "-o", "y"], ["inspect", "x"], ["train", "x", "-o", "y"]]
+    "command", [["serve"], ["import", "x", "-o", "y"], ["inspect", "x"], ["train", "x", "-o", "y.safetensors"]]
 )
 def test_without_the_extra_it_says_what_to_install(command: list[str]) -> None:
     result = subprocess.run(

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vqserve_server.codebook_path import new_codebook_path
 from vqserve_server.codebooks.arguments import check_unknown_index
 from vqserve_server.codebooks.codebook_file import check_folder, load_codebook, save_codebook
 from vqserve_server.codebooks.importer import METRICS, Import, import_checkpoint
@@ -26,7 +27,14 @@ def add_import_parser(subparsers: Subparsers) -> None:
         description="Make a codebook file from a foreign checkpoint or a bare array, without running anything in it.",
     )
     parser.add_argument("source", type=Path, metavar="SRC", help=".npy, .npz, .safetensors or a torch file")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the codebook file to write")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=new_codebook_path,
+        required=True,
+        metavar="OUT.safetensors",
+        help="the codebook file to write; its name must end so",
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--key", help="name of the array that is the codebook, (K, D)")
     where.add_argument("--prefix", help="where the quantizer's state dict is in the checkpoint, as regularization.")
