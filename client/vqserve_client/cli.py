@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (VqserveClientError, FileError, TypeError, ValueError, OSError, MemoryError) as error:
-        print(f"vqserve: {_one_line(error)}", file=sys.stderr)
+        print(f"vqserve: error: {_one_line(error)}", file=sys.stderr)
         return 1
 
 
