@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,7 +59,7 @@ def add_inspect_parser(subparsers: Subparsers) -> None:
         "inspect", help="describe a codebook file", description="Describe a codebook file: what it is and how it looks."
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="a codebook file")
-    parser.add_argument("--json", action="store_true", help="write one JSON object")
+    parser.add_argument("--json", action="store_true", help="write one JSON object, with nothing cut")
     parser.set_defaults(run=run_inspect)
 
 
@@ -94,7 +95,8 @@ def run_inspect(args: argparse.Namespace) -> int:
         CodebookFileError: the file is no codebook.
     """
     report = inspect(load_codebook(args.file))
-    sys.stdout.write(f"{json.dumps(report.as_dict())}\n" if args.json else report.as_text())
+    columns = shutil.get_terminal_size(fallback=(120, 0)).columns
+    sys.stdout.write(f"{json.dumps(report.as_dict())}\n" if args.json else report.as_text(columns))
     return 0
 
 
