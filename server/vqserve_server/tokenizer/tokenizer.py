@@ -30,8 +30,9 @@ ArrayOrTensor = TypeVar("ArrayOrTensor", npt.NDArray[Any], Tensor)
 class Tokenizer:
     """A codebook ready to serve, with the methods of `vqserve_client.Client`: local and remote swap by one line.
 
-    Later changes of the quantizer that it was made from have no effect. Safe for use by many threads. The options
-    `codebook`, `digest` and `timeout` are a client's: the first two are held against `info`, the last has no effect.
+    Later changes of the quantizer that it was made from have no effect. Safe for use by many threads. It pickles with
+    its tables, for a process that has the same device and search backend. The options `codebook`, `digest` and
+    `timeout` are a client's: the first two are held against `info`, the last has no effect.
 
     Attributes:
         info: what a client may know about the codebook.
