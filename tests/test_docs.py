@@ -5,16 +5,21 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shlex
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
+import torch
 from google.protobuf import json_format
 
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1.tokenizer_pb2_grpc import TokenizerServiceStub
-from vqserve_server.app import DEMO_PATH
+from vqserve_client.cli import main as vqserve
+from vqserve_server.app import DEMO_PATH, find_codebooks
+from vqserve_server.cli import main as vqserved
+from vqserve_server.codebooks import load_codebook
 from vqserve_server.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +90,16 @@ def target(demo, serving):
     return serving(demo).target
 
 
+COMMANDS = {"vqserve": vqserve, "vqserved": vqserved}
+
+
+def commands(page):
+    """Return the lines of a page's shell examples that run `vqserve` or `vqserved`, as lists of words."""
+    lines = [line for tag in ("", "sh") for body in examples(page, tag) for line in body.splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line for line in words if line and line[0] in COMMANDS]
+
+
 def run(source, target=""):
     """Run an example against a server and return its names."""
     names = {"__name__": "example"}
@@ -101,9 +116,78 @@ def test_the_readme_s_example(target, demo):
 
 
 def test_the_client_s_example(target, demo):
-    source = examples("docs/client.md", "python")[0]
-    names = run(source.replace('codebook="vqgan-f16"', f'codebook="{demo.name}"'), target)
+    [source] = examples("docs/client.md", "python")
+    names = run(source, target)
     assert (names["indices"] == demo.encode(names["latents"])).all()
+
+
+def test_the_client_s_example_in_process(demo, monkeypatch):
+    [source] = examples("docs/client.md", "python")
+    [line] = re.findall(r"`(with Tokenizer\.load\(.*\) as client:)`", prose(ROOT / "docs/client.md"))
+    monkeypatch.chdir(ROOT)
+    names = run("from vqserve_server import Tokenizer\n" + re.sub(r"with Client\(.*", line, source))
+    assert (names["indices"] == demo.encode(names["latents"])).all()
+
+
+def test_the_client_s_commands(target, demo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VQSERVE_TARGET", target)
+    latents = np.random.default_rng(0).standard_normal((2, demo.info.input_dim, 8, 8)).astype(np.float32)
+    np.save("latents.npy", latents)
+    for line in commands("docs/client.md"):
+        # The last but one is written over its own input.
+        assert COMMANDS[line[0]]([*line[1:], *(["--force"] if line[1] == "decode" else [])]) == 0
+    assert (np.load("indices.npy") == demo.encode(latents)).all()
+    assert (np.load("latents.npy") == demo.decode(demo.encode(latents), dtype="float16")).all()
+
+
+def test_the_readme_s_commands(serving, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("books").mkdir()
+    rng = np.random.default_rng(0)
+    np.save("codes.npy", rng.standard_normal((9, 4), dtype=np.float32))
+    np.save("latents.npy", rng.standard_normal((2, 4, 32, 32), dtype=np.float32))
+    server = None
+    for line in commands("README.md"):
+        if line[1] == "serve":
+            books = [Tokenizer.load(path, device="cpu") for path in find_codebooks(line[2:]).values()]
+            server = serving(*books)
+            monkeypatch.setenv("VQSERVE_TARGET", server.target)
+        else:
+            assert COMMANDS[line[0]]([*line[1:], *(["--steps=1"] if line[1] == "train" else [])]) == 0
+    assert sorted(book.name for book in books) == ["mine", "trained"]
+    assert (np.load("tokens.npy") == books[0].encode(np.load("latents.npy"))).all()
+
+
+@pytest.mark.parametrize("page", ["docs/codebooks.md", "docs/training.md"])
+def test_the_commands_that_make_codebooks(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    codes = rng.standard_normal((9, 4), dtype=np.float32)
+    np.save("codes.npy", codes)
+    np.savez("vqvae.npz", codebook=codes)
+    np.save("latents.npy", rng.standard_normal((10_000, 4), dtype=np.float32))
+    for name, prefix in (("last", "regularization."), ("vqgan", "quantize.")):
+        torch.save({"state_dict": {f"{prefix}embedding.weight": torch.from_numpy(codes)}}, f"{name}.ckpt")
+    for line in commands(page):
+        if line[1] == "serve":
+            assert find_codebooks(line[2:])
+        else:
+            quick = ["--steps=1", "--init=sample"] if line[1] == "train" else []
+            assert COMMANDS[line[0]]([*line[1:], *quick]) == 0
+            Tokenizer.load(line[line.index("-o") + 1], device="cpu")
+
+
+def test_the_codebooks_examples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_and_load, write = examples("docs/codebooks.md", "python")
+    names = run(save_and_load)
+    assert names["codebook"].digest == names["digest"]
+    assert names["codebook"].provenance == {"run": "2031-04-01"}
+    names = run(write)
+    codebook = load_codebook(tmp_path / "codes.safetensors")
+    assert codebook.digest == names["digest"]
+    assert (codebook.quantizer.code_rows().numpy() == names["codes"]).all()
 
 
 def test_the_wire_s_example(target, demo):

@@ -8,7 +8,16 @@ from typing import Any
 
 from vqserve import payload
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import Layout, channel_axis, grid_shape, latents_shape, parse_layout, resolve_layout
+from vqserve.latent_dtype import latent_dtype_name
+from vqserve.layout import (
+    Layout,
+    channel_axis,
+    grid_shape,
+    latents_shape,
+    parse_layout,
+    resolve_layout,
+    wrong_channels,
+)
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client.arrays import Array, Given, handed_back, index_store, latent_store, store
 from vqserve_client.catalogue import WIRE_OF_LAYOUT
@@ -32,7 +41,7 @@ class Options:
     output: int = pb.DECODE_OUTPUT_LATENTS
 
 
-def options(*, layout: str | None = None, dtype: str = "float32", output: str = "latents") -> Options:
+def options(*, layout: str | None = None, dtype: Any = "float32", output: str = "latents") -> Options:
     """Return the options of a call.
 
     Raises:
@@ -40,12 +49,8 @@ def options(*, layout: str | None = None, dtype: str = "float32", output: str = 
     """
     if output not in _OUTPUTS:
         raise InvalidArgument(f"output must be 'latents' or 'code_rows', not {output!r}")
-    known = {payload.dtype_name(number): number for number in sorted(payload.LATENT_DTYPES)}
-    if not isinstance(dtype, str) or dtype not in known:
-        names = ", ".join(repr(name) for name in known)
-        raise InvalidArgument(f"dtype must be one of {names}, not {dtype!r}")
     try:
-        return Options(parse_layout(layout), known[dtype], _OUTPUTS[output])
+        return Options(parse_layout(layout), payload.dtype_of_name(latent_dtype_name(dtype)), _OUTPUTS[output])
     except ValueError as error:
         raise InvalidArgument(str(error)) from None
 
@@ -140,12 +145,8 @@ class EncodeCall(ArrayCall):
             layout = resolve_layout(len(shape), self.asked.layout, self.info.layout)
         except ValueError as error:
             raise self._refusal(str(error)) from None
-        channels = shape[channel_axis(layout)]
-        if channels != self.info.input_dim:
-            raise self._refusal(
-                f"latents of shape {shape} have {channels} channels ({layout}), "
-                f"the codebook takes {self.info.input_dim}"
-            )
+        if shape[channel_axis(layout)] != self.info.input_dim:
+            raise self._refusal(wrong_channels(shape, layout, self.info.input_dim))
         return grid_shape(shape, layout), layout
 
     def _row_bytes(self) -> tuple[int, int]:

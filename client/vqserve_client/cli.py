@@ -16,6 +16,7 @@ from typing import Any
 
 from vqserve import __version__
 from vqserve.codebook_info import CodebookInfo
+from vqserve.latent_dtype import LATENT_DTYPES
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig, check_digest
 from vqserve_client.errors import VqserveClientError
@@ -23,7 +24,6 @@ from vqserve_client.npy import FileError
 from vqserve_client.retry import check_timeout
 from vqserve_client.transfer import Progress, Task, decode_file, encode_file
 
-_DTYPES = ("float32", "float16", "float64", "bfloat16")
 _LAYOUTS = ("channels_first", "channels_last")
 
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (VqserveClientError, FileError, TypeError, ValueError, OSError, MemoryError) as error:
-        print(f"vqserve: {_one_line(error)}", file=sys.stderr)
+        print(f"vqserve: error: {_one_line(error)}", file=sys.stderr)
         return 1
 
 
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (encode, decode):
         _add_files(command)
     decode.add_argument(
-        "--dtype", choices=_DTYPES, default="float32", help="of the latents (bfloat16 is stored as float32)"
+        "--dtype", choices=LATENT_DTYPES, default="float32", help="of the latents (bfloat16 is stored as float32)"
     )
     decode.add_argument("--output", choices=("latents", "code_rows"), default="latents", help="what to write")
 

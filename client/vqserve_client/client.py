@@ -91,7 +91,7 @@ class Client:
         indices: Any,
         *,
         layout: str | None = None,
-        dtype: str = "float32",
+        dtype: Any = "float32",
         output: str = "latents",
         codebook: str | None = None,
         digest: str | None = None,
@@ -102,7 +102,8 @@ class Client:
         Args:
             indices: integers of 1 to 4 axes, a numpy array or a torch tensor on any device.
             layout: as for encode.
-            dtype: "float32", "float16", "float64" or "bfloat16". numpy has no bfloat16: its values come as float32.
+            dtype: "float32", "float16", "float64" or "bfloat16", or numpy's or torch's type of that name. numpy has no
+                bfloat16: its values come as float32.
             output: "latents", or "code_rows" for the raw rows of the codebook.
             codebook: as for encode.
             digest: as for encode.
@@ -150,7 +151,7 @@ class Client:
         items: Iterable[Any],
         *,
         layout: str | None = None,
-        dtype: str = "float32",
+        dtype: Any = "float32",
         output: str = "latents",
         codebook: str | None = None,
         digest: str | None = None,

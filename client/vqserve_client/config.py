@@ -26,7 +26,7 @@ class ClientConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.target, str):
             raise TypeError(f"target must be a string such as 'localhost:50051', not {type(self.target).__name__}")
-        if not self.target or "://" in self.target.removeprefix("unix://"):
+        if not _is_target(self.target):
             raise ValueError(f"target must be HOST:PORT, such as 'localhost:50051', not {self.target!r}")
         check_name("codebook", self.codebook)
         check_digest(self.digest)
@@ -34,6 +34,14 @@ class ClientConfig:
         _check_integer("retries", self.retries, range(1 << 31))
         _check_integer("window", self.window, range(1, 1 << 31))
         _check_integer("max_message_bytes", self.max_message_bytes, _MESSAGE_BYTES)
+
+
+def _is_target(target: str) -> bool:
+    if target.startswith(("unix:", "unix-abstract:")):
+        return True
+    # gRPC would take port 443 where there is none, and one that is too large modulo 65536.
+    host, _, port = target.rpartition(":")
+    return host != "" and "://" not in host and port.isdecimal() and int(port) < 1 << 16
 
 
 def check_name(what: str, name: str | None) -> None:

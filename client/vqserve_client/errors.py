@@ -128,14 +128,14 @@ class DeadlineExceeded(VqserveClientError, TimeoutError):
     """The call did not end within its timeout."""
 
     default_code = "DEADLINE_EXCEEDED"
-    hint = "allow it more with timeout="
+    hint = "allow it more with timeout=; `vqserve status` tells whether the server serves"
 
 
 class Unavailable(VqserveClientError, ConnectionError):
     """The server cannot be reached or is stopping, at every retry."""
 
     default_code = "UNAVAILABLE"
-    hint = "is the server running, and is this its address?"
+    hint = "is the server running, and is this its address? `vqserved serve` starts one"
 
 
 class AccessDenied(VqserveClientError):

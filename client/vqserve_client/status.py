@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -51,6 +52,11 @@ ERROR_OF_CODE: Mapping[grpc.StatusCode, type[VqserveClientError]] = MappingProxy
 
 _LONGEST_TEXT = 2000
 
+# How gRPC's own texts begin where there is no connection. They differ from release to release; one that is not known
+# here is quoted as it is, like a server's.
+_NO_CONNECTION = re.compile(r"failed to connect to all addresses|errors resolving|DNS resolution failed")
+_LOST_CONNECTION = re.compile(r"Stream removed|Socket closed|recvmsg:|sendmsg:|GOAWAY received|ping timeout")
+
 # What is safe and useful to send again: nothing was computed, or computing it again gives the same answer.
 RETRIED: frozenset[type[VqserveClientError]] = frozenset({Overloaded, Unavailable})
 
@@ -73,6 +79,22 @@ class Failure:
         return None
 
     @property
+    def is_unsent(self) -> bool:
+        """Return whether no server was reached."""
+        return self.code is grpc.StatusCode.UNAVAILABLE and _NO_CONNECTION.match(self.details) is not None
+
+    @property
+    def text(self) -> str:
+        """Return what went wrong: a server's words as they are, gRPC's own about the connection in ours."""
+        if self.is_unsent:
+            return f"cannot connect to the server: {_cause(self.details)}"
+        if self.code is grpc.StatusCode.UNAVAILABLE and _LOST_CONNECTION.match(self.details):
+            return "the connection to the server was lost"
+        if self.code is grpc.StatusCode.DEADLINE_EXCEEDED and self.details == "Deadline Exceeded":
+            return "the server did not answer in time"
+        return _printable(self.details) or f"{self.code.name} without a text"
+
+    @property
     def error_class(self) -> type[VqserveClientError]:
         """Return the class of error that this failure is.
 
@@ -88,17 +110,30 @@ class Failure:
     def error(
         self, *, target: str, codebook: str | None, request_id: str, notes: Iterable[str] = ()
     ) -> VqserveClientError:
-        """Return the error to raise: the server's words, and notes of the client's own behind them."""
+        """Return the error to raise: what went wrong, and notes of the client's own behind it."""
         error = self.error_class(
-            "; ".join((_printable(self.details) or f"{self.code.name} without a text", *notes)),
+            "; ".join((self.text, *notes)),
             code=self.code.name,
             target=target,
             codebook=codebook,
-            request_id=self.metadata.get(REQUEST_ID_KEY, request_id),
+            # No log has a request that reached no server.
+            request_id=None if self.is_unsent else self.metadata.get(REQUEST_ID_KEY, request_id),
         )
         if isinstance(error, Overloaded):
             error.retry_after_s = self.retry_after_s
         return error
+
+
+def _cause(details: str) -> str:
+    """Return why there is no connection.
+
+    gRPC puts the system's reason last, behind states and addresses: "failed to connect to all addresses; last error:
+    UNKNOWN: ipv4:127.0.0.1:1: Failed to connect to remote host: connect: Connection refused (111)".
+    """
+    # The first frame of a gRPC server: another kind of server sends something else, or waits for more.
+    if "SETTINGS frame" in details:
+        return "what listens there does not speak gRPC"
+    return _printable(re.sub(r" \(\d+\)$", "", details.rstrip("]").rpartition(":")[2].strip()))
 
 
 def _printable(text: str) -> str:

@@ -60,6 +60,23 @@ def channel_axis(layout: Layout) -> int:
     return 1 if layout is Layout.CHANNELS_FIRST else -1
 
 
+def wrong_channels(shape: Sequence[int], layout: Layout, channels: int) -> str:
+    """Return what to tell whoever gave latents of this shape to a codebook of so many channels.
+
+    Args:
+        shape: of the latents, whose channel axis has another length than `channels`.
+        layout: how the shape was read.
+        channels: what the codebook takes.
+    """
+    found = shape[channel_axis(layout)]
+    text = f"latents of shape {tuple(shape)} have {found} channels in layout {layout}, the codebook takes {channels}"
+    other = Layout.CHANNELS_FIRST if layout is Layout.CHANNELS_LAST else Layout.CHANNELS_LAST
+    # Latents of two axes have their channels last.
+    if len(shape) > 2 and shape[channel_axis(other)] == channels:
+        return f'{text}: should it be layout="{other}"?'
+    return text
+
+
 def grid_shape(latents_shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
     """Return the shape without its channel axis: the shape of the indices."""
     shape = list(latents_shape)

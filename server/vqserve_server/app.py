@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vqserve_server.codebooks import SUFFIX, load_codebook
+from vqserve_server.codebook_path import SUFFIX
+from vqserve_server.codebooks import load_codebook
 from vqserve_server.config import RpcConfig, ServeConfig
 from vqserve_server.engine import Engine
 from vqserve_server.errors import VqserveError
@@ -98,9 +99,17 @@ def load_tokenizers(codebooks: dict[str, Path], config: ServeConfig) -> list[Tok
         tokenizer = Tokenizer(quantizer, name=name, device=config.device, search=config.search)
         tokenizer.encode_rows(np.ones((1, tokenizer.info.input_dim), np.float32))
         tokenizer.decode_rows(np.zeros(1, np.int64), output="latents")
-        logger.info("codebook %s: %s, %s", name, tokenizer.info, tokenizer.device)
+        logger.info("codebook %s", _line(tokenizer))
         tokenizers.append(tokenizer)
     return tokenizers
+
+
+def _line(tokenizer: Tokenizer) -> str:
+    info = tokenizer.info
+    return (
+        f"{info.name}: {info.kind}, {info.num_codes} x {info.code_dim}, search {tokenizer.search} on "
+        f"{tokenizer.device}, digest {info.digest[:12]}"
+    )
 
 
 def check_address(config: RpcConfig) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import Layout, channel_axis, parse_layout, resolve_layout
+from vqserve.layout import Layout, channel_axis, parse_layout, resolve_layout, wrong_channels
 from vqserve_server.errors import (
     DigestMismatch,
     IndexOutOfRange,
@@ -78,12 +78,8 @@ def check_latents(array: Shaped, layout: str | None, *, info: CodebookInfo) -> L
     """
     shape = tuple(array.shape)
     resolved = check_layout(len(shape), layout, info=info)
-    channels = shape[channel_axis(resolved)]
-    if channels != info.input_dim:
-        raise InvalidShape(
-            f"latents of shape {shape} have {channels} channels in layout {resolved}, "
-            f"the codebook takes {info.input_dim}"
-        )
+    if shape[channel_axis(resolved)] != info.input_dim:
+        raise InvalidShape(wrong_channels(shape, resolved, info.input_dim))
     # An empty axis lets the others be as large as they like: the reply would not be addressable.
     if math.prod(max(length, 1) for length in shape) > _MAX_ELEMENTS:
         raise InvalidShape(f"latents of shape {shape} are too large")

@@ -95,7 +95,7 @@ def test_an_existing_file_is_kept(vqserve, tiny, files):
 
 
 def one_line(err):
-    return err.startswith("vqserve: ") and err.count("\n") == 1 and err.endswith("\n")
+    return err.startswith("vqserve: error: ") and err.count("\n") == 1 and err.endswith("\n")
 
 
 def test_errors_are_one_line_and_leave_nothing_behind(vqserve, tiny, failing, files, tmp_path, latents):

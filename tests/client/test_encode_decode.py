@@ -208,7 +208,7 @@ def test_tensors_without_values(tiny, connect):
     [
         ({"layout": "nchw"}, "nchw"),
         ({"dtype": "int8"}, "int8"),
-        ({"dtype": np.float32}, "float32"),
+        ({"dtype": np.int8}, "int8"),
         ({"output": "codes"}, "codes"),
         ({"timeout": 0}, "above 0"),
         ({"timeout": float("nan")}, "above 0"),

@@ -90,5 +90,5 @@ def test_the_pages_python_runs(tiny, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
-        source = block.replace("localhost:50051", tiny.target).replace("vqgan-f16", "small")
+        source = block.replace("localhost:50051", tiny.target).replace('"demo"', '"small"')
         exec(compile(source, str(PAGE), "exec"), {})  # noqa: S102

@@ -83,6 +83,10 @@ def test_repr_says_closed():
         ({"digest": "0" * 63}, ValueError),
         ({"target": ""}, ValueError),
         ({"target": "http://host:1"}, ValueError),
+        ({"target": "host"}, ValueError),
+        ({"target": "host:http"}, ValueError),
+        ({"target": "host:70000"}, ValueError),
+        ({"target": ":50051"}, ValueError),
         ({"target": None}, TypeError),
     ],
 )
@@ -90,6 +94,12 @@ def test_repr_says_closed():
 def test_options_are_checked(kind, options, error):
     with pytest.raises(error, match=next(iter(options))):
         kind(**{"target": "localhost:1", **options})
+
+
+@pytest.mark.parametrize("target", ["host:1", "127.0.0.1:65535", "[::1]:50051", "unix:socket", "unix:///run/socket"])
+def test_targets_that_may_be(target):
+    with Client(target) as client:
+        assert client.target == target
 
 
 def test_options_are_keyword_only():

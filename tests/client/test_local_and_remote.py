@@ -91,6 +91,44 @@ def test_decode(book, quantizer, output, dtype):
 
 
 @everywhere
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (np.float16, "float16"),
+        (np.float64, "float64"),
+        (np.dtype(np.float32), "float32"),
+        (np.arange(2.0).dtype, "float64"),
+        (torch.float16, "float16"),
+        (torch.float64, "float64"),
+        (torch.bfloat16, "bfloat16"),
+    ],
+)
+def test_a_dtype_may_be_numpy_s_or_torch_s(book, dtype, name):
+    indices = torch.arange(300)
+    for array in (indices, indices.numpy()):
+        expected = book.decode(array, dtype=name)
+        for decoded in (book.decode(array, dtype=dtype), *book.decode_many([array], dtype=dtype)):
+            assert decoded.dtype == expected.dtype
+            assert (decoded == expected).all()
+
+
+@everywhere
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *("int8", "FLOAT32", None, 16, float, object, np.int8, np.floating, np.longdouble, np.dtype("V4"), torch.int64),
+        # Answers are of this machine's byte order.
+        np.dtype(np.float32).newbyteorder(),
+    ],
+    ids=str,
+)
+def test_other_dtypes_are_refused_by_name(book, dtype):
+    names = "'float32', 'float16', 'float64', 'bfloat16'"
+    with pytest.raises(ValueError, match=f"dtype must be one of {names} or numpy's or torch's type of that name, not"):
+        book.decode(np.arange(3), dtype=dtype)
+
+
+@everywhere
 def test_many_and_what_there_is(book, quantizer, latents):
     (info,) = book.codebooks()
     assert (info.name, info.input_dim, info.output_dim) == ("book", 6, 5)
@@ -112,6 +150,18 @@ def test_many_and_what_there_is(book, quantizer, latents):
         ("encode", torch.zeros(2, 6).to_sparse(), {}, TypeError, "dense torch tensor"),
         ("encode", np.zeros((2, 6), np.int32), {}, ValueError, "int32"),
         ("encode", np.zeros((2, 7), np.float32), {}, ValueError, "7 channels"),
+        ("encode", np.zeros((2, 8, 8, 6), np.float32), {}, ValueError, r'6: should it be layout="channels_last"\?'),
+        (
+            "encode",
+            np.zeros((2, 6, 8), np.float32),
+            {"layout": "channels_last"},
+            ValueError,
+            r'6: should it be layout="channels_first"\?',
+        ),
+        ("encode", torch.zeros(2, 6, 8), {}, ValueError, r'6: should it be layout="channels_first"\?'),
+        # Two axes have one layout only, and a guess that would not fit either is none.
+        ("encode", np.zeros((6, 8), np.float32), {}, ValueError, "takes 6(?!:)"),
+        ("encode", np.zeros((2, 8, 7), np.float32), {}, ValueError, "takes 6(?!:)"),
         ("encode", np.full((1, 6), np.nan, np.float32), {}, ValueError, r"latents\[0, 0\] is nan"),
         ("encode", np.zeros((2, 6), np.float32), {"layout": "nchw"}, ValueError, "nchw"),
         ("encode", np.zeros((2, 6), np.float32), {"codebook": "none"}, LookupError, "'none'"),

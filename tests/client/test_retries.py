@@ -89,7 +89,7 @@ def test_a_hint_that_makes_no_sense_is_none(tiny, connect, failing, latents, hin
 
 def test_a_server_that_hangs(tiny, connect, latents):
     tiny.gate.clear()
-    with pytest.raises(DeadlineExceeded) as caught:
+    with pytest.raises(DeadlineExceeded, match=r"^the server did not answer in time \(server") as caught:
         connect(tiny.target).encode(latents(2, 4), timeout=0.2)
     assert isinstance(caught.value, TimeoutError)
     # The server is told that nobody waits any more.
@@ -110,10 +110,51 @@ def test_no_timeout(tiny, connect, latents):
     assert tiny.timeouts[0] > 1e9
 
 
-def test_nobody_there(connect, latents):
-    with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1\b.*is the server running") as caught:
-        connect("127.0.0.1:1", retries=1).encode(latents(2, 4))
-    assert isinstance(caught.value, ConnectionError)
+@pytest.mark.parametrize(
+    ("target", "cause"),
+    [
+        ("127.0.0.1:1", "Connection refused"),
+        ("no host:50051", "Misformatted domain name"),
+        ("unix:///nowhere/socket", "No such file or directory"),
+    ],
+)
+def test_nobody_there(connect, latents, target, cause):
+    with pytest.raises(Unavailable) as caught:
+        connect(target, retries=1).encode(latents(2, 4))
+    error = caught.value
+    assert isinstance(error, ConnectionError)
+    assert str(error) == (
+        f"cannot connect to the server: {cause}; tried 2 times (server {target}): "
+        "is the server running, and is this its address? `vqserved serve` starts one"
+    )
+    # No log has a request that was never sent.
+    assert (error.code, error.target, error.request_id) == ("UNAVAILABLE", target, None)
+
+
+@pytest.mark.parametrize("words", [b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", b"SSH-2.0-OpenSSH\r\n"])
+def test_something_else_is_there(connect, latents, words):
+    with Stranger(words) as stranger, pytest.raises(Unavailable) as caught:
+        connect(stranger.target, retries=0).encode(latents(2, 4))
+    assert caught.value.message == "cannot connect to the server: what listens there does not speak gRPC"
+
+
+def test_a_connection_lost_under_a_request(tiny, connect, latents):
+    tiny.gate.clear()
+    with DroppingProxy(tiny.target, drops=0) as proxy:
+        client = connect(proxy.target, retries=0)
+        client.codebooks()
+        cut = threading.Thread(target=lambda: tiny.arrived.acquire() and proxy.cut())
+        cut.start()
+        with pytest.raises(Unavailable, match=r"^the connection to the server was lost \(server") as caught:
+            client.encode(latents(2, 4))
+        cut.join()
+    assert caught.value.request_id == tiny.request_ids[0]
+
+
+def test_the_server_s_own_reason_is_quoted(tiny, connect, failing, latents):
+    tiny.script.append(failing("UNAVAILABLE", "the device failed: out of luck"))
+    with pytest.raises(Unavailable, match=r"^the device failed: out of luck \(server"):
+        connect(tiny.target, retries=0).encode(latents(2, 4))
 
 
 def test_a_connection_dropped_under_a_request_is_retried(tiny, connect, latents):
@@ -147,6 +188,12 @@ class DroppingProxy:
         for thread in self._threads:
             thread.join()
 
+    def cut(self):
+        """End the connections that are open."""
+        for one in self._sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
     def _start(self, target, *arguments):
         thread = threading.Thread(target=target, args=arguments)
         self._threads.append(thread)
@@ -172,6 +219,34 @@ class DroppingProxy:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
                 sink.sendall(data)
+
+
+class Stranger:
+    """Listens, but is no gRPC server: says the same to everybody."""
+
+    def __init__(self, words: bytes) -> None:
+        self._words = words
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._thread = threading.Thread(target=self._accept)
+        self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                accepted, _ = self._listener.accept()
+                with accepted:
+                    accepted.recv(1 << 16)
+                    accepted.sendall(self._words)
 
 
 def test_unknown_codebooks_are_listed(serve_tiny, codes, connect, latents):

@@ -98,6 +98,16 @@ def test_a_folder_is_served_until_sigterm(vqserved: Callable[..., Any], folder: 
     assert "Traceback" not in log
 
 
+def test_the_log_says_what_is_served(vqserved: Callable[..., Any], folder: Path) -> None:
+    books = {name: Tokenizer.load(folder / f"{name}.safetensors", device="cpu") for name in ("large", "small")}
+    _, log = vqserved(folder, "--device", "cpu").stop(signal.SIGTERM)
+    told = [line.partition(": ")[2] for line in log.splitlines() if "codebook " in line]
+    assert told == [
+        f"codebook large: vq, 300 x 8, search {books['large'].search} on cpu, digest {books['large'].digest[:12]}",
+        f"codebook small: vq, 16 x 4, search {books['small'].search} on cpu, digest {books['small'].digest[:12]}",
+    ]
+
+
 def test_one_codebook_under_a_name_until_interrupted(vqserved: Callable[..., Any], folder: Path) -> None:
     daemon = vqserved(f"mine={folder / 'small.safetensors'}", VQSERVE_DEVICE="cpu", VQSERVE_TARGET="elsewhere:1")
     assert daemon.ready_line == f"vqserved: ready on {daemon.target}, 1 codebook, cpu\n"
@@ -191,7 +201,7 @@ def test_version(run_vqserved: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["serve"], ["import", "x", "-o", "y"], ["inspect", "x"], ["train", "x", "-o", "y"]]
+    "command", [["serve"], ["import", "x", "-o", "y"], ["inspect", "x"], ["train", "x", "-o", "y.safetensors"]]
 )
 def test_without_the_extra_it_says_what_to_install(command: list[str]) -> None:
     result = subprocess.run(

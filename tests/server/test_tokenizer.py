@@ -258,12 +258,12 @@ def test_shapes_and_options_are_checked(tokenizer):
         tokenizer.encode(torch.zeros(2, 6), layout="last")
     with pytest.raises(InvalidOption, match="layout"):
         tokenizer.decode(torch.zeros(2, dtype=torch.int64), layout="last")
-    with pytest.raises(InvalidOption, match="dtype must be one of float32"):
+    with pytest.raises(InvalidOption, match="dtype must be one of 'float32'"):
         tokenizer.decode(torch.zeros(2, dtype=torch.int64), dtype="float8")
     with pytest.raises(InvalidOption, match="output must be one of latents"):
         tokenizer.decode(torch.zeros(2, dtype=torch.int64), output="rows")
-    with pytest.raises(InvalidOption, match="dtype must be one of float32"):
-        tokenizer.decode(np.zeros(2, np.int64), dtype=np.float32)
+    with pytest.raises(InvalidOption, match="dtype must be one of 'float32'"):
+        tokenizer.decode(np.zeros(2, np.int64), dtype=np.int8)
     # A generator refuses them when it is made.
     with pytest.raises(InvalidOption, match="layout"):
         tokenizer.encode_many([], layout="last")

@@ -1,7 +1,6 @@
 """Codebook files and the quantizers in them (docs/codebooks.md)."""
 
 from vqserve_server.codebooks.codebook_file import (
-    SUFFIX,
     Codebook,
     check_folder,
     codebook_digest,
@@ -9,4 +8,4 @@ from vqserve_server.codebooks.codebook_file import (
     save_codebook,
 )
 
-__all__ = ["SUFFIX", "Codebook", "check_folder", "codebook_digest", "load_codebook", "save_codebook"]
+__all__ = ["Codebook", "check_folder", "codebook_digest", "load_codebook", "save_codebook"]

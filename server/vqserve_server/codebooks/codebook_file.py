@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from vqserve_server.codebook_path import SUFFIX
 from vqserve_server.codebooks.arguments import ARGUMENTS, ArgumentError, check_arguments
 from vqserve_server.codebooks.conversion import build, state_of
 from vqserve_server.codebooks.digest import canonical_json
@@ -20,7 +21,6 @@ from vqserve_server.codebooks.state import CodebookState, StateError, canonical_
 from vqserve_server.errors import CodebookError, CodebookFileError
 from vqserve_server.quantizers import AbstractQuantizer
 
-SUFFIX = ".safetensors"
 FORMAT_VERSION = "1"
 _PREFIX = "vqserve."
 _KEYS = ("format", "kind", "arguments", "digest", "provenance")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vqserve_server.codebook_path import new_codebook_path
 from vqserve_server.codebooks.arguments import check_unknown_index
 from vqserve_server.codebooks.codebook_file import check_folder, load_codebook, save_codebook
 from vqserve_server.codebooks.importer import METRICS, Import, import_checkpoint
@@ -26,7 +28,14 @@ def add_import_parser(subparsers: Subparsers) -> None:
         description="Make a codebook file from a foreign checkpoint or a bare array, without running anything in it.",
     )
     parser.add_argument("source", type=Path, metavar="SRC", help=".npy, .npz, .safetensors or a torch file")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the codebook file to write")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=new_codebook_path,
+        required=True,
+        metavar="OUT.safetensors",
+        help="the codebook file to write; its name must end so",
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--key", help="name of the array that is the codebook, (K, D)")
     where.add_argument("--prefix", help="where the quantizer's state dict is in the checkpoint, as regularization.")
@@ -50,7 +59,7 @@ def add_inspect_parser(subparsers: Subparsers) -> None:
         "inspect", help="describe a codebook file", description="Describe a codebook file: what it is and how it looks."
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="a codebook file")
-    parser.add_argument("--json", action="store_true", help="write one JSON object")
+    parser.add_argument("--json", action="store_true", help="write one JSON object, with nothing cut")
     parser.set_defaults(run=run_inspect)
 
 
@@ -86,7 +95,8 @@ def run_inspect(args: argparse.Namespace) -> int:
         CodebookFileError: the file is no codebook.
     """
     report = inspect(load_codebook(args.file))
-    sys.stdout.write(f"{json.dumps(report.as_dict())}\n" if args.json else report.as_text())
+    columns = shutil.get_terminal_size(fallback=(120, 0)).columns
+    sys.stdout.write(f"{json.dumps(report.as_dict())}\n" if args.json else report.as_text(columns))
     return 0
 
 

@@ -16,6 +16,9 @@ from vqserve_server.quantizers.frozen import freeze
 # Tokens a batch, on the EMA's average. A code that is met once in some hundred batches lies above.
 _DEAD_CLUSTER_SIZE = 0.01
 _ELEMENTS_PER_CHUNK = 1 << 22
+# The longest argument's name fits; a provenance's may be of any length.
+_NAME_COLUMNS = 32
+_LEAST_VALUE_COLUMNS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +72,8 @@ class Report:
         """Return plain data for JSON."""
         return asdict(self)
 
-    def as_text(self) -> str:
-        """Return lines for people."""
+    def as_text(self, columns: int = 120) -> str:
+        """Return lines for people; what the file says of itself is cut to so many columns, as_dict has all of it."""
         dead = "unknown" if self.dead_looking is None else f"{self.dead_looking} of {self.num_codes}"
         shown: list[tuple[str, object]] = [
             ("kind", self.kind),
@@ -82,11 +85,16 @@ class Report:
             ("duplicates", f"{self.duplicates} (codes equal to an earlier one)"),
             ("dead-looking", f"{dead} ({self.dead_looking_means})"),
             ("search", ", ".join(f"{backend} on {device}" for device, backend in self.search.items())),
+        ]
+        own = [
             *((f"argument {name}", value) for name, value in self.arguments.items()),
             *((f"provenance {name}", value) for name, value in self.provenance.items()),
         ]
-        width = max(len(name) for name, _ in shown)
-        return "".join(f"{printable(name):{width}}  {printable(str(value))}\n" for name, value in shown)
+        names = [_cut(printable(name), _NAME_COLUMNS) for name, _ in (*shown, *own)]
+        width = max(map(len, names))
+        left = max(columns - width - 2, _LEAST_VALUE_COLUMNS)
+        values = [*(str(value) for _, value in shown), *(_cut(printable(str(value)), left) for _, value in own)]
+        return "".join(f"{name:{width}}  {value}\n" for name, value in zip(names, values, strict=True))
 
 
 def inspect(codebook: Codebook) -> Report:
@@ -145,6 +153,10 @@ def _dead_looking(codebook: Codebook, codes: npt.NDArray[np.floating[Any]]) -> t
 def _chunks(codes: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
     step = max(1, _ELEMENTS_PER_CHUNK // codes.shape[1])
     return [codes[start : start + step] for start in range(0, codes.shape[0], step)]
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def printable(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers.abstract import AbstractQuantizer, project
 from vqserve_server.quantizers.dtypes import autocast_off
+from vqserve_server.quantizers.search_problem import SearchProblem
 from vqserve_server.search import Searcher
 
 Output = Literal["latents", "code_rows"]
@@ -19,7 +20,7 @@ Output = Literal["latents", "code_rows"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FrozenQuantizer:
-    """A searcher and tables on one device, made by `freeze`; safe for use by many threads.
+    """A searcher and tables on one device, made by `freeze`; safe for use by many threads, and pickles.
 
     Attributes:
         num_codes: K.
@@ -41,6 +42,8 @@ class FrozenQuantizer:
     weight_dtype: torch.dtype
     device: torch.device
     _searcher: Searcher
+    # What the searcher was made from, and holds as well: it cannot be pickled, so it is made anew.
+    _problem: SearchProblem
     _projection: tuple[Tensor, Tensor] | None
     # (K,) what is reported for a full id; None: the winner's index itself.
     _reported: Tensor | None
@@ -52,6 +55,12 @@ class FrozenQuantizer:
     def search_backend(self) -> str:
         """The name of the search backend."""
         return self._searcher.backend
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_searcher": self.search_backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _searcher=state["_problem"].prepare(state["_searcher"]))
 
     @torch.no_grad()
     def encode_rows(self, rows: Tensor) -> Tensor:
@@ -128,6 +137,7 @@ def freeze(quantizer: AbstractQuantizer, *, device: torch.device | str, search: 
             weight_dtype=source.weight_dtype,
             device=device,
             _searcher=problem.prepare(search),
+            _problem=problem,
             _projection=None if projection is None else (projection[0].to(device), projection[1].to(device)),
             _reported=reported,
             _code_rows=served_rows,

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from vqserve.latent_dtype import latent_dtype_name
 from vqserve.layout import Layout, parse_layout
 from vqserve_server.errors import InvalidOption
 
 Output = Literal["latents", "code_rows"]
 
 _OUTPUTS: dict[str, Output] = {"latents": "latents", "code_rows": "code_rows"}
-_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-}
 
 
 @dataclass(frozen=True)
@@ -30,17 +25,15 @@ class Options:
     output: Output = "latents"
 
 
-def options(*, layout: str | None = None, dtype: str = "float32", output: str = "latents") -> Options:
+def options(*, layout: str | None = None, dtype: Any = "float32", output: str = "latents") -> Options:
     """Return the options of a call.
 
     Raises:
         InvalidOption: a value is not one of an option's values.
     """
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise InvalidOption(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
     if output not in _OUTPUTS:
         raise InvalidOption(f"output must be one of {', '.join(_OUTPUTS)}, not {output!r}")
     try:
-        return Options(parse_layout(layout), _DTYPES[dtype], _OUTPUTS[output])
+        return Options(parse_layout(layout), getattr(torch, latent_dtype_name(dtype)), _OUTPUTS[output])
     except ValueError as error:
         raise InvalidOption(str(error)) from None

@@ -30,8 +30,9 @@ ArrayOrTensor = TypeVar("ArrayOrTensor", npt.NDArray[Any], Tensor)
 class Tokenizer:
     """A codebook ready to serve, with the methods of `vqserve_client.Client`: local and remote swap by one line.
 
-    Later changes of the quantizer that it was made from have no effect. Safe for use by many threads. The options
-    `codebook`, `digest` and `timeout` are a client's: the first two are held against `info`, the last has no effect.
+    Later changes of the quantizer that it was made from have no effect. Safe for use by many threads. It pickles with
+    its tables, for a process that has the same device and search backend. The options `codebook`, `digest` and
+    `timeout` are a client's: the first two are held against `info`, the last has no effect.
 
     Attributes:
         info: what a client may know about the codebook.
@@ -147,7 +148,7 @@ class Tokenizer:
         indices: ArrayOrTensor,
         *,
         layout: str | None = None,
-        dtype: str = "float32",
+        dtype: Any = "float32",
         output: str = "latents",
         codebook: str | None = None,
         digest: str | None = None,
@@ -158,8 +159,8 @@ class Tokenizer:
         Args:
             indices: any integers of 1 to 4 axes, in [0, decodable).
             layout: of the result, as in `encode`.
-            dtype: of the result: "float32", "float16", "float64" or "bfloat16", rounded once from the codebook's own
-                values. numpy has no bfloat16: float32 holds its values.
+            dtype: of the result: "float32", "float16", "float64" or "bfloat16", or numpy's or torch's type of that
+                name; rounded once from the codebook's own values. numpy has no bfloat16: float32 holds its values.
             output: "latents", which the decoder takes, or "code_rows", the codebook's rows before any projection.
             codebook: as in `encode`.
             digest: as in `encode`.
@@ -197,7 +198,7 @@ class Tokenizer:
         items: Iterable[ArrayOrTensor],
         *,
         layout: str | None = None,
-        dtype: str = "float32",
+        dtype: Any = "float32",
         output: str = "latents",
         codebook: str | None = None,
         digest: str | None = None,

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from vqserve_server.quantizers import AbstractQuantizer
 from vqserve_server.training.latent_rows import LatentRows
+from vqserve_server.training.progress import progress_of
 
 _ROWS_AT_ONCE = 1 << 16
 
@@ -39,17 +39,17 @@ def measure_quality(
         quantizer: on `device`.
         rows: finite latents, at least one.
         device: where to compute.
-        progress: show a bar on stderr.
+        progress: tell on stderr how far it is.
     """
     counts = np.zeros(quantizer.num_codes, np.int64)
     squares = 0.0
-    with tqdm(total=len(rows), desc="measuring", unit="row", disable=not progress, leave=False) as bar:
+    with progress_of("measuring", len(rows), "row", shown=progress) as told:
         for chunk in rows.chunks(_ROWS_AT_ONCE):
             latents = torch.from_numpy(chunk).to(device)
             ids = quantizer.encode(latents)
             squares += float((quantizer.decode(ids) - latents).double().square().sum())
             counts += np.bincount(ids.cpu().numpy(), minlength=quantizer.num_codes)
-            bar.update(len(chunk))
+            told.update(len(chunk))
     shares = counts[counts > 0] / len(rows)
     return Quality(
         mean_squared_error=squares / (len(rows) * rows.dim),

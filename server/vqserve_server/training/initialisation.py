@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from vqserve_server.errors import InvalidShape
 from vqserve_server.training.kmeans_plus_plus import draw_spread
 from vqserve_server.training.latent_rows import LatentRows
+from vqserve_server.training.progress import progress_of
 from vqserve_server.training.sampling import choose_weighted
 
 # So many rows for each code are looked at: more cost time and hardly change where the codes lie.
@@ -29,7 +29,7 @@ def initial_codes(
             from the nearest one chosen so far).
         rng: fixes the choice.
         device: computes the distances.
-        progress: show a bar on stderr.
+        progress: tell on stderr how far it is.
 
     Raises:
         InvalidShape: fewer rows, or fewer distinct rows, than codes.
@@ -46,6 +46,6 @@ def initial_codes(
     weights = counts.astype(np.float64)
     if method == "sample":
         return candidates[choose_weighted(weights, num_codes, rng)]
-    with tqdm(total=num_codes, desc="k-means++", unit="code", disable=not progress, leave=False) as bar:
+    with progress_of("k-means++", num_codes, "code", shown=progress) as told:
         points = torch.from_numpy(candidates).to(device)
-        return candidates[draw_spread(points, weights, num_codes, rng=rng, on_round=bar.update)]
+        return candidates[draw_spread(points, weights, num_codes, rng=rng, on_round=told.update)]

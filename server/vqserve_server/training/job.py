@@ -43,7 +43,7 @@ def train_file(
         options: how to train.
         layout: of the latents; None: channels first for 4 and 5 axes, last for 2 and 3.
         force: replace `out` where it exists.
-        progress: show bars on stderr.
+        progress: tell on stderr how far it is.
         notes: more to say about where the latents came from; kept with the codebook's provenance.
 
     Raises:

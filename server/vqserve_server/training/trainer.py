@@ -6,12 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vqserve_server.codebooks.device import select_device
 from vqserve_server.errors import InvalidOption
@@ -22,6 +20,7 @@ from vqserve_server.training.initialisation import initial_codes
 from vqserve_server.training.latent_rows import LatentRows
 from vqserve_server.training.learners import AdamLearner, EmaLearner, Learner
 from vqserve_server.training.options import TrainingOptions, TrainingPlan
+from vqserve_server.training.progress import Progress, progress_of
 from vqserve_server.training.reseeding import CodeUsage, draw_seeds
 from vqserve_server.training.sampling import shuffled_batches
 
@@ -55,7 +54,7 @@ def train(rows: LatentRows, options: TrainingOptions, *, progress: bool = False)
     Args:
         rows: the latents.
         options: how; the same options and rows give the same codebook, bit for bit, on one machine's CPU.
-        progress: show bars with loss and perplexity on stderr.
+        progress: tell on stderr how far it is, with loss and perplexity.
 
     Raises:
         NonFiniteLatents: the latents hold NaN or infinity; names the position.
@@ -91,7 +90,7 @@ def _run(
     num_codes = learner.quantizer.num_codes
     usage = CodeUsage(num_codes, device)
     codes_reseeded = 0
-    with tqdm(total=plan.steps, desc="training", unit="step", disable=not progress) as bar:
+    with progress_of("training", plan.steps, "step", shown=progress, is_main=True) as told:
         for step, positions in enumerate(shuffled_batches(len(rows), plan.batch_size, plan.steps, rng)):
             batch = torch.from_numpy(rows.take(positions)).to(device)
             z_q, ids, loss = learner.step(batch, step / plan.steps)
@@ -102,8 +101,8 @@ def _run(
                 learner.place(dead[: len(seeds)], seeds)
                 codes_reseeded += len(seeds)
             if progress and (step % _STEPS_PER_REPORT == 0 or step + 1 == plan.steps):
-                _report(bar, loss, ids, num_codes, codes_reseeded)
-            bar.update()
+                _report(told, loss, ids, num_codes, codes_reseeded)
+            told.update()
     return codes_reseeded
 
 
@@ -112,9 +111,9 @@ def _reseeds_after(step: int, plan: TrainingPlan) -> bool:
     return plan.reseed_every > 0 and done % plan.reseed_every == 0 and done <= _RESEED_SHARE * plan.steps
 
 
-def _report(bar: tqdm[NoReturn], loss: Tensor, ids: Tensor, num_codes: int, codes_reseeded: int) -> None:
+def _report(told: Progress, loss: Tensor, ids: Tensor, num_codes: int, codes_reseeded: int) -> None:
     perplexity, _ = measure_perplexity(ids, num_codes)
-    bar.set_postfix_str(f"loss {float(loss):.4g}, perplexity {float(perplexity):.1f}, reseeded {codes_reseeded}")
+    told.set_postfix_str(f"loss {float(loss):.4g}, perplexity {float(perplexity):.1f}, reseeded {codes_reseeded}")
 
 
 def _learner(codes: Tensor, rows: LatentRows, options: TrainingOptions, plan: TrainingPlan) -> Learner:

@@ -94,14 +94,27 @@ def test_a_bare_array_by_key(tmp_path, capsys, suffix):
 def test_among_several_arrays_none_is_guessed(tmp_path, capsys, suffix):
     arrays = {"a": CODES, "b": CODES + 1, "c": np.zeros(3)}
     source = write(tmp_path / f"c{suffix}", arrays)
-    err = fails(capsys, "by --key: a 10x4, b 10x4", "import", source, "-o", tmp_path / "o", "--metric", "l2")
+    err = fails(
+        capsys, "by --key: a 10x4, b 10x4", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2"
+    )
     assert "c 3" not in err
-    fails(capsys, "there is no array 'd'", "import", source, "-o", tmp_path / "o", "--metric", "l2", "--key", "d")
+    fails(
+        capsys,
+        "there is no array 'd'",
+        "import",
+        source,
+        "-o",
+        tmp_path / "o.safetensors",
+        "--metric",
+        "l2",
+        "--key",
+        "d",
+    )
     # One alone is not taken either: it could be anything.
     source = write(tmp_path / f"one{suffix}", {"a": CODES})
-    fails(capsys, "by --key: a 10x4", "import", source, "-o", tmp_path / "o", "--metric", "l2")
+    fails(capsys, "by --key: a 10x4", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
     source = write(tmp_path / f"none{suffix}", {"a": np.zeros(3)})
-    fails(capsys, "no array of two axes", "import", source, "-o", tmp_path / "o", "--metric", "l2")
+    fails(capsys, "no array of two axes", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
 
 
 def test_a_bare_tensor(tmp_path, capsys):
@@ -116,11 +129,11 @@ def test_a_bare_tensor(tmp_path, capsys):
 
 def test_the_metric_is_asked_for(tmp_path, capsys):
     source = write(tmp_path / "codes.npy", CODES)
-    err = fails(capsys, "does not say how it is searched", "import", source, "-o", tmp_path / "o")
+    err = fails(capsys, "does not say how it is searched", "import", source, "-o", tmp_path / "o.safetensors")
     assert "--metric l2" in err
     for metric in ("cosine", "dot"):
-        fails(capsys, "searched by l2 only", "import", source, "-o", tmp_path / "o", "--metric", metric)
-    assert not (tmp_path / "o").exists()
+        fails(capsys, "searched by l2 only", "import", source, "-o", tmp_path / "o.safetensors", "--metric", metric)
+    assert not (tmp_path / "o.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -142,13 +155,13 @@ def test_the_metric_is_asked_for(tmp_path, capsys):
 )
 def test_arrays_that_are_no_codebook(tmp_path, capsys, array, match):
     source = write(tmp_path / "codes.npy", array)
-    fails(capsys, match, "import", source, "-o", tmp_path / "o", "--metric", "l2")
+    fails(capsys, match, "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
 
 
 def test_an_empty_axis_is_no_codebook(tmp_path, capsys):
     source = write(tmp_path / "c.npz", {"a": np.zeros((3, 0), np.float32), "b": np.zeros((0, 3), np.float32)})
-    fails(capsys, "'e_dim' is 0", "import", source, "-o", tmp_path / "o", "--metric", "l2", "--key", "a")
-    fails(capsys, "'n_e' is 0", "import", source, "-o", tmp_path / "o", "--metric", "l2", "--key", "b")
+    fails(capsys, "'e_dim' is 0", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2", "--key", "a")
+    fails(capsys, "'n_e' is 0", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2", "--key", "b")
 
 
 @pytest.mark.parametrize(("dtype", "exactly"), [(np.float16, True), (np.float64, True), (">f4", True), (">f8", True)])
@@ -217,8 +230,8 @@ def test_legacy_names_of_weight_norm(tmp_path, capsys, make_quantizer):
     state = legacy_weight_norm_names({f"q.{name}": tensor for name, tensor in quantizer.state_dict().items()})
     assert "q.embedding.weight_g" in state
     source = write(tmp_path / "m.ckpt", state)
-    assert run(capsys, "import", source, "-o", tmp_path / "o", "--prefix", "q.")[0] == 0
-    assert load_codebook(tmp_path / "o").digest == codebook_digest(quantizer)
+    assert run(capsys, "import", source, "-o", tmp_path / "o.safetensors", "--prefix", "q.")[0] == 0
+    assert load_codebook(tmp_path / "o.safetensors").digest == codebook_digest(quantizer)
 
 
 @pytest.mark.parametrize("wrap", [("state_dict",), ("model",), ("model", "state_dict"), ("state_dict", "model")])
@@ -229,30 +242,30 @@ def test_wrappers_are_taken_off(tmp_path, capsys, make_quantizer, wrap):
         content = {name: content, "epoch": 3, "lr": [0.1], "optimizer": {"state": {0: {"step": torch.zeros(1)}}}}
     source = tmp_path / "m.ckpt"
     torch.save(content, source)
-    assert run(capsys, "import", source, "-o", tmp_path / "o")[0] == 0
-    assert load_codebook(tmp_path / "o").digest == codebook_digest(quantizer)
+    assert run(capsys, "import", source, "-o", tmp_path / "o.safetensors")[0] == 0
+    assert load_codebook(tmp_path / "o.safetensors").digest == codebook_digest(quantizer)
 
 
 def test_with_two_wrappers_the_names_keep_their_length(tmp_path, capsys, make_quantizer):
     state = make_quantizer("ema").state_dict()
     source = tmp_path / "m.ckpt"
     torch.save({"state_dict": state, "model": state}, source)
-    fails(capsys, "try --prefix model., state_dict.", "import", source, "-o", tmp_path / "o")
-    assert run(capsys, "import", source, "-o", tmp_path / "o", "--prefix", "model")[0] == 0
+    fails(capsys, "try --prefix model., state_dict.", "import", source, "-o", tmp_path / "o.safetensors")
+    assert run(capsys, "import", source, "-o", tmp_path / "o.safetensors", "--prefix", "model")[0] == 0
 
 
 def test_the_older_torch_format(tmp_path, capsys, make_quantizer):
     quantizer = make_quantizer("gumbel")
     source = tmp_path / "m.pt"
     torch.save(quantizer.state_dict(), source, _use_new_zipfile_serialization=False)
-    assert run(capsys, "import", source, "-o", tmp_path / "o")[0] == 0
-    assert load_codebook(tmp_path / "o").digest == codebook_digest(quantizer)
+    assert run(capsys, "import", source, "-o", tmp_path / "o.safetensors")[0] == 0
+    assert load_codebook(tmp_path / "o.safetensors").digest == codebook_digest(quantizer)
 
 
 def test_a_remap_may_be_of_any_integer_type(tmp_path, capsys):
     source = write(tmp_path / "m.npz", {"embedding.weight": CODES, "used": np.array([3, 1], np.int32)})
-    assert run(capsys, "import", source, "-o", tmp_path / "o", "--unknown-index", "7")[0] == 0
-    codebook = load_codebook(tmp_path / "o")
+    assert run(capsys, "import", source, "-o", tmp_path / "o.safetensors", "--unknown-index", "7")[0] == 0
+    codebook = load_codebook(tmp_path / "o.safetensors")
     assert codebook.quantizer.used.tolist() == [3, 1]
     assert codebook.quantizer.unknown_index == 7
 
@@ -282,8 +295,8 @@ def test_a_remap_may_be_of_any_integer_type(tmp_path, capsys):
 )
 def test_state_dicts_that_are_no_quantizers(tmp_path, capsys, state, args, match):
     source = write(tmp_path / "m.npz", state)
-    fails(capsys, match, "import", source, "-o", tmp_path / "o", *args)
-    assert not (tmp_path / "o").exists()
+    fails(capsys, match, "import", source, "-o", tmp_path / "o.safetensors", *args)
+    assert not (tmp_path / "o.safetensors").exists()
 
 
 def test_an_ambiguous_name_with_the_metric(tmp_path, capsys):
@@ -321,15 +334,17 @@ def test_no_pickle_is_run(tmp_path, capsys, suffix, how):
                 np.save(file, np.array([Evil(marker)], object))
             case "npz":
                 np.savez(file, a=np.array([Evil(marker)], object))
-    fails(capsys, "evil", "import", source, "-o", tmp_path / "o", "--metric", "l2", "--key", "a")
+    fails(capsys, "evil", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2", "--key", "a")
     assert not marker.exists()
-    assert not (tmp_path / "o").exists()
+    assert not (tmp_path / "o.safetensors").exists()
 
 
 def test_a_whole_pickled_model_gives_the_way_out(tmp_path, capsys):
     source = tmp_path / "whole.pt"
     torch.save(VectorQuantizer(3, 2), source)
-    err = fails(capsys, "torch.save(model.state_dict(), 'weights.pt')", "import", source, "-o", tmp_path / "o")
+    err = fails(
+        capsys, "torch.save(model.state_dict(), 'weights.pt')", "import", source, "-o", tmp_path / "o.safetensors"
+    )
     assert "VectorQuantizer" in err
 
 
@@ -342,13 +357,15 @@ def npy_header(shape, descr="<f4", version=1) -> bytes:
 def test_an_npy_header_that_lies(tmp_path, capsys, shape):
     source = tmp_path / "c.npy"
     source.write_bytes(npy_header(shape) + bytes(32))
-    fails(capsys, "and has 32", "import", source, "-o", tmp_path / "o", "--metric", "l2")
+    fails(capsys, "and has 32", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
 
 
 def test_an_npy_header_without_elements_and_with_an_endless_axis(tmp_path, capsys, recwarn):
     source = tmp_path / "c.npy"
     source.write_bytes(npy_header((0, 1 << 63)))
-    fails(capsys, "claims 0 bytes for shape (0, 9223372036854775808)", "import", source, "-o", tmp_path / "o")
+    fails(
+        capsys, "claims 0 bytes for shape (0, 9223372036854775808)", "import", source, "-o", tmp_path / "o.safetensors"
+    )
     assert not recwarn.list
 
 
@@ -371,12 +388,12 @@ def archive(path: Path, members: dict[str, bytes]) -> Path:
 )
 def test_npz_members_that_lie(tmp_path, capsys, data, match):
     source = archive(tmp_path / "c.npz", {"a.npy": data})
-    fails(capsys, match, "import", source, "-o", tmp_path / "o", "--metric", "l2", "--key", "a")
+    fails(capsys, match, "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2", "--key", "a")
 
 
 def test_an_npz_of_the_second_version(tmp_path, capsys):
     source = archive(tmp_path / "c.npz", {"a.npy": npy_header((2, 4), version=2) + bytes(32), "readme": b"x"})
-    assert run(capsys, "import", source, "-o", tmp_path / "o", "--metric", "l2", "--key", "a")[0] == 0
+    assert run(capsys, "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2", "--key", "a")[0] == 0
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt", ".npy"])
@@ -386,13 +403,15 @@ def test_arrays_beyond_the_limit_are_not_unpacked(tmp_path, capsys, monkeypatch,
     codes = np.zeros((100, 4), np.float32)
     source = write(tmp_path / f"c{suffix}", codes if suffix == ".npy" else {"a": codes})
     key = [] if suffix == ".npy" else ["--key", "a"]
-    fails(capsys, "1600 bytes, more than 1000", "import", source, "-o", tmp_path / "o", "--metric", "l2", *key)
+    fails(
+        capsys, "1600 bytes, more than 1000", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2", *key
+    )
 
 
 def test_a_tensor_of_zero_strides_cannot_claim_memory(tmp_path, capsys):
     source = tmp_path / "c.pt"
     torch.save({"a": torch.zeros(1, 1).expand(1 << 13, 1 << 13), "b": torch.zeros(3, 3).to_sparse()}, source)
-    args = ["import", source, "-o", tmp_path / "o", "--metric", "l2", "--key"]
+    args = ["import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2", "--key"]
     fails(capsys, "claims 268435456 bytes, more than the file has for it", *args, "a")
     fails(capsys, "not a dense tensor", *args, "b")
 
@@ -404,24 +423,24 @@ def test_noise_and_truncation(tmp_path, capsys, suffix):
     for data in (b"", b"\x00" * 50, b"noise" * 50, good[:-40], good[: len(good) // 2], good[:20]):
         source.write_bytes(data)
         key = [] if suffix == ".npy" else ["--key", "a"]
-        fails(capsys, "bad", "import", source, "-o", tmp_path / "o", "--metric", "l2", *key)
+        fails(capsys, "bad", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2", *key)
 
 
 def test_other_files(tmp_path, capsys):
-    fails(capsys, "no such file", "import", tmp_path / "none.pt", "-o", tmp_path / "o")
-    fails(capsys, "files of type '.h5' are not read", "import", tmp_path / "none.h5", "-o", tmp_path / "o")
+    fails(capsys, "no such file", "import", tmp_path / "none.pt", "-o", tmp_path / "o.safetensors")
+    fails(capsys, "files of type '.h5' are not read", "import", tmp_path / "none.h5", "-o", tmp_path / "o.safetensors")
     source = tmp_path / "list.pt"
     torch.save([torch.zeros(2, 2)], source)
-    fails(capsys, "holds a list", "import", source, "-o", tmp_path / "o")
+    fails(capsys, "holds a list", "import", source, "-o", tmp_path / "o.safetensors")
     source = tmp_path / "zip.npy"
     source.write_bytes(write(tmp_path / "z.npz", {"a": CODES}).read_bytes())
-    fails(capsys, "name it .npz", "import", source, "-o", tmp_path / "o", "--metric", "l2")
+    fails(capsys, "name it .npz", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
     codebook = tmp_path / "c.safetensors"
     save_codebook(VectorQuantizer(3, 2), codebook)
-    fails(capsys, "a codebook file of vqserve already", "import", codebook, "-o", tmp_path / "o")
+    fails(capsys, "a codebook file of vqserve already", "import", codebook, "-o", tmp_path / "o.safetensors")
     exotic = tmp_path / "f8.safetensors"
     save_file({"a": torch.zeros(2, 2).to(torch.float8_e4m3fn)}, exotic)
-    fails(capsys, "of type F8_E4M3", "import", exotic, "-o", tmp_path / "o", "--metric", "l2", "--key", "a")
+    fails(capsys, "of type F8_E4M3", "import", exotic, "-o", tmp_path / "o.safetensors", "--metric", "l2", "--key", "a")
 
 
 def test_an_empty_axis_beside_a_huge_one(tmp_path, capsys):
@@ -429,7 +448,9 @@ def test_an_empty_axis_beside_a_huge_one(tmp_path, capsys):
     header = json.dumps({"a": entry}).encode()
     source = tmp_path / "c.safetensors"
     source.write_bytes(struct.pack("<Q", len(header)) + header)
-    fails(capsys, "of shape (0, 46116", "import", source, "-o", tmp_path / "o", "--metric", "l2", "--key", "a")
+    fails(
+        capsys, "of shape (0, 46116", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2", "--key", "a"
+    )
 
 
 def test_lack_of_memory_is_told(tmp_path, monkeypatch):
@@ -455,7 +476,7 @@ def test_an_output_that_is_there_is_kept(tmp_path, capsys):
     load_codebook(out)
     missing = tmp_path / "no"
     error = f"there is no folder {missing}: make it first"
-    fails(capsys, error, "import", source, "-o", missing / "o", "--metric", "l2")
+    fails(capsys, error, "import", source, "-o", missing / "o.safetensors", "--metric", "l2")
 
 
 @pytest.mark.parametrize(
@@ -463,10 +484,10 @@ def test_an_output_that_is_there_is_kept(tmp_path, capsys):
     [
         ["import"],
         ["import", "x.npy"],
-        ["import", "x.npy", "-o", "o", "--metric", "l1"],
-        ["import", "x.npy", "-o", "o", "--key", "a", "--prefix", "b"],
-        ["import", "x.npy", "-o", "o", "--unknown-index", "last"],
-        ["import", "x.npy", "-o", "o", "--unknown-index", "-1"],
+        ["import", "x.npy", "-o", "o.safetensors", "--metric", "l1"],
+        ["import", "x.npy", "-o", "o.safetensors", "--key", "a", "--prefix", "b"],
+        ["import", "x.npy", "-o", "o.safetensors", "--unknown-index", "last"],
+        ["import", "x.npy", "-o", "o.safetensors", "--unknown-index", "-1"],
         ["inspect"],
         ["inspect", "a", "b"],
     ],
@@ -477,19 +498,38 @@ def test_wrong_usage(capsys, args):
     assert "usage: vqserved" in err
 
 
+@pytest.mark.parametrize("command", ["import", "train"])
+@pytest.mark.parametrize(
+    ("name", "better"),
+    [("book", "book.safetensors"), ("book.pt", "book.pt.safetensors"), ("v1.5", "v1.5.safetensors")],
+)
+def test_an_output_that_a_served_folder_would_pass_over_is_refused(tmp_path, capsys, command, name, better):
+    source = write(tmp_path / "c.npy", CODES)
+    more = ["--metric", "l2"] if command == "import" else ["--num-codes", "2", "--steps", "1"]
+    status, out, err = run(capsys, command, source, "-o", tmp_path / name, *more)
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1] == (
+        f"vqserved {command}: error: argument -o/--output: {name!r} must end in .safetensors, "
+        f"or a served folder leaves it out: name it {better!r}"
+    )
+    assert list(tmp_path.iterdir()) == [source]
+
+
 def test_a_long_list_is_cut_short(tmp_path, capsys):
     arrays = {f"layer{i}.weight": np.zeros((2, 2), np.float32) for i in range(30)}
     source = write(tmp_path / "m.npz", arrays)
-    fails(capsys, "and 18 more", "import", source, "-o", tmp_path / "o")
-    _, text, _ = run(capsys, "import", source, "-o", tmp_path / "o", "--key", "layer3.weight", "--metric", "l2")
+    fails(capsys, "and 18 more", "import", source, "-o", tmp_path / "o.safetensors")
+    _, text, _ = run(
+        capsys, "import", source, "-o", tmp_path / "o.safetensors", "--key", "layer3.weight", "--metric", "l2"
+    )
     assert text.count("left  ") == 21
     assert "left  and 9 more" in text
 
 
 def test_names_in_a_file_do_not_move_the_cursor(tmp_path, capsys):
     source = write(tmp_path / "m.pt", {"a\x1b[2Jb": CODES, "c\x1b[2J": CODES})
-    fails(capsys, "a\\x1b[2Jb 10x4", "import", source, "-o", tmp_path / "o")
-    _, text, _ = run(capsys, "import", source, "-o", tmp_path / "o", "--key", "a\x1b[2Jb", "--metric", "l2")
+    fails(capsys, "a\\x1b[2Jb 10x4", "import", source, "-o", tmp_path / "o.safetensors")
+    _, text, _ = run(capsys, "import", source, "-o", tmp_path / "o.safetensors", "--key", "a\x1b[2Jb", "--metric", "l2")
     assert "\x1b" not in text
 
 
@@ -508,17 +548,26 @@ def test_parsers_give_run():
     commands.add_import_parser(subparsers)
     commands.add_inspect_parser(subparsers)
     assert parser.parse_args(["inspect", "x"]).run is commands.run_inspect
-    assert parser.parse_args(["import", "x", "-o", "y"]).unknown_index == "random"
+    assert parser.parse_args(["import", "x", "-o", "y.safetensors"]).unknown_index == "random"
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
     source = tmp_path / "c.npy"
     np.save(source, np.zeros((3, 2), np.float32))
-    fails(capsys, "there is no folder", "import", source, "-o", tmp_path / "none" / "o", "--metric", "l2")
+    fails(capsys, "there is no folder", "import", source, "-o", tmp_path / "none" / "o.safetensors", "--metric", "l2")
 
 
 def test_a_folder_that_this_user_may_not_write_is_named(tmp_path, capsys, monkeypatch):
     source = write(tmp_path / "c.npy", CODES)
     # Root may write anywhere: only the answer is replaced.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    fails(capsys, f"cannot write into the folder {tmp_path}", "import", source, "-o", tmp_path / "o", "--metric", "l2")
+    fails(
+        capsys,
+        f"cannot write into the folder {tmp_path}",
+        "import",
+        source,
+        "-o",
+        tmp_path / "o.safetensors",
+        "--metric",
+        "l2",
+    )

@@ -85,6 +85,25 @@ def test_the_command(tmp_path, capsys):
     assert told["provenance"]["who"] == "a\x1b[2Jb\nc"
 
 
+def test_long_provenance_is_cut_to_a_line_each(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "c.safetensors"
+    provenance = {"options": {f"option {i}": i for i in range(99)}, "n" * 999: "x" * 999, "note": "short"}
+    save_codebook(VectorQuantizer(300, 3, loss_key="key" * 99), path, provenance=provenance)
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main(["inspect", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) == 100
+    names = ("provenance options ", "provenance nnn", "argument loss_key ")
+    assert [sum(line.startswith(name) and line.endswith("...") for line in lines) for name in names] == [1, 1, 1]
+    assert sum(line.startswith("provenance note ") and line.endswith(" short") for line in lines) == 1
+    # What vqserve says itself is whole, on a narrow terminal too.
+    monkeypatch.setenv("COLUMNS", "40")
+    assert cli.main(["inspect", str(path)]) == 0
+    assert load_codebook(path).digest in capsys.readouterr().out
+    assert cli.main(["inspect", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["provenance"] == provenance
+
+
 @pytest.mark.parametrize("content", [b"", b"noise" * 99])
 def test_no_codebook(tmp_path, capsys, content):
     path = tmp_path / "c.safetensors"

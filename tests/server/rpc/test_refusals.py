@@ -40,7 +40,7 @@ REFUSED_ENCODES: dict[str, tuple[dict[str, Any], grpc.StatusCode, str]] = {
     "wrong channels": (
         {"dtype": F32, "shape": [1, 4, 1, 1], "layout": pb.LAYOUT_CHANNELS_LAST, "latents": ONE},
         INVALID,
-        "have 1 channels in layout channels_last, the codebook takes 4",
+        'have 1 channels in layout channels_last, the codebook takes 4: should it be layout="channels_first"?',
     ),
     "no channels": ({"dtype": F32, "shape": [1, 0], "latents": b""}, INVALID, "have 0 channels"),
     "empty with wrong channels": ({"dtype": F32, "shape": [0, 3], "latents": b""}, INVALID, "have 3 channels"),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
+import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +49,6 @@ def test_makes_a_codebook_that_serves(
     assert float(figures["mean squared error"]) == pytest.approx(error, rel=1e-4)
     assert 1 < float(figures["perplexity"]) <= 16
     assert "used codes 16 of 16" in told.out
-    assert "loss" in told.err
-    assert "perplexity" in told.err
 
 
 def test_the_file_tells_where_it_comes_from(latents: Path, tmp_path: Path) -> None:
@@ -71,6 +73,39 @@ def test_the_same_seed_gives_the_same_bytes(latents: Path, tmp_path: Path, kind:
         assert train(latents, out, "--quiet", f"--kind={kind}", f"--seed={seed}") == 0
     assert one.read_bytes() == two.read_bytes()
     assert one.read_bytes() != other.read_bytes()
+
+
+def test_stderr_that_is_no_terminal_gets_lines(
+    latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(latents, tmp_path / "book.safetensors") == 0
+    told = capsys.readouterr().err
+    assert re.fullmatch(r"training: 30 of 30 steps, loss \S+, perplexity \S+, reseeded 0\n", told)
+    monkeypatch.setattr("vqserve_server.training.progress._SECONDS_PER_LINE", 0)
+    assert train(latents, tmp_path / "book.safetensors", "--force") == 0
+    told = capsys.readouterr().err
+    assert "k-means++: 16 of 16 codes\n" in told
+    assert "training: 2 of 30 steps, loss" in told
+    assert told.count("training: 30 of 30 steps") == 1
+    assert "measuring: 1000 of 1000 rows\n" in told
+    assert "\r" not in told
+
+
+def test_a_terminal_gets_a_bar(latents: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    options = ["--num-codes=16", "--steps=30", "--device=cpu"]
+    command = [sys.executable, "-m", "vqserve_server.cli", "train", latents, "-o", tmp_path / "b.safetensors", *options]
+    with open(ours, "rb", buffering=0) as terminal, subprocess.Popen(command, stderr=theirs) as process:  # noqa: PTH123
+        os.close(theirs)
+        told = b""
+        # A pseudo-terminal whose other side is closed cannot be read any more.
+        with contextlib.suppress(OSError):
+            while more := terminal.read(1 << 16):
+                told += more
+    assert process.returncode == 0
+    assert b"\rtraining: 100%" in told
+    assert b"perplexity" in told
 
 
 def test_quiet_is_quiet(latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,85 @@
+"""Tokenizers go to other processes with their codebook, as clients do with their options."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from vqserve_server.errors import Closed
+from vqserve_server.quantizers import (
+    EMAVectorQuantizer,
+    GumbelQuantizer,
+    VectorQuantizer,
+    VectorQuantizerWithInputProjection,
+)
+from vqserve_server.search import available
+from vqserve_server.tokenizer import Tokenizer
+
+QUANTIZERS = {
+    "vq": lambda: VectorQuantizer(40, 6),
+    "vq with a remap": lambda: VectorQuantizer(40, 6, remap=[4, 9, 30], unknown_index="extra"),
+    "weight norm": lambda: VectorQuantizer(40, 6, embedding_weight_norm=True),
+    "float64": lambda: VectorQuantizer(40, 6).double(),
+    "ema": lambda: EMAVectorQuantizer(40, 6, 0.25),
+    "gumbel": lambda: GumbelQuantizer(6, 3, 40, remap=[7, 1, 8]),
+    "projection": lambda: VectorQuantizerWithInputProjection(6, 40, 3, output_dim=5),
+}
+LATENTS = np.random.default_rng(0).standard_normal((2, 6, 9, 9)).astype(np.float32) / 40
+
+
+def tokenizer_of(quantizer, **options):
+    return Tokenizer(quantizer, name="book", device="cpu", **options)
+
+
+def again(tokenizer):
+    return pickle.loads(pickle.dumps(tokenizer))  # noqa: S301
+
+
+@pytest.mark.parametrize("clone", [again, copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_clone_is_equal(name, clone):
+    torch.manual_seed(0)
+    tokenizer = tokenizer_of(QUANTIZERS[name]())
+    other = clone(tokenizer)
+    assert repr(other) == repr(tokenizer)
+    for attribute in ("info", "decodable", "device", "search", "weight_dtype"):
+        assert getattr(other, attribute) == getattr(tokenizer, attribute)
+    indices = tokenizer.encode(LATENTS)
+    assert (other.encode(LATENTS) == indices).all()
+    for output in ("latents", "code_rows"):
+        assert (other.decode(indices, output=output) == tokenizer.decode(indices, output=output)).all()
+    other.close()
+    assert (tokenizer.encode(LATENTS) == indices).all()
+
+
+@pytest.mark.parametrize("search", available("cpu"))
+def test_a_clone_keeps_the_search_backend(search):
+    assert again(tokenizer_of(VectorQuantizer(40, 6), search=search)).search == search
+
+
+def test_equal_codes_stay_equal():
+    quantizer = VectorQuantizer(40, 6)
+    with torch.no_grad():
+        quantizer.embedding.weight[20:] = quantizer.embedding.weight[:20]
+    indices = again(tokenizer_of(quantizer)).encode(LATENTS)
+    assert indices.max() < 20
+    assert (indices == tokenizer_of(quantizer).encode(LATENTS)).all()
+
+
+def test_a_spawned_process():
+    tokenizer = tokenizer_of(VectorQuantizer(40, 6))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert (pool.submit(tokenizer.encode, LATENTS).result() == tokenizer.encode(LATENTS)).all()
+
+
+def test_a_closed_one_stays_closed():
+    tokenizer = tokenizer_of(VectorQuantizer(40, 6))
+    tokenizer.close()
+    with pytest.raises(Closed):
+        again(tokenizer).encode(LATENTS)
