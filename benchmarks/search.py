@@ -96,6 +96,9 @@ def compare(codebook: str, kind: str, searches: dict[str, Search], rows: torch.T
     for _ in range(rounds):
         for name, search in searches.items():
             time.sleep(PAUSE_SECONDS)
+            # Once for the caches and threads that fell asleep.
+            search(rows)
+            wait(rows.device)
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 search(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +19,29 @@ _TILE_BYTES = 1 << 22
 _CODES_BYTES = 1 << 22
 # A row with more codes than this within the bound is searched by other means, as is one whose sums may overflow.
 _CROWD = 64
+
+
+@dataclass(frozen=True, eq=False)
+class _Workspace:
+    """The memory of one search, the same for all tiles: made anew for each, it grew with their number."""
+
+    codes: Tensor
+    scores: Tensor
+    errors: Tensor
+    lower: Tensor
+    could_win: Tensor
+
+    @classmethod
+    def of(cls, rows: int, num_codes: int, codes: Tensor, dtype: torch.dtype) -> _Workspace:
+        """Return room for tiles of that many rows and codes."""
+        scores, errors, lower = torch.empty(3, rows, num_codes, dtype=dtype, device=codes.device)
+        return cls(
+            codes=torch.empty(num_codes, codes.shape[1], dtype=dtype, device=codes.device),
+            scores=scores,
+            errors=errors,
+            lower=lower,
+            could_win=torch.empty(rows, num_codes, dtype=torch.bool, device=codes.device),
+        )
 
 
 class TiledSearcher(Searcher):
@@ -59,12 +83,13 @@ class TiledSearcher(Searcher):
             return self._fallback().search(rows, counts)
         counts = counts or SearchCounts()
         winners = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
+        space = _Workspace.of(min(rows.shape[0], self._tile_rows), self._tile_codes, self._codes, self._dtype)
         for start in range(0, rows.shape[0], self._tile_rows):
             tile = slice(start, start + self._tile_rows)
-            winners[tile] = self._search_tile(rows[tile].detach(), counts)
+            winners[tile] = self._search_tile(rows[tile].detach(), space, counts)
         return winners
 
-    def _search_tile(self, rows: Tensor, counts: SearchCounts) -> Tensor:
+    def _search_tile(self, rows: Tensor, space: _Workspace, counts: SearchCounts) -> Tensor:
         bounds, narrow = self._bounds, rows.to(self._dtype)
         norms = row_norms(rows, self._dtype)[:, None]
         too_long = ~(norms[:, 0] <= bounds.longest_row)
@@ -74,14 +99,16 @@ class TiledSearcher(Searcher):
         found = []
         for start in range(0, self._codes.shape[0], self._tile_codes):
             window = slice(start, start + self._tile_codes)
-            scores = torch.addmm(bounds.offset[window], narrow, self._codes[window].to(self._dtype).T)
-            error = torch.addmm(bounds.base[window], norms, bounds.slope[None, window])
-            lower, place = (scores - error).max(dim=1)
+            own = slice(0, rows.shape[0]), slice(0, bounds.offset[window].shape[0])
+            codes = space.codes[own[1]].copy_(self._codes[window])
+            scores = torch.addmm(bounds.offset[window], narrow, codes.T, out=space.scores[own])
+            error = torch.addmm(bounds.base[window], norms, bounds.slope[None, window], out=space.errors[own])
+            lower, place = torch.sub(scores, error, out=space.lower[own]).max(dim=1)
             winners = torch.where(lower > best, place + start, winners)
             # A bound that overflowed is a NaN here, which stays: the row keeps all its codes.
             best = torch.maximum(best, lower)
             upper = scores.add_(error)
-            could_win = ~(upper < best[:, None])
+            could_win = torch.lt(upper, best[:, None], out=space.could_win[own]).logical_not_()
             near += could_win.sum(dim=1)
             could_win &= (near <= _CROWD)[:, None]
             row, code = torch.nonzero(could_win, as_tuple=True)
