@@ -14,6 +14,9 @@ from vqserve.vocabulary import smallest_unsigned
 
 # What a message holds beside its payload and the codebook's name, at most: digest, shape, statistics, tags.
 ENVELOPE_BYTES = 512
+# Bytes that numpy can address, and axes that an array can have (numpy 1's).
+_LARGEST_ARRAY = (1 << 63) - 1
+_MOST_AXES = 32
 
 # bfloat16 travels as its bit patterns: numpy has no such type.
 _NUMPY: dict[int, np.dtype[np.generic]] = {
@@ -94,23 +97,38 @@ def to_bytes(array: npt.NDArray[np.generic], dtype: int) -> bytes:
     return np.ascontiguousarray(array, dtype=_NUMPY[dtype]).tobytes()
 
 
-def from_bytes(data: bytes, dtype: int, shape: Sequence[int]) -> npt.NDArray[np.generic]:
+def nbytes(dtype: int, shape: Sequence[int]) -> int:
+    """Return the bytes of an array's payload; the numbers may be any that a message can claim."""
+    return math.prod(shape) * itemsize(dtype)
+
+
+def check(size: int, dtype: int, shape: Sequence[int]) -> None:
+    """Refuse a payload of `size` bytes that is not that of such an array.
+
+    Raises:
+        PayloadError: the type is not on the wire, or the sizes differ.
+    """
+    if dtype not in _NUMPY:
+        raise PayloadError(f"dtype must be set: got {dtype_name(dtype)}")
+    # Python's integers cannot overflow, whatever the sender claims.
+    expected = nbytes(dtype, shape)
+    if expected != size:
+        raise PayloadError(f"shape {tuple(shape)} of {dtype_name(dtype)} is {expected} bytes, the payload has {size}")
+    # An axis of zero lets the others be as large as they like.
+    if len(shape) > _MOST_AXES or math.prod(max(length, 1) for length in shape) * itemsize(dtype) > _LARGEST_ARRAY:
+        raise PayloadError(f"shape {tuple(shape)} is too large for an array")
+
+
+def from_bytes(data: bytes | memoryview, dtype: int, shape: Sequence[int]) -> npt.NDArray[np.generic]:
     """Return the array in a payload, as a read-only view; bfloat16 comes as uint16 bit patterns.
 
     Raises:
         PayloadError: when the type is not on the wire or the bytes are not those of such an array.
     """
-    known = _NUMPY.get(dtype)
-    if known is None:
-        raise PayloadError(f"dtype must be set: got {dtype_name(dtype)}")
-    # math.prod on Python integers cannot overflow, whatever the sender claims.
-    expected = math.prod(shape) * known.itemsize
-    if expected != len(data):
-        raise PayloadError(
-            f"shape {tuple(shape)} of {dtype_name(dtype)} is {expected} bytes, the payload has {len(data)}"
-        )
-    try:
-        return np.frombuffer(data, dtype=known).reshape(tuple(shape))
-    except (ValueError, OverflowError) as error:
-        # An axis of zero lets the others be as large as they like: numpy refuses what it cannot address.
-        raise PayloadError(f"shape {tuple(shape)} is too large for an array") from error
+    check(len(data), dtype, shape)
+    return np.frombuffer(data, dtype=_NUMPY[dtype]).reshape(tuple(shape))
+
+
+def numpy_dtype(dtype: int) -> np.dtype[np.generic]:
+    """Return the numpy type of a wire type; uint16 for bfloat16."""
+    return _NUMPY[dtype]

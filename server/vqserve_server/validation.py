@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +27,6 @@ from vqserve_server.errors import (
 # Positions and byte counts are signed 64-bit numbers everywhere below.
 _MAX_ELEMENTS = (1 << 63) // 8
 _DIGEST_CHARACTERS = 64
-
-
-class Shaped(Protocol):
-    """A numpy array or a torch tensor, as far as its shape goes."""
-
-    @property
-    def shape(self) -> Sequence[int]:
-        """Lengths of the axes."""
 
 
 def check_digest(expected: str, *, info: CodebookInfo) -> None:
@@ -64,11 +56,11 @@ def check_layout(rank: int, layout: str | None, *, info: CodebookInfo) -> Layout
         raise InvalidShape(str(error)) from None
 
 
-def check_latents(array: Shaped, layout: str | None, *, info: CodebookInfo) -> Layout:
+def check_latents(shape: Sequence[int], layout: str | None, *, info: CodebookInfo) -> Layout:
     """Return the layout of latents whose shape the codebook takes.
 
     Args:
-        array: the latents; only their shape is looked at.
+        shape: of the latents.
         layout: "channels_first", "channels_last" or None, the codebook's default.
         info: the codebook.
 
@@ -76,7 +68,7 @@ def check_latents(array: Shaped, layout: str | None, *, info: CodebookInfo) -> L
         InvalidOption: `layout` is not the name of one.
         InvalidShape: the rank is not 2 to 5, the channel count is not `info.input_dim`, or a size overflows.
     """
-    shape = tuple(array.shape)
+    shape = tuple(shape)
     resolved = check_layout(len(shape), layout, info=info)
     if shape[channel_axis(resolved)] != info.input_dim:
         raise InvalidShape(wrong_channels(shape, resolved, info.input_dim))
@@ -86,14 +78,14 @@ def check_latents(array: Shaped, layout: str | None, *, info: CodebookInfo) -> L
     return resolved
 
 
-def check_indices_shape(array: Shaped, layout: str | None, *, info: CodebookInfo) -> Layout:
+def check_indices_shape(shape: Sequence[int], layout: str | None, *, info: CodebookInfo) -> Layout:
     """Return the layout of the latents that indices of this shape decode to.
 
     Raises:
         InvalidOption: `layout` is not the name of one.
         InvalidShape: the indices have not 1 to 4 axes, the layout needs more, or a size overflows.
     """
-    shape = tuple(array.shape)
+    shape = tuple(shape)
     if not 1 <= len(shape) <= 4:
         raise InvalidShape(f"indices must have 1 to 4 axes, not {len(shape)}")
     if math.prod(max(length, 1) for length in shape) * max(info.output_dim, info.code_dim) > _MAX_ELEMENTS:

@@ -31,41 +31,36 @@ INFO = CodebookInfo(
     ],
 )
 def test_layout_of_latents(shape, layout, expected):
-    assert validation.check_latents(np.empty(shape, np.float32), layout, info=INFO) is expected
+    assert validation.check_latents(shape, layout, info=INFO) is expected
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (4,) * 6, (2, 5), (2, 3, 3, 4), (2, 4, 3)])
 def test_shapes_that_are_refused_name_what_is_wrong(shape):
     with pytest.raises(InvalidShape, match=r"channels|axes"):
-        validation.check_latents(np.empty(shape, np.float32), None, info=INFO)
+        validation.check_latents(shape, None, info=INFO)
 
 
 def test_two_axes_have_no_channels_first():
     with pytest.raises(InvalidShape, match="at least 3 axes"):
-        validation.check_latents(np.empty((4, 4), np.float32), "channels_first", info=INFO)
+        validation.check_latents((4, 4), "channels_first", info=INFO)
 
 
 def test_unknown_layout_names_the_known_ones():
     with pytest.raises(InvalidOption, match="channels_last"):
-        validation.check_latents(np.empty((2, 4), np.float32), "nchw", info=INFO)
-
-
-class Claim:
-    def __init__(self, *shape: int) -> None:
-        self.shape = shape
+        validation.check_latents((2, 4), "nchw", info=INFO)
 
 
 def test_sizes_that_overflow_are_refused_also_beside_an_empty_axis():
     with pytest.raises(InvalidShape, match="too large"):
-        validation.check_latents(Claim(0, 4, 1 << 31, 1 << 31), None, info=INFO)
+        validation.check_latents((0, 4, 1 << 31, 1 << 31), None, info=INFO)
     with pytest.raises(InvalidShape, match="more than can be held"):
-        validation.check_indices_shape(Claim(0, 1 << 31, 1 << 31), None, info=INFO)
+        validation.check_indices_shape((0, 1 << 31, 1 << 31), None, info=INFO)
 
 
 @pytest.mark.parametrize("rank", [0, 5])
 def test_ranks_of_indices(rank):
     with pytest.raises(InvalidShape, match="1 to 4 axes"):
-        validation.check_indices_shape(np.zeros((1,) * rank, np.int64), None, info=INFO)
+        validation.check_indices_shape((1,) * rank, None, info=INFO)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4", ">f2"])
@@ -127,4 +122,4 @@ def test_other_types_are_no_indices(dtype):
 
 def test_infos_layout_is_the_default():
     info = CodebookInfo(**{**vars(INFO), "layout": Layout.CHANNELS_FIRST})
-    assert validation.check_latents(np.empty((2, 4, 3), np.float32), None, info=info) is Layout.CHANNELS_FIRST
+    assert validation.check_latents((2, 4, 3), None, info=info) is Layout.CHANNELS_FIRST

@@ -1,7 +1,7 @@
 """Batches requests and runs them on the device: threads and numpy, no grpc.
 
 A request goes: `Engine.admit` (is there room?), `Engine.submit` (into the queue), a `Batch` with whatever arrived
-together, the device thread, `Job.future`.
+together, the device thread, `Job.outcome`.
 """
 
 from vqserve_server.engine.admission import Admission

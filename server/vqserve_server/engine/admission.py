@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from vqserve_server.config import EngineConfig
 from vqserve_server.errors import Overloaded, VqserveError
 
 
-class Ticket:
-    """What one request holds of the limits."""
-
-    def __init__(self, admission: Admission) -> None:
-        self._admission = admission
-        self.rows = 0
-        self.bytes = 0
-
-    def add(self, rows: int, nbytes: int) -> None:
-        """Count more, once it is known: the request's rows and the bytes of its reply.
-
-        Raises:
-            Overloaded: a limit would be exceeded.
-        """
-        self._admission._add(self, rows, nbytes)
-
-
 class Admission:
     """Counts the requests, rows and bytes between arrival and reply, and refuses what would exceed the limits.
 
-    A request is counted from before it is read until its reply is made, so that the limits bound memory and not
+    A request is counted from when its size is known until its reply is made, so that the limits bound memory and not
     merely the queue. One that exceeds a limit all by itself is taken when nothing else is in the server.
     """
 
@@ -49,16 +31,14 @@ class Admission:
         with self._lock:
             self._refusal = self._refusal or refusal
 
-    @contextmanager
-    def enter(self, nbytes: int) -> Iterator[Ticket]:
-        """Count a request of that many bytes while the context lasts.
+    def enter(self, rows: int, nbytes: int) -> None:
+        """Count a request of so many rows, and of so many bytes with its reply.
 
         Raises:
             Overloaded: a limit would be exceeded.
             Draining: the server stops.
             DeviceBroken: the device failed.
         """
-        ticket = Ticket(self)
         with self._lock:
             if self._refusal is not None:
                 # A fresh one each time: an exception that is raised collects a traceback.
@@ -66,21 +46,17 @@ class Admission:
             if self.requests >= self._config.max_queue_requests:
                 raise self._overloaded("requests")
             if self.requests:
-                self._check(0, nbytes)
-            self.requests += 1
-            self._count(ticket, 0, nbytes)
-        try:
-            yield ticket
-        finally:
-            with self._lock:
-                self.requests -= 1
-                self._count(ticket, -ticket.rows, -ticket.bytes)
-
-    def _add(self, ticket: Ticket, rows: int, nbytes: int) -> None:
-        with self._lock:
-            if self.requests > 1:
                 self._check(rows, nbytes)
-            self._count(ticket, rows, nbytes)
+            self.requests += 1
+            self.rows += rows
+            self.bytes += nbytes
+
+    def leave(self, rows: int, nbytes: int) -> None:
+        """Count out a request that has entered with these numbers."""
+        with self._lock:
+            self.requests -= 1
+            self.rows -= rows
+            self.bytes -= nbytes
 
     def _check(self, rows: int, nbytes: int) -> None:
         if self.rows + rows > self._config.max_queue_rows:
@@ -92,8 +68,3 @@ class Admission:
         return Overloaded(
             f"too many {what} in the server: try again later", retry_after_s=self._retry_after_s(self.rows)
         )
-
-    def _count(self, ticket: Ticket, rows: int, nbytes: int) -> None:
-        for counter in (self, ticket):
-            counter.rows += rows
-            counter.bytes += nbytes

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from vqserve_server.config import EngineConfig
-from vqserve_server.engine.admission import Admission, Ticket
+from vqserve_server.engine.admission import Admission
 from vqserve_server.engine.job import Job
 from vqserve_server.engine.live_set import LiveSet
 from vqserve_server.engine.pipeline import Pipeline
@@ -49,27 +48,32 @@ class Engine:
         """Start the threads."""
         self._worker.start()
 
-    def admit(self, nbytes: int) -> AbstractContextManager[Ticket]:
-        """Return the context in which a request of that many bytes is in the server.
+    def admit(self, rows: int, nbytes: int) -> None:
+        """Count a request in; `release` counts it out again.
 
         Raises:
-            Overloaded: on entering, when a limit would be exceeded.
-            Draining: on entering, when the server stops.
-            DeviceBroken: on entering, when the device is lost.
+            Overloaded: a limit would be exceeded.
+            Draining: the server stops.
+            DeviceBroken: the device is lost.
         """
-        return self._admission.enter(nbytes)
+        self._admission.enter(rows, nbytes)
 
-    def submit(self, job: Job) -> None:
-        """Queue a job; its future is resolved exactly once, whatever happens.
+    def release(self, rows: int, nbytes: int) -> None:
+        """Count a request out that was admitted."""
+        self._admission.leave(rows, nbytes)
+
+    def submit(self, jobs: Iterable[Job]) -> None:
+        """Queue jobs, to be one batch if they can; each gets its outcome exactly once, whatever happens.
 
         Raises:
             Draining: the engine was stopped.
             DeviceBroken: the device is lost.
         """
-        self._pipeline.put(job)
+        self._pipeline.put(jobs)
 
     def forget(self, job: Job) -> None:
-        """Drop a job that nobody waits for any more; its future must have been cancelled or resolved."""
+        """Drop a job that nobody waits for any more."""
+        job.cancel()
         self._pipeline.discard(job)
 
     def drain(self) -> None:

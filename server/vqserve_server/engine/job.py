@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from abc import ABC, abstractmethod
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from vqserve.layout import Layout
 from vqserve_server.engine.rows import first_overflow, read_rows, write_rows
-from vqserve_server.errors import DeadlineExpired, InvalidOption, InvalidRequest
+from vqserve_server.errors import Cancelled, DeadlineExpired, InvalidOption, InvalidRequest
 
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
@@ -28,6 +29,9 @@ class EncodeKey:
 
     tokenizer: Tokenizer
     dtype: np.dtype[Any]  # float32 or float64: the type after widening
+
+    def __hash__(self) -> int:
+        return id(self.tokenizer)
 
     @property
     def row_bytes(self) -> int:
@@ -49,6 +53,9 @@ class DecodeKey:
 
     tokenizer: Tokenizer
     output: Output
+
+    def __hash__(self) -> int:
+        return id(self.tokenizer)
 
     @property
     def channels(self) -> int:
@@ -73,8 +80,7 @@ class DecodeKey:
 Key = EncodeKey | DecodeKey
 
 
-@dataclass(frozen=True, kw_only=True)
-class Served:
+class Served(NamedTuple):
     """A finished job: what to reply and how the time went."""
 
     array: Array
@@ -84,21 +90,45 @@ class Served:
     batch_rows: int
 
 
+# Told, from whatever thread, of jobs that have just got their outcomes.
+Deliver: TypeAlias = "Callable[[list[Job]], None]"
+
+# Held for a comparison only, so that one serves all jobs.
+_outcomes = threading.Lock()
+
+
 class Job(ABC):
-    """Rows in, rows out, and a future that is resolved exactly once: by the first who has an outcome.
+    """Rows in, rows out, and an outcome that is set exactly once: by the first who has one.
 
     The queue's lock guards `next_row`; the rest changes on the device thread only.
+
+    Attributes:
+        outcome: None until there is one; an error if the job failed.
+        tag: by which `deliver` knows whose job it is.
     """
 
-    def __init__(self, key: Key, source: Array, result: Array, rows: int, deadline: float | None) -> None:
+    def __init__(
+        self,
+        key: Key,
+        source: Array,
+        result: Array,
+        rows: int,
+        *,
+        deadline: float | None,
+        deliver: Deliver,
+        tag: Any,
+    ) -> None:
         self.key = key
         self.source = source
         self.result = result
         self.rows = rows
         self.deadline = deadline  # time.monotonic() seconds
-        self.future: Future[Served] = Future()
+        self.deliver = deliver
+        self.tag = tag
+        self.outcome: Served | BaseException | None = None
         self.next_row = 0  # rows before it are in a batch
-        self.arrived = self.waiting_since = time.monotonic()
+        self.waiting_since = time.monotonic()
+        self.arrived = self.waiting_since
         self._rows_done = 0
         self._queue_s = self._compute_s = 0.0
         self._batch_requests = self._batch_rows = 0
@@ -115,22 +145,35 @@ class Job(ABC):
             InvalidRequest: the reply cannot hold them; concerns nobody else's.
         """
 
-    def fail(self, error: BaseException) -> bool:
-        """Resolve the future with an error; False if it had an outcome already."""
-        try:
-            self.future.set_exception(error)
-        except InvalidStateError:
-            return False
+    def resolve(self, outcome: Served | BaseException) -> bool:
+        """Set the outcome; False if there was one already."""
+        with _outcomes:
+            if self.outcome is not None:
+                return False
+            self.outcome = outcome
         return True
+
+    def fail(self, error: BaseException) -> bool:
+        """Resolve and deliver the job with an error; False if it had an outcome already."""
+        if not self.resolve(error):
+            return False
+        self.deliver([self])
+        return True
+
+    def cancel(self) -> None:
+        """Say that nobody waits for the job any more."""
+        self.resolve(Cancelled("the caller has left"))
 
     def alive(self, now: float) -> bool:
         """Return whether somebody still waits for the job; an expired one is failed here."""
         if self.deadline is not None and self.deadline <= now:
             self.fail(DeadlineExpired("the deadline passed before the request was computed"))
-        return not self.future.done()
+        return self.outcome is None
 
     def finish(self, start: int, results: Array, *, started: float, ended: float, batch: tuple[int, int]) -> bool:
-        """Take the results of a part; return whether it was the last one, which resolves the future.
+        """Take the results of a part; return whether it was the last one, which resolves the job.
+
+        Whoever gets True delivers the job, with others of its batch.
 
         Args:
             start: the part's first row.
@@ -151,18 +194,15 @@ class Job(ABC):
             self._batch_requests, self._batch_rows = batch
         if self._rows_done < self.rows:
             return False
-        served = Served(
-            array=self.result,
-            queue_us=round(self._queue_s * 1e6),
-            compute_us=round(self._compute_s * 1e6),
-            batch_requests=self._batch_requests,
-            batch_rows=self._batch_rows,
+        return self.resolve(
+            Served(
+                self.result,
+                round(self._queue_s * 1e6),
+                round(self._compute_s * 1e6),
+                self._batch_requests,
+                self._batch_rows,
+            )
         )
-        try:
-            self.future.set_result(served)
-        except InvalidStateError:
-            return False  # cancelled meanwhile
-        return True
 
 
 class EncodeJob(Job):
@@ -170,24 +210,27 @@ class EncodeJob(Job):
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        key: EncodeKey,
         latents: Array,
         layout: Layout,
         indices: Array,
         *,
+        deliver: Deliver,
+        tag: Any = None,
         deadline: float | None = None,
     ) -> None:
         """Make the job.
 
         Args:
-            tokenizer: the codebook.
+            key: the codebook, and the latents' type after widening.
             latents: validated; float16, float32, float64, or uint16 for bfloat16's bit patterns.
             layout: where its channels are.
             indices: the reply, to be written: shaped like the grid, of a type that holds the vocabulary.
+            deliver: told when there is an outcome.
+            tag: by which `deliver` knows whose job it is.
             deadline: time.monotonic() seconds, or None.
         """
-        wide = np.dtype(np.float64 if latents.dtype == np.float64 else np.float32)
-        super().__init__(EncodeKey(tokenizer, wide), latents, indices, indices.size, deadline)
+        super().__init__(key, latents, indices, indices.size, deadline=deadline, deliver=deliver, tag=tag)
         self._layout = layout
         self._flat = indices.reshape(-1)
 
@@ -205,25 +248,27 @@ class DecodeJob(Job):
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        key: DecodeKey,
         indices: Array,
         latents: Array,
         layout: Layout,
         *,
-        output: Output = "latents",
+        deliver: Deliver,
+        tag: Any = None,
         deadline: float | None = None,
     ) -> None:
         """Make the job.
 
         Args:
-            tokenizer: the codebook.
+            key: the codebook, and which of its rows.
             indices: validated; any integer type.
             latents: the reply, to be written: float16, float32, float64, or uint16 for bfloat16's bit patterns.
             layout: where its channels are.
-            output: "latents" or "code_rows".
+            deliver: told when there is an outcome.
+            tag: by which `deliver` knows whose job it is.
             deadline: time.monotonic() seconds, or None.
         """
-        super().__init__(DecodeKey(tokenizer, output), indices.reshape(-1), latents, indices.size, deadline)
+        super().__init__(key, indices.reshape(-1), latents, indices.size, deadline=deadline, deliver=deliver, tag=tag)
         self._layout = layout
         self._grid = indices.shape
 

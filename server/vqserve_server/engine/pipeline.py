@@ -1,38 +1,32 @@
-"""Hands batches to the device thread, the next one already assembled while the device works."""
+"""Hands batches to the device thread."""
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
+from collections.abc import Iterable
 
 from vqserve_server.engine.batch import Batch
 from vqserve_server.engine.job import Job
 from vqserve_server.engine.queue import JobQueue
 from vqserve_server.errors import VqserveError
 
-logger = logging.getLogger(__name__)
-
 
 class Pipeline:
-    """The queue, the batch that is being staged, and the lock and wake-ups around both.
+    """The queue, and the lock and the wake-up around it.
 
-    An idle device takes what is there itself: one wake-up from request to computation. While it works, the stager
-    moves what arrives into one batch ahead, which grows until the device is free again.
+    A batch is closed when the device comes for it: as late and as full as it can be.
     """
 
     def __init__(self, queue: JobQueue) -> None:
         self._queue = queue
         self._lock = threading.Lock()
-        self._device_wake = threading.Condition(self._lock)
-        self._stager_wake = threading.Condition(self._lock)
-        self._ahead: Batch | None = None
-        self._staging = False  # the stager copies rows into `_ahead`
+        self._wake = threading.Condition(self._lock)
         self._on_device: Batch | None = None
         self._closed: VqserveError | None = None
 
-    def put(self, job: Job) -> None:
-        """Add a job.
+    def put(self, jobs: Iterable[Job]) -> None:
+        """Add jobs; with one wake-up, so that they are one batch.
 
         Raises:
             VqserveError: the reason for which the pipeline was closed.
@@ -40,8 +34,11 @@ class Pipeline:
         with self._lock:
             if self._closed is not None:
                 raise type(self._closed)(*self._closed.args)
-            self._queue.put(job)
-            (self._stager_wake if self._on_device else self._device_wake).notify()
+            for job in jobs:
+                self._queue.put(job)
+            # A device that works comes back by itself.
+            if self._on_device is None:
+                self._wake.notify()
 
     def discard(self, job: Job) -> None:
         """Take a job out of the queue, if it is there."""
@@ -55,61 +52,22 @@ class Pipeline:
             self._closed = self._closed or reason
             if drop:
                 jobs = self._queue.clear()
-                jobs += [part.job for batch in (self._ahead, self._on_device) if batch for part in batch.parts]
-                self._ahead = None
-            self._device_wake.notify_all()
-            self._stager_wake.notify_all()
+                if self._on_device is not None:
+                    jobs += [part.job for part in self._on_device.parts]
+            self._wake.notify_all()
         for job in jobs:
             job.fail(reason)
 
     def next_for_device(self) -> Batch | None:
-        """Return the next batch, staged or not, as soon as there is one; None: closed and nothing left."""
+        """Return the next batch as soon as there is one; None: closed and nothing left."""
         with self._lock:
             self._on_device = None
             while True:
-                # A batch that the stager is at work on is worth the moment that its copy takes.
-                if not self._staging:
-                    batch, self._ahead = self._ahead, None
-                    now = time.monotonic()
-                    if batch is None:
-                        batch = self._queue.take(now, patient=self._closed is None)
-                    else:
-                        self._queue.top_up(batch, now)  # what the stager has not got to
-                    if batch is not None:
-                        self._on_device = batch
-                        if self._queue:
-                            self._stager_wake.notify()
-                        return batch
-                    if self._closed is not None and not self._queue:
-                        return None
-                ripe_at = None if self._staging else self._queue.ripe_at()
-                self._device_wake.wait(None if ripe_at is None else max(ripe_at - time.monotonic(), 0.0))
-
-    def stage_ahead(self) -> bool:
-        """Wait for rows that can be staged while the device works, and stage them; False: closed."""
-        with self._lock:
-            batch = self._next_to_stage()
-            while batch is None:
-                if self._closed is not None:
-                    return False
-                self._stager_wake.wait()
-                batch = self._next_to_stage()
-            self._ahead = batch
-            self._staging = True
-        try:
-            batch.stage(for_more=True)
-        except Exception:
-            # The device thread stages what is missing, meets the same error and answers for it.
-            logger.warning("staging a batch failed", exc_info=True)
-        with self._lock:
-            self._staging = False
-            self._device_wake.notify()
-        return True
-
-    def _next_to_stage(self) -> Batch | None:
-        if self._on_device is None or not self._queue:
-            return None
-        now = time.monotonic()
-        if self._ahead is None:
-            return self._queue.take(now, patient=False)
-        return self._ahead if self._queue.top_up(self._ahead, now) else None
+                batch = self._queue.take(time.monotonic(), patient=self._closed is None)
+                if batch is not None:
+                    self._on_device = batch
+                    return batch
+                if self._closed is not None and not self._queue:
+                    return None
+                ripe_at = self._queue.ripe_at()
+                self._wake.wait(None if ripe_at is None else max(ripe_at - time.monotonic(), 0.0))

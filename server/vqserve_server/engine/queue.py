@@ -21,7 +21,10 @@ class JobQueue:
 
     def put(self, job: Job) -> None:
         """Add a job to the end of its line."""
-        self._lines.setdefault(job.key, deque()).append(job)
+        line = self._lines.get(job.key)
+        if line is None:
+            line = self._lines[job.key] = deque()
+        line.append(job)
 
     def discard(self, job: Job) -> None:
         """Take a job out, if it is here."""
@@ -48,19 +51,22 @@ class JobQueue:
                 continue
             self._lines.move_to_end(key)
             batch = Batch(key, self._capacity(key))
-            self.top_up(batch, now)
+            self._fill(batch, now)
             if batch.parts:
                 return batch
         return None
 
-    def top_up(self, batch: Batch, now: float) -> bool:
-        """Add waiting jobs of a batch's key to it while they fit; return whether there were any.
+    def ripe_at(self) -> float | None:
+        """Return when a patient `take` will find a batch, in time.monotonic() seconds; None: nothing waits."""
+        return min((self._ripe_at(key) for key in self._lines), default=None)
+
+    def _fill(self, batch: Batch, now: float) -> None:
+        """Add waiting jobs of a batch's key to it while they fit.
 
         A job that would not fit into any batch is split, and what is left goes to the end of the line, so that it
         does not hold up the small ones behind it. Jobs that nobody waits for any more are dropped here.
         """
-        line = self._lines.get(batch.key)
-        before = len(batch.parts)
+        line = self._lines[batch.key]
         capacity = self._capacity(batch.key)
         while line and batch.room:
             job = line[0]
@@ -70,14 +76,9 @@ class JobQueue:
                     break
                 batch.add(job, min(left, batch.room))
             line.popleft()
-            if job.next_row < job.rows and not job.future.done():
+            if job.next_row < job.rows and job.outcome is None:
                 line.append(job)
         self._close_if_empty(batch.key)
-        return len(batch.parts) > before
-
-    def ripe_at(self) -> float | None:
-        """Return when a patient `take` will find a batch, in time.monotonic() seconds; None: nothing waits."""
-        return min((self._ripe_at(key) for key in self._lines), default=None)
 
     def _ripe_at(self, key: Key) -> float:
         line = self._lines[key]

@@ -1,4 +1,4 @@
-"""The threads that compute: batch after batch on the device, the next one staged meanwhile."""
+"""The thread that computes: batch after batch on the device."""
 
 from __future__ import annotations
 
@@ -21,46 +21,33 @@ class BatchFailed(RuntimeError):
 
 
 class Worker:
-    """One device thread and one stager.
+    """One device thread.
 
-    A batch that fails takes only its own requests with it. When the device is lost, or a thread dies of anything else,
-    everything that waits fails with DeviceBroken and `on_broken` is called.
+    A batch that fails takes only its own requests with it. When the device is lost, or the thread dies of anything
+    else, everything that waits fails with DeviceBroken and `on_broken` is called.
     """
 
     def __init__(self, pipeline: Pipeline, stats: EngineStats, *, on_broken: Callable[[DeviceBroken], None]) -> None:
         self._pipeline = pipeline
         self._stats = stats
         self._on_broken = on_broken
-        self._threads = [
-            threading.Thread(target=self._guard, args=(loop,), name=name, daemon=True)
-            for name, loop in (("vqserve-device", self._compute_batches), ("vqserve-stager", self._stage_ahead))
-        ]
+        self._thread = threading.Thread(target=self._guard, name="vqserve-device", daemon=True)
 
     def start(self) -> None:
-        """Start the threads."""
-        for thread in self._threads:
-            thread.start()
+        """Start the thread."""
+        self._thread.start()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the threads to end, which they do when the pipeline is closed; return whether they have."""
-        deadline = time.monotonic() + timeout_s
-        for thread in self._threads:
-            thread.join(max(deadline - time.monotonic(), 0.0))
-        return not any(thread.is_alive() for thread in self._threads)
+        """Wait for the thread to end, which it does when the pipeline is closed; return whether it has."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
-    def _guard(self, loop: Callable[[], None]) -> None:
+    def _guard(self) -> None:
         try:
-            loop()
+            while (batch := self._pipeline.next_for_device()) is not None:
+                self._serve(batch)
         except BaseException as error:
             self._break(error)
-
-    def _compute_batches(self) -> None:
-        while (batch := self._pipeline.next_for_device()) is not None:
-            self._serve(batch)
-
-    def _stage_ahead(self) -> None:
-        while self._pipeline.stage_ahead():
-            pass
 
     def _serve(self, batch: Batch) -> None:
         try:
@@ -80,9 +67,6 @@ class Worker:
             batch.fail(BatchFailed("the computation failed"))
 
     def _run(self, batch: Batch) -> None:
-        if not batch.drop_dead():
-            return
-        batch.stage()
         started = time.monotonic()
         results = batch.compute()
         ended = time.monotonic()

@@ -1,16 +1,15 @@
-"""A Decode request from message to job, and its result back."""
+"""Decode: indices to latents."""
 
 from __future__ import annotations
-
-import numpy as np
 
 from vqserve import layout, payload
 from vqserve.codebook_info import CodebookInfo
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_server.engine import DecodeJob, Output, Served
+from vqserve_server.engine import DecodeJob, DecodeKey, Output
+from vqserve_server.engine.job import Deliver
 from vqserve_server.errors import InvalidOption
-from vqserve_server.rpc.array_call import ArrayCall
-from vqserve_server.rpc.messages import array_of, check_dtype, layout_of, numpy_dtype, stats_of
+from vqserve_server.rpc.messages import check_dtype, check_payload, layout_of
+from vqserve_server.rpc.plan import Array, Plan
 from vqserve_server.validation import check_indices, check_indices_shape
 
 _OUTPUTS: dict[int, Output] = {
@@ -20,44 +19,35 @@ _OUTPUTS: dict[int, Output] = {
 }
 
 
-class DecodeCall(ArrayCall[pb.DecodeRequest]):
-    """Indices to latents."""
+class DecodePlan(Plan[pb.DecodeRequest]):
+    """What a DecodeRequest asks for."""
 
     request_type = pb.DecodeRequest
 
-    def _read(self, request: pb.DecodeRequest, info: CodebookInfo) -> None:
-        check_dtype("dtype", request.dtype, payload.INDEX_DTYPES)
-        self._indices = array_of(request.indices, request.dtype, request.shape, range(1, 5))
-        self._layout = check_indices_shape(self._indices, layout_of(request.layout), info=info)
-        self._latent_dtype = request.latent_dtype or pb.DTYPE_FLOAT32
-        check_dtype("latent_dtype", self._latent_dtype, payload.LATENT_DTYPES)
-        if request.output not in _OUTPUTS:
-            raise InvalidOption(f"unknown output {request.output}")
-        self._output = _OUTPUTS[request.output]
-        channels = info.code_dim if self._output == "code_rows" else info.output_dim
-        self._shape = layout.latents_shape(self._indices.shape, channels, self._layout)
-        self.rows = layout.num_rows(self._indices.shape)
-        self.reply_bytes = self.rows * channels * payload.itemsize(self._latent_dtype)
+    def _read(self, head: pb.DecodeRequest, payload_bytes: int, info: CodebookInfo) -> None:
+        check_dtype("dtype", head.dtype, payload.INDEX_DTYPES)
+        shape = check_payload(payload_bytes, head.dtype, head.shape, range(1, 5))
+        self._layout = check_indices_shape(shape, layout_of(head.layout), info=info)
+        latent_dtype = head.latent_dtype or pb.DTYPE_FLOAT32
+        check_dtype("latent_dtype", latent_dtype, payload.LATENT_DTYPES)
+        if head.output not in _OUTPUTS:
+            raise InvalidOption(f"unknown output {head.output}")
+        self._key = DecodeKey(self._tokenizer, _OUTPUTS[head.output])
+        self.rows = layout.num_rows(shape)
+        self._takes(head.dtype, shape)
+        latents_shape = layout.latents_shape(shape, self._key.channels, self._layout)
+        self._gives(latent_dtype, latents_shape, pb.DecodeResponse)
 
-    def check(self) -> None:
+    def check(self, array: Array) -> None:
         """Look at the data.
 
         Raises:
             IndexOutOfRange: names the first offender.
         """
-        check_indices(self._indices, decodable=self._tokenizer.decodable)
+        check_indices(array, decodable=self._tokenizer.decodable)
 
-    def job(self, deadline: float | None) -> DecodeJob:
+    def job(self, array: Array, *, deliver: Deliver, tag: object, deadline: float | None) -> DecodeJob:
         """Return what the engine is to do."""
-        latents = np.empty(self._shape, numpy_dtype(self._latent_dtype))
-        return DecodeJob(self._tokenizer, self._indices, latents, self._layout, output=self._output, deadline=deadline)
-
-    def reply(self, served: Served, total_us: int) -> bytes:
-        """Return the reply."""
-        return pb.DecodeResponse(
-            digest=self._tokenizer.info.digest,
-            dtype=self._latent_dtype,
-            shape=self._shape,
-            stats=stats_of(served, total_us),
-            latents=payload.to_bytes(served.array, self._latent_dtype),
-        ).SerializeToString()
+        return DecodeJob(
+            self._key, array, self._empty_reply(), self._layout, deliver=deliver, tag=tag, deadline=deadline
+        )

@@ -1,4 +1,4 @@
-"""An Encode request from message to job, and its result back."""
+"""Encode: latents to indices."""
 
 from __future__ import annotations
 
@@ -10,55 +10,50 @@ import numpy.typing as npt
 from vqserve import bfloat16, layout, payload
 from vqserve.codebook_info import CodebookInfo
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_server.engine import EncodeJob, Served
+from vqserve_server.engine import EncodeJob, EncodeKey
+from vqserve_server.engine.job import Deliver
 from vqserve_server.errors import InvalidDtype
-from vqserve_server.rpc.array_call import ArrayCall
-from vqserve_server.rpc.messages import array_of, check_dtype, layout_of, numpy_dtype, stats_of
+from vqserve_server.rpc.messages import check_dtype, check_payload, layout_of
+from vqserve_server.rpc.plan import Array, Plan
 from vqserve_server.validation import check_finite, check_latents
 
 _BFLOAT16_EXPONENT = np.uint16(0x7F80)
 
 
-class EncodeCall(ArrayCall[pb.EncodeRequest]):
-    """Latents to indices."""
+class EncodePlan(Plan[pb.EncodeRequest]):
+    """What an EncodeRequest asks for."""
 
     request_type = pb.EncodeRequest
 
-    def _read(self, request: pb.EncodeRequest, info: CodebookInfo) -> None:
-        check_dtype("dtype", request.dtype, payload.LATENT_DTYPES)
-        self._latents = array_of(request.latents, request.dtype, request.shape, range(2, 6))
-        self._layout = check_latents(self._latents, layout_of(request.layout), info=info)
-        self._grid = layout.grid_shape(self._latents.shape, self._layout)
-        self._index_dtype = request.index_dtype or payload.index_dtype(info.vocab_size)
-        check_dtype("index_dtype", self._index_dtype, payload.INDEX_DTYPES)
-        if not payload.holds_vocabulary(self._index_dtype, info.vocab_size):
-            name = payload.dtype_name(self._index_dtype)
+    def _read(self, head: pb.EncodeRequest, payload_bytes: int, info: CodebookInfo) -> None:
+        check_dtype("dtype", head.dtype, payload.LATENT_DTYPES)
+        shape = check_payload(payload_bytes, head.dtype, head.shape, range(2, 6))
+        self._layout = check_latents(shape, layout_of(head.layout), info=info)
+        grid = layout.grid_shape(shape, self._layout)
+        index_dtype = head.index_dtype or payload.index_dtype(info.vocab_size)
+        check_dtype("index_dtype", index_dtype, payload.INDEX_DTYPES)
+        if not payload.holds_vocabulary(index_dtype, info.vocab_size):
+            name = payload.dtype_name(index_dtype)
             raise InvalidDtype(f"index_dtype {name} does not hold the vocabulary of {info.vocab_size} indices")
-        self.rows = layout.num_rows(self._grid)
-        self.reply_bytes = self.rows * payload.itemsize(self._index_dtype)
+        self.rows = layout.num_rows(grid)
+        self._takes(head.dtype, shape)
+        self._gives(index_dtype, grid, pb.EncodeResponse)
+        is_wide = head.dtype == pb.DTYPE_FLOAT64
+        self._key = EncodeKey(self._tokenizer, np.dtype(np.float64 if is_wide else np.float32))
 
-    def check(self) -> None:
+    def check(self, array: Array) -> None:
         """Look at the data.
 
         Raises:
             NonFiniteLatents: names the first NaN or infinity.
         """
-        check_finite_payload(self._latents)
+        check_finite_payload(array)
 
-    def job(self, deadline: float | None) -> EncodeJob:
+    def job(self, array: Array, *, deliver: Deliver, tag: object, deadline: float | None) -> EncodeJob:
         """Return what the engine is to do."""
-        indices = np.empty(self._grid, numpy_dtype(self._index_dtype))
-        return EncodeJob(self._tokenizer, self._latents, self._layout, indices, deadline=deadline)
-
-    def reply(self, served: Served, total_us: int) -> bytes:
-        """Return the reply."""
-        return pb.EncodeResponse(
-            digest=self._tokenizer.info.digest,
-            dtype=self._index_dtype,  # type: ignore[arg-type]
-            shape=self._grid,
-            stats=stats_of(served, total_us),
-            indices=payload.to_bytes(served.array, self._index_dtype),
-        ).SerializeToString()
+        return EncodeJob(
+            self._key, array, self._layout, self._empty_reply(), deliver=deliver, tag=tag, deadline=deadline
+        )
 
 
 def check_finite_payload(latents: npt.NDArray[Any]) -> None:

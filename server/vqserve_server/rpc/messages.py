@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
 from google.protobuf.message import DecodeError, Message
 
-from vqserve import payload
+from vqserve import payload, wire
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout
 from vqserve.v1 import tokenizer_pb2 as pb
@@ -36,7 +33,23 @@ def parse(kind: type[MessageT], raw: bytes) -> MessageT:
     try:
         return kind.FromString(raw)
     except DecodeError:
-        raise InvalidRequest(f"the request is not a valid {kind.DESCRIPTOR.name}") from None
+        raise _not_valid(kind) from None
+
+
+def read(kind: type[MessageT], raw: bytes) -> tuple[MessageT, memoryview]:
+    """Return the message in some bytes without its payload, and the payload.
+
+    Raises:
+        InvalidRequest: they are not such a message.
+    """
+    try:
+        return wire.read(kind, raw)
+    except DecodeError:
+        raise _not_valid(kind) from None
+
+
+def _not_valid(kind: type[Message]) -> InvalidRequest:
+    return InvalidRequest(f"the request is not a valid {kind.DESCRIPTOR.name}")
 
 
 def layout_of(number: int) -> Layout | None:
@@ -62,8 +75,8 @@ def check_dtype(field: str, dtype: int, allowed: frozenset[int]) -> None:
         raise InvalidDtype(f"{field} must be one of {names}, not {payload.dtype_name(dtype)}")
 
 
-def array_of(data: bytes, dtype: int, shape: Sequence[int], ranks: range) -> npt.NDArray[Any]:
-    """Return the array in a payload, a read-only view.
+def check_payload(nbytes: int, dtype: int, shape: Sequence[int], ranks: range) -> tuple[int, ...]:
+    """Return the shape that a request claims, if its payload of so many bytes has it.
 
     Raises:
         InvalidShape: the shape has too few or too many axes, or is not the payload's.
@@ -72,15 +85,10 @@ def array_of(data: bytes, dtype: int, shape: Sequence[int], ranks: range) -> npt
     if len(shape) not in ranks:
         raise InvalidShape(f"the shape must have {ranks[0]} to {ranks[-1]} axes, not {len(shape)}")
     try:
-        return payload.from_bytes(data, dtype, shape)
+        payload.check(nbytes, dtype, shape)
     except payload.PayloadError as error:
         raise InvalidShape(str(error)) from None
-
-
-@cache
-def numpy_dtype(dtype: int) -> np.dtype[Any]:
-    """Return the numpy type of a wire type; uint16 for bfloat16."""
-    return payload.from_bytes(b"", dtype, (0,)).dtype
+    return tuple(shape)
 
 
 def check_reply_size(nbytes: int, limit: int) -> None:

@@ -5,32 +5,36 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
-import numpy as np
 
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.engine import Engine, Job, Served
+from vqserve_server.errors import VqserveError
 from vqserve_server.rpc.call import Call, Calls
-from vqserve_server.rpc.decode import DecodeCall
-from vqserve_server.rpc.encode import EncodeCall
+from vqserve_server.rpc.decode import DecodePlan
+from vqserve_server.rpc.encode import EncodePlan
 from vqserve_server.rpc.messages import codebook_message, parse
+from vqserve_server.rpc.plan import Plan
+from vqserve_server.rpc.plans import Plans
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"].full_name
 # Below it, looking at a payload takes less than handing it to another thread.
 _INLINE_BYTES = 512 * 1024
-_EMPTY = Served(array=np.empty(0, np.uint8), queue_us=0, compute_us=0, batch_requests=0, batch_rows=0)
 
 T = TypeVar("T")
 
 
 class TokenizerService:
-    """Answers calls with an engine."""
+    """Answers calls with an engine. Belongs to one event loop."""
 
     def __init__(self, engine: Engine, *, max_message_bytes: int) -> None:
         self._engine = engine
-        self._max_message_bytes = max_message_bytes
+        self._loop = asyncio.get_running_loop()
+        self._encodings = Plans(EncodePlan, live=engine.live, max_message_bytes=max_message_bytes)
+        self._decodings = Plans(DecodePlan, live=engine.live, max_message_bytes=max_message_bytes)
+        self._arrived: list[Job] = []
         # A large payload is read and checked off the event loop, so that it does not hold up the small ones.
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="vqserve-payload")
 
@@ -47,39 +51,82 @@ class TokenizerService:
 
     async def encode(self, raw: bytes, call: Call) -> bytes:
         """Latents to indices."""
-        return await self._answer(EncodeCall, raw, call)
+        return await self._answer(self._encodings, raw, call)
 
     async def decode(self, raw: bytes, call: Call) -> bytes:
         """Indices to latents."""
-        return await self._answer(DecodeCall, raw, call)
+        return await self._answer(self._decodings, raw, call)
 
     async def list_codebooks(self, raw: bytes, call: Call) -> bytes:
         """What is being served."""
         parse(pb.ListCodebooksRequest, raw)
-        with self._engine.admit(len(raw)):
-            codebooks = [codebook_message(info) for info in self._engine.live.infos()]
-        return pb.ListCodebooksResponse(codebooks=codebooks).SerializeToString()
-
-    async def _answer(self, kind: type[EncodeCall | DecodeCall], raw: bytes, call: Call) -> bytes:
-        with self._engine.admit(len(raw)) as ticket:
-            request = await self._run(
-                len(raw), lambda: kind(raw, live=self._engine.live, max_message_bytes=self._max_message_bytes)
-            )
-            ticket.add(request.rows, request.reply_bytes)
-            await self._run(len(raw), request.check)
-            served = await self._compute(request.job(call.deadline)) if request.rows else _EMPTY
-            return await self._run(request.reply_bytes, lambda: request.reply(served, call.elapsed_us()))
-
-    async def _compute(self, job: Job) -> Served:
-        self._engine.submit(job)
+        self._engine.admit(0, len(raw))
         try:
-            return await asyncio.wrap_future(job.future)
+            codebooks = [codebook_message(info) for info in self._engine.live.infos()]
+            return pb.ListCodebooksResponse(codebooks=codebooks).SerializeToString()
+        finally:
+            self._engine.release(0, len(raw))
+
+    async def _answer(self, plans: Plans[Any], raw: bytes, call: Call) -> bytes:
+        is_large = len(raw) > _INLINE_BYTES
+        known = plans.known(raw)
+        if known is None:
+            known = await self._elsewhere(lambda: plans.read(raw)) if is_large else plans.read(raw)
+            plans.keep(raw, *known)
+        plan, data = known
+        rows, nbytes = plan.rows, len(raw) + plan.reply_bytes
+        self._engine.admit(rows, nbytes)
+        try:
+            if not rows:
+                return plan.reply(None, call.elapsed_us())
+            array = plan.array(data)
+            if is_large:
+                await self._elsewhere(lambda: plan.check(array))
+            else:
+                plan.check(array)
+            served = await self._compute(plan, array, call)
+            if plan.reply_bytes > _INLINE_BYTES:
+                return await self._elsewhere(lambda: plan.reply(served, call.elapsed_us()))
+            return plan.reply(served, call.elapsed_us())
+        finally:
+            self._engine.release(rows, nbytes)
+
+    async def _compute(self, plan: Plan[Any], array: Any, call: Call) -> Served:
+        answer: asyncio.Future[Served] = self._loop.create_future()
+        job = plan.job(array, deliver=self._deliver, tag=answer, deadline=call.deadline)
+        # Whatever the loop has ready goes to the engine together.
+        if not self._arrived:
+            self._loop.call_soon(self._submit)
+        self._arrived.append(job)
+        try:
+            return await answer
         except asyncio.CancelledError:
-            # The caller has left or its deadline has passed; the future is cancelled with the task that awaited it.
+            # The caller has left or its deadline has passed.
             self._engine.forget(job)
             raise
 
-    async def _run(self, nbytes: int, work: Callable[[], T]) -> T:
-        if nbytes <= _INLINE_BYTES:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+    def _submit(self) -> None:
+        jobs, self._arrived = self._arrived, []
+        try:
+            self._engine.submit(jobs)
+        except VqserveError as error:
+            for job in jobs:
+                job.fail(type(error)(*error.args))
+
+    def _deliver(self, jobs: list[Job]) -> None:
+        # One wake-up of the loop for all jobs of a batch.
+        self._loop.call_soon_threadsafe(_hand_over, jobs)
+
+    async def _elsewhere(self, work: Callable[[], T]) -> T:
+        return await self._loop.run_in_executor(self._pool, work)
+
+
+def _hand_over(jobs: list[Job]) -> None:
+    for job in jobs:
+        answer, outcome = job.tag, job.outcome
+        if answer.done():
+            continue
+        if isinstance(outcome, BaseException):
+            answer.set_exception(outcome)
+        else:
+            answer.set_result(outcome)

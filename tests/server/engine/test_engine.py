@@ -1,11 +1,13 @@
-"""The engine with its threads: every future is resolved, and nothing is computed for nobody."""
+"""The engine with its thread: every job gets its outcome, and nothing is computed for nobody."""
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,14 @@ import torch
 
 from vqserve.layout import Layout
 from vqserve_server.config import EngineConfig
-from vqserve_server.engine import BatchFailed, DecodeJob, EncodeJob, Engine
+from vqserve_server.engine import BatchFailed, EncodeJob, Engine
 from vqserve_server.errors import DeadlineExpired, DeviceBroken, Draining, InvalidOption, NonFiniteLatents, Overloaded
 
+sys.path.insert(0, str(Path(__file__).parent))
+from engine_jobs import Jobs
+
 LAST = Layout.CHANNELS_LAST
+JOBS = Jobs()
 
 
 @pytest.fixture
@@ -41,7 +47,7 @@ def start(fake: Callable[..., Any]) -> Iterator[Callable[..., Engine]]:
 
 def encode_job(tokenizer: Any, rows: int, *, seed: int = 0, deadline: float | None = None) -> EncodeJob:
     latents = np.random.default_rng(seed).standard_normal((rows, tokenizer.info.input_dim)).astype(np.float32)
-    return EncodeJob(tokenizer, latents, LAST, np.empty(rows, np.uint16), deadline=deadline)
+    return JOBS.encode(tokenizer, latents, deadline=deadline)
 
 
 def expected(job: EncodeJob, codes: np.ndarray) -> np.ndarray:
@@ -50,7 +56,7 @@ def expected(job: EncodeJob, codes: np.ndarray) -> np.ndarray:
 
 def submit(engine: Engine, *jobs: Any) -> list[Any]:
     for job in jobs:
-        engine.submit(job)
+        engine.submit([job])
     return list(jobs)
 
 
@@ -58,7 +64,7 @@ def test_one_request(fake: Callable[..., Any], start: Callable[..., Engine]) -> 
     tokenizer = fake()
     engine = start(tokenizer)
     (job,) = submit(engine, encode_job(tokenizer, 7))
-    served = job.future.result()
+    served = JOBS.result(job)
     np.testing.assert_array_equal(served.array, expected(job, tokenizer.codes))
     assert (served.batch_requests, served.batch_rows) == (1, 7)
 
@@ -71,23 +77,23 @@ def test_what_arrives_while_the_device_works_is_one_batch(
     tokenizer.hold()
     submit(engine, first := encode_job(tokenizer, 2))
     tokenizer.wait_entered()
-    # One by one: the batch that is staged ahead grows until the device is free.
+    # One by one: a batch is closed only when the device comes for it.
     others = submit(engine, *(encode_job(tokenizer, n, seed=n) for n in range(1, 9)))
     tokenizer.release()
     for job in (first, *others):
-        np.testing.assert_array_equal(job.future.result().array, expected(job, tokenizer.codes))
+        np.testing.assert_array_equal(JOBS.result(job).array, expected(job, tokenizer.codes))
     assert [len(batch) for batch in tokenizer.batches] == [2, sum(range(1, 9))]
     assert engine.stats.batches == 2
     assert engine.stats.requests == 9
     assert engine.stats.largest_batch_requests == 8
-    assert others[0].future.result().queue_us > 0
+    assert JOBS.result(others[0]).queue_us > 0
 
 
 def test_a_split_request_is_put_together_again(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
     tokenizer = fake()
     engine = start(tokenizer, max_batch_rows=10)
     (job,) = submit(engine, encode_job(tokenizer, 95))
-    served = job.future.result()
+    served = JOBS.result(job)
     np.testing.assert_array_equal(served.array, expected(job, tokenizer.codes))
     assert engine.stats.batches == 10
     assert engine.stats.requests == 1
@@ -100,11 +106,11 @@ def test_decode_in_every_type_and_layout(fake: Callable[..., Any], start: Callab
     indices = np.arange(12, dtype=np.int32).reshape(2, 3, 2)
     for dtype in (np.float16, np.float32, np.float64):
         for layout, shape in ((Layout.CHANNELS_FIRST, (2, 4, 3, 2)), (LAST, (2, 3, 2, 4))):
-            job = DecodeJob(tokenizer, indices, np.empty(shape, dtype), layout, output="code_rows")
-            engine.submit(job)
+            job = JOBS.decode(tokenizer, indices, np.empty(shape, dtype), layout, output="code_rows")
+            engine.submit([job])
             want = -tokenizer.codes[indices]
             want = np.moveaxis(want, -1, 1) if layout is Layout.CHANNELS_FIRST else want
-            np.testing.assert_array_equal(job.future.result().array, want.astype(dtype))
+            np.testing.assert_array_equal(JOBS.result(job).array, want.astype(dtype))
 
 
 def test_cancelled_and_expired_work_is_never_computed(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
@@ -119,14 +125,13 @@ def test_cancelled_and_expired_work_is_never_computed(fake: Callable[..., Any], 
         encode_job(tokenizer, 3, seed=2, deadline=time.monotonic() + 1e-3),
         encode_job(tokenizer, 4, seed=3),
     )
-    cancelled.future.cancel()
     engine.forget(cancelled)
     threading.Event().wait(2e-3)  # lets the deadline pass, which nothing announces
     tokenizer.release()
     with pytest.raises(DeadlineExpired):
-        expired.future.result()
-    np.testing.assert_array_equal(mate.future.result().array, expected(mate, tokenizer.codes))
-    first.future.result()
+        JOBS.result(expired)
+    np.testing.assert_array_equal(JOBS.result(mate).array, expected(mate, tokenizer.codes))
+    JOBS.result(first)
     np.testing.assert_array_equal(np.concatenate(tokenizer.batches), np.concatenate([first.source, mate.source]))
 
 
@@ -138,10 +143,10 @@ def test_an_unexpected_error_fails_its_batch_only(
     tokenizer.error = ZeroDivisionError("secret")
     (job,) = submit(engine, encode_job(tokenizer, 1))
     with pytest.raises(BatchFailed):
-        job.future.result()
+        JOBS.result(job)
     assert "ZeroDivisionError" in caplog.text
     (job,) = submit(engine, encode_job(tokenizer, 1))
-    job.future.result()
+    JOBS.result(job)
     assert engine.stats.failed_batches == 1
 
 
@@ -151,9 +156,9 @@ def test_memory_that_ran_out_is_not_a_broken_device(fake: Callable[..., Any], st
     tokenizer.error = torch.OutOfMemoryError("CUDA out of memory")
     (job,) = submit(engine, encode_job(tokenizer, 1))
     with pytest.raises(BatchFailed):
-        job.future.result()
+        JOBS.result(job)
     submit(engine, job := encode_job(tokenizer, 1))
-    job.future.result()
+    JOBS.result(job)
 
 
 def test_a_request_that_only_the_weights_show_to_be_bad_fails_alone(
@@ -176,9 +181,9 @@ def test_a_request_that_only_the_weights_show_to_be_bad_fails_alone(
     bad.source[1] = 1000.0
     tokenizer.release()
     with pytest.raises(NonFiniteLatents):
-        bad.future.result()
+        JOBS.result(bad)
     for job in (good, also_good):
-        np.testing.assert_array_equal(job.future.result().array, expected(job, tokenizer.codes))
+        np.testing.assert_array_equal(JOBS.result(job).array, expected(job, tokenizer.codes))
 
 
 def test_a_reply_type_that_overflows_fails_its_own_request(
@@ -192,13 +197,13 @@ def test_a_reply_type_that_overflows_fails_its_own_request(
     tokenizer.wait_entered()
     jobs = submit(
         engine,
-        DecodeJob(tokenizer, np.array([[0, 1], [2, 3]]), np.empty((2, 2, 4), np.float16), LAST),
-        DecodeJob(tokenizer, np.array([3, 0]), np.empty((2, 4), np.float32), LAST),
+        JOBS.decode(tokenizer, np.array([[0, 1], [2, 3]]), np.empty((2, 2, 4), np.float16)),
+        JOBS.decode(tokenizer, np.array([3, 0]), np.empty((2, 4), np.float32)),
     )
     tokenizer.release()
     with pytest.raises(InvalidOption, match=r"indices\[1, 1\]"):
-        jobs[0].future.result()
-    np.testing.assert_array_equal(jobs[1].future.result().array, tokenizer.codes[[3, 0]])
+        JOBS.result(jobs[0])
+    np.testing.assert_array_equal(JOBS.result(jobs[1]).array, tokenizer.codes[[3, 0]])
 
 
 @pytest.mark.parametrize(
@@ -218,44 +223,37 @@ def test_a_lost_device_resolves_every_future(
     tokenizer.hold()
     submit(engine, computing := encode_job(tokenizer, 1))
     tokenizer.wait_entered()
-    staged = submit(engine, encode_job(tokenizer, 1), encode_job(tokenizer, 1))
-    queued = submit(engine, encode_job(other, 1), encode_job(other, 1))
+    queued = submit(engine, encode_job(tokenizer, 1), encode_job(tokenizer, 1))
+    of_others = submit(engine, encode_job(other, 1), encode_job(other, 1))
     tokenizer.error = failure
     tokenizer.release()
-    for job in (computing, *staged, *queued):
+    for job in (computing, *queued, *of_others):
         with pytest.raises(DeviceBroken):
-            job.future.result()
+            JOBS.result(job)
     broken.wait()
     with pytest.raises(DeviceBroken):
-        engine.submit(encode_job(tokenizer, 1))
-    with pytest.raises(DeviceBroken), engine.admit(1):
-        pass
+        engine.submit([encode_job(tokenizer, 1)])
+    with pytest.raises(DeviceBroken):
+        engine.admit(0, 1)
     assert not other.batches
 
 
-def test_rows_that_cannot_be_staged_fail_their_batch(
+def test_rows_that_cannot_be_copied_fail_their_batch(
     fake: Callable[..., Any], start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = fake()
     engine = start(tokenizer)
-    tokenizer.hold()
-    submit(engine, encode_job(tokenizer, 1))
-    tokenizer.wait_entered()
-    tried = threading.Event()
     job = encode_job(tokenizer, 1)
 
     def read(start: int, stop: int, into: np.ndarray) -> None:
-        tried.set()
         raise MemoryError
 
     monkeypatch.setattr(job, "read", read)
     submit(engine, job)
-    tried.wait()
-    tokenizer.release()
     with pytest.raises(BatchFailed):
-        job.future.result()
+        JOBS.result(job)
     submit(engine, job := encode_job(tokenizer, 1))
-    job.future.result()
+    JOBS.result(job)
 
 
 def test_results_of_another_length_are_not_handed_out(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
@@ -263,7 +261,7 @@ def test_results_of_another_length_are_not_handed_out(fake: Callable[..., Any], 
     tokenizer.encode_rows = lambda rows: np.zeros(len(rows) + 1, np.int64)
     (job,) = submit(start(tokenizer), encode_job(tokenizer, 3))
     with pytest.raises(BatchFailed):
-        job.future.result()
+        JOBS.result(job)
 
 
 def test_stop_finishes_what_is_queued(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
@@ -273,14 +271,14 @@ def test_stop_finishes_what_is_queued(fake: Callable[..., Any], start: Callable[
     jobs = submit(engine, *(encode_job(tokenizer, 2, seed=seed) for seed in range(5)))
     tokenizer.wait_entered()
     engine.drain()
-    with pytest.raises(Draining), engine.admit(1):
-        pass
+    with pytest.raises(Draining):
+        engine.admit(0, 1)
     tokenizer.release()
     assert engine.stop()
     for job in jobs:
-        np.testing.assert_array_equal(job.future.result(timeout=0).array, expected(job, tokenizer.codes))
+        np.testing.assert_array_equal(JOBS.result(job, timeout=0).array, expected(job, tokenizer.codes))
     with pytest.raises(Draining):
-        engine.submit(encode_job(tokenizer, 1))
+        engine.submit([encode_job(tokenizer, 1)])
 
 
 def test_stop_gives_up_on_time(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
@@ -293,7 +291,7 @@ def test_stop_gives_up_on_time(fake: Callable[..., Any], start: Callable[..., En
     assert not engine.stop(timeout_s=0.0)
     for job in (computing, *waiting):
         with pytest.raises(Draining):
-            job.future.result()
+            JOBS.result(job)
 
 
 def test_an_idle_device_waits_max_wait_us_for_more(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
@@ -301,31 +299,49 @@ def test_an_idle_device_waits_max_wait_us_for_more(fake: Callable[..., Any], sta
     engine = start(tokenizer, max_wait_us=10_000_000, max_batch_rows=6)
     jobs = submit(engine, *(encode_job(tokenizer, 2, seed=seed) for seed in range(3)))
     for job in jobs:
-        assert job.future.result().batch_requests == 3
+        assert JOBS.result(job).batch_requests == 3
 
 
 def test_limits(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
     engine = start(fake(), max_queue_requests=3, max_queue_rows=100, max_queue_bytes=2048)
-    with engine.admit(500) as first:
-        first.add(60, 500)
-        with pytest.raises(Overloaded, match="bytes"), engine.admit(1500):
-            pass
-        with engine.admit(100) as second:
-            with pytest.raises(Overloaded, match="rows") as caught:
-                second.add(60, 0)
-            assert 0.05 <= caught.value.retry_after_s <= 10
-            with pytest.raises(Overloaded, match="bytes"):
-                second.add(1, 1000)
-            with engine.admit(1), pytest.raises(Overloaded, match="requests"), engine.admit(1):
-                pass
+    engine.admit(60, 1000)
+    with pytest.raises(Overloaded, match="bytes"):
+        engine.admit(0, 1500)
+    with pytest.raises(Overloaded, match="rows") as caught:
+        engine.admit(60, 100)
+    assert 0.05 <= caught.value.retry_after_s <= 10
+    engine.admit(1, 100)
+    engine.admit(0, 1)
+    with pytest.raises(Overloaded, match="requests"):
+        engine.admit(0, 1)
+    for rows, nbytes in ((60, 1000), (1, 100), (0, 1)):
+        engine.release(rows, nbytes)
     # What is larger than a limit by itself is served when it is alone, and all that was counted has been given back.
-    with engine.admit(4000) as large:
-        large.add(1000, 10**6)
-        with pytest.raises(Overloaded), engine.admit(1):
-            pass
-    with engine.admit(2000) as first, engine.admit(40) as second:
-        first.add(50, 0)
-        second.add(50, 8)
+    engine.admit(1000, 10**6)
+    with pytest.raises(Overloaded):
+        engine.admit(0, 1)
+    engine.release(1000, 10**6)
+    engine.admit(50, 2000)
+    engine.admit(50, 48)
+
+
+def test_a_finished_batch_is_delivered_at_once(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer)
+    deliveries: list[int] = []
+    jobs = [encode_job(tokenizer, 2, seed=seed) for seed in range(5)]
+    plain = jobs[0].deliver
+
+    def deliver(done: list[Any]) -> None:
+        deliveries.append(len(done))
+        plain(done)
+
+    for job in jobs:
+        job.deliver = deliver
+    engine.submit(jobs)
+    for job in jobs:
+        np.testing.assert_array_equal(JOBS.result(job).array, expected(job, tokenizer.codes))
+    assert deliveries == [5]
 
 
 def test_many_threads_submit(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
@@ -339,7 +355,7 @@ def test_many_threads_submit(fake: Callable[..., Any], start: Callable[..., Engi
             for _ in range(30):
                 tokenizer = tokenizers[int(rng.integers(2))]
                 (job,) = submit(engine, encode_job(tokenizer, int(rng.integers(1, 120)), seed=int(rng.integers(1000))))
-                np.testing.assert_array_equal(job.future.result().array, expected(job, tokenizer.codes))
+                np.testing.assert_array_equal(JOBS.result(job).array, expected(job, tokenizer.codes))
         except BaseException as error:
             failures.append(error)
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from vqserve.layout import Layout
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine import EncodeJob
 from vqserve_server.engine.queue import JobQueue
 from vqserve_server.errors import DeadlineExpired
 
+sys.path.insert(0, str(Path(__file__).parent))
+from engine_jobs import Jobs
+
+JOBS = Jobs()
+
 
 def job(tokenizer: Any, rows: int, *, dtype: Any = np.float32, deadline: float | None = None) -> EncodeJob:
-    latents = np.zeros((rows, tokenizer.info.input_dim), dtype)
-    return EncodeJob(tokenizer, latents, Layout.CHANNELS_LAST, np.empty(rows, np.uint8), deadline=deadline)
+    return JOBS.encode(tokenizer, np.zeros((rows, tokenizer.info.input_dim), dtype), deadline=deadline)
 
 
 def queue_of(*jobs: EncodeJob, **config: int) -> JobQueue:
@@ -90,17 +95,17 @@ def test_who_has_left_is_skipped(fake: Callable[..., Any]) -> None:
     tokenizer = fake()
     expired, cancelled, alive = job(tokenizer, 1, deadline=5.0), job(tokenizer, 1), job(tokenizer, 1, deadline=6.0)
     queue = queue_of(expired, cancelled, alive)
-    cancelled.future.cancel()
+    cancelled.cancel()
     assert taken(queue, now=5.5) == [(alive, 0, 1)]
     with pytest.raises(DeadlineExpired):
-        expired.future.result(timeout=0)
+        JOBS.result(expired, timeout=0)
 
 
 def test_the_rest_of_a_split_job_is_dropped_with_its_caller(fake: Callable[..., Any]) -> None:
     large = job(fake(), 10)
     queue = queue_of(large, max_batch_rows=4)
     assert taken(queue) == [(large, 0, 4)]
-    large.future.cancel()
+    large.cancel()
     assert taken(queue) is None
     assert not queue
 
