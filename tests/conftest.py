@@ -17,8 +17,9 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the number of rows of tests/server/search/test_many_rows.py."""
+    """Add how much the large tests do."""
     parser.addoption("--search-rows", type=int, default=100_000, help="rows of the exactness test, all shapes together")
+    parser.addoption("--wire-cases", type=int, default=100_000, help="messages of the test of the wire's codec")
 
 
 def pytest_configure() -> None:

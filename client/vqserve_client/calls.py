@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vqserve import payload
+from google.protobuf.message import DecodeError
+
+from vqserve import payload, wire
 from vqserve.codebook_info import CodebookInfo
 from vqserve.latent_dtype import latent_dtype_name
 from vqserve.layout import (
@@ -94,12 +96,22 @@ class ArrayCall:
         """Return the assembled array as the caller's kind."""
         raise NotImplementedError
 
-    def request(self, cut: Cut) -> Any:
+    def request(self, cut: Cut) -> bytes:
         """Return the request for one cut of the grid."""
+        part = self._part(cut)
+        data = payload.view(part, self.given.dtype)
+        return wire.message(self._head(part.shape), data, len(data))
+
+    def accept(self, cut: Cut, reply: bytes) -> None:
+        """Check a reply and put it in its place."""
         raise NotImplementedError
 
-    def accept(self, cut: Cut, reply: Any) -> None:
-        """Check a reply and put it in its place."""
+    def _part(self, cut: Cut) -> Array:
+        """Return what one request holds of the caller's array."""
+        raise NotImplementedError
+
+    def _head(self, shape: tuple[int, ...]) -> bytes:
+        """Return what comes before the payload of a request for such a part."""
         raise NotImplementedError
 
     def _geometry(self) -> tuple[tuple[int, ...], Layout]:
@@ -111,8 +123,12 @@ class ArrayCall:
     def _store(self) -> Array:
         raise NotImplementedError
 
-    def _checked(self, reply: Any, data: bytes, dtype: int, shape: tuple[int, ...]) -> Array:
+    def _checked(self, kind: Any, raw: bytes, dtype: int, shape: tuple[int, ...]) -> Array:
         """Return the array of a reply that is what was asked for."""
+        try:
+            reply, data = wire.read(kind, raw)
+        except DecodeError:
+            raise self._distrust("it is not a valid message") from None
         self._pin.claim(self.info, reply.digest)
         if reply.dtype != dtype or tuple(reply.shape) != shape:
             raise self._distrust(
@@ -156,23 +172,25 @@ class EncodeCall(ArrayCall):
     def _store(self) -> Array:
         return index_store(self.grid, self._index_dtype, is_torch=self.given.is_torch)
 
-    def request(self, cut: Cut) -> Any:
-        """Return the request for one cut of the grid."""
-        part = self.given.array[latents_cut(cut, self.layout)]
-        return _EncodeRequest(
+    def _part(self, cut: Cut) -> Array:
+        return self.given.array[latents_cut(cut, self.layout)]
+
+    def _head(self, shape: tuple[int, ...]) -> bytes:
+        request = _EncodeRequest(
             codebook=self.info.name,
             expected_digest=self.info.digest,
             layout=WIRE_OF_LAYOUT[self.layout],
             dtype=self.given.dtype,
-            shape=part.shape,
+            shape=shape,
             index_dtype=self._index_dtype,
-            latents=payload.to_bytes(part, self.given.dtype),
         )
+        head: bytes = request.SerializeToString()
+        return head
 
-    def accept(self, cut: Cut, reply: Any) -> None:
+    def accept(self, cut: Cut, reply: bytes) -> None:
         """Check a reply and put it in its place."""
         into = self.out[cut]
-        part = self._checked(reply, reply.indices, self._index_dtype, into.shape)
+        part = self._checked(pb.EncodeResponse, reply, self._index_dtype, into.shape)
         if part.size and part.max() >= self.info.vocab_size:
             raise self._distrust(f"index {part.max()} in a vocabulary of {self.info.vocab_size}")
         store(part, self._index_dtype, into)
@@ -208,24 +226,26 @@ class DecodeCall(ArrayCall):
         shape = latents_shape(self.grid, self._width, self.layout)
         return latent_store(shape, self.asked.dtype, is_torch=self.given.is_torch)
 
-    def request(self, cut: Cut) -> Any:
-        """Return the request for one cut of the grid."""
-        part = self.given.array[cut]
-        return _DecodeRequest(
+    def _part(self, cut: Cut) -> Array:
+        return self.given.array[cut]
+
+    def _head(self, shape: tuple[int, ...]) -> bytes:
+        request = _DecodeRequest(
             codebook=self.info.name,
             expected_digest=self.info.digest,
             layout=WIRE_OF_LAYOUT[self.layout],
             dtype=self.given.dtype,
-            shape=part.shape,
+            shape=shape,
             latent_dtype=self.asked.dtype,
             output=self.asked.output,
-            indices=payload.to_bytes(part, self.given.dtype),
         )
+        head: bytes = request.SerializeToString()
+        return head
 
-    def accept(self, cut: Cut, reply: Any) -> None:
+    def accept(self, cut: Cut, reply: bytes) -> None:
         """Check a reply and put it in its place."""
         into = self.out[latents_cut(cut, self.layout)]
-        store(self._checked(reply, reply.latents, self.asked.dtype, into.shape), self.asked.dtype, into)
+        store(self._checked(pb.DecodeResponse, reply, self.asked.dtype, into.shape), self.asked.dtype, into)
 
     def result(self) -> Any:
         """Return the latents as the caller's kind."""
@@ -248,10 +268,10 @@ class ArrayPart:
         cut = latents_cut(self._cut, self._call.layout) if isinstance(self._call, EncodeCall) else self._cut
         return f"{self._call.name}{cut_text(cut)}"
 
-    def request(self) -> Any:
+    def request(self) -> bytes:
         """Return the message to send."""
         return self._call.request(self._cut)
 
-    def accept(self, reply: Any) -> None:
+    def accept(self, reply: bytes) -> None:
         """Check the reply and put it in its place."""
         self._call.accept(self._cut, reply)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout
 from vqserve.v1 import tokenizer_pb2 as pb
@@ -36,13 +38,17 @@ class ListPart:
         self._target = target
         self.codebooks: tuple[CodebookInfo, ...] = ()
 
-    def request(self) -> Any:
+    def request(self) -> bytes:
         """Return the message to send."""
-        return pb.ListCodebooksRequest()
+        return pb.ListCodebooksRequest().SerializeToString()
 
-    def accept(self, reply: Any) -> None:
+    def accept(self, reply: bytes) -> None:
         """Take the list, if all of it makes sense."""
-        codebooks = tuple(self._checked(entry) for entry in reply.codebooks)
+        try:
+            listed = pb.ListCodebooksResponse.FromString(reply)
+        except DecodeError:
+            raise ProtocolError("the server's list of codebooks is not a valid message", target=self._target) from None
+        codebooks = tuple(self._checked(entry) for entry in listed.codebooks)
         names = [info.name for info in codebooks]
         if len(set(names)) != len(names):
             raise ProtocolError(f"the server lists a codebook twice: {', '.join(names)}", target=self._target)

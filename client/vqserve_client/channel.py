@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from vqserve.v1 import tokenizer_pb2_grpc
+from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client.config import ClientConfig
 from vqserve_client.errors import Closed
 
@@ -31,8 +31,12 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
     ]
 
 
-# Generated code has no types.
-_Stub: Any = tokenizer_pb2_grpc.TokenizerServiceStub
+# The methods by name, as gRPC calls them. Messages are bytes here: calls.py reads and writes them.
+_PATHS = {
+    method.name: f"/{service.full_name}/{method.name}"
+    for service in (pb.DESCRIPTOR.services_by_name["TokenizerService"],)
+    for method in service.methods
+}
 
 
 class Connection:
@@ -50,13 +54,13 @@ class Connection:
         """Return the server's address."""
         return self._config.target
 
-    def stub(self) -> Any:
-        """Return the stub of this process.
+    def method(self, name: str) -> Any:
+        """Return a method of the service in this process, from bytes to bytes.
 
         Raises:
             Closed: after `close`.
         """
-        return self._opened()[1]
+        return self._opened()[1][name]
 
     def channel(self) -> grpc.Channel:
         """Return the channel of this process.
@@ -85,7 +89,8 @@ class Connection:
                     channel = grpc.insecure_channel(
                         self.target, options=channel_options(self._config.max_message_bytes)
                     )
-                    opened = self._open = (channel, _Stub(channel))
+                    methods: dict[str, Any] = {name: channel.unary_unary(path) for name, path in _PATHS.items()}
+                    opened = self._open = (channel, methods)
         return opened
 
     def after_fork_in_child(self) -> None:
@@ -97,7 +102,7 @@ class Connection:
             self._open = None
 
 
-_Open = tuple[grpc.Channel, Any]
+_Open = tuple[grpc.Channel, dict[str, Any]]
 _inherited: list[_Open] = []
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 

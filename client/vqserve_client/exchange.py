@@ -36,10 +36,10 @@ class Part(Protocol):
     def where(self) -> str:
         """Return which part of the caller's array this is, for an error; empty if it is all of it."""
 
-    def request(self) -> Any:
+    def request(self) -> bytes:
         """Return the message to send."""
 
-    def accept(self, reply: Any) -> None:
+    def accept(self, reply: bytes) -> None:
         """Check the reply and put it to use."""
 
 
@@ -151,7 +151,7 @@ class Exchange:
             )
         metadata = ((REQUEST_ID_KEY, one.request_id),)
         request = one.part.request()
-        method = getattr(self._connection.stub(), one.part.method)
+        method = self._connection.method(one.part.method)
         gate.enter()
         try:
             one.ticket = method.future(request, timeout=timeout_s, metadata=metadata)

@@ -98,13 +98,10 @@ class Failure:
     def error_class(self) -> type[VqserveClientError]:
         """Return the class of error that this failure is.
 
-        gRPC itself reports a message over the limit with the code of a full queue, and a reply that is no protobuf
-        with the code of a failed server; only its text tells them apart.
+        gRPC itself reports a message over the limit with the code of a full queue; only its text tells them apart.
         """
         if self.code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in self.details:
             return MessageTooLarge
-        if self.code is grpc.StatusCode.INTERNAL and self.details.startswith("Exception deserializing response"):
-            return ProtocolError
         return ERROR_OF_CODE.get(self.code, ServerError)
 
     def error(

@@ -90,11 +90,21 @@ def dtype_of(array: npt.NDArray[np.generic]) -> int:
     raise PayloadError(f"arrays of {array.dtype} do not travel: use one of {known_names}")
 
 
-def to_bytes(array: npt.NDArray[np.generic], dtype: int) -> bytes:
-    """Return an array's payload; for bfloat16 the array is float32 (rounded here) or uint16 bit patterns."""
+def view(array: npt.NDArray[np.generic], dtype: int) -> memoryview:
+    """Return an array's payload: its own memory if it lies there as on the wire, else that of a copy.
+
+    Args:
+        array: for bfloat16 float32 (rounded here) or uint16 bit patterns.
+        dtype: the wire type.
+    """
     if dtype == pb.DTYPE_BFLOAT16 and array.dtype != np.uint16:
         array = bfloat16.round_bits(array.astype(np.float32, copy=False))
-    return np.ascontiguousarray(array, dtype=_NUMPY[dtype]).tobytes()
+    return np.ascontiguousarray(array, dtype=_NUMPY[dtype]).reshape(-1).view(np.uint8).data
+
+
+def to_bytes(array: npt.NDArray[np.generic], dtype: int) -> bytes:
+    """Return a copy of an array's payload; see `view`."""
+    return bytes(view(array, dtype))
 
 
 def nbytes(dtype: int, shape: Sequence[int]) -> int:

@@ -1,0 +1,177 @@
+"""The codec that copies no payload, against protobuf itself: 10^5 messages, or as many as --wire-cases says."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from google.protobuf.message import DecodeError
+
+from vqserve import wire
+from vqserve.v1 import tokenizer_pb2 as pb
+
+KINDS = {
+    pb.EncodeRequest: "latents",
+    pb.EncodeResponse: "indices",
+    pb.DecodeRequest: "indices",
+    pb.DecodeResponse: "latents",
+}
+
+
+def by_protobuf(kind, raw):
+    """What protobuf makes of bytes: the message without its payload, and the payload; None: no message."""
+    try:
+        message = kind.FromString(raw)
+    except DecodeError:
+        return None
+    payload = getattr(message, KINDS[kind])
+    message.ClearField(KINDS[kind])
+    return message, payload
+
+
+def by_the_codec(kind, raw):
+    try:
+        message, payload = wire.read(kind, raw)
+    except DecodeError:
+        return None
+    return message, bytes(payload)
+
+
+def check(kind, raw):
+    expected, got = by_protobuf(kind, raw), by_the_codec(kind, raw)
+    assert got == expected, (kind.DESCRIPTOR.name, raw.hex())
+    if got is not None:
+        # What a codec dropped would still be equal as far as known fields go.
+        assert got[0].SerializeToString(deterministic=True) == expected[0].SerializeToString(deterministic=True)
+
+
+def a_message(rng: random.Random):
+    kind = rng.choice(list(KINDS))
+    message = kind(**{KINDS[kind]: rng.randbytes(rng.choice((0, 1, 5, 127, 128, 300)))})
+    if rng.random() < 0.8:
+        message.dtype = rng.choice((1, 2, 9, 77))
+    if rng.random() < 0.8:
+        message.shape.extend(rng.choice((0, 1, 200, 1 << 40)) for _ in range(rng.randrange(6)))
+    if kind in (pb.EncodeRequest, pb.DecodeRequest):
+        message.codebook = rng.choice(("", "a", "vqgan-f16", "é" * 70))
+        message.expected_digest = rng.choice(("", "f" * 64))
+    else:
+        message.digest = rng.choice(("", "0" * 64))
+        message.stats.total_us = rng.choice((0, 7, 1 << 50))
+    return kind, message
+
+
+def fields_of(raw: bytes) -> list[bytes]:
+    """The top-level fields of a well-formed message of varints and length-delimited fields."""
+    fields, start, position = [], 0, 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = raw[position]
+            position += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while position < len(raw):
+        if varint() & 7 == 2:
+            length = varint()
+            position += length
+        else:
+            varint()
+        fields.append(raw[start:position])
+        start = position
+    return fields
+
+
+STRANGE_FIELDS = (
+    b"\x98\x01\x07",  # field 19, a varint: unknown
+    b"\x9d\x01abcd",  # field 19, 32 bits
+    b"\x99\x01abcdefgh",  # field 19, 64 bits
+    b"\x9a\x01\x03abc",  # field 19, bytes
+    b"\x9b\x01\x08\x01\x9c\x01",  # field 19, a group
+    b"\xa2\x06\x02zz",  # the payload again
+    b"\xa2\x06\x00",  # an empty one
+    b"\xa0\x06\x05",  # the payload's number on a varint
+    b"\xa2\x86\x00\x02yy",  # the payload's tag in three bytes
+    b"\xa2\x06\x82\x00yy",  # its length in two
+    b"\x00",  # field 0
+    b"\x0a\x02\xff\xff",  # no UTF-8
+    b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01",  # a tag of eleven bytes
+    b"\xa2\x06\xff\xff\xff\xff\x0f",  # a payload of 4 GiB
+)
+
+
+def changed(rng: random.Random, raw: bytes) -> bytes:
+    """A message that protobuf allows as well, or nearly one."""
+    match rng.randrange(7):
+        case 0:
+            fields = fields_of(raw)
+            rng.shuffle(fields)
+            return b"".join(fields)
+        case 1:
+            fields = fields_of(raw)
+            fields.insert(rng.randint(0, len(fields)), rng.choice(STRANGE_FIELDS))
+            return b"".join(fields)
+        case 2:
+            return raw[: rng.randint(0, len(raw))]
+        case 3 if raw:
+            at = rng.randrange(len(raw))
+            return raw[:at] + bytes([rng.randrange(256)]) + raw[at + 1 :]
+        case 4:
+            at = rng.randint(0, len(raw))
+            return raw[:at] + rng.randbytes(rng.randint(1, 4)) + raw[at:]
+        case 5:
+            return raw + rng.choice(STRANGE_FIELDS)
+        case _:
+            return raw
+
+
+def test_it_reads_what_protobuf_reads(pytestconfig):
+    rng = random.Random(0)
+    for _ in range(pytestconfig.getoption("--wire-cases")):
+        kind, message = a_message(rng)
+        raw = message.SerializeToString()
+        for _ in range(rng.randrange(3)):
+            try:
+                raw = changed(rng, raw)
+            except IndexError:  # `fields_of` wants a message that is well-formed
+                break
+        check(kind, raw)
+
+
+@pytest.mark.parametrize("field", STRANGE_FIELDS)
+def test_strange_fields_before_and_behind_the_payload(field):
+    raw = pb.EncodeRequest(codebook="a", dtype=1, shape=[2], latents=b"12345678").SerializeToString()
+    for kind in KINDS:
+        check(kind, raw + field)
+        check(kind, field + raw)
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 16383, 16384, 1 << 21])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_writes_what_protobuf_writes(kind, size):
+    payload = bytes(size)
+    head = kind(dtype=3, shape=[1, size])
+    raw = wire.message(head.SerializeToString(), payload, size)
+    assert kind.FromString(raw) == kind(dtype=3, shape=[1, size], **{KINDS[kind]: payload})
+    message, data = wire.read(kind, raw)
+    assert message == head
+    assert data == payload
+    assert wire.payload_start(raw) == len(raw) - size
+
+
+def test_a_payload_is_a_view_of_its_message():
+    raw = pb.DecodeResponse(dtype=1, shape=[4], latents=b"0123456789abcdef").SerializeToString()
+    assert wire.read(pb.DecodeResponse, raw)[1].obj is raw
+
+
+@pytest.mark.parametrize("value", [0, 1, 127, 128, 300, 1 << 32, (1 << 63) - 1])
+def test_varints_and_submessages_are_protobufs(value):
+    assert pb.ServedStats(queue_us=value).SerializeToString() == (b"\x08" + wire.varint(value) if value else b"")
+    stats = pb.ServedStats(queue_us=value, batch_rows=value)
+    response = pb.EncodeResponse.FromString(wire.submessage(4, stats.SerializeToString()))
+    assert response.stats == stats
