@@ -1,4 +1,4 @@
-"""What surrounds every call of the TokenizerService: its id, its deadline, and the status that it ends with."""
+"""What surrounds every call of the TokenizerService: its deadline, and how it ends if it fails."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import grpc
 
@@ -24,17 +23,14 @@ _NO_DEADLINE_S = 1e9
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Call:
+class Call(NamedTuple):
     """One call, as its method sees it.
 
     Attributes:
-        request_id: the caller's, or drawn.
         arrived: time.monotonic() seconds.
         deadline: the same clock; None: the caller waits for ever.
     """
 
-    request_id: str
     arrived: float
     deadline: float | None
 
@@ -55,54 +51,45 @@ class Calls:
 
     def __init__(self) -> None:
         self._active = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._idle: asyncio.Event | None = None
 
     async def wait_idle(self) -> None:
         """Wait until no call is being answered."""
-        await self._idle.wait()
+        if self._active:
+            self._idle = asyncio.Event()
+            await self._idle.wait()
 
     def handler(self, name: str, method: Method) -> grpc.RpcMethodHandler[bytes, bytes]:
         """Return the handler of a unary method."""
 
         async def answer(raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
             self._active += 1
-            self._idle.clear()
             try:
-                return await _answer(name, method, raw, context)
+                arrived = time.monotonic()
+                remaining = context.time_remaining()
+                deadline = None if remaining is None or remaining > _NO_DEADLINE_S else arrived + remaining
+                return await method(raw, Call(arrived, deadline))
+            except Exception as error:
+                await _fail(name, error, context)
             finally:
                 self._active -= 1
-                if not self._active:
+                if not self._active and self._idle is not None:
                     self._idle.set()
 
         return grpc.unary_unary_rpc_method_handler(answer)
 
 
-async def _answer(name: str, method: Method, raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
-    call = _call(context)
-    identity = ((REQUEST_ID_KEY, call.request_id),)
-    context.set_trailing_metadata(identity)
-    try:
-        return await method(raw, call)
-    except Exception as error:
-        status = status_of(error, request_id=call.request_id)
-        if status.code is grpc.StatusCode.INTERNAL:
-            # What a batch failed of was logged once, by the engine.
-            known = isinstance(error, BatchFailed)
-            logger.error("request %s %s failed", call.request_id, name, exc_info=None if known else error)
-        else:
-            logger.debug("request %s %s: %s: %s", call.request_id, name, status.code.name, status.details)
-    return await context.abort(status.code, status.details, identity + status.metadata)
-
-
-def _call(context: grpc.aio.ServicerContext[Any, Any]) -> Call:
-    now = time.monotonic()
-    remaining = context.time_remaining()
-    return Call(
-        request_id=_request_id(context),
-        arrived=now,
-        deadline=None if remaining is None or remaining > _NO_DEADLINE_S else now + remaining,
-    )
+async def _fail(name: str, error: Exception, context: grpc.aio.ServicerContext[bytes, bytes]) -> NoReturn:
+    # Only here: reading and writing metadata would take a good part of a small call.
+    request_id = _request_id(context)
+    status = status_of(error, request_id=request_id)
+    if status.code is grpc.StatusCode.INTERNAL:
+        # What a batch failed of was logged once, by the engine.
+        known = isinstance(error, BatchFailed)
+        logger.error("request %s %s failed", request_id, name, exc_info=None if known else error)
+    else:
+        logger.debug("request %s %s: %s: %s", request_id, name, status.code.name, status.details)
+    await context.abort(status.code, status.details, ((REQUEST_ID_KEY, request_id), *status.metadata))
 
 
 def _request_id(context: grpc.aio.ServicerContext[Any, Any]) -> str:

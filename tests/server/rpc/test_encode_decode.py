@@ -90,18 +90,26 @@ def test_decode_in_every_type(client: Any, tokenizer: Any) -> None:
 
 def test_the_reply_says_who_made_it_and_how(client: Any, tokenizer: Any) -> None:
     request = client.encode_request(np.zeros((3, 4), np.float32), expected_digest=tokenizer.info.digest)
-    reply, call = client.stub.Encode.with_call(request, metadata=[("vqserve-request-id", "my.id-7")])
+    reply = client.stub.Encode(request)
     assert reply.digest == tokenizer.info.digest
     assert (reply.stats.batch_requests, reply.stats.batch_rows) == (1, 3)
     assert reply.stats.total_us >= reply.stats.queue_us + reply.stats.compute_us
-    assert ("vqserve-request-id", "my.id-7") in call.trailing_metadata()
+
+
+def failed(client: Any, metadata: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The trailing metadata of a call that fails."""
+    with pytest.raises(grpc.RpcError) as caught:
+        client.stub.Encode(client.encode_request(np.zeros((3, 5), np.float32)), metadata=metadata)
+    return list(caught.value.trailing_metadata())
+
+
+def test_a_failed_request_comes_back_with_its_id(client: Any) -> None:
+    assert failed(client, [("vqserve-request-id", "my.id-7")]) == [("vqserve-request-id", "my.id-7")]
 
 
 @pytest.mark.parametrize("sent", [None, "", "with space", "x" * 65])
-def test_a_request_without_a_usable_id_gets_one(client: Any, sent: str | None) -> None:
-    metadata = [] if sent is None else [("vqserve-request-id", sent)]
-    _, call = client.stub.ListCodebooks.with_call(pb.ListCodebooksRequest(), metadata=metadata)
-    ((key, value),) = call.trailing_metadata()
+def test_a_failed_request_without_a_usable_id_gets_one(client: Any, sent: str | None) -> None:
+    ((key, value),) = failed(client, [] if sent is None else [("vqserve-request-id", sent)])
     assert key == "vqserve-request-id"
     assert len(value) == 16
     int(value, 16)
