@@ -45,6 +45,16 @@ class TokenizerServiceStub(object):
                 request_serializer=vqserve_dot_v1_dot_tokenizer__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=vqserve_dot_v1_dot_tokenizer__pb2.DecodeResponse.FromString,
                 _registered_method=True)
+        self.EncodeStream = channel.stream_stream(
+                '/vqserve.v1.TokenizerService/EncodeStream',
+                request_serializer=vqserve_dot_v1_dot_tokenizer__pb2.EncodeRequest.SerializeToString,
+                response_deserializer=vqserve_dot_v1_dot_tokenizer__pb2.EncodeResponse.FromString,
+                _registered_method=True)
+        self.DecodeStream = channel.stream_stream(
+                '/vqserve.v1.TokenizerService/DecodeStream',
+                request_serializer=vqserve_dot_v1_dot_tokenizer__pb2.DecodeRequest.SerializeToString,
+                response_deserializer=vqserve_dot_v1_dot_tokenizer__pb2.DecodeResponse.FromString,
+                _registered_method=True)
         self.ListCodebooks = channel.unary_unary(
                 '/vqserve.v1.TokenizerService/ListCodebooks',
                 request_serializer=vqserve_dot_v1_dot_tokenizer__pb2.ListCodebooksRequest.SerializeToString,
@@ -70,6 +80,23 @@ class TokenizerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EncodeStream(self, request_iterator, context):
+        """Encode for one request after the other: replies come in the order of the requests, each as soon as it and those
+        before it are done. Requests may name different codebooks. A request that fails ends the stream with its status,
+        once all before it are answered; the trailing metadata vqserve-failed-request counts them. The server stops reading
+        while its answers are not read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DecodeStream(self, request_iterator, context):
+        """Decode, likewise.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListCodebooks(self, request, context):
         """What is being served.
         """
@@ -87,6 +114,16 @@ def add_TokenizerServiceServicer_to_server(servicer, server):
             ),
             'Decode': grpc.unary_unary_rpc_method_handler(
                     servicer.Decode,
+                    request_deserializer=vqserve_dot_v1_dot_tokenizer__pb2.DecodeRequest.FromString,
+                    response_serializer=vqserve_dot_v1_dot_tokenizer__pb2.DecodeResponse.SerializeToString,
+            ),
+            'EncodeStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.EncodeStream,
+                    request_deserializer=vqserve_dot_v1_dot_tokenizer__pb2.EncodeRequest.FromString,
+                    response_serializer=vqserve_dot_v1_dot_tokenizer__pb2.EncodeResponse.SerializeToString,
+            ),
+            'DecodeStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.DecodeStream,
                     request_deserializer=vqserve_dot_v1_dot_tokenizer__pb2.DecodeRequest.FromString,
                     response_serializer=vqserve_dot_v1_dot_tokenizer__pb2.DecodeResponse.SerializeToString,
             ),
@@ -149,6 +186,60 @@ class TokenizerService(object):
             request,
             target,
             '/vqserve.v1.TokenizerService/Decode',
+            vqserve_dot_v1_dot_tokenizer__pb2.DecodeRequest.SerializeToString,
+            vqserve_dot_v1_dot_tokenizer__pb2.DecodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EncodeStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/vqserve.v1.TokenizerService/EncodeStream',
+            vqserve_dot_v1_dot_tokenizer__pb2.EncodeRequest.SerializeToString,
+            vqserve_dot_v1_dot_tokenizer__pb2.EncodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DecodeStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/vqserve.v1.TokenizerService/DecodeStream',
             vqserve_dot_v1_dot_tokenizer__pb2.DecodeRequest.SerializeToString,
             vqserve_dot_v1_dot_tokenizer__pb2.DecodeResponse.FromString,
             options,

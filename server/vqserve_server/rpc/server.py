@@ -10,7 +10,7 @@ from grpc_reflection.v1alpha import reflection
 
 from vqserve_server.config import RpcConfig
 from vqserve_server.engine import Engine
-from vqserve_server.rpc.call import Calls
+from vqserve_server.rpc.calls import Calls
 from vqserve_server.rpc.health import Health
 from vqserve_server.rpc.service import SERVICE, TokenizerService
 
@@ -50,7 +50,7 @@ class RpcServer:
         """Let the calls that are being answered finish, then close the port; return whether they finished in time."""
         finished = True
         try:
-            await asyncio.wait_for(self._calls.wait_idle(), drain_seconds)
+            await asyncio.wait_for(self._calls.drain(), drain_seconds)
         except TimeoutError:
             finished = False
         self._health.close()

@@ -1,0 +1,211 @@
+"""EncodeStream and DecodeStream: order, errors in their place, flow control, and how streams end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from vqserve import payload
+from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve_server.rpc import stream as stream_module
+
+
+@pytest.fixture
+def tokenizer(fake: Callable[..., Any]) -> Any:
+    return fake()
+
+
+@pytest.fixture
+def server(tokenizer: Any, serving: Callable[..., Any]) -> Any:
+    return serving(tokenizer)
+
+
+@pytest.fixture
+def client(server: Any, connect: Callable[..., Any]) -> Any:
+    return connect(server.target)
+
+
+def inside(server: Any) -> tuple[int, int, int]:
+    """Requests, rows and bytes that the server has admitted."""
+    admission = server.app.engine._admission
+    return admission.requests, admission.rows, admission.bytes
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        threading.Event().wait(0.01)
+
+
+def stop_in_background(server: Any) -> Future[bool]:
+    """Stop the server as SIGTERM would; resolved when it has stopped."""
+    return asyncio.run_coroutine_threadsafe(server.app.stop(), server.loop)
+
+
+def latents_of(count: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(count)
+    return [rng.standard_normal((int(rng.integers(1, 9)), 4), dtype=np.float32) for _ in range(count)]
+
+
+def nearest(latents: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    return ((latents[:, None].astype(np.float64) - codes) ** 2).sum(-1).argmin(1)
+
+
+def status_of(replies: Iterator[Any]) -> tuple[list[Any], grpc.RpcError]:
+    """The replies before a stream failed, and how."""
+    got = []
+    with pytest.raises(grpc.RpcError) as caught:
+        got.extend(iter(lambda: next(replies), None))
+    return got, caught.value
+
+
+def test_replies_come_in_the_order_of_the_requests(client: Any, tokenizer: Any) -> None:
+    sent = latents_of(60)
+    replies = list(client.stub.EncodeStream(client.encode_request(latents) for latents in sent))
+    assert len(replies) == len(sent)
+    for latents, reply in zip(sent, replies, strict=True):
+        got = payload.from_bytes(reply.indices, reply.dtype, reply.shape)
+        np.testing.assert_array_equal(got, nearest(latents, tokenizer.codes))
+        assert reply.digest == tokenizer.info.digest
+        assert reply.stats.batch_rows >= len(latents)
+
+
+def test_decoding_too(client: Any, tokenizer: Any) -> None:
+    sent = [np.array([i, 15 - i], np.uint8) for i in range(16)]
+    replies = client.stub.DecodeStream(client.decode_request(indices) for indices in sent)
+    for indices, reply in zip(sent, replies, strict=True):
+        got = payload.from_bytes(reply.latents, reply.dtype, reply.shape)
+        np.testing.assert_array_equal(got, tokenizer.codes[indices])
+
+
+def test_an_empty_stream_and_an_empty_request(client: Any) -> None:
+    assert list(client.stub.EncodeStream(iter(()))) == []
+    (reply,) = client.stub.EncodeStream(iter([client.encode_request(np.zeros((0, 4), np.float32))]))
+    assert list(reply.shape) == [0]
+
+
+def test_codebooks_may_differ_within_a_stream(
+    fake: Callable[..., Any], serving: Callable[..., Any], connect: Callable[..., Any]
+) -> None:
+    one, two = fake(16, name="one"), fake(17, name="two")
+    client = connect(serving(one, two).target)
+    names = ["one", "two", "two", "one"] * 3
+    latents = latents_of(1)[0]
+    replies = client.stub.EncodeStream(client.encode_request(latents, codebook=name) for name in names)
+    assert [reply.digest for reply in replies] == [{"one": one, "two": two}[name].info.digest for name in names]
+
+
+@pytest.mark.parametrize("place", [0, 1, 7])
+def test_a_bad_request_ends_the_stream_in_its_place(client: Any, tokenizer: Any, place: int) -> None:
+    good = latents_of(10)
+    requests = [client.encode_request(latents) for latents in good]
+    requests[place] = client.encode_request(np.full((2, 4), np.nan, np.float32))
+    replies, error = status_of(client.stub.EncodeStream(iter(requests)))
+    assert len(replies) == place
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "latents[0, 0] is nan" in error.details()
+    assert "vqserve-request-id" in dict(error.trailing_metadata())
+    # The server goes on, and nothing of the stream is left in it.
+    assert client.encode(good[0]).shape == good[0].shape[:1]
+
+
+def test_a_request_that_is_no_message_ends_the_stream(client: Any) -> None:
+    call = client.channel.stream_stream("/vqserve.v1.TokenizerService/EncodeStream")
+    _, error = status_of(call(iter([b"\xff\xff\xff"])))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_failure_on_the_device_comes_in_its_place(client: Any, tokenizer: Any) -> None:
+    tokenizer.codes[3] = 1e6
+    requests = [client.decode_request(np.array([i], np.uint8), latent_dtype=pb.DTYPE_FLOAT16) for i in range(6)]
+    replies, error = status_of(client.stub.DecodeStream(iter(requests)))
+    assert len(replies) == 3
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "beyond the wanted type" in error.details()
+
+
+def test_a_stream_reads_no_further_than_its_window(
+    server: Any, client: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = client.encode_request(np.zeros((100, 4), np.float32))
+    size = len(request.SerializeToString()) + 100
+    monkeypatch.setattr(stream_module, "WINDOW_BYTES", 5 * size - 1)
+    tokenizer.hold()
+    replies = client.stub.EncodeStream(iter([request] * 40))
+    tokenizer.wait_entered()
+    wait_until(lambda: inside(server)[0] == 5)
+    # It stays so: what gRPC's own flow control lets the client send meanwhile is not in the engine.
+    threading.Event().wait(0.2)
+    assert inside(server)[0] == 5
+    tokenizer.release()
+    assert len(list(replies)) == 40
+    assert inside(server) == (0, 0, 0)
+
+
+def test_a_full_server_makes_a_stream_wait_for_itself(
+    fake: Callable[..., Any], serving: Callable[..., Any], connect: Callable[..., Any]
+) -> None:
+    client = connect(serving(fake(), max_queue_requests=3).target)
+    replies = client.stub.EncodeStream(client.encode_request(latents) for latents in latents_of(50))
+    assert len(list(replies)) == 50
+
+
+def test_a_caller_that_leaves_takes_its_requests_along(server: Any, client: Any, tokenizer: Any) -> None:
+    tokenizer.hold()
+    call = client.stub.EncodeStream(client.encode_request(latents) for latents in latents_of(8))
+    tokenizer.wait_entered()
+    call.cancel()
+    tokenizer.release()
+    assert client.encode(np.zeros((1, 4), np.float32)).shape == (1,)
+    wait_until(lambda: inside(server) == (0, 0, 0))
+
+
+def test_the_deadline_of_a_stream_is_that_of_its_requests(client: Any, tokenizer: Any) -> None:
+    tokenizer.hold()
+    replies = client.stub.EncodeStream(iter([client.encode_request(np.zeros((1, 4), np.float32))]), timeout=0.3)
+    _, error = status_of(replies)
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    tokenizer.release()
+
+
+def test_a_server_that_stops_answers_what_it_has_read(server: Any, client: Any, tokenizer: Any) -> None:
+    go_on = threading.Event()
+
+    def requests() -> Iterator[Any]:
+        for _ in range(3):
+            yield client.encode_request(np.zeros((1, 4), np.float32))
+        go_on.wait()
+
+    tokenizer.hold()
+    replies = client.stub.EncodeStream(requests())
+    tokenizer.wait_entered()
+    wait_until(lambda: inside(server)[0] == 3)
+    stopped = stop_in_background(server)
+    tokenizer.release()
+    got, error = status_of(replies)
+    go_on.set()
+    assert len(got) == 3
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert stopped.result()
+
+
+def test_an_idle_stream_does_not_hold_up_a_stop(server: Any, client: Any) -> None:
+    go_on = threading.Event()
+
+    def requests() -> Iterator[Any]:
+        yield client.encode_request(np.zeros((1, 4), np.float32))
+        go_on.wait()
+
+    replies = client.stub.EncodeStream(requests())
+    next(replies)
+    stopped = stop_in_background(server)
+    _, error = status_of(replies)
+    go_on.set()
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert stopped.result()
