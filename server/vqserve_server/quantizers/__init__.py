@@ -10,6 +10,7 @@ from vqserve_server.quantizers.frozen import FrozenQuantizer, freeze
 from vqserve_server.quantizers.gumbel import GumbelQuantizer
 from vqserve_server.quantizers.perplexity import measure_perplexity
 from vqserve_server.quantizers.projection import VectorQuantizerWithInputProjection
+from vqserve_server.quantizers.quantizer import Quantizer
 from vqserve_server.quantizers.vector import VectorQuantizer
 from vqserve_server.quantizers.weight_norm import legacy_weight_norm_names
 
@@ -19,6 +20,7 @@ __all__ = [
     "EmbeddingEMA",
     "FrozenQuantizer",
     "GumbelQuantizer",
+    "Quantizer",
     "VectorQuantizer",
     "VectorQuantizerWithInputProjection",
     "freeze",

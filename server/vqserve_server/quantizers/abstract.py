@@ -1,45 +1,26 @@
-"""What all quantizers share: encode, decode, code rows, and the remap of reported indices."""
+"""What all quantizers with one codebook share: encode, decode, code rows, and the remap of reported indices."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vqserve_server.errors import InvalidShape, NonFiniteLatents
+from vqserve_server.errors import InvalidShape
 from vqserve_server.quantizers.checks import check_finite, check_size
 from vqserve_server.quantizers.dtypes import autocast_off, widen
+from vqserve_server.quantizers.frozen_lookup import FrozenLookup
+from vqserve_server.quantizers.projections import project
+from vqserve_server.quantizers.quantizer import Quantizer
 from vqserve_server.quantizers.remap import Remap, UnknownIndex
 from vqserve_server.quantizers.remapped import RemappedModule
-from vqserve_server.quantizers.rows import from_rows, grid_of, to_rows
+from vqserve_server.quantizers.rows import from_rows, grid_of, grid_of_entries, to_rows
 from vqserve_server.quantizers.search_problem import SearchProblem
-from vqserve_server.search.rounding import affine
 
 
-def project(rows: Tensor, weight: Tensor, bias: Tensor, *, grid: Sequence[int]) -> Tensor:
-    """Return rows (N, C) @ weight.T + bias, (N, D) float32, each element the exact value rounded once.
-
-    Args:
-        rows: (N, C) float32 or float64, finite.
-        weight: (D, C), finite.
-        bias: (D,), finite.
-        grid: shape of the N tokens, to name one.
-
-    Raises:
-        NonFiniteLatents: a token's projection leaves float32's range; names the token.
-    """
-    projected = affine(rows, weight, bias)
-    finite = torch.isfinite(projected).all(dim=1)
-    if not bool(finite.all()):
-        token = torch.nonzero(~finite.reshape(tuple(grid)))[0].tolist()
-        raise NonFiniteLatents(f"the projection of token {token} leaves the range of float32")
-    return projected
-
-
-class AbstractQuantizer(RemappedModule, ABC):
+class AbstractQuantizer(RemappedModule, Quantizer):
     """A codebook of K codes of width D, with an optional remap of the ids that it reports.
 
     Latents are (b, C, h, w), (b, C, t, h, w), (b, s, C) or (n, C), in float16, bfloat16, float32 or float64; their
@@ -55,11 +36,10 @@ class AbstractQuantizer(RemappedModule, ABC):
         input_dim: channels that forward and encode take.
         code_dim: D, the width of a code row.
         output_dim: channels that decode returns.
+        layout: see `Quantizer`; None is the layout above.
         remap, used, re_embed, unknown_index: see `RemappedModule`.
         loss_key: the key of the loss in `info`.
     """
-
-    kind: ClassVar[str]
 
     def __init__(
         self,
@@ -147,9 +127,9 @@ class AbstractQuantizer(RemappedModule, ABC):
             NonFiniteLatents: z holds NaN or infinity; names the position.
             CodebookError: what is searched holds NaN or infinity.
         """
-        grid = grid_of(z, self.input_dim)
+        grid = grid_of(z, self.input_dim, self.layout)
         check_finite(z)
-        rows = widen(to_rows(z))
+        rows = widen(to_rows(z, self.layout))
         with autocast_off(z.device):
             if rows.shape[0] == 0:
                 return rows.new_empty(grid, dtype=torch.int64)
@@ -179,7 +159,7 @@ class AbstractQuantizer(RemappedModule, ABC):
             codes = self.code_rows()
             # An output row is a function of its code alone: whichever is shorter is computed.
             rows = self.output_rows(codes[ids]) if ids.numel() < self.num_codes else self.output_rows(codes)[ids]
-        return from_rows(rows, indices.shape)
+        return from_rows(rows, indices.shape, self.layout)
 
     def get_codebook_entry(self, indices: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """Return raw code rows, never through an output projection, differentiable with respect to the codebook.
@@ -197,15 +177,39 @@ class AbstractQuantizer(RemappedModule, ABC):
             InvalidDtype: the indices are not integers.
             IndexOutOfRange: one is out of range; names the position.
         """
-        grid = None if shape is None else self._grid_of_entries(tuple(shape), indices)
+        grid = None if shape is None else grid_of_entries(shape, width=self.code_dim, count=indices.numel())
         ids = self.unmap_to_all(indices)
         with autocast_off(indices.device):
             rows = self.lookup(ids.reshape(-1))
-        return rows.reshape(*indices.shape, self.code_dim) if grid is None else from_rows(rows, grid)
+        return rows.reshape(*indices.shape, self.code_dim) if grid is None else from_rows(rows, grid, self.layout)
 
-    def get_trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Iterate over all parameters in the order of registration, those that need no gradient included."""
-        return self.parameters()
+    def frozen(self, device: torch.device, search: str = "auto") -> FrozenLookup:
+        """Return the form that serves; see `Quantizer.frozen`."""
+        full_ids = self.unmap_to_all(torch.arange(self.decodable))
+        code_rows = self.code_rows()[full_ids]
+        latents = self.output_rows(code_rows)
+        problem = self.search_problem().to(device)
+        reported = None
+        if problem.reports_full_ids and self.used is not None:
+            reported = self.reported(torch.arange(self.num_codes)).to(device)
+        projection = self.input_projection()
+        served_rows = code_rows.to(device)
+        return FrozenLookup(
+            num_codes=self.num_codes,
+            vocab_size=self.vocab_size,
+            decodable=self.decodable,
+            input_dim=self.input_dim,
+            code_dim=self.code_dim,
+            output_dim=self.output_dim,
+            weight_dtype=self.weight_dtype,
+            device=device,
+            _searcher=problem.prepare(search),
+            _problem=problem,
+            _projection=None if projection is None else (projection[0].to(device), projection[1].to(device)),
+            _reported=reported,
+            _code_rows=served_rows,
+            _latents=served_rows if latents is code_rows else latents.to(device),
+        )
 
     def _projected(self, rows: Tensor, grid: Sequence[int]) -> Tensor:
         projection = self.input_projection()
@@ -214,12 +218,3 @@ class AbstractQuantizer(RemappedModule, ABC):
     def _straight_through(self, z: Tensor, z_q: Tensor, dtype: torch.dtype) -> Tensor:
         # The value of z_q with the gradient of z (van den Oord et al. 2017, section 3.2).
         return (z + (z_q - z).detach()).to(dtype)
-
-    def _grid_of_entries(self, shape: tuple[int, ...], indices: Tensor) -> tuple[int, ...]:
-        tokens = torch.Size(shape[:-1]).numel() if min(shape, default=-1) >= 0 else -1
-        if not 2 <= len(shape) <= 5 or shape[-1] != self.code_dim or tokens != indices.numel():
-            raise InvalidShape(
-                f"entries of shape {shape} do not fit {indices.numel()} indices and codes of width {self.code_dim}: "
-                "a shape is channel-last and has 2 to 5 axes"
-            )
-        return shape[:-1]

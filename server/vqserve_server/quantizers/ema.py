@@ -86,11 +86,11 @@ class EMAVectorQuantizer(AbstractQuantizer):
             InvalidShape: another rank or channel count, or no tokens.
             InvalidDtype: z is not floating point.
         """
-        grid = grid_of(z, self.input_dim)
+        grid = grid_of(z, self.input_dim, self.layout)
         check_not_empty(grid)
         dtype = torch.promote_types(z.dtype, self.weight_dtype)
         with autocast_off(z.device):
-            rows = to_rows(z).to(widened(dtype))
+            rows = to_rows(z, self.layout).to(widened(dtype))
             ids = self.search_problem().search_in_training(rows.detach())
             z_q = self.embedding(ids).to(rows.dtype)
             loss = self.beta * ((z_q.detach() - rows) ** 2).mean()
@@ -98,7 +98,7 @@ class EMAVectorQuantizer(AbstractQuantizer):
             info = {self.loss_key: loss, "encoding_indices": self._drawn(ids), "perplexity": perplexity}
             if return_encodings:
                 info["encodings"] = functional.one_hot(ids, self.num_codes).to(z.dtype)
-            out = from_rows(self._straight_through(rows, z_q, dtype), grid)
+            out = from_rows(self._straight_through(rows, z_q, dtype), grid, self.layout)
             if self.training and self.embedding.update:
                 self.embedding.update_from(rows, ids)
         return out, info

@@ -98,25 +98,25 @@ class GumbelQuantizer(AbstractQuantizer):
             InvalidDtype: z is not floating point.
             InvalidOption: tau is not positive.
         """
-        grid = grid_of(z, self.input_dim)
+        grid = grid_of(z, self.input_dim, self.layout)
         check_not_empty(grid)
         tau = self.temperature if temp is None else temp
         if not tau > 0:
             raise InvalidOption(f"the temperature must be positive, not {tau}")
         logits = self._logits(z)
-        axis = channel_axis(layout_of(z.ndim))
+        axis = channel_axis(layout_of(z.ndim, self.layout))
         dtype = torch.promote_types(z.dtype, self.weight_dtype)
         with autocast_off(z.device):
             logits = logits.to(widened(torch.promote_types(logits.dtype, dtype)))
             y = functional.gumbel_softmax(logits, tau, hard=self.straight_through or not self.training, dim=axis)
             embed = self.embed.weight if self.used is None else self.embed.weight[self.used]
-            z_q = to_rows(y) @ embed.to(y.dtype)
+            z_q = to_rows(y, self.layout) @ embed.to(y.dtype)
             q = torch.softmax(logits, dim=axis)
             divergence = (q * torch.log(q * self.n_embed + 1e-10)).sum(dim=axis).mean()
         info = {self.loss_key: self.kl_weight * divergence, "indices": y.argmax(dim=axis)}
         if return_logits:
             info["logits"] = logits
-        return from_rows(z_q.to(dtype), grid), info
+        return from_rows(z_q.to(dtype), grid, self.layout), info
 
     def code_rows(self) -> Tensor:
         """Return the codebook (K, D), detached."""
@@ -146,11 +146,12 @@ class GumbelQuantizer(AbstractQuantizer):
         return self.proj.get_parameter("bias")
 
     def _logits(self, z: Tensor) -> Tensor:
-        # Of the codes that take part, in z's layout: a 1x1 convolution, for other ranks over one long row of tokens.
-        if z.ndim == 4:
+        # Of the codes that take part, in z's layout: a 1x1 convolution of images, else over one long row of tokens.
+        axis = channel_axis(layout_of(z.ndim, self.layout))
+        if z.ndim == 4 and axis == 1:
             logits = apply_layer(self.proj, z)
         else:
-            rows = to_rows(z)
+            rows = to_rows(z, self.layout)
             logits = apply_layer(self.proj, rows.T[None, :, :, None])[0, :, :, 0].T
-            logits = from_rows(logits, grid_of(z, self.input_dim))
-        return logits if self.used is None else logits.index_select(channel_axis(layout_of(z.ndim)), self.used)
+            logits = from_rows(logits, grid_of(z, self.input_dim, self.layout), self.layout)
+        return logits if self.used is None else logits.index_select(axis, self.used)

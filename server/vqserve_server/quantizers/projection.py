@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from vqserve_server.errors import CodebookError
 from vqserve_server.quantizers.checks import check_size
 from vqserve_server.quantizers.dtypes import apply_layer, autocast_off, widen
+from vqserve_server.quantizers.projections import ProjectedModule, projection
 from vqserve_server.quantizers.rows import check_not_empty, from_rows, grid_of, to_rows
 from vqserve_server.quantizers.vector import VectorQuantizer
 from vqserve_server.search.rounding import affine
 
 
-class VectorQuantizerWithInputProjection(VectorQuantizer):
+class VectorQuantizerWithInputProjection(ProjectedModule, VectorQuantizer):
     """Nearest code to a learnt projection of the input (van den Oord et al. 2017; Yu et al. 2021, arXiv:2110.04627).
 
     State: that of `VectorQuantizer`, `proj_in.weight` (D, C), `proj_in.bias` (D,), and with an output_dim
@@ -54,12 +55,10 @@ class VectorQuantizerWithInputProjection(VectorQuantizer):
         super().__init__(n_codes, codebook_dim, beta, **kwargs)
         check_size("input_dim", input_dim)
         self.input_dim = int(input_dim)
-        self.proj_in = nn.Linear(input_dim, codebook_dim)
-        self.proj_out: nn.Linear | nn.Identity = nn.Identity()
+        self.proj_in = projection("input_dim", input_dim, codebook_dim)
+        self.proj_out = projection("output_dim", codebook_dim, output_dim)
         if output_dim is not None:
-            check_size("output_dim", output_dim)
             self.output_dim = int(output_dim)
-            self.proj_out = nn.Linear(codebook_dim, output_dim)
 
     def forward(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Project in, quantize, project out.
@@ -78,49 +77,27 @@ class VectorQuantizerWithInputProjection(VectorQuantizer):
             InvalidShape: another rank or channel count, or no tokens.
             InvalidDtype: z is not floating point.
         """
-        grid = grid_of(z, self.input_dim)
+        grid = grid_of(z, self.input_dim, self.layout)
         check_not_empty(grid)
-        rows = to_rows(z)
+        rows = to_rows(z, self.layout)
         searched = None if self.training else self._searched_in_eval(rows)
         z_q, info = self._quantized(apply_layer(self.proj_in, rows), grid, searched)
         if isinstance(self.proj_out, nn.Identity):
             # The original's layout, which decode does not share.
             tokens = (grid[0], -1) if len(grid) > 2 else grid
             return z_q.reshape(*tokens, self.code_dim), info
-        return from_rows(apply_layer(self.proj_out, z_q), grid), info
-
-    def input_projection(self) -> tuple[Tensor, Tensor]:
-        """Return weight (D, C) and bias (D,) of `proj_in`, detached, in at least float32, finite.
-
-        Raises:
-            CodebookError: proj_in holds NaN or infinity.
-        """
-        weight, bias = widen(self.proj_in.weight), widen(self.proj_in.bias)
-        if not bool(torch.isfinite(weight).all() & torch.isfinite(bias).all()):
-            raise CodebookError("proj_in holds NaN or infinity: nothing can be encoded")
-        return weight, bias
-
-    def output_rows(self, code_rows: Tensor) -> Tensor:
-        """Return proj_out of code rows (N, D): (N, output_dim), each the exact value rounded once to float32.
-
-        Raises:
-            CodebookError: a code row or proj_out holds NaN or infinity.
-        """
-        if isinstance(self.proj_out, nn.Identity):
-            return code_rows
-        operands = (widen(code_rows), widen(self.proj_out.weight), widen(self.proj_out.bias))
-        if not all(bool(torch.isfinite(operand).all()) for operand in operands):
-            raise CodebookError("the codes or proj_out hold NaN or infinity: nothing can be decoded")
-        return affine(*operands).to(code_rows.dtype)
+        return from_rows(apply_layer(self.proj_out, z_q), grid, self.layout), info
 
     @torch.no_grad()
     def _searched_in_eval(self, rows: Tensor) -> Tensor | None:
         try:
-            weight, bias = self.input_projection()
+            operands = self.input_projection()
         except CodebookError:
             # A projection that has diverged has no exact values: forward goes on with the layer's own.
+            return None
+        if operands is None:
             return None
         # Rows that are not finite get some code, as everywhere in forward: the exact projection takes finite ones.
         is_finite = torch.isfinite(rows).all(dim=1, keepdim=True)
         with autocast_off(rows.device):
-            return affine(widen(torch.where(is_finite, rows, 0)), weight, bias)
+            return affine(widen(torch.where(is_finite, rows, 0)), *operands)

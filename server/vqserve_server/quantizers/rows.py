@@ -13,24 +13,29 @@ from vqserve_server.errors import InvalidDtype, InvalidShape
 _LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def layout_of(rank: int) -> Layout:
-    """Return the layout of latents of 2 to 5 axes: channels first for 4 and 5, last for 2 and 3.
+def layout_of(rank: int, default: Layout | None = None) -> Layout:
+    """Return the layout of latents of 2 to 5 axes: the default from 3 axes up, and last for 2.
+
+    Args:
+        rank: axes.
+        default: a quantizer's `layout`; None: channels first for 4 and 5 axes, last for 3.
 
     Raises:
         InvalidShape: for any other rank.
     """
     try:
-        return resolve_layout(rank, None)
+        return resolve_layout(rank, None, default)
     except ValueError as error:
         raise InvalidShape(str(error)) from None
 
 
-def grid_of(z: Tensor, channels: int) -> tuple[int, ...]:
-    """Return the shape of the indices of latents.
+def grid_of(z: Tensor, channels: int, default: Layout | None = None) -> tuple[int, ...]:
+    """Return the shape of the tokens of latents.
 
     Args:
-        z: (b, C, h, w), (b, C, t, h, w), (b, s, C) or (n, C), floating point.
+        z: (b, C, h, w), (b, C, t, h, w), (b, s, C) or (n, C), or as `default` says; floating point.
         channels: the C that is expected.
+        default: as in `layout_of`.
 
     Raises:
         InvalidDtype: z is not float16, bfloat16, float32 or float64.
@@ -39,25 +44,46 @@ def grid_of(z: Tensor, channels: int) -> tuple[int, ...]:
     shape = tuple(z.shape)
     if z.dtype not in _LATENT_DTYPES:
         raise InvalidDtype(f"latents must be float16, bfloat16, float32 or float64, not {z.dtype}")
-    layout = layout_of(z.ndim)
+    layout = layout_of(z.ndim, default)
     found = shape[channel_axis(layout)]
     if found != channels:
         raise InvalidShape(f"latents of shape {shape} have {found} channels in layout {layout}, expected {channels}")
     return grid_shape(shape, layout)
 
 
-def to_rows(z: Tensor) -> Tensor:
-    """Return latents of 2 to 5 axes as rows (N, C), in the order of the flattened grid."""
-    layout = layout_of(z.ndim)
+def to_rows(z: Tensor, default: Layout | None = None) -> Tensor:
+    """Return latents of 2 to 5 axes as rows (N, C), in the order of the flattened grid; `default` as in `layout_of`."""
+    layout = layout_of(z.ndim, default)
     last = z.movedim(channel_axis(layout), -1)
     return last.reshape(num_rows(last.shape[:-1]), last.shape[-1])
 
 
-def from_rows(rows: Tensor, grid: Sequence[int]) -> Tensor:
+def from_rows(rows: Tensor, grid: Sequence[int], default: Layout | None = None) -> Tensor:
     """Return rows (N, C) as contiguous latents over a grid of 1 to 4 axes: the inverse of `to_rows`."""
-    layout = layout_of(len(grid) + 1)
+    layout = layout_of(len(grid) + 1, default)
     last = rows.reshape(*grid, rows.shape[1])
     return last.movedim(-1, channel_axis(layout)).contiguous()
+
+
+def grid_of_entries(shape: Sequence[int], *, width: int, count: int) -> tuple[int, ...]:
+    """Return the grid of code rows whose channel-last shape a caller gives.
+
+    Args:
+        shape: 2 to 5 axes, the last of them the code rows' width.
+        width: of a code row.
+        count: indices that there are.
+
+    Raises:
+        InvalidShape: the shape does not end in the width, or holds another number of tokens.
+    """
+    shape = tuple(shape)
+    tokens = num_rows(shape[:-1]) if min(shape, default=-1) >= 0 else -1
+    if not 2 <= len(shape) <= 5 or shape[-1] != width or tokens != count:
+        raise InvalidShape(
+            f"entries of shape {shape} do not fit {count} indices and codes of width {width}: "
+            "a shape is channel-last and has 2 to 5 axes"
+        )
+    return shape[:-1]
 
 
 def check_not_empty(grid: Sequence[int]) -> None:

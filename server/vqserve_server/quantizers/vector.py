@@ -86,10 +86,10 @@ class VectorQuantizer(AbstractQuantizer):
             InvalidShape: another rank or channel count, or no tokens.
             InvalidDtype: z is not floating point.
         """
-        grid = grid_of(z, self.input_dim)
+        grid = grid_of(z, self.input_dim, self.layout)
         check_not_empty(grid)
-        z_q, info = self._quantized(to_rows(z), grid)
-        return from_rows(z_q, grid), info
+        z_q, info = self._quantized(to_rows(z, self.layout), grid)
+        return from_rows(z_q, grid, self.layout), info
 
     def code_rows(self) -> Tensor:
         """Return the codebook (K, D), detached; with weight norm each entry is exact, rounded once to float32."""

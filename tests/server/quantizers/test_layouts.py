@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vqserve.layout import Layout
 from vqserve_server.errors import IndexOutOfRange, InvalidDtype, InvalidShape
 from vqserve_server.quantizers.rows import from_rows, to_rows
 
@@ -225,3 +226,31 @@ def test_forward_of_nothing_raises_before_any_state_changes(make, kind):
         module(torch.zeros(0, module.input_dim, 2, 2))
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.parametrize(("layout", "rank"), [("channels_first", 3), ("channels_last", 4), ("channels_last", 5)])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layout_of_the_quantizer_s_own(make, latents, kind, layout, rank, training):
+    module, plain = (make(kind).train(training) for _ in range(2))
+    module.layout = Layout(layout)
+    z = latents(plain, rank)
+    axis, other = (1, rank - 1) if rank >= 4 else (rank - 1, 1)
+    moved = z.movedim(axis, other)
+    indices = plain.encode(z)
+    assert torch.equal(module.encode(moved), indices)
+    assert torch.equal(module.decode(indices), plain.decode(indices).movedim(axis, other))
+    entries = [
+        quantizer.get_codebook_entry(indices, (*indices.shape, quantizer.code_dim)) for quantizer in (module, plain)
+    ]
+    assert torch.equal(entries[0], entries[1].movedim(axis, other))
+    # Two axes have their channels last, whatever the layout.
+    assert torch.equal(module.encode(to_rows(z)), indices.flatten())
+    if kind == "gumbel":
+        logits = [
+            quantizer(latent, return_logits=True)[1]["logits"] for quantizer, latent in ((module, moved), (plain, z))
+        ]
+        torch.testing.assert_close(logits[0], logits[1].movedim(axis, other))
+    else:
+        outputs = [quantizer(y) for quantizer, y in ((module, moved), (plain, z))]
+        torch.testing.assert_close(outputs[0][0], outputs[1][0].movedim(axis, other))
+        torch.testing.assert_close(outputs[0][1]["loss/vq"], outputs[1][1]["loss/vq"])

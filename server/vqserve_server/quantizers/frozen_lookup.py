@@ -1,0 +1,60 @@
+"""A codebook prepared for serving: a search and two tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqserve_server.quantizers.dtypes import autocast_off
+from vqserve_server.quantizers.frozen import FrozenQuantizer, Output, check_output
+from vqserve_server.quantizers.projections import project
+from vqserve_server.quantizers.search_problem import SearchProblem
+from vqserve_server.search import Searcher
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FrozenLookup(FrozenQuantizer):
+    """One codebook: a searcher, and the rows that its indices stand for."""
+
+    _searcher: Searcher
+    # What the searcher was made from, and holds as well: it cannot be pickled, so it is made anew.
+    _problem: SearchProblem
+    _projection: tuple[Tensor, Tensor] | None
+    # (K,) what is reported for a full id; None: the winner's index itself.
+    _reported: Tensor | None
+    # (decodable, D) and (decodable, output_dim); one tensor where there is no output projection.
+    _code_rows: Tensor
+    _latents: Tensor
+
+    @property
+    def search_backend(self) -> str:
+        """The name of the search backend."""
+        return self._searcher.backend
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_searcher": self.search_backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _searcher=state["_problem"].prepare(state["_searcher"]))
+
+    @torch.no_grad()
+    def encode_rows(self, rows: Tensor, *, num_quantizers: int | None = None) -> Tensor:
+        """Return the index (n,) of every row's code; see `FrozenQuantizer.encode_rows`."""
+        with autocast_off(self.device):
+            if self._projection is not None:
+                rows = project(rows, *self._projection, grid=rows.shape[:1])
+            winners = self._searcher.search(rows)
+        return winners if self._reported is None else self._reported[winners]
+
+    @torch.no_grad()
+    def decode_rows(self, indices: Tensor, *, output: Output = "latents") -> Tensor:
+        """Return the row of every index (n,); see `FrozenQuantizer.decode_rows`."""
+        check_output(output)
+        return (self._latents if output == "latents" else self._code_rows).index_select(0, indices)
+
+    def largest_latents(self) -> Tensor:
+        """Return the greatest magnitude (output_dim,) float64 of every channel of what decode gives."""
+        return self._latents.abs().amax(dim=0).double()

@@ -1,0 +1,99 @@
+"""Projections around a codebook, as exact values rounded once to float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vqserve_server.errors import CodebookError, NonFiniteLatents
+from vqserve_server.quantizers.checks import check_size
+from vqserve_server.quantizers.dtypes import widen
+from vqserve_server.search.rounding import affine
+
+
+class ProjectedModule(nn.Module):
+    """A module with a projection in front of its codes and one behind them, either of which may be missing.
+
+    State: `proj_in.weight` (D, C), `proj_in.bias` (D,), `proj_out.weight` (O, D), `proj_out.bias` (O,).
+
+    Attributes:
+        proj_in: nn.Identity where there is none.
+        proj_out: nn.Identity where there is none.
+    """
+
+    proj_in: nn.Linear | nn.Identity
+    proj_out: nn.Linear | nn.Identity
+
+    def input_projection(self) -> tuple[Tensor, Tensor] | None:
+        """Return weight (D, C) and bias (D,) of `proj_in`, detached, in at least float32, finite; None: there is none.
+
+        Raises:
+            CodebookError: proj_in holds NaN or infinity.
+        """
+        return _operands(self.proj_in, "proj_in")
+
+    def output_projection(self) -> tuple[Tensor, Tensor] | None:
+        """Return weight (O, D) and bias (O,) of `proj_out`, likewise.
+
+        Raises:
+            CodebookError: proj_out holds NaN or infinity.
+        """
+        return _operands(self.proj_out, "proj_out")
+
+    def output_rows(self, code_rows: Tensor) -> Tensor:
+        """Return proj_out of code rows (N, D): (N, O) of their type, each the exact value rounded once to float32.
+
+        Raises:
+            CodebookError: a code row or proj_out holds NaN or infinity.
+        """
+        projection = self.output_projection()
+        if projection is None:
+            return code_rows
+        rows = widen(code_rows)
+        if not bool(torch.isfinite(rows).all()):
+            raise CodebookError("the codes hold NaN or infinity: nothing can be decoded")
+        return affine(rows, *projection).to(code_rows.dtype)
+
+
+def projection(name: str, inputs: int | None, outputs: int | None) -> nn.Linear | nn.Identity:
+    """Return a linear layer, drawn as torch draws it; the identity where one of its sides is None.
+
+    Raises:
+        InvalidOption: a side is not a positive integer.
+    """
+    if inputs is None or outputs is None:
+        return nn.Identity()
+    for size in (inputs, outputs):
+        check_size(name, size)
+    return nn.Linear(inputs, outputs)
+
+
+def project(rows: Tensor, weight: Tensor, bias: Tensor, *, grid: Sequence[int]) -> Tensor:
+    """Return rows (N, C) @ weight.T + bias, (N, D) float32, each element the exact value rounded once.
+
+    Args:
+        rows: (N, C) float32 or float64, finite.
+        weight: (D, C), finite.
+        bias: (D,), finite.
+        grid: shape of the N tokens, to name one.
+
+    Raises:
+        NonFiniteLatents: a token's projection leaves float32's range; names the token.
+    """
+    projected = affine(rows, weight, bias)
+    finite = torch.isfinite(projected).all(dim=1)
+    if not bool(finite.all()):
+        token = torch.nonzero(~finite.reshape(tuple(grid)))[0].tolist()
+        raise NonFiniteLatents(f"the projection of token {token} leaves the range of float32")
+    return projected
+
+
+def _operands(layer: nn.Linear | nn.Identity, name: str) -> tuple[Tensor, Tensor] | None:
+    if isinstance(layer, nn.Identity):
+        return None
+    weight, bias = widen(layer.weight), widen(layer.bias)
+    if not bool(torch.isfinite(weight).all() & torch.isfinite(bias).all()):
+        raise CodebookError(f"{name} holds NaN or infinity: nothing can be {'en' if name == 'proj_in' else 'de'}coded")
+    return weight, bias
