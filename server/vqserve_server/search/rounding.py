@@ -162,11 +162,11 @@ def _normalised_column(v: npt.NDArray[np.floating], g: np.floating) -> Float32s:
         if exact_sum == 0:
             return np.full_like(out, np.nan)
         for k in is_open:
-            out[k] = _round_quotient(Fraction(scale) * Fraction(float(wide[k])), exact_sum)
+            out[k] = round_quotient(Fraction(scale) * Fraction(float(wide[k])), exact_sum)
     return out
 
 
-def _round_quotient(numerator: Fraction, square: Fraction) -> np.float32:
+def round_quotient(numerator: Fraction, square: Fraction) -> np.float32:
     """Return numerator / sqrt(square) rounded once to float32."""
     # The root of the squared quotient to 2^-200 relatively; whether that is below or above the exact value is known.
     target = numerator * numerator / square
