@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,44 @@ def check_indices_shape(shape: Sequence[int], layout: str | None, *, info: Codeb
     if math.prod(max(length, 1) for length in shape) * max(info.output_dim, info.code_dim) > _MAX_ELEMENTS:
         raise InvalidShape(f"indices of shape {shape} decode to more than can be held")
     return check_layout(len(shape) + 1, layout, info=info)
+
+
+def check_num_quantizers(asked: object, *, available: int) -> int:
+    """Return how many of a codebook's indices per token are meant.
+
+    Args:
+        asked: what the caller wants; None: all.
+        available: `CodebookInfo.num_quantizers`.
+
+    Raises:
+        InvalidOption: it is no integer in [1, available].
+    """
+    if asked is None:
+        return available
+    if not isinstance(asked, Integral) or isinstance(asked, bool) or not 1 <= int(asked) <= available:
+        raise InvalidOption(f"num_quantizers must be an integer in [1, {available}], not {asked!r:.40}")
+    return int(asked)
+
+
+def check_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available: int) -> None:
+    """Refuse indices of a residual codebook without an axis of as many indices per token as are to be decoded.
+
+    Args:
+        shape: of the indices, which have the rank of their latents.
+        layout: where the latents' channels are, and the indices of a token.
+        wanted: indices per token that decode is to read, the first ones.
+        available: that the codebook has.
+
+    Raises:
+        InvalidShape: that axis is shorter than `wanted` or longer than `available`.
+    """
+    found = shape[channel_axis(layout)]
+    if not wanted <= found <= available:
+        which = str(available) if wanted == available else f"{wanted} to {available}"
+        hint = ": say num_quantizers to decode fewer" if found < wanted == available else ""
+        raise InvalidShape(
+            f"indices of shape {tuple(shape)} have {found} for a token in layout {layout}, expected {which}{hint}"
+        )
 
 
 def first_non_finite(array: npt.NDArray[np.floating[Any]]) -> tuple[int, ...] | None:

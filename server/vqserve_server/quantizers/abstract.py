@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vqserve_server.errors import InvalidShape
+from vqserve_server.errors import CodebookError, InvalidShape
 from vqserve_server.quantizers.checks import check_finite, check_size
 from vqserve_server.quantizers.dtypes import autocast_off, widen
 from vqserve_server.quantizers.frozen_lookup import FrozenLookup
@@ -188,6 +188,10 @@ class AbstractQuantizer(RemappedModule, Quantizer):
         full_ids = self.unmap_to_all(torch.arange(self.decodable))
         code_rows = self.code_rows()[full_ids]
         latents = self.output_rows(code_rows)
+        finite = torch.isfinite(latents).all(dim=1)
+        if latents is not code_rows and not bool(finite.all()):
+            first = int(torch.nonzero(~finite)[0])
+            raise CodebookError(f"the output projection takes index {first} beyond float32's range")
         problem = self.search_problem().to(device)
         reported = None
         if problem.reports_full_ids and self.used is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -32,6 +33,7 @@ class FrozenQuantizer(ABC):
         output_dim: the width of a decoded row.
         weight_dtype: the type of decoded rows.
         device: where rows, indices and tables are.
+        num_quantizers: indices per token.
     """
 
     num_codes: int
@@ -42,6 +44,7 @@ class FrozenQuantizer(ABC):
     output_dim: int
     weight_dtype: torch.dtype
     device: torch.device
+    num_quantizers: int = 1
 
     @property
     @abstractmethod
@@ -49,18 +52,21 @@ class FrozenQuantizer(ABC):
         """The name of the search backend; "none" where nothing is searched."""
 
     @abstractmethod
-    def encode_rows(self, rows: Tensor, *, num_quantizers: int | None = None) -> Tensor:
+    def encode_rows(
+        self, rows: Tensor, *, num_quantizers: int | None = None, grid: Sequence[int] | None = None
+    ) -> Tensor:
         """Return the indices of every row, the same as the quantizer's `encode`.
 
         Args:
             rows: (n, C) float32 or float64 on the device, finite.
-            num_quantizers: how many of a residual quantizer's indices to give; None: all.
+            num_quantizers: how many of a residual quantizer's indices to give, in [1, all]; None: all.
+            grid: shape of the n tokens, by which an error names one; None: (n,).
 
         Returns:
             int64 on the device: (n,), of a residual quantizer (n, num_quantizers).
 
         Raises:
-            NonFiniteLatents: a row leaves float32's range on its way to the codes; names the row.
+            NonFiniteLatents: a token leaves float32's range on its way to the codes; names the first.
         """
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +42,13 @@ class FrozenLookup(FrozenQuantizer):
         vars(self).update(state, _searcher=state["_problem"].prepare(state["_searcher"]))
 
     @torch.no_grad()
-    def encode_rows(self, rows: Tensor, *, num_quantizers: int | None = None) -> Tensor:
+    def encode_rows(
+        self, rows: Tensor, *, num_quantizers: int | None = None, grid: Sequence[int] | None = None
+    ) -> Tensor:
         """Return the index (n,) of every row's code; see `FrozenQuantizer.encode_rows`."""
         with autocast_off(self.device):
             if self._projection is not None:
-                rows = project(rows, *self._projection, grid=rows.shape[:1])
+                rows = project(rows, *self._projection, grid=rows.shape[:1] if grid is None else grid)
             winners = self._searcher.search(rows)
         return winners if self._reported is None else self._reported[winners]
 

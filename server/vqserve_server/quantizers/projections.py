@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,12 @@ from vqserve_server.errors import CodebookError, NonFiniteLatents
 from vqserve_server.quantizers.checks import check_size
 from vqserve_server.quantizers.dtypes import widen
 from vqserve_server.search.rounding import affine
+
+Projection: TypeAlias = tuple[Tensor, Tensor]
+"""Weight (D, C) and bias (D,)."""
+
+# Far more than the roundings of a sum of any length that fits a codebook.
+_ROOM = 1.0 + 2.0**-10
 
 
 class ProjectedModule(nn.Module):
@@ -26,7 +33,7 @@ class ProjectedModule(nn.Module):
     proj_in: nn.Linear | nn.Identity
     proj_out: nn.Linear | nn.Identity
 
-    def input_projection(self) -> tuple[Tensor, Tensor] | None:
+    def input_projection(self) -> Projection | None:
         """Return weight (D, C) and bias (D,) of `proj_in`, detached, in at least float32, finite; None: there is none.
 
         Raises:
@@ -34,7 +41,7 @@ class ProjectedModule(nn.Module):
         """
         return _operands(self.proj_in, "proj_in")
 
-    def output_projection(self) -> tuple[Tensor, Tensor] | None:
+    def output_projection(self) -> Projection | None:
         """Return weight (O, D) and bias (O,) of `proj_out`, likewise.
 
         Raises:
@@ -90,7 +97,23 @@ def project(rows: Tensor, weight: Tensor, bias: Tensor, *, grid: Sequence[int]) 
     return projected
 
 
-def _operands(layer: nn.Linear | nn.Identity, name: str) -> tuple[Tensor, Tensor] | None:
+def largest_projected(largest: Tensor, projection: Projection | None) -> Tensor:
+    """Return bounds of what a projection makes of rows, sums rounded in whatever order included.
+
+    Args:
+        largest: (D,) float64, the greatest magnitude of each channel.
+        projection: None is the identity.
+
+    Returns:
+        (O,) float64.
+    """
+    if projection is None:
+        return largest
+    weight, bias = projection
+    return (weight.double().abs() @ largest + bias.double().abs()) * _ROOM
+
+
+def _operands(layer: nn.Linear | nn.Identity, name: str) -> Projection | None:
     if isinstance(layer, nn.Identity):
         return None
     weight, bias = widen(layer.weight), widen(layer.bias)

@@ -51,3 +51,8 @@ def _normalised(rows: npt.NDArray[np.float64]) -> Float32s:
         for column in np.nonzero(~(below[row] == above[row]))[0]:
             out[row, column] = round_quotient(exact[column], square)
     return out
+
+
+def round_inverse_root(count: int) -> np.float32:
+    """Return 1 / sqrt(count) rounded once to float32."""
+    return round_quotient(Fraction(1), Fraction(count))

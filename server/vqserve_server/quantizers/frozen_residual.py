@@ -1,0 +1,148 @@
+"""Chains of frozen codebooks, each of which quantizes what those before it left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vqserve_server.errors import CodebookError, InvalidOption, NonFiniteLatents
+from vqserve_server.quantizers.dtypes import autocast_off, widen, widened
+from vqserve_server.quantizers.frozen import FrozenQuantizer, Output, check_output
+from vqserve_server.quantizers.frozen_lookup import FrozenLookup
+from vqserve_server.quantizers.projections import Projection, largest_projected, project
+from vqserve_server.quantizers.residual_structure import Part
+from vqserve_server.search.rounding import affine
+
+# Sums of a few hundred terms exceed those of their magnitudes by less.
+_ROOM = 1.0 + 2.0**-10
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FrozenPart:
+    """One chain.
+
+    Attributes:
+        part: its channels, and its places among a token's indices.
+        stages: its codebooks, in order.
+        projection: before the first stage; None: there is none.
+        output_projection: of the sum of the stages; None: there is none.
+        largest: how much the sum of the stages, and so any residual, can differ from zero, from the latents.
+    """
+
+    part: Part
+    stages: tuple[FrozenLookup, ...]
+    projection: Projection | None
+    output_projection: Projection | None
+    largest: float
+
+    def encode(self, rows: Tensor, out: Tensor, grid: Sequence[int]) -> None:
+        """Write the indices of rows (n, C) to their places in `out` (n, q), as far as it has them."""
+        count = self.part.stages_within(out.shape[1])
+        if count == 0:
+            return
+        residual = rows[:, self.part.start : self.part.stop].contiguous()
+        if self.projection is not None:
+            residual = project(residual, *self.projection, grid=grid)
+        self._check_range(residual, grid)
+        for number, stage in enumerate(self.stages[:count]):
+            indices = stage.encode_rows(residual, grid=grid)
+            out[:, self.part.places[number]] = indices
+            if number + 1 < count:
+                # One float32 subtraction (float64 where the latents or the codes are): defined, not approximated.
+                residual = residual - stage.decode_rows(indices)
+
+    def decode(self, indices: Tensor) -> Tensor | None:
+        """Return the part's rows (n, channels), at least float32, of indices (n, q); None if they are none of its."""
+        count = self.part.stages_within(indices.shape[1])
+        if count == 0:
+            return None
+        stages, places = self.stages, self.part.places
+        total = widen(stages[0].decode_rows(indices[:, places[0]]))
+        for number in range(1, count):
+            total = total + stages[number].decode_rows(indices[:, places[number]])
+        return total if self.output_projection is None else affine(total, *self.output_projection)
+
+    def _check_range(self, rows: Tensor, grid: Sequence[int]) -> None:
+        limit = torch.finfo(torch.promote_types(rows.dtype, self.stages[0].weight_dtype)).max
+        too_large = ~(rows.abs().amax(dim=1).double() < limit / _ROOM - self.largest)
+        if bool(too_large.any()):
+            token = torch.nonzero(too_large.reshape(tuple(grid)))[0].tolist()
+            raise NonFiniteLatents(f"what the stages leave of token {token} may leave the range of float32")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FrozenResidual(FrozenQuantizer):
+    """Parts side by side: each with channels of its own, or all with the same ones and added."""
+
+    _parts: tuple[FrozenPart, ...]
+    _are_added: bool
+
+    @property
+    def search_backend(self) -> str:
+        """The name of the first stage's search backend."""
+        return self._parts[0].stages[0].search_backend
+
+    @torch.no_grad()
+    def encode_rows(
+        self, rows: Tensor, *, num_quantizers: int | None = None, grid: Sequence[int] | None = None
+    ) -> Tensor:
+        """Return the indices (n, num_quantizers) of every row; see `FrozenQuantizer.encode_rows`."""
+        count = self.num_quantizers if num_quantizers is None else num_quantizers
+        out = torch.empty(rows.shape[0], count, dtype=torch.int64, device=rows.device)
+        with autocast_off(self.device):
+            for part in self._parts:
+                part.encode(rows, out, rows.shape[:1] if grid is None else grid)
+        return out
+
+    @torch.no_grad()
+    def decode_rows(self, indices: Tensor, *, output: Output = "latents") -> Tensor:
+        """Return the row of every token's first q indices (n, q), in order; see `FrozenQuantizer.decode_rows`."""
+        check_output(output)
+        if output == "code_rows":
+            raise InvalidOption("a residual codebook has a code row for each index, and none for a token: take latents")
+        with autocast_off(self.device):
+            rows = [part.decode(indices) for part in self._parts]
+            return (self._added(rows) if self._are_added else self._side_by_side(rows, len(indices))).to(
+                self.weight_dtype
+            )
+
+    def _added(self, rows: list[Tensor | None]) -> Tensor:
+        total, *rest = [part_rows for part_rows in rows if part_rows is not None]
+        for part_rows in rest:
+            total = total + part_rows
+        return total
+
+    def _side_by_side(self, rows: list[Tensor | None], count: int) -> Tensor:
+        # A part of which no stage is decoded says nothing: zeros.
+        return torch.cat(
+            [
+                torch.zeros(count, part.part.stop - part.part.start, device=self.device) if found is None else found
+                for part, found in zip(self._parts, rows, strict=True)
+            ],
+            dim=1,
+        )
+
+
+def check_sums(parts: Sequence[FrozenPart], *, are_added: bool, dtype: torch.dtype) -> None:
+    """Refuse codebooks whose sums may overflow, so that decode never has to look.
+
+    Raises:
+        CodebookError: says which part.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for number, part in enumerate(parts):
+        sums = sum_of_largest(part.stages)
+        outputs = largest_projected(sums, part.output_projection)
+        total = total + outputs if are_added else outputs
+        # A projection is rounded to float32, whatever it projects.
+        limit = torch.finfo(torch.float32 if part.output_projection is not None else dtype).max
+        if not (bool((sums < torch.finfo(widened(dtype)).max).all()) and bool((total * _ROOM < limit).all())):
+            raise CodebookError(f"the codes of part {number} may add up to values beyond float32's range")
+
+
+def sum_of_largest(stages: Sequence[FrozenLookup]) -> Tensor:
+    """Return the greatest magnitude (width,) float64, on the CPU, of the sum of stages in every channel."""
+    return torch.stack([stage.largest_latents().cpu() for stage in stages]).sum(dim=0) * _ROOM

@@ -1,0 +1,123 @@
+"""A grid of values prepared for serving: boundaries, values and weights of digits, channel by channel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vqserve_server.errors import CodebookError, InvalidOption
+from vqserve_server.quantizers.dtypes import autocast_off
+from vqserve_server.quantizers.frozen import FrozenQuantizer, Output, check_output
+from vqserve_server.quantizers.projections import Projection, largest_projected, project
+from vqserve_server.search import available
+from vqserve_server.search.rounding import affine
+
+
+@dataclass(frozen=True)
+class Channel:
+    """What becomes of one channel: its digit is the number of boundaries below it.
+
+    Attributes:
+        boundaries: (L - 1,) float64, ascending; an infinite one is never, or always, below.
+        values: (L,) float32, what each digit is decoded as.
+        weight: what the digit counts in the index.
+    """
+
+    boundaries: npt.NDArray[np.float64]
+    values: npt.NDArray[np.float32]
+    weight: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FrozenScalar(FrozenQuantizer):
+    """Digits by comparison with exact boundaries: nothing is computed in which rounding could matter."""
+
+    # (D, L - 1) float64, infinite beyond a channel's own; (D, L); (D,) int64 each.
+    _boundaries: Tensor
+    _values: Tensor
+    _weights: Tensor
+    _levels: Tensor
+    _projection: Projection | None
+    _output_projection: Projection | None
+
+    @classmethod
+    def of(
+        cls,
+        channels: Sequence[Channel],
+        *,
+        device: torch.device,
+        search: str,
+        projections: tuple[Projection | None, Projection | None],
+        **sizes: Any,
+    ) -> Self:
+        """Return the grid of these channels.
+
+        Args:
+            channels: D of them.
+            device: where to serve it.
+            search: checked, though nothing is searched.
+            projections: in and out.
+            **sizes: the other attributes of `FrozenQuantizer`.
+
+        Raises:
+            InvalidOption: the search backend does not run on the device.
+            CodebookError: the output projection leaves float32's range.
+        """
+        if search not in ("auto", *available(device)):
+            raise InvalidOption(
+                f"no search backend {search!r} on {device.type}: choose one of auto, {available(device)}"
+            )
+        longest = max(len(channel.values) for channel in channels)
+        boundaries = np.full((len(channels), longest - 1), np.inf)
+        values = np.zeros((len(channels), longest), np.float32)
+        for row, channel in enumerate(channels):
+            boundaries[row, : len(channel.boundaries)] = channel.boundaries
+            values[row, : len(channel.values)] = channel.values
+        largest = torch.from_numpy(np.abs(values).max(axis=1)).double()
+        inner, outer = projections
+        if not bool((largest_projected(largest, outer) < torch.finfo(torch.float32).max).all()):
+            raise CodebookError("the output projection may take codes beyond float32's range")
+        return cls(
+            device=device,
+            _boundaries=torch.from_numpy(boundaries).to(device),
+            _values=torch.from_numpy(values).to(device),
+            _weights=torch.tensor([channel.weight for channel in channels], device=device),
+            _levels=torch.tensor([len(channel.values) for channel in channels], device=device),
+            _projection=None if inner is None else (inner[0].to(device), inner[1].to(device)),
+            _output_projection=None if outer is None else (outer[0].to(device), outer[1].to(device)),
+            **sizes,
+        )
+
+    @property
+    def search_backend(self) -> str:
+        """No search."""
+        return "none"
+
+    @torch.no_grad()
+    def encode_rows(
+        self, rows: Tensor, *, num_quantizers: int | None = None, grid: Sequence[int] | None = None
+    ) -> Tensor:
+        """Return the index (n,) of every row; see `FrozenQuantizer.encode_rows`."""
+        with autocast_off(self.device):
+            if self._projection is not None:
+                rows = project(rows, *self._projection, grid=rows.shape[:1] if grid is None else grid)
+            # Counts the boundaries that are less than the number.
+            digits = torch.searchsorted(self._boundaries, rows.T.to(torch.float64).contiguous())
+        return (digits * self._weights[:, None]).sum(dim=0)
+
+    @torch.no_grad()
+    def decode_rows(self, indices: Tensor, *, output: Output = "latents") -> Tensor:
+        """Return the row of every index (n,); see `FrozenQuantizer.decode_rows`."""
+        check_output(output)
+        digits = indices[:, None] // self._weights % self._levels
+        rows = self._values[torch.arange(self.code_dim, device=self.device), digits]
+        if output == "latents" and self._output_projection is not None:
+            with autocast_off(self.device):
+                rows = affine(rows, *self._output_projection)
+        return rows.to(self.weight_dtype)

@@ -1,0 +1,78 @@
+"""Finite scalar quantization: every channel is bounded and rounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral
+from typing import ClassVar, get_args
+
+import numpy as np
+
+from vqserve_server.errors import InvalidOption
+from vqserve_server.quantizers.frozen_scalar import Channel
+from vqserve_server.quantizers.fsq_boundaries import Bound, boundaries
+from vqserve_server.quantizers.scalar import ScalarQuantizer
+
+BOUNDS: tuple[Bound, ...] = get_args(Bound)
+# Its boundaries are computed one by one, and trained models have a few dozen levels at most.
+MAX_LEVEL = 1 << 16
+
+
+class FiniteScalarQuantizer(ScalarQuantizer):
+    """Digit = round(tanh(z + shift) half - offset) + L // 2 for every channel (Mentzer et al. 2023, arXiv:2309.15505).
+
+    The formula is taken in exact arithmetic on the channel as it is (after `proj_in`, if there is one): see
+    `fsq_boundaries`. A digit d is decoded as (d - L // 2) / (L // 2), rounded once to float32. The first channel counts
+    least in the index. See `ScalarQuantizer` for the state.
+
+    Attributes:
+        levels: L of each of the D channels.
+        bound: which half and shift: see `fsq_boundaries.boundaries`.
+    """
+
+    kind: ClassVar[str] = "fsq"
+
+    def __init__(
+        self,
+        levels: Sequence[int],
+        bound: Bound = "atanh",
+        *,
+        input_dim: int | None = None,
+        output_dim: int | None = None,
+    ) -> None:
+        """Make the quantizer.
+
+        Args:
+            levels: of each of the D channels, how many values it has, each in [2, 65536]; their product is K.
+            bound: "atanh" as in lucidrains' vector-quantize-pytorch and NVIDIA's Cosmos, "tan" as the paper prints it.
+            input_dim: see `ScalarQuantizer`.
+            output_dim: see `ScalarQuantizer`.
+
+        Raises:
+            InvalidOption: an argument has none of its values, or the levels' product exceeds 2^32.
+        """
+        if isinstance(levels, str) or not levels or not all(_is_level(level) for level in levels):
+            raise InvalidOption(f"levels must be integers in [2, {MAX_LEVEL}], at least one, not {levels!r:.60}")
+        if bound not in BOUNDS:
+            raise InvalidOption(f"bound must be one of {', '.join(BOUNDS)}, not {bound!r}")
+        super().__init__(levels, input_dim, output_dim)
+        self.levels = tuple(int(level) for level in levels)
+        self.bound: Bound = bound
+
+    def channels(self) -> list[Channel]:
+        """Return what becomes of each of the D channels."""
+        return [
+            Channel(boundaries(level, self.bound), _values(level), math.prod(self.levels[:place]))
+            for place, level in enumerate(self.levels)
+        ]
+
+
+def _is_level(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and 2 <= int(value) <= MAX_LEVEL
+
+
+def _values(level: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    # Integers of at most 17 bits: a quotient in float64 is far from any middle of two float32 numbers.
+    half_width = level // 2
+    return ((np.arange(level) - half_width) / half_width).astype(np.float32)

@@ -1,0 +1,220 @@
+"""Residual quantization: every stage quantizes what those before it left."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vqserve.layout import Layout, channel_axis
+from vqserve_server.quantizers.abstract import AbstractQuantizer
+from vqserve_server.quantizers.checks import check_finite, checked_indices
+from vqserve_server.quantizers.cosine import CosineQuantizer
+from vqserve_server.quantizers.dot import DotQuantizer
+from vqserve_server.quantizers.dtypes import widen
+from vqserve_server.quantizers.frozen import freeze
+from vqserve_server.quantizers.frozen_lookup import FrozenLookup
+from vqserve_server.quantizers.frozen_residual import FrozenPart, FrozenResidual, check_sums, sum_of_largest
+from vqserve_server.quantizers.projection import VectorQuantizerWithInputProjection
+from vqserve_server.quantizers.projections import ProjectedModule, Projection, projection
+from vqserve_server.quantizers.quantizer import Quantizer
+from vqserve_server.quantizers.residual_structure import Metric, Part, ResidualStructure
+from vqserve_server.quantizers.rows import from_rows, grid_of, layout_of, to_rows
+from vqserve_server.quantizers.vector import VectorQuantizer
+from vqserve_server.validation import check_num_quantizers, check_stages
+
+
+class ResidualPart(ProjectedModule):
+    """A chain of codebooks, behind a projection of its own or none.
+
+    State: `stages.{i}.` with that of each stage's codebook, and the tensors of `ProjectedModule` for the projections
+    that there are.
+    """
+
+    def __init__(self, part: Part, structure: ResidualStructure) -> None:
+        super().__init__()
+        self.part = part
+        self.stages = nn.ModuleList(_stage(structure) for _ in part.places)
+        self.proj_in = projection("input_dim", part.stop - part.start, structure.inner_dim)
+        self.proj_out = projection("input_dim", structure.inner_dim, part.stop - part.start)
+
+    def frozen(self, device: torch.device, search: str) -> FrozenPart:
+        """Return the form that serves."""
+        stages = tuple(_frozen_stage(stage, device, search) for stage in self.stages)
+        return FrozenPart(
+            part=self.part,
+            stages=stages,
+            projection=_moved(self.input_projection(), device),
+            output_projection=_moved(self.output_projection(), device),
+            largest=float(sum_of_largest(stages).max()),
+        )
+
+
+class ResidualQuantizer(Quantizer):
+    """n_q indices for a token, the first of which are the coarsest. Inference only: there is no `forward`.
+
+    A stage encodes the residual r, and the next one gets r - q with q what the stage decodes to; decode adds the q in
+    the order of the stages (Zeghidour et al. 2021, arXiv:2107.03312). Differences and sums are float32's (float64 where
+    latents or codes are). The stages may be one chain (EnCodec); one chain for each group of channels (Yang et al.
+    2023, arXiv:2305.02765); or two chains that both see the latents and are added, each behind projections of its own
+    (Mimi: Defossez et al. 2024, arXiv:2410.00037). With `stage_projections` every stage projects the residual to its
+    codes' width and its codes back (DAC: Kumar et al. 2023, arXiv:2306.06546).
+
+    State: `parts.{p}.` with that of each `ResidualPart`.
+
+    Attributes:
+        structure: the arrangement.
+        layout: channels first, unless changed: (b, C, s) has indices (b, n_q, s).
+    """
+
+    kind: ClassVar[str] = "rvq"
+
+    def __init__(
+        self,
+        num_quantizers: int,
+        n_e: int,
+        e_dim: int,
+        input_dim: int | None = None,
+        metric: Metric = "l2",
+        *,
+        decode_normalized: bool = False,
+        stage_projections: bool = False,
+        inner_dim: int | None = None,
+        groups: int = 1,
+        first_quantizers: int = 0,
+    ) -> None:
+        """Draw the codebooks and projections as their classes do; a state dict is to follow.
+
+        Args:
+            num_quantizers: n_q, stages in all, at most 256.
+            n_e: K, codes of every stage.
+            e_dim: D, the width of the codes.
+            input_dim: C, channels of the latents; None: D of each group.
+            metric: "l2", "cosine" or "dot", for all stages.
+            decode_normalized: see `CosineQuantizer`.
+            stage_projections: every stage has `proj_in` and `proj_out`, from and to the residual's width.
+            inner_dim: the residual's width where each part has projections from and to its channels; None: none has.
+            groups: cut the channels into so many parts of as many stages each. The indices of a token are those of all
+                groups' first stages, then of their second ones, and so on.
+            first_quantizers: make two parts, of so many stages and of the rest.
+
+        Raises:
+            InvalidOption: the arguments do not fit together.
+        """
+        super().__init__()
+        self.structure = ResidualStructure(
+            num_quantizers=num_quantizers,
+            num_codes=n_e,
+            code_dim=e_dim,
+            input_dim=e_dim * groups if input_dim is None else input_dim,
+            metric=metric,
+            decode_normalized=decode_normalized,
+            stage_projections=stage_projections,
+            inner_dim=inner_dim,
+            groups=groups,
+            first_quantizers=first_quantizers,
+        )
+        self.num_codes, self.code_dim, self.num_quantizers = n_e, e_dim, num_quantizers
+        self.input_dim = self.output_dim = self.structure.input_dim
+        self.layout = Layout.CHANNELS_FIRST
+        self.parts = nn.ModuleList(ResidualPart(part, self.structure) for part in self.structure.parts)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The type that decode returns."""
+        return next(self.parameters()).dtype
+
+    @torch.no_grad()
+    def encode(self, z: Tensor, num_quantizers: int | None = None) -> Tensor:
+        """Return the indices of every token, stage by stage exact and the same on every device.
+
+        Args:
+            z: (b, C, s), (b, C, h, w), (b, C, t, h, w) or (n, C), or as `layout` says; floating point.
+            num_quantizers: how many indices of each token, the first ones; None: all.
+
+        Returns:
+            int64, n_q in the place of C: (b, n_q, s), (b, n_q, h, w), (b, n_q, t, h, w) or (n, n_q).
+
+        Raises:
+            InvalidOption: num_quantizers is not in [1, n_q].
+            InvalidShape: another rank or channel count.
+            InvalidDtype: z is not floating point.
+            NonFiniteLatents: z holds NaN or infinity, or leaves float32's range on its way; names the position.
+            CodebookError: a weight is NaN or infinite.
+        """
+        count = check_num_quantizers(num_quantizers, available=self.num_quantizers)
+        grid = grid_of(z, self.input_dim, self.layout)
+        check_finite(z)
+        rows = widen(to_rows(z, self.layout))
+        indices = freeze(self, device=z.device).encode_rows(rows, num_quantizers=count, grid=grid)
+        return from_rows(indices, grid, self.layout)
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor, num_quantizers: int | None = None) -> Tensor:
+        """Return the latents of the first indices of every token.
+
+        Args:
+            indices: (b, n_q, s), (b, n_q, h, w), (b, n_q, t, h, w) or (n, n_q), or as `layout` says; any integer type,
+                in [0, K).
+            num_quantizers: how many indices of each token to use; the axis may have more, but not more than there are
+                stages. None: all stages'.
+
+        Returns:
+            C in the place of n_q, contiguous, of the weight's type.
+
+        Raises:
+            InvalidOption: num_quantizers is not in [1, n_q].
+            InvalidShape: another rank, or another number of indices for a token.
+            InvalidDtype: they are not integers.
+            IndexOutOfRange: one is out of range; names the position.
+        """
+        count = check_num_quantizers(num_quantizers, available=self.num_quantizers)
+        layout = layout_of(indices.ndim, self.layout)
+        check_stages(indices.shape, layout, wanted=count, available=self.num_quantizers)
+        ids = checked_indices(indices, self.num_codes)
+        grid = tuple(length for axis, length in enumerate(ids.shape) if axis != channel_axis(layout) % ids.ndim)
+        rows = freeze(self, device=ids.device).decode_rows(to_rows(ids, self.layout)[:, :count])
+        return from_rows(rows, grid, self.layout)
+
+    def frozen(self, device: torch.device, search: str = "auto") -> FrozenResidual:
+        """Return the form that serves; see `Quantizer.frozen`."""
+        are_added = self.structure.first_quantizers > 0
+        parts = tuple(part.frozen(device, search) for part in self.parts if isinstance(part, ResidualPart))
+        check_sums(parts, are_added=are_added, dtype=self.weight_dtype)
+        return FrozenResidual(
+            num_codes=self.num_codes,
+            vocab_size=self.vocab_size,
+            decodable=self.decodable,
+            input_dim=self.input_dim,
+            code_dim=self.code_dim,
+            output_dim=self.output_dim,
+            weight_dtype=self.weight_dtype,
+            device=device,
+            num_quantizers=self.num_quantizers,
+            _parts=parts,
+            _are_added=are_added,
+        )
+
+
+def _stage(structure: ResidualStructure) -> AbstractQuantizer:
+    codes, width = structure.num_codes, structure.code_dim
+    outer = structure.width if structure.stage_projections else None
+    match structure.metric:
+        case "cosine":
+            return CosineQuantizer(codes, width, structure.decode_normalized, input_dim=outer, output_dim=outer)
+        case "dot":
+            return DotQuantizer(codes, width, input_dim=outer, output_dim=outer)
+        case "l2" if outer is None:
+            return VectorQuantizer(codes, width)
+        case _:
+            return VectorQuantizerWithInputProjection(structure.width, codes, width, output_dim=outer)
+
+
+def _frozen_stage(stage: nn.Module, device: torch.device, search: str) -> FrozenLookup:
+    assert isinstance(stage, AbstractQuantizer)  # noqa: S101 - nn.ModuleList forgets what it holds
+    return stage.frozen(device, search)
+
+
+def _moved(projection: Projection | None, device: torch.device) -> Projection | None:
+    return None if projection is None else (projection[0].to(device), projection[1].to(device))
