@@ -67,7 +67,7 @@ class ResidualStructure:
         Raises:
             InvalidOption: says which.
         """
-        for name in ("num_quantizers", "num_codes", "code_dim", "input_dim", "groups"):
+        for name in ("groups", "num_quantizers", "num_codes", "code_dim", "input_dim"):
             check_size(name, getattr(self, name))
         if self.inner_dim is not None:
             check_size("inner_dim", self.inner_dim)
