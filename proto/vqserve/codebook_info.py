@@ -14,8 +14,8 @@ class CodebookInfo:
     Attributes:
         name: the name that requests use.
         digest: lower-case hexadecimal SHA-256 over all that encode and decode read.
-        kind: "vq", "ema", "gumbel" or "vq_projection".
-        num_codes: K, rows of the codebook.
+        kind: "vq", "ema", "gumbel", "vq_projection", "cosine", "dot", "rvq", "fsq" or "lfq".
+        num_codes: K, rows of the codebook (of each stage, if there are several).
         vocab_size: indices lie in [0, vocab_size).
         input_dim: channels that encode takes.
         code_dim: D, width of a code row.
@@ -34,3 +34,8 @@ class CodebookInfo:
     output_dim: int
     num_quantizers: int = 1
     layout: Layout | None = None
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether indices have an axis more, of a token's `num_quantizers` indices, in the place of the channels."""
+        return self.kind == "rvq" or self.num_quantizers > 1

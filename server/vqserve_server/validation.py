@@ -79,19 +79,46 @@ def check_latents(shape: Sequence[int], layout: str | None, *, info: CodebookInf
     return resolved
 
 
-def check_indices_shape(shape: Sequence[int], layout: str | None, *, info: CodebookInfo) -> Layout:
+def check_indices_shape(
+    shape: Sequence[int], layout: str | None, *, info: CodebookInfo, num_quantizers: object = None
+) -> Layout:
     """Return the layout of the latents that indices of this shape decode to.
 
+    Args:
+        shape: of the indices: 1 to 4 axes; of a residual codebook the 2 to 5 of their latents, with the indices of a
+            token in the place of the channels.
+        layout: as in `check_latents`.
+        info: the codebook.
+        num_quantizers: how many of each token's indices are to be decoded; None: all that the codebook has. There may
+            be more, up to those.
+
     Raises:
-        InvalidOption: `layout` is not the name of one.
-        InvalidShape: the indices have not 1 to 4 axes, the layout needs more, or a size overflows.
+        InvalidOption: num_quantizers is no integer in [1, info.num_quantizers].
+        InvalidShape: the indices have too few or too many axes, the layout needs more, a token has too few or too
+            many indices, or a size overflows.
     """
     shape = tuple(shape)
-    if not 1 <= len(shape) <= 4:
-        raise InvalidShape(f"indices must have 1 to 4 axes, not {len(shape)}")
+    wanted = check_num_quantizers(num_quantizers, available=info.num_quantizers)
+    ranks = (2, 5) if info.has_stages else (1, 4)
+    if not ranks[0] <= len(shape) <= ranks[1]:
+        raise InvalidShape(f"indices must have {ranks[0]} to {ranks[1]} axes, not {len(shape)}")
     if math.prod(max(length, 1) for length in shape) * max(info.output_dim, info.code_dim) > _MAX_ELEMENTS:
         raise InvalidShape(f"indices of shape {shape} decode to more than can be held")
-    return check_layout(len(shape) + 1, layout, info=info)
+    if not info.has_stages:
+        return check_layout(len(shape) + 1, layout, info=info)
+    resolved = check_layout(len(shape), layout, info=info)
+    check_stages(shape, resolved, wanted=wanted, available=info.num_quantizers)
+    return resolved
+
+
+def check_output(output: str, *, info: CodebookInfo) -> None:
+    """Refuse code rows of a residual codebook.
+
+    Raises:
+        InvalidOption: the codebook has a code row for each index, and none for a token.
+    """
+    if output == "code_rows" and info.has_stages:
+        raise InvalidOption(f"codebook {info.name!r} has stages: its tokens have latents, but no code rows")
 
 
 def check_num_quantizers(asked: object, *, available: int) -> int:

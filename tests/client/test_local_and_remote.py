@@ -14,6 +14,8 @@ from vqserve_server.quantizers import VectorQuantizerWithInputProjection
 
 # What only makes sense in process.
 OF_TOKENIZER = {"load", "encode_rows", "decode_rows"}
+# Residual codebooks are not on the wire yet: a request has no field for how many indices it wants.
+NOT_YET_REMOTE = {"num_quantizers"}
 
 
 def methods(kind):
@@ -29,7 +31,8 @@ def test_the_same_methods(kind, more):
 @pytest.mark.parametrize("kind", [AsyncClient, Tokenizer])
 def test_the_same_options(kind, name):
     def arguments(function):
-        return [(one.name, one.kind, one.default) for one in inspect.signature(function).parameters.values()]
+        parameters = inspect.signature(function).parameters.values()
+        return [(one.name, one.kind, one.default) for one in parameters if one.name not in NOT_YET_REMOTE]
 
     assert arguments(getattr(kind, name)) == arguments(getattr(Client, name))
 

@@ -26,7 +26,7 @@ from vqserve.v1 import tokenizer_pb2_grpc
 from vqserve_server import app, cli
 from vqserve_server.cli import main
 from vqserve_server.codebooks import save_codebook
-from vqserve_server.quantizers import VectorQuantizer
+from vqserve_server.quantizers import ResidualQuantizer, VectorQuantizer
 from vqserve_server.tokenizer import Tokenizer
 
 TORCH_IS_MISSING = """
@@ -115,6 +115,13 @@ def test_one_codebook_under_a_name_until_interrupted(vqserved: Callable[..., Any
         (book,) = tokenizer_pb2_grpc.TokenizerServiceStub(channel).ListCodebooks(pb.ListCodebooksRequest()).codebooks
     assert book.name == "mine"
     assert daemon.stop(signal.SIGINT)[0] == 0
+
+
+def test_a_codebook_with_stages_is_not_served_wrongly(run_vqserved: Callable[..., Any], tmp_path: Path) -> None:
+    save_codebook(ResidualQuantizer(2, 4, 3), tmp_path / "audio.safetensors")
+    assert_fails(
+        run_vqserved("serve", tmp_path, "--device", "cpu"), "codebook 'audio' has stages, which are not served"
+    )
 
 
 def test_two_servers_on_one_port(serving: Callable[..., Any], run_vqserved: Callable[..., Any], folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -123,3 +125,50 @@ def test_other_types_are_no_indices(dtype):
 def test_infos_layout_is_the_default():
     info = CodebookInfo(**{**vars(INFO), "layout": Layout.CHANNELS_FIRST})
     assert validation.check_latents((2, 4, 3), None, info=info) is Layout.CHANNELS_FIRST
+
+
+RESIDUAL = replace(INFO, kind="rvq", num_quantizers=5, layout=Layout.CHANNELS_FIRST)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "count", "expected"),
+    [
+        ((9, 5), None, None, Layout.CHANNELS_LAST),
+        ((2, 5, 9), None, None, Layout.CHANNELS_FIRST),
+        ((2, 9, 5), "channels_last", None, Layout.CHANNELS_LAST),
+        ((2, 5, 3, 3), None, 2, Layout.CHANNELS_FIRST),
+        ((2, 2, 3, 3), None, 2, Layout.CHANNELS_FIRST),
+        ((0, 3, 3, 3, 1), None, 1, Layout.CHANNELS_FIRST),
+    ],
+)
+def test_indices_with_stages(shape, layout, count, expected):
+    assert validation.check_indices_shape(shape, layout, info=RESIDUAL, num_quantizers=count) is expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "count", "match"),
+    [
+        ((5,), None, "2 to 5 axes, not 1"),
+        ((5,) * 6, None, "2 to 5 axes, not 6"),
+        ((2, 4, 9), None, "have 4 for a token in layout channels_first, expected 5: say num_quantizers"),
+        ((2, 1, 9), 2, "have 1 for a token in layout channels_first, expected 2 to 5$"),
+        ((2, 6), 2, "have 6 for a token in layout channels_last, expected 2 to 5$"),
+        ((0, 5, 1 << 31, 1 << 31), None, "more than can be held"),
+    ],
+)
+def test_indices_without_their_stages(shape, count, match):
+    with pytest.raises(InvalidShape, match=match):
+        validation.check_indices_shape(shape, None, info=RESIDUAL, num_quantizers=count)
+
+
+def test_code_rows_of_stages():
+    validation.check_output("latents", info=RESIDUAL)
+    validation.check_output("code_rows", info=INFO)
+    with pytest.raises(InvalidOption, match="'c' has stages"):
+        validation.check_output("code_rows", info=RESIDUAL)
+
+
+def test_a_kind_that_is_not_known_here_has_stages_if_it_has_several_indices():
+    assert replace(INFO, kind="new", num_quantizers=2).has_stages
+    assert replace(INFO, kind="rvq").has_stages
+    assert not replace(INFO, kind="new").has_stages

@@ -13,13 +13,13 @@ from typing import Any
 import numpy.typing as npt
 
 from vqserve_server.codebook_path import SUFFIX
-from vqserve_server.codebooks.arguments import ARGUMENTS, ArgumentError, check_arguments
+from vqserve_server.codebooks.arguments import ARGUMENTS, ArgumentError, check_arguments, written_arguments
 from vqserve_server.codebooks.conversion import build, state_of
 from vqserve_server.codebooks.digest import canonical_json
 from vqserve_server.codebooks.safetensors_file import ContainerError, read_header, read_tensor, unique_names, write_file
 from vqserve_server.codebooks.state import CodebookState, StateError, canonical_names, check_claims, check_values
 from vqserve_server.errors import CodebookError, CodebookFileError
-from vqserve_server.quantizers import AbstractQuantizer
+from vqserve_server.quantizers import Quantizer
 
 FORMAT_VERSION = "1"
 _PREFIX = "vqserve."
@@ -35,20 +35,20 @@ class Codebook:
 
     Attributes:
         quantizer: on the CPU, in eval mode.
-        kind: "vq", "ema", "gumbel" or "vq_projection".
+        kind: a key of `ARGUMENTS`: "vq", "ema" and so on.
         arguments: of the quantizer's constructor.
         digest: lower-case hexadecimal SHA-256 of what encode and decode read.
         provenance: where the codebook came from, as its writer told it; nothing depends on it.
     """
 
-    quantizer: AbstractQuantizer = field(repr=False)
+    quantizer: Quantizer = field(repr=False)
     kind: str
     arguments: Mapping[str, object]
     digest: str
     provenance: Mapping[str, object] = field(default_factory=dict)
 
 
-def codebook_digest(quantizer: AbstractQuantizer) -> str:
+def codebook_digest(quantizer: Quantizer) -> str:
     """Return the digest that a file of this quantizer has.
 
     Raises:
@@ -68,15 +68,13 @@ def check_folder(path: Path) -> None:
         raise PermissionError(f"user {os.geteuid()} cannot write into the folder {path.parent}: {hint}")
 
 
-def save_codebook(
-    quantizer: AbstractQuantizer, path: str | Path, *, provenance: Mapping[str, object] | None = None
-) -> str:
+def save_codebook(quantizer: Quantizer, path: str | Path, *, provenance: Mapping[str, object] | None = None) -> str:
     """Write a quantizer as a codebook file, in one step: a reader sees the old file or the whole new one.
 
     The same quantizer and provenance give the same bytes.
 
     Args:
-        quantizer: one of the four classes, on any device, float32 or float64.
+        quantizer: of a kind that files hold, on any device, float32 or float64.
         path: the file, by custom with the ending ".safetensors"; one that is there is replaced.
         provenance: where the codebook comes from; what JSON can hold. It does not change the digest.
 
@@ -98,7 +96,7 @@ def save_codebook(
     metadata = {
         "vqserve.format": FORMAT_VERSION,
         "vqserve.kind": state.kind,
-        "vqserve.arguments": canonical_json(dict(state.arguments)),
+        "vqserve.arguments": canonical_json(written_arguments(state.kind, state.arguments)),
         # A flipped bit in a weight is a number like any other: only this tells.
         "vqserve.digest": digest,
         "vqserve.provenance": story,

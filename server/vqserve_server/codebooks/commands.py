@@ -118,7 +118,7 @@ _MAX_LEFT = 20
 
 
 def _unknown_story(result: Import) -> str:
-    return "" if result.quantizer.used is not None else ", which nothing uses without a remap"
+    return "" if getattr(result.quantizer, "used", None) is not None else ", which nothing uses without a remap"
 
 
 def _unknown_index(text: str) -> str | int:

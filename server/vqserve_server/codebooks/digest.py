@@ -31,7 +31,7 @@ def digest(kind: str, arguments: Mapping[str, object], tensors: Mapping[str, npt
     Every field carries its length, so that two different codebooks cannot have one form.
 
     Args:
-        kind: "vq", "ema", "gumbel" or "vq_projection".
+        kind: "vq", "ema" and so on.
         arguments: those that encode and decode depend on, and no others.
         tensors: those that encode and decode read, and no others, under their canonical names.
     """

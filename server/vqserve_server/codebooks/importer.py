@@ -26,7 +26,7 @@ from vqserve_server.codebooks.state import (
     check_values,
 )
 from vqserve_server.errors import ForeignCheckpointError
-from vqserve_server.quantizers import AbstractQuantizer
+from vqserve_server.quantizers import Quantizer
 from vqserve_server.validation import first_non_finite
 
 METRICS = ("l2", "cosine", "dot")
@@ -77,7 +77,7 @@ class Import:
         provenance: for `save_codebook`.
     """
 
-    quantizer: AbstractQuantizer
+    quantizer: Quantizer
     kind: str
     arguments: Mapping[str, object]
     taken: Mapping[str, str]

@@ -11,13 +11,12 @@ import numpy.typing as npt
 
 from vqserve_server.codebooks.arguments import MAX_VOCABULARY, served_arguments
 from vqserve_server.codebooks.digest import digest
+from vqserve_server.codebooks.shapes import DIRECTION, NORM, expected_shapes
+from vqserve_server.errors import InvalidOption
 from vqserve_server.validation import first_non_finite
 
-_WEIGHT = "embedding.weight"
-_NORM = "embedding.parametrizations.weight.original0"
-_DIRECTION = "embedding.parametrizations.weight.original1"
 # torch named the pair differently before it had parametrizations.
-LEGACY_NAMES: Mapping[str, str] = {"embedding.weight_g": _NORM, "embedding.weight_v": _DIRECTION}
+LEGACY_NAMES: Mapping[str, str] = {"embedding.weight_g": NORM, "embedding.weight_v": DIRECTION}
 # What encode and decode never read.
 _TRAINING_ONLY = frozenset({"embedding.cluster_size", "embedding.embed_avg"})
 USED = "used"
@@ -41,38 +40,6 @@ class CodebookState:
         return digest(self.kind, served_arguments(self.kind, self.arguments, remapped=USED in served), served)
 
 
-def expected_shapes(kind: str, arguments: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors that a quantizer of these arguments has, `used` left out."""
-    match kind:
-        case "gumbel":
-            codes, width, hidden = arguments["n_embed"], arguments["embedding_dim"], arguments["num_hiddens"]
-            return {"proj.weight": (codes, hidden, 1, 1), "proj.bias": (codes,), "embed.weight": (codes, width)}
-        case "ema":
-            codes, width = arguments["n_embed"], arguments["embedding_dim"]
-            return {
-                _WEIGHT: (codes, width),
-                "embedding.cluster_size": (codes,),
-                "embedding.embed_avg": (codes, width),
-            }
-        case "vq":
-            return _vector_shapes(arguments["n_e"], arguments["e_dim"], arguments)
-        case "vq_projection":
-            width = arguments["codebook_dim"]
-            shapes = _vector_shapes(arguments["n_codes"], width, arguments)
-            shapes |= {"proj_in.weight": (width, arguments["input_dim"]), "proj_in.bias": (width,)}
-            if arguments["output_dim"] is not None:
-                out = arguments["output_dim"]
-                shapes |= {"proj_out.weight": (out, width), "proj_out.bias": (out,)}
-            return shapes
-    raise AssertionError(kind)
-
-
-def _vector_shapes(codes: int, width: int, arguments: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    if arguments["embedding_weight_norm"]:
-        return {_NORM: (1, width), _DIRECTION: (codes, width)}
-    return {_WEIGHT: (codes, width)}
-
-
 def canonical_names(names: set[str]) -> dict[str, str]:
     """Return each name's canonical one: the legacy names of weight norm become torch's present ones.
 
@@ -94,13 +61,17 @@ def check_claims(kind: str, arguments: Mapping[str, Any], claims: Mapping[str, t
         claims: safetensors' dtype name and shape of every tensor, by canonical name.
 
     Raises:
-        StateError: a tensor is missing, extra, or of another shape or element type than it should be.
+        StateError: the arguments contradict each other, or a tensor is missing, extra, or of another shape or element
+            type than it should be.
     """
-    expected = expected_shapes(kind, arguments)
+    try:
+        expected = expected_shapes(kind, arguments)
+    except InvalidOption as error:
+        raise StateError(f"its arguments do not fit together: {error}") from None
     missing = sorted(set(expected) - set(claims))
     if missing:
         raise StateError(f"tensor {missing[0]!r} is missing")
-    extra = sorted(set(claims) - set(expected) - {USED})
+    extra = sorted(set(claims) - set(expected) - ({USED} if "unknown_index" in arguments else set()))
     if extra:
         raise StateError(f"tensor {extra[0]!r} does not belong to kind {kind!r} with these arguments")
     floats = {name: dtype for name, (dtype, _) in claims.items() if name != USED}
@@ -139,13 +110,13 @@ def check_values(state: CodebookState) -> None:
         position = first_non_finite(array)
         if position is not None:
             raise StateError(f"{name}{list(position)} is {float(array[position])}")
-    if _DIRECTION in state.tensors:
-        lengths = np.abs(state.tensors[_DIRECTION]).max(axis=0)
+    if DIRECTION in state.tensors:
+        lengths = np.abs(state.tensors[DIRECTION]).max(axis=0)
         if not lengths.all():
-            raise StateError(f"column {int(lengths.argmin())} of {_DIRECTION} is zero and has no direction")
+            raise StateError(f"column {int(lengths.argmin())} of {DIRECTION} is zero and has no direction")
         # The weight is rounded to float32, and no entry of it is greater than its column's norm.
-        if np.abs(state.tensors[_NORM]).max() > np.finfo(np.float32).max:
-            raise StateError(f"{_NORM} holds a norm beyond float32's range")
+        if np.abs(state.tensors[NORM]).max() > np.finfo(np.float32).max:
+            raise StateError(f"{NORM} holds a norm beyond float32's range")
     used = state.tensors.get(USED)
     if used is not None:
         codes = num_codes(state.arguments)
@@ -156,5 +127,5 @@ def check_values(state: CodebookState) -> None:
 
 
 def num_codes(arguments: Mapping[str, Any]) -> int:
-    """Return K, whatever the kind calls it."""
+    """Return K of a kind that can have a remap, whatever the kind calls it."""
     return int(next(arguments[name] for name in ("n_e", "n_embed", "n_codes") if name in arguments))

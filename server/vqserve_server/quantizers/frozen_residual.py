@@ -144,5 +144,5 @@ def check_sums(parts: Sequence[FrozenPart], *, are_added: bool, dtype: torch.dty
 
 
 def sum_of_largest(stages: Sequence[FrozenLookup]) -> Tensor:
-    """Return the greatest magnitude (width,) float64, on the CPU, of the sum of stages in every channel."""
-    return torch.stack([stage.largest_latents().cpu() for stage in stages]).sum(dim=0) * _ROOM
+    """Return the greatest magnitude (width,) float64 of the sum of stages in every channel."""
+    return torch.stack([stage.largest_latents() for stage in stages]).sum(dim=0) * _ROOM

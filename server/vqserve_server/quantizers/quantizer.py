@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vqserve.layout import Layout
+from vqserve.layout import Layout, parse_layout
+from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers.frozen import FrozenQuantizer
 
 
@@ -23,7 +24,6 @@ class Quantizer(nn.Module, ABC):
         code_dim: D, the width of a code.
         output_dim: channels that decode returns.
         num_quantizers: indices per token: 1 but for residual quantizers.
-        layout: of latents of 3 to 5 axes; None: channels first for 4 and 5 axes, last for 3.
     """
 
     kind: ClassVar[str]
@@ -32,7 +32,25 @@ class Quantizer(nn.Module, ABC):
     code_dim: int
     output_dim: int
     num_quantizers: int = 1
-    layout: Layout | None = None
+    _layout: Layout | None = None
+
+    @property
+    def layout(self) -> Layout | None:
+        """The layout of latents of 3 to 5 axes; None: channels first for 4 and 5 axes, last for 3.
+
+        It may be set, to a layout or its name.
+
+        Raises:
+            InvalidOption: there is no layout of that name.
+        """
+        return self._layout
+
+    @layout.setter
+    def layout(self, layout: str | None) -> None:
+        try:
+            self._layout = parse_layout(layout)
+        except ValueError as error:
+            raise InvalidOption(str(error)) from None
 
     @property
     def decodable(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import Layout, channel_axis, grid_shape
+from vqserve.layout import Layout, channel_axis, grid_shape, num_rows
 from vqserve.vocabulary import smallest_unsigned
 from vqserve_server.errors import InvalidDtype, NonFiniteLatents, NotAnArray
+from vqserve_server.tokenizer.options import Options
 from vqserve_server.validation import check_finite, check_indices, check_indices_shape, check_latents
 
 _LATENT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -24,7 +26,8 @@ class Given:
     """What the caller gave, fit for a codebook.
 
     Attributes:
-        tokens: latents as (n, input_dim) float32 or float64, finite, in C order; indices as (n,) int64, in range.
+        tokens: latents as (n, input_dim) float32 or float64, finite, in C order; indices as int64, in range: (n,), of a
+            residual codebook (n, q), those of them that are asked for.
         grid: shape of the tokens in the caller's array.
         layout: of the latents, those that came or those that are asked for.
         device: the tensor's; None for numpy.
@@ -48,7 +51,7 @@ class Given:
         return (latents.float() if latents.dtype == torch.bfloat16 else latents).cpu().numpy()
 
 
-def given_latents(latents: object, layout: Layout | None, *, info: CodebookInfo) -> Given:
+def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Given:
     """Return latents that the codebook takes.
 
     Raises:
@@ -61,7 +64,7 @@ def given_latents(latents: object, layout: Layout | None, *, info: CodebookInfo)
         _check_dense(latents, "latents")
         if latents.dtype not in _LATENT_DTYPES:
             raise InvalidDtype(f"latents must be float16, bfloat16, float32 or float64, not {latents.dtype}")
-        resolved = check_latents(latents.shape, layout, info=info)
+        resolved = check_latents(latents.shape, asked.layout, info=info)
         plain = latents.detach()
         _check_finite_tensor(plain)
         rows = plain.movedim(channel_axis(resolved), -1).reshape(-1, info.input_dim)
@@ -70,7 +73,7 @@ def given_latents(latents: object, layout: Layout | None, *, info: CodebookInfo)
     array = _plain_array(latents, "latents")
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise InvalidDtype(f"latents must be float16, float32 or float64, not {array.dtype}")
-    resolved = check_latents(array.shape, layout, info=info)
+    resolved = check_latents(array.shape, asked.layout, info=info)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     check_finite(array)
     flat = np.moveaxis(array, channel_axis(resolved), -1).reshape(-1, info.input_dim)
@@ -78,25 +81,35 @@ def given_latents(latents: object, layout: Layout | None, *, info: CodebookInfo)
     return Given(wide, grid_shape(array.shape, resolved), resolved)
 
 
-def given_indices(indices: object, layout: Layout | None, *, info: CodebookInfo, decodable: int) -> Given:
+def given_indices(indices: object, asked: Options, *, info: CodebookInfo, decodable: int) -> Given:
     """Return indices that the codebook decodes.
 
     Raises:
         NotAnArray: they are neither a numpy array nor a dense torch tensor.
         InvalidDtype: their elements are no integers.
-        InvalidShape: the rank is not 1 to 4.
+        InvalidShape: the rank, or the number of indices for a token, is not the codebook's.
         IndexOutOfRange: names the position, the value and the range.
     """
     if isinstance(indices, Tensor):
         _check_dense(indices, "indices")
         if indices.is_complex() or indices.is_floating_point() or indices.dtype == torch.bool:
             raise InvalidDtype(f"indices must be integers, not {indices.dtype}")
-        resolved = check_indices_shape(indices.shape, layout, info=info)
-        return Given(_checked_ids(indices.detach(), decodable), tuple(indices.shape), resolved, indices.device)
-    array = _plain_array(indices, "indices")
-    resolved = check_indices_shape(array.shape, layout, info=info)
-    check_indices(array, decodable=decodable)
-    return Given(torch.from_numpy(array.reshape(-1).astype(np.int64)), array.shape, resolved)
+        layout = _layout_of_indices(indices.shape, asked, info)
+        ids, device = _checked_ids(indices.detach(), decodable), indices.device
+    else:
+        array = _plain_array(indices, "indices")
+        layout = _layout_of_indices(array.shape, asked, info)
+        check_indices(array, decodable=decodable)
+        ids, device = torch.from_numpy(array.astype(np.int64)), None
+    if not info.has_stages:
+        return Given(ids.reshape(-1), tuple(ids.shape), layout, device)
+    grid = grid_shape(ids.shape, layout)
+    tokens = ids.movedim(channel_axis(layout), -1)[..., : asked.num_quantizers]
+    return Given(tokens.reshape(num_rows(grid), asked.num_quantizers), grid, layout, device)
+
+
+def _layout_of_indices(shape: Sequence[int], asked: Options, info: CodebookInfo) -> Layout:
+    return check_indices_shape(shape, asked.layout, info=info, num_quantizers=asked.num_quantizers)
 
 
 def tensor_of(array: npt.NDArray[Any]) -> Tensor:
@@ -129,7 +142,7 @@ def _check_finite_tensor(latents: Tensor) -> None:
 def _checked_ids(indices: Tensor, decodable: int) -> Tensor:
     # An unsigned 64-bit index beyond the signed range wraps to a negative one here: out of range all the same, and
     # named by its own value below.
-    ids = indices.reshape(-1).to(torch.int64)
+    ids = indices.to(torch.int64)
     if ids.numel():
         low, high = torch.aminmax(ids)
         if low < 0 or high >= decodable:

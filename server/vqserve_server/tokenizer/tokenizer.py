@@ -17,10 +17,10 @@ from vqserve_server.codebooks import codebook_digest, load_codebook
 from vqserve_server.codebooks.conversion import kind_of
 from vqserve_server.codebooks.device import select_device
 from vqserve_server.errors import Closed, UnknownCodebook
-from vqserve_server.quantizers import AbstractQuantizer
+from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.frozen import FrozenQuantizer, freeze
 from vqserve_server.tokenizer.arrays import given_indices, given_latents, tensor_of
-from vqserve_server.tokenizer.grid import check_table, decode_grid, encode_grid
+from vqserve_server.tokenizer.grid import decode_grid, encode_grid
 from vqserve_server.tokenizer.options import Options, Output, options
 from vqserve_server.validation import check_digest
 
@@ -44,7 +44,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        quantizer: AbstractQuantizer,
+        quantizer: Quantizer,
         *,
         name: str = "codebook",
         device: str | torch.device = "auto",
@@ -53,14 +53,14 @@ class Tokenizer:
         """Freeze a quantizer.
 
         Args:
-            quantizer: one of the four classes, float32 or float64.
+            quantizer: one of the classes that codebook files can hold, float32 or float64.
             name: what `info` calls it.
             device: "auto" (a CUDA device that works, else the CPU), "cpu", "cuda" or "cuda:i".
             search: a search backend of that device, or "auto".
 
         Raises:
             CodebookError: the quantizer cannot be served: half precision, NaN in a weight, a subclass, or codes that
-                the output projection takes beyond float32's range.
+                decode beyond float32's range.
             InvalidOption: there is no such device or search backend here.
         """
         self.device = select_device(device)
@@ -75,9 +75,9 @@ class Tokenizer:
             input_dim=frozen.input_dim,
             code_dim=frozen.code_dim,
             output_dim=frozen.output_dim,
+            num_quantizers=frozen.num_quantizers,
+            layout=quantizer.layout,
         )
-        if self.info.kind == "vq_projection":
-            check_table(frozen)
         self.decodable = frozen.decodable
         self.search = frozen.search_backend
         self.weight_dtype = frozen.weight_dtype
@@ -113,35 +113,40 @@ class Tokenizer:
         latents: ArrayOrTensor,
         *,
         layout: str | None = None,
+        num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
     ) -> ArrayOrTensor:
-        """Return the index of the code that each latent is nearest to (Gumbel: that scores highest), exactly.
+        """Return the index of the code that each latent is nearest to (or that scores highest), exactly.
 
         Args:
             latents: numpy float16, float32 or float64, or torch with bfloat16 too, of 2 to 5 axes with
                 `info.input_dim` channels.
-            layout: "channels_first" or "channels_last"; None: channels first for 4 and 5 axes, last for 2 and 3.
+            layout: "channels_first" or "channels_last"; None: `info.layout`, and if that is None channels first for 4
+                and 5 axes, last for 2 and 3.
+            num_quantizers: of a residual codebook, how many indices each token gets, the first ones; None: all.
             codebook: the codebook's name, if it is to be checked.
             digest: the codebook's digest, if it is to be checked.
             timeout: has no effect in process.
 
         Returns:
-            The same kind of array, shaped as the latents without their channel axis: numpy of the smallest unsigned
-            type that holds the vocabulary, torch of int64 on the latents' device.
+            The same kind of array, shaped as the latents without their channel axis, or, of a residual codebook, with
+            a token's indices in its place: numpy of the smallest unsigned type that holds the vocabulary, torch of
+            int64 on the latents' device.
 
         Raises:
             NotAnArray: the latents are no numpy array or dense tensor; also a TypeError.
             InvalidDtype: the latents are no array of such a type.
-            InvalidOption: there is no such layout.
+            InvalidOption: there is no such layout, or there are not so many quantizers.
             InvalidShape: the rank or the channel count is not the codebook's.
             NonFiniteLatents: names the position of a NaN or an infinity, or of a token whose projection overflows.
             UnknownCodebook: the codebook has another name.
             DigestMismatch: it has another digest.
             Closed: the tokenizer was closed.
         """
-        return self._encode(latents, options(layout=layout), codebook, digest)
+        asked = options(info=self.info, layout=layout, num_quantizers=num_quantizers)
+        return self._encode(latents, asked, codebook, digest)
 
     def decode(
         self,
@@ -150,6 +155,7 @@ class Tokenizer:
         layout: str | None = None,
         dtype: Any = "float32",
         output: str = "latents",
+        num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
@@ -157,11 +163,12 @@ class Tokenizer:
         """Return what indices stand for.
 
         Args:
-            indices: any integers of 1 to 4 axes, in [0, decodable).
+            indices: any integers, shaped as `encode` returns them, in [0, decodable).
             layout: of the result, as in `encode`.
             dtype: of the result: "float32", "float16", "float64" or "bfloat16", or numpy's or torch's type of that
                 name; rounded once from the codebook's own values. numpy has no bfloat16: float32 holds its values.
             output: "latents", which the decoder takes, or "code_rows", the codebook's rows before any projection.
+            num_quantizers: of a residual codebook, how many of each token's indices to use, the first ones; None: all.
             codebook: as in `encode`.
             digest: as in `encode`.
             timeout: has no effect in process.
@@ -173,23 +180,26 @@ class Tokenizer:
         Raises:
             IndexOutOfRange: names the position, the value and the range.
             InvalidDtype: the indices are no array of integers.
-            InvalidOption: there is no such layout, dtype or output, or a value leaves the dtype's range.
-            InvalidShape: the rank is not 1 to 4.
+            InvalidOption: there is no such layout, dtype or output, there are not so many quantizers, or a value
+                leaves the dtype's range.
+            InvalidShape: the rank, or the number of indices for a token, is not the codebook's.
             NotAnArray, UnknownCodebook, DigestMismatch, Closed: as in `encode`.
         """
-        return self._decode(indices, options(layout=layout, dtype=dtype, output=output), codebook, digest)
+        asked = options(info=self.info, layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
+        return self._decode(indices, asked, codebook, digest)
 
     def encode_many(
         self,
         items: Iterable[ArrayOrTensor],
         *,
         layout: str | None = None,
+        num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
     ) -> Generator[ArrayOrTensor, None, None]:
         """Return the indices of each of many arrays, lazily and in order; see `encode`."""
-        asked = options(layout=layout)
+        asked = options(info=self.info, layout=layout, num_quantizers=num_quantizers)
         # What cannot be iterated is refused here, not at the first answer.
         return (self._encode(item, asked, codebook, digest) for item in iter(items))
 
@@ -200,12 +210,13 @@ class Tokenizer:
         layout: str | None = None,
         dtype: Any = "float32",
         output: str = "latents",
+        num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
     ) -> Generator[ArrayOrTensor, None, None]:
         """Return the latents of each of many arrays of indices, lazily and in order; see `decode`."""
-        asked = options(layout=layout, dtype=dtype, output=output)
+        asked = options(info=self.info, layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
         return (self._decode(item, asked, codebook, digest) for item in iter(items))
 
     def codebooks(self, *, timeout: float | None = None) -> list[CodebookInfo]:
@@ -217,22 +228,26 @@ class Tokenizer:
         """Let go of the codebook's memory; later calls raise Closed, those under way end. Closing twice is fine."""
         self._frozen = None
 
-    def encode_rows(self, rows: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.int64]:
+    def encode_rows(
+        self, rows: npt.NDArray[np.floating[Any]], *, num_quantizers: int | None = None
+    ) -> npt.NDArray[np.int64]:
         """Return the indices of rows that were checked before.
 
         Args:
             rows: (n, input_dim) float32 or float64, finite, in C order.
+            num_quantizers: of a residual codebook, how many indices each row gets, checked as well; None: all.
 
         Returns:
-            (n,) int64.
+            int64: (n,), of a residual codebook (n, num_quantizers).
         """
-        return self._open().encode_rows(tensor_of(rows).to(self.device)).cpu().numpy()
+        found = self._open().encode_rows(tensor_of(rows).to(self.device), num_quantizers=num_quantizers)
+        return found.cpu().numpy()
 
     def decode_rows(self, indices: npt.NDArray[np.int64], *, output: Output = "latents") -> npt.NDArray[Any]:
         """Return the rows of indices that were checked before.
 
         Args:
-            indices: (n,) int64 in [0, decodable).
+            indices: int64 in [0, decodable): (n,), of a residual codebook (n, q) with the first q indices of each row.
             output: "latents" or "code_rows".
 
         Returns:
@@ -244,15 +259,16 @@ class Tokenizer:
         self, latents: ArrayOrTensor, asked: Options, codebook: str | None, digest: str | None
     ) -> ArrayOrTensor:
         frozen = self._open(codebook, digest)
-        given = given_latents(latents, asked.layout, info=self.info)
-        indices: ArrayOrTensor = given.indices(encode_grid(frozen, given), vocab_size=self.info.vocab_size)
+        given = given_latents(latents, asked, info=self.info)
+        found = encode_grid(frozen, given, asked, has_stages=self.info.has_stages)
+        indices: ArrayOrTensor = given.indices(found, vocab_size=self.info.vocab_size)
         return indices
 
     def _decode(
         self, indices: ArrayOrTensor, asked: Options, codebook: str | None, digest: str | None
     ) -> ArrayOrTensor:
         frozen = self._open(codebook, digest)
-        given = given_indices(indices, asked.layout, info=self.info, decodable=self.decodable)
+        given = given_indices(indices, asked, info=self.info, decodable=self.decodable)
         latents: ArrayOrTensor = given.latents(decode_grid(frozen, given, asked))
         return latents
 

@@ -37,6 +37,12 @@ def latents_for(quantizer, n=64):
     return torch.randn(n, quantizer.input_dim, generator=torch.Generator().manual_seed(1))
 
 
+def all_indices(quantizer):
+    """Every index, in a shape that the quantizer decodes."""
+    ids = torch.arange(min(quantizer.decodable, 500))
+    return ids[:, None].expand(-1, quantizer.num_quantizers) if quantizer.kind == "rvq" else ids
+
+
 def rewrite(path: Path, *, tensors=None, metadata=None, drop=()) -> Path:
     """Write the file anew with the public library, changed."""
     with safe_open(path, framework="numpy") as file:
@@ -52,12 +58,13 @@ def rewrite(path: Path, *, tensors=None, metadata=None, drop=()) -> Path:
     return changed
 
 
-def with_arguments(path: Path, drop=(), **changes) -> Path:
+def with_arguments(path: Path, drop=(), *, ignore_missing=False, **changes) -> Path:
     with safe_open(path, framework="numpy") as file:
         arguments = json.loads(file.metadata()["vqserve.arguments"])
     arguments.update(changes)
     for name in drop:
-        del arguments[name]
+        if name in arguments or not ignore_missing:
+            del arguments[name]
     return rewrite(path, metadata={"vqserve.arguments": json.dumps(arguments)})
 
 
@@ -82,14 +89,14 @@ def test_round_trip(tmp_path, quantizer):
     assert not codebook.quantizer.training
     for name in ("beta", "decay", "eps", "loss_key", "temperature", "kl_weight", "straight_through", "re_embed"):
         assert getattr(codebook.quantizer, name, None) == getattr(quantizer, name, None)
-    for name in ("unknown_index", "sane_index_shape", "log_perplexity", "vocab_size", "output_dim"):
+    for name in ("unknown_index", "sane_index_shape", "log_perplexity", "vocab_size", "output_dim", "layout"):
         assert getattr(codebook.quantizer, name, None) == getattr(quantizer, name, None)
     ours, theirs = quantizer.state_dict(), codebook.quantizer.state_dict()
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
     z = latents_for(quantizer)
     assert torch.equal(codebook.quantizer.encode(z), quantizer.encode(z))
-    ids = torch.arange(quantizer.decodable)
+    ids = all_indices(quantizer)
     assert torch.equal(codebook.quantizer.decode(ids), quantizer.decode(ids))
 
 
@@ -131,14 +138,14 @@ def test_loading_leaves_the_global_generator_alone(vq_path):
 
 
 def test_arguments_that_only_training_reads_may_be_left_out(tmp_path, make_quantizer):
-    for name in ("vq", "ema", "gumbel", "projection"):
+    for name in ("vq", "ema", "gumbel", "projection", "cosine", "dot", "rvq", "fsq", "lfq"):
         path = tmp_path / f"{name}.safetensors"
         digest = save_codebook(make_quantizer(name), path)
         kind = load_codebook(path).kind
-        training = [argument for argument, spec in ARGUMENTS[kind].items() if not spec.served]
-        codebook = load_codebook(with_arguments(path, drop=training))
+        training = [argument for argument, spec in ARGUMENTS[kind].items() if spec.optional]
+        codebook = load_codebook(with_arguments(path, drop=training, ignore_missing=True))
         assert codebook.digest == digest
-        assert {codebook.arguments[argument] == ARGUMENTS[kind][argument].default for argument in training} == {True}
+        assert all(codebook.arguments[argument] == ARGUMENTS[kind][argument].default for argument in training)
 
 
 def test_defaults_are_the_constructors():
@@ -148,6 +155,9 @@ def test_defaults_are_the_constructors():
         if cls is VectorQuantizerWithInputProjection:
             parameters = {**inspect.signature(VectorQuantizer).parameters, **parameters}
         for name, argument in ARGUMENTS[cls.kind].items():
+            if name == "layout":
+                # An attribute of every quantizer, and no argument of a constructor.
+                continue
             default = parameters[name].default
             if not argument.served and default is not inspect.Parameter.empty:
                 assert argument.default == default, (cls, name)
@@ -402,7 +412,9 @@ WEIGHT = "embedding.weight"
         (lambda p: rewrite(p, metadata={"vqserve.format": "2"}), "has format '2'"),
         (lambda p: rewrite(p, drop=["vqserve.kind"]), "'vqserve.kind' is missing"),
         (lambda p: rewrite(p, metadata={"vqserve.colour": "red"}), "'vqserve.colour' is unknown"),
-        (lambda p: rewrite(p, metadata={"vqserve.kind": "lfq"}), "unknown kind 'lfq'"),
+        (lambda p: rewrite(p, metadata={"vqserve.kind": "pq"}), "unknown kind 'pq', not one of vq, ema"),
+        (lambda p: with_arguments(p, layout="nchw"), "'layout' is 'nchw', it must be one of null, \"channels_first\""),
+        (lambda p: with_arguments(p, layout=["channels_first"]), "'layout' is"),
         (lambda p: rewrite(p, metadata={"vqserve.kind": "ema"}), "argument 'e_dim' is not one of kind 'ema'"),
         (lambda p: rewrite(p, metadata={"vqserve.arguments": "[]"}), "no JSON object"),
         (lambda p: rewrite(p, metadata={"vqserve.arguments": "{"}), "no JSON object"),

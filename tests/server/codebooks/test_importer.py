@@ -203,7 +203,8 @@ def test_bfloat16_is_widened(tmp_path, capsys, suffix):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".npz"])
 @pytest.mark.parametrize("prefix", ["", "regularization."])
-def test_state_dicts_of_every_kind(tmp_path, capsys, quantizer, prefix, suffix):
+def test_state_dicts_of_every_kind(tmp_path, capsys, trained_quantizer, prefix, suffix):
+    quantizer = trained_quantizer
     state = {f"{prefix}{name}": tensor for name, tensor in quantizer.state_dict().items()}
     if prefix:
         state["encoder.conv.weight"] = torch.zeros(3)
