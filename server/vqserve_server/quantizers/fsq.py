@@ -8,6 +8,7 @@ from numbers import Integral
 from typing import ClassVar, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers.frozen_scalar import Channel
@@ -23,12 +24,12 @@ class FiniteScalarQuantizer(ScalarQuantizer):
     """Digit = round(tanh(z + shift) half - offset) + L // 2 for every channel (Mentzer et al. 2023, arXiv:2309.15505).
 
     The formula is taken in exact arithmetic on the channel as it is (after `proj_in`, if there is one): see
-    `fsq_boundaries`. A digit d is decoded as (d - L // 2) / (L // 2), rounded once to float32. The first channel counts
-    least in the index. See `ScalarQuantizer` for the state.
+    `fsq_boundaries`. A digit d is decoded as (d - L // 2) / (L // 2), with the symmetric bound as 2 d / (L - 1) - 1,
+    rounded once to float32. The first channel counts least in the index. See `ScalarQuantizer` for the state.
 
     Attributes:
         levels: L of each of the D channels.
-        bound: which half and shift: see `fsq_boundaries.boundaries`.
+        bound: which half and shift, or which formula: see `fsq_boundaries.boundaries`.
     """
 
     kind: ClassVar[str] = "fsq"
@@ -45,7 +46,8 @@ class FiniteScalarQuantizer(ScalarQuantizer):
 
         Args:
             levels: of each of the D channels, how many values it has, each in [2, 65536]; their product is K.
-            bound: "atanh" as in lucidrains' vector-quantize-pytorch and NVIDIA's Cosmos, "tan" as the paper prints it.
+            bound: "atanh" as in lucidrains' vector-quantize-pytorch and NVIDIA's Cosmos, "tan" as the paper prints it,
+                "symmetric" as in Parker et al. 2024, arXiv:2411.19842, and the former's `preserve_symmetry`.
             input_dim: see `ScalarQuantizer`.
             output_dim: see `ScalarQuantizer`.
 
@@ -63,7 +65,7 @@ class FiniteScalarQuantizer(ScalarQuantizer):
     def channels(self) -> list[Channel]:
         """Return what becomes of each of the D channels."""
         return [
-            Channel(boundaries(level, self.bound), _values(level), math.prod(self.levels[:place]))
+            Channel(boundaries(level, self.bound), _values(level, self.bound), math.prod(self.levels[:place]))
             for place, level in enumerate(self.levels)
         ]
 
@@ -72,7 +74,10 @@ def _is_level(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and 2 <= int(value) <= MAX_LEVEL
 
 
-def _values(level: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+def _values(level: int, bound: Bound) -> npt.NDArray[np.float32]:
     # Integers of at most 17 bits: a quotient in float64 is far from any middle of two float32 numbers.
+    digits = np.arange(level)
+    if bound == "symmetric":
+        return ((2 * digits - (level - 1)) / (level - 1)).astype(np.float32)
     half_width = level // 2
-    return ((np.arange(level) - half_width) / half_width).astype(np.float32)
+    return ((digits - half_width) / half_width).astype(np.float32)

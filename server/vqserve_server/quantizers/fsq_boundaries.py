@@ -1,10 +1,10 @@
 """Where finite scalar quantization goes from one digit to the next: real numbers, rounded down to float64.
 
 FSQ rounds tanh(z + shift) half - offset. tanh rises, so that the rounded value reaches a digit exactly where z passes
-one number t = atanh(p) - shift, p rational. No floating-point z equals t: with shift = atanh(q) it is half the
-logarithm of a rational, which is transcendental (Lindemann), and with shift = tan(q) it is told from its neighbours in
-float64 here, or this would not end. So z > t exactly if z is greater than t rounded down to float64, and nothing but
-this comparison is left for a device to do.
+one number t = atanh(p) - shift, p rational. No floating-point z but zero equals a t: with shift = 0 or atanh(q) it is
+half the logarithm of a rational, which is transcendental (Lindemann), and with shift = tan(q) it is told from its
+neighbours in float64 here, or this would not end. So z > t exactly if z is greater than t rounded down to float64, and
+nothing but this comparison is left for a device to do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-Bound = Literal["atanh", "tan"]
+Bound = Literal["atanh", "tan", "symmetric"]
 
 _EPS = Fraction(1, 1000)
 _DIGITS = 50
@@ -31,16 +31,20 @@ def boundaries(levels: int, bound: Bound) -> npt.NDArray[np.float64]:
 
     Args:
         levels: L, at least 2.
-        bound: "atanh": half = (L - 1)(1 + eps) / 2, shift = atanh(offset / half); "tan": half = (L - 1)(1 - eps) / 2,
-            shift = tan(offset / half). eps = 1/1000; offset = 1/2 for even L, 0 for odd.
+        bound: what is rounded to the nearest integer, L // 2 less than the digit: tanh(z + shift) half - offset, with
+            offset = 1/2 for even L, 0 for odd, eps = 1/1000, and
+            "atanh": half = (L - 1)(1 + eps) / 2, shift = atanh(offset / half);
+            "tan": half = (L - 1)(1 - eps) / 2, shift = tan(offset / half).
+            Or "symmetric": the digit is (L - 1)(tanh(z) + 1) / 2 + 1/2, rounded down.
 
     Returns:
         Ascending; infinite where the bounded value never reaches a digit, or never falls below it.
     """
+    if bound == "symmetric":
+        return np.array([_reached(Fraction(2 * digit - levels, levels - 1), _zero) for digit in range(1, levels)])
     half = (levels - 1) * (1 + _EPS if bound == "atanh" else 1 - _EPS) / 2
     offset = Fraction(1 - levels % 2, 2)
     shift = _atanh(offset / half) if bound == "atanh" else _tan(offset / half)
-    # The value that is rounded is half-way between two digits, and half - offset at most.
     middles = ((digit - levels // 2 - Fraction(1, 2) + offset) / half for digit in range(1, levels))
     return np.array([_reached(middle, shift) for middle in middles])
 
@@ -48,6 +52,9 @@ def boundaries(levels: int, bound: Bound) -> npt.NDArray[np.float64]:
 def _reached(p: Fraction, shift: Callable[[int], Decimal]) -> float:
     if abs(p) >= 1:
         return math.copysign(math.inf, p)
+    if p == 0 and shift is _zero:
+        # The one jump at a number that there is: zero itself is above it.
+        return -math.ulp(0.0)
     return _rounded_down(lambda digits: _atanh(p)(digits) - shift(digits))
 
 
@@ -63,6 +70,10 @@ def _rounded_down(value: Callable[[int], Decimal]) -> float:
         if abs(gap) > doubt:
             return nearest if gap < 0 else math.nextafter(nearest, -math.inf)
         digits *= 2
+
+
+def _zero(_: int) -> Decimal:
+    return Decimal(0)
 
 
 def _atanh(p: Fraction) -> Callable[[int], Decimal]:

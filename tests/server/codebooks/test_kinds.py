@@ -140,7 +140,7 @@ def test_arguments_that_change_what_is_computed_change_the_digest():
         return {codebook_digest(counted(quantizer)) for quantizer in quantizers}
 
     assert len(digests(CosineQuantizer(3, 2), CosineQuantizer(3, 2, True), DotQuantizer(3, 2))) == 3
-    assert len(digests(*(FiniteScalarQuantizer([5, 5], bound) for bound in ("atanh", "tan")))) == 2
+    assert len(digests(*(FiniteScalarQuantizer([5, 5], bound) for bound in ("atanh", "tan", "symmetric")))) == 3
     assert len(digests(*(FiniteScalarQuantizer(levels) for levels in ([8, 5], [5, 8], [40])))) == 3
     orders, shapes = ("big", "little"), (False, True)
     assert len(digests(*(LookupFreeQuantizer(8, order, shape) for order in orders for shape in shapes))) == 4

@@ -23,17 +23,25 @@ sys.path.insert(0, str(Path(__file__).parent))
 import exact
 
 FAST = settings(max_examples=150, deadline=None, derandomize=True, database=None)
-BOUNDS = ("atanh", "tan")
+BOUNDS = ("atanh", "tan", "symmetric")
 COSMOS = (8, 8, 8, 5, 5, 5)
 
 
 def digit(z: float, level: int, bound: str) -> int:
-    """The formula, evaluated by mpmath: round(tanh(z + shift) half - offset) + L // 2, within the level's digits."""
+    """The formula, evaluated by mpmath, within the level's digits."""
+    if bound == "symmetric":
+        # floor((L - 1)(tanh(z) + 1) / 2 + 1/2), without a sum that would lose the last bits of a small z.
+        return sum(mpmath.tanh(mpmath.mpf(z)) >= mpmath.mpf(2 * d - level) / (level - 1) for d in range(1, level))
     eps = mpmath.mpf(1) / 1000 if bound == "atanh" else -mpmath.mpf(1) / 1000
     half, offset = (level - 1) * (1 + eps) / 2, mpmath.mpf(1 - level % 2) / 2
     shift = (mpmath.atanh if bound == "atanh" else mpmath.tan)(offset / half)
     value = mpmath.tanh(mpmath.mpf(z) + shift) * half - offset
     return min(max(int(mpmath.nint(value)) + level // 2, 0), level - 1)
+
+
+def value(digit: int, level: int, bound: str) -> Fraction:
+    """What a digit is decoded as."""
+    return Fraction(2 * digit, level - 1) - 1 if bound == "symmetric" else Fraction(digit - level // 2, level // 2)
 
 
 def neighbours(number: float, dtype: type) -> list[float]:
@@ -70,7 +78,7 @@ def test_any_latents(bound, levels, seed, scale, double):
     quantizer = FiniteScalarQuantizer(levels, bound)
     assert quantizer.encode(z).tolist() == expected
     assert [int(quantizer.encode(row[None])) for row in z] == expected
-    values = [[Fraction(d - n // 2, n // 2) for d, n in zip(row, levels, strict=True)] for row in digits]
+    values = [[value(d, n, bound) for d, n in zip(row, levels, strict=True)] for row in digits]
     assert quantizer.decode(torch.tensor(expected)).tolist() == [
         [float(exact.round32(x)) for x in row] for row in values
     ]
@@ -154,7 +162,7 @@ def test_the_largest_vocabulary():
 
 def test_other_options_are_checked():
     for make, match in (
-        (lambda: FiniteScalarQuantizer([3], "tanh"), "bound must be one of atanh, tan"),
+        (lambda: FiniteScalarQuantizer([3], "tanh"), "bound must be one of atanh, tan, symmetric"),
         (lambda: FiniteScalarQuantizer([3], input_dim=0), "input_dim must be a positive integer"),
         (lambda: LookupFreeQuantizer(33, "big"), "33 bits"),
         (lambda: LookupFreeQuantizer(0, "big"), "bits must be a positive"),
