@@ -11,7 +11,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -228,10 +228,21 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     if not _is_loopback(config.rpc.host):
         logger.warning("listening on %s without TLS or tokens: anybody who reaches it can use it", config.rpc.host)
     tokenizers = load_tokenizers(codebooks, config)
-    code = asyncio.run(serve(tokenizers, config))
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        code = runner.run(serve(tokenizers, config))
     if code:
         raise StartError("the device failed; the log has the reason")
     return code
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes the event loop; None: asyncio's own."""
+    try:
+        import uvloop  # noqa: PLC0415
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
 
 
 def _announce(tokenizers: Sequence[Tokenizer], host: str, port: int) -> None:
