@@ -97,7 +97,11 @@ class FrozenQuantizer:
         """
         if output not in ("latents", "code_rows"):
             raise InvalidOption(f"output must be 'latents' or 'code_rows', not {output!r}")
-        return (self._latents if output == "latents" else self._code_rows).index_select(0, indices)
+        table = self._latents if output == "latents" else self._code_rows
+        if table.device.type == "cpu":
+            # On one core in the time that torch takes on two, whose threads then spin.
+            return torch.from_numpy(table.numpy().take(indices.numpy(), axis=0))
+        return table.index_select(0, indices)
 
 
 @torch.no_grad()
