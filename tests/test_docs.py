@@ -17,9 +17,9 @@ from google.protobuf import json_format
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from vqserve_client.cli import main as vqserve
-from vqserve_server.app import DEMO_PATH, find_codebooks
 from vqserve_server.cli import main as vqserved
 from vqserve_server.codebooks import load_codebook
+from vqserve_server.sources import DEMO_PATH, find_codebooks
 from vqserve_server.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]

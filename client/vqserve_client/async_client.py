@@ -132,7 +132,7 @@ class AsyncClient:
                 pin=core.pin(call),
                 deadline=core.deadline(call),
                 budget=Budget(core.config.window),
-                wake=wake,
+                sender=core.unary(wake),
             )
         )
 

@@ -32,21 +32,27 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
 
 
 # The methods by name, as gRPC calls them. Messages are bytes here: calls.py reads and writes them.
-_PATHS = {
-    method.name: f"/{service.full_name}/{method.name}"
-    for service in (pb.DESCRIPTOR.services_by_name["TokenizerService"],)
-    for method in service.methods
-}
+_SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"]
+_METHODS = tuple(method.name for method in _SERVICE.methods if not method.client_streaming)
+# Those that have a streaming form, and what it adds to their names.
+_STREAM = "Stream"
+STREAMED = frozenset(method.name.removesuffix(_STREAM) for method in _SERVICE.methods if method.client_streaming)
 
 
 class Connection:
-    """The channel of one client in whatever process it is used."""
+    """The channel of one client in whatever process it is used.
+
+    Attributes:
+        closed: whether `close` was called.
+        has_streams: False once the server has said that it has no streaming methods.
+    """
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
         self._lock = threading.Lock()
         self._open: _Open | None = None
         self.closed = False
+        self.has_streams = True
         _connections.add(self)
 
     @property
@@ -61,6 +67,14 @@ class Connection:
             Closed: after `close`.
         """
         return self._opened()[1][name]
+
+    def stream(self, name: str) -> Any:
+        """Return the streaming form of a method, from an iterator of bytes to one.
+
+        Raises:
+            Closed: after `close`.
+        """
+        return self._opened()[0].stream_stream(f"/{_SERVICE.full_name}/{name}{_STREAM}")
 
     def channel(self) -> grpc.Channel:
         """Return the channel of this process.
@@ -89,7 +103,9 @@ class Connection:
                     channel = grpc.insecure_channel(
                         self.target, options=channel_options(self._config.max_message_bytes)
                     )
-                    methods: dict[str, Any] = {name: channel.unary_unary(path) for name, path in _PATHS.items()}
+                    methods: dict[str, Any] = {
+                        name: channel.unary_unary(f"/{_SERVICE.full_name}/{name}") for name in _METHODS
+                    }
                     opened = self._open = (channel, methods)
         return opened
 

@@ -201,7 +201,7 @@ class Client:
                 pin=core.pin(call),
                 deadline=core.deadline(call),
                 budget=Budget(core.config.window),
-                wake=wake,
+                sender=core.unary(wake),
             )
         )
 

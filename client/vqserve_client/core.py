@@ -16,6 +16,7 @@ from vqserve_client.errors import CodebookNotFound, DigestMismatch, InvalidArgum
 from vqserve_client.exchange import Budget, Exchange, Steps
 from vqserve_client.pin import Pin, WrongDigest
 from vqserve_client.retry import Deadline, RetryPolicy, check_timeout
+from vqserve_client.unary import Sender, Unary
 
 Wake = Callable[[], None]
 
@@ -78,14 +79,18 @@ class Core:
         """Return the end of a call that begins now."""
         return Deadline(self.config.timeout if call.timeout is None else call.timeout)
 
-    def exchange(self, deadline: Deadline, budget: Budget, wake: Wake) -> Exchange:
+    def exchange(self, deadline: Deadline, budget: Budget, sender: Sender) -> Exchange:
         """Return what the requests of one call have in common."""
         policy = RetryPolicy(self.config.retries)
-        return Exchange(self.connection, policy=policy, deadline=deadline, budget=budget, wake=wake)
+        return Exchange(self.connection, policy=policy, deadline=deadline, budget=budget, sender=sender)
+
+    def unary(self, wake: Wake) -> Sender:
+        """Return what sends requests as calls of their own."""
+        return Unary(self.connection, wake)
 
     def codebooks(self, call: CallOptions, wake: Wake) -> Steps[list[CodebookInfo]]:
         """Ask what is served."""
-        return list((yield from self._listed(self.exchange(self.deadline(call), Budget(1), wake))))
+        return list((yield from self._listed(self.exchange(self.deadline(call), Budget(1), self.unary(wake)))))
 
     def turn(
         self,
@@ -96,11 +101,11 @@ class Core:
         pin: Pin,
         deadline: Deadline,
         budget: Budget,
-        wake: Wake,
+        sender: Sender,
     ) -> Steps[Any]:
         """Encode or decode one array."""
         given = operation.read(array)
-        exchange = self.exchange(deadline, budget, wake)
+        exchange = self.exchange(deadline, budget, sender)
         while True:
             info = yield from self._resolved(pin, exchange)
             try:

@@ -10,16 +10,17 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, Protocol, TypeVar
 
 import grpc
 
 from vqserve_client.channel import Connection
 from vqserve_client.errors import Closed, DeadlineExceeded, ProtocolError
-from vqserve_client.fork import gate
 from vqserve_client.retry import Deadline, RetryPolicy
-from vqserve_client.status import REQUEST_ID_KEY, RETRIED, Failure, text_metadata
+from vqserve_client.status import RETRIED, Failure, text_metadata
+from vqserve_client.stream import StreamTicket
+from vqserve_client.unary import Sender
 
 T = TypeVar("T")
 Steps = Generator[float | None, None, T]
@@ -70,13 +71,13 @@ class Exchange:
         policy: RetryPolicy,
         deadline: Deadline,
         budget: Budget,
-        wake: Callable[[], None],
+        sender: Sender,
     ) -> None:
         self._connection = connection
         self._policy = policy
         self._deadline = deadline
         self._budget = budget
-        self._wake = wake
+        self._sender = sender
         self._pid = os.getpid()
         self._request_id = secrets.token_hex(8)
         self._sent = 0
@@ -139,7 +140,19 @@ class Exchange:
             if wait_s > 0:
                 return wait_s
             self._send(one)
-        return None
+        # gRPC keeps the time of a call, but not of a request on a stream.
+        return self._time_left(one) if isinstance(one.ticket, StreamTicket) else None
+
+    def _time_left(self, one: _Running) -> float | None:
+        left_s = self._deadline.grpc_timeout_s()
+        if left_s is not None and left_s <= 0:
+            raise DeadlineExceeded(
+                "the server did not answer in time",
+                target=self.target,
+                codebook=one.codebook,
+                request_id=one.request_id,
+            )
+        return left_s
 
     def _send(self, one: _Running) -> None:
         timeout_s = self._deadline.grpc_timeout_s()
@@ -149,22 +162,13 @@ class Exchange:
                 target=self.target,
                 codebook=one.codebook,
             )
-        metadata = ((REQUEST_ID_KEY, one.request_id),)
         request = one.part.request()
-        method = self._connection.method(one.part.method)
-        gate.enter()
         try:
-            one.ticket = method.future(request, timeout=timeout_s, metadata=metadata)
-        except BaseException as error:
-            gate.leave()
-            if isinstance(error, ValueError) and self._connection.closed:
+            one.ticket = self._sender.send(one.part.method, request, timeout_s=timeout_s, request_id=one.request_id)
+        except ValueError as error:
+            if self._connection.closed:
                 raise self._closed() from error
             raise
-        one.ticket.add_done_callback(self._ended)
-
-    def _ended(self, _ticket: Any) -> None:
-        gate.leave()
-        self._wake()
 
     def _back_off(self, one: _Running, ticket: Any) -> None:
         """Set the time of the next attempt, or raise why there is none."""

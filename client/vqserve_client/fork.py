@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 
 # A server that hangs must not keep the process from forking for ever; then the child is on its own.
 LONGEST_WAIT_S = 10.0
@@ -22,18 +23,27 @@ class ForkGate:
     def _reset(self) -> None:
         self._changed = threading.Condition()
         self._under_way = 0
+        self._retire: set[Callable[[], None]] = set()
         self._shut = False
 
-    def enter(self) -> None:
-        """Begin a request, after a fork that is going on."""
+    def enter(self, retire: Callable[[], None] | None = None) -> None:
+        """Begin a request, after a fork that is going on.
+
+        Args:
+            retire: for a call that has no end of its own: asks it to end soon.
+        """
         with self._changed:
             self._changed.wait_for(lambda: not self._shut)
             self._under_way += 1
+            if retire is not None:
+                self._retire.add(retire)
 
-    def leave(self) -> None:
-        """End a request."""
+    def leave(self, retire: Callable[[], None] | None = None) -> None:
+        """End a request that has entered with the same argument."""
         with self._changed:
             self._under_way -= 1
+            if retire is not None:
+                self._retire.discard(retire)
             self._changed.notify_all()
 
     def before_fork(self) -> None:
@@ -42,6 +52,8 @@ class ForkGate:
             # One fork at a time.
             self._changed.wait_for(lambda: not self._shut)
             self._shut = True
+            for retire in self._retire:
+                retire()
             self._changed.wait_for(lambda: self._under_way == 0, LONGEST_WAIT_S)
 
     def after_fork_in_parent(self) -> None:

@@ -14,6 +14,7 @@ from vqserve_client.core import CallOptions, Core, Operation, Wake
 from vqserve_client.errors import Closed
 from vqserve_client.exchange import Budget, Steps
 from vqserve_client.retry import Deadline
+from vqserve_client.stream import Streamed
 
 
 class Lane:
@@ -24,7 +25,7 @@ class Lane:
         self._operation = operation
         self._asked = asked
         self._call = call
-        self._wake = wake
+        self._sender = Streamed(core.connection, wake)
         self._pin = core.pin(call)
         self._budget = Budget(core.config.window)
         self._jobs: deque[_Job] = deque()
@@ -55,7 +56,7 @@ class Lane:
             pin=self._pin,
             deadline=deadline,
             budget=self._budget,
-            wake=self._wake,
+            sender=self._sender,
         )
         self._jobs.append(_Job(steps, deadline))
 
@@ -98,6 +99,8 @@ class Lane:
         """Cancel what is under way."""
         while self._jobs:
             self._jobs.pop().close()
+        if os.getpid() == self._pid:
+            self._sender.close()
 
 
 class _Job:

@@ -3,88 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import ipaddress
 import logging
 import os
-import re
 import signal
-import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from vqserve_server.codebook_path import SUFFIX
+from vqserve_server import logs
+from vqserve_server.address import address, check, is_loopback
 from vqserve_server.codebooks import load_codebook
-from vqserve_server.config import RpcConfig, ServeConfig
+from vqserve_server.config import ServeConfig
 from vqserve_server.engine import Engine
-from vqserve_server.errors import VqserveError
+from vqserve_server.errors import StartError
 from vqserve_server.rpc import RpcServer
-from vqserve_server.rpc.server import address
+from vqserve_server.sources import find_codebooks
 from vqserve_server.tokenizer import Tokenizer
 
-DEMO_NAME = "demo"
-DEMO_PATH = Path(__file__).parent / "assets" / "demo.safetensors"
-_NAME = re.compile(r"[\w.+-]{1,128}")
-
 logger = logging.getLogger(__name__)
-
-
-class StartError(VqserveError):
-    """The daemon cannot start; the text says why, in one line."""
-
-
-def find_codebooks(sources: Sequence[str]) -> dict[str, Path]:
-    """Return the codebook files to serve by name, in the order given; a folder's in name order.
-
-    Args:
-        sources: paths of files or folders, or NAME=FILE; none: the demo codebook.
-
-    Raises:
-        StartError: nothing is there, a folder cannot be read, or two have one name.
-    """
-    found: dict[str, Path] = {}
-    for name, path in _named_paths(sources):
-        if not _NAME.fullmatch(name):
-            raise StartError(f"{name!r} is no name for a codebook: use letters, digits and . _ + - (NAME=PATH)")
-        if name in found:
-            raise StartError(f"two codebooks are named {name!r}: {found[name]} and {path}; name one (NAME=PATH)")
-        found[name] = path
-    return found
-
-
-def _named_paths(sources: Sequence[str]) -> list[tuple[str, Path]]:
-    if not sources:
-        return [(DEMO_NAME, DEMO_PATH)]
-    pairs = []
-    for source in sources:
-        name, equals, path_text = source.partition("=")
-        if not equals or Path(source).exists():
-            name, path_text = "", source
-        path = Path(path_text)
-        if not path.exists():
-            raise StartError(f"no such file or folder: {path}")
-        if not path.is_dir():
-            pairs.append((name or path.stem, path))
-            continue
-        if name:
-            raise StartError(f"{path} is a folder: a name goes with a file")
-        files = _codebook_files(path)
-        if not files:
-            raise StartError(f"no *{SUFFIX} file in {path}")
-        pairs += [(file.stem, file) for file in files]
-    return pairs
-
-
-def _codebook_files(folder: Path) -> list[Path]:
-    # Not glob, to which a folder that may not be read is an empty one: a mounted folder often belongs to somebody else.
-    try:
-        return sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIX))
-    except PermissionError as error:
-        hint = f"{error.strerror}; let it (chmod a+rX), or serve as another user"
-        raise StartError(f"user {os.geteuid()} cannot read the folder {folder}: {hint}") from None
 
 
 def load_tokenizers(codebooks: dict[str, Path], config: ServeConfig) -> list[Tokenizer]:
@@ -115,33 +53,18 @@ def _line(tokenizer: Tokenizer) -> str:
     )
 
 
-def check_address(config: RpcConfig) -> None:
-    """Find out whether the address can be listened on, before minutes go into loading codebooks.
-
-    Raises:
-        StartError: says why not.
-    """
-    try:
-        family, kind, protocol, _, target = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(target)
-    except OSError as error:
-        reason = "the port is in use" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
-        raise StartError(f"cannot listen on {address(config.host, config.port)}: {reason}") from None
-
-
 class App:
     """One server: an engine and its gRPC front. Its methods belong to one event loop."""
 
-    def __init__(self, tokenizers: Sequence[Tokenizer], config: ServeConfig | None = None) -> None:
+    def __init__(
+        self, tokenizers: Sequence[Tokenizer], config: ServeConfig | None = None, *, shares_port: bool = False
+    ) -> None:
         """Make the server; nothing runs before `start`.
 
         Args:
             tokenizers: what is served.
             config: all settings.
+            shares_port: whether other processes listen on the port too.
         """
         self._config = config or ServeConfig()
         self._loop = asyncio.get_running_loop()
@@ -151,7 +74,7 @@ class App:
             self._config.engine,
             on_broken=self._on_broken,
         )
-        self._rpc = RpcServer(self.engine, self._config.rpc)
+        self._rpc = RpcServer(self.engine, self._config.rpc, shares_port=shares_port)
 
     async def start(self) -> int:
         """Start, and return the port.
@@ -186,9 +109,9 @@ class App:
         self._loop.call_soon_threadsafe(tell)
 
 
-async def serve(tokenizers: Sequence[Tokenizer], config: ServeConfig) -> int:
+async def serve(tokenizers: Sequence[Tokenizer], config: ServeConfig, *, worker: int | None = None) -> int:
     """Serve until a signal says to stop or the device is lost; return the exit code."""
-    app = App(tokenizers, config)
+    app = App(tokenizers, config, shares_port=worker is not None)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -201,6 +124,9 @@ async def serve(tokenizers: Sequence[Tokenizer], config: ServeConfig) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+    if worker is not None:
+        # The parent's end of the pipe closes when the parent is gone.
+        loop.add_reader(sys.stdin.fileno(), stop.set)
     port = await app.start()
     _announce(tokenizers, config.rpc.host, port)
     done, pending = await asyncio.wait(
@@ -219,22 +145,39 @@ async def serve(tokenizers: Sequence[Tokenizer], config: ServeConfig) -> int:
     return code
 
 
-def run(sources: Sequence[str], config: ServeConfig) -> int:
+def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = None) -> int:
     """Load codebooks and serve them; return the exit code.
+
+    Args:
+        sources: files, folders, NAME=FILE; none: the demo codebook.
+        config: all settings.
+        worker: number of this process among several that share the port, or None.
 
     Raises:
         VqserveError: the daemon cannot start.
     """
-    _set_up_logging(config.log_level)
+    logs.set_up(config.log_level, worker=worker)
     codebooks = find_codebooks(sources)
-    check_address(config.rpc)
-    if not _is_loopback(config.rpc.host):
-        logger.warning("listening on %s without TLS or tokens: anybody who reaches it can use it", config.rpc.host)
+    if worker is None:
+        check(config.rpc.host, config.rpc.port)
+        if not is_loopback(config.rpc.host):
+            logger.warning("listening on %s without TLS or tokens: anybody who reaches it can use it", config.rpc.host)
     tokenizers = load_tokenizers(codebooks, config)
-    code = asyncio.run(serve(tokenizers, config))
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        code = runner.run(serve(tokenizers, config, worker=worker))
     if code:
         raise StartError("the device failed; the log has the reason")
     return code
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes the event loop; None: asyncio's own."""
+    try:
+        import uvloop  # noqa: PLC0415
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
 
 
 def _announce(tokenizers: Sequence[Tokenizer], host: str, port: int) -> None:
@@ -244,20 +187,7 @@ def _announce(tokenizers: Sequence[Tokenizer], host: str, port: int) -> None:
     sys.stdout.flush()
 
 
-def _set_up_logging(level: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
-
-
 def _exit_now(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from vqserve import __version__
 from vqserve_server import config as settings
+from vqserve_server import workers
 from vqserve_server.errors import VqserveError
 
 # What the extra `server` brings; without it the client still works.
@@ -68,10 +69,13 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 def _serve(args: argparse.Namespace) -> int:
     config = settings.resolve(vars(args), os.environ)
+    worker = os.environ.get(workers.WORKER_VARIABLE)
     with _ended_by_sigterm():
+        if worker is None and config.workers > 1:
+            return workers.run(args.sources, config)
         from vqserve_server import app  # noqa: PLC0415
 
-        return app.run(args.sources, config)
+        return app.run(args.sources, config, worker=None if worker is None else int(worker))
 
 
 @contextmanager

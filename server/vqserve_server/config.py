@@ -35,6 +35,12 @@ def _device(text: str) -> str:
     return text
 
 
+def _devices(text: str) -> str:
+    for name in text.split(",") if text else ():
+        _device(name)
+    return text
+
+
 def _log_level(text: str) -> str:
     if text not in LOG_LEVELS:
         raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}, not {text!r}")
@@ -100,6 +106,8 @@ class ServeConfig:
     rpc: RpcConfig = RpcConfig()
     engine: EngineConfig = EngineConfig()
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N", _device)
+    workers: int = _setting(1, "processes on the port, each with its own codebooks and queue", _integer(1, 1024))
+    devices: str = _setting("", "devices for the workers in turn, as cuda:0,cuda:1; none: --device for all", _devices)
     search: str = _setting("auto", "search backend; every one gives the same tokens", _text)
     drain_seconds: float = _setting(30.0, "seconds that requests in flight get after SIGTERM or SIGINT", _seconds)
     log_level: str = _setting("info", f"one of {', '.join(LOG_LEVELS)}", _log_level)
@@ -129,7 +137,7 @@ def variable(name: str) -> str:
 
 def _shown(setting: Field[Any]) -> str:
     default: Any = setting.default
-    return f"{default:g}" if isinstance(default, float) else str(default)
+    return f"{default:g}" if isinstance(default, float) else str(default) or "none"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -182,6 +190,15 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServeConfig
             f"at least twice {flag('max_message_bytes')} ({config.rpc.max_message_bytes})"
         )
     return config
+
+
+def environment(config: ServeConfig) -> dict[str, str]:
+    """Return the environment variables of which `resolve` makes the same settings."""
+    values = {}
+    for group, setting in _settings():
+        value = getattr(config if group is None else getattr(config, group), setting.name)
+        values[variable(setting.name)] = repr(value) if isinstance(value, float) else str(value)
+    return values
 
 
 def settings_table() -> str:

@@ -16,11 +16,10 @@ VqserveError
 ├── Draining
 ├── DeviceBroken
 ├── Closed
+├── StartError, which no caller ever sees
 └── CodebookError (also a ValueError)
     ├── CodebookFileError
     └── ForeignCheckpointError
-
-Beside them app.py has StartError, a VqserveError too: why the daemon cannot start, which no caller ever sees.
 
 The text of an InvalidRequest, an UnknownCodebook, a DigestMismatch and an Overloaded reaches the caller over the
 wire: it must never hold a path or anything else of the server's own.
@@ -95,6 +94,10 @@ class DeviceBroken(VqserveError):
 
 class Closed(VqserveError):
     """The tokenizer was closed."""
+
+
+class StartError(VqserveError):
+    """The daemon cannot start; the text says why, in one line."""
 
 
 class CodebookError(VqserveError, ValueError):

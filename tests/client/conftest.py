@@ -153,6 +153,36 @@ class TinyServer(tokenizer_pb2_grpc.TokenizerServiceServicer):
                 self.active -= 1
 
 
+class StreamingServer(TinyServer):
+    """One that has streams, too."""
+
+    def __init__(self, *codes: Codes) -> None:
+        super().__init__(*codes)
+        self.streams = 0
+        self.singles = 0
+
+    def Encode(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        self.singles += 1
+        return super().Encode(request, context)
+
+    def Decode(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        self.singles += 1
+        return super().Decode(request, context)
+
+    def EncodeStream(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
+        return self._stream(super().Encode, requests, context)
+
+    def DecodeStream(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
+        return self._stream(super().Decode, requests, context)
+
+    def _stream(self, answer: Any, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        self.streams += 1
+        for request in requests:
+            reply = answer(request, context)
+            # A scripted behaviour may give several replies.
+            yield from reply if isinstance(reply, list) else [reply]
+
+
 @contextlib.contextmanager
 def running(servicer: TinyServer, **options: int) -> Iterator[grpc.Server]:
     limits = {"grpc.max_receive_message_length": 64 << 20, "grpc.max_send_message_length": 64 << 20, **options}
@@ -171,6 +201,14 @@ def running(servicer: TinyServer, **options: int) -> Iterator[grpc.Server]:
 def tiny() -> Iterator[TinyServer]:
     """A tiny server with one codebook, `small`: 300 codes of 4 dimensions."""
     servicer = TinyServer(Codes("small"))
+    with running(servicer):
+        yield servicer
+
+
+@pytest.fixture
+def streaming() -> Iterator[StreamingServer]:
+    """The same with streams: `streams` counts them, `singles` the calls that are none."""
+    servicer = StreamingServer(Codes("small"))
     with running(servicer):
         yield servicer
 

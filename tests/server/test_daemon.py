@@ -23,9 +23,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from vqserve import __version__
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1 import tokenizer_pb2_grpc
-from vqserve_server import app, cli
+from vqserve_server import app, cli, logs
+from vqserve_server.address import is_loopback
 from vqserve_server.cli import main
 from vqserve_server.codebooks import save_codebook
+from vqserve_server.config import RpcConfig
+from vqserve_server.errors import StartError
 from vqserve_server.quantizers import ResidualQuantizer, VectorQuantizer
 from vqserve_server.tokenizer import Tokenizer
 
@@ -56,7 +59,7 @@ def run_here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `vqserved ARGUMENTS` in this process, which has torch already."""
-    monkeypatch.setattr(app, "_set_up_logging", lambda level: None)
+    monkeypatch.setattr(logs, "set_up", lambda level, worker=None: None)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         code = main(arguments)
@@ -135,13 +138,13 @@ def test_grpc_itself_refuses_a_port_in_use(serving: Callable[..., Any], folder: 
     port = int(serving(tokenizer).target.rpartition(":")[2])
 
     async def start() -> None:
-        second = app.App([tokenizer], app.ServeConfig(rpc=app.RpcConfig(port=port)))
+        second = app.App([tokenizer], app.ServeConfig(rpc=RpcConfig(port=port)))
         try:
             await second.start()
         finally:
             await second.stop()
 
-    with pytest.raises(app.StartError, match="cannot listen on"):
+    with pytest.raises(StartError, match="cannot listen on"):
         asyncio.run(start())
 
 
@@ -229,17 +232,17 @@ def test_a_host_beyond_loopback_is_warned_of(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, run_here: Callable[..., Any]
 ) -> None:
     def refuse(codebooks: Any, config: Any) -> Any:
-        raise app.StartError("enough")
+        raise StartError("enough")
 
     monkeypatch.setattr(app, "load_tokenizers", refuse)
     run_here("serve", str(folder), "--port", "0")
     assert "without TLS" not in caplog.text
-    monkeypatch.setattr(app, "check_address", lambda config: None)
+    monkeypatch.setattr(app, "check", lambda host, port: None)
     run_here("serve", str(folder), "--host", "192.0.2.1")
     assert "listening on 192.0.2.1 without TLS or tokens" in caplog.text
-    assert not app._is_loopback("0.0.0.0")  # noqa: S104
-    assert not app._is_loopback("example.org")
-    assert all(app._is_loopback(host) for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"))
+    assert not is_loopback("0.0.0.0")  # noqa: S104
+    assert not is_loopback("example.org")
+    assert all(is_loopback(host) for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"))
 
 
 def test_the_port_is_free_until_the_codebooks_are_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -251,12 +254,12 @@ def test_the_port_is_free_until_the_codebooks_are_loaded(monkeypatch: pytest.Mon
     def load(codebooks: Any, config: Any) -> Any:
         with socket.socket() as probe:
             seen.append(probe.connect_ex(("127.0.0.1", port)))
-        raise app.StartError("enough")
+        raise StartError("enough")
 
     monkeypatch.setattr(app, "load_tokenizers", load)
-    monkeypatch.setattr(app, "_set_up_logging", lambda level: None)
-    config = app.ServeConfig(rpc=app.RpcConfig(port=port))
-    with pytest.raises(app.StartError, match="enough"):
+    monkeypatch.setattr(logs, "set_up", lambda level, worker=None: None)
+    config = app.ServeConfig(rpc=RpcConfig(port=port))
+    with pytest.raises(StartError, match="enough"):
         app.run([str(folder)], config)
     assert seen != [0]
     assert len(seen) == 1
@@ -338,7 +341,7 @@ def test_a_device_that_never_answers_does_not_hold_up_the_end(stubborn: Callable
 def test_sigterm_while_codebooks_are_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(app, "load_tokenizers", lambda codebooks, config: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr(app, "_set_up_logging", lambda level: None)
+    monkeypatch.setattr(logs, "set_up", lambda level, worker=None: None)
     with pytest.raises(SystemExit) as caught:
         cli.main(["serve", str(folder), "--port", "0"])
     assert caught.value.code == 128 + signal.SIGTERM

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from google.protobuf.message import DecodeError
 
@@ -178,8 +179,38 @@ def test_a_payload_is_a_view_of_its_message():
 
 
 @pytest.mark.parametrize("value", [0, 1, 127, 128, 300, 1 << 32, (1 << 63) - 1])
-def test_varints_and_submessages_are_protobufs(value):
+def test_varints_are_protobufs(value):
     assert pb.ServedStats(queue_us=value).SerializeToString() == (b"\x08" + wire.varint(value) if value else b"")
-    stats = pb.ServedStats(queue_us=value, batch_rows=value)
-    response = pb.EncodeResponse.FromString(wire.submessage(4, stats.SerializeToString()))
-    assert response.stats == stats
+
+
+@pytest.mark.parametrize("name_length", range(12))
+@pytest.mark.parametrize("size", [0, 1, 300, 20000])
+def test_a_form_is_a_message_written_in_place(name_length, size):
+    head = pb.EncodeResponse(digest="d" * name_length, dtype=5, shape=[size])
+    form = wire.Form(head.SerializeToString(), 4, 5, size)
+    assert form.start % 8 == 0
+    for counters in ((0, 0, 0, 0, 0), (1, 127, 128, 1 << 20, (1 << 35) - 1), (1 << 40, 1 << 60, 5, 1 << 31, 7)):
+        blank = form.blank()
+        payload = np.frombuffer(memoryview(blank.memory), np.uint8, offset=form.start)
+        payload[:] = np.arange(size, dtype=np.uint32) % 251
+        raw = form.fill(blank, counters)
+        assert raw is blank.raw
+        message = pb.EncodeResponse.FromString(raw)
+        capped = [min(value, (1 << 35) - 1) for value in counters]
+        stats = message.stats
+        assert [stats.queue_us, stats.compute_us, stats.total_us, stats.batch_rows] == [*capped[:3], capped[4]]
+        assert stats.batch_requests == capped[3] & 0xFFFFFFFF
+        assert message.indices == payload.tobytes()
+        assert (message.digest, list(message.shape)) == (head.digest, [size])
+        check(pb.EncodeResponse, raw)
+        assert bytes(wire.read(pb.EncodeResponse, raw)[1]) == message.indices
+
+
+def test_messages_of_a_form_share_no_memory():
+    form = wire.Form(b"", 4, 5, 8)
+    one, two = form.blank(), form.blank()
+    one.memory[form.start :] = b"11111111"
+    two.memory[form.start :] = b"22222222"
+    assert form.fill(one, [0] * 5).endswith(b"11111111")
+    assert form.fill(two, [1] * 5).endswith(b"22222222")
+    assert hash(one.raw) != hash(two.raw)

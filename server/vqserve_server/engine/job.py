@@ -81,9 +81,8 @@ Key = EncodeKey | DecodeKey
 
 
 class Served(NamedTuple):
-    """A finished job: what to reply and how the time went."""
+    """How the time of a finished job went."""
 
-    array: Array
     queue_us: int
     compute_us: int
     batch_requests: int
@@ -105,6 +104,7 @@ class Job(ABC):
     Attributes:
         outcome: None until there is one; an error if the job failed.
         tag: by which `deliver` knows whose job it is.
+        owner: what the memory of the result belongs to.
     """
 
     def __init__(
@@ -117,6 +117,7 @@ class Job(ABC):
         deadline: float | None,
         deliver: Deliver,
         tag: Any,
+        owner: Any,
     ) -> None:
         self.key = key
         self.source = source
@@ -125,6 +126,7 @@ class Job(ABC):
         self.deadline = deadline  # time.monotonic() seconds
         self.deliver = deliver
         self.tag = tag
+        self.owner = owner
         self.outcome: Served | BaseException | None = None
         self.next_row = 0  # rows before it are in a batch
         self.waiting_since = time.monotonic()
@@ -196,7 +198,6 @@ class Job(ABC):
             return False
         return self.resolve(
             Served(
-                self.result,
                 round(self._queue_s * 1e6),
                 round(self._compute_s * 1e6),
                 self._batch_requests,
@@ -217,6 +218,7 @@ class EncodeJob(Job):
         *,
         deliver: Deliver,
         tag: Any = None,
+        owner: Any = None,
         deadline: float | None = None,
     ) -> None:
         """Make the job.
@@ -228,9 +230,10 @@ class EncodeJob(Job):
             indices: the reply, to be written: shaped like the grid, of a type that holds the vocabulary.
             deliver: told when there is an outcome.
             tag: by which `deliver` knows whose job it is.
+            owner: what the memory of the result belongs to, if it is not the array's own.
             deadline: time.monotonic() seconds, or None.
         """
-        super().__init__(key, latents, indices, indices.size, deadline=deadline, deliver=deliver, tag=tag)
+        super().__init__(key, latents, indices, indices.size, deadline=deadline, deliver=deliver, tag=tag, owner=owner)
         self._layout = layout
         self._flat = indices.reshape(-1)
 
@@ -255,6 +258,7 @@ class DecodeJob(Job):
         *,
         deliver: Deliver,
         tag: Any = None,
+        owner: Any = None,
         deadline: float | None = None,
     ) -> None:
         """Make the job.
@@ -266,9 +270,12 @@ class DecodeJob(Job):
             layout: where its channels are.
             deliver: told when there is an outcome.
             tag: by which `deliver` knows whose job it is.
+            owner: what the memory of the result belongs to, if it is not the array's own.
             deadline: time.monotonic() seconds, or None.
         """
-        super().__init__(key, indices.reshape(-1), latents, indices.size, deadline=deadline, deliver=deliver, tag=tag)
+        super().__init__(
+            key, indices.reshape(-1), latents, indices.size, deadline=deadline, deliver=deliver, tag=tag, owner=owner
+        )
         self._layout = layout
         self._grid = indices.shape
 

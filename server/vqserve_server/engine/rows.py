@@ -13,6 +13,9 @@ from vqserve.layout import Layout
 
 Array = npt.NDArray[Any]
 
+# Up to so many, one long copy a channel takes a quarter of what numpy's one short copy a token does.
+_FEW_CHANNELS = 8
+
 # The largest value of each type and half a unit of its last place.
 _ROUNDS_TO_INFINITY = {
     np.dtype(np.float16): 65520.0,
@@ -57,6 +60,9 @@ def read_rows(latents: Array, layout: Layout, start: int, stop: int, into: Array
         target = into[rows].reshape(view.shape)
         if latents.dtype == np.uint16:
             np.left_shift(view, np.uint32(16), out=target.view(np.uint32), dtype=np.uint32)
+        elif layout is Layout.CHANNELS_FIRST and view.shape[-1] <= _FEW_CHANNELS:
+            for channel in range(view.shape[-1]):
+                target[..., channel] = view[..., channel]
         else:
             target[...] = view
 

@@ -48,6 +48,7 @@ class DecodePlan(Plan[pb.DecodeRequest]):
 
     def job(self, array: Array, *, deliver: Deliver, tag: object, deadline: float | None) -> DecodeJob:
         """Return what the engine is to do."""
+        blank, latents = self._blank_reply()
         return DecodeJob(
-            self._key, array, self._empty_reply(), self._layout, deliver=deliver, tag=tag, deadline=deadline
+            self._key, array, latents, self._layout, owner=blank, deliver=deliver, tag=tag, deadline=deadline
         )

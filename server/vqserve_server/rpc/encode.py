@@ -51,8 +51,9 @@ class EncodePlan(Plan[pb.EncodeRequest]):
 
     def job(self, array: Array, *, deliver: Deliver, tag: object, deadline: float | None) -> EncodeJob:
         """Return what the engine is to do."""
+        blank, indices = self._blank_reply()
         return EncodeJob(
-            self._key, array, self._layout, self._empty_reply(), deliver=deliver, tag=tag, deadline=deadline
+            self._key, array, self._layout, indices, owner=blank, deliver=deliver, tag=tag, deadline=deadline
         )
 
 

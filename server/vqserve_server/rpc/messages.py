@@ -11,7 +11,6 @@ from vqserve import payload, wire
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_server.engine import Served
 from vqserve_server.errors import InvalidDtype, InvalidOption, InvalidRequest, InvalidShape
 
 _LAYOUTS: dict[int, Layout | None] = {
@@ -100,17 +99,6 @@ def check_reply_size(nbytes: int, limit: int) -> None:
     room = limit - payload.ENVELOPE_BYTES
     if nbytes > room:
         raise InvalidRequest(f"the reply would be {nbytes} bytes and a message holds {room}: send fewer tokens at once")
-
-
-def stats_of(served: Served, total_us: int) -> pb.ServedStats:
-    """Return how the server spent its time."""
-    return pb.ServedStats(
-        queue_us=served.queue_us,
-        compute_us=served.compute_us,
-        total_us=total_us,
-        batch_requests=served.batch_requests,
-        batch_rows=served.batch_rows,
-    )
 
 
 def codebook_message(info: CodebookInfo) -> pb.CodebookInfo:

@@ -13,10 +13,12 @@ from vqserve.codebook_info import CodebookInfo
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.engine import Job, LiveSet, Served
 from vqserve_server.engine.job import Deliver
-from vqserve_server.rpc.messages import check_reply_size, stats_of
+from vqserve_server.rpc.messages import check_reply_size
 
 RequestT = TypeVar("RequestT", pb.EncodeRequest, pb.DecodeRequest)
+# In both responses; its fields are ServedStats', in their order.
 _STATS_FIELD = 4
+_COUNTERS = len(pb.ServedStats.DESCRIPTOR.fields)
 
 Array = npt.NDArray[Any]
 
@@ -66,12 +68,15 @@ class Plan(ABC, Generic[RequestT]):
     def job(self, array: Array, *, deliver: Deliver, tag: object, deadline: float | None) -> Job:
         """Return what the engine is to do."""
 
-    def reply(self, served: Served | None, total_us: int) -> bytes:
-        """Return the reply; None: there was nothing to turn."""
-        if served is None:
-            return self._reply_head
-        stats = wire.submessage(_STATS_FIELD, stats_of(served, total_us).SerializeToString())
-        return wire.message(self._reply_head + stats, served.array.data.cast("B"), self.reply_bytes)
+    def reply(self, job: Job, served: Served, total_us: int) -> bytes:
+        """Return the reply of a job that `job` made."""
+        counters = (served.queue_us, served.compute_us, total_us, served.batch_requests, served.batch_rows)
+        return self._form.fill(job.owner, counters)
+
+    @property
+    def empty_reply(self) -> bytes:
+        """The reply where there is nothing to turn."""
+        return self._reply_head
 
     def _takes(self, dtype: int, shape: tuple[int, ...]) -> None:
         """Set what requests hold."""
@@ -85,6 +90,10 @@ class Plan(ABC, Generic[RequestT]):
         self._reply_shape = shape
         head: Any = response(digest=self._tokenizer.info.digest, dtype=dtype, shape=shape)  # type: ignore[arg-type]
         self._reply_head: bytes = head.SerializeToString()
+        self._form = wire.Form(self._reply_head, _STATS_FIELD, _COUNTERS, self.reply_bytes)
 
-    def _empty_reply(self) -> Array:
-        return np.empty(self._reply_shape, self._reply_dtype)
+    def _blank_reply(self) -> tuple[wire.Blank, Array]:
+        """Return a reply in the making, and the array in it that is to be written."""
+        blank = self._form.blank()
+        flat = np.frombuffer(memoryview(blank.memory), self._reply_dtype, offset=self._form.start)
+        return blank, flat.reshape(self._reply_shape)

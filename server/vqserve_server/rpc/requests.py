@@ -13,8 +13,9 @@ from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.plan import Plan
 from vqserve_server.rpc.plans import Plans
 
-# Below it, looking at a payload takes less than handing it to another thread.
-_INLINE_BYTES = 512 * 1024
+# Looking at so many bytes takes half a millisecond, for which the others can wait; handing them to another thread and
+# back takes some of that, and a core.
+_INLINE_BYTES = 2 << 20
 
 T = TypeVar("T")
 
@@ -41,14 +42,14 @@ class Requests:
         """
         known = plans.known(raw)
         if known is None:
-            known = await self.near(len(raw), lambda: plans.read(raw))
+            known = await self._near(len(raw), lambda: plans.read(raw))
             plans.keep(raw, *known)
         plan, data = known
         request = Request(self, plan, call, len(raw) + plan.reply_bytes)
         try:
             if plan.rows:
                 array = plan.array(data)
-                await self.near(len(raw), lambda: plan.check(array))
+                await self._near(len(raw), lambda: plan.check(array))
                 request.job = plan.job(array, deliver=self._deliver, tag=request.answer, deadline=call.deadline)
                 # Whatever the loop has ready goes to the engine together.
                 if not self._arrived:
@@ -59,7 +60,7 @@ class Requests:
             raise
         return request
 
-    async def near(self, nbytes: int, work: Callable[[], T]) -> T:
+    async def _near(self, nbytes: int, work: Callable[[], T]) -> T:
         """Do work on so many bytes: here if they are few, else on a thread."""
         if nbytes <= _INLINE_BYTES:
             return work()
@@ -108,9 +109,9 @@ class Request:
             VqserveError: what went wrong.
         """
         try:
-            served = None if self.job is None else await self.answer
-            plan, elapsed_us = self._plan, self._call.elapsed_us()
-            return await self._requests.near(plan.reply_bytes, lambda: plan.reply(served, elapsed_us))
+            if self.job is None:
+                return self._plan.empty_reply
+            return self._plan.reply(self.job, await self.answer, self._call.elapsed_us())
         except asyncio.CancelledError:
             # The caller has left or its deadline has passed.
             self._forget()

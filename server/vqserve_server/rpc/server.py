@@ -8,6 +8,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from vqserve_server.address import address
 from vqserve_server.config import RpcConfig
 from vqserve_server.engine import Engine
 from vqserve_server.rpc.calls import Calls
@@ -21,12 +22,14 @@ _LINGER_S = 0.5
 class RpcServer:
     """Serves an engine on a port. All methods belong to one event loop."""
 
-    def __init__(self, engine: Engine, config: RpcConfig) -> None:
+    def __init__(self, engine: Engine, config: RpcConfig, *, shares_port: bool = False) -> None:
         self._config = config
         self._calls = Calls()
         self._service = TokenizerService(engine, max_message_bytes=config.max_message_bytes)
         self._health = Health(("", SERVICE))
-        self._server = grpc.aio.server(options=_options(config), maximum_concurrent_rpcs=config.max_concurrent_rpcs)
+        self._server = grpc.aio.server(
+            options=_options(config, shares_port=shares_port), maximum_concurrent_rpcs=config.max_concurrent_rpcs
+        )
         self._server.add_generic_rpc_handlers((self._service.handlers(self._calls),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -59,17 +62,12 @@ class RpcServer:
         return finished
 
 
-def address(host: str, port: int) -> str:
-    """Return HOST:PORT, an IPv6 host in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _options(config: RpcConfig) -> list[tuple[str, int]]:
+def _options(config: RpcConfig, *, shares_port: bool) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
-        # Two servers on one port are a mistake, not a way to share load.
-        ("grpc.so_reuseport", 0),
+        # Two servers on one port are a mistake, unless they are workers of one.
+        ("grpc.so_reuseport", int(shares_port)),
         # A caller whose machine is gone is noticed within a minute and a half; its requests are then dropped.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),

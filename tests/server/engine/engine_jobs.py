@@ -45,3 +45,8 @@ class Jobs:
     def result(self, job: Job, timeout: float | None = 60.0) -> Any:
         """Wait for a job's outcome, and raise it if it is an error."""
         return job.tag.result(timeout)
+
+    def array(self, job: Job, timeout: float | None = 60.0) -> np.ndarray:
+        """Wait for a job's outcome, and return what it has written."""
+        self.result(job, timeout)
+        return job.result

@@ -65,7 +65,7 @@ def test_one_request(fake: Callable[..., Any], start: Callable[..., Engine]) -> 
     engine = start(tokenizer)
     (job,) = submit(engine, encode_job(tokenizer, 7))
     served = JOBS.result(job)
-    np.testing.assert_array_equal(served.array, expected(job, tokenizer.codes))
+    np.testing.assert_array_equal(job.result, expected(job, tokenizer.codes))
     assert (served.batch_requests, served.batch_rows) == (1, 7)
 
 
@@ -81,7 +81,7 @@ def test_what_arrives_while_the_device_works_is_one_batch(
     others = submit(engine, *(encode_job(tokenizer, n, seed=n) for n in range(1, 9)))
     tokenizer.release()
     for job in (first, *others):
-        np.testing.assert_array_equal(JOBS.result(job).array, expected(job, tokenizer.codes))
+        np.testing.assert_array_equal(JOBS.array(job), expected(job, tokenizer.codes))
     assert [len(batch) for batch in tokenizer.batches] == [2, sum(range(1, 9))]
     assert engine.stats.batches == 2
     assert engine.stats.requests == 9
@@ -94,7 +94,7 @@ def test_a_split_request_is_put_together_again(fake: Callable[..., Any], start: 
     engine = start(tokenizer, max_batch_rows=10)
     (job,) = submit(engine, encode_job(tokenizer, 95))
     served = JOBS.result(job)
-    np.testing.assert_array_equal(served.array, expected(job, tokenizer.codes))
+    np.testing.assert_array_equal(job.result, expected(job, tokenizer.codes))
     assert engine.stats.batches == 10
     assert engine.stats.requests == 1
     assert (served.batch_requests, served.batch_rows) == (1, 10)
@@ -110,7 +110,7 @@ def test_decode_in_every_type_and_layout(fake: Callable[..., Any], start: Callab
             engine.submit([job])
             want = -tokenizer.codes[indices]
             want = np.moveaxis(want, -1, 1) if layout is Layout.CHANNELS_FIRST else want
-            np.testing.assert_array_equal(JOBS.result(job).array, want.astype(dtype))
+            np.testing.assert_array_equal(JOBS.array(job), want.astype(dtype))
 
 
 def test_cancelled_and_expired_work_is_never_computed(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
@@ -130,7 +130,7 @@ def test_cancelled_and_expired_work_is_never_computed(fake: Callable[..., Any], 
     tokenizer.release()
     with pytest.raises(DeadlineExpired):
         JOBS.result(expired)
-    np.testing.assert_array_equal(JOBS.result(mate).array, expected(mate, tokenizer.codes))
+    np.testing.assert_array_equal(JOBS.array(mate), expected(mate, tokenizer.codes))
     JOBS.result(first)
     np.testing.assert_array_equal(np.concatenate(tokenizer.batches), np.concatenate([first.source, mate.source]))
 
@@ -183,7 +183,7 @@ def test_a_request_that_only_the_weights_show_to_be_bad_fails_alone(
     with pytest.raises(NonFiniteLatents):
         JOBS.result(bad)
     for job in (good, also_good):
-        np.testing.assert_array_equal(JOBS.result(job).array, expected(job, tokenizer.codes))
+        np.testing.assert_array_equal(JOBS.array(job), expected(job, tokenizer.codes))
 
 
 def test_a_reply_type_that_overflows_fails_its_own_request(
@@ -203,7 +203,7 @@ def test_a_reply_type_that_overflows_fails_its_own_request(
     tokenizer.release()
     with pytest.raises(InvalidOption, match=r"indices\[1, 1\]"):
         JOBS.result(jobs[0])
-    np.testing.assert_array_equal(JOBS.result(jobs[1]).array, tokenizer.codes[[3, 0]])
+    np.testing.assert_array_equal(JOBS.array(jobs[1]), tokenizer.codes[[3, 0]])
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_stop_finishes_what_is_queued(fake: Callable[..., Any], start: Callable[
     tokenizer.release()
     assert engine.stop()
     for job in jobs:
-        np.testing.assert_array_equal(JOBS.result(job, timeout=0).array, expected(job, tokenizer.codes))
+        np.testing.assert_array_equal(JOBS.array(job, timeout=0), expected(job, tokenizer.codes))
     with pytest.raises(Draining):
         engine.submit([encode_job(tokenizer, 1)])
 
@@ -340,7 +340,7 @@ def test_a_finished_batch_is_delivered_at_once(fake: Callable[..., Any], start: 
         job.deliver = deliver
     engine.submit(jobs)
     for job in jobs:
-        np.testing.assert_array_equal(JOBS.result(job).array, expected(job, tokenizer.codes))
+        np.testing.assert_array_equal(JOBS.array(job), expected(job, tokenizer.codes))
     assert deliveries == [5]
 
 
@@ -355,7 +355,7 @@ def test_many_threads_submit(fake: Callable[..., Any], start: Callable[..., Engi
             for _ in range(30):
                 tokenizer = tokenizers[int(rng.integers(2))]
                 (job,) = submit(engine, encode_job(tokenizer, int(rng.integers(1, 120)), seed=int(rng.integers(1000))))
-                np.testing.assert_array_equal(JOBS.result(job).array, expected(job, tokenizer.codes))
+                np.testing.assert_array_equal(JOBS.array(job), expected(job, tokenizer.codes))
         except BaseException as error:
             failures.append(error)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
-from vqserve_server import app, errors
+from vqserve_server import errors
 from vqserve_server.rpc.status import STATUS_CODES, status_of
 
 
@@ -18,7 +18,7 @@ def subclasses(kind: type) -> Iterator[type]:
 
 
 # Raised before there are callers, or only in process.
-EXEMPT = {app.StartError, errors.Closed}
+EXEMPT = {errors.StartError, errors.Closed}
 REACHING_CALLERS = sorted(set(subclasses(errors.VqserveError)) - EXEMPT, key=lambda kind: kind.__name__)
 
 

@@ -1,0 +1,59 @@
+"""Where the daemon listens."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+
+from vqserve_server.errors import StartError
+
+
+def address(host: str, port: int) -> str:
+    """Return HOST:PORT, an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches a host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def reserve(host: str, port: int, *, shared: bool) -> socket.socket:
+    """Return a socket that is bound to the address and does not listen: the kernel gives it no connections.
+
+    Args:
+        host: name or address.
+        port: 0: a free one.
+        shared: whether others of this user may listen on the address while the socket is open.
+
+    Raises:
+        StartError: the address cannot be had; says why.
+    """
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        held = socket.socket(family, kind, protocol)
+        try:
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT if shared else socket.SO_REUSEADDR, 1)
+            held.bind(target)
+        except OSError:
+            held.close()
+            raise
+    except OSError as error:
+        reason = "the port is in use" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
+        raise StartError(f"cannot listen on {address(host, port)}: {reason}") from None
+    return held
+
+
+def check(host: str, port: int) -> None:
+    """Find out whether an address can be listened on, before minutes go into loading codebooks.
+
+    Raises:
+        StartError: says why not.
+    """
+    reserve(host, port, shared=False).close()

@@ -1,0 +1,193 @@
+"""Several processes on one port: started, stopped and restarted by a parent that does nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vqserve_client import Client
+from vqserve_client.channel import Connection
+from vqserve_client.config import ClientConfig
+from vqserve_client.health import SERVING, status
+from vqserve_server.codebooks import save_codebook
+from vqserve_server.config import resolve
+from vqserve_server.quantizers import VectorQuantizer
+from vqserve_server.tokenizer import Tokenizer
+from vqserve_server.workers import WORKER_VARIABLE, BackOff, worker_environment
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
+
+
+@pytest.fixture(scope="module")
+def codebook(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("codebooks") / "book.safetensors"
+    torch.manual_seed(0)
+    save_codebook(VectorQuantizer(300, 8), path)
+    return path
+
+
+def children(parent: int) -> dict[int, int]:
+    """The workers of a process: their numbers and process ids."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[1]) != parent:
+                continue
+            environ = dict(
+                entry.split("=", 1) for entry in (stat.parent / "environ").read_text().split("\0") if "=" in entry
+            )
+        except (OSError, ProcessLookupError):
+            continue
+        if WORKER_VARIABLE in environ:
+            found[int(environ[WORKER_VARIABLE])] = int(stat.parent.name)
+    return found
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        threading.Event().wait(0.05)
+
+
+def answers(target: str, codebook: Path, calls: int = 20) -> None:
+    """Every connection gets the right answer, whichever worker has it."""
+    tokenizer = Tokenizer.load(codebook, device="cpu")
+    latents = np.random.default_rng(0).standard_normal((50, 8), dtype=np.float32)
+    expected = tokenizer.encode(latents)
+    for _ in range(calls):
+        with Client(target) as client:
+            np.testing.assert_array_equal(client.encode(latents), expected)
+            assert client.codebooks()[0].digest == tokenizer.digest
+
+
+def test_workers_share_a_port_and_stop_together(vqserved: Callable[..., Any], codebook: Path) -> None:
+    daemon = vqserved(codebook, "--workers", 3)
+    assert daemon.ready_line.endswith(", 1 codebook, cpu, 3 workers\n")
+    workers = children(daemon.process.pid)
+    assert sorted(workers) == [0, 1, 2]
+    answers(daemon.target, codebook)
+    connection = Connection(ClientConfig(target=daemon.target))
+    assert status(connection, timeout_s=10) == SERVING
+    connection.close()
+    code, log = daemon.stop(signal.SIGTERM)
+    assert code == 0
+    assert log.count("INFO worker 1 vqserve_server.app: served") == 1
+    served = [line for line in log.splitlines() if ": served " in line]
+    # The kernel spread the connections: no worker had them all.
+    assert len(served) == 3
+    assert sum("served 0 requests" not in line for line in served) > 1
+    assert not [pid for pid in workers.values() if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_worker_that_dies_is_started_again_and_the_others_serve_on(
+    vqserved: Callable[..., Any], codebook: Path
+) -> None:
+    daemon = vqserved(codebook, "--workers", 2)
+    before = children(daemon.process.pid)
+    os.kill(before[0], signal.SIGKILL)
+    wait_until(lambda: not Path(f"/proc/{before[0]}").exists())
+    answers(daemon.target, codebook, calls=5)
+    wait_until(lambda: children(daemon.process.pid).get(0, before[0]) != before[0])
+    assert children(daemon.process.pid)[1] == before[1]
+    code, log = daemon.stop(signal.SIGINT)
+    assert code == 0
+    assert "worker 0 ended with -9: starting it again in 0.5 s" in log
+
+
+def test_workers_end_with_their_parent_however_it_ends(vqserved: Callable[..., Any], codebook: Path) -> None:
+    daemon = vqserved(codebook, "--workers", 2)
+    workers = children(daemon.process.pid)
+    daemon.process.kill()
+    daemon.process.wait()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers.values()))
+
+
+def test_a_worker_that_cannot_start_is_the_parents_error(
+    run_vqserved: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(b"no codebook")
+    done = run_vqserved("serve", damaged, "--workers", 2, "--port", 0)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "codebook 'damaged' cannot be used" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("vqserved: error: a worker did not start")
+
+
+def test_what_the_parent_can_see_is_told_once(
+    run_vqserved: Callable[..., subprocess.CompletedProcess[str]], serving: Callable[..., Any], codebook: Path
+) -> None:
+    missing = run_vqserved("serve", "nowhere", "--workers", 2, "--port", 0)
+    assert (missing.returncode, missing.stderr) == (1, "vqserved: error: no such file or folder: nowhere\n")
+    port = serving(Tokenizer.load(codebook, device="cpu")).target.rpartition(":")[2]
+    taken = run_vqserved("serve", codebook, "--workers", 2, "--port", port)
+    assert (taken.returncode, taken.stderr) == (
+        1,
+        f"vqserved: error: cannot listen on 127.0.0.1:{port}: the port is in use\n",
+    )
+
+
+def test_two_parents_do_not_share_a_port(
+    vqserved: Callable[..., Any], run_vqserved: Callable[..., subprocess.CompletedProcess[str]], codebook: Path
+) -> None:
+    daemon = vqserved(codebook, "--workers", 2)
+    port = daemon.target.rpartition(":")[2]
+    for workers in (1, 2):
+        done = run_vqserved("serve", codebook, "--workers", workers, "--port", port)
+        assert done.returncode == 1
+        assert "the port is in use" in done.stderr
+
+
+def test_the_back_off_grows_and_is_forgotten() -> None:
+    back_off = BackOff(first_s=1.0, most_s=5.0, steady_s=60.0)
+    assert [back_off.delay_s(0.1) for _ in range(4)] == [1.0, 2.0, 4.0, 5.0]
+    assert back_off.delay_s(61.0) == 1.0
+    assert back_off.delay_s(59.0) == 2.0
+
+
+def test_a_workers_environment_is_its_share_of_the_parents_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VQSERVE_MAX_WAIT_US", "7")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    config = resolve(
+        {"workers": 4, "devices": "cuda:0,cuda:1", "max_batch_rows": 99, "drain_seconds": 2.5, "host": "127.0.0.2"}, {}
+    )
+    for number, device in enumerate(["cuda:0", "cuda:1", "cuda:0", "cuda:1"]):
+        environment = worker_environment(config, number, 1234)
+        own = resolve({}, {name: value for name, value in environment.items() if name.startswith("VQSERVE_")})
+        assert (own.device, own.workers, own.rpc.port, own.rpc.host) == (device, 1, 1234, "127.0.0.2")
+        assert (own.engine.max_batch_rows, own.engine.max_wait_us, own.drain_seconds) == (99, 0, 2.5)
+        assert environment[WORKER_VARIABLE] == str(number)
+        assert int(environment["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 4)
+
+
+@pytest.mark.parametrize("devices", ["cuda:0,", "gpu", "cpu,,cpu", "cuda:x"])
+def test_devices_that_are_none(run_vqserved: Callable[..., Any], devices: str) -> None:
+    done = run_vqserved("serve", "--devices", devices)
+    assert done.returncode == 2
+    assert "must be auto, cpu, cuda or cuda:N" in done.stderr
+
+
+def test_a_signal_while_workers_start(codebook: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vqserve_server.cli", "serve", str(codebook), "--workers", "2", "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: len(children(process.pid)) == 2)
+    workers = children(process.pid)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert out == ""
+    assert process.returncode == 0
+    assert not [pid for pid in workers.values() if Path(f"/proc/{pid}").exists()]
