@@ -73,6 +73,17 @@ def test_rows_far_beyond_the_codes(magnitude):
     assert torch.equal(native(codes).search(rows), reference(codes).search(rows))
 
 
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("k", [20, 300])
+def test_float64_rows_that_overflow_once_scaled(level, k):
+    g = torch.Generator().manual_seed(2)
+    codes = torch.randn(k, 4, generator=g) * 1e-12
+    rows = (torch.rand(20, 4, generator=g, dtype=torch.float64) * 2 - 1) * 1.7e308
+    winners = native(codes, level=level).search(rows)
+    assert torch.equal(winners, reference(codes).search(rows))
+    assert winners.any()
+
+
 def refuse():
     raise AssertionError("rows were left to the fallback")
 
