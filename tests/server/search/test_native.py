@@ -84,6 +84,37 @@ def test_float64_rows_that_overflow_once_scaled(level, k):
     assert winners.any()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks for a page that must not be read")
+@pytest.mark.parametrize("level", levels())
+def test_no_bound_is_read_that_is_not_there(level):
+    script = """
+import ctypes, mmap, sys
+import numpy as np, torch
+from vqserve_server.search import Objective
+from vqserve_server.search.native import NativeSearcher
+codes = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+searcher = NativeSearcher(codes, None, Objective.L2, fallback=lambda: None, level=sys.argv[1])
+pages = []
+for name in ("error_slope", "error_base"):
+    # The array again, at the end of a page that nothing may be read beyond.
+    array = getattr(searcher._book, name)
+    pages.append(mmap.mmap(-1, 2 * mmap.PAGESIZE))
+    place = np.frombuffer(pages[-1], np.float32, array.size, mmap.PAGESIZE - array.nbytes)
+    place[:] = array
+    address = place.ctypes.data + array.nbytes
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), mmap.PAGESIZE, 0) == 0
+    setattr(searcher._book.struct, name, place.ctypes.data)
+# So far away that squared distances overflow: every box is in reach, and so would be those that fill a vector up.
+rows = torch.randn(9, 3, generator=torch.Generator().manual_seed(1)) * 1e25
+print(searcher.search(rows).tolist())
+"""
+    command = [sys.executable, "-c", script, level]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    codes = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(9, 3, generator=torch.Generator().manual_seed(1)) * 1e25
+    assert done.stdout.strip() == str(reference(codes).search(rows).tolist())
+
+
 def refuse():
     raise AssertionError("rows were left to the fallback")
 
