@@ -78,12 +78,14 @@ class ScoreBounds:
         relative = gamma(2 * dim + 24, dtype)
         tiny = (2 * dim + 24) * _TINY[dtype]
         norms = norms_above(codes)
+        longest = float(norms.max())
         return cls(
             offset=offset.to(dtype),
             slope=((relative * norms + tiny) * _SLACK).to(dtype),
             base=((relative * offset.abs() + tiny * (1 + norms)) * _SLACK).to(dtype),
-            # No partial sum exceeds |z||a| + |offset|, in whatever order it is summed.
-            longest_row=(_LARGEST_SUM[dtype] - float(offset.abs().max())) / max(float(norms.max()), 2.0**-100),
+            # No partial sum exceeds |z||a| + |offset|, in whatever order it is summed. Below zero, so that no row is
+            # short enough, where codes or offsets themselves are beyond `dtype`.
+            longest_row=(_LARGEST_SUM[dtype] - max(float(offset.abs().max()), longest)) / max(longest, 2.0**-100),
         )
 
 
