@@ -71,7 +71,7 @@ class FusedSearcher(Searcher):
         norms = row_norms(rows, torch.float32)
         grid = (-(-count // _BLOCK_ROWS),)
         nearest[grid](
-            rows.detach().float().contiguous(),
+            rows.detach().resolve_neg().float().contiguous(),
             norms,
             self._codes,
             self._bounds.offset,

@@ -238,7 +238,25 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert done.stdout == "0\n"
 
 
-@pytest.mark.parametrize("rows", [torch.zeros(4, 7), torch.zeros(4, 8, dtype=torch.float16), torch.zeros(8)])
-def test_rows_of_another_width_or_type_are_refused_before_compiled_code_sees_them(rows):
+@pytest.mark.parametrize(
+    "rows",
+    [torch.zeros(4, 7), torch.zeros(4, 8, dtype=torch.float16), torch.zeros(8), torch.zeros(4, 8, device="meta")],
+)
+def test_rows_of_another_width_type_or_device_are_refused_before_compiled_code_sees_them(rows):
     with pytest.raises(InvalidRequest, match="rows must be"):
         native(torch.zeros(3, 8)).search(rows)
+
+
+def test_a_default_device_that_is_another_is_not_where_results_go():
+    codes = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+    twice = torch.cat([codes, codes])
+    with torch.device("meta"):
+        assert torch.equal(native(codes).search(codes), torch.arange(30, device="cpu"))
+        assert torch.equal(prepare(twice).search(codes), torch.arange(30, device="cpu"))
+
+
+def test_rows_that_torch_has_yet_to_negate():
+    row = torch.tensor([[1 + 0.9j]]).conj().imag
+    assert row.is_neg()
+    assert row.is_contiguous()
+    assert native(torch.tensor([[1.0], [-1.0]])).search(row).tolist() == [1]
