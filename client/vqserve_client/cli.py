@@ -27,7 +27,8 @@ from vqserve_client.transfer import Progress, Task, decode_file, encode_file
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 1 on an error, 2 on wrong usage, 130 after Ctrl-C."""
-    args = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    args = _parser(with_bench=words[:1] == ["bench"]).parse_args(words)
     try:
         with _terminable():
             return int(args.run(args))
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(*, with_bench: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vqserve", description="Latents to indices and back, on a vqserve server.", allow_abbrev=False
     )
@@ -63,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
 
     status = _command(commands, "status", "say whether the server serves; exit 0 only if it does", _status)
     status.add_argument("--wait", type=seconds, metavar="SECONDS", help="wait so long until it does")
+
+    bench = _command(commands, "bench", "measure a server under load", _bench)
+    if with_bench:
+        # No other command needs it, and it takes a tenth of their time to start.
+        from vqserve_client.bench.arguments import add_bench_arguments  # noqa: PLC0415
+
+        add_bench_arguments(bench)
     return parser
 
 
@@ -127,6 +135,12 @@ def _status(args: argparse.Namespace) -> int:
         connection.close()
     print(status, flush=True)
     return 0 if status == health.SERVING else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from vqserve_client.bench.command import bench  # noqa: PLC0415
+
+    return bench(args)
 
 
 def _table(codebooks: Sequence[CodebookInfo]) -> str:
