@@ -141,6 +141,19 @@ def test_the_client_s_commands(target, demo, tmp_path, monkeypatch):
     assert (np.load("latents.npy") == demo.decode(demo.encode(latents), dtype="float16")).all()
 
 
+def test_the_benchmarks_commands(vqserved, tmp_path, monkeypatch):
+    # In a process of its own: gRPC's asyncio cannot be server and client of one.
+    target = vqserved("--device", "cpu").target
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VQSERVE_TARGET", target)
+    for line in commands("docs/benchmarks.md"):
+        assert COMMANDS[line[0]]([*line[1:], "--warmup=0.1", "--window=0.1", "--max-windows=3"]) == 0
+    assert len(json.loads(Path("run.json").read_text())["loads"]) == 3
+    assert Path("run.png").exists()
+    [source] = examples("docs/benchmarks.md", "python")
+    assert run(source, target)["measured"].requests > 0
+
+
 def test_the_readme_s_commands(serving, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("books").mkdir()

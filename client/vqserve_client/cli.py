@@ -17,19 +17,18 @@ from typing import Any
 from vqserve import __version__
 from vqserve.codebook_info import CodebookInfo
 from vqserve.latent_dtype import LATENT_DTYPES
+from vqserve_client.arguments import add_codebook, add_connection, add_progress, seconds
 from vqserve_client.client import Client
-from vqserve_client.config import ClientConfig, check_digest
+from vqserve_client.config import ClientConfig
 from vqserve_client.errors import VqserveClientError
 from vqserve_client.npy import FileError
-from vqserve_client.retry import check_timeout
 from vqserve_client.transfer import Progress, Task, decode_file, encode_file
-
-_LAYOUTS = ("channels_first", "channels_last")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 1 on an error, 2 on wrong usage, 130 after Ctrl-C."""
-    args = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    args = _parser(with_bench=words[:1] == ["bench"]).parse_args(words)
     try:
         with _terminable():
             return int(args.run(args))
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(*, with_bench: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vqserve", description="Latents to indices and back, on a vqserve server.", allow_abbrev=False
     )
@@ -64,21 +63,21 @@ def _parser() -> argparse.ArgumentParser:
     codebooks.add_argument("--json", action="store_true", help="as JSON, with everything that is known")
 
     status = _command(commands, "status", "say whether the server serves; exit 0 only if it does", _status)
-    status.add_argument("--wait", type=_seconds, metavar="SECONDS", help="wait so long until it does")
+    status.add_argument("--wait", type=seconds, metavar="SECONDS", help="wait so long until it does")
+
+    bench = _command(commands, "bench", "measure a server under load", _bench)
+    if with_bench:
+        # No other command needs it, and it takes a tenth of their time to start.
+        from vqserve_client.bench.arguments import add_bench_arguments  # noqa: PLC0415
+
+        add_bench_arguments(bench)
     return parser
 
 
 def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     command.set_defaults(run=run)
-    command.add_argument(
-        "--target",
-        metavar="HOST:PORT",
-        type=_target,
-        default=os.environ.get("VQSERVE_TARGET") or "localhost:50051",
-        help="the server (VQSERVE_TARGET; default localhost:50051)",
-    )
-    command.add_argument("--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="for each call (60)")
+    add_connection(command)
     return command
 
 
@@ -86,20 +85,8 @@ def _add_files(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", type=Path, metavar="IN.npy")
     command.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.npy", dest="out")
     command.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    command.add_argument(
-        "--codebook",
-        metavar="NAME",
-        default=os.environ.get("VQSERVE_CODEBOOK") or None,
-        help="name of the codebook (VQSERVE_CODEBOOK; default: the server's only one)",
-    )
-    command.add_argument("--digest", type=_digest, help="the digest that the codebook must have")
-    command.add_argument("--layout", choices=_LAYOUTS, help="where the channels of the latents are")
-    command.add_argument(
-        "--progress",
-        action=argparse.BooleanOptionalAction,
-        default=sys.stderr is not None and sys.stderr.isatty(),
-        help="a progress bar on stderr (default: if that is a terminal)",
-    )
+    add_codebook(command)
+    add_progress(command, "a progress bar")
 
 
 def _encode(args: argparse.Namespace) -> int:
@@ -148,6 +135,12 @@ def _status(args: argparse.Namespace) -> int:
         connection.close()
     print(status, flush=True)
     return 0 if status == health.SERVING else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from vqserve_client.bench.command import bench  # noqa: PLC0415
+
+    return bench(args)
 
 
 def _table(codebooks: Sequence[CodebookInfo]) -> str:
@@ -210,28 +203,6 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _seconds(text: str) -> float:
-    try:
-        return check_timeout(float(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _target(text: str) -> str:
-    try:
-        return ClientConfig(target=text).target
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _digest(text: str) -> str:
-    try:
-        check_digest(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def _one_line(error: BaseException) -> str:

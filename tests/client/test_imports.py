@@ -10,20 +10,22 @@ import vqserve_client
 PROGRAM = """
 import sys
 
+STRANGERS = {"torch", "scipy", "safetensors", "faiss", "einops", "matplotlib", "vqserve_server"}
+
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"torch", "scipy", "safetensors", "faiss", "einops", "vqserve_server"}:
+        if name.partition(".")[0] in STRANGERS:
             raise ImportError(f"{name} must not be imported")
 
 sys.meta_path.insert(0, Refuse())
 import numpy as np
-import vqserve_client, vqserve_client.cli
+import vqserve_client, vqserve_client.bench.command, vqserve_client.cli
 from vqserve_client import Client
 with Client(sys.argv[1]) as client:
     indices = client.encode(np.ones((3, 4), np.float32))
     assert client.decode(indices, dtype="bfloat16").shape == (3, 8)
 loaded = {name.partition(".")[0] for name in sys.modules}
-print(sorted(loaded & {"torch", "scipy", "safetensors", "faiss", "einops", "vqserve_server", "tqdm"}))
+print(sorted(loaded & {*STRANGERS, "tqdm"}))
 """
 
 

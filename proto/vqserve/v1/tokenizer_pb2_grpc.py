@@ -81,10 +81,9 @@ class TokenizerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def EncodeStream(self, request_iterator, context):
-        """Encode for one request after the other: replies come in the order of the requests, each as soon as it and those
-        before it are done. Requests may name different codebooks. A request that fails ends the stream with its status,
-        once all before it are answered; the trailing metadata vqserve-failed-request counts them. The server stops reading
-        while its answers are not read.
+        """Encode for one request after the other, which may name different codebooks. Replies come in the order of the
+        requests, each as soon as it and those before it are done. A request that fails ends the stream with its status, once
+        all before it are answered: it is the one after the last reply. While replies are not read, requests are not either.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -11,6 +11,7 @@ from vqserve_server.errors import InvalidOption
 from vqserve_server.search import fused, native
 from vqserve_server.search.duplicates import MergedSearcher, first_of_equals
 from vqserve_server.search.searcher import Objective, Searcher
+from vqserve_server.search.subnormals import kept
 from vqserve_server.search.tiled import TiledSearcher
 
 
@@ -25,6 +26,7 @@ def available(device: torch.device | str) -> tuple[str, ...]:
     return tuple(names)
 
 
+@kept()
 def prepare(
     codes: Tensor,
     *,

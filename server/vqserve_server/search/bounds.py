@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vqserve_server.search.searcher import Objective
+from vqserve_server.search.subnormals import widened
 
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 SMALLEST_SUBNORMAL = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
@@ -39,7 +40,7 @@ def norms_above(vectors: Tensor) -> Tensor:
     # Squares that underflow lose at most sqrt(D * 2^-1074) of the norm.
     lost = vectors.shape[1] * 2.0**-537
     chunks = _chunks(vectors)
-    return torch.cat([torch.linalg.vector_norm(chunk.double(), dim=1) for chunk in chunks]) * safety + lost
+    return torch.cat([torch.linalg.vector_norm(widened(chunk), dim=1) for chunk in chunks]) * safety + lost
 
 
 def row_norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,9 +69,9 @@ class ScoreBounds:
         """Return those of a codebook (K, D) for scores that are computed in `dtype`, in any order of summation."""
         num_codes, dim = codes.shape
         if objective is Objective.L2:
-            offset = -0.5 * torch.cat([chunk.double().square().sum(dim=1) for chunk in _chunks(codes)])
+            offset = -0.5 * torch.cat([widened(chunk).square().sum(dim=1) for chunk in _chunks(codes)])
         elif bias is not None:
-            offset = bias.detach().double()
+            offset = widened(bias.detach())
         else:
             offset = torch.zeros(num_codes, dtype=torch.float64, device=codes.device)
         # Row and code are rounded, multiplied and added; the offset is rounded, and so are the bound and the sums
@@ -78,12 +79,14 @@ class ScoreBounds:
         relative = gamma(2 * dim + 24, dtype)
         tiny = (2 * dim + 24) * _TINY[dtype]
         norms = norms_above(codes)
+        longest = float(norms.max())
         return cls(
             offset=offset.to(dtype),
             slope=((relative * norms + tiny) * _SLACK).to(dtype),
             base=((relative * offset.abs() + tiny * (1 + norms)) * _SLACK).to(dtype),
-            # No partial sum exceeds |z||a| + |offset|, in whatever order it is summed.
-            longest_row=(_LARGEST_SUM[dtype] - float(offset.abs().max())) / max(float(norms.max()), 2.0**-100),
+            # No partial sum exceeds |z||a| + |offset|, in whatever order it is summed. Below zero, so that no row is
+            # short enough, where codes or offsets themselves are beyond `dtype`.
+            longest_row=(_LARGEST_SUM[dtype] - max(float(offset.abs().max()), longest)) / max(longest, 2.0**-100),
         )
 
 

@@ -28,11 +28,12 @@ def first_of_equals(codes: Tensor, bias: Tensor | None) -> Tensor | None:
     Under DOT two codes are equal when their biases are too. -0.0 equals 0.0.
     """
     columns = codes if bias is None else torch.cat([codes, bias[:, None].to(codes.dtype)], dim=1)
-    # Adding zero turns -0.0 into 0.0, so that equal numbers have equal bits.
-    bits = (columns.detach() + 0.0).contiguous().view(torch.int32 if columns.dtype == torch.float32 else torch.int64)
+    bits = columns.detach().contiguous().view(torch.int32 if columns.dtype == torch.float32 else torch.int64)
+    # -0.0 becomes 0.0, so that equal numbers have equal bits.
+    bits = torch.where(bits == torch.iinfo(bits.dtype).min, 0, bits)
     # Equal codes have equal hashes, so a codebook whose hashes all differ (nearly every one) has no equal codes.
-    generator = torch.Generator().manual_seed(0x5EED)
-    weights = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator).to(bits.device)
+    generator = torch.Generator("cpu").manual_seed(0x5EED)
+    weights = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator, device="cpu").to(bits.device)
     hashes = torch.zeros(bits.shape[0], dtype=torch.int64, device=bits.device)
     for column in range(bits.shape[1]):
         hashes += (bits[:, column].to(torch.int64) ^ weights[column]) * (2 * weights[column] + 1)

@@ -18,6 +18,8 @@ _BLOCK_ROWS = 64
 _BLOCK_CODES = 64
 # Components are multiplied in blocks of at most this many; tl.dot wants at least 16.
 _MAX_BLOCK_DIM = 64
+# The kernel counts in 32 bits, up to a block beyond the end: larger codebooks do not fit, and more rows are cut.
+_MOST_ELEMENTS = 2**31 - 2**10
 
 
 def is_available(device: torch.device) -> bool:
@@ -34,8 +36,8 @@ def is_available(device: torch.device) -> bool:
 
 
 def fits(codes: Tensor) -> bool:
-    """Return whether the kernel takes a codebook: float32, and indices of 32 bits."""
-    return codes.dtype == torch.float32 and codes.shape[0] < 2**31
+    """Return whether the kernel takes a codebook: float32, and not too large."""
+    return codes.dtype == torch.float32 and codes.numel() <= _MOST_ELEMENTS
 
 
 class FusedSearcher(Searcher):
@@ -60,18 +62,30 @@ class FusedSearcher(Searcher):
 
     def search(self, rows: Tensor, counts: SearchCounts | None = None) -> Tensor:
         """Return the winning code of every row; see `Searcher.search`."""
-        from vqserve_server.search.fused_kernel import nearest  # noqa: PLC0415
-
         count, dim = rows.shape
         winners = torch.zeros(count, dtype=torch.int64, device=rows.device)
         if count == 0:
             return winners
         is_open = torch.ones(count, dtype=torch.int8, device=rows.device)
-        block_dim = min(_MAX_BLOCK_DIM, max(16, 1 << (dim - 1).bit_length()))
         norms = row_norms(rows, torch.float32)
-        grid = (-(-count // _BLOCK_ROWS),)
-        nearest[grid](
-            rows.detach().float().contiguous(),
+        for start in range(0, count, _MOST_ELEMENTS // dim):
+            part = slice(start, start + _MOST_ELEMENTS // dim)
+            self._search_part(rows[part], norms[part], winners[part], is_open[part])
+        # The bound does not hold where sums may overflow.
+        again = torch.nonzero((is_open != 0) | ~(norms <= self._bounds.longest_row))[:, 0]
+        of_fallback = SearchCounts()
+        if again.numel():
+            winners[again] = self._fallback().search(rows[again], of_fallback)
+        if counts is not None:
+            counts.add(rows=count, rechecked=again.numel(), arbitrated=of_fallback.arbitrated)
+        return winners
+
+    def _search_part(self, rows: Tensor, norms: Tensor, winners: Tensor, is_open: Tensor) -> None:
+        from vqserve_server.search.fused_kernel import nearest  # noqa: PLC0415
+
+        count, dim = rows.shape
+        nearest[-(-count // _BLOCK_ROWS),](
+            rows.detach().resolve_neg().float().contiguous(),
             norms,
             self._codes,
             self._bounds.offset,
@@ -84,13 +98,5 @@ class FusedSearcher(Searcher):
             dim,
             BLOCK_ROWS=_BLOCK_ROWS,
             BLOCK_CODES=_BLOCK_CODES,
-            BLOCK_DIM=block_dim,
+            BLOCK_DIM=min(_MAX_BLOCK_DIM, max(16, 1 << (dim - 1).bit_length())),
         )
-        # The bound does not hold where sums may overflow.
-        again = torch.nonzero((is_open != 0) | ~(norms <= self._bounds.longest_row))[:, 0]
-        of_fallback = SearchCounts()
-        if again.numel():
-            winners[again] = self._fallback().search(rows[again], of_fallback)
-        if counts is not None:
-            counts.add(rows=count, rechecked=again.numel(), arbitrated=of_fallback.arbitrated)
-        return winners

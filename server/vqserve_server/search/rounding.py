@@ -16,18 +16,21 @@ from torch import Tensor
 
 from vqserve_server.search.bounds import SMALLEST_SUBNORMAL, gamma, norms_above
 from vqserve_server.search.expansion import sum_of_products, two_sum
+from vqserve_server.search.subnormals import kept, widened
 
 Float64s = npt.NDArray[np.float64]
 Float32s = npt.NDArray[np.float32]
 
-# Elements of a (rows, outputs) tile: 8 MiB in float64.
+# Elements of a tile of rows or of outputs: 8 MiB in float64.
 _TILE_ELEMENTS = 1 << 20
 _ELEMENTS_PER_CHUNK = 1 << 18
 _ABOVE_FLOAT32 = np.float64(2.0**128)
+_SAFE_FROM_FLUSHING = 2.0**-125
 # A sum of squares within these neither overflowed nor lost a square that matters to underflow.
 _SAFE_SQUARES = (2.0**-900, 2.0**1000)
 
 
+@kept()
 def affine(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return rows @ weight.T + bias, each element the exact value rounded once to float32.
 
@@ -41,7 +44,7 @@ def affine(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     products = _AffineElements(weight, bias)
     out = torch.empty(rows.shape[0], weight.shape[0], dtype=torch.float32, device=rows.device)
-    step = max(1, _TILE_ELEMENTS // max(1, weight.shape[0]))
+    step = max(1, _TILE_ELEMENTS // max(1, *weight.shape))
     for start in range(0, rows.shape[0], step):
         tile = slice(start, start + step)
         out[tile] = products.rounded(rows[tile])
@@ -54,8 +57,8 @@ class _AffineElements:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = weight.detach()
         self._bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach()
-        self._wide_weight = self._weight.to(torch.float64)
-        self._wide_bias = self._bias.to(torch.float64)
+        self._wide_weight = widened(self._weight)
+        self._wide_bias = widened(self._bias)
         relative = gamma(weight.shape[1] + 16, torch.float64)
         self._error_per_norm = relative * norms_above(weight)
         self._error_constant = (
@@ -63,12 +66,16 @@ class _AffineElements:
         )
 
     def rounded(self, rows: Tensor) -> Tensor:
-        values = torch.addmm(self._wide_bias, rows.to(torch.float64), self._wide_weight.T)
-        error = torch.addmm(self._error_constant, norms_above(rows)[:, None], self._error_per_norm[None, :])
+        wide = widened(rows)
+        values = torch.addmm(self._wide_bias, wide, self._wide_weight.T)
+        error = torch.addmm(self._error_constant, norms_above(wide)[:, None], self._error_per_norm[None, :])
         below, above = (values - error).to(torch.float32), (values + error).to(torch.float32)
         # Adding zero turns -0.0 into 0.0, whose sign no float64 bound can settle.
         out = values.to(torch.float32) + 0.0
         is_open = ~(below == above)
+        # Subnormal results are rounded by numpy: torch's threads may have such numbers switched off.
+        size = values.abs_()
+        is_open |= (size < _SAFE_FROM_FLUSHING) & (error.add_(size) >= SMALLEST_SUBNORMAL[torch.float32] / 4)
         if bool(is_open.any()):
             where = torch.nonzero(is_open)
             out[is_open] = torch.from_numpy(self._settle(rows, where)).to(rows.device)
@@ -79,7 +86,7 @@ class _AffineElements:
         step = max(1, _ELEMENTS_PER_CHUNK // (rows.shape[1] + 1))
         for chunk in torch.split(where, step):
             i, j = chunk.T
-            x = torch.cat([rows[i].to(torch.float64), self._wide_bias[j][:, None]], dim=1).cpu().numpy()
+            x = torch.cat([widened(rows[i]), self._wide_bias[j][:, None]], dim=1).cpu().numpy()
             y = torch.cat([self._wide_weight[j], self._wide_weight.new_ones(j.numel(), 1)], dim=1).cpu().numpy()
             settled.append(self._settle_chunk(x, y, rows.dtype))
         return np.concatenate(settled)
@@ -124,6 +131,7 @@ def round_fraction(value: Fraction) -> np.float32:
     return np.float32(round_to_float32(np.array([hi]), np.array([lo]))[0])
 
 
+@kept()
 def weight_norm(v: Tensor, g: Tensor) -> Tensor:
     """Return g * v / |v| with the norm taken per column, each element the exact value rounded once to float32.
 

@@ -31,7 +31,7 @@ class Arbiter:
     def __init__(self, codes: Tensor, bias: Tensor | None, objective: Objective) -> None:
         """Take a codebook: codes (K, D) and, for DOT, bias (K,), float32 or float64 on any device."""
         self._codes = codes.detach().cpu().numpy()
-        self._bias = None if bias is None else bias.detach().cpu().numpy().astype(np.float64)
+        self._bias = None if bias is None else bias.detach().cpu().numpy()
         self._objective = objective
 
     def settle(self, rows: npt.NDArray[np.floating], pair_row: Ints, pair_code: Ints) -> Ints:

@@ -13,6 +13,7 @@ from torch import Tensor
 from vqserve_server.search.bounds import ScoreBounds, row_norms
 from vqserve_server.search.searcher import Objective, SearchCounts, Searcher
 from vqserve_server.search.settle import Arbiter
+from vqserve_server.search.subnormals import kept, widen_into, widened
 
 # Bytes of a (rows, codes) tile, of which a handful live at once, and of the codes of one tile.
 _TILE_BYTES = 1 << 22
@@ -77,6 +78,7 @@ class TiledSearcher(Searcher):
         self._tile_codes = max(1, min(num_codes, _CODES_BYTES // (dim * itemsize), _TILE_BYTES // itemsize))
         self._tile_rows = max(1, _TILE_BYTES // (self._tile_codes * itemsize))
 
+    @kept()
     def search(self, rows: Tensor, counts: SearchCounts | None = None) -> Tensor:
         """Return the winning code of every row; see `Searcher.search`."""
         if self._dtype == torch.float32 and self._fallback is not None and _may_be_reduced(rows.device):
@@ -90,8 +92,10 @@ class TiledSearcher(Searcher):
         return winners
 
     def _search_tile(self, rows: Tensor, space: _Workspace, counts: SearchCounts) -> Tensor:
-        bounds, narrow = self._bounds, rows.to(self._dtype)
-        norms = row_norms(rows, self._dtype)[:, None]
+        # The bounds of float32 have room for what may happen to subnormal numbers; those of float64 would be useless.
+        is_wide = self._dtype == torch.float64
+        bounds, narrow = self._bounds, widened(rows) if is_wide else rows.to(torch.float32)
+        norms = row_norms(narrow if is_wide else rows, self._dtype)[:, None]
         too_long = ~(norms[:, 0] <= bounds.longest_row)
         best = torch.full((rows.shape[0],), -torch.inf, dtype=self._dtype, device=rows.device)
         winners = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
@@ -100,7 +104,7 @@ class TiledSearcher(Searcher):
         for start in range(0, self._codes.shape[0], self._tile_codes):
             window = slice(start, start + self._tile_codes)
             own = slice(0, rows.shape[0]), slice(0, bounds.offset[window].shape[0])
-            codes = space.codes[own[1]].copy_(self._codes[window])
+            codes = (widen_into if is_wide else Tensor.copy_)(space.codes[own[1]], self._codes[window])
             scores = torch.addmm(bounds.offset[window], narrow, codes.T, out=space.scores[own])
             error = torch.addmm(bounds.base[window], norms, bounds.slope[None, window], out=space.errors[own])
             lower, place = torch.sub(scores, error, out=space.lower[own]).max(dim=1)

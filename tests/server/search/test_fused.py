@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vqserve_server.search import Objective, SearchCounts, available
-from vqserve_server.search.fused import FusedSearcher, is_available
+from vqserve_server.search.fused import FusedSearcher, fits, is_available
 from vqserve_server.search.tiled import TiledSearcher
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -75,6 +75,22 @@ def test_rows_that_are_not_finite_do_not_touch_others():
     kept = [i for i in range(90) if i not in (3, 70)]
     assert got[kept].tolist() == kept
     assert ((got >= 0) & (got < 90)).all()
+
+
+def test_what_is_beyond_the_kernel_s_32_bits_is_refused_or_cut(monkeypatch):
+    assert not fits(torch.empty(2**21, 1024, device="meta"))
+    assert fits(torch.empty(2**21 - 1, 1024, device="meta"))
+    device = DEVICES[-1]
+    g = torch.Generator().manual_seed(2)
+    codes, rows = torch.randn(70, 5, generator=g).to(device), torch.randn(400, 5, generator=g).to(device)
+    rows[100] = (codes[3] + codes[4]) / 2
+    searcher, reference = fused(codes)
+    searched = []
+    search_part = searcher._search_part
+    monkeypatch.setattr(searcher, "_search_part", lambda z, *rest: (searched.append(z.numel()), search_part(z, *rest)))
+    monkeypatch.setattr("vqserve_server.search.fused._MOST_ELEMENTS", 699)
+    assert torch.equal(searcher.search(rows), reference.search(rows))
+    assert searched == [695, 695, 610]
 
 
 def test_it_is_listed_where_it_runs(monkeypatch):

@@ -73,6 +73,48 @@ def test_rows_far_beyond_the_codes(magnitude):
     assert torch.equal(native(codes).search(rows), reference(codes).search(rows))
 
 
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("k", [20, 300])
+def test_float64_rows_that_overflow_once_scaled(level, k):
+    g = torch.Generator().manual_seed(2)
+    codes = torch.randn(k, 4, generator=g) * 1e-12
+    rows = (torch.rand(20, 4, generator=g, dtype=torch.float64) * 2 - 1) * 1.7e308
+    winners = native(codes, level=level).search(rows)
+    assert torch.equal(winners, reference(codes).search(rows))
+    assert winners.any()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks for a page that must not be read")
+@pytest.mark.parametrize("level", levels())
+def test_no_bound_is_read_that_is_not_there(level):
+    script = """
+import ctypes, mmap, sys
+import numpy as np, torch
+from vqserve_server.search import Objective
+from vqserve_server.search.native import NativeSearcher
+codes = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+searcher = NativeSearcher(codes, None, Objective.L2, fallback=lambda: None, level=sys.argv[1])
+pages = []
+for name in ("error_slope", "error_base"):
+    # The array again, at the end of a page that nothing may be read beyond.
+    array = getattr(searcher._book, name)
+    pages.append(mmap.mmap(-1, 2 * mmap.PAGESIZE))
+    place = np.frombuffer(pages[-1], np.float32, array.size, mmap.PAGESIZE - array.nbytes)
+    place[:] = array
+    address = place.ctypes.data + array.nbytes
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), mmap.PAGESIZE, 0) == 0
+    setattr(searcher._book.struct, name, place.ctypes.data)
+# So far away that squared distances overflow: every box is in reach, and so would be those that fill a vector up.
+rows = torch.randn(9, 3, generator=torch.Generator().manual_seed(1)) * 1e25
+print(searcher.search(rows).tolist())
+"""
+    command = [sys.executable, "-c", script, level]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    codes = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(9, 3, generator=torch.Generator().manual_seed(1)) * 1e25
+    assert done.stdout.strip() == str(reference(codes).search(rows).tolist())
+
+
 def refuse():
     raise AssertionError("rows were left to the fallback")
 
@@ -196,7 +238,25 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert done.stdout == "0\n"
 
 
-@pytest.mark.parametrize("rows", [torch.zeros(4, 7), torch.zeros(4, 8, dtype=torch.float16), torch.zeros(8)])
-def test_rows_of_another_width_or_type_are_refused_before_compiled_code_sees_them(rows):
+@pytest.mark.parametrize(
+    "rows",
+    [torch.zeros(4, 7), torch.zeros(4, 8, dtype=torch.float16), torch.zeros(8), torch.zeros(4, 8, device="meta")],
+)
+def test_rows_of_another_width_type_or_device_are_refused_before_compiled_code_sees_them(rows):
     with pytest.raises(InvalidRequest, match="rows must be"):
         native(torch.zeros(3, 8)).search(rows)
+
+
+def test_a_default_device_that_is_another_is_not_where_results_go():
+    codes = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+    twice = torch.cat([codes, codes])
+    with torch.device("meta"):
+        assert torch.equal(native(codes).search(codes), torch.arange(30, device="cpu"))
+        assert torch.equal(prepare(twice).search(codes), torch.arange(30, device="cpu"))
+
+
+def test_rows_that_torch_has_yet_to_negate():
+    row = torch.tensor([[1 + 0.9j]]).conj().imag
+    assert row.is_neg()
+    assert row.is_contiguous()
+    assert native(torch.tensor([[1.0], [-1.0]])).search(row).tolist() == [1]

@@ -117,6 +117,14 @@ def test_float64_beyond_what_squares_hold(scale):
     check(torch.cat([midpoints(codes, 4, seed=3), codes]), codes)
 
 
+def test_float64_codes_beyond_float32_whose_scores_are_not():
+    codes = torch.tensor([[0.0, 3e38], [4e38, 0.0], [0.0, -1e60]], dtype=torch.float64)
+    rows = torch.tensor([[0.01, 0.02], [0.02, 0.01], [1e-30, -1e-40], [0.0, 0.0]])
+    for dtype in (torch.float32, torch.float64):
+        check(rows.to(dtype), codes[:2], objective=Objective.DOT)
+        check(rows.to(dtype), codes, objective=Objective.DOT)
+
+
 @given(
     k=st.integers(1, 12),
     d=st.integers(1, 6),

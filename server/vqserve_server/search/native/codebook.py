@@ -66,8 +66,10 @@ class NativeCodebook:
         panels = -(-num_codes // width)
         blocks = -(-panels // block)
         self.panel = _panels(scaled, -narrow.offset.numpy(), panels, width)
-        self.error_slope = _block_max(narrow.slope.numpy(), blocks, block * width)
-        self.error_base = _block_max(narrow.base.numpy(), blocks, block * width)
+        # Rows so far away that squared distances overflow visit every box, those too that only fill the last group up.
+        visited = -(-blocks // lanes) * lanes
+        self.error_slope = _block_max(narrow.slope.numpy(), visited, block * width)
+        self.error_base = _block_max(narrow.base.numpy(), visited, block * width)
         self.boxes = self.outer = None
         if boxed:
             starts = np.arange(blocks) * width

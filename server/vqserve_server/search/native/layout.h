@@ -23,8 +23,8 @@ typedef struct {
     int64_t panels;            // in all
     int64_t block;             // panels in a block: a cell is one lane of a block
     const float *panel;        // (panels, dim + 1, vectors * LANES): scaled offset, then components; padding is +inf
-    const float *error_slope;  // (blocks): float32 score error <= slope * |z| + base
-    const float *error_base;   // (blocks)
+    const float *error_slope;  // (blocks, and up to a multiple of LANES): float32 score error <= slope * |z| + base
+    const float *error_base;   // the same
     int64_t box_groups;        // groups of LANES boxes, each box around a block; 0: no boxes
     const float *boxes;        // (box_groups, dim, 2, LANES) least and greatest components; padding is (+inf, -inf)
     int64_t outer_groups;

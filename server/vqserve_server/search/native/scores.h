@@ -41,9 +41,10 @@ INLINE Length pack(const Codebook *book, const float *narrow, const double *wide
     double square = 0;
     int finite = 1;
     for (int64_t d = 0; d < dim; d++) {
-        // Scaled before it is rounded: a subnormal float32 has few bits.
-        double x = (narrow ? (double)narrow[d] : wide[d]) * book->scale;
+        double x = narrow ? (double)narrow[d] : wide[d];
         finite &= isfinite(x) != 0;
+        // Scaled before it is rounded: a subnormal float32 has few bits. What overflows here is a row that is too long.
+        x *= book->scale;
         z[d * stride] = (float)x;
         square += x * x;
     }

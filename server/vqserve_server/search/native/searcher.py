@@ -47,12 +47,15 @@ class NativeSearcher(Searcher):
 
     def search(self, rows: Tensor, counts: SearchCounts | None = None) -> Tensor:
         """Return the winning code of every row; see `Searcher.search`."""
-        if rows.dim() != 2 or rows.shape[1] != self._dim or rows.dtype not in (torch.float32, torch.float64):
+        is_fit = rows.dim() == 2 and rows.shape[1] == self._dim and rows.dtype in (torch.float32, torch.float64)
+        if not is_fit or rows.device.type != "cpu":
             raise InvalidRequest(
-                f"rows must be (n, {self._dim}) float32 or float64, not {tuple(rows.shape)} {rows.dtype}"
+                f"rows must be (n, {self._dim}) float32 or float64 on the CPU, not {tuple(rows.shape)} {rows.dtype} "
+                f"on {rows.device}"
             )
-        rows = rows.detach().contiguous()
-        winners = torch.empty(rows.shape[0], dtype=torch.int64)
+        # What compiled code reads is memory: a tensor may be one that torch has yet to negate.
+        rows = rows.detach().resolve_neg().contiguous()
+        winners = torch.empty(rows.shape[0], dtype=torch.int64, device="cpu")
         looked_at_twice = _TwoCounts()
         undecided = self._library.search(self._book.struct, rows, winners, looked_at_twice)
         if undecided:

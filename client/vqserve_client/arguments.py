@@ -1,0 +1,71 @@
+"""What the words of the command line may be, and options that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from vqserve_client.config import ClientConfig, check_digest
+from vqserve_client.retry import check_timeout
+
+LAYOUTS = ("channels_first", "channels_last")
+
+
+def add_connection(command: argparse.ArgumentParser) -> None:
+    """Add which server is called, and how long a call may take."""
+    command.add_argument(
+        "--target",
+        metavar="HOST:PORT",
+        type=target,
+        default=os.environ.get("VQSERVE_TARGET") or "localhost:50051",
+        help="the server (VQSERVE_TARGET; default localhost:50051)",
+    )
+    command.add_argument("--timeout", type=seconds, default=60.0, metavar="SECONDS", help="for each call (60)")
+
+
+def add_codebook(command: argparse.ArgumentParser) -> None:
+    """Add which codebook is meant, and how its latents lie."""
+    command.add_argument(
+        "--codebook",
+        metavar="NAME",
+        default=os.environ.get("VQSERVE_CODEBOOK") or None,
+        help="name of the codebook (VQSERVE_CODEBOOK; default: the server's only one)",
+    )
+    command.add_argument("--digest", type=digest, help="the digest that the codebook must have")
+    command.add_argument("--layout", choices=LAYOUTS, help="where the channels of the latents are")
+
+
+def add_progress(command: argparse.ArgumentParser, what: str) -> None:
+    """Add whether progress is shown."""
+    command.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        default=sys.stderr is not None and sys.stderr.isatty(),
+        help=f"{what} on stderr (default: if that is a terminal)",
+    )
+
+
+def seconds(text: str) -> float:
+    """Return a positive number of seconds."""
+    try:
+        return check_timeout(float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def target(text: str) -> str:
+    """Return a server's address."""
+    try:
+        return ClientConfig(target=text).target
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def digest(text: str) -> str:
+    """Return a codebook's digest."""
+    try:
+        check_digest(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text

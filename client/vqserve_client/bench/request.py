@@ -1,0 +1,17 @@
+"""One request of a load, ready to be sent."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Request(NamedTuple):
+    """One request.
+
+    Attributes:
+        body: the message.
+        tokens: how many it holds; 0 where there is no such thing.
+    """
+
+    body: bytes
+    tokens: int = 0

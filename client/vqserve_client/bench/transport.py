@@ -1,0 +1,90 @@
+"""How a request gets to the server and its reply back: as a call of its own, or over a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import Any
+
+import grpc
+
+Send = Callable[[bytes], Awaitable[bytes]]
+
+
+def unary(channel: grpc.aio.Channel, method: str, timeout_s: float | None) -> Send:
+    """Return what sends each request as a call of its own; raises grpc.aio.AioRpcError.
+
+    Args:
+        channel: to the server.
+        method: path of the method.
+        timeout_s: deadline of each call; None: there is none.
+    """
+    return partial(channel.unary_unary(method), timeout=timeout_s)
+
+
+@contextlib.asynccontextmanager
+async def stream(channel: grpc.aio.Channel, method: str) -> AsyncIterator[Send]:
+    """Give what sends requests over one stream, whose replies come in order; raises grpc.aio.AioRpcError.
+
+    Args:
+        channel: to the server.
+        method: path of the method.
+    """
+    one = _Stream(channel.stream_stream(method))
+    try:
+        yield one.send
+    finally:
+        await one.close()
+
+
+class _Stream:
+    """One stream at a time, opened when there is something to send; if it fails, the next request opens another."""
+
+    def __init__(self, method: Any) -> None:
+        self._method = method
+        self._call: Any = None
+        self._reader: asyncio.Task[None] | None = None
+        # gRPC takes one message at a time.
+        self._writing = asyncio.Lock()
+        self._waiting: deque[asyncio.Future[bytes]] = deque()
+
+    async def send(self, request: bytes) -> bytes:
+        """Send a request and return its reply; if the stream ends before, raise its status."""
+        reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        async with self._writing:
+            if self._call is None:
+                self._call = self._method()
+                self._reader = asyncio.create_task(self._read(self._call))
+            self._waiting.append(reply)
+            # Whoever reads the stream learns why it ended, and tells all that wait.
+            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                await self._call.write(request)
+        return await reply
+
+    async def close(self) -> None:
+        """Hang up; what waits is left alone."""
+        if self._call is not None:
+            self._call.cancel()
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.wait([self._reader])
+
+    async def _read(self, call: Any) -> None:
+        try:
+            while (reply := await call.read()) is not grpc.aio.EOF:
+                future = self._waiting.popleft()
+                if not future.done():
+                    future.set_result(reply)
+            error = grpc.aio.AioRpcError(
+                grpc.StatusCode.UNKNOWN, grpc.aio.Metadata(), grpc.aio.Metadata(), "the server ended the stream"
+            )
+        except grpc.aio.AioRpcError as ended:
+            error = ended
+        self._call = None
+        while self._waiting:
+            future = self._waiting.popleft()
+            if not future.done():
+                future.set_exception(error)

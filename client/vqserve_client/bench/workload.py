@@ -1,0 +1,171 @@
+"""What is sent: requests for a codebook, made before anything is measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vqserve import bfloat16, payload
+from vqserve.codebook_info import CodebookInfo
+from vqserve.layout import channel_axis, parse_layout, resolve_layout, wrong_channels
+from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve_client.arrays import Array, Given, given_indices, given_latents
+from vqserve_client.bench.request import Request
+from vqserve_client.bench.served import ReadStats, decode_stats, encode_stats
+from vqserve_client.calls import DecodeCall, EncodeCall, options
+from vqserve_client.config import ClientConfig
+from vqserve_client.errors import InvalidArgument
+from vqserve_client.npy import open_array
+from vqserve_client.pin import Pin
+
+Grid = tuple[int, ...]
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"].full_name
+# Requests of one shape differ in their data, in as many ways as memory allows.
+_VARIANTS = 8
+_MEMORY_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Requests to encode or to decode grids of data.
+
+    Attributes:
+        method: "encode" or "decode".
+        grids: shapes of indices, 1 to 4 axes; each is sent as often as any other.
+        dtype: of the latents, which encode sends and decode receives.
+        layout: of these latents; None: the codebook's default.
+        data: a .npy file of latents to encode, or of indices to decode, taken from its start and over again; None: data
+            at random, latents of a standard normal distribution or indices of a uniform one.
+        seed: of the random data.
+    """
+
+    method: str
+    grids: tuple[Grid, ...]
+    dtype: str = "float32"
+    layout: str | None = None
+    data: Path | None = None
+    seed: int = 0
+
+    def path(self, *, stream: bool) -> str:
+        """Return the path of the gRPC method."""
+        return f"/{_SERVICE}/{self.method.capitalize()}{'Stream' if stream else ''}"
+
+    @property
+    def read_stats(self) -> ReadStats:
+        """Return what reads the replies."""
+        return encode_stats if self.method == "encode" else decode_stats
+
+    def requests(self, info: CodebookInfo, config: ClientConfig) -> tuple[Request, ...]:
+        """Return the requests as the client would send them: they name the codebook's digest.
+
+        Args:
+            info: the codebook.
+            config: the server's address, and how large messages may be.
+
+        Raises:
+            InvalidArgument: if the codebook does not take such a grid, layout or data.
+            MessageTooLarge: if a request or its reply does not fit a message.
+            FileError: if the data cannot be read.
+        """
+        channels = info.input_dim if self.method == "encode" else info.output_dim
+        row_bytes = channels * payload.itemsize(payload.dtype_of_name(self.dtype))
+        for grid in self.grids:
+            # Before any data is made, of which there might be more than memory.
+            if math.prod(grid) * row_bytes > config.max_message_bytes:
+                raise _too_large(grid, info, config)
+        tokens = sum(math.prod(grid) for grid in self.grids)
+        variants = max(1, min(_VARIANTS, _MEMORY_BYTES // (tokens * row_bytes)))
+        make = self._encode if self.method == "encode" else self._decode
+        return tuple(make(info, config, tokens * variants))
+
+    def _encode(self, info: CodebookInfo, config: ClientConfig, tokens: int) -> Iterator[Request]:
+        rows = self._latent_rows(info, tokens)
+        wire = payload.dtype_of_name(self.dtype)
+        for grid, start in self._cuts(tokens):
+            layout = resolve_layout(len(grid) + 1, parse_layout(self.layout), info.layout)
+            latents = np.moveaxis(
+                rows[start : start + math.prod(grid)].reshape(*grid, info.input_dim), -1, channel_axis(layout)
+            )
+            if wire == pb.DTYPE_BFLOAT16:
+                given = Given(bfloat16.round_bits(latents.astype(np.float32)), wire)
+            else:
+                given = given_latents(latents.astype(self.dtype))
+            asked = options(layout=self.layout)
+            yield _request(EncodeCall(given, info, asked, pin=_pin(info, config), config=config), grid, config)
+
+    def _decode(self, info: CodebookInfo, config: ClientConfig, tokens: int) -> Iterator[Request]:
+        indices = self._indices(info, tokens)
+        asked = options(layout=self.layout, dtype=self.dtype)
+        for grid, start in self._cuts(tokens):
+            given = given_indices(indices[start : start + math.prod(grid)].reshape(grid))
+            yield _request(DecodeCall(given, info, asked, pin=_pin(info, config), config=config), grid, config)
+
+    def _cuts(self, tokens: int) -> Iterator[tuple[Grid, int]]:
+        """Yield each grid and where its tokens begin, until so many are used."""
+        start = 0
+        while start < tokens:
+            for grid in self.grids:
+                yield grid, start
+                start += math.prod(grid)
+
+    def _latent_rows(self, info: CodebookInfo, tokens: int) -> Array:
+        """Return latents as rows (tokens, C)."""
+        if self.data is None:
+            rng = np.random.default_rng(self.seed)
+            return rng.standard_normal((tokens, info.input_dim), np.float32)
+        array = open_array(self.data)
+        given_latents(array[:0] if array.ndim else array)
+        try:
+            layout = resolve_layout(array.ndim, parse_layout(self.layout), info.layout)
+        except ValueError as error:
+            raise InvalidArgument(f"{self.data}: {error}") from None
+        if array.shape[channel_axis(layout)] != info.input_dim:
+            raise InvalidArgument(f"{self.data}: {wrong_channels(array.shape, layout, info.input_dim)}")
+        # No more than is used, since the file may be larger than memory.
+        items = array[: -(-tokens * info.input_dim * len(array) // max(1, array.size))]
+        rows = np.moveaxis(items, channel_axis(layout), -1).reshape(-1, info.input_dim)
+        return self._repeated(rows, (tokens, info.input_dim))
+
+    def _indices(self, info: CodebookInfo, tokens: int) -> Array:
+        """Return indices (tokens,)."""
+        smallest = payload.numpy_dtype(payload.index_dtype(info.vocab_size))
+        if self.data is None:
+            return np.random.default_rng(self.seed).integers(info.vocab_size, size=tokens).astype(smallest)
+        array = open_array(self.data)
+        given_indices(array[:0] if array.ndim else array)
+        return self._repeated(array.reshape(-1)[:tokens], (tokens,))
+
+    def _repeated(self, array: Array, shape: tuple[int, ...]) -> Array:
+        if not array.size:
+            raise InvalidArgument(f"{self.data} holds no tokens")
+        return np.resize(array, shape)
+
+
+def grid_text(grid: Grid) -> str:
+    """Return a grid as the command line has it: 1x32x32."""
+    return "x".join(map(str, grid))
+
+
+def _pin(info: CodebookInfo, config: ClientConfig) -> Pin:
+    return Pin(info.name, None, target=config.target)
+
+
+def _request(call: EncodeCall | DecodeCall, grid: Grid, config: ClientConfig) -> Request:
+    if len(call.plan) > 1:
+        raise _too_large(grid, call.info, config)
+    [part] = call.parts()
+    return Request(part.request(), math.prod(grid))
+
+
+def _too_large(grid: Grid, info: CodebookInfo, config: ClientConfig) -> InvalidArgument:
+    return InvalidArgument(
+        f"a grid of {grid_text(grid)} or its reply does not fit a message of {config.max_message_bytes} bytes: "
+        "take a smaller one, or let both sides take larger messages",
+        target=config.target,
+        codebook=info.name,
+    )
