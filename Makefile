@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 PROTO  := vqserve/v1/tokenizer.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-search coverage bench-search check format proto lock image clean
+.PHONY: help setup demo serve test test-search coverage bench bench-behaviour bench-search check format proto lock image clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -41,6 +41,21 @@ coverage: $(VENV)/.installed  ## tests of the server; fails below 95 % of the qu
 
 bench-search: $(VENV)/.bench-installed  ## exact search beside the inexact ones (CODEBOOKS=DIR: on those)
 	$(BIN)/python benchmarks/search.py $(if $(CODEBOOKS),--codebooks $(CODEBOOKS))
+
+# Each in an environment of its own, with our search inside: the same wheel and the same torch.
+PEERS := mosec pytriton
+bench: $(VENV)/.bench-installed $(PEERS:%=benchmarks/peers/%/.venv/.installed)  ## serving beside its floors and peers
+	$(BIN)/python benchmarks/serving.py $(CELLS)
+
+bench-behaviour: $(VENV)/.bench-installed  ## latency, random arrivals, batching, workers, memory
+	$(BIN)/python benchmarks/behaviour.py
+
+benchmarks/peers/%/.venv/.installed: benchmarks/peers/%/requirements.txt $(VENV)/.installed
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $< '.[server]' $$(grep -m1 ^torch== constraints.txt)
+	if [ -f benchmarks/peers/$*/mend.py ]; then $(@D)/bin/python benchmarks/peers/$*/mend.py; fi
+	@touch $@
 
 $(VENV)/.bench-installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

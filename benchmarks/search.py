@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peers import MAX_MATRIX_BYTES, Search, peers
+from search_peers import MAX_MATRIX_BYTES, Search, peers
 from tqdm import tqdm
 
 from vqserve_server import Tokenizer

@@ -153,9 +153,10 @@ class HeldServer:
         self._gate.wait()
         return plain(*args, **options)
 
-    def _submit(self, plain, job):
-        plain(job)
-        self._submitted.release()
+    def _submit(self, plain, jobs):
+        jobs = list(jobs)
+        plain(jobs)
+        self._submitted.release(len(jobs))
 
 
 def mixed_latents(seed, channels):

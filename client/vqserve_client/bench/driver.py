@@ -11,7 +11,10 @@ import atexit
 import contextlib
 import functools
 import selectors
+import signal
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import grpc
@@ -34,7 +37,36 @@ EachWindow = Callable[[Window], Awaitable[bool]]
 
 def run_loop(main: Coroutine[Any, Any, None]) -> None:
     """Run a coroutine to its end, on the one loop that this process has for it."""
-    _runner().run(main)
+    with _sigterm_after_the_loop():
+        _runner().run(main)
+
+
+@contextlib.contextmanager
+def _sigterm_after_the_loop() -> Iterator[None]:
+    """Let SIGTERM end the loop as Ctrl-C does, by cancelling its task, and only then call its handler.
+
+    What a handler raises inside the loop would end up in any task, or inside gRPC, which reports it as a bug.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came = False
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if came:
+            handler(signal.SIGTERM, None)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 @functools.cache

@@ -1,0 +1,189 @@
+"""Serving beside its floors and its peers: `make bench`.
+
+Everything in a row of a table was measured in turns, round after round, in one run. Figures are medians of rounds; what
+is worth reporting is their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from cells import BOOKS, Cell, make_books
+from contenders import PEER_KINDS, Contender, Echo, Ours, environment_of
+from tqdm import tqdm
+
+from vqserve_server import Tokenizer
+
+RESULTS = Path(__file__).parent / "results"
+CALLERS = 32
+STREAMS = 4
+# Requests whose rows are searched at once for the floor of compute.
+FLOOR_REQUESTS = 16
+
+
+@dataclass
+class Row:
+    """Medians of one cell: requests a second of each contender, seconds of the search for one request."""
+
+    cell: Cell
+    rates: dict[str, float] = field(default_factory=dict)
+    search_s: float = 0.0
+
+    @property
+    def echo(self) -> float:
+        """The faster of the two bare servers."""
+        return max(rate for name, rate in self.rates.items() if name.startswith("echo"))
+
+    @property
+    def efficiency(self) -> float:
+        """(t_echo + t_search) / t_served, where client and server share the cores."""
+        return (1 / self.echo + self.search_s) * self.rates["vqserve"]
+
+
+def search_floor(cell: Cell, tokenizer: Tokenizer) -> Callable[[], float]:
+    """What the computation of one request takes in process, with the rows of several at once."""
+    if cell.operation == "encode":
+        latents = np.concatenate([cell.latents] * FLOOR_REQUESTS)
+        work: Callable[[], object] = lambda: tokenizer.encode(latents)  # noqa: E731
+    else:
+        indices = np.concatenate([cell.indices] * FLOOR_REQUESTS)
+        work = lambda: tokenizer.decode(indices)  # noqa: E731
+
+    def once() -> float:
+        work()
+        times = []
+        ends = time.perf_counter() + 0.5
+        while len(times) < 3 or time.perf_counter() < ends:
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times) / FLOOR_REQUESTS
+
+    return once
+
+
+def measure_cell(cell: Cell, ours: Ours, tokenizer: Tokenizer, folder: Path, options: argparse.Namespace) -> Row:
+    row = Row(cell)
+    with ExitStack() as stack:
+        overhead = 120
+        contenders: list[Contender] = [
+            stack.enter_context(Echo(kind, cell.reply_bytes + overhead)) for kind in ("sync", "aio")
+        ]
+        contenders.append(ours)
+        if cell.dtype == "fp32":
+            for kind in PEER_KINDS:
+                if environment_of(kind.kind).exists() and not options.no_peers:
+                    contenders += [stack.enter_context(kind(folder, cell, kernel)) for kernel in ("ours", "plain")]
+        rates: dict[str, list[float]] = {}
+        floors = []
+        floor = search_floor(cell, tokenizer)
+        for _ in range(options.rounds):
+            floors.append(floor())
+            for contender in contenders:
+                rates.setdefault(contender.name, []).append(contender.rate(cell, CALLERS, options.seconds))
+            rates.setdefault("vqserve, streams", []).append(ours.stream_rate(cell, CALLERS, options.seconds, STREAMS))
+    row.rates = {name: statistics.median(values) for name, values in rates.items()}
+    row.search_s = statistics.median(floors)
+    return row
+
+
+def cells(names: Sequence[str]) -> list[Cell]:
+    every = [Cell("tiny", 1, operation, "fp32") for operation in ("encode", "decode")]
+    for book in BOOKS:
+        if book != "tiny":
+            every += [
+                Cell(book, images, operation, dtype)
+                for images in (1, 16, 64)
+                for operation in ("encode", "decode")
+                for dtype in ("fp32", "bf16")
+            ]
+    return [cell for cell in every if not names or any(name in cell.name for name in names)]
+
+
+def table(rows: list[Row]) -> list[str]:
+    peers = list(dict.fromkeys(name for row in rows for name in row.rates if "," in name and "vqserve" not in name))
+    heads = [
+        "request",
+        "echo/s",
+        "search, us",
+        "vqserve/s",
+        "**efficiency**",
+        "by stream/s",
+        *(f"{p}/s" for p in peers),
+    ]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in rows:
+        figures = [
+            row.cell.name,
+            f"{row.echo:.0f}",
+            f"{row.search_s * 1e6:.0f}",
+            f"{row.rates['vqserve']:.0f}",
+            f"**{row.efficiency:.2f}**",
+            f"{row.rates['vqserve, streams']:.0f}",
+            *(f"{row.rates[p]:.0f}" if p in row.rates else "-" for p in peers),
+        ]
+        lines.append(f"| {' | '.join(figures)} |")
+    return lines
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 0.35 * len(rows) + 1.2), layout="constrained")
+    names = [row.cell.name for row in rows][::-1]
+    axes.barh(names, [row.efficiency for row in rows][::-1], color="#4878a8")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.axvline(0.85, color="gray", linewidth=1, linestyle="--")
+    axes.set(
+        xlabel="serving efficiency: (echo + search) / served",
+        title=f"{CALLERS} callers, client and server on one machine",
+    )
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cells", nargs="*", help="only those whose names contain one of these")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--machine", default=f"{platform.machine()}-{os.cpu_count()}cores", help="name for the results")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        tokenizers = make_books(folder)
+        with Ours(folder) as ours:
+            for cell in tqdm(cells(options.cells)):
+                rows.append(measure_cell(cell, ours, tokenizers[cell.book], folder, options))
+                tqdm.write(table(rows[-1:])[-1])
+    report = [
+        f"# Serving on {options.machine}",
+        "",
+        f"{CALLERS} callers; medians of {options.rounds} rounds.",
+        "",
+        *table(rows),
+        "",
+    ]
+    print("\n".join(report))
+    if not options.cells:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"serving-{options.machine}.md").write_text("\n".join(report))
+        plot(rows, RESULTS / f"serving-{options.machine}.png")
+
+
+if __name__ == "__main__":
+    main()
