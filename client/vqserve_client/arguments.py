@@ -46,6 +46,17 @@ def add_progress(command: argparse.ArgumentParser, what: str) -> None:
     )
 
 
+def count(text: str) -> int:
+    """Return a number of things, 1 or more."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {value}")
+    return value
+
+
 def seconds(text: str) -> float:
     """Return a positive number of seconds."""
     try:

@@ -60,12 +60,14 @@ class AsyncClient:
         latents: Any,
         *,
         layout: str | None = None,
+        num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
     ) -> Any:
         """Return the indices of latents; see Client.encode."""
-        return await self._turn(ENCODE, latents, options(layout=layout), CallOptions(codebook, digest, timeout))
+        asked = options(layout=layout, num_quantizers=num_quantizers)
+        return await self._turn(ENCODE, latents, asked, CallOptions(codebook, digest, timeout))
 
     async def decode(
         self,
@@ -74,12 +76,13 @@ class AsyncClient:
         layout: str | None = None,
         dtype: Any = "float32",
         output: str = "latents",
+        num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
     ) -> Any:
         """Return the latents of indices; see Client.decode."""
-        asked = options(layout=layout, dtype=dtype, output=output)
+        asked = options(layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
         return await self._turn(DECODE, indices, asked, CallOptions(codebook, digest, timeout))
 
     def encode_many(
@@ -87,12 +90,14 @@ class AsyncClient:
         items: Iterable[Any] | AsyncIterable[Any],
         *,
         layout: str | None = None,
+        num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
     ) -> AsyncGenerator[Any, None]:
         """Return the indices of each of many arrays, as an async generator; see Client.encode_many."""
-        return self._many(ENCODE, _source(items), options(layout=layout), CallOptions(codebook, digest, timeout))
+        asked = options(layout=layout, num_quantizers=num_quantizers)
+        return self._many(ENCODE, _source(items), asked, CallOptions(codebook, digest, timeout))
 
     def decode_many(
         self,
@@ -101,12 +106,13 @@ class AsyncClient:
         layout: str | None = None,
         dtype: Any = "float32",
         output: str = "latents",
+        num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
     ) -> AsyncGenerator[Any, None]:
         """Return the latents of each of many arrays of indices, as an async generator; see Client.decode_many."""
-        asked = options(layout=layout, dtype=dtype, output=output)
+        asked = options(layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
         return self._many(DECODE, _source(items), asked, CallOptions(codebook, digest, timeout))
 
     async def codebooks(self, *, timeout: float | None = None) -> list[CodebookInfo]:

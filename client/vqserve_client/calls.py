@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -14,11 +15,13 @@ from vqserve.latent_dtype import latent_dtype_name
 from vqserve.layout import (
     Layout,
     channel_axis,
+    first_channels,
     grid_shape,
     latents_shape,
     parse_layout,
     resolve_layout,
     wrong_channels,
+    wrong_stages,
 )
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client.arrays import Array, Given, handed_back, index_store, latent_store, store
@@ -41,9 +44,16 @@ class Options:
     layout: Layout | None = None
     dtype: int = pb.DTYPE_FLOAT32
     output: int = pb.DECODE_OUTPUT_LATENTS
+    num_quantizers: int | None = None
 
 
-def options(*, layout: str | None = None, dtype: Any = "float32", output: str = "latents") -> Options:
+def options(
+    *,
+    layout: str | None = None,
+    dtype: Any = "float32",
+    output: str = "latents",
+    num_quantizers: int | None = None,
+) -> Options:
     """Return the options of a call.
 
     Raises:
@@ -51,10 +61,17 @@ def options(*, layout: str | None = None, dtype: Any = "float32", output: str = 
     """
     if output not in _OUTPUTS:
         raise InvalidArgument(f"output must be 'latents' or 'code_rows', not {output!r}")
+    if num_quantizers is not None and not (_is_integer(num_quantizers) and num_quantizers >= 1):
+        raise InvalidArgument(f"num_quantizers must be an integer, 1 or more, not {num_quantizers!r:.40}")
     try:
-        return Options(parse_layout(layout), payload.dtype_of_name(latent_dtype_name(dtype)), _OUTPUTS[output])
+        wire_dtype = payload.dtype_of_name(latent_dtype_name(dtype))
+        return Options(parse_layout(layout), wire_dtype, _OUTPUTS[output], num_quantizers)
     except ValueError as error:
         raise InvalidArgument(str(error)) from None
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class ArrayCall:
@@ -69,6 +86,7 @@ class ArrayCall:
         self.asked = asked
         self._pin = pin
         self._target = config.target
+        self.stages = self._stages()
         self.grid, self.layout = self._geometry()
         request_bytes, reply_bytes = self._row_bytes()
         rows = rows_per_message(config.max_message_bytes, len(info.name.encode()), request_bytes, reply_bytes)
@@ -105,6 +123,21 @@ class ArrayCall:
     def accept(self, cut: Cut, reply: bytes) -> None:
         """Check a reply and put it in its place."""
         raise NotImplementedError
+
+    def given_cut(self, cut: Cut) -> Cut:
+        """Return the cut of the caller's array that belongs to a cut of the grid."""
+        raise NotImplementedError
+
+    def indices_cut(self, cut: Cut) -> Cut:
+        """Return the cut of the indices that belongs to a cut of the grid: all of each token."""
+        return cut if self.stages is None else latents_cut(cut, self.layout)
+
+    def _stages(self) -> int | None:
+        """Return how many indices of each token are meant; None: its one, without an axis of them."""
+        asked, available = self.asked.num_quantizers, self.info.num_quantizers
+        if asked is not None and asked > available:
+            raise self._refusal(f"num_quantizers must be an integer in [1, {available}], not {asked}")
+        return (asked or available) if self.info.has_stages else None
 
     def _part(self, cut: Cut) -> Array:
         """Return what one request holds of the caller's array."""
@@ -167,13 +200,19 @@ class EncodeCall(ArrayCall):
 
     def _row_bytes(self) -> tuple[int, int]:
         self._index_dtype = payload.index_dtype(self.info.vocab_size)
-        return self.info.input_dim * payload.itemsize(self.given.dtype), payload.itemsize(self._index_dtype)
+        index_bytes = payload.itemsize(self._index_dtype) * (self.stages or 1)
+        return self.info.input_dim * payload.itemsize(self.given.dtype), index_bytes
 
     def _store(self) -> Array:
-        return index_store(self.grid, self._index_dtype, is_torch=self.given.is_torch)
+        shape = self.grid if self.stages is None else latents_shape(self.grid, self.stages, self.layout)
+        return index_store(shape, self._index_dtype, is_torch=self.given.is_torch)
+
+    def given_cut(self, cut: Cut) -> Cut:
+        """Return the cut of the latents that belongs to a cut of the grid."""
+        return latents_cut(cut, self.layout)
 
     def _part(self, cut: Cut) -> Array:
-        return self.given.array[latents_cut(cut, self.layout)]
+        return self.given.array[self.given_cut(cut)]
 
     def _head(self, shape: tuple[int, ...]) -> bytes:
         request = _EncodeRequest(
@@ -183,13 +222,14 @@ class EncodeCall(ArrayCall):
             dtype=self.given.dtype,
             shape=shape,
             index_dtype=self._index_dtype,
+            num_quantizers=self.stages,
         )
         head: bytes = request.SerializeToString()
         return head
 
     def accept(self, cut: Cut, reply: bytes) -> None:
         """Check a reply and put it in its place."""
-        into = self.out[cut]
+        into = self.out[self.indices_cut(cut)]
         part = self._checked(pb.EncodeResponse, reply, self._index_dtype, into.shape)
         if part.size and part.max() >= self.info.vocab_size:
             raise self._distrust(f"index {part.max()} in a vocabulary of {self.info.vocab_size}")
@@ -208,26 +248,40 @@ class DecodeCall(ArrayCall):
 
     @property
     def _width(self) -> int:
+        """Return the channels of a reply."""
         return self.info.code_dim if self.asked.output == pb.DECODE_OUTPUT_CODE_ROWS else self.info.output_dim
 
     def _geometry(self) -> tuple[tuple[int, ...], Layout]:
-        grid = self.given.array.shape
-        if not 1 <= len(grid) <= 4:
-            raise self._refusal(f"indices must have 1 to 4 axes, not {len(grid)}")
+        shape = self.given.array.shape
+        fewest, most = (1, 4) if self.stages is None else (2, 5)
+        if not fewest <= len(shape) <= most:
+            raise self._refusal(f"indices must have {fewest} to {most} axes, not {len(shape)}")
+        rank = len(shape) + 1 if self.stages is None else len(shape)
         try:
-            return grid, resolve_layout(len(grid) + 1, self.asked.layout, self.info.layout)
+            layout = resolve_layout(rank, self.asked.layout, self.info.layout)
         except ValueError as error:
             raise self._refusal(str(error)) from None
+        if self.stages is None:
+            return shape, layout
+        found = shape[channel_axis(layout)]
+        if not self.stages <= found <= self.info.num_quantizers:
+            raise self._refusal(wrong_stages(shape, layout, wanted=self.stages, available=self.info.num_quantizers))
+        self._used = self.given.array[first_channels(self.stages, layout)]
+        return grid_shape(shape, layout), layout
 
     def _row_bytes(self) -> tuple[int, int]:
-        return payload.itemsize(self.given.dtype), self._width * payload.itemsize(self.asked.dtype)
+        return payload.itemsize(self.given.dtype) * (self.stages or 1), self._width * payload.itemsize(self.asked.dtype)
 
     def _store(self) -> Array:
         shape = latents_shape(self.grid, self._width, self.layout)
         return latent_store(shape, self.asked.dtype, is_torch=self.given.is_torch)
 
+    def given_cut(self, cut: Cut) -> Cut:
+        """Return the cut of the indices that belongs to a cut of the grid."""
+        return self.indices_cut(cut)
+
     def _part(self, cut: Cut) -> Array:
-        return self.given.array[cut]
+        return (self.given.array if self.stages is None else self._used)[self.given_cut(cut)]
 
     def _head(self, shape: tuple[int, ...]) -> bytes:
         request = _DecodeRequest(
@@ -238,6 +292,7 @@ class DecodeCall(ArrayCall):
             shape=shape,
             latent_dtype=self.asked.dtype,
             output=self.asked.output,
+            num_quantizers=self.stages,
         )
         head: bytes = request.SerializeToString()
         return head
@@ -265,7 +320,7 @@ class ArrayPart:
         """Return which part of the caller's array this is; empty if it is all of it."""
         if len(self._call.plan) == 1:
             return ""
-        cut = latents_cut(self._cut, self._call.layout) if isinstance(self._call, EncodeCall) else self._cut
+        cut = self._call.given_cut(self._cut)
         return f"{self._call.name}{cut_text(cut)}"
 
     def request(self) -> bytes:

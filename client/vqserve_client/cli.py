@@ -17,7 +17,7 @@ from typing import Any
 from vqserve import __version__
 from vqserve.codebook_info import CodebookInfo
 from vqserve.latent_dtype import LATENT_DTYPES
-from vqserve_client.arguments import add_codebook, add_connection, add_progress, seconds
+from vqserve_client.arguments import add_codebook, add_connection, add_progress, count, seconds
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig
 from vqserve_client.errors import VqserveClientError
@@ -54,6 +54,12 @@ def _parser(*, with_bench: bool) -> argparse.ArgumentParser:
     decode = _command(commands, "decode", "write the latents of a .npy file of indices", _decode)
     for command in (encode, decode):
         _add_files(command)
+        command.add_argument(
+            "--num-quantizers",
+            type=count,
+            metavar="N",
+            help="of a residual codebook, how many of each token's indices (default: all)",
+        )
     decode.add_argument(
         "--dtype", choices=LATENT_DTYPES, default="float32", help="of the latents (bfloat16 is stored as float32)"
     )
@@ -101,7 +107,7 @@ def _decode(args: argparse.Namespace) -> int:
     return 0
 
 
-def _task(args: argparse.Namespace, **more: str) -> Task:
+def _task(args: argparse.Namespace, **more: Any) -> Task:
     return Task(
         source=args.source,
         target=args.out,
@@ -109,6 +115,7 @@ def _task(args: argparse.Namespace, **more: str) -> Task:
         codebook=args.codebook,
         digest=args.digest,
         layout=args.layout,
+        num_quantizers=args.num_quantizers,
         **more,
     )
 

@@ -62,6 +62,7 @@ class Client:
         latents: Any,
         *,
         layout: str | None = None,
+        num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
@@ -72,19 +73,22 @@ class Client:
             latents: (b, C, h, w), (b, C, t, h, w), (b, s, C) or (n, C), a numpy array of float16, float32 or float64,
                 or a torch tensor of these or bfloat16, on any device.
             layout: "channels_first" or "channels_last"; None: the codebook's default.
+            num_quantizers: of a residual codebook, how many indices each token gets, the first ones; None: all.
             codebook: name of the codebook; None: the client's.
             digest: digest that the codebook must have; None: the client's.
             timeout: seconds for the whole call; None: the client's.
 
         Returns:
-            The shape of the latents without the channels. numpy: the smallest unsigned type that holds the vocabulary;
+            The shape of the latents without the channels, or, of a residual codebook, with a token's indices in their
+            place. numpy: the smallest unsigned type that holds the vocabulary;
             torch: int64 on the device of the latents.
 
         Raises:
             VqserveClientError: see errors.py.
             TypeError: if latents is no array.
         """
-        return self._turn(ENCODE, latents, options(layout=layout), CallOptions(codebook, digest, timeout))
+        asked = options(layout=layout, num_quantizers=num_quantizers)
+        return self._turn(ENCODE, latents, asked, CallOptions(codebook, digest, timeout))
 
     def decode(
         self,
@@ -93,6 +97,7 @@ class Client:
         layout: str | None = None,
         dtype: Any = "float32",
         output: str = "latents",
+        num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
@@ -100,11 +105,12 @@ class Client:
         """Return the latents of indices.
 
         Args:
-            indices: integers of 1 to 4 axes, a numpy array or a torch tensor on any device.
+            indices: integers, shaped as encode returns them, a numpy array or a torch tensor on any device.
             layout: as for encode.
             dtype: "float32", "float16", "float64" or "bfloat16", or numpy's or torch's type of that name. numpy has no
                 bfloat16: its values come as float32.
             output: "latents", or "code_rows" for the raw rows of the codebook.
+            num_quantizers: of a residual codebook, how many of each token's indices to use, the first ones; None: all.
             codebook: as for encode.
             digest: as for encode.
             timeout: as for encode.
@@ -116,7 +122,7 @@ class Client:
             VqserveClientError: see errors.py.
             TypeError: if indices is no array.
         """
-        asked = options(layout=layout, dtype=dtype, output=output)
+        asked = options(layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
         return self._turn(DECODE, indices, asked, CallOptions(codebook, digest, timeout))
 
     def encode_many(
@@ -124,6 +130,7 @@ class Client:
         items: Iterable[Any],
         *,
         layout: str | None = None,
+        num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
@@ -137,6 +144,7 @@ class Client:
         Args:
             items: arrays as for encode; at most `window` are taken ahead.
             layout: as for encode.
+            num_quantizers: as for encode.
             codebook: as for encode.
             digest: as for encode.
             timeout: seconds for each array; None: the client's.
@@ -144,7 +152,8 @@ class Client:
         Raises:
             VqserveClientError: see errors.py.
         """
-        return self._many(ENCODE, iter(items), options(layout=layout), CallOptions(codebook, digest, timeout))
+        asked = options(layout=layout, num_quantizers=num_quantizers)
+        return self._many(ENCODE, iter(items), asked, CallOptions(codebook, digest, timeout))
 
     def decode_many(
         self,
@@ -153,6 +162,7 @@ class Client:
         layout: str | None = None,
         dtype: Any = "float32",
         output: str = "latents",
+        num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
@@ -164,6 +174,7 @@ class Client:
             layout: as for encode.
             dtype: as for decode.
             output: as for decode.
+            num_quantizers: as for decode.
             codebook: as for encode.
             digest: as for encode.
             timeout: seconds for each array; None: the client's.
@@ -171,7 +182,7 @@ class Client:
         Raises:
             VqserveClientError: see errors.py.
         """
-        asked = options(layout=layout, dtype=dtype, output=output)
+        asked = options(layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
         return self._many(DECODE, iter(items), asked, CallOptions(codebook, digest, timeout))
 
     def codebooks(self, *, timeout: float | None = None) -> list[CodebookInfo]:

@@ -40,6 +40,7 @@ class Task:
     layout: str | None = None
     dtype: str = "float32"
     output: str = "latents"
+    num_quantizers: int | None = None
 
 
 def encode_file(client: Client, task: Task, progress: Progress) -> None:
@@ -57,14 +58,16 @@ def encode_file(client: Client, task: Task, progress: Progress) -> None:
     grid = grid_shape(array.shape, layout)
     dtype = np.dtype(payload.dtype_name(payload.index_dtype(info.vocab_size)))
     cuts = plan(grid, max(1, _PIECE_BYTES // (info.input_dim * item_bytes)))
-    with new_array(task.target, grid, dtype, force=task.force) as out:
+    stages = _stages(task, info)
+    shape = grid if stages is None else latents_shape(grid, stages, layout)
+    with new_array(task.target, shape, dtype, force=task.force) as out:
         done = progress(math.prod(grid))
         pending: deque[Cut] = deque()
-        pieces = _pieces(array, ((cut, latents_cut(cut, layout)) for cut in cuts), pending)
-        options: dict[str, Any] = {"codebook": info.name, "digest": info.digest}
+        pieces = _pieces(array, ((_indices_cut(cut, layout, stages), latents_cut(cut, layout)) for cut in cuts), pending)
+        options: dict[str, Any] = {"codebook": info.name, "digest": info.digest, "num_quantizers": stages}
         for indices in client.encode_many(pieces, layout=layout, **options):
             out[pending.popleft()] = indices
-            done(indices.size)
+            done(indices.size // (stages or 1))
 
 
 def decode_file(client: Client, task: Task, progress: Progress) -> None:
@@ -78,16 +81,18 @@ def decode_file(client: Client, task: Task, progress: Progress) -> None:
     array = open_array(task.source)
     given_indices(array[:0] if array.ndim else array)
     info = _info(client, task)
-    layout = _layout(array.ndim + 1, task, info)
+    stages = _stages(task, info)
+    layout = _layout(array.ndim + 1 if stages is None else array.ndim, task, info)
+    grid = array.shape if stages is None else grid_shape(array.shape, layout)
     width = info.code_dim if task.output == "code_rows" else info.output_dim
     wire = payload.dtype_of_name(task.dtype)
     dtype = latent_store((0,), wire, is_torch=False).dtype
-    cuts = plan(array.shape, max(1, _PIECE_BYTES // (width * dtype.itemsize)))
-    with new_array(task.target, latents_shape(array.shape, width, layout), dtype, force=task.force) as out:
-        done = progress(array.size)
+    cuts = plan(grid, max(1, _PIECE_BYTES // (width * dtype.itemsize)))
+    with new_array(task.target, latents_shape(grid, width, layout), dtype, force=task.force) as out:
+        done = progress(math.prod(grid))
         pending: deque[Cut] = deque()
-        pieces = _pieces(array, ((latents_cut(cut, layout), cut) for cut in cuts), pending)
-        options: dict[str, Any] = {"codebook": info.name, "digest": info.digest}
+        pieces = _pieces(array, ((latents_cut(cut, layout), _indices_cut(cut, layout, stages)) for cut in cuts), pending)
+        options: dict[str, Any] = {"codebook": info.name, "digest": info.digest, "num_quantizers": stages}
         for latents in client.decode_many(pieces, layout=layout, dtype=task.dtype, output=task.output, **options):
             out[pending.popleft()] = latents
             done(latents.size // width)
@@ -98,6 +103,18 @@ def _pieces(array: Array, cuts: Iterator[tuple[Cut, Cut]], pending: deque[Cut]) 
     for place, cut in cuts:
         pending.append(place)
         yield array[cut]
+
+
+def _indices_cut(cut: Cut, layout: Layout, stages: int | None) -> Cut:
+    return cut if stages is None else latents_cut(cut, layout)
+
+
+def _stages(task: Task, info: CodebookInfo) -> int | None:
+    """Return how many indices of each token are meant; None: its one, without an axis of them."""
+    asked = task.num_quantizers
+    if asked is not None and asked > info.num_quantizers:
+        raise InvalidArgument(f"num_quantizers must be an integer in [1, {info.num_quantizers}], not {asked}")
+    return (asked or info.num_quantizers) if info.has_stages else None
 
 
 def _info(client: Client, task: Task) -> CodebookInfo:

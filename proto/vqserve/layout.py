@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import StrEnum
+from types import EllipsisType
 
 LATENT_RANKS = (2, 3, 4, 5)
 
@@ -60,6 +61,11 @@ def channel_axis(layout: Layout) -> int:
     return 1 if layout is Layout.CHANNELS_FIRST else -1
 
 
+def first_channels(count: int, layout: Layout) -> tuple[EllipsisType | slice, ...]:
+    """Return by what an array of this layout is cut to its first channels."""
+    return (slice(None), slice(count)) if layout is Layout.CHANNELS_FIRST else (..., slice(count))
+
+
 def wrong_channels(shape: Sequence[int], layout: Layout, channels: int) -> str:
     """Return what to tell whoever gave latents of this shape to a codebook of so many channels.
 
@@ -75,6 +81,21 @@ def wrong_channels(shape: Sequence[int], layout: Layout, channels: int) -> str:
     if len(shape) > 2 and shape[channel_axis(other)] == channels:
         return f'{text}: should it be layout="{other}"?'
     return text
+
+
+def wrong_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available: int) -> str:
+    """Return what to tell whoever gave indices of this shape, with an axis of stages that does not fit.
+
+    Args:
+        shape: of the indices, which have the rank of their latents.
+        layout: how the shape was read.
+        wanted: indices per token that decode is to read.
+        available: that the codebook has.
+    """
+    found = shape[channel_axis(layout)]
+    which = str(available) if wanted == available else f"{wanted} to {available}"
+    hint = ": say num_quantizers to decode fewer" if found < wanted == available else ""
+    return f"indices of shape {tuple(shape)} have {found} for a token in layout {layout}, expected {which}{hint}"
 
 
 def grid_shape(latents_shape: Sequence[int], layout: Layout) -> tuple[int, ...]:

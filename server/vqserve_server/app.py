@@ -35,11 +35,9 @@ def load_tokenizers(codebooks: dict[str, Path], config: ServeConfig) -> list[Tok
     for name, path in codebooks.items():
         quantizer = load_codebook(path).quantizer
         tokenizer = Tokenizer(quantizer, name=name, device=config.device, search=config.search)
-        if tokenizer.info.has_stages:
-            # Replies have the shape of the grid: an axis of indices in the place of the channels would be lost.
-            raise StartError(f"codebook {name!r} has stages, which are not served over the wire yet: use a Tokenizer")
         tokenizer.encode_rows(np.ones((1, tokenizer.info.input_dim), np.float32))
-        tokenizer.decode_rows(np.zeros(1, np.int64), output="latents")
+        indices = (1, tokenizer.info.num_quantizers) if tokenizer.info.has_stages else 1
+        tokenizer.decode_rows(np.zeros(indices, np.int64), output="latents")
         logger.info("codebook %s", _line(tokenizer))
         tokenizers.append(tokenizer)
     return tokenizers

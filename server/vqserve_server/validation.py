@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import Layout, channel_axis, parse_layout, resolve_layout, wrong_channels
+from vqserve.layout import Layout, channel_axis, parse_layout, resolve_layout, wrong_channels, wrong_stages
 from vqserve_server.errors import (
     DigestMismatch,
     IndexOutOfRange,
@@ -150,13 +150,8 @@ def check_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available
     Raises:
         InvalidShape: that axis is shorter than `wanted` or longer than `available`.
     """
-    found = shape[channel_axis(layout)]
-    if not wanted <= found <= available:
-        which = str(available) if wanted == available else f"{wanted} to {available}"
-        hint = ": say num_quantizers to decode fewer" if found < wanted == available else ""
-        raise InvalidShape(
-            f"indices of shape {tuple(shape)} have {found} for a token in layout {layout}, expected {which}{hint}"
-        )
+    if not wanted <= shape[channel_axis(layout)] <= available:
+        raise InvalidShape(wrong_stages(shape, layout, wanted=wanted, available=available))
 
 
 def first_non_finite(array: npt.NDArray[np.floating[Any]]) -> tuple[int, ...] | None:

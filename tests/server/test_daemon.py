@@ -23,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from vqserve import __version__
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1 import tokenizer_pb2_grpc
+from vqserve_client import Client
 from vqserve_server import app, cli, logs
 from vqserve_server.address import is_loopback
 from vqserve_server.cli import main
@@ -120,11 +121,13 @@ def test_one_codebook_under_a_name_until_interrupted(vqserved: Callable[..., Any
     assert daemon.stop(signal.SIGINT)[0] == 0
 
 
-def test_a_codebook_with_stages_is_not_served_wrongly(run_vqserved: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_codebook_with_stages_is_served(vqserved: Callable[..., Any], tmp_path: Path) -> None:
     save_codebook(ResidualQuantizer(2, 4, 3), tmp_path / "audio.safetensors")
-    assert_fails(
-        run_vqserved("serve", tmp_path, "--device", "cpu"), "codebook 'audio' has stages, which are not served"
-    )
+    daemon = vqserved(tmp_path, "--device", "cpu")
+    latents = np.random.default_rng(0).standard_normal((2, 3, 5), np.float32)
+    local = Tokenizer.load(tmp_path / "audio.safetensors", device="cpu")
+    with Client(daemon.target) as client:
+        np.testing.assert_array_equal(client.encode(latents), local.encode(latents))
 
 
 def test_two_servers_on_one_port(serving: Callable[..., Any], run_vqserved: Callable[..., Any], folder: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from vqserve import bfloat16, payload
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import channel_axis, parse_layout, resolve_layout, wrong_channels
+from vqserve.layout import channel_axis, parse_layout, resolve_layout, wrong_channels, wrong_stages
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client.arrays import Array, Given, given_indices, given_latents
 from vqserve_client.bench.request import Request
@@ -102,8 +102,15 @@ class Workload:
         indices = self._indices(info, tokens)
         asked = options(layout=self.layout, dtype=self.dtype)
         for grid, start in self._cuts(tokens):
-            given = given_indices(indices[start : start + math.prod(grid)].reshape(grid))
+            given = given_indices(self._in_grid(indices[start : start + math.prod(grid)], grid, info))
             yield _request(DecodeCall(given, info, asked, pin=_pin(info, config), config=config), grid, config)
+
+    def _in_grid(self, tokens: Array, grid: Grid, info: CodebookInfo) -> Array:
+        """Return the indices of tokens, (n,) or with stages (n, q), as a request has them."""
+        if not info.has_stages:
+            return tokens.reshape(grid)
+        layout = resolve_layout(len(grid) + 1, parse_layout(self.layout), info.layout)
+        return np.moveaxis(tokens.reshape(*grid, info.num_quantizers), -1, channel_axis(layout))
 
     def _cuts(self, tokens: int) -> Iterator[tuple[Grid, int]]:
         """Yield each grid and where its tokens begin, until so many are used."""
@@ -132,13 +139,23 @@ class Workload:
         return self._repeated(rows, (tokens, info.input_dim))
 
     def _indices(self, info: CodebookInfo, tokens: int) -> Array:
-        """Return indices (tokens,)."""
+        """Return indices (tokens,), of a residual codebook (tokens, q)."""
+        shape = (tokens, info.num_quantizers) if info.has_stages else (tokens,)
         smallest = payload.numpy_dtype(payload.index_dtype(info.vocab_size))
         if self.data is None:
-            return np.random.default_rng(self.seed).integers(info.vocab_size, size=tokens).astype(smallest)
+            return np.random.default_rng(self.seed).integers(info.vocab_size, size=shape).astype(smallest)
         array = open_array(self.data)
         given_indices(array[:0] if array.ndim else array)
-        return self._repeated(array.reshape(-1)[:tokens], (tokens,))
+        if not info.has_stages:
+            return self._repeated(array.reshape(-1)[:tokens], shape)
+        try:
+            layout = resolve_layout(array.ndim, parse_layout(self.layout), info.layout)
+        except ValueError as error:
+            raise InvalidArgument(f"{self.data}: {error}") from None
+        if array.shape[channel_axis(layout)] != info.num_quantizers:
+            found = wrong_stages(array.shape, layout, wanted=info.num_quantizers, available=info.num_quantizers)
+            raise InvalidArgument(f"{self.data}: {found}")
+        return self._repeated(np.moveaxis(array, channel_axis(layout), -1).reshape(-1, info.num_quantizers), shape)
 
     def _repeated(self, array: Array, shape: tuple[int, ...]) -> Array:
         if not array.size:

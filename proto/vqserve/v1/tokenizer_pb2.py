@@ -24,35 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1avqserve/v1/tokenizer.proto\x12\nvqserve.v1\"\xc8\x01\n\rEncodeRequest\x12\x10\n\x08\x63odebook\x18\x01 \x01(\t\x12\x17\n\x0f\x65xpected_digest\x18\x02 \x01(\t\x12\"\n\x06layout\x18\x03 \x01(\x0e\x32\x12.vqserve.v1.Layout\x12 \n\x05\x64type\x18\x04 \x01(\x0e\x32\x11.vqserve.v1.DType\x12\r\n\x05shape\x18\x05 \x03(\x04\x12&\n\x0bindex_dtype\x18\x06 \x01(\x0e\x32\x11.vqserve.v1.DType\x12\x0f\n\x07latents\x18\x64 \x01(\x0c\"\x8a\x01\n\x0e\x45ncodeResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.vqserve.v1.DType\x12\r\n\x05shape\x18\x03 \x03(\x04\x12&\n\x05stats\x18\x04 \x01(\x0b\x32\x17.vqserve.v1.ServedStats\x12\x0f\n\x07indices\x18\x64 \x01(\x0c\"\xf3\x01\n\rDecodeRequest\x12\x10\n\x08\x63odebook\x18\x01 \x01(\t\x12\x17\n\x0f\x65xpected_digest\x18\x02 \x01(\t\x12\"\n\x06layout\x18\x03 \x01(\x0e\x32\x12.vqserve.v1.Layout\x12 \n\x05\x64type\x18\x04 \x01(\x0e\x32\x11.vqserve.v1.DType\x12\r\n\x05shape\x18\x05 \x03(\x04\x12\'\n\x0clatent_dtype\x18\x06 \x01(\x0e\x32\x11.vqserve.v1.DType\x12(\n\x06output\x18\x07 \x01(\x0e\x32\x18.vqserve.v1.DecodeOutput\x12\x0f\n\x07indices\x18\x64 \x01(\x0c\"\x8a\x01\n\x0e\x44\x65\x63odeResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.vqserve.v1.DType\x12\r\n\x05shape\x18\x03 \x03(\x04\x12&\n\x05stats\x18\x04 \x01(\x0b\x32\x17.vqserve.v1.ServedStats\x12\x0f\n\x07latents\x18\x64 \x01(\x0c\"q\n\x0bServedStats\x12\x10\n\x08queue_us\x18\x01 \x01(\x04\x12\x12\n\ncompute_us\x18\x02 \x01(\x04\x12\x10\n\x08total_us\x18\x03 \x01(\x04\x12\x16\n\x0e\x62\x61tch_requests\x18\x04 \x01(\r\x12\x12\n\nbatch_rows\x18\x05 \x01(\x04\"\x16\n\x14ListCodebooksRequest\"D\n\x15ListCodebooksResponse\x12+\n\tcodebooks\x18\x01 \x03(\x0b\x32\x18.vqserve.v1.CodebookInfo\"\xd6\x01\n\x0c\x43odebookInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x11\n\tnum_codes\x18\x04 \x01(\x04\x12\x12\n\nvocab_size\x18\x05 \x01(\x04\x12\x11\n\tinput_dim\x18\x06 \x01(\x04\x12\x10\n\x08\x63ode_dim\x18\x07 \x01(\x04\x12\x12\n\noutput_dim\x18\x08 \x01(\x04\x12\x16\n\x0enum_quantizers\x18\t \x01(\r\x12\"\n\x06layout\x18\n \x01(\x0e\x32\x12.vqserve.v1.Layout*\xc2\x01\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x12\x11\n\rDTYPE_FLOAT64\x10\x04\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x05\x12\x10\n\x0c\x44TYPE_UINT16\x10\x06\x12\x10\n\x0c\x44TYPE_UINT32\x10\x07\x12\x0f\n\x0b\x44TYPE_INT32\x10\x08\x12\x0f\n\x0b\x44TYPE_INT64\x10\t*U\n\x06Layout\x12\x16\n\x12LAYOUT_UNSPECIFIED\x10\x00\x12\x19\n\x15LAYOUT_CHANNELS_FIRST\x10\x01\x12\x18\n\x14LAYOUT_CHANNELS_LAST\x10\x02*e\n\x0c\x44\x65\x63odeOutput\x12\x1d\n\x19\x44\x45\x43ODE_OUTPUT_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44\x45\x43ODE_OUTPUT_LATENTS\x10\x01\x12\x1b\n\x17\x44\x45\x43ODE_OUTPUT_CODE_ROWS\x10\x02\x32\x80\x03\n\x10TokenizerService\x12?\n\x06\x45ncode\x12\x19.vqserve.v1.EncodeRequest\x1a\x1a.vqserve.v1.EncodeResponse\x12?\n\x06\x44\x65\x63ode\x12\x19.vqserve.v1.DecodeRequest\x1a\x1a.vqserve.v1.DecodeResponse\x12I\n\x0c\x45ncodeStream\x12\x19.vqserve.v1.EncodeRequest\x1a\x1a.vqserve.v1.EncodeResponse(\x01\x30\x01\x12I\n\x0c\x44\x65\x63odeStream\x12\x19.vqserve.v1.DecodeRequest\x1a\x1a.vqserve.v1.DecodeResponse(\x01\x30\x01\x12T\n\rListCodebooks\x12 .vqserve.v1.ListCodebooksRequest\x1a!.vqserve.v1.ListCodebooksResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1avqserve/v1/tokenizer.proto\x12\nvqserve.v1\"\xe0\x01\n\rEncodeRequest\x12\x10\n\x08\x63odebook\x18\x01 \x01(\t\x12\x17\n\x0f\x65xpected_digest\x18\x02 \x01(\t\x12\"\n\x06layout\x18\x03 \x01(\x0e\x32\x12.vqserve.v1.Layout\x12 \n\x05\x64type\x18\x04 \x01(\x0e\x32\x11.vqserve.v1.DType\x12\r\n\x05shape\x18\x05 \x03(\x04\x12&\n\x0bindex_dtype\x18\x06 \x01(\x0e\x32\x11.vqserve.v1.DType\x12\x16\n\x0enum_quantizers\x18\x07 \x01(\r\x12\x0f\n\x07latents\x18\x64 \x01(\x0c\"\x8a\x01\n\x0e\x45ncodeResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.vqserve.v1.DType\x12\r\n\x05shape\x18\x03 \x03(\x04\x12&\n\x05stats\x18\x04 \x01(\x0b\x32\x17.vqserve.v1.ServedStats\x12\x0f\n\x07indices\x18\x64 \x01(\x0c\"\x8b\x02\n\rDecodeRequest\x12\x10\n\x08\x63odebook\x18\x01 \x01(\t\x12\x17\n\x0f\x65xpected_digest\x18\x02 \x01(\t\x12\"\n\x06layout\x18\x03 \x01(\x0e\x32\x12.vqserve.v1.Layout\x12 \n\x05\x64type\x18\x04 \x01(\x0e\x32\x11.vqserve.v1.DType\x12\r\n\x05shape\x18\x05 \x03(\x04\x12\'\n\x0clatent_dtype\x18\x06 \x01(\x0e\x32\x11.vqserve.v1.DType\x12(\n\x06output\x18\x07 \x01(\x0e\x32\x18.vqserve.v1.DecodeOutput\x12\x16\n\x0enum_quantizers\x18\x08 \x01(\r\x12\x0f\n\x07indices\x18\x64 \x01(\x0c\"\x8a\x01\n\x0e\x44\x65\x63odeResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.vqserve.v1.DType\x12\r\n\x05shape\x18\x03 \x03(\x04\x12&\n\x05stats\x18\x04 \x01(\x0b\x32\x17.vqserve.v1.ServedStats\x12\x0f\n\x07latents\x18\x64 \x01(\x0c\"q\n\x0bServedStats\x12\x10\n\x08queue_us\x18\x01 \x01(\x04\x12\x12\n\ncompute_us\x18\x02 \x01(\x04\x12\x10\n\x08total_us\x18\x03 \x01(\x04\x12\x16\n\x0e\x62\x61tch_requests\x18\x04 \x01(\r\x12\x12\n\nbatch_rows\x18\x05 \x01(\x04\"\x16\n\x14ListCodebooksRequest\"D\n\x15ListCodebooksResponse\x12+\n\tcodebooks\x18\x01 \x03(\x0b\x32\x18.vqserve.v1.CodebookInfo\"\xd6\x01\n\x0c\x43odebookInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x11\n\tnum_codes\x18\x04 \x01(\x04\x12\x12\n\nvocab_size\x18\x05 \x01(\x04\x12\x11\n\tinput_dim\x18\x06 \x01(\x04\x12\x10\n\x08\x63ode_dim\x18\x07 \x01(\x04\x12\x12\n\noutput_dim\x18\x08 \x01(\x04\x12\x16\n\x0enum_quantizers\x18\t \x01(\r\x12\"\n\x06layout\x18\n \x01(\x0e\x32\x12.vqserve.v1.Layout*\xc2\x01\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x12\x11\n\rDTYPE_FLOAT64\x10\x04\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x05\x12\x10\n\x0c\x44TYPE_UINT16\x10\x06\x12\x10\n\x0c\x44TYPE_UINT32\x10\x07\x12\x0f\n\x0b\x44TYPE_INT32\x10\x08\x12\x0f\n\x0b\x44TYPE_INT64\x10\t*U\n\x06Layout\x12\x16\n\x12LAYOUT_UNSPECIFIED\x10\x00\x12\x19\n\x15LAYOUT_CHANNELS_FIRST\x10\x01\x12\x18\n\x14LAYOUT_CHANNELS_LAST\x10\x02*e\n\x0c\x44\x65\x63odeOutput\x12\x1d\n\x19\x44\x45\x43ODE_OUTPUT_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44\x45\x43ODE_OUTPUT_LATENTS\x10\x01\x12\x1b\n\x17\x44\x45\x43ODE_OUTPUT_CODE_ROWS\x10\x02\x32\x80\x03\n\x10TokenizerService\x12?\n\x06\x45ncode\x12\x19.vqserve.v1.EncodeRequest\x1a\x1a.vqserve.v1.EncodeResponse\x12?\n\x06\x44\x65\x63ode\x12\x19.vqserve.v1.DecodeRequest\x1a\x1a.vqserve.v1.DecodeResponse\x12I\n\x0c\x45ncodeStream\x12\x19.vqserve.v1.EncodeRequest\x1a\x1a.vqserve.v1.EncodeResponse(\x01\x30\x01\x12I\n\x0c\x44\x65\x63odeStream\x12\x19.vqserve.v1.DecodeRequest\x1a\x1a.vqserve.v1.DecodeResponse(\x01\x30\x01\x12T\n\rListCodebooks\x12 .vqserve.v1.ListCodebooksRequest\x1a!.vqserve.v1.ListCodebooksResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vqserve.v1.tokenizer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=1200
-  _globals['_DTYPE']._serialized_end=1394
-  _globals['_LAYOUT']._serialized_start=1396
-  _globals['_LAYOUT']._serialized_end=1481
-  _globals['_DECODEOUTPUT']._serialized_start=1483
-  _globals['_DECODEOUTPUT']._serialized_end=1584
+  _globals['_DTYPE']._serialized_start=1248
+  _globals['_DTYPE']._serialized_end=1442
+  _globals['_LAYOUT']._serialized_start=1444
+  _globals['_LAYOUT']._serialized_end=1529
+  _globals['_DECODEOUTPUT']._serialized_start=1531
+  _globals['_DECODEOUTPUT']._serialized_end=1632
   _globals['_ENCODEREQUEST']._serialized_start=43
-  _globals['_ENCODEREQUEST']._serialized_end=243
-  _globals['_ENCODERESPONSE']._serialized_start=246
-  _globals['_ENCODERESPONSE']._serialized_end=384
-  _globals['_DECODEREQUEST']._serialized_start=387
-  _globals['_DECODEREQUEST']._serialized_end=630
-  _globals['_DECODERESPONSE']._serialized_start=633
-  _globals['_DECODERESPONSE']._serialized_end=771
-  _globals['_SERVEDSTATS']._serialized_start=773
-  _globals['_SERVEDSTATS']._serialized_end=886
-  _globals['_LISTCODEBOOKSREQUEST']._serialized_start=888
-  _globals['_LISTCODEBOOKSREQUEST']._serialized_end=910
-  _globals['_LISTCODEBOOKSRESPONSE']._serialized_start=912
-  _globals['_LISTCODEBOOKSRESPONSE']._serialized_end=980
-  _globals['_CODEBOOKINFO']._serialized_start=983
-  _globals['_CODEBOOKINFO']._serialized_end=1197
-  _globals['_TOKENIZERSERVICE']._serialized_start=1587
-  _globals['_TOKENIZERSERVICE']._serialized_end=1971
+  _globals['_ENCODEREQUEST']._serialized_end=267
+  _globals['_ENCODERESPONSE']._serialized_start=270
+  _globals['_ENCODERESPONSE']._serialized_end=408
+  _globals['_DECODEREQUEST']._serialized_start=411
+  _globals['_DECODEREQUEST']._serialized_end=678
+  _globals['_DECODERESPONSE']._serialized_start=681
+  _globals['_DECODERESPONSE']._serialized_end=819
+  _globals['_SERVEDSTATS']._serialized_start=821
+  _globals['_SERVEDSTATS']._serialized_end=934
+  _globals['_LISTCODEBOOKSREQUEST']._serialized_start=936
+  _globals['_LISTCODEBOOKSREQUEST']._serialized_end=958
+  _globals['_LISTCODEBOOKSRESPONSE']._serialized_start=960
+  _globals['_LISTCODEBOOKSRESPONSE']._serialized_end=1028
+  _globals['_CODEBOOKINFO']._serialized_start=1031
+  _globals['_CODEBOOKINFO']._serialized_end=1245
+  _globals['_TOKENIZERSERVICE']._serialized_start=1635
+  _globals['_TOKENIZERSERVICE']._serialized_end=2019
 # @@protoc_insertion_point(module_scope)

@@ -49,13 +49,14 @@ DECODE_OUTPUT_LATENTS: DecodeOutput
 DECODE_OUTPUT_CODE_ROWS: DecodeOutput
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("codebook", "expected_digest", "layout", "dtype", "shape", "index_dtype", "latents")
+    __slots__ = ("codebook", "expected_digest", "layout", "dtype", "shape", "index_dtype", "num_quantizers", "latents")
     CODEBOOK_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_DIGEST_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     INDEX_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUANTIZERS_FIELD_NUMBER: _ClassVar[int]
     LATENTS_FIELD_NUMBER: _ClassVar[int]
     codebook: str
     expected_digest: str
@@ -63,8 +64,9 @@ class EncodeRequest(_message.Message):
     dtype: DType
     shape: _containers.RepeatedScalarFieldContainer[int]
     index_dtype: DType
+    num_quantizers: int
     latents: bytes
-    def __init__(self, codebook: _Optional[str] = ..., expected_digest: _Optional[str] = ..., layout: _Optional[_Union[Layout, str]] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., index_dtype: _Optional[_Union[DType, str]] = ..., latents: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, codebook: _Optional[str] = ..., expected_digest: _Optional[str] = ..., layout: _Optional[_Union[Layout, str]] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., index_dtype: _Optional[_Union[DType, str]] = ..., num_quantizers: _Optional[int] = ..., latents: _Optional[bytes] = ...) -> None: ...
 
 class EncodeResponse(_message.Message):
     __slots__ = ("digest", "dtype", "shape", "stats", "indices")
@@ -81,7 +83,7 @@ class EncodeResponse(_message.Message):
     def __init__(self, digest: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., stats: _Optional[_Union[ServedStats, _Mapping]] = ..., indices: _Optional[bytes] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("codebook", "expected_digest", "layout", "dtype", "shape", "latent_dtype", "output", "indices")
+    __slots__ = ("codebook", "expected_digest", "layout", "dtype", "shape", "latent_dtype", "output", "num_quantizers", "indices")
     CODEBOOK_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_DIGEST_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +91,7 @@ class DecodeRequest(_message.Message):
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     LATENT_DTYPE_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUANTIZERS_FIELD_NUMBER: _ClassVar[int]
     INDICES_FIELD_NUMBER: _ClassVar[int]
     codebook: str
     expected_digest: str
@@ -97,8 +100,9 @@ class DecodeRequest(_message.Message):
     shape: _containers.RepeatedScalarFieldContainer[int]
     latent_dtype: DType
     output: DecodeOutput
+    num_quantizers: int
     indices: bytes
-    def __init__(self, codebook: _Optional[str] = ..., expected_digest: _Optional[str] = ..., layout: _Optional[_Union[Layout, str]] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., latent_dtype: _Optional[_Union[DType, str]] = ..., output: _Optional[_Union[DecodeOutput, str]] = ..., indices: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, codebook: _Optional[str] = ..., expected_digest: _Optional[str] = ..., layout: _Optional[_Union[Layout, str]] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., latent_dtype: _Optional[_Union[DType, str]] = ..., output: _Optional[_Union[DecodeOutput, str]] = ..., num_quantizers: _Optional[int] = ..., indices: _Optional[bytes] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
     __slots__ = ("digest", "dtype", "shape", "stats", "latents")

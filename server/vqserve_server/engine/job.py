@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from vqserve.layout import Layout
-from vqserve_server.engine.rows import first_overflow, read_rows, write_rows
+from vqserve.layout import Layout, grid_shape
+from vqserve_server.engine.rows import first_overflow, read_rows, read_tokens, write_rows, write_tokens
 from vqserve_server.errors import Cancelled, DeadlineExpired, InvalidOption, InvalidRequest
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class EncodeKey:
 
     tokenizer: Tokenizer
     dtype: np.dtype[Any]  # float32 or float64: the type after widening
+    num_quantizers: int | None = None  # indices that a token gets, as an axis; None: one, without an axis
 
     def __hash__(self) -> int:
         return id(self.tokenizer)
@@ -36,15 +37,15 @@ class EncodeKey:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row and its result."""
-        return self.tokenizer.info.input_dim * self.dtype.itemsize + 8
+        return self.tokenizer.info.input_dim * self.dtype.itemsize + 8 * (self.num_quantizers or 1)
 
     def empty(self, rows: int) -> Array:
         """Return room for that many rows."""
         return np.empty((rows, self.tokenizer.info.input_dim), self.dtype)
 
     def compute(self, rows: Array) -> Array:
-        """Return the indices (n,) of rows (n, C)."""
-        return self.tokenizer.encode_rows(rows)
+        """Return the indices of rows (n, C): (n,) or (n, num_quantizers)."""
+        return self.tokenizer.encode_rows(rows, num_quantizers=self.num_quantizers)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class DecodeKey:
 
     tokenizer: Tokenizer
     output: Output
+    num_quantizers: int | None = None  # indices of a token that are used, an axis; None: its one, without an axis
 
     def __hash__(self) -> int:
         return id(self.tokenizer)
@@ -65,15 +67,15 @@ class DecodeKey:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of an index and its result, which is float64 at most."""
-        return 8 + 8 * self.channels
+        """Bytes of a token's indices and its result, which is float64 at most."""
+        return 8 * (self.num_quantizers or 1) + 8 * self.channels
 
     def empty(self, rows: int) -> Array:
-        """Return room for that many indices."""
-        return np.empty(rows, np.int64)
+        """Return room for the indices of that many tokens."""
+        return np.empty(rows if self.num_quantizers is None else (rows, self.num_quantizers), np.int64)
 
     def compute(self, indices: Array) -> Array:
-        """Return the rows (n, channels) of indices (n,)."""
+        """Return the rows (n, channels) of indices, (n,) or (n, num_quantizers)."""
         return self.tokenizer.decode_rows(indices, output=self.output)
 
 
@@ -227,13 +229,15 @@ class EncodeJob(Job):
             key: the codebook, and the latents' type after widening.
             latents: validated; float16, float32, float64, or uint16 for bfloat16's bit patterns.
             layout: where its channels are.
-            indices: the reply, to be written: shaped like the grid, of a type that holds the vocabulary.
+            indices: the reply, to be written, of a type that holds the vocabulary: shaped like the grid, or, where the
+                key has a number of quantizers, like the latents with so many indices in the place of the channels.
             deliver: told when there is an outcome.
             tag: by which `deliver` knows whose job it is.
             owner: what the memory of the result belongs to, if it is not the array's own.
             deadline: time.monotonic() seconds, or None.
         """
-        super().__init__(key, latents, indices, indices.size, deadline=deadline, deliver=deliver, tag=tag, owner=owner)
+        rows = indices.size // (key.num_quantizers or 1)
+        super().__init__(key, latents, indices, rows, deadline=deadline, deliver=deliver, tag=tag, owner=owner)
         self._layout = layout
         self._flat = indices.reshape(-1)
 
@@ -243,7 +247,10 @@ class EncodeJob(Job):
 
     def write(self, start: int, results: Array) -> None:
         """Copy the results of the rows from `start` on into the reply."""
-        self._flat[start : start + len(results)] = results
+        if results.ndim == 1:
+            self._flat[start : start + len(results)] = results
+        else:
+            write_tokens(results, self.result, self._layout, start)
 
 
 class DecodeJob(Job):
@@ -265,23 +272,26 @@ class DecodeJob(Job):
 
         Args:
             key: the codebook, and which of its rows.
-            indices: validated; any integer type.
+            indices: validated; any integer type; shaped like the grid, or, where the key has a number of quantizers,
+                like the latents with so many indices in the place of the channels.
             latents: the reply, to be written: float16, float32, float64, or uint16 for bfloat16's bit patterns.
-            layout: where its channels are.
+            layout: where its channels are, and the indices of a token.
             deliver: told when there is an outcome.
             tag: by which `deliver` knows whose job it is.
             owner: what the memory of the result belongs to, if it is not the array's own.
             deadline: time.monotonic() seconds, or None.
         """
-        super().__init__(
-            key, indices.reshape(-1), latents, indices.size, deadline=deadline, deliver=deliver, tag=tag, owner=owner
-        )
+        source = indices.reshape(-1) if key.num_quantizers is None else indices
+        rows = indices.size // (key.num_quantizers or 1)
+        super().__init__(key, source, latents, rows, deadline=deadline, deliver=deliver, tag=tag, owner=owner)
         self._layout = layout
-        self._grid = indices.shape
 
     def read(self, start: int, stop: int, into: Array) -> None:
         """Copy the rows [start, stop) into a batch."""
-        into[:] = self.source[start:stop]
+        if into.ndim == 1:
+            into[:] = self.source[start:stop]
+        else:
+            read_tokens(self.source, self._layout, start, stop, into)
 
     def write(self, start: int, results: Array) -> None:
         """Copy the results of the rows from `start` on into the reply.
@@ -291,6 +301,8 @@ class DecodeJob(Job):
         """
         overflow = first_overflow(results, self.result.dtype)
         if overflow is not None:
-            position = [int(i) for i in np.unravel_index(start + overflow, self._grid)]
-            raise InvalidOption(f"indices{position} decodes to a value beyond the wanted type: take a wider one")
+            grid = grid_shape(self.result.shape, self._layout)
+            position = [int(i) for i in np.unravel_index(start + overflow, grid)]
+            name = f"indices{position}" if self.source.ndim == 1 else f"token {position}"
+            raise InvalidOption(f"{name} decodes to a value beyond the wanted type: take a wider one")
         write_rows(results, self.result, self._layout, start)

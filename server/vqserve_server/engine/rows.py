@@ -46,6 +46,33 @@ def _pieces(latents: Array, layout: Layout, start: int, stop: int) -> Iterator[t
         position += length
 
 
+def read_tokens(array: Array, layout: Layout, start: int, stop: int, into: Array) -> None:
+    """Copy what the tokens [start, stop) have, values of any type, into rows.
+
+    Args:
+        array: (b, n, ...) or (..., n).
+        layout: which of the two.
+        start: the first token, in C order of the grid.
+        stop: the token after the last.
+        into: (stop - start, n), C order, of a type that holds the values.
+    """
+    for view, rows in _pieces(array, layout, start, stop):
+        into[rows].reshape(view.shape)[...] = view
+
+
+def write_tokens(rows: Array, array: Array, layout: Layout, start: int) -> None:
+    """Copy rows to the tokens from `start` on, as numpy casts.
+
+    Args:
+        rows: (m, n).
+        array: (b, n, ...) or (..., n), to be written.
+        layout: which of the two.
+        start: the first token, in C order of the grid.
+    """
+    for view, part in _pieces(array, layout, start, start + len(rows)):
+        view[...] = rows[part].reshape(view.shape)
+
+
 def read_rows(latents: Array, layout: Layout, start: int, stop: int, into: Array) -> None:
     """Copy the tokens [start, stop) of latents into rows.
 
@@ -79,8 +106,7 @@ def write_rows(rows: Array, latents: Array, layout: Layout, start: int) -> None:
     if latents.dtype == np.uint16:
         rows = bfloat16.round_bits(_to_odd(rows))
     with np.errstate(under="ignore"):
-        for view, part in _pieces(latents, layout, start, start + len(rows)):
-            view[...] = rows[part].reshape(view.shape)
+        write_tokens(rows, latents, layout, start)
 
 
 def first_overflow(rows: Array, dtype: np.dtype[Any]) -> int | None:

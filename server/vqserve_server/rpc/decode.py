@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from vqserve import layout, payload
 from vqserve.codebook_info import CodebookInfo
+from vqserve.layout import first_channels
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.engine import DecodeJob, DecodeKey, Output
 from vqserve_server.engine.job import Deliver
 from vqserve_server.errors import InvalidOption
 from vqserve_server.rpc.messages import check_dtype, check_payload, layout_of
 from vqserve_server.rpc.plan import Array, Plan
-from vqserve_server.validation import check_indices, check_indices_shape
+from vqserve_server.validation import check_indices, check_indices_shape, check_num_quantizers, check_output
 
 _OUTPUTS: dict[int, Output] = {
     pb.DECODE_OUTPUT_UNSPECIFIED: "latents",
@@ -26,17 +27,26 @@ class DecodePlan(Plan[pb.DecodeRequest]):
 
     def _read(self, head: pb.DecodeRequest, payload_bytes: int, info: CodebookInfo) -> None:
         check_dtype("dtype", head.dtype, payload.INDEX_DTYPES)
-        shape = check_payload(payload_bytes, head.dtype, head.shape, range(1, 5))
-        self._layout = check_indices_shape(shape, layout_of(head.layout), info=info)
+        shape = check_payload(payload_bytes, head.dtype, head.shape, range(2, 6) if info.has_stages else range(1, 5))
+        count = check_num_quantizers(head.num_quantizers or None, available=info.num_quantizers)
+        self._layout = check_indices_shape(shape, layout_of(head.layout), info=info, num_quantizers=count)
         latent_dtype = head.latent_dtype or pb.DTYPE_FLOAT32
         check_dtype("latent_dtype", latent_dtype, payload.LATENT_DTYPES)
         if head.output not in _OUTPUTS:
             raise InvalidOption(f"unknown output {head.output}")
-        self._key = DecodeKey(self._tokenizer, _OUTPUTS[head.output])
-        self.rows = layout.num_rows(shape)
+        check_output(_OUTPUTS[head.output], info=info)
+        self._key = DecodeKey(self._tokenizer, _OUTPUTS[head.output], count if info.has_stages else None)
+        grid = layout.grid_shape(shape, self._layout) if info.has_stages else shape
+        self.rows = layout.num_rows(grid)
         self._takes(head.dtype, shape)
-        latents_shape = layout.latents_shape(shape, self._key.channels, self._layout)
+        latents_shape = layout.latents_shape(grid, self._key.channels, self._layout)
         self._gives(latent_dtype, latents_shape, pb.DecodeResponse)
+
+    def array(self, data: memoryview) -> Array:
+        """Return the array in a payload, a view: of a residual codebook, of the indices that are used."""
+        every = super().array(data)
+        count = self._key.num_quantizers
+        return every if count is None else every[first_channels(count, self._layout)]
 
     def check(self, array: Array) -> None:
         """Look at the data.

@@ -15,7 +15,7 @@ from vqserve_server.engine.job import Deliver
 from vqserve_server.errors import InvalidDtype
 from vqserve_server.rpc.messages import check_dtype, check_payload, layout_of
 from vqserve_server.rpc.plan import Array, Plan
-from vqserve_server.validation import check_finite, check_latents
+from vqserve_server.validation import check_finite, check_latents, check_num_quantizers
 
 _BFLOAT16_EXPONENT = np.uint16(0x7F80)
 
@@ -35,11 +35,13 @@ class EncodePlan(Plan[pb.EncodeRequest]):
         if not payload.holds_vocabulary(index_dtype, info.vocab_size):
             name = payload.dtype_name(index_dtype)
             raise InvalidDtype(f"index_dtype {name} does not hold the vocabulary of {info.vocab_size} indices")
+        count = check_num_quantizers(head.num_quantizers or None, available=info.num_quantizers)
+        indices_shape = layout.latents_shape(grid, count, self._layout) if info.has_stages else grid
         self.rows = layout.num_rows(grid)
         self._takes(head.dtype, shape)
-        self._gives(index_dtype, grid, pb.EncodeResponse)
-        is_wide = head.dtype == pb.DTYPE_FLOAT64
-        self._key = EncodeKey(self._tokenizer, np.dtype(np.float64 if is_wide else np.float32))
+        self._gives(index_dtype, indices_shape, pb.EncodeResponse)
+        widened = np.dtype(np.float64 if head.dtype == pb.DTYPE_FLOAT64 else np.float32)
+        self._key = EncodeKey(self._tokenizer, widened, count if info.has_stages else None)
 
     def check(self, array: Array) -> None:
         """Look at the data.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import Layout, channel_axis, grid_shape, num_rows
+from vqserve.layout import Layout, channel_axis, first_channels, grid_shape, num_rows
 from vqserve.vocabulary import smallest_unsigned
 from vqserve_server.errors import InvalidDtype, NonFiniteLatents, NotAnArray
 from vqserve_server.tokenizer.options import Options
 from vqserve_server.validation import check_finite, check_indices, check_indices_shape, check_latents
+
+Indices = TypeVar("Indices", npt.NDArray[Any], Tensor)
 
 _LATENT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -95,21 +97,27 @@ def given_indices(indices: object, asked: Options, *, info: CodebookInfo, decoda
         if indices.is_complex() or indices.is_floating_point() or indices.dtype == torch.bool:
             raise InvalidDtype(f"indices must be integers, not {indices.dtype}")
         layout = _layout_of_indices(indices.shape, asked, info)
-        ids, device = _checked_ids(indices.detach(), decodable), indices.device
+        ids, device = _checked_ids(_used(indices.detach(), layout, asked, info), decodable), indices.device
     else:
         array = _plain_array(indices, "indices")
         layout = _layout_of_indices(array.shape, asked, info)
-        check_indices(array, decodable=decodable)
-        ids, device = torch.from_numpy(array.astype(np.int64)), None
+        used = _used(array, layout, asked, info)
+        check_indices(used, decodable=decodable)
+        ids, device = torch.from_numpy(used.astype(np.int64)), None
     if not info.has_stages:
         return Given(ids.reshape(-1), tuple(ids.shape), layout, device)
     grid = grid_shape(ids.shape, layout)
-    tokens = ids.movedim(channel_axis(layout), -1)[..., : asked.num_quantizers]
+    tokens = ids.movedim(channel_axis(layout), -1)
     return Given(tokens.reshape(num_rows(grid), asked.num_quantizers), grid, layout, device)
 
 
 def _layout_of_indices(shape: Sequence[int], asked: Options, info: CodebookInfo) -> Layout:
     return check_indices_shape(shape, asked.layout, info=info, num_quantizers=asked.num_quantizers)
+
+
+def _used(indices: Indices, layout: Layout, asked: Options, info: CodebookInfo) -> Indices:
+    """Return the indices of each token that are asked for."""
+    return indices[first_channels(asked.num_quantizers, layout)] if info.has_stages else indices
 
 
 def tensor_of(array: npt.NDArray[Any]) -> Tensor:
