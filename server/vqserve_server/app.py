@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from vqserve_server import logs
-from vqserve_server.address import address, check, is_loopback
+from vqserve_server.address import address, check, check_unix_socket, is_loopback
 from vqserve_server.codebooks import load_codebook
 from vqserve_server.config import ServeConfig
 from vqserve_server.engine import Engine
@@ -158,6 +158,8 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
     codebooks = find_codebooks(sources)
     if worker is None:
         check(config.rpc.host, config.rpc.port)
+        if config.rpc.unix_socket:
+            check_unix_socket(config.rpc.unix_socket)
         if not is_loopback(config.rpc.host):
             logger.warning("listening on %s without TLS or tokens: anybody who reaches it can use it", config.rpc.host)
     tokenizers = load_tokenizers(codebooks, config)
