@@ -63,7 +63,9 @@ def encode_file(client: Client, task: Task, progress: Progress) -> None:
     with new_array(task.target, shape, dtype, force=task.force) as out:
         done = progress(math.prod(grid))
         pending: deque[Cut] = deque()
-        pieces = _pieces(array, ((_indices_cut(cut, layout, stages), latents_cut(cut, layout)) for cut in cuts), pending)
+        pieces = _pieces(
+            array, ((_indices_cut(cut, layout, stages), latents_cut(cut, layout)) for cut in cuts), pending
+        )
         options: dict[str, Any] = {"codebook": info.name, "digest": info.digest, "num_quantizers": stages}
         for indices in client.encode_many(pieces, layout=layout, **options):
             out[pending.popleft()] = indices
@@ -91,7 +93,9 @@ def decode_file(client: Client, task: Task, progress: Progress) -> None:
     with new_array(task.target, latents_shape(grid, width, layout), dtype, force=task.force) as out:
         done = progress(math.prod(grid))
         pending: deque[Cut] = deque()
-        pieces = _pieces(array, ((latents_cut(cut, layout), _indices_cut(cut, layout, stages)) for cut in cuts), pending)
+        pieces = _pieces(
+            array, ((latents_cut(cut, layout), _indices_cut(cut, layout, stages)) for cut in cuts), pending
+        )
         options: dict[str, Any] = {"codebook": info.name, "digest": info.digest, "num_quantizers": stages}
         for latents in client.decode_many(pieces, layout=layout, dtype=task.dtype, output=task.output, **options):
             out[pending.popleft()] = latents

@@ -313,7 +313,7 @@ class Stubborn:
         name="stubborn", digest="", kind="vq", num_codes=2, vocab_size=2, input_dim=1, code_dim=1, output_dim=1
     )
 
-    def encode_rows(self, rows):
+    def encode_rows(self, rows, **_):
         sys.stdout.write("computing\\n")
         sys.stdout.flush()
         if rows[0, 0] == 2:
