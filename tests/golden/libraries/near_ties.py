@@ -117,7 +117,7 @@ def _share(stage: AbstractQuantizer, searched: _Rows, row: int, best: int, other
         bound = 4 * roundings * (length * longest + max(map(abs, biases))) + searched.error[row] @ np.abs(a - b)
     if not 0 <= gap <= bound or (gap == 0 and other < best):
         raise NoNearTie(f"code {other} is worse than code {best} by {gap:.3g}; float32 accounts for {bound:.3g}")
-    return gap / bound
+    return float(gap / bound)
 
 
 def _decoded(stage: AbstractQuantizer, searched: _Rows, ids: Tensor) -> tuple[Tensor, np.ndarray]:
@@ -149,5 +149,5 @@ def _largest_of_digits(quantizer: ScalarQuantizer, rows: Tensor, ours: np.ndarra
                 bound += 2 * _FEW * _U * levels + 2 * _U * abs(z)
             if abs(int(our[row]) - int(their[row])) != 1 or not abs(z - boundary) <= bound:
                 raise NoNearTie(f"channel {place} is {z:.9g}, and the digit changes at {boundary:.9g}")
-            largest = max(largest, abs(z - boundary) / bound)
+            largest = max(largest, float(abs(z - boundary) / bound))
     return largest

@@ -49,9 +49,9 @@ def test_another_index_is_no_near_tie(family, tmp_path):
         compare(replace(golden, indices=indices), path)
 
 
-def test_a_cosine_codebook_taken_for_l2_is_found_out(tmp_path):
-    golden = load("lucidrains_vq_cosine")
-    path = import_golden(replace(golden, flags=("--metric", "l2")), tmp_path)
+def test_another_metric_is_found_out(tmp_path):
+    golden = load("lucidrains_vq")
+    path = import_golden(replace(golden, flags=("--metric", "cosine")), tmp_path)
     with pytest.raises(NoNearTie):
         compare(golden, path)
 
