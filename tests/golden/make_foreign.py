@@ -44,7 +44,7 @@ FAMILIES = {
         "lucidrains_lfq",
         "lucidrains_simvq",
     ),
-    "from_taming": ("taming", "taming_gumbel"),
+    "from_taming": ("taming", "taming_gumbel", "open_magvit2"),
 }
 MODULE_OF = {family: module for module, families in FAMILIES.items() for family in families}
 

@@ -94,15 +94,14 @@ def lucidrains_fsq_symmetric(draw: Draw) -> Golden:
 
 
 def lucidrains_lfq(draw: Draw) -> Golden:
-    """Make LFQ behind projections: the first channel is the most significant bit."""
+    """Make LFQ behind projections: the first channel is the most significant bit, as the mask in the file says."""
     bits, hidden = draw.size(9, 18), draw.size(16, 128)
     module = LFQ(codebook_size=2**bits, dim=hidden)
     fill(module, draw)
     latents = draw.sequences(draw.normal(draw.rows, hidden))
     indices = by_parts(lambda part: module(part)[1], latents)
-    flags = ("--kind", "lfq", "--bits", str(bits), "--bit-order", "big")
     decoded = module.indices_to_codes(indices)
-    return golden(_LIBRARY, named(module), latents, indices, decoded, suffix=".pt", flags=flags)
+    return golden(_LIBRARY, named(module), latents, indices, decoded, suffix=".pt")
 
 
 def lucidrains_simvq(draw: Draw) -> Golden:

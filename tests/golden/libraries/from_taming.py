@@ -1,4 +1,4 @@
-"""taming-transformers, in a distribution of its own on the package index: VQGAN and Gumbel VQGAN."""
+"""taming-transformers, packaged by others: VQGAN, Gumbel VQGAN; and Open-MAGVIT2, which grew out of it."""
 
 from __future__ import annotations
 
@@ -38,6 +38,23 @@ def taming_gumbel(draw: Draw) -> Golden:
     decoded = module.get_codebook_entry(indices.flatten(), (*indices.shape, width))
     state = named(module, "quantize.") | _around(draw, width)
     return golden(_LIBRARY, state, latents, indices, decoded, **_CHECKPOINT)
+
+
+def open_magvit2(draw: Draw) -> Golden:
+    """Make Open-MAGVIT2's lookup-free quantizer: no key in the checkpoint, the first channel the least bit."""
+    bits = 18
+    module = module_alone("open_magvit2.taming.modules.vqvae.lookup_free_quantize").LFQ(dim=bits, codebook_size=2**bits)
+    fill(module, draw)
+    rows = draw.normal(draw.rows, bits)
+    rows[::7, 3], rows[::11, 5] = 0.0, -0.0
+    latents = draw.images(rows)
+    # Flat: what forward returns after the latents and the loss.
+    indices = by_parts(lambda part: module(part)[2].reshape(-1, 4, 4), latents)
+    batch, *grid = indices.shape
+    decoded = module.get_codebook_entry(indices.flatten(1), (batch, *grid, bits), None)
+    state = {"encoder.conv_in.weight": array(draw.normal(8, 3, 3, 3))}
+    flags = ("--kind", "lfq", "--bits", str(bits), "--bit-order", "little")
+    return golden("open-magvit2", state, latents, indices, decoded, flags=flags, **_CHECKPOINT)
 
 
 def _around(draw: Draw, width: int) -> dict[str, object]:
