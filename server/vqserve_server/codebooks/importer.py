@@ -75,10 +75,6 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
         left = tuple(name for name in checkpoint.arrays if (name or "array") not in ledger.taken)
     options.check_use(reading.kind)
     state, assumed = _state(checkpoint, reading, options)
-    try:
-        quantizer = build(state)
-    except StateError as error:
-        raise checkpoint.refusal(str(error)) from None
     provenance: dict[str, object] = {
         "importer": f"vqserve {__version__}",
         "family": reading.family,
@@ -91,7 +87,7 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
     if options.metric is not None:
         provenance["metric"] = options.metric
     return Import(
-        quantizer=quantizer,
+        quantizer=build(state),
         family=reading.family,
         kind=state.kind,
         arguments=state.arguments,
@@ -177,6 +173,9 @@ def _candidates(arrays: Mapping[str, ForeignArray]) -> str:
     matrices = sorted(f"{name} {shape_text(array.shape)}" for name, array in arrays.items() if len(array.shape) == 2)
     if matrices:
         return f"name the codebook's array by --key: {listed(matrices)}"
+    stacks = sorted(f"{name} {shape_text(array.shape)}" for name, array in arrays.items() if len(array.shape) == 3)
+    if stacks:
+        return f"name a residual codebook's array by --key, with --kind rvq: {listed(stacks)}"
     return (
         "it has no array of two axes: for finite scalar or lookup-free quantization, which have no codebook, pass "
         "--kind fsq --levels or --kind lfq --bits"

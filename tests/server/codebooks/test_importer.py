@@ -114,6 +114,8 @@ def test_among_several_arrays_none_is_guessed(tmp_path, capsys, suffix):
     # One alone is not taken either: it could be anything.
     source = write(tmp_path / f"one{suffix}", {"a": CODES})
     fails(capsys, "by --key: a 10x4", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
+    source = write(tmp_path / f"stack{suffix}", {"a": CODES[None]})
+    fails(capsys, "with --kind rvq: a 1x10x4", "import", source, "-o", tmp_path / "o.safetensors")
     source = write(tmp_path / f"none{suffix}", {"a": np.zeros(3)})
     fails(capsys, "no array of two axes", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
 
@@ -407,6 +409,20 @@ USAGE = {"rvq_first.vq.layers.0._codebook.cluster_usage": np.ones(10, np.float32
             "its bias and weight do not belong together",
         ),
         (MIMI, [], "cluster_usage' is missing"),
+        (
+            {name: array * np.float32(1e37) for name, array in MIMI.items()}
+            | {n: a * 1e-9 for n, a in USAGE.items()}
+            | {"rvq_rest.x": CODES},
+            [],
+            "leaves float32's range",
+        ),
+        (
+            {"frozen_codebook": np.full((3, 4), 3e38, "f4"), **layer("code_transform")},
+            [],
+            "makes codes beyond float32's range",
+        ),
+        ({"_codebook.embed": np.ones((0, 3, 4), "f4")}, LUCIDRAINS, "it should be (heads, K, D)"),
+        (layer("project_in", 3, 5), ["--kind", "lfq"], "--kind lfq needs --bits"),
         (MIMI | {"rvq_first.vq.layers.0._codebook.cluster_usage": np.ones(9, "f4")}, [], "do not belong together"),
         ({**MIMI, **USAGE}, [], "rvq_rest has no stages"),
         ({"frozen_codebook": CODES, **layer("code_transform", 4, 3)}, [], "does not take rows of the frozen codebook"),
@@ -472,7 +488,16 @@ def test_the_first_names_of_lucidrains(tmp_path, capsys):
     # Before it had heads its codebook had two axes, as EnCodec's has, which took it over: the metric is open here.
     state = {"_codebook.initted": np.ones(1), "_codebook.embed": CODES}
     source = write(tmp_path / "m.pt", {f"layers.0.{name}": array for name, array in state.items()})
-    fails(capsys, "pass --metric l2 or --metric cosine", "import", source, "-o", tmp_path / "o.safetensors")
+    out = tmp_path / "o.safetensors"
+    fails(capsys, "pass --metric l2 or --metric cosine", "import", source, "-o", out)
+    assert run(capsys, "import", source, "-o", out, "--metric", "l2")[0] == 0
+    assert np.array_equal(load_codebook(out).quantizer.parts[0].stages[0].embedding.weight.detach().numpy(), CODES)
+
+
+def test_two_tensors_of_one_dotted_name(tmp_path, capsys):
+    source = tmp_path / "m.pt"
+    torch.save({"q": {"embedding": {"weight": torch.zeros(3, 2)}}, "q.embedding.weight": torch.ones(3, 2)}, source)
+    fails(capsys, "it has two tensors 'q.embedding.weight'", "import", source, "-o", tmp_path / "o.safetensors")
 
 
 def test_llamagen_without_l2_norm(tmp_path, capsys):

@@ -115,6 +115,4 @@ def _weight_norm(checkpoint: Checkpoint, norm: str, direction: str) -> Floats:
     # The rounding takes a norm per column.
     columns = torch.from_numpy(np.ascontiguousarray(v.T)), torch.from_numpy(g.reshape(1, -1))
     weight = rounding.weight_norm(*columns).numpy().T
-    if not np.isfinite(weight).all():
-        raise checkpoint.refusal(f"{checkpoint.prefix}{norm} makes weights beyond float32's range")
     return np.ascontiguousarray(weight)
