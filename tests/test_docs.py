@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from google.protobuf import json_format
+from safetensors.torch import save_file
 
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1.tokenizer_pb2_grpc import TokenizerServiceStub
@@ -181,7 +182,7 @@ def test_the_commands_that_make_codebooks(page, tmp_path, monkeypatch):
     np.save("codes.npy", codes)
     np.savez("vqvae.npz", codebook=codes)
     np.save("latents.npy", rng.standard_normal((10_000, 4), dtype=np.float32))
-    for name, prefix in (("last", "regularization."), ("vqgan", "quantize.")):
+    for name, prefix in (("last", "model.regularization."), ("vqgan", "quantize.")):
         torch.save({"state_dict": {f"{prefix}embedding.weight": torch.from_numpy(codes)}}, f"{name}.ckpt")
     for line in commands(page):
         if line[1] == "serve":
@@ -190,6 +191,108 @@ def test_the_commands_that_make_codebooks(page, tmp_path, monkeypatch):
             quick = ["--steps=1", "--init=sample"] if line[1] == "train" else []
             assert COMMANDS[line[0]]([*line[1:], *quick]) == 0
             Tokenizer.load(line[line.index("-o") + 1], device="cpu")
+
+
+def sources_of_the_recipes():
+    """Return small checkpoints with their families' keys, by file name."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+
+    def linear(name, inputs, outputs):
+        return {f"{name}.weight": normal(outputs, inputs), f"{name}.bias": normal(outputs)}
+
+    def normed(name, inputs, outputs):
+        shapes = {"weight_g": (outputs, 1, 1), "weight_v": (outputs, inputs, 1), "bias": (outputs,)}
+        return {f"{name}.{part}": normal(*shape) for part, shape in shapes.items()}
+
+    def stages(pattern, *shape):
+        return {pattern.format(i): normal(*shape) for i in range(3)}
+
+    def mimi(parts, layers, sums, usage):
+        state = {}
+        for part in parts:
+            state |= {f"{part}.input_proj.weight": normal(4, 6, 1), f"{part}.output_proj.weight": normal(6, 4, 1)}
+            state |= {f"{part}.{layers}.0.{sums}": normal(9, 4), f"{part}.{layers}.0.{usage}": normal(9).abs() + 1}
+        return {f"quantizer.{name}": tensor for name, tensor in state.items()}
+
+    taming = {"quantize.embedding.weight": normal(9, 4), "quant_conv.weight": normal(4, 4, 1, 1)}
+    gumbel = {"embed.weight": normal(9, 4), "proj.weight": normal(9, 4, 1, 1), "proj.bias": normal(9)}
+    encodec = stages("quantizer.vq.layers.{}._codebook.embed", 9, 4)
+    dac, dac_plain = {}, {}
+    for i in range(2):
+        at = f"quantizer.quantizers.{i}"
+        codes = {f"{at}.codebook.weight": normal(9, 2)}
+        dac |= codes | normed(f"{at}.in_proj", 6, 2) | normed(f"{at}.out_proj", 2, 6)
+        dac_plain |= codes | linear(f"{at}.in_proj", 6, 2) | linear(f"{at}.out_proj", 2, 6)
+    parts = ("semantic_residual_vector_quantizer", "acoustic_residual_vector_quantizer")
+    return {
+        "vqgan.ckpt": {"state_dict": taming},
+        "ldm-f8.ckpt": {"state_dict": {**taming, "model_ema.quantizeembeddingweight": normal(9, 4)}},
+        "amused/vqvae.safetensors": taming,
+        "chameleon_vqvae.safetensors": taming,
+        "gumbel-f8.ckpt": {"state_dict": {f"quantize.{name}": tensor for name, tensor in gumbel.items()}},
+        "sgm.ckpt": {"state_dict": {"regularization.embedding.weight": normal(9, 4)}},
+        "vq_ds16_c2i.pt": {"model": {**taming, "quantize.codebook_used": normal(9)}},
+        "titok-l32.bin": {**taming, "latent_tokens": normal(3, 2)},
+        "titok-s128-64.bin": {**taming, "latent_tokens": normal(3, 2)},
+        "ibq.ckpt": {"state_dict": taming},
+        "emu3_vt.safetensors": {
+            "quantize.embedding.weight": normal(9, 4),
+            "quant_conv.conv.weight": normal(4, 4, 3, 1, 1),
+        },
+        "encodec_24khz.th": encodec,
+        "encodec_hf.safetensors": stages("quantizer.layers.{}.codebook.embed", 9, 4),
+        "SpeechTokenizer.pt": encodec,
+        "wavtokenizer.ckpt": {
+            "state_dict": {f"feature_extractor.encodec.{name}": codes for name, codes in encodec.items()}
+        },
+        "dac_24khz.pth": {"state_dict": dac},
+        "dac_hf.safetensors": dac_plain,
+        "mimi.safetensors": mimi(
+            ("rvq_first", "rvq_rest"), "vq.layers", "_codebook.embedding_sum", "_codebook.cluster_usage"
+        ),
+        "mimi_hf.safetensors": mimi(parts, "layers", "codebook.embed_sum", "codebook.cluster_usage"),
+        "vq.pt": {"_codebook.embed": normal(1, 9, 4)},
+        "rvq.pt": stages("layers.{}._codebook.embed", 1, 9, 4),
+        "simvq.pt": {"frozen_codebook": normal(9, 5), "code_transform.weight": normal(4, 5)},
+        "lfq.pt": {"mask": torch.tensor([8, 4, 2, 1]), **linear("project_in", 6, 4), **linear("project_out", 4, 6)},
+        "fsq.pt": {**linear("project_in", 6, 4), **linear("project_out", 4, 6)},
+        "codes.npy": normal(9, 4),
+        "vqvae.npz": {"codebook": normal(9, 4)},
+        "mine.pt": {"vq_layer.embedding.weight": normal(9, 4)},
+        "soundstream.npz": {"codebooks": normal(3, 9, 4)},
+        "cepstra.npz": {f"stage{i}": normal(9, 4) for i in (1, 2, 3)},
+    }
+
+
+def test_the_recipes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sources = sources_of_the_recipes()
+    for name, content in sources.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        match Path(name).suffix:
+            case ".npy":
+                np.save(name, content)
+            case ".npz":
+                np.savez(name, **content)
+            case ".safetensors":
+                save_file(content, name)
+            case _:
+                torch.save(content, name)
+    latents = np.random.default_rng(1).standard_normal((2, 4, 3, 3), dtype=np.float32)
+    codes = sources["vqgan.ckpt"]["state_dict"]["quantize.embedding.weight"].numpy()
+    np.save("latents.npy", latents)
+    np.save("indices.npy", ((latents[:, None] - codes[:, :, None, None]) ** 2).sum(axis=2).argmin(axis=1))
+    used = set()
+    for line in commands("docs/recipes.md"):
+        assert COMMANDS[line[0]](line[1:]) == 0
+        used.add(line[2])
+        tokenizer = Tokenizer.load(line[line.index("-o") + 1], device="cpu")
+        z = np.ones((3, tokenizer.info.input_dim), np.float32)
+        assert tokenizer.decode(tokenizer.encode(z)).shape == (3, tokenizer.info.output_dim)
+    assert set(sources) <= used
 
 
 def test_the_codebooks_examples(tmp_path, monkeypatch):

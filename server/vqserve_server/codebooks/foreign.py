@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import stat
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -35,9 +36,24 @@ from vqserve_server.errors import ForeignCheckpointError
 MAX_ARRAY_BYTES = 4 << 30
 # The name of the only array of a file that names none.
 UNNAMED = ""
+# A header of numpy's is a line of text.
+_MAX_NPY_HEADER_BYTES = 1 << 16
+# What a small part of an archive may unpack to; beyond it a part must be as large as a hundredth of what it becomes.
+# Trained numbers hardly shrink at all.
+_MAX_UNPACKED_BYTES = 64 << 20
+_MAX_RATIO = 100
+# torch's description of thousands of tensors stays below 2 MiB.
+_MAX_PICKLE_BYTES = 64 << 20
+# Entries of nested dictionaries: a model has thousands, and a few that hold each other can pretend to be billions.
+_MAX_ENTRIES = 1 << 17
+_MAX_NAME_CHARACTERS = 4096
 
 _TORCH_SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin", ".th"})
 _WRAPPERS = ("state_dict", "model")
+_TORCHSCRIPT = (
+    "it is a TorchScript program, which is code and is not loaded; where it was made, save its tensors alone: "
+    "torch.save(model.state_dict(), 'weights.pt') (Cosmos has none to save: leave SRC out and pass --kind fsq --levels)"
+)
 # How torch names the object that it refuses.
 _REFUSED = re.compile(r"GLOBAL (\S+)")
 
@@ -70,12 +86,15 @@ def open_foreign(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
     suffix = path.suffix.lower()
     readers = {".npy": _open_npy, ".npz": _open_npz, ".safetensors": _open_safetensors}
     reader = _open_torch if suffix in _TORCH_SUFFIXES else readers.get(suffix)
+    if suffix == ".jit":
+        raise ForeignCheckpointError(f"{path.name}: {_TORCHSCRIPT}")
     if reader is None:
         known = ", ".join([*readers, *sorted(_TORCH_SUFFIXES)])
         raise ForeignCheckpointError(f"{path.name}: files of type {suffix!r} are not read, only {known}")
     try:
         if not path.is_file():
-            raise ForeignCheckpointError(f"{path.name}: there is no such file")
+            what = "it is no regular file" if path.exists() else "there is no such file"
+            raise ForeignCheckpointError(f"{path.name}: {what}")
         with reader(path) as arrays:
             yield arrays
     except ForeignCheckpointError:
@@ -104,6 +123,7 @@ def _open_npy(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
 @contextmanager
 def _open_npz(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
     with zipfile.ZipFile(path) as archive:
+        _check_members(path, archive)
         arrays = {}
         for member in archive.infolist():
             if member.filename.endswith(".npy"):
@@ -119,21 +139,50 @@ def _npz_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -
         shape, dtype = _npy_claims(label, stream, member.file_size)
 
     def read() -> npt.NDArray[Any]:
+        if member.file_size > max(_MAX_UNPACKED_BYTES, _MAX_RATIO * member.compress_size):
+            raise ForeignCheckpointError(
+                f"{label} would unpack {member.compress_size} bytes to {member.file_size}: no trained codebook shrinks "
+                "so much (numpy.savez keeps it as it is)"
+            )
         with archive.open(member) as stream:
             return _read_npy(stream)
 
     return _numpy_array(label, shape, dtype, read)
 
 
+def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
+    """Refuse names that would leave a folder, and links: nothing is unpacked to disk, but whoever made them is hostile.
+
+    Raises:
+        ForeignCheckpointError: names the first.
+    """
+    names = set()
+    for member in archive.infolist():
+        name = member.filename
+        if name.startswith("/") or ".." in name.replace("\\", "/").split("/"):
+            raise ForeignCheckpointError(f"{path.name}: its member {name!r} points out of the archive")
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise ForeignCheckpointError(f"{path.name}: its member {name!r} is a link, not an array")
+        if name in names:
+            raise ForeignCheckpointError(f"{path.name}: it has two members {name!r}")
+        names.add(name)
+
+
 def _npy_claims(label: str, stream: IO[bytes], size: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Return shape and type from a .npy header, which must be those of an array that fills `size` bytes with it."""
     version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ForeignCheckpointError(f"{label}: format {version} of .npy is not read")
+    start = stream.tell()
+    length = int.from_bytes(stream.read(2 if version == (1, 0) else 4), "little")
+    if length > _MAX_NPY_HEADER_BYTES:
+        # numpy would read it whole before it looked at its length.
+        raise ForeignCheckpointError(f"{label} claims a header of {length} bytes: it is no array that numpy wrote")
+    stream.seek(start)
     if version == (1, 0):
         shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    elif version == (2, 0):
-        shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
     else:
-        raise ForeignCheckpointError(f"{label}: format {version} of .npy is not read")
+        shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
     if dtype.hasobject:
         raise ForeignCheckpointError(f"{label} holds Python objects, which are not loaded")
     # Python's integers cannot overflow, whatever the header claims.
@@ -189,16 +238,47 @@ def _safetensors_dtype(name: str) -> str:
 
 @contextmanager
 def _open_torch(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        _check_torch_archive(path)
     # Only the zip format can be mapped; the older one is read at once.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     if isinstance(content, torch.Tensor):
         yield {UNNAMED: _torch_array(path, "the tensor", content)}
         return
     if not isinstance(content, Mapping):
         raise ForeignCheckpointError(f"{path.name}: it holds a {type(content).__name__}, not tensors by name")
-    yield {name: _torch_array(path, name, tensor) for name, tensor in _flatten(_unwrap(content), "")}
+    arrays: dict[str, ForeignArray] = {}
+    for name, tensor in _flatten(path, _unwrap(content)):
+        if name in arrays:
+            raise ForeignCheckpointError(f"{path.name}: it has two tensors {name!r}")
+        arrays[name] = _torch_array(path, name, tensor)
+    yield arrays
+
+
+def _check_torch_archive(path: Path) -> None:
+    """Refuse an archive that torch.save cannot have written, before torch unpacks any of it.
+
+    Raises:
+        ForeignCheckpointError: a program, a compressed member, or a description of a size that no model has.
+    """
+    with zipfile.ZipFile(path) as archive:
+        _check_members(path, archive)
+        for member in archive.infolist():
+            name = member.filename.rpartition("/")[2]
+            if name == "constants.pkl" or "/code/" in member.filename:
+                raise ForeignCheckpointError(f"{path.name}: {_TORCHSCRIPT}")
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ForeignCheckpointError(
+                    f"{path.name}: its member {member.filename!r} is compressed, which torch.save never does"
+                )
+            if name.endswith(".pkl") and member.file_size > _MAX_PICKLE_BYTES:
+                raise ForeignCheckpointError(
+                    f"{path.name}: its member {member.filename!r} has {member.file_size} bytes, more than the "
+                    f"description of any model ({_MAX_PICKLE_BYTES})"
+                )
 
 
 def _refusal(error: pickle.UnpicklingError) -> str:
@@ -212,19 +292,34 @@ def _refusal(error: pickle.UnpicklingError) -> str:
 
 
 def _unwrap(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    # With both, or with tensors beside them, there is a choice: then the names keep their full length.
-    inner = [content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)]
-    if len(inner) == 1 and not any(isinstance(value, torch.Tensor) for value in content.values()):
-        return _unwrap(inner[0])
-    return content
+    # Where there is a choice the names keep their full length: with tensors beside it, with both wrappers, or with
+    # another copy of the same model, such as its moving average.
+    inner = [name for name in _WRAPPERS if isinstance(content.get(name), Mapping)]
+    if len(inner) != 1 or any(isinstance(value, torch.Tensor) for value in content.values()):
+        return content
+    model = content[inner[0]]
+    others = [value for name, value in content.items() if name != inner[0] and isinstance(value, Mapping)]
+    return content if any(model.keys() & other.keys() for other in others) else _unwrap(model)
 
 
-def _flatten(content: Mapping[Any, Any], prefix: str, depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, value in content.items():
-        if isinstance(value, torch.Tensor):
-            yield f"{prefix}{name}", value
-        elif isinstance(value, Mapping) and depth < 8:
-            yield from _flatten(value, f"{prefix}{name}.", depth + 1)
+def _flatten(path: Path, content: Mapping[Any, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Give the tensors of nested dictionaries by dotted names.
+
+    Raises:
+        ForeignCheckpointError: they are nested so that they never end, or nearly.
+    """
+    todo: list[tuple[str, Mapping[Any, Any]]] = [("", content)]
+    entries = 0
+    while todo:
+        prefix, mapping = todo.pop()
+        entries += len(mapping)
+        if entries > _MAX_ENTRIES or len(prefix) > _MAX_NAME_CHARACTERS:
+            raise ForeignCheckpointError(f"{path.name}: its dictionaries hold each other: it is no model's state dict")
+        for name, value in mapping.items():
+            if isinstance(value, torch.Tensor):
+                yield f"{prefix}{name}", value
+            elif isinstance(value, Mapping):
+                todo.append((f"{prefix}{name}.", value))
 
 
 def _torch_array(path: Path, name: str, tensor: torch.Tensor) -> ForeignArray:

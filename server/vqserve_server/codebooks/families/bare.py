@@ -1,0 +1,40 @@
+"""Arrays that a person names: a codebook (K, D), or the stages of a residual one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vqserve_server.codebooks.families.checkpoint import Checkpoint
+from vqserve_server.codebooks.families.family import Floats, Reading
+from vqserve_server.codebooks.families.options import Options
+from vqserve_server.codebooks.families.tables import Chain, Stage, residual, single
+from vqserve_server.codebooks.foreign import UNNAMED
+
+_WHY = "some models search by distance, some by cosine, some by dot product"
+
+
+def read(checkpoint: Checkpoint, options: Options) -> Reading:
+    """Return the codebook of the arrays that were named, or of the only one of a file that names none.
+
+    Raises:
+        ForeignCheckpointError: there is no such array, it is no codebook, or nobody said how it is searched.
+    """
+    metric = options.asked_metric(checkpoint, "a bare array", _WHY)
+    decode_normalized = options.asked_decode(checkpoint, "a bare array", metric)
+    keys = options.keys or (UNNAMED,)
+    if options.kind == "rvq" or len(keys) > 1:
+        chain = Chain([Stage(codes) for codes in _stages(checkpoint, keys)])
+        return residual(checkpoint, "bare arrays", [chain], metric, decode_normalized=decode_normalized)
+    hint = ": one of (n_q, K, D) is a residual one with --kind rvq" if len(checkpoint.shape(keys[0])) == 3 else ""
+    codes = checkpoint.floats(keys[0], rank=2, what=f"the codebook must be (K, D){hint}")
+    return single("a bare array", Stage(codes), metric, decode_normalized=decode_normalized)
+
+
+def _stages(checkpoint: Checkpoint, keys: Sequence[str]) -> list[Floats]:
+    if len(keys) == 1 and len(checkpoint.shape(keys[0])) == 3:
+        stages = list(checkpoint.floats(keys[0]))
+        if not stages:
+            raise checkpoint.refusal(f"{keys[0] or 'array'} has no stages")
+        return stages
+    what = "a residual codebook is one array (n_q, K, D), or an array (K, D) for each stage"
+    return [checkpoint.floats(key, rank=2, what=what) for key in keys]

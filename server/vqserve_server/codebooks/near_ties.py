@@ -1,0 +1,132 @@
+"""Indices that differ from ours by no more than float32 can tell.
+
+Libraries search in float32, where two codes that are nearly as close change places by rounding. Ours is the exact
+winner; theirs is excused if, in float64, it loses by less than their arithmetic may have lost on the way: that of the
+search, and of projections and residuals before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from vqserve.layout import channel_axis
+from vqserve_server.quantizers import AbstractQuantizer, Quantizer, ResidualQuantizer
+from vqserve_server.quantizers.dtypes import widen
+from vqserve_server.quantizers.frozen_residual import FrozenPart
+from vqserve_server.quantizers.projections import ProjectedModule, Projection, project
+from vqserve_server.quantizers.residual import ResidualPart
+from vqserve_server.quantizers.rows import layout_of, to_rows
+from vqserve_server.quantizers.scalar import ScalarQuantizer
+from vqserve_server.search import Objective
+
+# What float32 may lose of a sum of products whose parts are of size 1, with room for some hundred terms.
+_LOSS = 2.0**-20
+# Of more differences than these the first ones are looked at: they are no near-ties.
+_MAX_DIFFERENCES = 1 << 14
+
+
+@torch.no_grad()
+def near_ties(quantizer: Quantizer, z: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
+    """Return which of their indices differ from ours and are excused.
+
+    An index of a later stage is excused, too, if the first that differs in its chain is: their residual was another.
+
+    Args:
+        quantizer: whose exact indices are `ours`.
+        z: the latents.
+        ours: int64, as `Quantizer.encode` returns them.
+        theirs: int64 of the same shape, of any value.
+
+    Returns:
+        bool of the same shape.
+    """
+    rows = widen(to_rows(z, quantizer.layout))
+    if not isinstance(quantizer, ResidualQuantizer):
+        differs = torch.nonzero((ours != theirs).reshape(-1))[:_MAX_DIFFERENCES, 0]
+        near = torch.zeros(ours.numel(), dtype=torch.bool)
+        some, noise = rows[differs], rows.new_zeros(len(differs), dtype=torch.float64)
+        near[differs] = _single(quantizer, some, noise, ours.reshape(-1)[differs], theirs.reshape(-1)[differs])
+        return near.reshape(ours.shape)
+    axis = channel_axis(layout_of(ours.ndim, quantizer.layout)) % ours.ndim
+    mine, yours = (to_rows(indices, quantizer.layout) for indices in (ours, theirs))
+    differs = torch.nonzero((mine != yours).any(dim=1))[:_MAX_DIFFERENCES, 0]
+    near = torch.zeros(mine.shape, dtype=torch.bool)
+    for part in quantizer.parts:
+        if isinstance(part, ResidualPart):
+            for place, found in _stages(part, rows[differs], mine[differs], yours[differs]):
+                near[differs, place] = found
+    grid = [length for place, length in enumerate(ours.shape) if place != axis]
+    return near.reshape(*grid, -1).movedim(-1, axis)
+
+
+def _single(quantizer: nn.Module, rows: Tensor, noise: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
+    """Return which indices (n,) of rows (n, C) are excused; `noise` (n,) is how far off theirs may have been."""
+    projection = quantizer.input_projection() if isinstance(quantizer, ProjectedModule) else None
+    z, noise = _projected(rows, noise, projection)
+    if isinstance(quantizer, ScalarQuantizer):
+        return _scalar(quantizer, z, noise, ours, theirs)
+    if not isinstance(quantizer, AbstractQuantizer) or quantizer.used is not None:
+        # A position in a remap may stand for any code outside it.
+        return torch.zeros(len(rows), dtype=torch.bool)
+    problem = quantizer.search_problem()
+    codes, is_code = problem.codes.double(), (theirs >= 0) & (theirs < len(problem.codes))
+    theirs = torch.where(is_code, theirs, 0)
+    winner, other = codes[ours], codes[theirs]
+    z, longest = z.double(), torch.maximum(winner.norm(dim=1), other.norm(dim=1))
+    if problem.objective is Objective.L2:
+        gap = (z - other).square().sum(dim=1) - (z - winner).square().sum(dim=1)
+        # Expanded, as it is computed in float32: squares of the lengths, not of the distance.
+        lost = _LOSS * (z.norm(dim=1) + longest).square() + 2 * noise * (winner - other).norm(dim=1)
+    else:
+        gap = (z * (winner - other)).sum(dim=1)
+        lost = _LOSS * z.norm(dim=1) * longest + noise * (winner - other).norm(dim=1)
+    if problem.bias is not None:
+        bias = problem.bias.double()
+        gap = gap + bias[ours] - bias[theirs]
+        lost = lost + _LOSS * torch.maximum(bias[ours].abs(), bias[theirs].abs())
+    excused: Tensor = is_code & (ours != theirs) & (gap <= lost)
+    return excused
+
+
+def _scalar(quantizer: ScalarQuantizer, z: Tensor, noise: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
+    excused = (ours != theirs) & (theirs >= 0) & (theirs < quantizer.num_codes)
+    for number, channel in enumerate(quantizer.channels()):
+        levels = len(channel.values)
+        there = (theirs // channel.weight) % levels
+        # tanh is flat at the outer levels: there float32 loses more of its argument, the more levels there are.
+        x = z[:, number].double()
+        room = _LOSS * (x.abs() + levels) + noise
+        jumps = torch.from_numpy(channel.boundaries)
+        excused &= torch.searchsorted(jumps, x - room) <= there
+        excused &= there <= torch.searchsorted(jumps, x + room)
+    return excused
+
+
+def _stages(module: ResidualPart, rows: Tensor, ours: Tensor, theirs: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Give the place of every stage, and which of its indices (n,) are excused."""
+    frozen: FrozenPart = module.frozen(torch.device("cpu"), "auto")
+    residual = rows[:, module.part.start : module.part.stop]
+    residual, noise = _projected(residual, rows.new_zeros(len(rows), dtype=torch.float64), frozen.projection)
+    has_parted = follows = torch.zeros(len(rows), dtype=torch.bool)
+    for stage, table, place in zip(module.stages, frozen.stages, module.part.places, strict=True):
+        mine, yours = ours[:, place], theirs[:, place]
+        first = (mine != yours) & ~has_parted
+        follows = follows | (first & _single(stage, residual, noise, mine, yours))
+        has_parted = has_parted | (mine != yours)
+        yield place, follows & (mine != yours)
+        decoded = table.decode_rows(mine)
+        residual = residual - decoded
+        # A row of projected codes is rounded, and so is the difference.
+        noise = noise + _LOSS * decoded.double().norm(dim=1)
+
+
+def _projected(rows: Tensor, noise: Tensor, projection: Projection | None) -> tuple[Tensor, Tensor]:
+    if projection is None:
+        return rows, noise
+    # Frobenius' norm bounds what the projection makes of a length.
+    largest = projection[0].double().norm()
+    noise = largest * (noise + _LOSS * rows.double().norm(dim=1)) + _LOSS * projection[1].double().norm()
+    return project(rows.contiguous(), *projection, grid=rows.shape[:1]), noise
