@@ -168,6 +168,18 @@ def test_more_stages_than_there_are(serving, latents, tokenizer, tmp_path, capsy
 @pytest.mark.parametrize("method", ["encode", "decode"])
 def test_bench(serving, tokenizer, method, capsys):
     target = serving(tokenizer).target
-    arguments = ["bench", "--method", method, "--grid", "2x3", "--warmup", "0.1", "--window", "0.1", "--max-windows", "1"]
+    arguments = [
+        "bench",
+        "--method",
+        method,
+        "--grid",
+        "2x3",
+        "--warmup",
+        "0.1",
+        "--window",
+        "0.1",
+        "--max-windows",
+        "1",
+    ]
     assert main([*arguments, "--target", target, "--layout", "channels_first"]) == 0
     assert "requests/s" in capsys.readouterr().out

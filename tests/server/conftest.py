@@ -35,7 +35,7 @@ class FakeTokenizer:
         self.batches: list[np.ndarray] = []
         self.error: BaseException | None = None
 
-    def encode_rows(self, rows: np.ndarray) -> np.ndarray:
+    def encode_rows(self, rows: np.ndarray, *, num_quantizers: int | None = None) -> np.ndarray:
         self._enter(rows)
         distances = ((rows[:, None, :].astype(np.float64) - self.codes) ** 2).sum(-1)
         return distances.argmin(1)
