@@ -122,6 +122,21 @@ def rate_of(work: Callable[[object], object], rows: np.ndarray) -> float:
     return len(rows) / statistics.median(times)
 
 
+def transports(folder: Path, seconds: float) -> list[str]:
+    """The port and a socket file, by turns."""
+    lines = ["## Transport", "", "| request | by port/s | by socket file/s | ratio |", "|---|---|---|---|"]
+    path = folder / "socket"
+    with Ours(folder, "--unix-socket", str(path)) as ours:
+        for cell in (TINY, *(Cell("vqgan-f16", images, "encode", "fp32") for images in (1, 16, 64))):
+            rates: dict[str, list[float]] = {ours.target: [], f"unix:{path}": []}
+            for _ in range(3):
+                for target, into in rates.items():
+                    into.append(put(target, cell.method, cell.request, Closed(CALLERS), seconds=seconds).requests_per_s)
+            port, file = (statistics.median(values) for values in rates.values())
+            lines.append(f"| {cell.name} | {port:.0f} | {file:.0f} | **{file / port:.2f}** |")
+    return lines
+
+
 def workers(folder: Path, seconds: float) -> list[str]:
     """One to as many workers as there are cores, client processes and connections enough for them."""
     cores = len(os.sched_getaffinity(0))
@@ -207,6 +222,7 @@ def main() -> None:
                 report += ["", *section(ours, options.seconds)]
                 print("\n".join(report[-8:]), flush=True)
         report += ["", *batching(folder, options.seconds, dict(tokenizers))]
+        report += ["", *transports(folder, options.seconds)]
         report += ["", *workers(folder, options.seconds)]
         report += ["", *memory(folder, options.minutes), ""]
     print("\n".join(report))

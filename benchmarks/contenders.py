@@ -25,6 +25,10 @@ PEERS = HERE / "peers"
 WARMUP_S = 0.3
 
 
+class PeerFailed(RuntimeError):
+    """Another project's server did not answer as it should."""
+
+
 class Contender(ABC):
     """A server that answers one cell's requests."""
 
@@ -146,7 +150,7 @@ class Peer(Contender):
         while True:
             try:
                 self.rate(cell, 1, 0.1)
-            except (OSError, RuntimeError, VqserveClientError, EOFError):
+            except PeerFailed:
                 if time.monotonic() > ends or self._process.poll() is not None:
                     self.close()
                     raise
@@ -159,7 +163,10 @@ class Mosec(Peer):
     kind = "mosec"
 
     def rate(self, cell: Cell, concurrency: int, seconds: float) -> float:
-        return measure_http(self._port, bytes(cell.given), concurrency, seconds)
+        try:
+            return measure_http(self._port, bytes(cell.given), concurrency, seconds)
+        except (RuntimeError, OSError, EOFError) as error:
+            raise PeerFailed(str(error)) from None
 
 
 class PyTriton(Peer):
@@ -167,7 +174,10 @@ class PyTriton(Peer):
 
     def rate(self, cell: Cell, concurrency: int, seconds: float) -> float:
         method = "/inference.GRPCInferenceService/ModelInfer"
-        return grpc_rate(f"127.0.0.1:{self._port}", method, self._request(cell), concurrency, seconds)
+        try:
+            return grpc_rate(f"127.0.0.1:{self._port}", method, self._request(cell), concurrency, seconds)
+        except (RuntimeError, VqserveClientError) as error:
+            raise PeerFailed(str(error)) from None
 
     def _request(self, cell: Cell) -> bytes:
         """Triton's ModelInferRequest, made by its own client once."""

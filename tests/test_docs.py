@@ -65,7 +65,8 @@ def test_every_page_can_be_reached_from_the_readme():
             continue
         reached.add(page)
         for link in LINK.findall(prose(page)):
-            target = (page.parent / link.partition("#")[0]).resolve()
+            path = link.partition("#")[0]
+            target = (page.parent / path).resolve() if path else page
             todo += [target / "README.md"] if target.is_dir() else [target] if target.suffix == ".md" else []
     assert [
         page.relative_to(ROOT) for page in PAGES if page.is_relative_to(ROOT / "docs") and page not in reached

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+from pathlib import Path
 
 from vqserve_server.errors import StartError
 
@@ -48,6 +49,27 @@ def reserve(host: str, port: int, *, shared: bool) -> socket.socket:
         reason = "the port is in use" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
         raise StartError(f"cannot listen on {address(host, port)}: {reason}") from None
     return held
+
+
+def check_unix_socket(path: str) -> None:
+    """Find out whether a socket file can be listened on; one that a server has left there is replaced.
+
+    Raises:
+        StartError: says why not.
+    """
+    file = Path(path)
+    if not file.parent.is_dir():
+        raise StartError(f"cannot listen on {path}: there is no folder {file.parent}")
+    if file.exists() and not file.is_socket():
+        raise StartError(f"cannot listen on {path}: there is a file that is no socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return
+        except OSError as error:
+            raise StartError(f"cannot listen on {path}: {error.strerror or error}") from None
+    raise StartError(f"cannot listen on {path}: another process does")
 
 
 def check(host: str, port: int) -> None:

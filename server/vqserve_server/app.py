@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from vqserve_server import logs
-from vqserve_server.address import address, check, is_loopback
+from vqserve_server.address import address, check, check_unix_socket, is_loopback
 from vqserve_server.config import ServeConfig
 from vqserve_server.engine import Engine
 from vqserve_server.errors import StartError
@@ -145,6 +145,8 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
     find_codebooks(sources).check()
     if worker is None:
         check(config.rpc.host, config.rpc.port)
+        if config.rpc.unix_socket:
+            check_unix_socket(config.rpc.unix_socket)
         if not is_loopback(config.rpc.host):
             logger.warning("listening on %s without TLS or tokens: anybody who reaches it can use it", config.rpc.host)
     repository = Repository(sources, device=config.device, search=config.search)

@@ -93,6 +93,7 @@ class RpcConfig:
 
     host: str = _setting("127.0.0.1", "address to listen on", _text)
     port: int = _setting(50051, "port to listen on; 0: a free one, named in the ready line", _integer(0, 65535))
+    unix_socket: str = _setting("", "socket file to listen on beside the port, for callers on this machine", str)
     max_message_bytes: int = _setting(64 * MIB, "bytes of a request or a reply at most", _integer(4096, (1 << 31) - 1))
     max_concurrent_rpcs: int = _setting(
         512, "calls of any kind at once at most, health checks and streams included", _integer(1, 1 << 20)
@@ -189,6 +190,8 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServeConfig
             f"{flag('max_queue_bytes')} ({config.engine.max_queue_bytes}) must hold a request and its reply: "
             f"at least twice {flag('max_message_bytes')} ({config.rpc.max_message_bytes})"
         )
+    if config.rpc.unix_socket and config.workers > 1:
+        raise ConfigError(f"{flag('unix_socket')} goes with one worker: several cannot share a socket file")
     return config
 
 

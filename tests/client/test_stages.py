@@ -100,32 +100,30 @@ def test_requests_of_several_counts_at_once(serving, connect, latents, tokenizer
 
 @pytest.mark.parametrize("call", ["local", "remote"])
 def test_refused(serving, connect, latents, tokenizer, call):
-    with connect(serving(tokenizer).target) if call == "remote" else tokenizer as client:
-        array = latents(4, 6)
-        indices = tokenizer.encode(array)
-        for count in (0, -1, STAGES + 1, 1.0, True, "2"):
-            with pytest.raises((InvalidArgument, InvalidOption), match="num_quantizers must be an integer"):
-                client.encode(array, num_quantizers=count)
-            with pytest.raises((InvalidArgument, InvalidOption), match="num_quantizers must be an integer"):
-                client.decode(indices, num_quantizers=count)
-        with pytest.raises((InvalidArgument, InvalidShape), match="have 2 for a token .*: say num_quantizers"):
-            client.decode(indices[:, :2])
-        with pytest.raises((InvalidArgument, InvalidShape), match="have 2 for a token .*, expected 3 to 5"):
-            client.decode(indices[:, :2], num_quantizers=3)
-        with pytest.raises((InvalidArgument, InvalidShape), match="have 6 for a token"):
-            client.decode(np.zeros((4, 6), np.uint16))
-        with pytest.raises((InvalidArgument, InvalidShape), match="2 to 5 axes, not 1"):
-            client.decode(indices[:, 0])
-        with pytest.raises((InvalidArgument, InvalidOption), match="has stages"):
-            client.decode(indices, output="code_rows")
-        wrong = indices.copy()
-        wrong[3, 1] = 300
-        with pytest.raises((InvalidArgument, ValueError), match=r"indices\[3, 1\] is 300"):
-            client.decode(wrong)
-        # What is not used is not looked at.
-        np.testing.assert_array_equal(
-            client.decode(wrong, num_quantizers=1), tokenizer.decode(indices, num_quantizers=1)
-        )
+    client = connect(serving(tokenizer).target) if call == "remote" else tokenizer
+    array = latents(4, 6)
+    indices = tokenizer.encode(array)
+    for count in (0, -1, STAGES + 1, 1.0, True, "2"):
+        with pytest.raises((InvalidArgument, InvalidOption), match="num_quantizers must be an integer"):
+            client.encode(array, num_quantizers=count)
+        with pytest.raises((InvalidArgument, InvalidOption), match="num_quantizers must be an integer"):
+            client.decode(indices, num_quantizers=count)
+    with pytest.raises((InvalidArgument, InvalidShape), match=r"have 2 for a token .*: say num_quantizers"):
+        client.decode(indices[:, :2])
+    with pytest.raises((InvalidArgument, InvalidShape), match=r"have 2 for a token .*, expected 3 to 5"):
+        client.decode(indices[:, :2], num_quantizers=3)
+    with pytest.raises((InvalidArgument, InvalidShape), match="have 6 for a token"):
+        client.decode(np.zeros((4, 6), np.uint16))
+    with pytest.raises((InvalidArgument, InvalidShape), match="2 to 5 axes, not 1"):
+        client.decode(indices[:, 0])
+    with pytest.raises((InvalidArgument, InvalidOption), match="has stages"):
+        client.decode(indices, output="code_rows")
+    wrong = indices.copy()
+    wrong[3, 1] = 300
+    with pytest.raises((InvalidArgument, ValueError), match=r"indices\[3, 1\] is 300"):
+        client.decode(wrong)
+    # What is not used is not looked at.
+    np.testing.assert_array_equal(client.decode(wrong, num_quantizers=1), tokenizer.decode(indices, num_quantizers=1))
 
 
 def test_overflow_names_the_token(serving, connect, tokenizer):

@@ -136,6 +136,39 @@ def test_two_servers_on_one_port(serving: Callable[..., Any], run_vqserved: Call
     assert_fails(run_vqserved("serve", folder, "--port", port), f"cannot listen on {target}: the port is in use")
 
 
+def test_a_socket_file_beside_the_port(vqserved: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "vqserve.sock"
+    # What a server that was killed has left there.
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    daemon = vqserved(folder / "small.safetensors", "--device", "cpu", "--unix-socket", path)
+    latents = np.random.default_rng(0).standard_normal((7, 4), np.float32)
+    with Client(daemon.target) as by_port, Client(f"unix:{path}") as by_file:
+        np.testing.assert_array_equal(by_file.encode(latents), by_port.encode(latents))
+    assert daemon.stop(signal.SIGTERM)[0] == 0
+
+
+def test_socket_files_that_cannot_be(
+    vqserved: Callable[..., Any], run_vqserved: Callable[..., Any], folder: Path, tmp_path: Path
+) -> None:
+    taken = tmp_path / "taken.sock"
+    vqserved(folder / "small.safetensors", "--device", "cpu", "--unix-socket", taken)
+    plain = tmp_path / "plain"
+    plain.write_text("precious")
+    for path, reason in (
+        (taken, "another process does"),
+        (plain, "there is a file that is no socket"),
+        (tmp_path / "nowhere" / "x.sock", "there is no folder"),
+        (tmp_path / ("x" * 120), "path too long"),
+    ):
+        assert_fails(run_vqserved("serve", folder, "--port", "0", "--unix-socket", path), reason)
+    assert plain.read_text() == "precious"
+    assert_fails(
+        run_vqserved("serve", folder, "--port", "0", "--unix-socket", tmp_path / "x", "--workers", "2"),
+        "--unix-socket goes with one worker",
+    )
+
+
 def test_grpc_itself_refuses_a_port_in_use(serving: Callable[..., Any], folder: Path) -> None:
     tokenizer = Tokenizer.load(folder / "small.safetensors", device="cpu")
     port = int(serving(tokenizer).target.rpartition(":")[2])
@@ -280,7 +313,7 @@ class Stubborn:
         name="stubborn", digest="", kind="vq", num_codes=2, vocab_size=2, input_dim=1, code_dim=1, output_dim=1
     )
 
-    def encode_rows(self, rows, num_quantizers=None):
+    def encode_rows(self, rows, **_):
         sys.stdout.write("computing\\n")
         sys.stdout.flush()
         if rows[0, 0] == 2:

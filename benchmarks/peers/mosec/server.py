@@ -30,7 +30,7 @@ class Tokenize(Worker):
 
 
 if __name__ == "__main__":
-    sys.argv += ["--port", str(PORT), "--address", "127.0.0.1", "--log-level", "error"]
+    sys.argv += ["--port", str(PORT), "--address", "127.0.0.1", "--log-level", "error", "--timeout", "120000"]
     server = Server()
-    server.append_worker(Tokenize, num=1, max_batch_size=16, max_wait_time=1)
+    server.append_worker(Tokenize, num=1, max_batch_size=16, max_wait_time=1, timeout=120)
     server.run()

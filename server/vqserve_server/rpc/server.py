@@ -40,6 +40,8 @@ class RpcServer:
         Raises:
             RuntimeError: the address cannot be bound.
         """
+        if self._config.unix_socket:
+            self._server.add_insecure_port(f"unix:{self._config.unix_socket}")
         port = self._server.add_insecure_port(address(self._config.host, self._config.port))
         self._health.set_serving(True)
         await self._server.start()

@@ -167,7 +167,7 @@ def test_a_request_that_only_the_weights_show_to_be_bad_fails_alone(
     tokenizer = fake()
     plain = tokenizer.encode_rows
 
-    def refuse_large(rows: np.ndarray) -> np.ndarray:
+    def refuse_large(rows: np.ndarray, **_: Any) -> np.ndarray:
         if rows.max() > 100:
             raise NonFiniteLatents("a projection overflows")
         return plain(rows)
@@ -258,7 +258,7 @@ def test_rows_that_cannot_be_copied_fail_their_batch(
 
 def test_results_of_another_length_are_not_handed_out(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
     tokenizer = fake()
-    tokenizer.encode_rows = lambda rows: np.zeros(len(rows) + 1, np.int64)
+    tokenizer.encode_rows = lambda rows, **_: np.zeros(len(rows) + 1, np.int64)
     (job,) = submit(start(tokenizer), encode_job(tokenizer, 3))
     with pytest.raises(BatchFailed):
         JOBS.result(job)
