@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -151,6 +152,8 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
             logger.warning("listening on %s without TLS or tokens: anybody who reaches it can use it", config.rpc.host)
     repository = Repository(sources, device=config.device, search=config.search)
     repository.load()
+    # What there is now stays: a collection after a swap need not look at it.
+    gc.freeze()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         code = runner.run(serve(repository, config, worker=worker))
     if code:

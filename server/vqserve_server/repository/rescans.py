@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from vqserve_server.repository.memory import give_back
 from vqserve_server.repository.repository import Repository
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Rescans:
             try:
                 tally = await asyncio.to_thread(self._repository.rescan)
                 self._on_done()
+                await asyncio.to_thread(give_back)
             except Exception:
                 # What was live stays so.
                 logger.exception("the rescan failed")
