@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 PROTO  := vqserve/v1/tokenizer.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-search coverage bench bench-behaviour bench-search check format proto lock image clean
+.PHONY: help setup demo serve test test-search soak coverage bench bench-behaviour bench-search check format proto lock image clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -33,6 +33,10 @@ test: $(VENV)/.installed  ## run all tests
 ROWS ?= 10000000
 test-search: $(VENV)/.installed  ## compare every search backend with an oracle on ROWS rows
 	$(BIN)/python -m pytest tests/server/search/test_many_rows.py --search-rows $(ROWS) --timeout 0
+
+SOAK_SECONDS ?= 600
+soak: $(VENV)/.installed  ## swap codebooks under load for SOAK_SECONDS, one a second
+	$(BIN)/python -m pytest tests/server/repository/test_soak.py --soak-seconds $(SOAK_SECONDS) --timeout 0
 
 # The science: what these lines do not reach cannot be trusted to compute what docs/quantizers.md says.
 coverage: $(VENV)/.installed  ## tests of the server; fails below 95 % of the quantizers' and codebooks' lines

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add how much the large tests do."""
     parser.addoption("--search-rows", type=int, default=100_000, help="rows of the exactness test, all shapes together")
+    parser.addoption("--soak-seconds", type=float, default=4.0, help="how long codebooks are swapped under load")
     parser.addoption("--wire-cases", type=int, default=100_000, help="messages of the test of the wire's codec")
 
 
@@ -90,11 +92,44 @@ class Daemon:
     ready_line: str
     target: str
 
+    def rescan(self, workers: int = 1) -> list[str]:
+        """Have it look at its files again, and return what it said until that was done, by all of its workers."""
+        assert self.process.stderr is not None
+        self.process.send_signal(signal.SIGHUP)
+        lines: list[str] = []
+        while sum(": rescanned in " in line for line in lines) < workers:
+            line = self.process.stderr.readline()
+            if not line:
+                pytest.fail(f"the daemon has ended: {''.join(lines)}")
+            lines.append(line)
+        return lines
+
     def stop(self, signal_number: int) -> tuple[int, str]:
         """Send a signal, wait for the end, and return the exit code and the log."""
         self.process.send_signal(signal_number)
         _, log = self.process.communicate()
         return self.process.returncode, log
+
+
+@pytest.fixture
+def put() -> Callable[..., Any]:
+    """Write a codebook as `vqserved import` would, and load it here: put(path, seed=0, num_codes=40, dim=4)."""
+
+    def write(path: Path, *, seed: int = 0, num_codes: int = 40, dim: int = 4) -> Any:
+        import torch  # noqa: PLC0415
+
+        from vqserve_server.codebooks import save_codebook  # noqa: PLC0415
+        from vqserve_server.quantizers import VectorQuantizer  # noqa: PLC0415
+        from vqserve_server.tokenizer import Tokenizer  # noqa: PLC0415
+
+        quantizer = VectorQuantizer(num_codes, dim)
+        codes = torch.randn(num_codes, dim, generator=torch.Generator().manual_seed(seed))
+        quantizer.load_state_dict({"embedding.weight": codes})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_codebook(quantizer, path)
+        return Tokenizer.load(path, device="cpu")
+
+    return write
 
 
 def daemon_environment(**extra: str) -> dict[str, str]:

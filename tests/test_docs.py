@@ -165,7 +165,7 @@ def test_the_readme_s_commands(serving, tmp_path, monkeypatch):
     server = None
     for line in commands("README.md"):
         if line[1] == "serve":
-            books = [Tokenizer.load(path, device="cpu") for path in find_codebooks(line[2:]).values()]
+            books = [Tokenizer.load(path, device="cpu") for path in find_codebooks(line[2:]).files.values()]
             server = serving(*books)
             monkeypatch.setenv("VQSERVE_TARGET", server.target)
         else:
@@ -186,7 +186,7 @@ def test_the_commands_that_make_codebooks(page, tmp_path, monkeypatch):
         torch.save({"state_dict": {f"{prefix}embedding.weight": torch.from_numpy(codes)}}, f"{name}.ckpt")
     for line in commands(page):
         if line[1] == "serve":
-            assert find_codebooks(line[2:])
+            assert find_codebooks(line[2:]).files
         else:
             quick = ["--steps=1", "--init=sample"] if line[1] == "train" else []
             assert COMMANDS[line[0]]([*line[1:], *quick]) == 0

@@ -82,12 +82,12 @@ class ListPart:
 
 
 def choose(codebooks: Sequence[CodebookInfo], name: str | None, *, target: str) -> CodebookInfo:
-    """Return the codebook of that name; without a name, the only one.
+    """Return the codebook of that name; without a name, the only one, of several versions the latest.
 
     Raises:
         CodebookNotFound: if there is none, or several and no name; the text lists what there is.
     """
-    chosen = [info for info in codebooks if name is None or info.name == name]
+    chosen = [info for info in codebooks if (not info.is_version if name is None else info.name == name)]
     if len(chosen) == 1:
         return chosen[0]
     served = ", ".join(info.name for info in codebooks) or "nothing"

@@ -136,5 +136,5 @@ class Core:
             try:
                 return pin.choose(self._catalogue, remembered=True)
             except (CodebookNotFound, DigestMismatch):
-                pin.refreshed = True
+                pin.refresh()
         return pin.choose((yield from self._listed(exchange)))

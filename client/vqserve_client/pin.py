@@ -8,6 +8,10 @@ from vqserve.codebook_info import CodebookInfo
 from vqserve_client.catalogue import choose
 from vqserve_client.errors import CodebookNotFound, DigestChanged, DigestMismatch, VqserveClientError
 
+# How often a call that has no answer yet follows a server that replaces its codebook. On a busy machine it may be
+# replaced several times between the list and the request.
+_MOST_REFRESHES = 10
+
 
 class WrongDigest(Exception):
     """A reply was made by another codebook than the one that was asked for: the pin decides what that means."""
@@ -21,17 +25,26 @@ class Pin:
 
     Attributes:
         info: the codebook; None until the list was seen, and again when it proves out of date.
-        refreshed: whether the list had to be asked for anew.
     """
 
     def __init__(self, codebook: str | None, digest: str | None, *, target: str) -> None:
         self.info: CodebookInfo | None = None
-        self.refreshed = False
+        self._refreshes = 0
         self._codebook = codebook
         self._digest = digest
         self._target = target
         self._answered = False
         self._remembered = False
+
+    @property
+    def refreshed(self) -> bool:
+        """Return whether the list has to be asked for anew, or had to be."""
+        return self._refreshes > 0
+
+    def refresh(self) -> None:
+        """Let the list be asked for anew."""
+        self._refreshes += 1
+        self.info = None
 
     def choose(self, codebooks: Sequence[CodebookInfo], *, remembered: bool = False) -> CodebookInfo:
         """Pin the codebook that was asked for, unless another item of the call was quicker.
@@ -60,8 +73,7 @@ class Pin:
         """Return whether the codebook may be chosen anew, because it was remembered and has not answered yet."""
         if not self._remembered or self._answered or self.refreshed:
             return False
-        self.refreshed = True
-        self.info = None
+        self.refresh()
         return True
 
     def claim(self, info: CodebookInfo, digest: str) -> None:
@@ -78,9 +90,10 @@ class Pin:
         """Return if the request that failed may be made anew with whatever `choose` pins next; else raise why not."""
         if self.info is not info:
             return
-        if not self._answered and not self.refreshed:
-            self.refreshed = True
-            self.info = None
+        # A server that answers with another digest than it lists will not mend its ways.
+        most = 1 if isinstance(error, WrongDigest) else _MOST_REFRESHES
+        if not self._answered and self._refreshes < most:
+            self.refresh()
             return
         if isinstance(error, CodebookNotFound):
             raise error

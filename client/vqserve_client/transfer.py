@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from vqserve_client.arrays import Array, given_indices, given_latents, latent_st
 from vqserve_client.catalogue import choose
 from vqserve_client.chunking import Cut, latents_cut, plan
 from vqserve_client.client import Client
-from vqserve_client.errors import InvalidArgument
+from vqserve_client.errors import DigestChanged, DigestMismatch, InvalidArgument
 from vqserve_client.npy import check_output, new_array, open_array
 
 # Small enough that several pieces are under way on both sides at little cost, large enough that calls cost nothing.
@@ -67,9 +68,10 @@ def encode_file(client: Client, task: Task, progress: Progress) -> None:
             array, ((_indices_cut(cut, layout, stages), latents_cut(cut, layout)) for cut in cuts), pending
         )
         options: dict[str, Any] = {"codebook": info.name, "digest": info.digest, "num_quantizers": stages}
-        for indices in client.encode_many(pieces, layout=layout, **options):
-            out[pending.popleft()] = indices
-            done(indices.size // (stages or 1))
+        with _one_codebook(task, info):
+            for indices in client.encode_many(pieces, layout=layout, **options):
+                out[pending.popleft()] = indices
+                done(indices.size // (stages or 1))
 
 
 def decode_file(client: Client, task: Task, progress: Progress) -> None:
@@ -97,9 +99,11 @@ def decode_file(client: Client, task: Task, progress: Progress) -> None:
             array, ((latents_cut(cut, layout), _indices_cut(cut, layout, stages)) for cut in cuts), pending
         )
         options: dict[str, Any] = {"codebook": info.name, "digest": info.digest, "num_quantizers": stages}
-        for latents in client.decode_many(pieces, layout=layout, dtype=task.dtype, output=task.output, **options):
-            out[pending.popleft()] = latents
-            done(latents.size // width)
+        options |= {"dtype": task.dtype, "output": task.output}
+        with _one_codebook(task, info):
+            for latents in client.decode_many(pieces, layout=layout, **options):
+                out[pending.popleft()] = latents
+                done(latents.size // width)
 
 
 def _pieces(array: Array, cuts: Iterator[tuple[Cut, Cut]], pending: deque[Cut]) -> Iterator[Array]:
@@ -125,6 +129,22 @@ def _info(client: Client, task: Task) -> CodebookInfo:
     """Return the codebook; its digest is pinned for every piece, so that a file never mixes two."""
     info = choose(client.codebooks(), task.codebook, target=client.target)
     return info if task.digest is None else replace(info, digest=task.digest)
+
+
+@contextlib.contextmanager
+def _one_codebook(task: Task, info: CodebookInfo) -> Iterator[None]:
+    """Have the error tell that the codebook was replaced, where it was not the user who pinned its digest."""
+    try:
+        yield
+    except DigestMismatch as error:
+        if task.digest is not None:
+            raise
+        raise DigestChanged(
+            f"the codebook no longer has digest {info.digest}",
+            target=error.target,
+            codebook=info.name,
+            request_id=error.request_id,
+        ) from error
 
 
 def _layout(rank: int, task: Task, info: CodebookInfo) -> Layout:

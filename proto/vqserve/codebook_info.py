@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 from vqserve.layout import Layout
 
+# What comes between a codebook's name and the number of one of its versions: "book@3".
+VERSION_MARK = "@"
+
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookInfo:
     """One codebook as it is served.
 
     Attributes:
-        name: the name that requests use.
+        name: the name that requests use: of a version "book@3", and "book" of the latest.
         digest: lower-case hexadecimal SHA-256 over all that encode and decode read.
         kind: "vq", "ema", "gumbel", "vq_projection", "cosine", "dot", "rvq", "fsq" or "lfq".
         num_codes: K, rows of the codebook (of each stage, if there are several).
@@ -34,6 +37,11 @@ class CodebookInfo:
     output_dim: int
     num_quantizers: int = 1
     layout: Layout | None = None
+
+    @property
+    def is_version(self) -> bool:
+        """Whether the name is that of a given version."""
+        return VERSION_MARK in self.name
 
     @property
     def has_stages(self) -> bool:

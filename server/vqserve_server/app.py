@@ -3,52 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-
-import numpy as np
 
 from vqserve_server import logs
 from vqserve_server.address import address, check, check_unix_socket, is_loopback
-from vqserve_server.codebooks import load_codebook
 from vqserve_server.config import ServeConfig
 from vqserve_server.engine import Engine
 from vqserve_server.errors import StartError
+from vqserve_server.repository import Repository, Rescans
 from vqserve_server.rpc import RpcServer
 from vqserve_server.sources import find_codebooks
 from vqserve_server.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-def load_tokenizers(codebooks: dict[str, Path], config: ServeConfig) -> list[Tokenizer]:
-    """Return the tokenizers, warm: each has encoded and decoded once.
-
-    Raises:
-        VqserveError: a file cannot be served.
-    """
-    tokenizers = []
-    for name, path in codebooks.items():
-        quantizer = load_codebook(path).quantizer
-        tokenizer = Tokenizer(quantizer, name=name, device=config.device, search=config.search)
-        tokenizer.encode_rows(np.ones((1, tokenizer.info.input_dim), np.float32))
-        indices = (1, tokenizer.info.num_quantizers) if tokenizer.info.has_stages else 1
-        tokenizer.decode_rows(np.zeros(indices, np.int64), output="latents")
-        logger.info("codebook %s", _line(tokenizer))
-        tokenizers.append(tokenizer)
-    return tokenizers
-
-
-def _line(tokenizer: Tokenizer) -> str:
-    info = tokenizer.info
-    return (
-        f"{info.name}: {info.kind}, {info.num_codes} x {info.code_dim}, search {tokenizer.search} on "
-        f"{tokenizer.device}, digest {info.digest[:12]}"
-    )
 
 
 class App:
@@ -88,6 +60,11 @@ class App:
             raise StartError(f"cannot listen on {address(rpc.host, rpc.port)}") from None
         return port
 
+    def swap(self, tokenizers: Sequence[Tokenizer]) -> None:
+        """Serve these from now on: every request gets what was live when it came, whole."""
+        self.engine.swap(tokenizers)
+        self._rpc.follow()
+
     async def stop(self) -> bool:
         """Take no more requests, answer those inside, and stop; return whether all were answered in time."""
         deadline = self._loop.time() + self._config.drain_seconds
@@ -107,9 +84,13 @@ class App:
         self._loop.call_soon_threadsafe(tell)
 
 
-async def serve(tokenizers: Sequence[Tokenizer], config: ServeConfig, *, worker: int | None = None) -> int:
-    """Serve until a signal says to stop or the device is lost; return the exit code."""
-    app = App(tokenizers, config, shares_port=worker is not None)
+async def serve(repository: Repository, config: ServeConfig, *, worker: int | None = None) -> int:
+    """Serve until a signal says to stop or the device is lost; return the exit code.
+
+    SIGHUP has the repository rescanned; until it is awaited here it may be blocked, and then is not lost.
+    """
+    app = App(repository.tokenizers, config, shares_port=worker is not None)
+    rescans = Rescans(repository, lambda: app.swap(repository.tokenizers))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -120,13 +101,19 @@ async def serve(tokenizers: Sequence[Tokenizer], config: ServeConfig, *, worker:
         logger.info("%s: stopping", signal.Signals(number).name)
         stop.set()
 
+    def on_hangup() -> None:
+        if not stop.is_set():
+            rescans.ask()
+
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+    loop.add_signal_handler(signal.SIGHUP, on_hangup)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     if worker is not None:
         # The parent's end of the pipe closes when the parent is gone.
         loop.add_reader(sys.stdin.fileno(), stop.set)
     port = await app.start()
-    _announce(tokenizers, config.rpc.host, port)
+    _announce(repository.tokenizers, config.rpc.host, port)
     done, pending = await asyncio.wait(
         [asyncio.create_task(stop.wait()), asyncio.create_task(app.broken.wait())],
         return_when=asyncio.FIRST_COMPLETED,
@@ -138,6 +125,7 @@ async def serve(tokenizers: Sequence[Tokenizer], config: ServeConfig, *, worker:
     code = 1 if app.broken.is_set() else 0
     if not in_time:
         logger.warning("not all requests were answered within --drain-seconds %g", config.drain_seconds)
+    if not in_time or rescans.is_busy:
         # A thread that computes cannot be stopped, and the interpreter's own end may trip over it.
         _exit_now(code)
     return code
@@ -155,16 +143,19 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
         VqserveError: the daemon cannot start.
     """
     logs.set_up(config.log_level, worker=worker)
-    codebooks = find_codebooks(sources)
+    find_codebooks(sources).check()
     if worker is None:
         check(config.rpc.host, config.rpc.port)
         if config.rpc.unix_socket:
             check_unix_socket(config.rpc.unix_socket)
         if not is_loopback(config.rpc.host):
             logger.warning("listening on %s without TLS or tokens: anybody who reaches it can use it", config.rpc.host)
-    tokenizers = load_tokenizers(codebooks, config)
+    repository = Repository(sources, device=config.device, search=config.search)
+    repository.load()
+    # What there is now stays: a collection after a swap need not look at it.
+    gc.freeze()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        code = runner.run(serve(tokenizers, config, worker=worker))
+        code = runner.run(serve(repository, config, worker=worker))
     if code:
         raise StartError("the device failed; the log has the reason")
     return code

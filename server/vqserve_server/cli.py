@@ -54,7 +54,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         "sources",
         nargs="*",
         metavar="PATH | NAME=PATH",
-        help="codebook files, or folders of them; none: the demo codebook",
+        help="codebook files, or folders of them and of their versions; none: the demo codebook",
     )
     settings.add_flags(serve)
     serve.set_defaults(run=_serve)
@@ -70,7 +70,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 def _serve(args: argparse.Namespace) -> int:
     config = settings.resolve(vars(args), os.environ)
     worker = os.environ.get(workers.WORKER_VARIABLE)
-    with _ended_by_sigterm():
+    with _ended_by_sigterm(), _hangups_kept():
         if worker is None and config.workers > 1:
             return workers.run(args.sources, config)
         from vqserve_server import app  # noqa: PLC0415
@@ -89,6 +89,19 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _hangups_kept() -> Iterator[None]:
+    # Its default is to end the process. Blocked, it waits until whoever serves can act on it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        # Nobody came to serve: what waits is dropped, or it would end the process before it has said why.
+        handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGHUP, handler)
 
 
 def _complain(text: str) -> int:

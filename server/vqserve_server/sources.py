@@ -1,66 +1,191 @@
-"""What the daemon is told to serve: files, folders of them, names."""
+"""What the daemon is told to serve: files, folders of them and of their versions, names."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from vqserve.codebook_info import VERSION_MARK
 from vqserve_server.codebook_path import SUFFIX
 from vqserve_server.errors import StartError
 
 DEMO_NAME = "demo"
 DEMO_PATH = Path(__file__).parent / "assets" / "demo.safetensors"
-_NAME = re.compile(r"[\w.+-]{1,128}")
+_NAME = re.compile(r"[\w+-][\w.+-]{0,127}")
+# 03 would be a second name of 3.
+_VERSION = re.compile(r"[1-9][0-9]{0,17}", re.ASCII)
 
 
-def find_codebooks(sources: Sequence[str]) -> dict[str, Path]:
-    """Return the codebook files to serve by name, in the order given; a folder's in name order.
+@dataclass(frozen=True)
+class Problem:
+    """Something that is there but is not served.
+
+    Attributes:
+        text: which, and why.
+        paths: what is served from there already, or from below, may stay.
+        is_fatal: whether the daemon should not start with it.
+    """
+
+    text: str
+    paths: tuple[Path, ...] = ()
+    is_fatal: bool = True
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the sources hold at the moment.
+
+    Attributes:
+        files: codebook files by the name to serve them under, a version's "book@3"; in the order of the sources, a
+            folder's in name order, versions ascending.
+        problems: what cannot be served.
+    """
+
+    files: dict[str, Path] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Refuse to start where a codebook would be missing.
+
+        Raises:
+            StartError: nothing is there, a folder cannot be read, a name is none or given twice, or a link leads out of
+                a folder.
+        """
+        for problem in self.problems:
+            if problem.is_fatal:
+                raise StartError(problem.text)
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """A file, or a folder of versions, that is to be served under a name."""
+
+    name: str
+    path: Path
+    files: dict[str, Path]
+
+
+def find_codebooks(sources: Sequence[str]) -> Found:
+    """Return the codebook files to serve.
 
     Args:
-        sources: paths of files or folders, or NAME=FILE; none: the demo codebook.
-
-    Raises:
-        StartError: nothing is there, a folder cannot be read, or two have one name.
+        sources: paths of files or folders, or NAME=FILE; none: the demo codebook. A folder holds files
+            (`book.safetensors`) and folders of versions (`book/3.safetensors`); what begins with a dot is passed over.
     """
-    found: dict[str, Path] = {}
-    for name, path in _named_paths(sources):
-        if not _NAME.fullmatch(name):
-            raise StartError(f"{name!r} is no name for a codebook: use letters, digits and . _ + - (NAME=PATH)")
-        if name in found:
-            raise StartError(f"two codebooks are named {name!r}: {found[name]} and {path}; name one (NAME=PATH)")
-        found[name] = path
+    found = Found()
+    claims: dict[str, list[_Claim]] = {}
+    for source in sources or (f"{DEMO_NAME}={DEMO_PATH}",):
+        for one in _look(source):
+            if isinstance(one, Problem):
+                found.problems.append(one)
+            elif not _NAME.fullmatch(one.name):
+                text = f"{one.name!r} is no name for a codebook: use letters, digits and . _ + - (NAME=PATH)"
+                found.problems.append(Problem(f"{one.path}: {text}", (one.path,)))
+            else:
+                claims.setdefault(one.name, []).append(one)
+    for name, claimants in claims.items():
+        if len(claimants) == 1:
+            found.files.update(claimants[0].files)
+            continue
+        paths = tuple(claim.path for claim in claimants)
+        text = f"two codebooks are named {name!r}: {paths[0]} and {paths[1]}; name one (NAME=PATH)"
+        found.problems.append(Problem(text, paths))
     return found
 
 
-def _named_paths(sources: Sequence[str]) -> list[tuple[str, Path]]:
-    if not sources:
-        return [(DEMO_NAME, DEMO_PATH)]
-    pairs = []
-    for source in sources:
-        name, equals, path_text = source.partition("=")
-        if not equals or Path(source).exists():
-            name, path_text = "", source
-        path = Path(path_text)
-        if not path.exists():
-            raise StartError(f"no such file or folder: {path}")
-        if not path.is_dir():
-            pairs.append((name or path.stem, path))
-            continue
-        if name:
-            raise StartError(f"{path} is a folder: a name goes with a file")
-        files = _codebook_files(path)
-        if not files:
-            raise StartError(f"no *{SUFFIX} file in {path}")
-        pairs += [(file.stem, file) for file in files]
-    return pairs
-
-
-def _codebook_files(folder: Path) -> list[Path]:
-    # Not glob, to which a folder that may not be read is an empty one: a mounted folder often belongs to somebody else.
+def _look(source: str) -> Iterator[_Claim | Problem]:
+    name, equals, path_text = source.partition("=")
+    if not equals or os.path.lexists(source):
+        name, path_text = "", source
+    path = Path(path_text)
     try:
-        return sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIX))
-    except PermissionError as error:
-        hint = f"{error.strerror}; let it (chmod a+rX), or serve as another user"
-        raise StartError(f"user {os.geteuid()} cannot read the folder {folder}: {hint}") from None
+        if path.is_dir():
+            if name:
+                yield Problem(f"{path} is a folder: a name goes with a file", (path,))
+            else:
+                yield from _look_into(path)
+        elif path.exists():
+            name = name or path.stem
+            yield _Claim(name, path, {name: path})
+        else:
+            yield Problem(f"no such file or folder: {path}", (path,))
+    except OSError as error:
+        yield _unreadable(path, error)
+
+
+def _look_into(folder: Path) -> Iterator[_Claim | Problem]:
+    try:
+        children = _listed(folder)
+    except OSError as error:
+        yield _unreadable(folder, error)
+        return
+    root = folder.resolve()
+    is_empty = True
+    for child in children:
+        for one in _look_at(child, root):
+            is_empty = is_empty and isinstance(one, Problem) and not one.is_fatal
+            yield one
+    if is_empty:
+        yield Problem(f"no *{SUFFIX} file in {folder}")
+
+
+def _look_at(child: Path, root: Path) -> Iterator[_Claim | Problem]:
+    is_folder = child.is_dir()
+    if not is_folder and not child.name.endswith(SUFFIX):
+        return
+    if not _is_inside(child, root):
+        yield _led_out(child)
+    elif is_folder:
+        yield from _versions(child, root)
+    else:
+        yield _Claim(child.stem, child, {child.stem: child})
+
+
+def _versions(folder: Path, root: Path) -> Iterator[_Claim | Problem]:
+    try:
+        children = _listed(folder)
+    except OSError as error:
+        # Many a volume has a lost+found that nobody but root may list.
+        yield _unreadable(folder, error, is_fatal=False)
+        return
+    files: dict[int, Path] = {}
+    for child in children:
+        if not child.name.endswith(SUFFIX):
+            continue
+        if not _VERSION.fullmatch(child.stem):
+            text = f"{child} is passed over: a version's name is its number, as in 3{SUFFIX}, without zeros before it"
+            yield Problem(text, (child,), is_fatal=False)
+        elif not _is_inside(child, root):
+            yield _led_out(child)
+        else:
+            files[int(child.stem)] = child
+    if files:
+        name = folder.name
+        yield _Claim(name, folder, {f"{name}{VERSION_MARK}{version}": files[version] for version in sorted(files)})
+
+
+def _listed(folder: Path) -> list[Path]:
+    # Not glob, to which a folder that may not be read is an empty one: a mounted folder often belongs to somebody else.
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _is_inside(path: Path, root: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(root)
+    except (OSError, RuntimeError):
+        # A link in a circle leads nowhere.
+        return False
+
+
+def _led_out(path: Path) -> Problem:
+    return Problem(f"{path} is a link out of its folder: put the file itself there, or name it (NAME=PATH)", (path,))
+
+
+def _unreadable(path: Path, error: OSError, *, is_fatal: bool = True) -> Problem:
+    what = "the folder " if path.is_dir() else ""
+    hint = "; let it (chmod a+rX), or serve as another user" if isinstance(error, PermissionError) else ""
+    text = f"user {os.geteuid()} cannot read {what}{path}: {error.strerror or error}{hint}"
+    return Problem(text, (path,), is_fatal=is_fatal)

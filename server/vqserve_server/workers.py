@@ -7,6 +7,7 @@ thread and health; a client stays with one of them for as long as its connection
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -74,6 +75,8 @@ class Workers:
         self._config = config
         self._port = port
         self._processes: dict[int, asyncio.subprocess.Process] = {}
+        self._ready: set[int] = set()
+        self._rescans = 0
         self._stopping = asyncio.Event()
         self._keepers: list[asyncio.Task[int]] = []
 
@@ -106,6 +109,14 @@ class Workers:
         for process in self._processes.values():
             process.send_signal(number)
 
+    def rescan(self) -> None:
+        """Have all look at their codebook files again; one that is starting, when it is ready."""
+        self._rescans += 1
+        for number in self._ready:
+            # One that has just died is started again, and looks for itself.
+            with contextlib.suppress(ProcessLookupError):
+                self._processes[number].send_signal(signal.SIGHUP)
+
     async def _keep(self, number: int, first_line: asyncio.Future[str]) -> int:
         """Run one worker again and again until all stop; return its last exit code."""
         back_off = BackOff()
@@ -126,6 +137,7 @@ class Workers:
             return code
 
     async def _run(self, number: int, first_line: asyncio.Future[str]) -> int:
+        rescans = self._rescans
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -145,9 +157,14 @@ class Workers:
         line = (await process.stdout.readline()).decode() if process.stdout is not None else ""
         if line:
             logger.info("worker %d is ready (process %d)", number, process.pid)
+            self._ready.add(number)
+            if self._rescans != rescans:
+                # It may have looked before the change that it was to see; before now the signal would have ended it.
+                process.send_signal(signal.SIGHUP)
             if not first_line.done():
                 first_line.set_result(line)
         code = await process.wait()
+        self._ready.discard(number)
         del self._processes[number]
         return code
 
@@ -170,6 +187,8 @@ async def serve(sources: Sequence[str], config: ServeConfig, port: int) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+    loop.add_signal_handler(signal.SIGHUP, workers.rescan)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     starting = asyncio.create_task(workers.start())
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -190,7 +209,7 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     """
     logs.set_up(config.log_level)
     # What no worker could serve is told once, and by the parent.
-    find_codebooks(sources)
+    find_codebooks(sources).check()
     host, port = config.rpc.host, config.rpc.port
     reserve(host, port, shared=False).close()
     if not is_loopback(host):

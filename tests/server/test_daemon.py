@@ -222,7 +222,7 @@ def test_a_folder_that_this_user_may_not_list_is_not_called_empty(
 def test_an_unforeseen_error_is_one_line_too(
     run_here: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "load_tokenizers", lambda codebooks, config: 1 / 0)
+    monkeypatch.setattr(app.Repository, "load", lambda self: 1 / 0)
     assert_fails(run_here("serve", str(folder), "--port", "0"), "ZeroDivisionError: division by zero")
 
 
@@ -267,10 +267,10 @@ def test_help_needs_no_torch(arguments: list[str]) -> None:
 def test_a_host_beyond_loopback_is_warned_of(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, run_here: Callable[..., Any]
 ) -> None:
-    def refuse(codebooks: Any, config: Any) -> Any:
+    def refuse(self: app.Repository) -> None:
         raise StartError("enough")
 
-    monkeypatch.setattr(app, "load_tokenizers", refuse)
+    monkeypatch.setattr(app.Repository, "load", refuse)
     run_here("serve", str(folder), "--port", "0")
     assert "without TLS" not in caplog.text
     monkeypatch.setattr(app, "check", lambda host, port: None)
@@ -287,12 +287,12 @@ def test_the_port_is_free_until_the_codebooks_are_loaded(monkeypatch: pytest.Mon
         port = taken.getsockname()[1]
     seen: list[int] = []
 
-    def load(codebooks: Any, config: Any) -> Any:
+    def load(self: app.Repository) -> None:
         with socket.socket() as probe:
             seen.append(probe.connect_ex(("127.0.0.1", port)))
         raise StartError("enough")
 
-    monkeypatch.setattr(app, "load_tokenizers", load)
+    monkeypatch.setattr(app.Repository, "load", load)
     monkeypatch.setattr(logs, "set_up", lambda level, worker=None: None)
     config = app.ServeConfig(rpc=RpcConfig(port=port))
     with pytest.raises(StartError, match="enough"):
@@ -320,8 +320,8 @@ class Stubborn:
             raise torch.AcceleratorError("an illegal memory access was encountered")
         threading.Event().wait()
 
-app.find_codebooks = lambda sources: {}
-app.load_tokenizers = lambda codebooks, config: [Stubborn()]
+app.Repository.load = lambda self: None
+app.Repository.tokenizers = [Stubborn()]
 from vqserve_server.cli import main
 sys.exit(main(["serve", "--port", "0", *sys.argv[1:]]))
 """
@@ -374,9 +374,20 @@ def test_a_device_that_never_answers_does_not_hold_up_the_end(stubborn: Callable
     assert "not all requests were answered within --drain-seconds 0.2" in log
 
 
+def test_sighup_while_it_stops_changes_nothing(stubborn: Callable[..., Any]) -> None:
+    process, _ = stubborn(1, "--drain-seconds", "1")
+    process.send_signal(signal.SIGTERM)
+    while "SIGTERM: stopping" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGHUP)
+    _, log = process.communicate()
+    assert process.returncode == 0
+    assert "rescanned" not in log
+
+
 def test_sigterm_while_codebooks_are_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(app, "load_tokenizers", lambda codebooks, config: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(app.Repository, "load", lambda self: signal.raise_signal(signal.SIGTERM))
     monkeypatch.setattr(logs, "set_up", lambda level, worker=None: None)
     with pytest.raises(SystemExit) as caught:
         cli.main(["serve", str(folder), "--port", "0"])

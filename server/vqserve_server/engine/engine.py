@@ -44,6 +44,10 @@ class Engine:
         self._pipeline = Pipeline(JobQueue(config))
         self._worker = Worker(self._pipeline, self.stats, on_broken=self._broken)
 
+    def swap(self, tokenizers: Iterable[Tokenizer]) -> None:
+        """Serve these from now on; jobs that were made for others finish with theirs."""
+        self.live = LiveSet(tokenizers)
+
     def start(self) -> None:
         """Start the threads."""
         self._worker.start()

@@ -44,10 +44,18 @@ class Worker:
 
     def _guard(self) -> None:
         try:
-            while (batch := self._pipeline.next_for_device()) is not None:
-                self._serve(batch)
+            while self._serve_next():
+                pass
         except BaseException as error:
             self._break(error)
+
+    def _serve_next(self) -> bool:
+        # A call of its own, so that a thread that waits holds no batch, and so no codebook that was replaced.
+        batch = self._pipeline.next_for_device()
+        if batch is None:
+            return False
+        self._serve(batch)
+        return True
 
     def _serve(self, batch: Batch) -> None:
         try:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Output = Literal["latents", "code_rows"]
 
+# Codes that `check_itself` looks for.
+_LOOKED_FOR = 256
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FrozenQuantizer(ABC):
@@ -85,6 +88,14 @@ class FrozenQuantizer(ABC):
             InvalidOption: for any other output, and for code rows of a residual quantizer, which has none.
         """
 
+    @abstractmethod
+    def check_itself(self) -> None:
+        """Look for some of the codes at their own places, by the search that serves.
+
+        Raises:
+            CodebookError: one was not found there: this codebook would give wrong tokens on this machine.
+        """
+
 
 def check_output(output: str) -> None:
     """Refuse what decode cannot give.
@@ -94,6 +105,11 @@ def check_output(output: str) -> None:
     """
     if output not in ("latents", "code_rows"):
         raise InvalidOption(f"output must be 'latents' or 'code_rows', not {output!r}")
+
+
+def some(count: int, device: torch.device) -> Tensor:
+    """Return the codes to look for, of so many: the first, the last and those at even distances between, int64."""
+    return torch.linspace(0, count - 1, min(count, _LOOKED_FOR), dtype=torch.float64).round().long().to(device)
 
 
 @torch.no_grad()

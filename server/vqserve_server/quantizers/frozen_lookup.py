@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqserve_server.errors import CodebookError
 from vqserve_server.quantizers.dtypes import autocast_off
-from vqserve_server.quantizers.frozen import FrozenQuantizer, Output, check_output
+from vqserve_server.quantizers.frozen import FrozenQuantizer, Output, check_output, some
 from vqserve_server.quantizers.projections import project
 from vqserve_server.quantizers.search_problem import SearchProblem
 from vqserve_server.search import Searcher
@@ -62,6 +63,24 @@ class FrozenLookup(FrozenQuantizer):
             # On one core in the time that torch takes on two, whose threads then spin.
             return torch.from_numpy(table.numpy().take(indices.numpy(), axis=0))
         return table.index_select(0, indices)
+
+    @torch.no_grad()
+    def check_itself(self) -> None:
+        """Search for some codes: each is its own nearest, or scores at least as much as itself.
+
+        Raises:
+            CodebookError: the search found a worse one.
+        """
+        problem = self._problem
+        looked_for = some(problem.codes.shape[0], self.device)
+        with autocast_off(self.device):
+            winners = self._searcher.search(problem.codes[looked_for])
+            is_right = (winners >= 0) & (winners < problem.codes.shape[0])
+            if bool(is_right.all()):
+                is_right = problem.is_no_worse(winners, looked_for)
+        if not bool(is_right.all()):
+            code = int(looked_for[~is_right][0])
+            raise CodebookError(f"code {code} is not found at its own place by search {self.search_backend!r}")
 
     def largest_latents(self) -> Tensor:
         """Return the greatest magnitude (output_dim,) float64 of every channel of what decode gives."""

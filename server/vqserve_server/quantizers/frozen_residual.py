@@ -109,6 +109,19 @@ class FrozenResidual(FrozenQuantizer):
                 self.weight_dtype
             )
 
+    def check_itself(self) -> None:
+        """Check the codebook of every stage; see `FrozenLookup.check_itself`.
+
+        Raises:
+            CodebookError: names the part and the stage.
+        """
+        for number, part in enumerate(self._parts):
+            for stage, lookup in enumerate(part.stages):
+                try:
+                    lookup.check_itself()
+                except CodebookError as error:
+                    raise CodebookError(f"part {number}, stage {stage}: {error}") from None
+
     def _added(self, rows: list[Tensor | None]) -> Tensor:
         total, *rest = [part_rows for part_rows in rows if part_rows is not None]
         for part_rows in rest:

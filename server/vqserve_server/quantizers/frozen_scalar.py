@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqserve_server.errors import CodebookError, InvalidOption
 from vqserve_server.quantizers.dtypes import autocast_off
-from vqserve_server.quantizers.frozen import FrozenQuantizer, Output, check_output
+from vqserve_server.quantizers.frozen import FrozenQuantizer, Output, check_output, some
 from vqserve_server.quantizers.projections import Projection, largest_projected, project
 from vqserve_server.search import available
 from vqserve_server.search.rounding import affine
@@ -107,9 +107,32 @@ class FrozenScalar(FrozenQuantizer):
         with autocast_off(self.device):
             if self._projection is not None:
                 rows = project(rows, *self._projection, grid=rows.shape[:1] if grid is None else grid)
-            # Counts the boundaries that are less than the number.
-            digits = torch.searchsorted(self._boundaries, rows.T.to(torch.float64).contiguous())
+        return self._indices(rows)
+
+    def _indices(self, rows: Tensor) -> Tensor:
+        # Counts the boundaries that are less than the number.
+        digits = torch.searchsorted(self._boundaries, rows.T.to(torch.float64).contiguous())
         return (digits * self._weights[:, None]).sum(dim=0)
+
+    @torch.no_grad()
+    def check_itself(self) -> None:
+        """Encode numbers that belong to some codes: between the boundaries of every digit.
+
+        Raises:
+            CodebookError: another index came out.
+        """
+        looked_for = some(self.num_codes, self.device)
+        digits = looked_for[:, None] // self._weights % self._levels
+        edge = torch.full((self.code_dim, 1), torch.inf, dtype=torch.float64, device=self.device)
+        channels = torch.arange(self.code_dim, device=self.device)
+        below = torch.cat([-edge, self._boundaries], dim=1)[channels, digits]
+        above = torch.cat([self._boundaries, edge], dim=1)[channels, digits]
+        # A number's digit counts the boundaries below it, so the boundary above a digit is the digit's own last number.
+        rows = torch.where(above.isinf(), torch.nextafter(below, above), above)
+        # Between equal boundaries there is no number.
+        is_right = (self._indices(rows) == looked_for) | (below >= above).any(dim=1)
+        if not bool(is_right.all()):
+            raise CodebookError(f"index {int(looked_for[~is_right][0])} is not found between its own boundaries")
 
     @torch.no_grad()
     def decode_rows(self, indices: Tensor, *, output: Output = "latents") -> Tensor:

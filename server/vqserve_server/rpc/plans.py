@@ -14,7 +14,7 @@ _LONGEST_HEAD = 1024
 
 
 class Plans(Generic[RequestT]):
-    """The plans of one method. Belongs to one thread."""
+    """The plans of one method for one set of codebooks; for another set there are others. Belongs to one thread."""
 
     def __init__(self, kind: type[Plan[RequestT]], *, live: LiveSet, max_message_bytes: int) -> None:
         self._kind: type[Plan[RequestT]] = kind

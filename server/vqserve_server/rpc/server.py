@@ -47,6 +47,10 @@ class RpcServer:
         await self._server.start()
         return port
 
+    def follow(self) -> None:
+        """Serve what the engine has live now."""
+        self._service.follow()
+
     def not_serving(self) -> None:
         """Tell whoever asks for the health that this server is to be left alone."""
         self._health.set_serving(False)

@@ -23,9 +23,18 @@ class TokenizerService:
 
     def __init__(self, engine: Engine, *, max_message_bytes: int) -> None:
         self._engine = engine
+        self._max_message_bytes = max_message_bytes
         self._requests = Requests(engine)
-        self._encodings = Plans(EncodePlan, live=engine.live, max_message_bytes=max_message_bytes)
-        self._decodings = Plans(DecodePlan, live=engine.live, max_message_bytes=max_message_bytes)
+        self.follow()
+
+    def follow(self) -> None:
+        """Serve what the engine has live now: requests that come from now on are read anew.
+
+        A request that is being read keeps its plans, and adds its own to them only.
+        """
+        live, limit = self._engine.live, self._max_message_bytes
+        self._encodings = Plans(EncodePlan, live=live, max_message_bytes=limit)
+        self._decodings = Plans(DecodePlan, live=live, max_message_bytes=limit)
 
     def handlers(self, calls: Calls) -> grpc.GenericRpcHandler:
         """Return the handlers of all methods."""

@@ -87,11 +87,13 @@ class Stream:
                 if self._all_read:
                     return
                 await self._move()
-            request = self._open.popleft()
-            reply = await request.reply()
-            await self._context.write(reply)
-            self._bytes -= request.nbytes
-            self._moved.set()
+            await self._answer(self._open.popleft())
+
+    async def _answer(self, request: Request) -> None:
+        # A call of its own, so that a stream that waits for its next request does not hold the last one's codebook.
+        await self._context.write(await request.reply())
+        self._bytes -= request.nbytes
+        self._moved.set()
 
     async def _move(self) -> None:
         """Wait until a request was read or a reply written."""

@@ -255,6 +255,17 @@ class Tokenizer:
         """
         return self._open().decode_rows(tensor_of(indices).to(self.device), output=output).cpu().numpy()
 
+    def check_itself(self) -> None:
+        """Encode and decode once, so that nothing is left to be made ready, and look for some of the codes.
+
+        Raises:
+            CodebookError: a code is not found at its own place.
+        """
+        self.encode_rows(np.ones((1, self.info.input_dim), np.float32))
+        indices = (1, self.info.num_quantizers) if self.info.has_stages else 1
+        self.decode_rows(np.zeros(indices, np.int64))
+        self._open().check_itself()
+
     def _encode(
         self, latents: ArrayOrTensor, asked: Options, codebook: str | None, digest: str | None
     ) -> ArrayOrTensor:

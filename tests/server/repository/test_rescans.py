@@ -1,0 +1,77 @@
+"""Rescans asked for while one goes on: one more, and no two at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from typing import Any
+
+import pytest
+
+from vqserve_server.repository import Rescans
+
+
+class SlowRepository:
+    """Rescans for as long as the test likes; the first one fails if it is told to."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.entered = threading.Semaphore(0)
+        self.gate = threading.Semaphore(0)
+        self.rescans = 0
+        self.at_once = 0
+        self._error = error
+
+    def rescan(self) -> Any:
+        self.at_once += 1
+        assert self.at_once == 1
+        self.rescans += 1
+        self.entered.release()
+        self.gate.acquire()
+        self.at_once -= 1
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return f"number {self.rescans}"
+
+
+async def until_idle(rescans: Rescans) -> None:
+    while rescans.is_busy:
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("asked_meanwhile", [0, 1, 5])
+def test_asked_for_while_one_goes_on(asked_meanwhile: int) -> None:
+    async def run() -> tuple[int, int]:
+        repository, done = SlowRepository(), []
+        rescans = Rescans(repository, lambda: done.append(repository.rescans))  # type: ignore[arg-type]
+        rescans.ask()
+        await asyncio.to_thread(repository.entered.acquire)
+        for _ in range(asked_meanwhile):
+            rescans.ask()
+        assert done == []
+        repository.gate.release()
+        repository.gate.release()
+        await until_idle(rescans)
+        return repository.rescans, len(done)
+
+    expected = 1 + (asked_meanwhile > 0)
+    assert asyncio.run(run()) == (expected, expected)
+
+
+def test_a_rescan_that_fails_is_told_and_the_next_one_works(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def run() -> list[int]:
+        repository, done = SlowRepository(RuntimeError("the disk is on fire")), []
+        rescans = Rescans(repository, lambda: done.append(repository.rescans))  # type: ignore[arg-type]
+        for _ in range(2):
+            rescans.ask()
+            repository.gate.release()
+            await until_idle(rescans)
+        return done
+
+    assert asyncio.run(run()) == [2]
+    assert "the rescan failed" in caplog.text
+    assert "the disk is on fire" in caplog.text
+    assert "number 2" in caplog.records[-1].getMessage()

@@ -1,0 +1,224 @@
+"""SIGHUP to a real daemon: what it serves afterwards, what it says, and what it survives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vqserve_client import Client, CodebookNotFound
+from vqserve_client.channel import Connection
+from vqserve_client.config import ClientConfig
+from vqserve_client.health import SERVING, status
+
+LATENTS = np.random.default_rng(0).standard_normal((64, 4), dtype=np.float32)
+ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
+
+
+def check(target: str, **books: Any) -> None:
+    """The server has these codebooks, no others, and answers with each as it does in process."""
+    with Client(target) as client:
+        assert {info.name: info.digest for info in client.codebooks()} == {
+            name.replace("_v", "@"): book.digest for name, book in books.items()
+        }
+        for name, book in books.items():
+            indices = client.encode(LATENTS, codebook=name.replace("_v", "@"))
+            np.testing.assert_array_equal(indices, book.encode(LATENTS))
+            decoded = client.decode(indices, codebook=name.replace("_v", "@"))
+            np.testing.assert_array_equal(decoded, book.decode(indices))
+
+
+def told(lines: list[str], text: str) -> list[str]:
+    return [line.rstrip("\n") for line in lines if text in line]
+
+
+def test_a_folder_is_rescanned_on_sighup(vqserved: Callable[..., Any], put: Callable[..., Any], tmp_path: Path) -> None:
+    flat, one = put(tmp_path / "flat.safetensors"), put(tmp_path / "book" / "1.safetensors", seed=1)
+    daemon = vqserved(tmp_path, "--device", "cpu")
+    assert daemon.ready_line.endswith(", 2 codebooks, cpu\n")
+    check(daemon.target, flat=flat, book=one, book_v1=one)
+
+    two, flat = put(tmp_path / "book" / "2.safetensors", seed=2), put(tmp_path / "flat.safetensors", seed=3, dim=4)
+    # Nothing before the signal.
+    with Client(daemon.target) as client:
+        assert [info.name for info in client.codebooks()] == ["book", "book@1", "flat"]
+    lines = daemon.rescan()
+    check(daemon.target, flat=flat, book=two, book_v1=one, book_v2=two)
+    assert told(lines, "rescanned in ")[0].endswith(": 2 loaded, 1 unchanged, 0 removed, 0 refused")
+    for name, book in (("flat", flat), ("book@2", two)):
+        assert told(lines, f"codebook {name}: ")[-1].endswith(f"search {book.search} on cpu, digest {book.digest[:12]}")
+
+    (tmp_path / "book" / "2.safetensors").unlink()
+    (tmp_path / "flat.safetensors").unlink()
+    lines = daemon.rescan()
+    check(daemon.target, book=one, book_v1=one)
+    assert len(told(lines, "no longer served")) == 2
+    with Client(daemon.target) as client, pytest.raises(CodebookNotFound, match="'flat'"):
+        client.encode(LATENTS, codebook="flat")
+
+    code, log = daemon.stop(signal.SIGTERM)
+    assert code == 0
+    assert "Traceback" not in log
+
+
+def test_a_half_written_file_is_never_served(
+    vqserved: Callable[..., Any], put: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "book.safetensors"
+    put(path, seed=1)
+    content = path.read_bytes()
+    old = put(path)
+    daemon = vqserved(tmp_path, "--device", "cpu")
+    # As `cp` does: the same file, cut to nothing, growing.
+    with path.open("wb") as file:
+        for start in range(0, len(content), len(content) // 3):
+            lines = daemon.rescan()
+            [warning] = told(lines, "WARNING")
+            assert f"codebook book not loaded from {path}, digest {old.digest[:12]} stays: " in warning
+            check(daemon.target, book=old)
+            file.write(content[start : start + len(content) // 3])
+            file.flush()
+    lines = daemon.rescan()
+    assert not told(lines, "WARNING")
+    with Client(daemon.target) as client:
+        assert client.codebooks()[0].digest != old.digest
+    connection = Connection(ClientConfig(target=daemon.target))
+    assert status(connection, timeout_s=10) == SERVING
+    connection.close()
+
+
+def test_a_name_out_of_the_folder_is_no_codebook(
+    vqserved: Callable[..., Any], put: Callable[..., Any], tmp_path: Path
+) -> None:
+    put(tmp_path / "secret.safetensors", seed=1)
+    inside = put(tmp_path / "books" / "book" / "1.safetensors")
+    daemon = vqserved(tmp_path / "books", "--device", "cpu")
+    check(daemon.target, book=inside, book_v1=inside)
+    with Client(daemon.target) as client:
+        for name in ("../secret", "book@../../secret", "book/1", "./book", str(tmp_path / "secret")):
+            with pytest.raises(CodebookNotFound):
+                client.encode(LATENTS, codebook=name)
+
+
+@pytest.mark.parametrize("link", ["book.safetensors", "book/1.safetensors", "book"])
+def test_a_link_out_of_the_folder_keeps_the_daemon_from_starting(
+    run_vqserved: Callable[..., Any], put: Callable[..., Any], tmp_path: Path, link: str
+) -> None:
+    put(tmp_path / "elsewhere" / "1.safetensors")
+    path = tmp_path / "books" / link
+    path.parent.mkdir(parents=True)
+    target = tmp_path / "elsewhere"
+    path.symlink_to(target if link == "book" else target / "1.safetensors")
+    done = run_vqserved("serve", tmp_path / "books", "--port", 0)
+    text = f"{path} is a link out of its folder: put the file itself there, or name it (NAME=PATH)"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"vqserved: error: {text}\n")
+
+
+def test_many_signals_at_once(vqserved: Callable[..., Any], put: Callable[..., Any], tmp_path: Path) -> None:
+    """Whatever the number, the last state of the folder is served in the end."""
+    put(tmp_path / "book.safetensors")
+    daemon = vqserved(tmp_path, "--device", "cpu")
+    for seed in range(1, 30):
+        last = put(tmp_path / "book.safetensors", seed=seed)
+        daemon.process.send_signal(signal.SIGHUP)
+    with Client(daemon.target) as client:
+        while client.codebooks()[0].digest != last.digest:
+            threading.Event().wait(0.01)
+    check(daemon.target, book=last)
+    assert daemon.stop(signal.SIGTERM)[0] == 0
+
+
+def blocks_sighup(pid: int) -> bool:
+    fields = dict(
+        line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
+    )
+    return bool(int(fields["SigBlk"], 16) & 1 << (signal.SIGHUP - 1))
+
+
+@ON_LINUX
+def test_a_signal_while_it_starts_is_not_lost(put: Callable[..., Any], tmp_path: Path) -> None:
+    put(tmp_path / "book.safetensors")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vqserve_server.cli", "serve", str(tmp_path), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while not blocks_sighup(process.pid):
+            threading.Event().wait(0.002)
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("vqserved: ready on ")
+        while ": rescanned in " not in process.stderr.readline():
+            pass
+    finally:
+        process.terminate()
+        process.communicate()
+    assert process.returncode == 0
+
+
+@ON_LINUX
+def test_the_parent_passes_it_on_to_its_workers(
+    vqserved: Callable[..., Any], put: Callable[..., Any], tmp_path: Path
+) -> None:
+    put(tmp_path / "book.safetensors")
+    daemon = vqserved(tmp_path, "--device", "cpu", "--workers", 2)
+    for seed in (1, 2):
+        book = put(tmp_path / "book.safetensors", seed=seed)
+        lines = daemon.rescan(workers=2)
+        assert {line.partition(" worker ")[2][:1] for line in told(lines, "rescanned in ")} == {"0", "1"}
+        for _ in range(8):
+            check(daemon.target, book=book)
+    assert daemon.stop(signal.SIGTERM)[0] == 0
+
+
+@ON_LINUX
+def test_a_worker_that_starts_meanwhile_hears_of_it_when_it_is_ready(
+    vqserved: Callable[..., Any], put: Callable[..., Any], tmp_path: Path
+) -> None:
+    put(tmp_path / "book.safetensors")
+    daemon = vqserved(tmp_path, "--device", "cpu", "--workers", 2)
+
+    def workers() -> set[int]:
+        children = Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text()
+        return {int(pid) for pid in children.split()}
+
+    before = workers()
+    os.kill(min(before), signal.SIGKILL)
+    while not (started := workers() - before):
+        threading.Event().wait(0.01)
+    # It has just begun: the signal itself would end it.
+    book = put(tmp_path / "book.safetensors", seed=1)
+    lines = daemon.rescan(workers=2)
+    assert {line.partition(" worker ")[2][:1] for line in told(lines, "rescanned in ")} == {"0", "1"}
+    assert workers() & started == started
+    for _ in range(8):
+        check(daemon.target, book=book)
+    assert daemon.stop(signal.SIGTERM)[0] == 0
+
+
+@ON_LINUX
+def test_a_signal_while_it_fails_to_start_does_not_swallow_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "book.safetensors").write_bytes(b"half")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vqserve_server.cli", "serve", str(tmp_path), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not blocks_sighup(process.pid):
+        threading.Event().wait(0.002)
+    process.send_signal(signal.SIGHUP)
+    _, error = process.communicate()
+    assert process.returncode == 1
+    assert error.startswith(f"vqserved: error: {tmp_path / 'book.safetensors'}: codebook 'book' cannot be used")
