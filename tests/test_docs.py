@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import grpc
@@ -189,6 +190,19 @@ def test_the_commands_that_make_codebooks(page, tmp_path, monkeypatch):
             quick = ["--steps=1", "--init=sample"] if line[1] == "train" else []
             assert COMMANDS[line[0]]([*line[1:], *quick]) == 0
             Tokenizer.load(line[line.index("-o") + 1], device="cpu")
+
+
+def test_the_inspecting_commands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(DEMO_PATH, "book.safetensors")
+    np.save("latents.npy", np.random.default_rng(0).standard_normal((1000, 16), dtype=np.float32))
+    for line in commands("docs/inspecting.md"):
+        assert COMMANDS[line[0]](line[1:]) == 0
+    assert Path("book.png").exists()
+    # The example has the lines that the command writes.
+    [example] = examples("docs/inspecting.md", "text")
+    shown, written = ([line[:15] for line in text.splitlines()] for text in (example, capsys.readouterr().out))
+    assert [name for name in shown if name not in written] == []
 
 
 def test_the_codebooks_examples(tmp_path, monkeypatch):

@@ -1,19 +1,17 @@
-"""`vqserved import` and `vqserved inspect`."""
+"""`vqserved import`."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqserve_server.codebook_path import new_codebook_path
 from vqserve_server.codebooks.arguments import check_unknown_index
-from vqserve_server.codebooks.codebook_file import check_folder, load_codebook, save_codebook
+from vqserve_server.codebooks.codebook_file import check_folder, save_codebook
 from vqserve_server.codebooks.importer import METRICS, Import, import_checkpoint
-from vqserve_server.codebooks.report import inspect, printable
+from vqserve_server.codebooks.printable import printable
 from vqserve_server.errors import ForeignCheckpointError
 
 if TYPE_CHECKING:
@@ -53,16 +51,6 @@ def add_import_parser(subparsers: Subparsers) -> None:
     parser.set_defaults(run=run_import)
 
 
-def add_inspect_parser(subparsers: Subparsers) -> None:
-    """Register `inspect`; its parser's `run` takes the arguments and returns the exit status."""
-    parser = subparsers.add_parser(
-        "inspect", help="describe a codebook file", description="Describe a codebook file: what it is and how it looks."
-    )
-    parser.add_argument("file", type=Path, metavar="FILE", help="a codebook file")
-    parser.add_argument("--json", action="store_true", help="write one JSON object, with nothing cut")
-    parser.set_defaults(run=run_inspect)
-
-
 def run_import(args: argparse.Namespace) -> int:
     """Write the codebook file of a foreign checkpoint and say what was taken; return the exit status.
 
@@ -85,18 +73,6 @@ def run_import(args: argparse.Namespace) -> int:
         raise ForeignCheckpointError(printable(str(error))) from error
     digest = save_codebook(result.quantizer, output, provenance=result.provenance)
     sys.stdout.write(_story(result, output, digest))
-    return 0
-
-
-def run_inspect(args: argparse.Namespace) -> int:
-    """Write the report of a codebook file to stdout; return the exit status.
-
-    Raises:
-        CodebookFileError: the file is no codebook.
-    """
-    report = inspect(load_codebook(args.file))
-    columns = shutil.get_terminal_size(fallback=(120, 0)).columns
-    sys.stdout.write(f"{json.dumps(report.as_dict())}\n" if args.json else report.as_text(columns))
     return 0
 
 
