@@ -11,9 +11,11 @@ from vqserve_server.progress import Progress
 from vqserve_server.search import prepare
 
 # Of so few codes each is compared with each.
-_FEW = 64
-# Products that may be computed: a few seconds on two cores. Where all codes would take more, some are drawn.
+_FEW = 256
+# What may be computed, some ten seconds on two cores; where all codes would take more, some are drawn. Products of the
+# searches, and elements that are prepared for one search after the other.
 _MOST_PRODUCTS = 1 << 39
+_MOST_ELEMENTS = 1 << 22
 _ELEMENTS_PER_CHUNK = 1 << 22
 
 
@@ -22,7 +24,7 @@ def draw_codes(num_codes: int, dim: int) -> Tensor:
 
     The same ones every time.
     """
-    affordable = max(_FEW, _MOST_PRODUCTS // (num_codes * dim))
+    affordable = max(_FEW, min(_MOST_PRODUCTS // (num_codes * dim), _MOST_ELEMENTS // dim))
     if num_codes <= affordable:
         return torch.arange(num_codes)
     drawn = np.random.default_rng(0).choice(num_codes, affordable, replace=False, shuffle=False)

@@ -24,7 +24,7 @@ def expected(codes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("num_codes", "dim"), [(2, 1), (63, 3), (65, 3), (300, 2), (700, 16), (513, 70)])
+@pytest.mark.parametrize(("num_codes", "dim"), [(2, 1), (256, 3), (257, 3), (600, 2), (1400, 16), (513, 70)])
 def test_all_codes(num_codes, dim, dtype):
     codes = torch.randn(num_codes, dim, generator=torch.Generator().manual_seed(num_codes)).to(dtype)
     # Equal codes, some of them near each other in the codebook and some not, and one far away.
@@ -35,13 +35,13 @@ def test_all_codes(num_codes, dim, dtype):
 
 
 def test_codes_that_differ_by_an_ulp_are_told_from_equal_ones():
-    codes = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) + 1000
-    codes[150] = codes[3]
-    codes[150, 0] = torch.nextafter(codes[3, 0], torch.tensor(torch.inf))
-    codes[180] = codes[4]
-    found = measured(codes, torch.arange(200))
-    assert found[3] == found[150] == float(codes[150, 0].double() - codes[3, 0].double())
-    assert found[4] == found[180] == 0
+    codes = torch.randn(900, 8, generator=torch.Generator().manual_seed(0)) + 1000
+    codes[750] = codes[3]
+    codes[750, 0] = torch.nextafter(codes[3, 0], torch.tensor(torch.inf))
+    codes[880] = codes[4]
+    found = measured(codes, torch.arange(900))
+    assert found[3] == found[750] == float(codes[750, 0].double() - codes[3, 0].double())
+    assert found[4] == found[880] == 0
 
 
 def test_one_code_has_no_other():
@@ -51,9 +51,9 @@ def test_one_code_has_no_other():
 def test_drawn_codes_are_held_against_all(monkeypatch):
     codes = torch.randn(1000, 5, generator=torch.Generator().manual_seed(0))
     assert torch.equal(draw_codes(1000, 5), torch.arange(1000))
-    monkeypatch.setattr(neighbours, "_MOST_PRODUCTS", 1000 * 5 * 130)
+    monkeypatch.setattr(neighbours, "_MOST_PRODUCTS", 1000 * 5 * 530)
     drawn = draw_codes(1000, 5)
-    assert drawn.numel() == 130 == drawn.unique().numel()
+    assert drawn.numel() == 530 == drawn.unique().numel()
     assert torch.equal(drawn, drawn.sort().values)
     assert torch.equal(drawn, draw_codes(1000, 5))
     np.testing.assert_allclose(measured(codes, drawn), expected(codes)[drawn.numpy()], rtol=1e-12)
