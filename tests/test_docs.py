@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import grpc
@@ -293,6 +294,19 @@ def test_the_recipes(tmp_path, monkeypatch):
         z = np.ones((3, tokenizer.info.input_dim), np.float32)
         assert tokenizer.decode(tokenizer.encode(z)).shape == (3, tokenizer.info.output_dim)
     assert set(sources) <= used
+
+
+def test_the_inspecting_commands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(DEMO_PATH, "book.safetensors")
+    np.save("latents.npy", np.random.default_rng(0).standard_normal((1000, 16), dtype=np.float32))
+    for line in commands("docs/inspecting.md"):
+        assert COMMANDS[line[0]](line[1:]) == 0
+    assert Path("book.png").exists()
+    # The example has the lines that the command writes.
+    [example] = examples("docs/inspecting.md", "text")
+    shown, written = ([line[:13] for line in text.splitlines()] for text in (example, capsys.readouterr().out))
+    assert [name for name in shown if name.strip() and name not in written] == []
 
 
 def test_the_codebooks_examples(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ _EXTRA = frozenset({"grpc_reflection", "torch"})
 # Command: help, and the module and function that add its parser.
 _TOOLS = {
     "import": ("make a codebook file from a checkpoint or an array", "codebooks.import_command", "add_import_parser"),
-    "inspect": ("say what a codebook file holds", "codebooks.commands", "add_inspect_parser"),
+    "inspect": ("describe a codebook file, and how it fits latents", "inspection.commands", "add_inspect_parser"),
     "train": ("train a codebook on latents", "training.commands", "add_train_parser"),
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers.dtypes import autocast_off
+from vqserve_server.search import SearchCounts
 
 if TYPE_CHECKING:
     from vqserve_server.quantizers.quantizer import Quantizer
@@ -56,7 +57,12 @@ class FrozenQuantizer(ABC):
 
     @abstractmethod
     def encode_rows(
-        self, rows: Tensor, *, num_quantizers: int | None = None, grid: Sequence[int] | None = None
+        self,
+        rows: Tensor,
+        *,
+        num_quantizers: int | None = None,
+        grid: Sequence[int] | None = None,
+        counts: Sequence[SearchCounts] | None = None,
     ) -> Tensor:
         """Return the indices of every row, the same as the quantizer's `encode`.
 
@@ -64,6 +70,7 @@ class FrozenQuantizer(ABC):
             rows: (n, C) float32 or float64 on the device, finite.
             num_quantizers: how many of a residual quantizer's indices to give, in [1, all]; None: all.
             grid: shape of the n tokens, by which an error names one; None: (n,).
+            counts: what the search of each of a token's indices adds to, for those who measure.
 
         Returns:
             int64 on the device: (n,), of a residual quantizer (n, num_quantizers).

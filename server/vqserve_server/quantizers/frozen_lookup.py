@@ -14,7 +14,7 @@ from vqserve_server.quantizers.dtypes import autocast_off
 from vqserve_server.quantizers.frozen import FrozenQuantizer, Output, check_output, some
 from vqserve_server.quantizers.projections import project
 from vqserve_server.quantizers.search_problem import SearchProblem
-from vqserve_server.search import Searcher
+from vqserve_server.search import SearchCounts, Searcher
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,13 +44,18 @@ class FrozenLookup(FrozenQuantizer):
 
     @torch.no_grad()
     def encode_rows(
-        self, rows: Tensor, *, num_quantizers: int | None = None, grid: Sequence[int] | None = None
+        self,
+        rows: Tensor,
+        *,
+        num_quantizers: int | None = None,
+        grid: Sequence[int] | None = None,
+        counts: Sequence[SearchCounts] | None = None,
     ) -> Tensor:
         """Return the index (n,) of every row's code; see `FrozenQuantizer.encode_rows`."""
         with autocast_off(self.device):
             if self._projection is not None:
                 rows = project(rows, *self._projection, grid=rows.shape[:1] if grid is None else grid)
-            winners = self._searcher.search(rows)
+            winners = self._searcher.search(rows, None if counts is None else counts[0])
         return winners if self._reported is None else self._reported[winners]
 
     @torch.no_grad()

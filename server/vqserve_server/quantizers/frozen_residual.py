@@ -14,6 +14,7 @@ from vqserve_server.quantizers.frozen import FrozenQuantizer, Output, check_outp
 from vqserve_server.quantizers.frozen_lookup import FrozenLookup
 from vqserve_server.quantizers.projections import Projection, largest_projected, project
 from vqserve_server.quantizers.residual_structure import Part
+from vqserve_server.search import SearchCounts
 from vqserve_server.search.rounding import affine
 
 # Sums of a few hundred terms exceed those of their magnitudes by less.
@@ -38,8 +39,13 @@ class FrozenPart:
     output_projection: Projection | None
     largest: float
 
-    def encode(self, rows: Tensor, out: Tensor, grid: Sequence[int]) -> None:
-        """Write the indices of rows (n, C) to their places in `out` (n, q), as far as it has them."""
+    def encode(
+        self, rows: Tensor, out: Tensor, grid: Sequence[int], counts: Sequence[SearchCounts] | None = None
+    ) -> None:
+        """Write the indices of rows (n, C) to their places in `out` (n, q), as far as it has them.
+
+        The search of each adds to the `counts` of its place.
+        """
         count = self.part.stages_within(out.shape[1])
         if count == 0:
             return
@@ -48,8 +54,9 @@ class FrozenPart:
             residual = project(residual, *self.projection, grid=grid)
         self._check_range(residual, grid)
         for number, stage in enumerate(self.stages[:count]):
-            indices = stage.encode_rows(residual, grid=grid)
-            out[:, self.part.places[number]] = indices
+            place = self.part.places[number]
+            indices = stage.encode_rows(residual, grid=grid, counts=None if counts is None else [counts[place]])
+            out[:, place] = indices
             if number + 1 < count:
                 # One float32 subtraction (float64 where the latents or the codes are): defined, not approximated.
                 residual = residual - stage.decode_rows(indices)
@@ -87,14 +94,19 @@ class FrozenResidual(FrozenQuantizer):
 
     @torch.no_grad()
     def encode_rows(
-        self, rows: Tensor, *, num_quantizers: int | None = None, grid: Sequence[int] | None = None
+        self,
+        rows: Tensor,
+        *,
+        num_quantizers: int | None = None,
+        grid: Sequence[int] | None = None,
+        counts: Sequence[SearchCounts] | None = None,
     ) -> Tensor:
         """Return the indices (n, num_quantizers) of every row; see `FrozenQuantizer.encode_rows`."""
         count = self.num_quantizers if num_quantizers is None else num_quantizers
         out = torch.empty(rows.shape[0], count, dtype=torch.int64, device=rows.device)
         with autocast_off(self.device):
             for part in self._parts:
-                part.encode(rows, out, rows.shape[:1] if grid is None else grid)
+                part.encode(rows, out, rows.shape[:1] if grid is None else grid, counts)
         return out
 
     @torch.no_grad()

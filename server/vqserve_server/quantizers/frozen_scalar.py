@@ -15,7 +15,7 @@ from vqserve_server.errors import CodebookError, InvalidOption
 from vqserve_server.quantizers.dtypes import autocast_off
 from vqserve_server.quantizers.frozen import FrozenQuantizer, Output, check_output, some
 from vqserve_server.quantizers.projections import Projection, largest_projected, project
-from vqserve_server.search import available
+from vqserve_server.search import SearchCounts, available
 from vqserve_server.search.rounding import affine
 
 
@@ -101,9 +101,14 @@ class FrozenScalar(FrozenQuantizer):
 
     @torch.no_grad()
     def encode_rows(
-        self, rows: Tensor, *, num_quantizers: int | None = None, grid: Sequence[int] | None = None
+        self,
+        rows: Tensor,
+        *,
+        num_quantizers: int | None = None,
+        grid: Sequence[int] | None = None,
+        counts: Sequence[SearchCounts] | None = None,
     ) -> Tensor:
-        """Return the index (n,) of every row; see `FrozenQuantizer.encode_rows`."""
+        """Return the index (n,) of every row, of which nothing is counted; see `FrozenQuantizer.encode_rows`."""
         with autocast_off(self.device):
             if self._projection is not None:
                 rows = project(rows, *self._projection, grid=rows.shape[:1] if grid is None else grid)

@@ -9,10 +9,12 @@ from typing import ClassVar, get_args
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers.frozen_scalar import Channel
-from vqserve_server.quantizers.fsq_boundaries import Bound, boundaries
+from vqserve_server.quantizers.fsq_boundaries import EPS, Bound, boundaries
 from vqserve_server.quantizers.scalar import ScalarQuantizer
 
 BOUNDS: tuple[Bound, ...] = get_args(Bound)
@@ -68,6 +70,19 @@ class FiniteScalarQuantizer(ScalarQuantizer):
             Channel(boundaries(level, self.bound), _values(level, self.bound), math.prod(self.levels[:place]))
             for place, level in enumerate(self.levels)
         ]
+
+    def bounded(self, z: Tensor) -> Tensor:
+        """Return what is rounded, in the codes' own unit: (N, D) float64 of channels (N, D), after `proj_in`.
+
+        In float64 and no better, for reports: what `encode` compares with is exact.
+        """
+        if self.bound == "symmetric":
+            return torch.tanh(z.double())
+        levels = torch.tensor(self.levels, dtype=torch.float64, device=z.device)
+        half = (levels - 1) * (1 + float(EPS) if self.bound == "atanh" else 1 - float(EPS)) / 2
+        offset = (1 - levels % 2) / 2
+        shift = (torch.atanh if self.bound == "atanh" else torch.tan)(offset / half)
+        return (torch.tanh(z.double() + shift) * half - offset) / (levels // 2)
 
 
 def _is_level(value: object) -> bool:

@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 Bound = Literal["atanh", "tan", "symmetric"]
 
-_EPS = Fraction(1, 1000)
+# Of `half`, below.
+EPS = Fraction(1, 1000)
 _DIGITS = 50
 
 
@@ -42,7 +43,7 @@ def boundaries(levels: int, bound: Bound) -> npt.NDArray[np.float64]:
     """
     if bound == "symmetric":
         return np.array([_reached(Fraction(2 * digit - levels, levels - 1), _zero) for digit in range(1, levels)])
-    half = (levels - 1) * (1 + _EPS if bound == "atanh" else 1 - _EPS) / 2
+    half = (levels - 1) * (1 + EPS if bound == "atanh" else 1 - EPS) / 2
     offset = Fraction(1 - levels % 2, 2)
     shift = _atanh(offset / half) if bound == "atanh" else _tan(offset / half)
     middles = ((digit - levels // 2 - Fraction(1, 2) + offset) / half for digit in range(1, levels))

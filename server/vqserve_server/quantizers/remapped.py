@@ -113,6 +113,11 @@ class RemappedModule(nn.Module):
             stand_in = hashed_positions(ids, self.used.numel())
         return torch.where(known < self.used.numel(), known, stand_in)
 
+    def drop_remap(self) -> None:
+        """Report full ids from now on."""
+        self.used = self.remap = None
+        self._count_used()
+
     def _drawn(self, ids: Tensor) -> Tensor:
         # What forward reports. The draw is the original's, number for number: one from the CPU's generator for each
         # unknown id in order.

@@ -14,7 +14,6 @@ from vqserve_server.quantizers.cosine import CosineQuantizer
 from vqserve_server.quantizers.dot import DotQuantizer
 from vqserve_server.quantizers.dtypes import widen
 from vqserve_server.quantizers.frozen import freeze
-from vqserve_server.quantizers.frozen_lookup import FrozenLookup
 from vqserve_server.quantizers.frozen_residual import FrozenPart, FrozenResidual, check_sums, sum_of_largest
 from vqserve_server.quantizers.projection import VectorQuantizerWithInputProjection
 from vqserve_server.quantizers.projections import ProjectedModule, Projection, projection
@@ -41,7 +40,7 @@ class ResidualPart(ProjectedModule):
 
     def frozen(self, device: torch.device, search: str) -> FrozenPart:
         """Return the form that serves."""
-        stages = tuple(_frozen_stage(stage, device, search) for stage in self.stages)
+        stages = tuple(_codebook(stage).frozen(device, search) for stage in self.stages)
         return FrozenPart(
             part=self.part,
             stages=stages,
@@ -124,6 +123,12 @@ class ResidualQuantizer(Quantizer):
     def weight_dtype(self) -> torch.dtype:
         """The type that decode returns."""
         return next(self.parameters()).dtype
+
+    def codebooks(self) -> list[AbstractQuantizer]:
+        """Return the codebooks of the stages, in the order of a token's indices."""
+        parts = [part for part in self.parts if isinstance(part, ResidualPart)]
+        placed = {place: stage for part in parts for place, stage in zip(part.part.places, part.stages, strict=True)}
+        return [_codebook(placed[place]) for place in range(self.num_quantizers)]
 
     @torch.no_grad()
     def encode(self, z: Tensor, num_quantizers: int | None = None) -> Tensor:
@@ -211,9 +216,9 @@ def _stage(structure: ResidualStructure) -> AbstractQuantizer:
             return VectorQuantizerWithInputProjection(structure.width, codes, width, output_dim=outer)
 
 
-def _frozen_stage(stage: nn.Module, device: torch.device, search: str) -> FrozenLookup:
+def _codebook(stage: nn.Module) -> AbstractQuantizer:
     assert isinstance(stage, AbstractQuantizer)  # noqa: S101 - nn.ModuleList forgets what it holds
-    return stage.frozen(device, search)
+    return stage
 
 
 def _moved(projection: Projection | None, device: torch.device) -> Projection | None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vqserve_server.latent_rows import LatentRows
+from vqserve_server.progress import progress_of
 from vqserve_server.quantizers import AbstractQuantizer
-from vqserve_server.training.latent_rows import LatentRows
-from vqserve_server.training.progress import progress_of
 
 _ROWS_AT_ONCE = 1 << 16
 

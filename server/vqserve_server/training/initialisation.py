@@ -7,9 +7,9 @@ import numpy.typing as npt
 import torch
 
 from vqserve_server.errors import InvalidShape
+from vqserve_server.latent_rows import LatentRows
+from vqserve_server.progress import progress_of
 from vqserve_server.training.kmeans_plus_plus import draw_spread
-from vqserve_server.training.latent_rows import LatentRows
-from vqserve_server.training.progress import progress_of
 from vqserve_server.training.sampling import choose_weighted
 
 # So many rows for each code are looked at: more cost time and hardly change where the codes lie.

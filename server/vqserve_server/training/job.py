@@ -10,7 +10,7 @@ from pathlib import Path
 import vqserve
 from vqserve_server.codebooks import check_folder, save_codebook
 from vqserve_server.errors import InvalidOption
-from vqserve_server.training.latent_rows import LatentRows
+from vqserve_server.latent_rows import LatentRows
 from vqserve_server.training.options import TrainingOptions
 from vqserve_server.training.trainer import Trained, train
 

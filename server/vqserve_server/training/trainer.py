@@ -13,14 +13,14 @@ from torch import Tensor
 
 from vqserve_server.codebooks.device import select_device
 from vqserve_server.errors import InvalidOption
+from vqserve_server.latent_rows import LatentRows
+from vqserve_server.progress import Progress, progress_of
 from vqserve_server.quantizers import AbstractQuantizer, measure_perplexity
 from vqserve_server.search import prepare
 from vqserve_server.training.evaluation import Quality, measure_quality
 from vqserve_server.training.initialisation import initial_codes
-from vqserve_server.training.latent_rows import LatentRows
 from vqserve_server.training.learners import AdamLearner, EmaLearner, Learner
 from vqserve_server.training.options import TrainingOptions, TrainingPlan
-from vqserve_server.training.progress import Progress, progress_of
 from vqserve_server.training.reseeding import CodeUsage, draw_seeds
 from vqserve_server.training.sampling import shuffled_batches
 

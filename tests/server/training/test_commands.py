@@ -81,7 +81,7 @@ def test_stderr_that_is_no_terminal_gets_lines(
     assert train(latents, tmp_path / "book.safetensors") == 0
     told = capsys.readouterr().err
     assert re.fullmatch(r"training: 30 of 30 steps, loss \S+, perplexity \S+, reseeded 0\n", told)
-    monkeypatch.setattr("vqserve_server.training.progress._SECONDS_PER_LINE", 0)
+    monkeypatch.setattr("vqserve_server.progress._SECONDS_PER_LINE", 0)
     assert train(latents, tmp_path / "book.safetensors", "--force") == 0
     told = capsys.readouterr().err
     assert "k-means++: 16 of 16 codes\n" in told

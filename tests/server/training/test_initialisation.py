@@ -8,8 +8,8 @@ import torch
 from scipy.spatial.distance import cdist
 
 from vqserve_server.errors import InvalidShape
+from vqserve_server.latent_rows import LatentRows
 from vqserve_server.training.initialisation import initial_codes
-from vqserve_server.training.latent_rows import LatentRows
 from vqserve_server.training.sampling import choose_weighted, shuffled_batches
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import torch
 from scipy.cluster.vq import kmeans2
 
 from vqserve_server.errors import InvalidOption, InvalidShape, NonFiniteLatents
-from vqserve_server.training.latent_rows import LatentRows
+from vqserve_server.latent_rows import LatentRows
 from vqserve_server.training.options import TrainingOptions
 from vqserve_server.training.trainer import Trained, train
 

@@ -1,4 +1,4 @@
-"""The latents that a codebook is trained on, as rows, whatever their layout: nothing is read before it is asked for."""
+"""Latents of a file as rows, whatever their layout: nothing is read before it is asked for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vqserve.layout import channel_axis, parse_layout, resolve_layout
+from vqserve.layout import Layout, channel_axis, parse_layout, resolve_layout
 from vqserve_server.errors import InvalidDtype, InvalidOption, InvalidShape, NonFiniteLatents
 from vqserve_server.validation import first_non_finite
 
@@ -18,14 +18,30 @@ _CHUNK_BYTES = 1 << 26
 
 
 class LatentRows:
-    """Latents of 2 to 5 axes as float32 rows: row i is the token at position i of the grid in C order."""
+    """Latents of 2 to 5 axes as rows: row i is the token at position i of the grid in C order.
 
-    def __init__(self, array: npt.NDArray[Any], layout: str | None = None) -> None:
+    Attributes:
+        array: the latents as they lie.
+        layout: of the array.
+        dim: channels, the width of a row.
+        dtype: of the rows, float32 or float64.
+    """
+
+    def __init__(
+        self,
+        array: npt.NDArray[Any],
+        layout: str | None = None,
+        *,
+        default: Layout | None = None,
+        keeps_float64: bool = False,
+    ) -> None:
         """Take an array, mapped or in memory.
 
         Args:
             array: float16, float32 or float64, 2 to 5 axes.
-            layout: "channels_first", "channels_last" or None: first for 4 and 5 axes, last for 2 and 3.
+            layout: "channels_first", "channels_last" or None, the default.
+            default: of 3 to 5 axes; None: channels first for 4 and 5 axes, last for 3. Two axes have them last.
+            keeps_float64: give the rows of a float64 array as they are; else all rows are float32.
 
         Raises:
             InvalidDtype: the elements are no such floats.
@@ -39,18 +55,21 @@ class LatentRows:
         except ValueError as error:
             raise InvalidOption(str(error)) from None
         try:
-            self.layout = resolve_layout(array.ndim, asked)
+            self.layout = resolve_layout(array.ndim, asked, default)
         except ValueError as error:
             raise InvalidShape(str(error)) from None
         self.array = array
+        self.dtype = np.dtype(np.float64 if keeps_float64 and array.dtype.itemsize == 8 else np.float32)
         self._rows_last = np.moveaxis(array, channel_axis(self.layout), -1)
         self.dim = self._rows_last.shape[-1]
         if self.dim == 0:
             raise InvalidShape(f"latents of shape {array.shape} have no channels in layout {self.layout}")
 
     @classmethod
-    def open(cls, path: Path, layout: str | None = None) -> LatentRows:
-        """Map a .npy file; pickled objects are refused.
+    def open(
+        cls, path: Path, layout: str | None = None, *, default: Layout | None = None, keeps_float64: bool = False
+    ) -> LatentRows:
+        """Map a .npy file; pickled objects are refused. See the constructor for the arguments.
 
         Raises:
             OSError: the file cannot be read.
@@ -61,35 +80,35 @@ class LatentRows:
             array = np.lib.format.open_memmap(path, mode="r")
         except ValueError as error:
             raise InvalidOption(f"{path} is no .npy file of latents: {error}") from None
-        return cls(array, layout)
+        return cls(array, layout, default=default, keeps_float64=keeps_float64)
 
     def __len__(self) -> int:
         return math.prod(self._rows_last.shape[:-1])
 
-    def take(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Return the rows at these positions, (n, dim) float32 in C order."""
+    def take(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Return the rows at these positions, (n, dim) of `dtype` in C order."""
         grid = np.unravel_index(positions, self._rows_last.shape[:-1])
-        return np.ascontiguousarray(self._rows_last[grid], dtype=np.float32)
+        return np.ascontiguousarray(self._rows_last[grid], dtype=self.dtype)
 
-    def chunks(self, rows_per_chunk: int) -> Iterator[npt.NDArray[np.float32]]:
+    def chunks(self, rows_per_chunk: int) -> Iterator[npt.NDArray[Any]]:
         """Yield all rows in order, at most so many at a time."""
         for start in range(0, len(self), rows_per_chunk):
             yield self.take(np.arange(start, min(start + rows_per_chunk, len(self))))
 
     def check_finite(self) -> None:
-        """Refuse NaN, infinity and what is infinite as a float32, in one pass over the array.
+        """Refuse NaN, infinity and what is infinite in the rows' type, in one pass over the array.
 
         Raises:
             NonFiniteLatents: names the first one's position in the array: "latents[0, 3, 5, 7] is nan".
         """
         if self.array.size == 0:
             return
-        bytes_per_item = self.array.size // self.array.shape[0] * 4
+        bytes_per_item = self.array.size // self.array.shape[0] * self.dtype.itemsize
         step = max(1, _CHUNK_BYTES // bytes_per_item)
         for start in range(0, self.array.shape[0], step):
             chunk = self.array[start : start + step]
             with np.errstate(over="ignore"):
-                position = first_non_finite(chunk.astype(np.float32, copy=False))
+                position = first_non_finite(chunk.astype(self.dtype, copy=False))
             if position is not None:
                 named = [start + position[0], *position[1:]]
                 value = float(chunk[position])

@@ -1,4 +1,4 @@
-"""How far a training is, on stderr: a bar on a terminal, and else, for a log, a line now and then."""
+"""How far a task is, on stderr: a bar on a terminal, and else, for a log, a line now and then."""
 
 from __future__ import annotations
 

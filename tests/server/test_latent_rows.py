@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vqserve_server.errors import InvalidDtype, InvalidOption, InvalidShape, NonFiniteLatents
-from vqserve_server.training.latent_rows import LatentRows
+from vqserve_server.latent_rows import LatentRows
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_layouts_are_checked() -> None:
 def test_the_first_bad_value_is_named_by_its_place_in_the_array(
     monkeypatch: pytest.MonkeyPatch, dtype: str, value: float, text: str
 ) -> None:
-    monkeypatch.setattr("vqserve_server.training.latent_rows._CHUNK_BYTES", 200)
+    monkeypatch.setattr("vqserve_server.latent_rows._CHUNK_BYTES", 200)
     array = np.zeros((7, 3, 2, 5), dtype)
     rows = LatentRows(array)
     rows.check_finite()

@@ -1,0 +1,83 @@
+"""What decoded latents are held against: not every quantizer gives back what it was given."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vqserve_server.quantizers import (
+    CosineQuantizer,
+    FiniteScalarQuantizer,
+    FrozenQuantizer,
+    GumbelQuantizer,
+    LookupFreeQuantizer,
+    Quantizer,
+)
+from vqserve_server.quantizers.projections import ProjectedModule, project
+
+
+class Comparison:
+    """Tokens and their codes in the space where the two can be compared.
+
+    Attributes:
+        name: "latents": with what decode gives, where that has the latents' channels. Otherwise, after the projection
+            to the codes' width if there is one: "projected latents", with the code rows; "directions", both scaled to
+            length one, where lengths decide nothing; "bounded latents", as FSQ rounds them, with its codes.
+    """
+
+    def __init__(self, quantizer: Quantizer, frozen: FrozenQuantizer) -> None:
+        """Take a quantizer that `is_comparable`, and its frozen form."""
+        self._quantizer, self._frozen = quantizer, frozen
+        inner = outer = None
+        if isinstance(quantizer, ProjectedModule):
+            inner, outer = quantizer.input_projection(), quantizer.output_projection()
+        self._projection = None if inner is None else (inner[0].to(frozen.device), inner[1].to(frozen.device))
+        self.name = _name(quantizer, is_projected=inner is not None, is_projected_back=outer is not None)
+
+    def wanted(self, rows: Tensor) -> Tensor:
+        """Return what tokens stand for, (n, width) float64.
+
+        Args:
+            rows: (n, C) float32 or float64 on the device, finite.
+
+        Raises:
+            NonFiniteLatents: the projection leaves float32's range.
+        """
+        if self.name == "latents":
+            return rows.double()
+        searched = rows if self._projection is None else project(rows, *self._projection, grid=rows.shape[:1])
+        if self.name == "directions":
+            return _directions(searched.double())
+        if isinstance(self._quantizer, FiniteScalarQuantizer):
+            return self._quantizer.bounded(searched)
+        return searched.double()
+
+    def found(self, indices: Tensor) -> Tensor:
+        """Return what indices make of them, (n, width) float64.
+
+        Args:
+            indices: int64 as `encode_rows` returned them, or the first q of each token.
+        """
+        if self.name == "latents":
+            return self._frozen.decode_rows(indices).double()
+        codes = self._frozen.decode_rows(indices, output="code_rows").double()
+        return _directions(codes) if self.name == "directions" else codes
+
+
+def is_comparable(quantizer: Quantizer) -> bool:
+    """Return whether codes approximate latents: a Gumbel quantizer's need not."""
+    return not isinstance(quantizer, GumbelQuantizer)
+
+
+def _directions(rows: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(rows, dim=1, eps=torch.finfo(torch.float64).tiny)
+
+
+def _name(quantizer: Quantizer, *, is_projected: bool, is_projected_back: bool) -> str:
+    if is_projected and is_projected_back and quantizer.input_dim == quantizer.output_dim:
+        return "latents"
+    if isinstance(quantizer, CosineQuantizer) or (isinstance(quantizer, LookupFreeQuantizer) and quantizer.spherical):
+        return "directions"
+    if isinstance(quantizer, FiniteScalarQuantizer):
+        return "bounded latents"
+    return "projected latents" if is_projected or is_projected_back else "latents"
