@@ -280,9 +280,11 @@ def test_one_index_is_what_other_codebooks_have():
 def test_indices_are_checked_where_they_are(rvq, make):
     indices = np.zeros((2, 5, 3), np.int64)
     indices[1, 4, 2] = 40
-    for count in (None, 2):
+    for count in (None, 5):
         with pytest.raises(IndexOutOfRange, match=r"indices\[1, 4, 2\] is 40, not in \[0, 40\)"):
             rvq.decode(make(indices), num_quantizers=count)
+    # What is not used is not looked at.
+    assert rvq.decode(make(indices), num_quantizers=4).shape[2] == 3
     for shape, match in (
         ((2, 3, 5), r"have 3 for a token in layout channels_first, expected 5: say num_quantizers"),
         ((5, 6), "have 6 for a token in layout channels_last, expected 5$"),
