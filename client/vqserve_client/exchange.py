@@ -174,6 +174,9 @@ class Exchange:
         """Set the time of the next attempt, or raise why there is none."""
         if self._connection.closed:
             raise self._closed()
+        if isinstance(ticket, StreamTicket) and ticket.passed_over:
+            # No attempt of its own: it goes out again, and whose failure it was has been counted there.
+            return
         one.failures += 1
         failure = Failure(ticket.code(), ticket.details() or "", text_metadata(ticket.trailing_metadata()))
         retried = failure.error_class in RETRIED

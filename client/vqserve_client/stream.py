@@ -56,11 +56,13 @@ class Streamed:
 class StreamTicket:
     """A request on a stream; gRPC keeps no time for it.
 
-    Args:
-        as_a_call: sends the request as a call of its own.
+    Attributes:
+        passed_over: the stream ended with the failure of a request before this one, which nobody has looked at.
     """
 
     def __init__(self, as_a_call: Callable[[], Ticket]) -> None:
+        """Make the ticket; `as_a_call` sends the request as a call of its own."""
+        self.passed_over = False
         self._as_a_call: Callable[[], Ticket] | None = as_a_call
         self._outcome: Ticket | _Outcome | None = None
 
@@ -68,8 +70,9 @@ class StreamTicket:
         """Set the reply."""
         self._outcome, self._as_a_call = _Outcome(grpc.StatusCode.OK, reply=reply), None
 
-    def fail(self, code: grpc.StatusCode, details: str, metadata: Any = ()) -> None:
-        """Set the failure."""
+    def fail(self, code: grpc.StatusCode, details: str, metadata: Any = (), *, is_own: bool = True) -> None:
+        """Set the failure, the request's own or that of one before it."""
+        self.passed_over = not is_own
         self._outcome, self._as_a_call = _Outcome(code, details, metadata), None
 
     def send_as_a_call(self) -> None:
@@ -200,8 +203,7 @@ class _Stream:
                     continue
             except Exception:
                 logger.debug("the client was closed meanwhile", exc_info=True)
-            ticket.fail(*failure)
-            # Those behind the one that failed were not looked at.
+            ticket.fail(*failure, is_own=ticket is tickets[0])
             failure = grpc.StatusCode.UNAVAILABLE, _CUT_OFF, ()
         self._wake()
 

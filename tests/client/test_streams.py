@@ -94,6 +94,13 @@ def test_a_stream_that_breaks_is_continued_on_another(
     assert streaming.singles == 0
 
 
+def test_a_failure_counts_for_its_own_request_only(streaming: Any, connect: Any, failing: Any, latents: Any) -> None:
+    # Each of three requests fails once and waits; those behind it on the stream go out again before it does.
+    streaming.script.extend([failing("RESOURCE_EXHAUSTED", "full", vqserve_retry_after_ms="500")] * 3)
+    items = items_of(latents, 8)
+    check(streaming, connect(streaming.target, retries=1).encode_many(items), items)
+
+
 def test_retries_on_streams_end(streaming: Any, connect: Any, failing: Any, latents: Any) -> None:
     streaming.script.extend([failing("UNAVAILABLE", "never")] * 50)
     with pytest.raises(Unavailable, match="never"):
