@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import save_file
 
 from vqserve_server import cli
-from vqserve_server.codebooks import codebook_digest, commands, foreign, import_command, load_codebook, save_codebook
+from vqserve_server.codebooks import codebook_digest, foreign, import_command, load_codebook, save_codebook
 from vqserve_server.codebooks.families.options import Options
 from vqserve_server.codebooks.importer import import_checkpoint
 from vqserve_server.errors import ForeignCheckpointError
+from vqserve_server.inspection import commands as inspection_commands
 from vqserve_server.quantizers import VectorQuantizer, legacy_weight_norm_names
 
 CODES = np.random.default_rng(0).standard_normal((10, 4)).astype(np.float32)
@@ -763,8 +764,8 @@ def test_parsers_give_run():
     parser = argparse.ArgumentParser()
     subparsers = parser.add_subparsers()
     import_command.add_import_parser(subparsers)
-    commands.add_inspect_parser(subparsers)
-    assert parser.parse_args(["inspect", "x"]).run is commands.run_inspect
+    inspection_commands.add_inspect_parser(subparsers)
+    assert parser.parse_args(["inspect", "x"]).run is inspection_commands.run_inspect
     assert parser.parse_args(["import", "x", "-o", "y.safetensors"]).unknown_index == "random"
 
 
