@@ -86,7 +86,8 @@ def test_counts_add_up(echo, quick, streams):
     # What was under way at the end, and what that made its callers send, is in no window.
     assert 0 <= len(echo.bodies) - first - answered <= 2 * load.concurrency
     assert sum(window.bytes for window in seen) == 2 * sum(window.tokens for window in seen)
-    assert abs(echo.bodies.count(b"abc") - echo.bodies.count(b"de")) <= first
+    # By turns, but of those that were under way when the load was cancelled any may not have arrived.
+    assert abs(echo.bodies.count(b"abc") - echo.bodies.count(b"de")) <= first + load.concurrency
     assert echo.streams == streams
 
 
