@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+from collections.abc import Callable
 
 from vqserve_client.config import ClientConfig, check_digest
 from vqserve_client.retry import check_timeout
@@ -46,15 +48,15 @@ def add_progress(command: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def count(text: str) -> int:
-    """Return a number of things, 1 or more."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no integer") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {value}")
-    return value
+def integer(least: int) -> Callable[[str], int]:
+    """Return what reads an integer, `least` or more."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an integer of {least} or more, not {text!r}")
+        return int(text)
+
+    return parse
 
 
 def seconds(text: str) -> float:

@@ -17,6 +17,7 @@ from vqserve.layout import (
     channel_axis,
     first_channels,
     grid_shape,
+    indices_shape,
     latents_shape,
     parse_layout,
     resolve_layout,
@@ -26,7 +27,7 @@ from vqserve.layout import (
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client.arrays import Array, Given, handed_back, index_store, latent_store, store
 from vqserve_client.catalogue import WIRE_OF_LAYOUT
-from vqserve_client.chunking import Cut, Plan, cut_text, latents_cut, plan, rows_per_message
+from vqserve_client.chunking import Cut, Plan, cut_text, indices_cut, latents_cut, plan, rows_per_message
 from vqserve_client.config import ClientConfig
 from vqserve_client.errors import InvalidArgument, MessageTooLarge, ProtocolError
 from vqserve_client.pin import Pin
@@ -86,7 +87,10 @@ class ArrayCall:
         self.asked = asked
         self._pin = pin
         self._target = config.target
-        self.stages = self._stages()
+        try:
+            self.stages = info.stages(asked.num_quantizers)
+        except ValueError as error:
+            raise self._refusal(str(error)) from None
         self.grid, self.layout = self._geometry()
         request_bytes, reply_bytes = self._row_bytes()
         rows = rows_per_message(config.max_message_bytes, len(info.name.encode()), request_bytes, reply_bytes)
@@ -127,17 +131,6 @@ class ArrayCall:
     def given_cut(self, cut: Cut) -> Cut:
         """Return the cut of the caller's array that belongs to a cut of the grid."""
         raise NotImplementedError
-
-    def indices_cut(self, cut: Cut) -> Cut:
-        """Return the cut of the indices that belongs to a cut of the grid: all of each token."""
-        return cut if self.stages is None else latents_cut(cut, self.layout)
-
-    def _stages(self) -> int | None:
-        """Return how many indices of each token are meant; None: its one, without an axis of them."""
-        asked, available = self.asked.num_quantizers, self.info.num_quantizers
-        if asked is not None and asked > available:
-            raise self._refusal(f"num_quantizers must be an integer in [1, {available}], not {asked}")
-        return (asked or available) if self.info.has_stages else None
 
     def _part(self, cut: Cut) -> Array:
         """Return what one request holds of the caller's array."""
@@ -204,7 +197,7 @@ class EncodeCall(ArrayCall):
         return self.info.input_dim * payload.itemsize(self.given.dtype), index_bytes
 
     def _store(self) -> Array:
-        shape = self.grid if self.stages is None else latents_shape(self.grid, self.stages, self.layout)
+        shape = indices_shape(self.grid, self.stages, self.layout)
         return index_store(shape, self._index_dtype, is_torch=self.given.is_torch)
 
     def given_cut(self, cut: Cut) -> Cut:
@@ -229,7 +222,7 @@ class EncodeCall(ArrayCall):
 
     def accept(self, cut: Cut, reply: bytes) -> None:
         """Check a reply and put it in its place."""
-        into = self.out[self.indices_cut(cut)]
+        into = self.out[indices_cut(cut, self.stages, self.layout)]
         part = self._checked(pb.EncodeResponse, reply, self._index_dtype, into.shape)
         if part.size and part.max() >= self.info.vocab_size:
             raise self._distrust(f"index {part.max()} in a vocabulary of {self.info.vocab_size}")
@@ -261,12 +254,13 @@ class DecodeCall(ArrayCall):
             layout = resolve_layout(rank, self.asked.layout, self.info.layout)
         except ValueError as error:
             raise self._refusal(str(error)) from None
+        self._used = self.given.array
         if self.stages is None:
             return shape, layout
         found = shape[channel_axis(layout)]
         if not self.stages <= found <= self.info.num_quantizers:
             raise self._refusal(wrong_stages(shape, layout, wanted=self.stages, available=self.info.num_quantizers))
-        self._used = self.given.array[first_channels(self.stages, layout)]
+        self._used = self._used[first_channels(self.stages, layout)]
         return grid_shape(shape, layout), layout
 
     def _row_bytes(self) -> tuple[int, int]:
@@ -278,10 +272,10 @@ class DecodeCall(ArrayCall):
 
     def given_cut(self, cut: Cut) -> Cut:
         """Return the cut of the indices that belongs to a cut of the grid."""
-        return self.indices_cut(cut)
+        return indices_cut(cut, self.stages, self.layout)
 
     def _part(self, cut: Cut) -> Array:
-        return (self.given.array if self.stages is None else self._used)[self.given_cut(cut)]
+        return self._used[self.given_cut(cut)]
 
     def _head(self, shape: tuple[int, ...]) -> bytes:
         request = _DecodeRequest(

@@ -63,6 +63,11 @@ def latents_cut(cut: Cut, layout: Layout) -> Cut:
     return (*cut, slice(None)) if axis < 0 else (*cut[:axis], slice(None), *cut[axis:])
 
 
+def indices_cut(cut: Cut, stages: int | None, layout: Layout) -> Cut:
+    """Return the cut of the indices that belongs to a cut of the grid: all of each token."""
+    return cut if stages is None else latents_cut(cut, layout)
+
+
 def rows_per_message(max_message_bytes: int, name_bytes: int, *row_bytes: int) -> int:
     """Return how many tokens fit a message when one takes so many bytes, in the request and in the reply; maybe 0."""
     payload_bytes = max_message_bytes - ENVELOPE_BYTES - name_bytes

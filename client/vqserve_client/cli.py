@@ -17,7 +17,7 @@ from typing import Any
 from vqserve import __version__
 from vqserve.codebook_info import CodebookInfo
 from vqserve.latent_dtype import LATENT_DTYPES
-from vqserve_client.arguments import add_codebook, add_connection, add_progress, count, seconds
+from vqserve_client.arguments import add_codebook, add_connection, add_progress, integer, seconds
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig
 from vqserve_client.errors import VqserveClientError
@@ -56,7 +56,7 @@ def _parser(*, with_bench: bool) -> argparse.ArgumentParser:
         _add_files(command)
         command.add_argument(
             "--num-quantizers",
-            type=count,
+            type=integer(1),
             metavar="N",
             help="of a residual codebook, how many of each token's indices (default: all)",
         )

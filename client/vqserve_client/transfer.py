@@ -14,10 +14,10 @@ import numpy as np
 
 from vqserve import payload
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import Layout, grid_shape, latents_shape, parse_layout, resolve_layout
+from vqserve.layout import Layout, grid_shape, indices_shape, latents_shape, parse_layout, resolve_layout
 from vqserve_client.arrays import Array, given_indices, given_latents, latent_store
 from vqserve_client.catalogue import choose
-from vqserve_client.chunking import Cut, latents_cut, plan
+from vqserve_client.chunking import Cut, indices_cut, latents_cut, plan
 from vqserve_client.client import Client
 from vqserve_client.errors import DigestChanged, DigestMismatch, InvalidArgument
 from vqserve_client.npy import check_output, new_array, open_array
@@ -60,13 +60,11 @@ def encode_file(client: Client, task: Task, progress: Progress) -> None:
     dtype = np.dtype(payload.dtype_name(payload.index_dtype(info.vocab_size)))
     cuts = plan(grid, max(1, _PIECE_BYTES // (info.input_dim * item_bytes)))
     stages = _stages(task, info)
-    shape = grid if stages is None else latents_shape(grid, stages, layout)
+    shape = indices_shape(grid, stages, layout)
     with new_array(task.target, shape, dtype, force=task.force) as out:
         done = progress(math.prod(grid))
         pending: deque[Cut] = deque()
-        pieces = _pieces(
-            array, ((_indices_cut(cut, layout, stages), latents_cut(cut, layout)) for cut in cuts), pending
-        )
+        pieces = _pieces(array, ((indices_cut(cut, stages, layout), latents_cut(cut, layout)) for cut in cuts), pending)
         options: dict[str, Any] = {"codebook": info.name, "digest": info.digest, "num_quantizers": stages}
         with _one_codebook(task, info):
             for indices in client.encode_many(pieces, layout=layout, **options):
@@ -95,9 +93,7 @@ def decode_file(client: Client, task: Task, progress: Progress) -> None:
     with new_array(task.target, latents_shape(grid, width, layout), dtype, force=task.force) as out:
         done = progress(math.prod(grid))
         pending: deque[Cut] = deque()
-        pieces = _pieces(
-            array, ((latents_cut(cut, layout), _indices_cut(cut, layout, stages)) for cut in cuts), pending
-        )
+        pieces = _pieces(array, ((latents_cut(cut, layout), indices_cut(cut, stages, layout)) for cut in cuts), pending)
         options: dict[str, Any] = {"codebook": info.name, "digest": info.digest, "num_quantizers": stages}
         options |= {"dtype": task.dtype, "output": task.output}
         with _one_codebook(task, info):
@@ -113,16 +109,11 @@ def _pieces(array: Array, cuts: Iterator[tuple[Cut, Cut]], pending: deque[Cut]) 
         yield array[cut]
 
 
-def _indices_cut(cut: Cut, layout: Layout, stages: int | None) -> Cut:
-    return cut if stages is None else latents_cut(cut, layout)
-
-
 def _stages(task: Task, info: CodebookInfo) -> int | None:
-    """Return how many indices of each token are meant; None: its one, without an axis of them."""
-    asked = task.num_quantizers
-    if asked is not None and asked > info.num_quantizers:
-        raise InvalidArgument(f"num_quantizers must be an integer in [1, {info.num_quantizers}], not {asked}")
-    return (asked or info.num_quantizers) if info.has_stages else None
+    try:
+        return info.stages(task.num_quantizers)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from None
 
 
 def _info(client: Client, task: Task) -> CodebookInfo:

@@ -47,3 +47,16 @@ class CodebookInfo:
     def has_stages(self) -> bool:
         """Whether indices have an axis more, of a token's `num_quantizers` indices, in the place of the channels."""
         return self.kind == "rvq" or self.num_quantizers > 1
+
+    def stages(self, asked: int | None) -> int | None:
+        """Return how many indices of each token are meant; None: its one, without an axis of them.
+
+        Args:
+            asked: how many the caller wants, 1 or more; None: all.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        if asked is not None and asked > self.num_quantizers:
+            raise ValueError(f"num_quantizers must be an integer in [1, {self.num_quantizers}], not {asked}")
+        return (asked or self.num_quantizers) if self.has_stages else None

@@ -112,6 +112,11 @@ def latents_shape(grid: Sequence[int], channels: int, layout: Layout) -> tuple[i
     return (*grid, channels)
 
 
+def indices_shape(grid: Sequence[int], stages: int | None, layout: Layout) -> tuple[int, ...]:
+    """Return the shape of the indices of a grid of tokens: with stages, so many stand in the place of the channels."""
+    return tuple(grid) if stages is None else latents_shape(grid, stages, layout)
+
+
 def num_rows(grid: Sequence[int]) -> int:
     """Return the number of tokens in a grid."""
     return math.prod(grid)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vqserve.latent_dtype import LATENT_DTYPES
-from vqserve_client.arguments import add_codebook, add_progress
+from vqserve_client.arguments import add_codebook, add_progress, integer
 from vqserve_client.bench.load import DEFAULT_MAX_OUTSTANDING, Closed, Load, Open
 from vqserve_client.bench.schedule import Schedule
 from vqserve_client.bench.workload import Grid, Workload
@@ -36,13 +36,13 @@ def add_bench_arguments(command: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--data", type=Path, metavar="FILE.npy", help="latents to encode, or indices to decode (default: random)"
     )
-    what.add_argument("--seed", type=_integer(0), default=0, metavar="N", help="of data, order and arrivals (0)")
+    what.add_argument("--seed", type=integer(0), default=0, metavar="N", help="of data, order and arrivals (0)")
 
     how = command.add_argument_group("how it is sent")
     load = how.add_mutually_exclusive_group()
     load.add_argument(
         "--concurrency",
-        type=_integer(1),
+        type=integer(1),
         nargs="+",
         metavar="N",
         help="so many requests under way all the time, one number after the other "
@@ -57,19 +57,19 @@ def add_bench_arguments(command: argparse.ArgumentParser) -> None:
     )
     how.add_argument(
         "--max-outstanding",
-        type=_integer(1),
+        type=integer(1),
         default=DEFAULT_MAX_OUTSTANDING,
         metavar="N",
         help=f"requests that --rate has under way at most; more are dropped ({DEFAULT_MAX_OUTSTANDING})",
     )
     how.add_argument(
-        "--streams", type=_integer(0), default=0, metavar="N", help="over N streams (0: each request is a call)"
+        "--streams", type=integer(0), default=0, metavar="N", help="over N streams (0: each request is a call)"
     )
-    how.add_argument("--connections", type=_integer(1), default=1, metavar="N", help="of each process (1)")
-    how.add_argument("--processes", type=_integer(1), default=1, metavar="N", help="that send (1)")
+    how.add_argument("--connections", type=integer(1), default=1, metavar="N", help="of each process (1)")
+    how.add_argument("--processes", type=integer(1), default=1, metavar="N", help="that send (1)")
     how.add_argument(
         "--max-message-bytes",
-        type=_integer(1 << 10),
+        type=integer(1 << 10),
         default=DEFAULT_MAX_MESSAGE_BYTES,
         metavar="N",
         help=f"of a request or a reply at most ({DEFAULT_MAX_MESSAGE_BYTES})",
@@ -93,7 +93,7 @@ def add_bench_arguments(command: argparse.ArgumentParser) -> None:
     )
     long.add_argument(
         "--max-windows",
-        type=_integer(1),
+        type=integer(1),
         default=plan.max_windows,
         metavar="N",
         help=f"windows after which it ends though they do not ({plan.max_windows})",
@@ -161,15 +161,6 @@ def _grid(text: str) -> Grid:
     if not re.fullmatch(r"[1-9]\d{0,8}(x[1-9]\d{0,8}){0,3}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"must be 1 to 4 lengths, the batch first, such as 1x32x32, not {text!r}")
     return tuple(int(length) for length in text.split("x"))
-
-
-def _integer(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer of {least} or more, not {text!r}")
-        return int(text)
-
-    return parse
 
 
 def _number(least: float, *, above: bool = False) -> Callable[[str], float]:

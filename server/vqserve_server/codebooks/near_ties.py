@@ -129,4 +129,4 @@ def _projected(rows: Tensor, noise: Tensor, projection: Projection | None) -> tu
     # Frobenius' norm bounds what the projection makes of a length.
     largest = projection[0].double().norm()
     noise = largest * (noise + _LOSS * rows.double().norm(dim=1)) + _LOSS * projection[1].double().norm()
-    return project(rows.contiguous(), *projection, grid=rows.shape[:1]), noise
+    return project(rows.contiguous(), projection), noise

@@ -13,7 +13,7 @@ from vqserve_server.quantizers import (
     LookupFreeQuantizer,
     Quantizer,
 )
-from vqserve_server.quantizers.projections import ProjectedModule, project
+from vqserve_server.quantizers.projections import ProjectedModule, moved, project
 
 
 class Comparison:
@@ -31,7 +31,7 @@ class Comparison:
         inner = outer = None
         if isinstance(quantizer, ProjectedModule):
             inner, outer = quantizer.input_projection(), quantizer.output_projection()
-        self._projection = None if inner is None else (inner[0].to(frozen.device), inner[1].to(frozen.device))
+        self._projection = moved(inner, frozen.device)
         self.name = _name(quantizer, is_projected=inner is not None, is_projected_back=outer is not None)
 
     def wanted(self, rows: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class Comparison:
         """
         if self.name == "latents":
             return rows.double()
-        searched = rows if self._projection is None else project(rows, *self._projection, grid=rows.shape[:1])
+        searched = project(rows, self._projection)
         if self.name == "directions":
             return _directions(searched.double())
         if isinstance(self._quantizer, FiniteScalarQuantizer):

@@ -12,7 +12,7 @@ from vqserve_server.errors import CodebookError, InvalidShape
 from vqserve_server.quantizers.checks import check_finite, check_size
 from vqserve_server.quantizers.dtypes import autocast_off, widen
 from vqserve_server.quantizers.frozen_lookup import FrozenLookup
-from vqserve_server.quantizers.projections import project
+from vqserve_server.quantizers.projections import moved, project
 from vqserve_server.quantizers.quantizer import Quantizer
 from vqserve_server.quantizers.remap import Remap, UnknownIndex
 from vqserve_server.quantizers.remapped import RemappedModule
@@ -196,28 +196,19 @@ class AbstractQuantizer(RemappedModule, Quantizer):
         reported = None
         if problem.reports_full_ids and self.used is not None:
             reported = self.reported(torch.arange(self.num_codes)).to(device)
-        projection = self.input_projection()
         served_rows = code_rows.to(device)
         return FrozenLookup(
-            num_codes=self.num_codes,
-            vocab_size=self.vocab_size,
-            decodable=self.decodable,
-            input_dim=self.input_dim,
-            code_dim=self.code_dim,
-            output_dim=self.output_dim,
-            weight_dtype=self.weight_dtype,
-            device=device,
+            **self.sizes(device),
             _searcher=problem.prepare(search),
             _problem=problem,
-            _projection=None if projection is None else (projection[0].to(device), projection[1].to(device)),
+            _projection=moved(self.input_projection(), device),
             _reported=reported,
             _code_rows=served_rows,
             _latents=served_rows if latents is code_rows else latents.to(device),
         )
 
     def _projected(self, rows: Tensor, grid: Sequence[int]) -> Tensor:
-        projection = self.input_projection()
-        return rows if projection is None else project(rows, *projection, grid=grid)
+        return project(rows, self.input_projection(), grid=grid)
 
     def _straight_through(self, z: Tensor, z_q: Tensor, dtype: torch.dtype) -> Tensor:
         # The value of z_q with the gradient of z (van den Oord et al. 2017, section 3.2).

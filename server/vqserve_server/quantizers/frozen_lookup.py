@@ -53,8 +53,7 @@ class FrozenLookup(FrozenQuantizer):
     ) -> Tensor:
         """Return the index (n,) of every row's code; see `FrozenQuantizer.encode_rows`."""
         with autocast_off(self.device):
-            if self._projection is not None:
-                rows = project(rows, *self._projection, grid=rows.shape[:1] if grid is None else grid)
+            rows = project(rows, self._projection, grid=grid)
             winners = self._searcher.search(rows, None if counts is None else counts[0])
         return winners if self._reported is None else self._reported[winners]
 

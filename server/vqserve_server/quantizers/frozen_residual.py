@@ -50,8 +50,7 @@ class FrozenPart:
         if count == 0:
             return
         residual = rows[:, self.part.start : self.part.stop].contiguous()
-        if self.projection is not None:
-            residual = project(residual, *self.projection, grid=grid)
+        residual = project(residual, self.projection, grid=grid)
         self._check_range(residual, grid)
         for number, stage in enumerate(self.stages[:count]):
             place = self.part.places[number]

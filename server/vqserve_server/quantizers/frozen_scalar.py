@@ -14,7 +14,7 @@ from torch import Tensor
 from vqserve_server.errors import CodebookError, InvalidOption
 from vqserve_server.quantizers.dtypes import autocast_off
 from vqserve_server.quantizers.frozen import FrozenQuantizer, Output, check_output, some
-from vqserve_server.quantizers.projections import Projection, largest_projected, project
+from vqserve_server.quantizers.projections import Projection, largest_projected, moved, project
 from vqserve_server.search import SearchCounts, available
 from vqserve_server.search.rounding import affine
 
@@ -89,8 +89,8 @@ class FrozenScalar(FrozenQuantizer):
             _values=torch.from_numpy(values).to(device),
             _weights=torch.tensor([channel.weight for channel in channels], device=device),
             _levels=torch.tensor([len(channel.values) for channel in channels], device=device),
-            _projection=None if inner is None else (inner[0].to(device), inner[1].to(device)),
-            _output_projection=None if outer is None else (outer[0].to(device), outer[1].to(device)),
+            _projection=moved(inner, device),
+            _output_projection=moved(outer, device),
             **sizes,
         )
 
@@ -110,8 +110,7 @@ class FrozenScalar(FrozenQuantizer):
     ) -> Tensor:
         """Return the index (n,) of every row, of which nothing is counted; see `FrozenQuantizer.encode_rows`."""
         with autocast_off(self.device):
-            if self._projection is not None:
-                rows = project(rows, *self._projection, grid=rows.shape[:1] if grid is None else grid)
+            rows = project(rows, self._projection, grid=grid)
         return self._indices(rows)
 
     def _indices(self, rows: Tensor) -> Tensor:

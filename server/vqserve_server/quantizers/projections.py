@@ -77,22 +77,28 @@ def projection(name: str, inputs: int | None, outputs: int | None) -> nn.Linear 
     return nn.Linear(inputs, outputs)
 
 
-def project(rows: Tensor, weight: Tensor, bias: Tensor, *, grid: Sequence[int]) -> Tensor:
+def moved(projection: Projection | None, device: torch.device) -> Projection | None:
+    """Return a projection on a device."""
+    return None if projection is None else (projection[0].to(device), projection[1].to(device))
+
+
+def project(rows: Tensor, projection: Projection | None, *, grid: Sequence[int] | None = None) -> Tensor:
     """Return rows (N, C) @ weight.T + bias, (N, D) float32, each element the exact value rounded once.
 
     Args:
         rows: (N, C) float32 or float64, finite.
-        weight: (D, C), finite.
-        bias: (D,), finite.
-        grid: shape of the N tokens, to name one.
+        projection: weight (D, C) and bias (D,), finite; None is the identity, which rounds nothing.
+        grid: shape of the N tokens, to name one; None: (N,).
 
     Raises:
         NonFiniteLatents: a token's projection leaves float32's range; names the token.
     """
-    projected = affine(rows, weight, bias)
+    if projection is None:
+        return rows
+    projected = affine(rows, *projection)
     finite = torch.isfinite(projected).all(dim=1)
     if not bool(finite.all()):
-        token = torch.nonzero(~finite.reshape(tuple(grid)))[0].tolist()
+        token = torch.nonzero(~finite.reshape(rows.shape[:1] if grid is None else tuple(grid)))[0].tolist()
         raise NonFiniteLatents(f"the projection of token {token} leaves the range of float32")
     return projected
 

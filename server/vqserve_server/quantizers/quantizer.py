@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,20 @@ class Quantizer(nn.Module, ABC):
             InvalidOption: the search backend does not run on the device.
             CodebookError: a weight is NaN or infinite, or decoding leaves float32's range.
         """
+
+    def sizes(self, device: torch.device) -> dict[str, Any]:
+        """Return what the form that serves on a device says of itself: the attributes of `FrozenQuantizer`."""
+        return {
+            "num_codes": self.num_codes,
+            "vocab_size": self.vocab_size,
+            "decodable": self.decodable,
+            "input_dim": self.input_dim,
+            "code_dim": self.code_dim,
+            "output_dim": self.output_dim,
+            "weight_dtype": self.weight_dtype,
+            "device": device,
+            "num_quantizers": self.num_quantizers,
+        }
 
     def get_trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over all parameters in the order of registration, those that need no gradient included."""

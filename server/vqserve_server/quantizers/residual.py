@@ -16,7 +16,7 @@ from vqserve_server.quantizers.dtypes import widen
 from vqserve_server.quantizers.frozen import freeze
 from vqserve_server.quantizers.frozen_residual import FrozenPart, FrozenResidual, check_sums, sum_of_largest
 from vqserve_server.quantizers.projection import VectorQuantizerWithInputProjection
-from vqserve_server.quantizers.projections import ProjectedModule, Projection, projection
+from vqserve_server.quantizers.projections import ProjectedModule, moved, projection
 from vqserve_server.quantizers.quantizer import Quantizer
 from vqserve_server.quantizers.residual_structure import Metric, Part, ResidualStructure
 from vqserve_server.quantizers.rows import from_rows, grid_of, layout_of, to_rows
@@ -44,8 +44,8 @@ class ResidualPart(ProjectedModule):
         return FrozenPart(
             part=self.part,
             stages=stages,
-            projection=_moved(self.input_projection(), device),
-            output_projection=_moved(self.output_projection(), device),
+            projection=moved(self.input_projection(), device),
+            output_projection=moved(self.output_projection(), device),
             largest=float(sum_of_largest(stages).max()),
         )
 
@@ -188,15 +188,7 @@ class ResidualQuantizer(Quantizer):
         parts = tuple(part.frozen(device, search) for part in self.parts if isinstance(part, ResidualPart))
         check_sums(parts, are_added=are_added, dtype=self.weight_dtype)
         return FrozenResidual(
-            num_codes=self.num_codes,
-            vocab_size=self.vocab_size,
-            decodable=self.decodable,
-            input_dim=self.input_dim,
-            code_dim=self.code_dim,
-            output_dim=self.output_dim,
-            weight_dtype=self.weight_dtype,
-            device=device,
-            num_quantizers=self.num_quantizers,
+            **self.sizes(device),
             _parts=parts,
             _are_added=are_added,
         )
@@ -219,7 +211,3 @@ def _stage(structure: ResidualStructure) -> AbstractQuantizer:
 def _codebook(stage: nn.Module) -> AbstractQuantizer:
     assert isinstance(stage, AbstractQuantizer)  # noqa: S101 - nn.ModuleList forgets what it holds
     return stage
-
-
-def _moved(projection: Projection | None, device: torch.device) -> Projection | None:
-    return None if projection is None else (projection[0].to(device), projection[1].to(device))

@@ -125,14 +125,7 @@ class ScalarQuantizer(ProjectedModule, Quantizer):
         """Return the form that serves; see `Quantizer.frozen`."""
         return FrozenScalar.of(
             self.channels(),
-            num_codes=self.num_codes,
-            vocab_size=self.vocab_size,
-            decodable=self.decodable,
-            input_dim=self.input_dim,
-            code_dim=self.code_dim,
-            output_dim=self.output_dim,
-            weight_dtype=self.weight_dtype,
-            device=device,
+            **self.sizes(device),
             search=search,
             projections=(self.input_projection(), self.output_projection()),
         )

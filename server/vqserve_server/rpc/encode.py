@@ -36,12 +36,12 @@ class EncodePlan(Plan[pb.EncodeRequest]):
             name = payload.dtype_name(index_dtype)
             raise InvalidDtype(f"index_dtype {name} does not hold the vocabulary of {info.vocab_size} indices")
         count = check_num_quantizers(head.num_quantizers or None, available=info.num_quantizers)
-        indices_shape = layout.latents_shape(grid, count, self._layout) if info.has_stages else grid
+        stages = count if info.has_stages else None
         self.rows = layout.num_rows(grid)
         self._takes(head.dtype, shape)
-        self._gives(index_dtype, indices_shape, pb.EncodeResponse)
+        self._gives(index_dtype, layout.indices_shape(grid, stages, self._layout), pb.EncodeResponse)
         widened = np.dtype(np.float64 if head.dtype == pb.DTYPE_FLOAT64 else np.float32)
-        self._key = EncodeKey(self._tokenizer, widened, count if info.has_stages else None)
+        self._key = EncodeKey(self._tokenizer, widened, stages)
 
     def check(self, array: Array) -> None:
         """Look at the data.
