@@ -40,10 +40,12 @@ class Calls:
     def __init__(self) -> None:
         self._active = 0
         self._streams: set[Stream] = set()
+        self._draining = False
         self._idle: asyncio.Event | None = None
 
     async def drain(self) -> None:
         """Let streams end after what they have read, and wait until no call is being answered."""
+        self._draining = True
         for stream in self._streams:
             stream.drain()
         if self._active:
@@ -71,6 +73,9 @@ class Calls:
             self._active += 1
             stream = Stream(context)
             self._streams.add(stream)
+            # One that says nothing would be waited for otherwise.
+            if self._draining:
+                stream.drain()
             try:
                 await method(stream, _deadline(context))
             except Exception as error:
