@@ -102,7 +102,10 @@ class Stream:
 
     async def _answer(self, request: Request) -> None:
         # A call of its own, so that a stream that waits for its next request does not hold the last one's codebook.
-        await self._context.write(await request.reply())
+        try:
+            await self._context.write(await request.reply())
+        finally:
+            request.leave()
         self._requests -= 1
         self._bytes -= request.nbytes
         self._moved.set()

@@ -1,10 +1,12 @@
-"""gRPC ignores options that it does not know without a word: each that the server sets must be seen to work.
+"""Callers who are silent, ping, or do not read: bare sockets that speak just enough HTTP/2.
 
-The other side is a bare socket that speaks just enough HTTP/2 to be a caller who is silent, or who pings.
+gRPC ignores options that it does not know without a word: each that the server sets must be seen to work.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import socket
 import struct
 import threading
@@ -20,21 +22,23 @@ from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.rpc import server as server_module
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, SETTINGS, PING, GOAWAY = 0, 1, 4, 6, 7
-ACK, END_HEADERS = 1, 4
+DATA, HEADERS, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 4, 6, 7, 8
+ACK, END_STREAM, END_HEADERS = 1, 1, 4
+INITIAL_WINDOW_SIZE = 4
+MAX_FRAME = 1 << 14
 FASTER = 100
 
 
 class Peer:
-    """One HTTP/2 connection, frame by frame."""
+    """One HTTP/2 connection, frame by frame; `window`: bytes of a reply that the server may send of itself."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, *, window: int = 65535) -> None:
         host, _, port = target.rpartition(":")
         self._socket = socket.create_connection((host, int(port)))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._unread = b""
         self._socket.sendall(PREFACE)
-        self.send(SETTINGS)
+        self.send(SETTINGS, struct.pack(">HI", INITIAL_WINDOW_SIZE, window))
         self.send(SETTINGS, flags=ACK)
 
     def send(self, kind: int, body: bytes = b"", *, flags: int = 0, stream: int = 0) -> None:
@@ -63,8 +67,8 @@ class Peer:
                 raise EOFError
             self._unread += data
 
-    def call(self, method: str, request: bytes) -> None:
-        """Begin a call and send a request, without an end."""
+    def call(self, method: str, request: bytes, *, end: bool = False) -> None:
+        """Begin a call and send a request."""
         fields = {
             ":method": "POST",
             ":scheme": "http",
@@ -79,7 +83,22 @@ class Peer:
             for name, value in fields.items()
         )
         self.send(HEADERS, block, flags=END_HEADERS, stream=1)
-        self.send(DATA, b"\0" + struct.pack(">I", len(request)) + request, stream=1)
+        message = b"\0" + struct.pack(">I", len(request)) + request
+        for start in range(0, len(message), MAX_FRAME):
+            is_last = end and start + MAX_FRAME >= len(message)
+            self.send(DATA, message[start : start + MAX_FRAME], flags=END_STREAM * is_last, stream=1)
+
+    def take(self, nbytes: int) -> bytes:
+        """Let the server send so many bytes of the reply, and return them."""
+        for stream in (0, 1):
+            self.send(WINDOW_UPDATE, struct.pack(">I", nbytes), stream=stream)
+        got = b""
+        with contextlib.suppress(EOFError):
+            for kind, _, body in self.frames(10):
+                got += body if kind == DATA else b""
+                if len(got) >= nbytes:
+                    break
+        return got
 
     def close(self) -> None:
         self._socket.close()
@@ -164,3 +183,50 @@ def test_a_reply_that_no_message_holds_is_not_sent(
     with pytest.raises(grpc.RpcError) as caught:
         client.stub.ListCodebooks(pb.ListCodebooksRequest())
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+# 20 thousand tokens of four float32.
+INDICES = pb.DecodeRequest(dtype=pb.DTYPE_UINT8, shape=[20_000], indices=bytes(20_000)).SerializeToString()
+REPLY_BYTES = 320_000
+
+
+@pytest.fixture
+def reluctant(fake: Callable[..., Any], serving: Callable[..., Any]) -> Iterator[tuple[Any, Peer]]:
+    """A server, and a caller who takes nothing of a reply before it says so."""
+    server = serving(fake())
+    peer = Peer(server.target, window=0)
+    yield server, peer
+    peer.close()
+
+
+def wait_for_requests(server: Any, count: int) -> None:
+    until = time.monotonic() + 10
+    while server.app.engine.stats.requests != count and time.monotonic() < until:
+        threading.Event().wait(0.01)
+    assert server.app.engine.stats.requests == count
+    threading.Event().wait(0.1)
+
+
+@pytest.mark.parametrize("method", ["Decode", "DecodeStream"])
+def test_a_reply_that_is_not_read_is_still_in_the_server(reluctant: Any, method: str) -> None:
+    server, peer = reluctant
+    peer.call(method, INDICES, end=True)
+    wait_for_requests(server, 1)
+    admission = server.app.engine._admission
+    assert admission.bytes > REPLY_BYTES
+    assert len(peer.take(REPLY_BYTES)) == REPLY_BYTES
+    peer.close()
+    until = time.monotonic() + 10
+    while admission.requests and time.monotonic() < until:
+        threading.Event().wait(0.01)
+    assert (admission.requests, admission.rows, admission.bytes) == (0, 0, 0)
+
+
+def test_a_server_that_stops_waits_for_replies_to_be_read(reluctant: Any) -> None:
+    server, peer = reluctant
+    peer.call("Decode", INDICES, end=True)
+    wait_for_requests(server, 1)
+    stopped = asyncio.run_coroutine_threadsafe(server.app.stop(), server.loop)
+    threading.Event().wait(2 * server_module._LINGER_S)
+    assert len(peer.take(1 << 20)) > REPLY_BYTES
+    assert stopped.result(10)
