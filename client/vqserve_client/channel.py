@@ -21,10 +21,10 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", max_message_bytes),
         # A connection of its own for every channel: a forked child must not find its parent's socket in a shared pool.
         ("grpc.use_local_subchannel_pool", 1),
-        # As often as a gRPC server allows unless it was told otherwise; more often, and it hangs up.
+        # During calls, as often as a gRPC server allows unless it was told otherwise; more often, and it hangs up.
         ("grpc.keepalive_time_ms", 300_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.keepalive_permit_without_calls", 0),
+        # What is called keepalive_timeout_ms changes nothing: gRPC waits for the answer as for any other ping's.
+        ("grpc.http2.ping_timeout_ms", 20_000),
         # gRPC's default of a second would make every retry of this client fail on the same lost connection.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 5_000),

@@ -130,3 +130,29 @@ def test_messages_up_to_the_limit_and_no_further(tiny, latents):
                 with pytest.raises(VqserveClientError, match="larger than max"):
                     client.encode(array)
     assert expected.nbytes > 4096
+
+
+def test_a_server_whose_machine_is_gone_is_noticed():
+    # A three-hundredth of each: a ping after a second without a word, and a fifteenth for its answer.
+    options = [
+        (name, value // 300 if name in ("grpc.keepalive_time_ms", "grpc.http2.ping_timeout_ms") else value)
+        for name, value in channel_options(1 << 20)
+    ]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet():
+            connection, _ = server.accept()
+            # Empty SETTINGS and the acknowledgement of the caller's, and then nothing.
+            connection.sendall(b"\0\0\0\4\0\0\0\0\0" + b"\0\0\0\4\1\0\0\0\0")
+            greeted.append(connection)
+
+        greeted = []
+        thread = threading.Thread(target=greet)
+        thread.start()
+        with grpc.insecure_channel(f"127.0.0.1:{server.getsockname()[1]}", options=options) as channel:
+            with pytest.raises(grpc.RpcError) as caught:
+                channel.unary_unary("/a/b")(b"", timeout=30)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert "ping" in caught.value.details()
+        thread.join()
+        greeted[0].close()

@@ -12,7 +12,7 @@ from vqserve_server.errors import Overloaded, VqserveError
 class Admission:
     """Counts the requests, rows and bytes between arrival and reply, and refuses what would exceed the limits.
 
-    A request is counted from when its size is known until its reply is made, so that the limits bound memory and not
+    A request is counted from when its size is known until its reply is sent, so that the limits bound memory and not
     merely the queue. One that exceeds a limit all by itself is taken when nothing else is in the server.
     """
 

@@ -21,6 +21,8 @@ REQUEST_ID_KEY = "vqserve-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 # gRPC tells "no deadline" as one that is centuries away.
 _NO_DEADLINE_S = 1e9
+# Replies up to here count as sent when they are made: to be told of it costs as much as a good part of a small call.
+_SMALL_BYTES = 1 << 16
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +42,12 @@ class Calls:
     def __init__(self) -> None:
         self._active = 0
         self._streams: set[Stream] = set()
+        self._draining = False
         self._idle: asyncio.Event | None = None
 
     async def drain(self) -> None:
         """Let streams end after what they have read, and wait until no call is being answered."""
+        self._draining = True
         for stream in self._streams:
             stream.drain()
         if self._active:
@@ -55,12 +59,21 @@ class Calls:
 
         async def answer(raw: bytes, context: Context) -> bytes:
             self._active += 1
+            call = Call.now(_deadline(context))
+            call.when_over.append(self._left)
+            is_over = True
             try:
-                return await method(raw, Call.now(_deadline(context)))
+                reply = await method(raw, call)
+                if len(reply) > _SMALL_BYTES:
+                    # The stubs have a class where gRPC takes any function.
+                    context.add_done_callback(lambda _: call.over())  # type: ignore[arg-type]
+                    is_over = False
+                return reply
             except Exception as error:
                 await _fail(name, error, context)
             finally:
-                self._left()
+                if is_over:
+                    call.over()
 
         return grpc.unary_unary_rpc_method_handler(answer)
 
@@ -71,6 +84,9 @@ class Calls:
             self._active += 1
             stream = Stream(context)
             self._streams.add(stream)
+            # One that says nothing would be waited for otherwise.
+            if self._draining:
+                stream.drain()
             try:
                 await method(stream, _deadline(context))
             except Exception as error:

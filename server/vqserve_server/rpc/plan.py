@@ -28,6 +28,7 @@ class Plan(ABC, Generic[RequestT]):
 
     Attributes:
         request_type: the message.
+        payload_bytes: of the request.
         rows: tokens that the engine is to turn.
         reply_bytes: the reply's payload.
     """
@@ -44,6 +45,7 @@ class Plan(ABC, Generic[RequestT]):
             UnknownCodebook: no such codebook.
             DigestMismatch: the caller pinned another digest.
         """
+        self.payload_bytes = payload_bytes
         self._tokenizer = live.resolve(head.codebook, head.expected_digest)
         self._read(head, payload_bytes, self._tokenizer.info)
         check_reply_size(self.reply_bytes, max_message_bytes)

@@ -27,13 +27,16 @@ class Plans(Generic[RequestT]):
     def known(self, raw: bytes) -> tuple[Plan[RequestT], memoryview] | None:
         """Return the plan and the payload of a request whose head was read before.
 
-        A head ends with the payload's length, so that a message of the same head and the same size means the same.
+        A head ends with the payload's length, so that a message of the same head and the same size means the same. The
+        size has to be looked at: where the head ends was another message's word, and more may follow the payload.
         """
         start = self._starts.get(len(raw))
         if start is None:
             return None
         plan = self._by_head.get(raw[:start])
-        return None if plan is None else (plan, memoryview(raw)[start:])
+        if plan is None or plan.payload_bytes != len(raw) - start:
+            return None
+        return plan, memoryview(raw)[start:]
 
     def read(self, raw: bytes) -> tuple[Plan[RequestT], memoryview]:
         """Return the plan and the payload of a request.

@@ -35,7 +35,7 @@ class Requests:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def begin(self, plans: Plans[Any], raw: bytes, call: Call) -> Request:
-        """Read a request, find it good and give it to the engine; its `reply` or `abandon` must follow.
+        """Read a request, find it good and give it to the engine; its `leave` or `abandon` must follow.
 
         Raises:
             VqserveError: why not.
@@ -80,7 +80,7 @@ class Requests:
 
 
 class Request:
-    """A good request, in the server from `begin` until `reply` or `abandon`.
+    """A good request, in the server from `begin` until `leave` or `abandon`.
 
     Attributes:
         nbytes: of the request and its reply's payload.
@@ -103,7 +103,7 @@ class Request:
         self._call = call
 
     async def reply(self) -> bytes:
-        """Return the reply, and leave.
+        """Return the reply.
 
         Raises:
             VqserveError: what went wrong.
@@ -116,13 +116,15 @@ class Request:
             # The caller has left or its deadline has passed.
             self._forget()
             raise
-        finally:
-            self._requests.engine.release(self._plan.rows, self.nbytes)
+
+    def leave(self) -> None:
+        """Leave: the reply is sent, or there is none. A caller who does not read must not make the server grow."""
+        self._requests.engine.release(self._plan.rows, self.nbytes)
 
     def abandon(self) -> None:
         """Leave without a reply."""
         self._forget()
-        self._requests.engine.release(self._plan.rows, self.nbytes)
+        self.leave()
 
     def _forget(self) -> None:
         if self.job is not None:

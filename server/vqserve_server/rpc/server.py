@@ -74,11 +74,11 @@ def _options(config: RpcConfig, *, shares_port: bool) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", config.max_message_bytes),
         # Two servers on one port are a mistake, unless they are workers of one.
         ("grpc.so_reuseport", int(shares_port)),
-        # A caller whose machine is gone is noticed within a minute and a half; its requests are then dropped.
+        # A caller whose machine is gone is noticed within a minute and a half; its requests are then dropped. (What is
+        # called keepalive_timeout_ms changes nothing: gRPC waits for the answer as for any other ping's.)
         ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.ping_timeout_ms", 20_000),
         # Callers may ask for signs of life every ten seconds, also between requests; who asks more often is cut off.
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-        ("grpc.http2.max_ping_strikes", 2),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 
 from vqserve.v1 import tokenizer_pb2 as pb
@@ -52,11 +54,16 @@ class TokenizerService:
 
     async def encode(self, raw: bytes, call: Call) -> bytes:
         """Latents to indices."""
-        return await (await self._requests.begin(self._encodings, raw, call)).reply()
+        return await self._reply(self._encodings, raw, call)
 
     async def decode(self, raw: bytes, call: Call) -> bytes:
         """Indices to latents."""
-        return await (await self._requests.begin(self._decodings, raw, call)).reply()
+        return await self._reply(self._decodings, raw, call)
+
+    async def _reply(self, plans: Plans[Any], raw: bytes, call: Call) -> bytes:
+        request = await self._requests.begin(plans, raw, call)
+        call.when_over.append(request.leave)
+        return await request.reply()
 
     async def encode_stream(self, stream: Stream, deadline: float | None) -> None:
         """Latents to indices, again and again."""

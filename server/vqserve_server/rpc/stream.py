@@ -13,6 +13,8 @@ from vqserve_server.rpc.requests import Request
 
 # Bytes of requests and replies that a stream has in the server; one that is larger all by itself goes alone.
 WINDOW_BYTES = 16 << 20
+# Requests, however small: a caller that does not read its replies keeps so many places, and the others have the rest.
+WINDOW_REQUESTS = 64
 
 Begin = Callable[[bytes], Awaitable[Request]]
 
@@ -23,7 +25,8 @@ class Stream:
     def __init__(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         self._context = context
         self._open: deque[Request] = deque()
-        self._bytes = 0
+        # Begun with, and the reply not written yet.
+        self._requests = self._bytes = 0
         self._moved = asyncio.Event()
         self._all_read = False
         self._reader: asyncio.Task[None] | None = None
@@ -38,6 +41,8 @@ class Stream:
         Raises:
             VqserveError: what was wrong with the first request that has got no reply; Draining after `drain`.
         """
+        if self._draining:
+            raise Draining("the server is stopping")
         self._reader = asyncio.create_task(self._read(begin))
         writer = asyncio.create_task(self._write())
         try:
@@ -56,6 +61,7 @@ class Stream:
     def drain(self) -> None:
         """Read no more: what was read is answered, then the stream ends."""
         self._draining = True
+        self._end_of_requests()
         if self._reader is not None:
             self._reader.cancel()
 
@@ -63,13 +69,18 @@ class Stream:
         try:
             while isinstance(raw := await self._context.read(), bytes):
                 self._open.append(await self._begun(begin, raw))
+                self._requests += 1
                 self._bytes += self._open[-1].nbytes
                 self._moved.set()
-                while self._bytes > WINDOW_BYTES:
+                while self._bytes > WINDOW_BYTES or self._requests >= WINDOW_REQUESTS:
                     await self._move()
         finally:
-            self._all_read = True
-            self._moved.set()
+            self._end_of_requests()
+
+    def _end_of_requests(self) -> None:
+        # Said by `drain` too: a reader that is cancelled before it has begun cannot.
+        self._all_read = True
+        self._moved.set()
 
     async def _begun(self, begin: Begin, raw: bytes) -> Request:
         while True:
@@ -77,7 +88,7 @@ class Stream:
                 return await begin(raw)
             except Overloaded:
                 # Who has requests in the server waits for a place; who has none is told like everybody.
-                if not self._open:
+                if not self._requests:
                     raise
                 await self._move()
 
@@ -91,7 +102,11 @@ class Stream:
 
     async def _answer(self, request: Request) -> None:
         # A call of its own, so that a stream that waits for its next request does not hold the last one's codebook.
-        await self._context.write(await request.reply())
+        try:
+            await self._context.write(await request.reply())
+        finally:
+            request.leave()
+        self._requests -= 1
         self._bytes -= request.nbytes
         self._moved.set()
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vqserve import wire
 from vqserve.v1 import tokenizer_pb2 as pb
 
 REFUSALS = {
@@ -78,3 +79,27 @@ def test_a_good_request_with_damage(client: Any, data: st.DataObject) -> None:
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     send(client, "Encode", bytes(raw[: data.draw(st.integers(0, len(raw)))]))
     assert client.encode(np.zeros((2, 4), np.float32)).shape == (2,)
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [
+        (bytes(16), grpc.StatusCode.INVALID_ARGUMENT),
+        (pb.EncodeRequest(codebook="n" * 14).SerializeToString(), grpc.StatusCode.NOT_FOUND),
+    ],
+)
+def test_what_follows_the_payload_of_a_head_that_is_known(
+    client: Any, rows: int, ending: bytes, code: grpc.StatusCode
+) -> None:
+    encode = client.channel.unary_unary("/vqserve.v1.TokenizerService/Encode")
+    head = pb.EncodeRequest(dtype=pb.DTYPE_FLOAT32, shape=[rows, 4]).SerializeToString()
+    known = head + wire.payload_tag(16 * rows) + bytes(16 * rows)
+    encode(known)
+    # As long as the message below, with a head as long: so the head of that one is looked up where it ends.
+    half = pb.EncodeRequest(dtype=pb.DTYPE_FLOAT16, shape=[2 * rows + 2, 4], latents=bytes(16 * rows + 16))
+    assert len(half.SerializeToString()) == len(known + ending)
+    client.stub.Encode(half)
+    with pytest.raises(grpc.RpcError) as caught:
+        encode(known + ending)
+    assert caught.value.code() is code

@@ -14,6 +14,7 @@ import pytest
 
 from vqserve import payload
 from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve_server.errors import Draining
 from vqserve_server.rpc import stream as stream_module
 
 
@@ -148,10 +149,22 @@ def test_a_stream_reads_no_further_than_its_window(
     assert inside(server) == (0, 0, 0)
 
 
+def test_a_stream_leaves_room_for_others_however_small_its_requests(server: Any, client: Any, tokenizer: Any) -> None:
+    tokenizer.hold()
+    replies = client.stub.EncodeStream(client.encode_request(np.zeros((1, 4), np.float32)) for _ in range(2000))
+    wait_until(lambda: inside(server)[0] == stream_module.WINDOW_REQUESTS)
+    threading.Event().wait(0.2)
+    assert inside(server)[0] == stream_module.WINDOW_REQUESTS
+    tokenizer.release()
+    assert len(list(replies)) == 2000
+    assert inside(server) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("room", [1, 3])
 def test_a_full_server_makes_a_stream_wait_for_itself(
-    fake: Callable[..., Any], serving: Callable[..., Any], connect: Callable[..., Any]
+    fake: Callable[..., Any], serving: Callable[..., Any], connect: Callable[..., Any], room: int
 ) -> None:
-    client = connect(serving(fake(), max_queue_requests=3).target)
+    client = connect(serving(fake(), max_queue_requests=room).target)
     replies = client.stub.EncodeStream(client.encode_request(latents) for latents in latents_of(50))
     assert len(list(replies)) == 50
 
@@ -209,3 +222,35 @@ def test_an_idle_stream_does_not_hold_up_a_stop(server: Any, client: Any) -> Non
     go_on.set()
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert stopped.result()
+
+
+def test_a_stream_that_is_opened_while_the_server_stops_is_refused(server: Any, client: Any, tokenizer: Any) -> None:
+    go_on = threading.Event()
+    tokenizer.hold()
+    inside_already = client.stub.Encode.future(client.encode_request(np.zeros((1, 4), np.float32)))
+    tokenizer.wait_entered()
+    stopped = stop_in_background(server)
+    wait_until(lambda: server.app.engine._admission._refusal is not None)
+    # It says nothing: only by its own end would the server's wait for it end.
+    _, error = status_of(client.stub.EncodeStream(iter(go_on.wait, True), timeout=10))
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    tokenizer.release()
+    assert list(inside_already.result().shape) == [1]
+    assert stopped.result()
+    go_on.set()
+
+
+def test_a_stream_whose_reader_has_not_begun_ends_when_the_server_stops() -> None:
+    class Silent:
+        async def read(self) -> bytes:
+            return await asyncio.Future()
+
+    async def scenario() -> None:
+        stream = stream_module.Stream(Silent())
+        running = asyncio.create_task(stream.run(lambda raw: asyncio.Future()))
+        await asyncio.sleep(0)
+        stream.drain()
+        await asyncio.wait([running], timeout=5)
+        assert isinstance(running.exception(), Draining)
+
+    asyncio.run(scenario())

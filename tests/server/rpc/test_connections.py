@@ -1,0 +1,232 @@
+"""Callers who are silent, ping, or do not read: bare sockets that speak just enough HTTP/2.
+
+gRPC ignores options that it does not know without a word: each that the server sets must be seen to work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve_server.rpc import server as server_module
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 4, 6, 7, 8
+ACK, END_STREAM, END_HEADERS = 1, 1, 4
+INITIAL_WINDOW_SIZE = 4
+MAX_FRAME = 1 << 14
+FASTER = 100
+
+
+class Peer:
+    """One HTTP/2 connection, frame by frame; `window`: bytes of a reply that the server may send of itself."""
+
+    def __init__(self, target: str, *, window: int = 65535) -> None:
+        host, _, port = target.rpartition(":")
+        self._socket = socket.create_connection((host, int(port)))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._unread = b""
+        self._socket.sendall(PREFACE)
+        self.send(SETTINGS, struct.pack(">HI", INITIAL_WINDOW_SIZE, window))
+        self.send(SETTINGS, flags=ACK)
+
+    def send(self, kind: int, body: bytes = b"", *, flags: int = 0, stream: int = 0) -> None:
+        """Send a frame."""
+        self._socket.sendall(struct.pack(">I", len(body))[1:] + struct.pack(">BBI", kind, flags, stream) + body)
+
+    def frames(self, seconds: float) -> Iterator[tuple[int, int, bytes]]:
+        """Yield the kind, flags and body of what comes within so many seconds.
+
+        Raises:
+            EOFError: the server has hung up.
+        """
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            length = int.from_bytes(self._unread[:3], "big")
+            if len(self._unread) >= 9 + length:
+                frame, self._unread = self._unread[: 9 + length], self._unread[9 + length :]
+                yield frame[3], frame[4], frame[9:]
+                continue
+            self._socket.settimeout(left)
+            try:
+                data = self._socket.recv(1 << 16)
+            except TimeoutError:
+                return
+            if not data:
+                raise EOFError
+            self._unread += data
+
+    def call(self, method: str, request: bytes, *, end: bool = False) -> None:
+        """Begin a call and send a request."""
+        fields = {
+            ":method": "POST",
+            ":scheme": "http",
+            ":path": f"/vqserve.v1.TokenizerService/{method}",
+            ":authority": "test",
+            "content-type": "application/grpc",
+            "te": "trailers",
+        }
+        # Literals that are no part of any table (RFC 7541, 6.2.2), their lengths below 127.
+        block = b"".join(
+            b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+            for name, value in fields.items()
+        )
+        self.send(HEADERS, block, flags=END_HEADERS, stream=1)
+        message = b"\0" + struct.pack(">I", len(request)) + request
+        for start in range(0, len(message), MAX_FRAME):
+            is_last = end and start + MAX_FRAME >= len(message)
+            self.send(DATA, message[start : start + MAX_FRAME], flags=END_STREAM * is_last, stream=1)
+
+    def take(self, nbytes: int) -> bytes:
+        """Let the server send so many bytes of the reply, and return them."""
+        for stream in (0, 1):
+            self.send(WINDOW_UPDATE, struct.pack(">I", nbytes), stream=stream)
+        got = b""
+        with contextlib.suppress(EOFError):
+            for kind, _, body in self.frames(10):
+                got += body if kind == DATA else b""
+                if len(got) >= nbytes:
+                    break
+        return got
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def server(fake: Callable[..., Any], serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A server whose times are a hundredth of what they are."""
+    options = server_module._options
+
+    def faster(*args: Any, **kwargs: Any) -> list[tuple[str, int]]:
+        return [(name, value // FASTER if name.endswith("_ms") else value) for name, value in options(*args, **kwargs)]
+
+    monkeypatch.setattr(server_module, "_options", faster)
+    return serving(fake())
+
+
+@pytest.fixture
+def peer(server: Any) -> Iterator[Peer]:
+    peer = Peer(server.target)
+    yield peer
+    peer.close()
+
+
+def pings(peer: Peer, interval_s: float, count: int) -> tuple[int, bytes]:
+    """How many of so many pings are answered, and what the server says when it has enough of them."""
+    answers, farewell = 0, b""
+    try:
+        for number in range(count):
+            peer.send(PING, struct.pack(">Q", number))
+            for kind, flags, body in peer.frames(interval_s):
+                answers += kind == PING and flags == ACK
+                if kind == PING and not flags:
+                    peer.send(PING, body, flags=ACK)
+                if kind == GOAWAY:
+                    farewell = body[8:]
+    except (EOFError, ConnectionError):
+        pass
+    return answers, farewell
+
+
+def test_a_caller_who_answers_no_ping_is_hung_up_on(peer: Peer) -> None:
+    began = time.monotonic()
+    seen = []
+    with pytest.raises(EOFError):
+        seen.extend(iter(lambda: next(peer.frames(10)), None))
+    # After 0.6 s of silence a ping, and 0.2 s for its answer.
+    assert 0.7 < time.monotonic() - began < 5
+    assert PING in [kind for kind, _, _ in seen]
+
+
+def test_and_its_requests_are_dropped(peer: Peer, server: Any, fake: Callable[..., Any]) -> None:
+    (tokenizer,) = server.app.engine.live._by_name.values()
+    tokenizer.hold()
+    request = pb.EncodeRequest(dtype=pb.DTYPE_FLOAT32, shape=[1, 4], latents=np.zeros(4, np.float32).tobytes())
+    peer.call("EncodeStream", request.SerializeToString())
+    tokenizer.wait_entered()
+    assert server.app.engine._admission.requests == 1
+    until = time.monotonic() + 10
+    while server.app.engine._admission.requests and time.monotonic() < until:
+        threading.Event().wait(0.01)
+    assert server.app.engine._admission.requests == 0
+    tokenizer.release()
+
+
+def test_pings_are_answered_as_often_as_is_allowed_between_calls_too(peer: Peer) -> None:
+    assert pings(peer, 0.15, 12) == (12, b"")
+
+
+def test_who_pings_more_often_is_hung_up_on(peer: Peer) -> None:
+    answers, farewell = pings(peer, 0.01, 12)
+    assert answers < 12
+    assert farewell == b"too_many_pings"
+
+
+def test_a_reply_that_no_message_holds_is_not_sent(
+    fake: Callable[..., Any], serving: Callable[..., Any], connect: Callable[..., Any]
+) -> None:
+    # Replies to Encode and Decode are refused before they are computed; a list of codebooks has no such limit.
+    many = [fake(16, name=f"{number:03}-{'x' * 60}") for number in range(40)]
+    client = connect(serving(*many, max_message_bytes=4096).target)
+    with pytest.raises(grpc.RpcError) as caught:
+        client.stub.ListCodebooks(pb.ListCodebooksRequest())
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+# 20 thousand tokens of four float32.
+INDICES = pb.DecodeRequest(dtype=pb.DTYPE_UINT8, shape=[20_000], indices=bytes(20_000)).SerializeToString()
+REPLY_BYTES = 320_000
+
+
+@pytest.fixture
+def reluctant(fake: Callable[..., Any], serving: Callable[..., Any]) -> Iterator[tuple[Any, Peer]]:
+    """A server, and a caller who takes nothing of a reply before it says so."""
+    server = serving(fake())
+    peer = Peer(server.target, window=0)
+    yield server, peer
+    peer.close()
+
+
+def wait_for_requests(server: Any, count: int) -> None:
+    until = time.monotonic() + 10
+    while server.app.engine.stats.requests != count and time.monotonic() < until:
+        threading.Event().wait(0.01)
+    assert server.app.engine.stats.requests == count
+    threading.Event().wait(0.1)
+
+
+@pytest.mark.parametrize("method", ["Decode", "DecodeStream"])
+def test_a_reply_that_is_not_read_is_still_in_the_server(reluctant: Any, method: str) -> None:
+    server, peer = reluctant
+    peer.call(method, INDICES, end=True)
+    wait_for_requests(server, 1)
+    admission = server.app.engine._admission
+    assert admission.bytes > REPLY_BYTES
+    assert len(peer.take(REPLY_BYTES)) == REPLY_BYTES
+    peer.close()
+    until = time.monotonic() + 10
+    while admission.requests and time.monotonic() < until:
+        threading.Event().wait(0.01)
+    assert (admission.requests, admission.rows, admission.bytes) == (0, 0, 0)
+
+
+def test_a_server_that_stops_waits_for_replies_to_be_read(reluctant: Any) -> None:
+    server, peer = reluctant
+    peer.call("Decode", INDICES, end=True)
+    wait_for_requests(server, 1)
+    stopped = asyncio.run_coroutine_threadsafe(server.app.stop(), server.loop)
+    threading.Event().wait(2 * server_module._LINGER_S)
+    assert len(peer.take(1 << 20)) > REPLY_BYTES
+    assert stopped.result(10)
