@@ -27,8 +27,7 @@ class Call:
 
     Attributes:
         method: full name.
-        arrived: time.monotonic() seconds.
-        deadline: the same clock; None: the caller waits for ever.
+        deadline: time.monotonic() seconds; None: the caller waits for ever.
         when_over: called once, when the caller has all that it gets, or is gone.
     """
 
@@ -40,9 +39,8 @@ class Call:
         self._has_begun = False
         details = event.call_details
         self.method: str = details.method.decode("ascii", "backslashreplace")
-        self.arrived = time.monotonic()
         left_s = details.deadline - time.time()
-        self.deadline = None if left_s > _NO_DEADLINE_S else self.arrived + left_s
+        self.deadline = None if left_s > _NO_DEADLINE_S else time.monotonic() + left_s
         self.when_over: Callable[[], None] = _nothing
         self._start((cygrpc.ReceiveCloseOnServerOperation(0),), self._on_close)
 

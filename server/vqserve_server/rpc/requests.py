@@ -48,22 +48,25 @@ class Requests:
             accept: told of a good request before the engine is, which is not if it returns False.
             refuse: told of the VqserveError of any other.
         """
+        arrived = time.monotonic()
         if len(raw) <= _INLINE_BYTES:
-            self._begin(plans, raw, call, accept, refuse)
+            self._begin(plans, raw, call, accept, refuse, arrived=arrived)
             return
         try:
-            self._pool.submit(self._begin, plans, raw, call, accept, refuse)
+            self._pool.submit(self._begin, plans, raw, call, accept, refuse, arrived=arrived)
         except RuntimeError:
             refuse(Draining("the server is stopping"))
 
-    def _begin(self, plans: Plans[Any], raw: bytes, call: Call, accept: Accept, refuse: Refuse) -> None:
+    def _begin(
+        self, plans: Plans[Any], raw: bytes, call: Call, accept: Accept, refuse: Refuse, *, arrived: float
+    ) -> None:
         try:
             known = plans.known(raw)
             if known is None:
                 known = plans.read(raw)
                 plans.keep(raw, *known)
             plan, data = known
-            request = Request(self._engine, plan, call.arrived, len(raw) + plan.reply_bytes)
+            request = Request(self._engine, plan, arrived, len(raw) + plan.reply_bytes)
             try:
                 if plan.rows:
                     array = plan.array(data)
