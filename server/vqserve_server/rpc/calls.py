@@ -45,13 +45,8 @@ class Calls:
         """Return the handler of a method with many such requests and as many replies."""
 
         def handle(call: Call) -> None:
-            def leave() -> None:
-                with self._changed:
-                    self._streams.discard(stream)
-                self._leave()
-
             self._enter()
-            stream = Stream(call, begin, when_over=leave)
+            stream = Stream(call, begin, when_over=self._forget)
             with self._changed:
                 self._streams.add(stream)
                 is_draining = self._is_draining
@@ -81,6 +76,11 @@ class Calls:
             call.receive(received)
 
         return handle
+
+    def _forget(self, stream: Stream) -> None:
+        with self._changed:
+            self._streams.discard(stream)
+        self._leave()
 
     def _enter(self) -> None:
         with self._changed:

@@ -20,8 +20,10 @@ _INLINE_BYTES = 2 << 20
 
 logger = logging.getLogger(__name__)
 
-# Whether a good request is still wanted, and why another is refused. One of them is called, on whatever thread.
-Accept: TypeAlias = "Callable[[Request], bool]"
+Told: TypeAlias = Callable[[], None]
+# Takes a good request, and says who is told when it is answered; None: it is no longer wanted.
+Accept: TypeAlias = "Callable[[Request], Told | None]"
+# Is told why a request is not good. One of the two is called, on whatever thread.
 Refuse: TypeAlias = Callable[[Exception], None]
 Begin: TypeAlias = Callable[[bytes, Call, Accept, Refuse], None]
 
@@ -45,8 +47,8 @@ class Requests:
             plans: of its method.
             raw: the message.
             call: on which it came.
-            accept: told of a good request before the engine is, which is not if it returns False.
-            refuse: told of the VqserveError of any other.
+            accept: gets a good request before the engine does.
+            refuse: gets the VqserveError of any other.
         """
         arrived = time.monotonic()
         if len(raw) <= _INLINE_BYTES:
@@ -71,17 +73,18 @@ class Requests:
                 if plan.rows:
                     array = plan.array(data)
                     plan.check(array)
-                    request.job = plan.job(array, deliver=_deliver, tag=request, deadline=call.deadline)
+                    request.job = plan.job(array, deliver=_deliver, tag=None, deadline=call.deadline)
             except BaseException:
                 request.leave()
                 raise
         except Exception as error:
             refuse(error)
             return
-        if accept(request):
-            request.start()
-        else:
+        told = accept(request)
+        if told is None:
             request.leave()
+        else:
+            request.start(told)
 
 
 class Request:
@@ -90,7 +93,6 @@ class Request:
     Attributes:
         nbytes: of the request and its reply's payload.
         job: None if there is nothing to compute.
-        when_answered: called once, from whatever thread, when `reply` has something to say.
     """
 
     def __init__(self, engine: Engine, plan: Plan[Any], arrived: float, nbytes: int) -> None:
@@ -102,7 +104,6 @@ class Request:
         engine.admit(plan.rows, nbytes)
         self.nbytes = nbytes
         self.job: Job | None = None
-        self.when_answered: Callable[[], None]
         self._engine = engine
         self._plan = plan
         self._arrived = arrived
@@ -112,11 +113,12 @@ class Request:
         """Return whether `reply` has something to say."""
         return self.job is None or self.job.outcome is not None
 
-    def start(self) -> None:
-        """Give it to the engine."""
+    def start(self, told: Told) -> None:
+        """Give it to the engine; `told` is called once, from whatever thread, when `reply` has something to say."""
         if self.job is None:
-            self.when_answered()
+            told()
             return
+        self.job.tag = told
         try:
             self._engine.submit((self.job,))
         except Exception as error:
@@ -147,7 +149,7 @@ class Request:
 def _deliver(jobs: list[Job]) -> None:
     for job in jobs:
         try:
-            job.tag.when_answered()
+            job.tag()
         except Exception:
             # A thread of the engine's must not die of one caller's connection.
             logger.exception("a reply was not sent")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from vqserve_server.errors import Draining, Overloaded
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.failure import fail
-from vqserve_server.rpc.requests import Begin, Request
+from vqserve_server.rpc.requests import Begin, Request, Told
 
 # Bytes of requests and replies that a stream has in the server; one that is larger all by itself goes alone.
 WINDOW_BYTES = 16 << 20
@@ -24,8 +24,8 @@ class Stream:
     sent when the one before it has been.
     """
 
-    def __init__(self, call: Call, begin: Begin, *, when_over: Callable[[], None]) -> None:
-        """Take the call; `when_over` is called when it has ended."""
+    def __init__(self, call: Call, begin: Begin, *, when_over: Callable[[Stream], None]) -> None:
+        """Take the call; `when_over` is called with this stream when it has ended."""
         self._call = call
         self._begin = begin
         self._when_over = when_over
@@ -65,19 +65,18 @@ class Stream:
     def _begin_with(self, raw: bytes) -> None:
         self._begin(raw, self._call, self._begun, lambda error: self._not_begun(raw, error))
 
-    def _begun(self, request: Request) -> bool:
-        request.when_answered = self._answered
+    def _begun(self, request: Request) -> Told | None:
         with self._lock:
             self._is_beginning = False
             if self._has_ended:
-                return False
+                return None
             self._open.append(request)
             self._bytes += request.nbytes
             self._is_paused = not self._has_room
             reads_on = not self._is_paused and self._end is None
         if reads_on:
             self._call.receive(self._received)
-        return True
+        return self._answered
 
     def _not_begun(self, raw: bytes, error: Exception) -> None:
         with self._lock:
@@ -147,7 +146,7 @@ class Stream:
             self._open.clear()
         for request in left:
             request.leave()
-        self._when_over()
+        self._when_over(self)
 
 
 class _AllRead(Exception):

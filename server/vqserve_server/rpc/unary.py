@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.failure import fail, no_request
-from vqserve_server.rpc.requests import Begin, Request
+from vqserve_server.rpc.requests import Begin, Request, Told
 
 # Held to set and read a few fields only, so that one serves all calls.
 _fields = threading.Lock()
@@ -35,11 +35,12 @@ class Unary:
         else:
             self._begin(raw, self._call, self._begun, self._failed)
 
-    def _begun(self, request: Request) -> bool:
-        request.when_answered = self._answered
+    def _begun(self, request: Request) -> Told | None:
         with _fields:
-            self._request = None if self._is_over else request
-            return not self._is_over
+            if self._is_over:
+                return None
+            self._request = request
+        return self._answered
 
     def _answered(self) -> None:
         request = self._request

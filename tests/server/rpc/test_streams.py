@@ -279,14 +279,13 @@ def test_a_stream_that_is_beginning_with_a_request_ends_when_it_has_answered_it(
     stream = stream_module.Stream(
         call,
         lambda raw, call, accept, refuse: accepted.append(accept),
-        when_over=lambda: over.append(True),
+        when_over=over.append,
     )
     stream.start()
     call.received(b"request")
     stream.drain()
     assert not call.ends
-    assert accepted[0](request)
-    request.when_answered()
+    accepted[0](request)()
     assert call.sent == [b"reply"]
     assert not call.ends
     then_sent[0]()
@@ -294,5 +293,5 @@ def test_a_stream_that_is_beginning_with_a_request_ends_when_it_has_answered_it(
     assert status.code is grpc.StatusCode.UNAVAILABLE
     assert request.left == 1
     call.when_over()
-    assert over == [True]
+    assert over == [stream]
     assert request.left == 1
