@@ -52,6 +52,9 @@ class App:
         Raises:
             StartError: the address cannot be bound.
         """
+        if self._config.rpc.unix_socket:
+            # Again: gRPC replaces a socket file without asking, and another server may have come meanwhile.
+            check_unix_socket(self._config.rpc.unix_socket)
         self.engine.start()
         try:
             port = await self._rpc.start()
