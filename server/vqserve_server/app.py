@@ -108,13 +108,19 @@ async def serve(repository: Repository, config: ServeConfig, *, worker: int | No
         if not stop.is_set():
             rescans.ask()
 
+    def on_orphaned() -> None:
+        # Once: a pipe at its end stays readable.
+        loop.remove_reader(sys.stdin.fileno())
+        logger.info("the parent is gone: stopping")
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     if worker is not None:
         # The parent's end of the pipe closes when the parent is gone.
-        loop.add_reader(sys.stdin.fileno(), stop.set)
+        loop.add_reader(sys.stdin.fileno(), on_orphaned)
     port = await app.start()
     _announce(repository.tokenizers, config.rpc.host, port)
     done, pending = await asyncio.wait(
