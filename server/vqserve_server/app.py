@@ -20,6 +20,9 @@ from vqserve_server.rpc import RpcServer
 from vqserve_server.sources import find_codebooks
 from vqserve_server.tokenizer import Tokenizer
 
+# An idle device thread needs a moment to end.
+_IDLE_END_S = 0.5
+
 logger = logging.getLogger(__name__)
 
 
@@ -74,7 +77,7 @@ class App:
         self._rpc.not_serving()
         self.engine.drain()
         finished = await self._rpc.stop(self._config.drain_seconds)
-        left_s = max(deadline - self._loop.time(), 0.0)
+        left_s = max(deadline - self._loop.time(), _IDLE_END_S)
         stopped = await asyncio.to_thread(self.engine.stop, left_s)
         logger.info("served %s", self.engine.stats)
         return finished and stopped

@@ -393,6 +393,13 @@ def test_a_device_that_never_answers_does_not_hold_up_the_end(stubborn: Callable
     assert "not all requests were answered within --drain-seconds 0.2" in log
 
 
+def test_an_idle_daemon_needs_no_time_to_stop(vqserved: Callable[..., Any], folder: Path) -> None:
+    daemon = vqserved(folder, "--device", "cpu", "--drain-seconds", "0")
+    code, log = daemon.stop(signal.SIGTERM)
+    assert code == 0
+    assert "not all requests" not in log
+
+
 def test_sighup_while_it_stops_changes_nothing(stubborn: Callable[..., Any]) -> None:
     process, _ = stubborn(1, "--drain-seconds", "1")
     process.send_signal(signal.SIGTERM)
