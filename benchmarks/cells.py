@@ -54,6 +54,11 @@ class Cell:
         return bfloat16.widen(bfloat16.round_bits(latents)) if self.dtype == "bf16" else latents
 
     @cached_property
+    def tensor(self) -> torch.Tensor:
+        """The latents as a user has them, in their own type."""
+        return torch.from_numpy(self.latents).to({"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype])
+
+    @cached_property
     def indices(self) -> NDArray[np.unsignedinteger]:
         codes = BOOKS[self.book][0]
         dtype = np.uint8 if codes <= 256 else np.uint16

@@ -10,14 +10,17 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import closing
+from itertools import repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
 from cells import Cell
 from http_load import measure_http
 
-from vqserve_client import VqserveClientError
+from vqserve_client import Client, VqserveClientError
 from vqserve_client.bench import Closed, Request, Schedule, measure
 
 HERE = Path(__file__).parent
@@ -123,6 +126,23 @@ class Ours(Contender):
 
     def stream_rate(self, cell: Cell, concurrency: int, seconds: float, streams: int) -> float:
         return grpc_rate(self.target, cell.method + "Stream", cell.request, concurrency, seconds, streams=streams)
+
+    def many_rate(self, cell: Cell, seconds: float) -> float:
+        """Arrays a second of one `encode_many` or `decode_many`, as a job over a dataset has them."""
+        with Client(self.target, codebook=cell.book) as client:
+            if cell.operation == "encode":
+                answers = client.encode_many(repeat(cell.tensor))
+            else:
+                answers = client.decode_many(repeat(torch.from_numpy(cell.indices)), dtype=cell.tensor.dtype)
+            with closing(answers):
+                starts = time.perf_counter() + WARMUP_S
+                while time.perf_counter() < starts:
+                    next(answers)
+                count, starts = 0, time.perf_counter()
+                while time.perf_counter() < starts + seconds:
+                    next(answers)
+                    count += 1
+                return count / (time.perf_counter() - starts)
 
 
 class Peer(Contender):

@@ -104,6 +104,7 @@ def measure_cell(cell: Cell, ours: Ours, tokenizer: Tokenizer, folder: Path, opt
                 else:
                     rates.setdefault(contender.name, []).append(rate)
             rates.setdefault("vqserve, streams", []).append(ours.stream_rate(cell, CALLERS, options.seconds, STREAMS))
+            rates.setdefault("vqserve, many", []).append(ours.many_rate(cell, options.seconds))
     row.rates = {name: statistics.median(values) for name, values in rates.items()}
     row.search_s = statistics.median(floors)
     return row
@@ -131,6 +132,7 @@ def table(rows: list[Row]) -> list[str]:
         "vqserve/s",
         "**efficiency**",
         "by stream/s",
+        "by encode_many or decode_many/s",
         *(f"{p}/s" for p in peers),
     ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -142,6 +144,7 @@ def table(rows: list[Row]) -> list[str]:
             f"{row.rates['vqserve']:.0f}",
             f"**{row.efficiency:.2f}**",
             f"{row.rates['vqserve, streams']:.0f}",
+            f"{row.rates['vqserve, many']:.0f}",
             *(f"{row.rates[p]:.0f}" if p in row.rates else "-" for p in peers),
         ]
         lines.append(f"| {' | '.join(figures)} |")
@@ -185,7 +188,7 @@ def main() -> None:
     report = [
         f"# Serving on {options.machine}",
         "",
-        f"{CALLERS} callers; medians of {options.rounds} rounds.",
+        f"{CALLERS} callers, or one `encode_many` or `decode_many` of the SDK; medians of {options.rounds} rounds.",
         "",
         *table(rows),
         "",

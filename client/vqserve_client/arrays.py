@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,15 @@ class Given:
         """Return whether the caller gave a tensor."""
         return self.device is not None
 
+    def joins(self, other: Given) -> bool:
+        """Return whether both can be one array, along the first axis."""
+        mine, theirs = self.array, other.array
+        return (
+            (self.dtype, mine.dtype, self.is_torch) == (other.dtype, theirs.dtype, other.is_torch)
+            and mine.ndim == theirs.ndim > 0
+            and mine.shape[1:] == theirs.shape[1:]
+        )
+
 
 def given_latents(latents: object) -> Given:
     """Return latents as they travel.
@@ -64,6 +73,13 @@ def given_indices(indices: object) -> Given:
     if given.dtype not in payload.INDEX_DTYPES:
         raise InvalidArgument(f"indices must be integers, not {payload.dtype_name(given.dtype)}")
     return given
+
+
+def joined(givens: Sequence[Given]) -> Given:
+    """Return arrays that join as one."""
+    if len(givens) == 1:
+        return givens[0]
+    return replace(givens[0], array=np.concatenate([given.array for given in givens]))
 
 
 def _given(value: object, what: str, prepare: Callable[[Array], Array] = lambda array: array) -> Given:

@@ -18,7 +18,7 @@ from vqserve.codebook_info import CodebookInfo
 from vqserve_client.calls import Options, options
 from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig
 from vqserve_client.core import DECODE, ENCODE, CallOptions, Core, Operation, Wake
-from vqserve_client.exchange import Budget, Steps
+from vqserve_client.exchange import Steps
 from vqserve_client.lane import Lane
 
 T = TypeVar("T")
@@ -129,18 +129,7 @@ class AsyncClient:
         return self._core.config.target
 
     async def _turn(self, operation: Operation, array: object, asked: Options, call: CallOptions) -> Any:
-        core = self._core
-        return await self._drive(
-            lambda wake: core.turn(
-                operation,
-                array,
-                asked,
-                pin=core.pin(call),
-                deadline=core.deadline(call),
-                budget=Budget(core.config.window),
-                sender=core.unary(wake),
-            )
-        )
+        return await self._drive(lambda wake: self._core.turn_one(operation, array, asked, call, wake))
 
     async def _drive(self, begin: Callable[[Wake], Steps[T]]) -> T:
         """Do a call's steps, waiting between them."""
@@ -162,8 +151,7 @@ class AsyncClient:
         with closing(Lane(self._core, operation, asked, call, alarm.wake)) as lane:
             try:
                 failure: Exception | None = None
-                more = True
-                while more or not lane.empty:
+                while not (lane.ended and lane.empty):
                     wait_s = lane.advance()
                     if lane.ready:
                         answer = lane.take()
@@ -173,15 +161,15 @@ class AsyncClient:
                         ended, pull = pull, None
                         try:
                             item = ended.result()
-                        except Exception as error:
-                            # The arrays before it still get their answers, as they would one by one.
-                            failure, more = error, False
-                        else:
                             if item is _END:
-                                more = False
+                                lane.end()
                             else:
                                 lane.put(item)
-                    elif more and pull is None and not lane.full:
+                        except Exception as error:
+                            # The arrays before it still get their answers, as they would one by one.
+                            failure = error
+                            lane.end()
+                    elif pull is None and not lane.ended and not lane.full:
                         # A task, so that answers come out while the source makes the next array.
                         pull = asyncio.ensure_future(_next(items))
                         pull.add_done_callback(lambda _: alarm.wake())

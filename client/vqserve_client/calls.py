@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -87,13 +88,14 @@ class ArrayCall:
         self.asked = asked
         self._pin = pin
         self._target = config.target
+        self._reply_dtype = self._dtype_of_replies()
         try:
             self.stages = info.stages(asked.num_quantizers)
         except ValueError as error:
             raise self._refusal(str(error)) from None
         self.grid, self.layout = self._geometry()
         request_bytes, reply_bytes = self._row_bytes()
-        rows = rows_per_message(config.max_message_bytes, len(info.name.encode()), request_bytes, reply_bytes)
+        rows = self.rows_within(config.max_message_bytes)
         if rows < 1:
             raise self._refusal(
                 f"one token takes {request_bytes} bytes in the request and {reply_bytes} in the reply, more than a "
@@ -102,6 +104,14 @@ class ArrayCall:
             )
         self.plan: Plan = plan(self.grid, rows)
         self._out: Array | None = None
+
+    def rows_within(self, message_bytes: int) -> int:
+        """Return how many tokens fit messages of that size, the request and the reply; maybe 0."""
+        return rows_per_message(message_bytes, len(self.info.name.encode()), *self._row_bytes())
+
+    def steps_within(self, message_bytes: int) -> int:
+        """Return how many steps of the array's first axis fit such messages; maybe 0."""
+        return self.rows_within(message_bytes) // max(1, math.prod(self.grid[1:]))
 
     @property
     def out(self) -> Array:
@@ -114,9 +124,21 @@ class ArrayCall:
         """Return the requests, in order."""
         return (ArrayPart(self, cut) for cut in self.plan)
 
-    def result(self) -> Any:
-        """Return the assembled array as the caller's kind."""
-        raise NotImplementedError
+    def results(self, givens: Sequence[Given]) -> list[Any]:
+        """Return what became of each of the caller's arrays, as its own kind.
+
+        Args:
+            givens: what `given` is, or was joined from.
+        """
+        if len(givens) == 1:
+            return [handed_back(self.out, self._reply_dtype, givens[0])]
+        answers, start = [], 0
+        for given in givens:
+            stop = start + len(given.array)
+            # A copy, so that nobody who keeps, or saves, one answer has all of them with it.
+            answers.append(handed_back(self.out[start:stop].copy(), self._reply_dtype, given))
+            start = stop
+        return answers
 
     def request(self, cut: Cut) -> bytes:
         """Return the request for one cut of the grid."""
@@ -138,6 +160,10 @@ class ArrayCall:
 
     def _head(self, shape: tuple[int, ...]) -> bytes:
         """Return what comes before the payload of a request for such a part."""
+        raise NotImplementedError
+
+    def _dtype_of_replies(self) -> int:
+        """Return the type of replies on the wire."""
         raise NotImplementedError
 
     def _geometry(self) -> tuple[tuple[int, ...], Layout]:
@@ -181,6 +207,9 @@ class EncodeCall(ArrayCall):
     method = "Encode"
     name = "latents"
 
+    def _dtype_of_replies(self) -> int:
+        return payload.index_dtype(self.info.vocab_size)
+
     def _geometry(self) -> tuple[tuple[int, ...], Layout]:
         shape = self.given.array.shape
         try:
@@ -192,13 +221,12 @@ class EncodeCall(ArrayCall):
         return grid_shape(shape, layout), layout
 
     def _row_bytes(self) -> tuple[int, int]:
-        self._index_dtype = payload.index_dtype(self.info.vocab_size)
-        index_bytes = payload.itemsize(self._index_dtype) * (self.stages or 1)
+        index_bytes = payload.itemsize(self._reply_dtype) * (self.stages or 1)
         return self.info.input_dim * payload.itemsize(self.given.dtype), index_bytes
 
     def _store(self) -> Array:
         shape = indices_shape(self.grid, self.stages, self.layout)
-        return index_store(shape, self._index_dtype, is_torch=self.given.is_torch)
+        return index_store(shape, self._reply_dtype, is_torch=self.given.is_torch)
 
     def given_cut(self, cut: Cut) -> Cut:
         """Return the cut of the latents that belongs to a cut of the grid."""
@@ -214,7 +242,7 @@ class EncodeCall(ArrayCall):
             layout=WIRE_OF_LAYOUT[self.layout],
             dtype=self.given.dtype,
             shape=shape,
-            index_dtype=self._index_dtype,
+            index_dtype=self._reply_dtype,
             num_quantizers=self.stages,
         )
         head: bytes = request.SerializeToString()
@@ -223,14 +251,10 @@ class EncodeCall(ArrayCall):
     def accept(self, cut: Cut, reply: bytes) -> None:
         """Check a reply and put it in its place."""
         into = self.out[indices_cut(cut, self.stages, self.layout)]
-        part = self._checked(pb.EncodeResponse, reply, self._index_dtype, into.shape)
+        part = self._checked(pb.EncodeResponse, reply, self._reply_dtype, into.shape)
         if part.size and part.max() >= self.info.vocab_size:
             raise self._distrust(f"index {part.max()} in a vocabulary of {self.info.vocab_size}")
-        store(part, self._index_dtype, into)
-
-    def result(self) -> Any:
-        """Return the indices as the caller's kind."""
-        return handed_back(self.out, self._index_dtype, self.given)
+        store(part, self._reply_dtype, into)
 
 
 class DecodeCall(ArrayCall):
@@ -238,6 +262,9 @@ class DecodeCall(ArrayCall):
 
     method = "Decode"
     name = "indices"
+
+    def _dtype_of_replies(self) -> int:
+        return self.asked.dtype
 
     @property
     def _width(self) -> int:
@@ -264,11 +291,12 @@ class DecodeCall(ArrayCall):
         return grid_shape(shape, layout), layout
 
     def _row_bytes(self) -> tuple[int, int]:
-        return payload.itemsize(self.given.dtype) * (self.stages or 1), self._width * payload.itemsize(self.asked.dtype)
+        index_bytes = payload.itemsize(self.given.dtype) * (self.stages or 1)
+        return index_bytes, self._width * payload.itemsize(self._reply_dtype)
 
     def _store(self) -> Array:
         shape = latents_shape(self.grid, self._width, self.layout)
-        return latent_store(shape, self.asked.dtype, is_torch=self.given.is_torch)
+        return latent_store(shape, self._reply_dtype, is_torch=self.given.is_torch)
 
     def given_cut(self, cut: Cut) -> Cut:
         """Return the cut of the indices that belongs to a cut of the grid."""
@@ -284,7 +312,7 @@ class DecodeCall(ArrayCall):
             layout=WIRE_OF_LAYOUT[self.layout],
             dtype=self.given.dtype,
             shape=shape,
-            latent_dtype=self.asked.dtype,
+            latent_dtype=self._reply_dtype,
             output=self.asked.output,
             num_quantizers=self.stages,
         )
@@ -294,11 +322,7 @@ class DecodeCall(ArrayCall):
     def accept(self, cut: Cut, reply: bytes) -> None:
         """Check a reply and put it in its place."""
         into = self.out[latents_cut(cut, self.layout)]
-        store(self._checked(pb.DecodeResponse, reply, self.asked.dtype, into.shape), self.asked.dtype, into)
-
-    def result(self) -> Any:
-        """Return the latents as the caller's kind."""
-        return handed_back(self.out, self.asked.dtype, self.given)
+        store(self._checked(pb.DecodeResponse, reply, self._reply_dtype, into.shape), self._reply_dtype, into)
 
 
 class ArrayPart:

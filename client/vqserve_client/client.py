@@ -10,7 +10,7 @@ from vqserve.codebook_info import CodebookInfo
 from vqserve_client.calls import Options, options
 from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig
 from vqserve_client.core import DECODE, ENCODE, CallOptions, Core, Operation, Wake
-from vqserve_client.exchange import Budget, Steps
+from vqserve_client.exchange import Steps
 from vqserve_client.interrupts import Bell, SignalsPutOff
 from vqserve_client.lane import Lane
 
@@ -142,7 +142,8 @@ class Client:
         clock stands still while the caller does not ask for the next.
 
         Args:
-            items: arrays as for encode; at most `window` are taken ahead.
+            items: arrays as for encode. At most `window` are taken ahead, or, of small ones, what fits so many requests
+                and one more: up to 256 KiB and 64 arrays go as one. With a window of 1 it is one array at a time.
             layout: as for encode.
             num_quantizers: as for encode.
             codebook: as for encode.
@@ -170,7 +171,7 @@ class Client:
         """Return the latents of each of many arrays of indices; see encode_many and decode.
 
         Args:
-            items: arrays as for decode; at most `window` are taken ahead.
+            items: arrays as for decode, taken ahead as for encode_many.
             layout: as for encode.
             dtype: as for decode.
             output: as for decode.
@@ -203,18 +204,7 @@ class Client:
         return self._core.config.target
 
     def _turn(self, operation: Operation, array: object, asked: Options, call: CallOptions) -> Any:
-        core = self._core
-        return self._drive(
-            lambda wake: core.turn(
-                operation,
-                array,
-                asked,
-                pin=core.pin(call),
-                deadline=core.deadline(call),
-                budget=Budget(core.config.window),
-                sender=core.unary(wake),
-            )
-        )
+        return self._drive(lambda wake: self._core.turn_one(operation, array, asked, call, wake))
 
     def _drive(self, begin: Callable[[Wake], Steps[T]]) -> T:
         """Do a call's steps, waiting between them."""
@@ -239,25 +229,24 @@ class Client:
         lane = Lane(self._core, operation, asked, call, bell.ring)
         try:
             failure: Exception | None = None
-            more = True
-            while more or not lane.empty:
+            while not (lane.ended and lane.empty):
                 with SignalsPutOff():
                     wait_s = lane.advance()
                 if lane.ready:
                     answer = lane.take()
                     with lane.standstill():
                         yield answer
-                elif more and not lane.full:
+                elif not lane.ended and not lane.full:
                     try:
                         with lane.standstill():
                             item = next(items)
+                        lane.put(item)
                     except StopIteration:
-                        more = False
+                        lane.end()
                     except Exception as error:
                         # The arrays before it still get their answers, as they would one by one.
-                        failure, more = error, False
-                    else:
-                        lane.put(item)
+                        failure = error
+                        lane.end()
                 else:
                     bell.wait(wait_s)
             if failure is not None:

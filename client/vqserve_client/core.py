@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vqserve.codebook_info import CodebookInfo
-from vqserve_client.arrays import Given, given_indices, given_latents
+from vqserve_client.arrays import Given, given_indices, given_latents, joined
 from vqserve_client.calls import ArrayCall, DecodeCall, EncodeCall, Options
 from vqserve_client.catalogue import ListPart
 from vqserve_client.channel import Connection
@@ -92,19 +92,34 @@ class Core:
         """Ask what is served."""
         return list((yield from self._listed(self.exchange(self.deadline(call), Budget(1), self.unary(wake)))))
 
+    def turn_one(
+        self, operation: Operation, array: object, asked: Options, call: CallOptions, wake: Wake
+    ) -> Steps[Any]:
+        """Encode or decode one array, by calls of its own."""
+        answers = yield from self.turn(
+            operation,
+            [operation.read(array)],
+            asked,
+            pin=self.pin(call),
+            deadline=self.deadline(call),
+            budget=Budget(self.config.window),
+            sender=self.unary(wake),
+        )
+        return answers[0]
+
     def turn(
         self,
         operation: Operation,
-        array: object,
+        givens: Sequence[Given],
         asked: Options,
         *,
         pin: Pin,
         deadline: Deadline,
         budget: Budget,
         sender: Sender,
-    ) -> Steps[Any]:
-        """Encode or decode one array."""
-        given = operation.read(array)
+    ) -> Steps[list[Any]]:
+        """Encode or decode arrays that join, as one."""
+        given = joined(givens)
         exchange = self.exchange(deadline, budget, sender)
         while True:
             info = yield from self._resolved(pin, exchange)
@@ -120,7 +135,7 @@ class Core:
             except (WrongDigest, DigestMismatch, CodebookNotFound) as error:
                 pin.reconsider(info, error)
             else:
-                return call.result()
+                return call.results(givens)
 
     def _listed(self, exchange: Exchange) -> Steps[tuple[CodebookInfo, ...]]:
         part = ListPart(self.config.target)

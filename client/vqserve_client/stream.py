@@ -1,4 +1,4 @@
-"""Requests of `encode_many` on one streaming call: a third more of the small ones get through than as single calls.
+"""Requests of `encode_many` on one streaming call, where small ones cost less than as calls of their own.
 
 A stream ends with its first failure. The request that failed gets its status; those behind it, which the server has not
 looked at, may be sent again, on a new stream. To a server that has no streams they go as calls of their own.

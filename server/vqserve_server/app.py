@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from vqserve_server import logs
 from vqserve_server.address import address, check, check_unix_socket, is_loopback
@@ -60,7 +60,7 @@ class App:
             check_unix_socket(self._config.rpc.unix_socket)
         self.engine.start()
         try:
-            port = await self._rpc.start()
+            port = self._rpc.start()
         except RuntimeError:
             rpc = self._config.rpc
             raise StartError(f"cannot listen on {address(rpc.host, rpc.port)}") from None
@@ -76,7 +76,7 @@ class App:
         deadline = self._loop.time() + self._config.drain_seconds
         self._rpc.not_serving()
         self.engine.drain()
-        finished = await self._rpc.stop(self._config.drain_seconds)
+        finished = await asyncio.to_thread(self._rpc.stop, self._config.drain_seconds)
         left_s = max(deadline - self._loop.time(), _IDLE_END_S)
         stopped = await asyncio.to_thread(self.engine.stop, left_s)
         logger.info("served %s", self.engine.stats)
@@ -166,21 +166,10 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
     repository.load()
     # What there is now stays: a collection after a swap need not look at it.
     gc.freeze()
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        code = runner.run(serve(repository, config, worker=worker))
+    code = asyncio.run(serve(repository, config, worker=worker))
     if code:
         raise StartError("the device failed; the log has the reason")
     return code
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return what makes the event loop; None: asyncio's own."""
-    try:
-        import uvloop  # noqa: PLC0415
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
 
 
 def _announce(tokenizers: Sequence[Tokenizer], host: str, port: int) -> None:

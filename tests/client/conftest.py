@@ -314,6 +314,12 @@ def failing() -> Callable[..., Behaviour]:
 
 
 @pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send every array of encode_many in a request of its own, for tests that count or time requests."""
+    monkeypatch.setattr("vqserve_client.lane.MOST_JOINED", 1)
+
+
+@pytest.fixture
 def lying() -> Callable[..., Behaviour]:
     """Make a behaviour that changes fields of the honest reply: lying(digest="0" * 64)."""
 

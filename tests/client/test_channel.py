@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import selectors
 import socket
 import threading
@@ -39,7 +40,13 @@ class Listener:
 
     def _pass_on(self, here):
         host, _, port = self._target.rpartition(":")
-        with here, socket.create_connection((host, int(port))) as there, selectors.DefaultSelector() as selector:
+        with (
+            here,
+            socket.create_connection((host, int(port))) as there,
+            selectors.DefaultSelector() as selector,
+            # One side may leave while the other still sends.
+            contextlib.suppress(ConnectionError),
+        ):
             selector.register(here, selectors.EVENT_READ, there)
             selector.register(there, selectors.EVENT_READ, here)
             while True:

@@ -42,6 +42,7 @@ def files(tmp_path, latents):
     return tmp_path / "in.npy", tmp_path / "indices.npy", tmp_path / "out.npy"
 
 
+@pytest.mark.usefixtures("apart")
 def test_there_and_back(vqserve, tiny, files, monkeypatch):
     # Pieces of 4096 bytes, so that this small file is cut inside its items.
     monkeypatch.setattr("vqserve_client.transfer._PIECE_BYTES", 4096)

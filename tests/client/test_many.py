@@ -67,7 +67,7 @@ def test_no_more_items_are_taken_than_the_window_holds(tiny, connect, latents):
     def source():
         for number in itertools.count():
             taken.append(number)
-            yield latents(2, 4)
+            yield latents(9000, 4)
 
     generator = connect(tiny.target, window=3).encode_many(source())
     assert taken == []

@@ -18,6 +18,8 @@ from vqserve_client import (
 )
 from vqserve_client import stream as stream_module
 
+pytestmark = pytest.mark.usefixtures("apart")
+
 
 def items_of(latents: Any, count: int, size: int = 7) -> list[np.ndarray]:
     return [latents(size, 4, seed=seed) for seed in range(count)]

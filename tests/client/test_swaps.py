@@ -14,6 +14,8 @@ from vqserve_client import CodebookNotFound, DigestChanged, DigestMismatch
 from vqserve_client.calls import DecodeCall, EncodeCall
 from vqserve_client.cli import main
 
+pytestmark = pytest.mark.usefixtures("apart")
+
 
 class Books:
     """A folder, its daemon, and the codebooks that were put there."""

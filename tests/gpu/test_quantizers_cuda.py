@@ -71,6 +71,9 @@ def test_frozen_rows_are_the_cpu_s_bit_for_bit(make, arguments):
         assert torch.equal(frozen.encode_rows(rows.to(DEVICE)).cpu(), on_cpu.encode_rows(rows))
         positions = torch.arange(frozen.decodable)
         for output in ("latents", "code_rows"):
+            for narrower in (torch.float16, torch.bfloat16):
+                rounded = frozen.decode_rows(positions.to(DEVICE), output=output, dtype=narrower)
+                assert torch.equal(rounded.cpu(), on_cpu.decode_rows(positions, output=output, dtype=narrower))
             got = frozen.decode_rows(positions.to(DEVICE), output=output)
             assert got.device.type == DEVICE
             assert torch.equal(got.cpu(), on_cpu.decode_rows(positions, output=output))

@@ -40,7 +40,7 @@ class FakeTokenizer:
         distances = ((rows[:, None, :].astype(np.float64) - self.codes) ** 2).sum(-1)
         return distances.argmin(1)
 
-    def decode_rows(self, indices: np.ndarray, *, output: str) -> np.ndarray:
+    def decode_rows(self, indices: np.ndarray, *, output: str, dtype: np.dtype | None = None) -> np.ndarray:
         self._enter(indices)
         return self.codes[indices] if output == "latents" else -self.codes[indices]
 

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqserve_server.codebooks import codebook_digest, device, load_codebook, save_codebook
-from vqserve_server.codebooks.narrowing import narrow
 from vqserve_server.errors import (
     Closed,
     CodebookError,
@@ -31,6 +30,7 @@ from vqserve_server.quantizers import (
     VectorQuantizer,
     VectorQuantizerWithInputProjection,
 )
+from vqserve_server.quantizers.narrowing import narrow
 from vqserve_server.search import available
 from vqserve_server.tokenizer import Tokenizer
 

@@ -54,6 +54,7 @@ class DecodeKey:
 
     tokenizer: Tokenizer
     output: Output
+    dtype: np.dtype[Any]  # of the reply, as in DecodeJob
     num_quantizers: int | None = None  # indices of a token that are used, an axis; None: its one, without an axis
 
     def __hash__(self) -> int:
@@ -75,8 +76,8 @@ class DecodeKey:
         return np.empty(rows if self.num_quantizers is None else (rows, self.num_quantizers), np.int64)
 
     def compute(self, indices: Array) -> Array:
-        """Return the rows (n, channels) of indices, (n,) or (n, num_quantizers)."""
-        return self.tokenizer.decode_rows(indices, output=self.output)
+        """Return the rows (n, channels) of indices, (n,) or (n, num_quantizers); see `Tokenizer.decode_rows`."""
+        return self.tokenizer.decode_rows(indices, output=self.output, dtype=self.dtype)
 
 
 Key = EncodeKey | DecodeKey
@@ -271,7 +272,7 @@ class DecodeJob(Job):
         """Make the job.
 
         Args:
-            key: the codebook, and which of its rows.
+            key: the codebook, which of its rows, and the type of the reply.
             indices: validated; any integer type; shaped like the grid, or, where the key has a number of quantizers,
                 like the latents with so many indices in the place of the channels.
             latents: the reply, to be written: float16, float32, float64, or uint16 for bfloat16's bit patterns.

@@ -98,12 +98,12 @@ def write_rows(rows: Array, latents: Array, layout: Layout, start: int) -> None:
     """Copy rows to the tokens from `start` on, each value rounded once, to nearest even.
 
     Args:
-        rows: (n, C), float32 or float64, without a `first_overflow`.
+        rows: (n, C), float32 or float64, without a `first_overflow`; or of the latents' own type.
         latents: (b, C, ...) or (..., C); as in `read_rows`, but written.
         layout: which of the two.
         start: the first token, in C order of the grid.
     """
-    if latents.dtype == np.uint16:
+    if latents.dtype == np.uint16 and rows.dtype != np.uint16:
         rows = bfloat16.round_bits(_to_odd(rows))
     with np.errstate(under="ignore"):
         write_tokens(rows, latents, layout, start)
@@ -113,7 +113,7 @@ def first_overflow(rows: Array, dtype: np.dtype[Any]) -> int | None:
     """Return the first row with a value that is infinity once rounded to a type, or None.
 
     Args:
-        rows: (n, C), float32 or float64, finite.
+        rows: (n, C), float32 or float64, finite; or of `dtype`, and then there is none.
         dtype: float16, float32, float64, or uint16 for bfloat16's bit patterns.
     """
     limit = _ROUNDS_TO_INFINITY.get(dtype)

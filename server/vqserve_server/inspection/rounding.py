@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqserve_server.codebooks.narrowing import narrow
 from vqserve_server.errors import CodebookError, NonFiniteLatents
 from vqserve_server.quantizers import FrozenQuantizer, Quantizer, freeze
+from vqserve_server.quantizers.narrowing import narrow
 
 # What is rounded: the fields of `Rounded`.
 _WHAT = ("latents", "codebook", "both")

@@ -18,6 +18,7 @@ from vqserve_server.quantizers.remap import Remap, UnknownIndex
 from vqserve_server.quantizers.remapped import RemappedModule
 from vqserve_server.quantizers.rows import from_rows, grid_of, grid_of_entries, to_rows
 from vqserve_server.quantizers.search_problem import SearchProblem
+from vqserve_server.quantizers.table import Table
 
 
 class AbstractQuantizer(RemappedModule, Quantizer):
@@ -196,7 +197,7 @@ class AbstractQuantizer(RemappedModule, Quantizer):
         reported = None
         if problem.reports_full_ids and self.used is not None:
             reported = self.reported(torch.arange(self.num_codes)).to(device)
-        served_rows = code_rows.to(device)
+        served_rows = Table(code_rows.to(device))
         return FrozenLookup(
             **self.sizes(device),
             _searcher=problem.prepare(search),
@@ -204,7 +205,7 @@ class AbstractQuantizer(RemappedModule, Quantizer):
             _projection=moved(self.input_projection(), device),
             _reported=reported,
             _code_rows=served_rows,
-            _latents=served_rows if latents is code_rows else latents.to(device),
+            _latents=served_rows if latents is code_rows else Table(latents.to(device)),
         )
 
     def _projected(self, rows: Tensor, grid: Sequence[int]) -> Tensor:

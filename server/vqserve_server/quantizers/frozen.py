@@ -80,16 +80,18 @@ class FrozenQuantizer(ABC):
         """
 
     @abstractmethod
-    def decode_rows(self, indices: Tensor, *, output: Output = "latents") -> Tensor:
+    def decode_rows(self, indices: Tensor, *, output: Output = "latents", dtype: torch.dtype | None = None) -> Tensor:
         """Return a row for every token, the same as the quantizer's `decode` and `get_codebook_entry`.
 
         Args:
             indices: int64 on the device, in [0, decodable), checked by the caller: (n,), of a residual quantizer
                 (n, q) with the first q indices of each token.
             output: "latents" or "code_rows".
+            dtype: what the rows are wanted in, as a hint.
 
         Returns:
-            (n, output_dim) latents or (n, D) code rows on the device, of the weight's type, finite.
+            (n, output_dim) latents or (n, D) code rows on the device, finite: in the weight's type, or, where that
+            costs nothing, already rounded to `dtype`, each value once.
 
         Raises:
             InvalidOption: for any other output, and for code rows of a residual quantizer, which has none.

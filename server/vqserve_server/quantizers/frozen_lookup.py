@@ -14,6 +14,7 @@ from vqserve_server.quantizers.dtypes import autocast_off
 from vqserve_server.quantizers.frozen import FrozenQuantizer, Output, check_output, some
 from vqserve_server.quantizers.projections import project
 from vqserve_server.quantizers.search_problem import SearchProblem
+from vqserve_server.quantizers.table import Table
 from vqserve_server.search import SearchCounts, Searcher
 
 
@@ -27,9 +28,9 @@ class FrozenLookup(FrozenQuantizer):
     _projection: tuple[Tensor, Tensor] | None
     # (K,) what is reported for a full id; None: the winner's index itself.
     _reported: Tensor | None
-    # (decodable, D) and (decodable, output_dim); one tensor where there is no output projection.
-    _code_rows: Tensor
-    _latents: Tensor
+    # (decodable, D) and (decodable, output_dim); one table where there is no output projection.
+    _code_rows: Table
+    _latents: Table
 
     @property
     def search_backend(self) -> str:
@@ -58,15 +59,10 @@ class FrozenLookup(FrozenQuantizer):
         return winners if self._reported is None else self._reported[winners]
 
     @torch.no_grad()
-    def decode_rows(self, indices: Tensor, *, output: Output = "latents") -> Tensor:
+    def decode_rows(self, indices: Tensor, *, output: Output = "latents", dtype: torch.dtype | None = None) -> Tensor:
         """Return the row of every index (n,); see `FrozenQuantizer.decode_rows`."""
         check_output(output)
-        table = self._latents if output == "latents" else self._code_rows
-        # numpy has no bfloat16.
-        if table.device.type == "cpu" and table.dtype != torch.bfloat16:
-            # On one core in the time that torch takes on two, whose threads then spin.
-            return torch.from_numpy(table.numpy().take(indices.numpy(), axis=0))
-        return table.index_select(0, indices)
+        return (self._latents if output == "latents" else self._code_rows).take(indices, dtype)
 
     @torch.no_grad()
     def check_itself(self) -> None:
@@ -88,4 +84,4 @@ class FrozenLookup(FrozenQuantizer):
 
     def largest_latents(self) -> Tensor:
         """Return the greatest magnitude (output_dim,) float64 of every channel of what decode gives."""
-        return self._latents.abs().amax(dim=0).double()
+        return self._latents.rows.abs().amax(dim=0).double()

@@ -109,7 +109,7 @@ class FrozenResidual(FrozenQuantizer):
         return out
 
     @torch.no_grad()
-    def decode_rows(self, indices: Tensor, *, output: Output = "latents") -> Tensor:
+    def decode_rows(self, indices: Tensor, *, output: Output = "latents", dtype: torch.dtype | None = None) -> Tensor:
         """Return the row of every token's first q indices (n, q), in order; see `FrozenQuantizer.decode_rows`."""
         check_output(output)
         if output == "code_rows":

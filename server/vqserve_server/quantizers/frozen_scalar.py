@@ -139,7 +139,7 @@ class FrozenScalar(FrozenQuantizer):
             raise CodebookError(f"index {int(looked_for[~is_right][0])} is not found between its own boundaries")
 
     @torch.no_grad()
-    def decode_rows(self, indices: Tensor, *, output: Output = "latents") -> Tensor:
+    def decode_rows(self, indices: Tensor, *, output: Output = "latents", dtype: torch.dtype | None = None) -> Tensor:
         """Return the row of every index (n,); see `FrozenQuantizer.decode_rows`."""
         check_output(output)
         digits = indices[:, None] // self._weights % self._levels

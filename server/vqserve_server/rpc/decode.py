@@ -35,7 +35,8 @@ class DecodePlan(Plan[pb.DecodeRequest]):
         if head.output not in _OUTPUTS:
             raise InvalidOption(f"unknown output {head.output}")
         check_output(_OUTPUTS[head.output], info=info)
-        self._key = DecodeKey(self._tokenizer, _OUTPUTS[head.output], count if info.has_stages else None)
+        dtype = payload.numpy_dtype(latent_dtype)
+        self._key = DecodeKey(self._tokenizer, _OUTPUTS[head.output], dtype, count if info.has_stages else None)
         grid = layout.grid_shape(shape, self._layout) if info.has_stages else shape
         self.rows = layout.num_rows(grid)
         self._takes(head.dtype, shape)

@@ -20,7 +20,14 @@ from vqserve_server.validation import check_finite, check_indices, check_indices
 
 Indices = TypeVar("Indices", npt.NDArray[Any], Tensor)
 
-_LATENT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+# numpy has no bfloat16: its bit patterns travel as uint16.
+TORCH_DTYPES = {
+    np.dtype(np.float16): torch.float16,
+    np.dtype(np.uint16): torch.bfloat16,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.float64): torch.float64,
+}
+_LATENT_DTYPES = frozenset(TORCH_DTYPES.values())
 
 
 @dataclass(frozen=True)

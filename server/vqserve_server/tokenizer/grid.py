@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from vqserve.layout import channel_axis
-from vqserve_server.codebooks.narrowing import narrow
 from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers.frozen import FrozenQuantizer
+from vqserve_server.quantizers.narrowing import narrow
 from vqserve_server.tokenizer.arrays import Given
 from vqserve_server.tokenizer.options import Options
 
@@ -40,7 +40,7 @@ def decode_grid(frozen: FrozenQuantizer, indices: Given, asked: Options) -> Tens
     Raises:
         InvalidOption: names an index with a value beyond the range of the type that is asked for.
     """
-    rows = frozen.decode_rows(indices.tokens.to(frozen.device), output=asked.output)
+    rows = frozen.decode_rows(indices.tokens.to(frozen.device), output=asked.output, dtype=asked.dtype)
     narrowed = narrow(rows, asked.dtype)
     if narrowed.dtype.itemsize < rows.dtype.itemsize:
         overflowed = ~torch.isfinite(narrowed).all(dim=1)

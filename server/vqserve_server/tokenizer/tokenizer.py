@@ -19,7 +19,7 @@ from vqserve_server.codebooks.device import select_device
 from vqserve_server.errors import Closed, UnknownCodebook
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.frozen import FrozenQuantizer, freeze
-from vqserve_server.tokenizer.arrays import given_indices, given_latents, tensor_of
+from vqserve_server.tokenizer.arrays import TORCH_DTYPES, given_indices, given_latents, tensor_of
 from vqserve_server.tokenizer.grid import decode_grid, encode_grid
 from vqserve_server.tokenizer.options import Options, Output, options
 from vqserve_server.validation import check_digest
@@ -243,17 +243,23 @@ class Tokenizer:
         found = self._open().encode_rows(tensor_of(rows).to(self.device), num_quantizers=num_quantizers)
         return found.cpu().numpy()
 
-    def decode_rows(self, indices: npt.NDArray[np.int64], *, output: Output = "latents") -> npt.NDArray[Any]:
+    def decode_rows(
+        self, indices: npt.NDArray[np.int64], *, output: Output = "latents", dtype: npt.DTypeLike | None = None
+    ) -> npt.NDArray[Any]:
         """Return the rows of indices that were checked before.
 
         Args:
             indices: int64 in [0, decodable): (n,), of a residual codebook (n, q) with the first q indices of each row.
             output: "latents" or "code_rows".
+            dtype: what the rows are wanted in, as a hint: float16, float32, float64, or uint16 for bfloat16's bit
+                patterns.
 
         Returns:
-            (n, output_dim) or (n, code_dim) of the codebook's own element type.
+            (n, output_dim) or (n, code_dim) of the codebook's own element type, or already rounded to `dtype`.
         """
-        return self._open().decode_rows(tensor_of(indices).to(self.device), output=output).cpu().numpy()
+        wanted = None if dtype is None else TORCH_DTYPES[np.dtype(dtype)]
+        rows = self._open().decode_rows(tensor_of(indices).to(self.device), output=output, dtype=wanted).cpu()
+        return rows.view(torch.int16).numpy().view(np.uint16) if rows.dtype == torch.bfloat16 else rows.numpy()
 
     def check_itself(self) -> None:
         """Encode and decode once, so that nothing is left to be made ready, and look for some of the codes.

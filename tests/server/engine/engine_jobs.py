@@ -40,7 +40,9 @@ class Jobs:
         output: Any = "latents",
     ) -> DecodeJob:
         """A job that writes `latents`."""
-        return DecodeJob(DecodeKey(tokenizer, output), indices, latents, layout, deliver=_deliver, tag=Future())
+        return DecodeJob(
+            DecodeKey(tokenizer, output, latents.dtype), indices, latents, layout, deliver=_deliver, tag=Future()
+        )
 
     def result(self, job: Job, timeout: float | None = 60.0) -> Any:
         """Wait for a job's outcome, and raise it if it is an error."""

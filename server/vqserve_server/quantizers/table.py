@@ -1,0 +1,57 @@
+"""Rows that are looked up by index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vqserve_server.quantizers.narrowing import narrow
+
+
+class Table:
+    """Rows (n, width) of one type on one device, which never change.
+
+    Looked up in a narrower type they are rounded once for all, when that type is first asked for: rounding what was
+    looked up takes several times as long as looking it up.
+
+    Attributes:
+        rows: the rows as they are.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self._narrowed: dict[torch.dtype, Tensor | None] = {}
+
+    def __getstate__(self) -> Tensor:
+        return self.rows
+
+    def __setstate__(self, rows: Tensor) -> None:
+        self.rows, self._narrowed = rows, {}
+
+    def take(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the row of every index.
+
+        Args:
+            indices: (m,) int64 on the rows' device, in [0, n), checked by the caller.
+            dtype: float16, bfloat16, float32 or float64; None: the rows' own.
+
+        Returns:
+            (m, width), a copy: of `dtype` where that is narrower than the rows' and all of the table is within its
+            range, each value rounded once to nearest even; else of the rows' own.
+        """
+        rows = self.rows if dtype is None else self._rounded(dtype)
+        if rows.device.type != "cpu":
+            return rows.index_select(0, indices)
+        # numpy has no bfloat16.
+        bits = rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows
+        # On one core in the time that torch takes on two, whose threads then spin.
+        return torch.from_numpy(bits.numpy().take(indices.numpy(), axis=0)).view(rows.dtype)
+
+    def _rounded(self, dtype: torch.dtype) -> Tensor:
+        if dtype.itemsize >= self.rows.dtype.itemsize:
+            return self.rows
+        if dtype not in self._narrowed:
+            narrowed = narrow(self.rows, dtype)
+            self._narrowed[dtype] = narrowed if bool(torch.isfinite(narrowed).all()) else None
+        rounded = self._narrowed[dtype]
+        return self.rows if rounded is None else rounded
