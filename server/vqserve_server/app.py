@@ -20,6 +20,9 @@ from vqserve_server.rpc import RpcServer
 from vqserve_server.sources import find_codebooks
 from vqserve_server.tokenizer import Tokenizer
 
+# An idle device thread needs a moment to end.
+_IDLE_END_S = 0.5
+
 logger = logging.getLogger(__name__)
 
 
@@ -52,6 +55,9 @@ class App:
         Raises:
             StartError: the address cannot be bound.
         """
+        if self._config.rpc.unix_socket:
+            # Again: gRPC replaces a socket file without asking, and another server may have come meanwhile.
+            check_unix_socket(self._config.rpc.unix_socket)
         self.engine.start()
         try:
             port = self._rpc.start()
@@ -71,7 +77,7 @@ class App:
         self._rpc.not_serving()
         self.engine.drain()
         finished = await asyncio.to_thread(self._rpc.stop, self._config.drain_seconds)
-        left_s = max(deadline - self._loop.time(), 0.0)
+        left_s = max(deadline - self._loop.time(), _IDLE_END_S)
         stopped = await asyncio.to_thread(self.engine.stop, left_s)
         logger.info("served %s", self.engine.stats)
         return finished and stopped
@@ -105,13 +111,19 @@ async def serve(repository: Repository, config: ServeConfig, *, worker: int | No
         if not stop.is_set():
             rescans.ask()
 
+    def on_orphaned() -> None:
+        # Once: a pipe at its end stays readable.
+        loop.remove_reader(sys.stdin.fileno())
+        logger.info("the parent is gone: stopping")
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     if worker is not None:
         # The parent's end of the pipe closes when the parent is gone.
-        loop.add_reader(sys.stdin.fileno(), stop.set)
+        loop.add_reader(sys.stdin.fileno(), on_orphaned)
     port = await app.start()
     _announce(repository.tokenizers, config.rpc.host, port)
     done, pending = await asyncio.wait(

@@ -69,6 +69,10 @@ def _options(config: RpcConfig, *, shares_port: bool) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
+        # Calls that have come and that nobody has looked at. From a thousand on gRPC would drop some, chosen at random
+        # and with the status of a caller who has left; here those that are too many are told so when it is their turn.
+        ("grpc.server.max_pending_requests", 10_000),
+        ("grpc.server.max_pending_requests_hard_limit", 20_000),
         # Two servers on one port are a mistake, unless they are workers of one.
         ("grpc.so_reuseport", int(shares_port)),
         # A caller whose machine is gone is noticed within a minute and a half; its requests are then dropped. (What is
