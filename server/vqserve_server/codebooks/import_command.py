@@ -95,6 +95,10 @@ def run_import(args: argparse.Namespace) -> int:
     output: Path = args.output
     if not output.parent.is_dir():
         raise ForeignCheckpointError(f"there is no folder {output.parent}: make it first")
+    if output.is_dir():
+        raise ForeignCheckpointError(f"{output} is a folder: name a file")
+    if args.source is not None and output.exists() and args.source.exists() and output.samefile(args.source):
+        raise ForeignCheckpointError(f"{output.name} is the file to import, and would be lost: name another one")
     if output.exists() and not args.force:
         raise ForeignCheckpointError(f"{output.name} is there already: pass --force to replace it")
     check_folder(output)
