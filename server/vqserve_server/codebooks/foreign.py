@@ -176,7 +176,7 @@ def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
             raise ForeignCheckpointError(f"{path.name}: its member {name!r} is a link, not an array")
         if member.compress_type not in _COMPRESSIONS:
             raise ForeignCheckpointError(
-                f"{path.name}: its member {name!r} is compressed in a way that numpy does not use: write it by numpy.savez"
+                f"{path.name}: its member {name!r} is compressed as numpy never does: write it by numpy.savez"
             )
         if name in names:
             raise ForeignCheckpointError(f"{path.name}: it has two members {name!r}")

@@ -250,7 +250,7 @@ def test_compressions_that_unpack_all_at_once(refused, tmp_path, compression):
     source = tmp_path / "bomb.npz"
     with zipfile.ZipFile(source, "w", compression) as archive:
         archive.writestr("codes.npy", npy(np.zeros((1 << 15, 512), np.float32)))
-    refused(source, "'codes.npy' is compressed in a way that numpy does not use", "--key", "codes")
+    refused(source, "'codes.npy' is compressed as numpy never does", "--key", "codes")
 
 
 def test_a_header_that_is_a_bomb(refused, tmp_path):

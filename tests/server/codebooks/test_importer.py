@@ -273,10 +273,8 @@ def test_the_older_torch_format(tmp_path, capsys, make_quantizer):
 
 def test_a_remap_may_be_of_any_integer_type(tmp_path, capsys):
     source = write(tmp_path / "m.npz", {"embedding.weight": CODES, "used": np.array([3, 1], np.int32)})
-    assert (
-        run(capsys, "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2", "--unknown-index", "7")[0]
-        == 0
-    )
+    flags = ["--metric", "l2", "--unknown-index", "7"]
+    assert run(capsys, "import", source, "-o", tmp_path / "o.safetensors", *flags)[0] == 0
     codebook = load_codebook(tmp_path / "o.safetensors")
     assert codebook.quantizer.used.tolist() == [3, 1]
     assert codebook.quantizer.unknown_index == 7
