@@ -251,6 +251,32 @@ def _safetensors_dtype(name: str) -> str:
     return NUMPY_DTYPES[name].name if name in NUMPY_DTYPES else name
 
 
+class _OlderTorchFile(io.BufferedReader):
+    """A file of torch's older format, whose description is between tensors and of no length that it says.
+
+    Descriptions are read by `read` and `readline`, tensors past them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._path = path
+        self._left = _MAX_PICKLE_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return self._counted(super().read(size))
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        return self._counted(super().readline(size))
+
+    def _counted(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        if self._left < 0:
+            raise ForeignCheckpointError(
+                f"{self._path.name}: its description has more bytes than that of any model ({_MAX_PICKLE_BYTES})"
+            )
+        return data
+
+
 @contextmanager
 def _open_torch(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
     is_zip = zipfile.is_zipfile(path)
@@ -259,7 +285,11 @@ def _open_torch(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
     # Only the zip format can be mapped; the older one is read at once.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        if is_zip:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        else:
+            with _OlderTorchFile(path) as file:
+                content = torch.load(file, map_location="cpu", weights_only=True)
     if isinstance(content, torch.Tensor):
         yield {UNNAMED: _torch_array(path, "the tensor", content)}
         return

@@ -120,6 +120,18 @@ def test_a_description_that_is_too_long(refused, tmp_path):
     refused(source, "'archive/data.pkl' has 17825792 bytes, more than the description of any model")
 
 
+def test_a_description_of_the_older_format_that_is_too_long(refused, imported, tmp_path):
+    # As torch writes it: a number, a protocol, the system, the description.
+    source = tmp_path / "long.pt"
+    source.write_bytes(pickle.dumps(torch.serialization.MAGIC_NUMBER, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2))
+    with source.open("ab") as file:
+        file.write(b"\x80\x02X" + struct.pack("<I", 17 * MIB) + b"a" * 17 * MIB + b".")
+    refused(source, "its description has more bytes than that of any model (16777216)")
+    torch.save({"embedding.weight": torch.ones(1 << 17, 64)}, source, _use_new_zipfile_serialization=False)
+    assert source.stat().st_size > 32 * MIB
+    assert imported(source)[0] == 0
+
+
 def test_a_directory_that_only_torch_would_find(refused, tmp_path):
     # zipfile reads the directory in front of the end record, torch the one that the record points to.
     source = tmp_path / "two.pt"
