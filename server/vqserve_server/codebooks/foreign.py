@@ -14,6 +14,7 @@ import stat
 import struct
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,8 +41,8 @@ MAX_ARRAY_BYTES = 4 << 30
 UNNAMED = ""
 # A header of numpy's is a line of text.
 _MAX_NPY_HEADER_BYTES = 1 << 16
-# What a small part of an archive may unpack to; beyond it a part must be as large as a hundredth of what it becomes.
-# Trained numbers hardly shrink at all.
+# What parts of an archive may unpack to; beyond it they must be as large as a hundredth of what they become. Trained
+# numbers hardly shrink at all.
 _MAX_UNPACKED_BYTES = 64 << 20
 _MAX_RATIO = 100
 # torch's description of thousands of tensors stays below 2 MiB. Read, each byte can become an object of 64.
@@ -133,25 +134,27 @@ def _open_npy(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
 def _open_npz(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
     with zipfile.ZipFile(path) as archive:
         _check_members(path, archive)
-        arrays = {}
+        arrays, taken = {}, Counter[str]()
         for member in archive.infolist():
             if member.filename.endswith(".npy"):
                 name = member.filename.removesuffix(".npy")
-                arrays[name] = _npz_member(path, archive, member)
+                arrays[name] = _npz_member(path, archive, member, taken)
         yield arrays
 
 
-def _npz_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> ForeignArray:
+def _npz_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, taken: Counter[str]) -> ForeignArray:
     label = f"{path.name}: {member.filename}"
     # Only the array's header is unpacked here. What follows it must be as long as the directory says.
     with archive.open(member) as stream:
         shape, dtype = _npy_claims(label, stream, member.file_size)
 
     def read() -> npt.NDArray[Any]:
-        if member.file_size > max(_MAX_UNPACKED_BYTES, _MAX_RATIO * member.compress_size):
+        # Together: very many small ones are a bomb too.
+        taken.update(unpacked=member.file_size, packed=member.compress_size)
+        if taken["unpacked"] > max(_MAX_UNPACKED_BYTES, _MAX_RATIO * taken["packed"]):
             raise ForeignCheckpointError(
-                f"{label} would unpack {member.compress_size} bytes to {member.file_size}: no trained codebook shrinks "
-                "so much (numpy.savez keeps it as it is)"
+                f"{label} would unpack {taken['packed']} bytes to {taken['unpacked']}: no trained codebook shrinks so "
+                "much (numpy.savez keeps it as it is)"
             )
         with archive.open(member) as stream:
             return _read_npy(stream)
@@ -176,7 +179,7 @@ def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
             raise ForeignCheckpointError(f"{path.name}: its member {name!r} is a link, not an array")
         if member.compress_type not in _COMPRESSIONS:
             raise ForeignCheckpointError(
-                f"{path.name}: its member {name!r} is compressed as numpy never does: write it by numpy.savez"
+                f"{path.name}: its member {name!r} is compressed by another method than deflate: save it again"
             )
         if name in names:
             raise ForeignCheckpointError(f"{path.name}: it has two members {name!r}")

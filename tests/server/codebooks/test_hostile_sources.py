@@ -262,7 +262,18 @@ def test_compressions_that_unpack_all_at_once(refused, tmp_path, compression):
     source = tmp_path / "bomb.npz"
     with zipfile.ZipFile(source, "w", compression) as archive:
         archive.writestr("codes.npy", npy(np.zeros((1 << 15, 512), np.float32)))
-    refused(source, "'codes.npy' is compressed as numpy never does", "--key", "codes")
+    refused(source, "'codes.npy' is compressed by another method than deflate", "--key", "codes")
+
+
+def test_a_bomb_in_many_small_pieces(imported, tmp_path):
+    source = tmp_path / "bomb.npz"
+    stage = np.zeros((1 << 15, 64), np.float32)
+    np.savez_compressed(source, **{f"layers.{i}._codebook.embed": stage for i in range(64)})
+    assert source.stat().st_size < MIB
+    status, err, grown = imported(source)
+    assert status == 1
+    assert "no trained codebook shrinks so much" in err
+    assert grown < 3 * _LIMIT
 
 
 def test_a_header_that_is_a_bomb(refused, tmp_path):
