@@ -76,6 +76,9 @@ class LatentRows:
             InvalidOption: it is no .npy file of numbers.
             InvalidRequest: as the constructor.
         """
+        # Opening a pipe would wait for a writer.
+        if path.exists() and not path.is_file():
+            raise InvalidOption(f"{path} is no .npy file of latents: it is no regular file")
         try:
             array = np.lib.format.open_memmap(path, mode="r")
         except ValueError as error:
