@@ -228,10 +228,10 @@ class Client:
         bell = Bell()
         lane = Lane(self._core, operation, asked, call, bell.ring)
         try:
-            failure: Exception | None = None
             while not (lane.ended and lane.empty):
-                with SignalsPutOff():
-                    wait_s = lane.advance()
+                if lane.stirred:
+                    with SignalsPutOff():
+                        lane.advance()
                 if lane.ready:
                     answer = lane.take()
                     with lane.standstill():
@@ -245,12 +245,13 @@ class Client:
                         lane.end()
                     except Exception as error:
                         # The arrays before it still get their answers, as they would one by one.
-                        failure = error
-                        lane.end()
+                        lane.end(error)
                 else:
-                    bell.wait(wait_s)
-            if failure is not None:
-                raise failure
+                    with SignalsPutOff():
+                        wait_s = lane.advance()
+                    if not lane.ready:
+                        bell.wait(wait_s)
+                        lane.stirred = True
         finally:
             with SignalsPutOff():
                 lane.close()
