@@ -176,7 +176,6 @@ class AsyncClient:
                         wait_s = lane.advance()
                         if not lane.ready:
                             await alarm.wait(wait_s)
-                            lane.stirred = True
             finally:
                 if pull is not None:
                     pull.cancel()

@@ -143,7 +143,7 @@ class Client:
 
         Args:
             items: arrays as for encode. At most `window` are taken ahead, or, of small ones, what fits so many requests
-                and one more: up to 256 KiB and 64 arrays go as one. With a window of 1 it is one array at a time.
+                and two more: up to 256 KiB and 64 arrays go as one. With a window of 1 it is one array at a time.
             layout: as for encode.
             num_quantizers: as for encode.
             codebook: as for encode.
@@ -251,7 +251,6 @@ class Client:
                         wait_s = lane.advance()
                     if not lane.ready:
                         bell.wait(wait_s)
-                        lane.stirred = True
         finally:
             with SignalsPutOff():
                 lane.close()

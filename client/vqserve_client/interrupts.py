@@ -11,6 +11,7 @@ import queue
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any
 
@@ -39,17 +40,24 @@ class SignalsPutOff:
             raise
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
-        handlers = dict(self._handlers)
-        for number, frame in self._came:
-            handlers[number](number, frame)
+        # A handler may raise, Ctrl-C's does: the others are put back and called all the same.
+        with ExitStack() as stack:
+            stack.callback(self._replay)
+            stack.callback(self._restore)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._came.append((number, frame))
 
     def _restore(self) -> None:
-        for number, handler in self._handlers:
-            signal.signal(number, handler)
+        with ExitStack() as stack:
+            for number, handler in self._handlers:
+                stack.callback(signal.signal, number, handler)
+
+    def _replay(self) -> None:
+        handlers = dict(self._handlers)
+        with ExitStack() as stack:
+            for number, frame in reversed(self._came):
+                stack.callback(handlers[number], number, frame)
 
 
 class Bell:

@@ -7,6 +7,7 @@ server never waits for that; one that is faster pays for few requests.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import deque
@@ -35,8 +36,6 @@ class Lane:
 
     Attributes:
         ended: whether no more arrays come.
-        stirred: whether `advance` may have something to do: it is worth the look, which is not free, only then, or when
-            there is nothing else to do.
     """
 
     def __init__(self, core: Core, operation: Operation, asked: Options, call: CallOptions, wake: Wake) -> None:
@@ -51,9 +50,15 @@ class Lane:
         self._budget = Budget(self._window)
         self._jobs: deque[_Job] = deque()
         self.ended = False
-        self.stirred = False
+        self._stirred = False
+        self._due_at = math.inf
         self._failure: Exception | None = None
         self._pid = os.getpid()
+
+    @property
+    def stirred(self) -> bool:
+        """Return whether `advance` may have something to do; to look costs more than to add an array."""
+        return self._stirred or time.monotonic() >= self._due_at
 
     @property
     def full(self) -> bool:
@@ -63,7 +68,7 @@ class Lane:
             return False
         last = self._jobs[-1]
         # One array at a time is what a window of one is for: its source may need each answer.
-        return self._window == 1 or not last.takes_more or (last.begun and beyond > 0)
+        return self._window == 1 or beyond > 1 or not last.takes_more or (last.begun and beyond > 0)
 
     @property
     def empty(self) -> bool:
@@ -87,7 +92,7 @@ class Lane:
         if last is None or not last.add(given):
             deadline = self._core.deadline(self._call)
             self._jobs.append(_Job(given, deadline, partial(self._turn, deadline), room=self._room(given)))
-        self.stirred = self.stirred or self._is_due(self._jobs[-1])
+        self._stirred = self._stirred or self._is_due(self._jobs[-1])
 
     def advance(self) -> float | None:
         """Do what can be done; return the seconds until there is more unless a reply comes sooner.
@@ -97,7 +102,8 @@ class Lane:
         """
         self._check_process()
         # Before the look: what comes during it is seen in it or next time.
-        self.stirred = False
+        self._stirred = False
+        self._due_at = math.inf
         while True:
             given_back = self._budget.given_back
             waits = []
@@ -111,11 +117,14 @@ class Lane:
                 if self._pin.info is None and not job.done:
                     break
             if self._budget.given_back == given_back:
-                return min(waits, default=None)
+                wait_s = min(waits, default=None)
+                if wait_s is not None:
+                    self._due_at = time.monotonic() + wait_s
+                return wait_s
 
     def end(self, failure: Exception | None = None) -> None:
         """Say that no more arrays come, because of a failure perhaps, which comes after the answers before it."""
-        self.ended = self.stirred = True
+        self.ended = self._stirred = True
         self._failure = failure
 
     def take(self) -> Any:
@@ -150,7 +159,7 @@ class Lane:
             raise Closed("this generator was begun in another process, before a fork", target=self._core.config.target)
 
     def _stir(self) -> None:
-        self.stirred = True
+        self._stirred = True
         self._wake()
 
     def _is_due(self, job: _Job) -> bool:
@@ -206,7 +215,7 @@ class _Job:
     @property
     def takes_more(self) -> bool:
         """Return whether another array like the last would fit beside it, were it not begun."""
-        return len(self._givens) < MOST_JOINED and self._room >= max(1, len(self._givens[-1].array))
+        return len(self._givens) < MOST_JOINED and 0 < self._room >= len(self._givens[-1].array)
 
     @property
     def ready(self) -> bool:

@@ -58,7 +58,9 @@ _NO_CONNECTION = re.compile(r"failed to connect to all addresses|errors resolvin
 _LOST_CONNECTION = re.compile(r"Stream removed|Socket closed|recvmsg:|sendmsg:|GOAWAY received|ping timeout")
 
 # What is safe and useful to send again: nothing was computed, or computing it again gives the same answer.
-RETRIED: frozenset[type[VqserveClientError]] = frozenset({Overloaded, Unavailable})
+# A server that stops cancels the calls that reach it before their callers have heard so; our own cancels do not come
+# here.
+RETRIED: frozenset[type[VqserveClientError]] = frozenset({Overloaded, Unavailable, Cancelled})
 
 
 @dataclass(frozen=True)

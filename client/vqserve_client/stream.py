@@ -43,8 +43,9 @@ class Streamed:
             return self._unary.send(method, request, timeout_s=timeout_s, request_id=request_id)
         ticket = StreamTicket(partial(self._unary.send, method, request, timeout_s=timeout_s, request_id=request_id))
         stream = self._streams.get(method)
-        while stream is None or not stream.send(request, ticket):
-            stream = self._streams[method] = _Stream(self._connection, method, self._wake, request_id)
+        if stream is None or not stream.send(request, ticket):
+            first = _Sent(request, ticket, request_id)
+            self._streams[method] = _Stream(self._connection, method, self._wake, first)
         return ticket
 
     def close(self) -> None:
@@ -106,6 +107,12 @@ class StreamTicket:
             self._outcome.cancel()
 
 
+class _Sent(NamedTuple):
+    request: bytes
+    ticket: StreamTicket
+    request_id: str
+
+
 class _Outcome(NamedTuple):
     status: grpc.StatusCode
     text: str = ""
@@ -134,17 +141,19 @@ class _Outcome(NamedTuple):
 class _Stream:
     """One call, and the thread that reads its replies."""
 
-    def __init__(self, connection: Connection, method: str, wake: Callable[[], None], request_id: str) -> None:
+    def __init__(self, connection: Connection, method: str, wake: Callable[[], None], first: _Sent) -> None:
+        """Open the stream with a first request, which shares its fate: the call may fail before one can be sent."""
         self._connection = connection
         self._wake = wake
         self._lock = threading.Lock()
         self._ended = False
-        self._tickets: deque[StreamTicket] = deque()
+        self._tickets: deque[StreamTicket] = deque((first.ticket,))
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._requests.put(first.request)
         call = connection.stream(method)
         gate.enter(self.retire)
         try:
-            self._call = call(iter(self._requests.get, None), metadata=((REQUEST_ID_KEY, request_id),))
+            self._call = call(iter(self._requests.get, None), metadata=((REQUEST_ID_KEY, first.request_id),))
             threading.Thread(target=self._read, name="vqserve-stream", daemon=True).start()
         except BaseException:
             gate.leave(self.retire)

@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "client.md"
 
 def test_every_status_is_mapped():
     assert set(ERROR_OF_CODE) == set(grpc.StatusCode) - {grpc.StatusCode.OK}
-    assert set(RETRIED) == {errors.Overloaded, errors.Unavailable}
+    assert set(RETRIED) == {errors.Overloaded, errors.Unavailable, errors.Cancelled}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -194,3 +194,48 @@ def test_a_swap_ends_the_job(tiny, connect, latents):
     assert all((answer == tiny.codes["small"].encode(item)).all() for item, answer in zip(items, answers, strict=False))
     assert 2 <= len(answers) < len(items)
     assert len(tiny.requests) <= 8
+
+
+def test_what_is_taken_ahead_is_bounded_whatever_the_shapes(tiny, connect, latents):
+    """Sizes in turns, as buckets of images have them: none joins the one before."""
+    taken = []
+
+    def source():
+        for number in itertools.count():
+            taken.append(number)
+            yield latents(1, 4, 2 + number % 2, 2)
+
+    window = 3
+    generator = connect(tiny.target, window=window).encode_many(source())
+    for done in range(1, 100):
+        next(generator)
+        assert len(taken) <= done + window + 2
+    generator.close()
+
+
+def test_an_array_without_axes_raises_in_its_turn(tiny, connect, latents):
+    client = connect(tiny.target)
+    client.codebooks()
+    generator = client.encode_many([latents(3, 4), latents(3, 4), np.zeros((), np.float32), latents(3, 4)])
+    assert [len(next(generator)) for _ in range(2)] == [3, 3]
+    with pytest.raises(InvalidArgument):
+        next(generator)
+
+
+def test_a_retry_does_not_wait_for_the_source(tiny, connect, failing, latents):
+    client = connect(tiny.target)
+    client.codebooks()
+    tiny.script.extend([failing("UNAVAILABLE")])
+    taken = []
+
+    def source():
+        for number in range(60):
+            taken.append(number)
+            threading.Event().wait(0.05)
+            yield latents(2, 4)
+
+    generator = client.encode_many(source())
+    next(generator)
+    # The delay before the retry is 0.1 s at most: far from all arrays were read.
+    assert len(taken) < 40
+    generator.close()

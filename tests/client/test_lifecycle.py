@@ -228,6 +228,35 @@ def test_signals_are_put_off_and_then_come():
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_ctrl_c_while_handlers_are_put_back_leaves_the_others_theirs(monkeypatch):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    came = []
+    signal.signal(signal.SIGTERM, lambda *_: came.append("SIGTERM"))
+    mine = signal.getsignal(signal.SIGTERM)
+    plain = signal.signal
+
+    def put_back(number, handler):
+        old = plain(number, handler)
+        if handler is before[0]:
+            signal.raise_signal(signal.SIGINT)
+        return old
+
+    def step() -> None:
+        with SignalsPutOff():
+            signal.raise_signal(signal.SIGTERM)
+            monkeypatch.setattr(signal, "signal", put_back)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            step()
+        assert came == ["SIGTERM"]
+        assert signal.getsignal(signal.SIGTERM) is mine
+        assert signal.getsignal(signal.SIGINT) is before[0]
+    finally:
+        monkeypatch.undo()
+        signal.signal(signal.SIGTERM, before[1])
+
+
 def test_ctrl_c_ends_a_waiting_call_and_the_client_still_works(tiny, latents):
     with Client(tiny.target) as client:
         client.codebooks()

@@ -21,7 +21,7 @@ from vqserve_client import (
 from vqserve_client.retry import RetryPolicy
 
 
-@pytest.mark.parametrize("code", ["UNAVAILABLE", "RESOURCE_EXHAUSTED"])
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"])
 def test_retried_until_it_works(tiny, connect, failing, latents, code):
     tiny.script.extend([failing(code)] * 3)
     assert connect(tiny.target).encode(latents(2, 4)).shape == (2,)

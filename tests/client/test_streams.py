@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from typing import Any
 
@@ -177,3 +178,25 @@ def test_many_generators_have_streams_of_their_own(streaming: Any, latents: Any)
             np.testing.assert_array_equal(answers[0], answers[1])
             np.testing.assert_array_equal(answers[0], answers[2])
     assert streaming.streams == 3
+
+
+def test_a_stream_that_fails_at_once_is_a_failed_attempt(streaming: Any, latents: Any, monkeypatch: Any) -> None:
+    """Where nobody listens any more a stream may end before its first request is written: not a reason for another."""
+    made = []
+    plain = stream_module._Stream.__init__
+
+    def note(self: Any, *args: Any) -> None:
+        made.append(self)
+        plain(self, *args)
+        # As late as a thread that is not its turn: whatever the call has to say, it has said.
+        threading.Event().wait(0.05)
+
+    monkeypatch.setattr(stream_module._Stream, "__init__", note)
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    with Client(streaming.target) as known, Client(f"127.0.0.1:{port}", retries=2, timeout=20) as client:
+        known.codebooks()
+        client._core._catalogue = known._core._catalogue
+        with pytest.raises(Unavailable):
+            list(client.encode_many(items_of(latents, 1)))
+    assert len(made) == 3

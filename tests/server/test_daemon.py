@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -429,3 +430,22 @@ def test_a_second_signal_ends_it_at_once(stubborn: Callable[..., Any]) -> None:
     process.send_signal(signal.SIGTERM)
     process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_a_caller_who_leaves_while_the_server_stops_does_not_abort_it(
+    vqserved: Callable[..., Any], folder: Path
+) -> None:
+    """A thread that looks at a large request has its answer when gRPC's queue is shut already."""
+    latents = np.zeros((1_800_000, 8), np.float32)
+    latents[-1, -1] = np.nan
+    request = pb.EncodeRequest(codebook="large", dtype=pb.DTYPE_FLOAT32, shape=latents.shape, latents=latents.tobytes())
+    for wait_s in (0.0, 0.02, 0.05):
+        daemon = vqserved(folder, "--device", "cpu", "--drain-seconds", "5")
+        with grpc.insecure_channel(daemon.target, options=[("grpc.max_send_message_length", -1)]) as channel:
+            stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+            stub.ListCodebooks(pb.ListCodebooksRequest())
+            calls = [stub.Encode.future(request) for _ in range(3)]
+            threading.Event().wait(0.15 + wait_s)
+            for call in calls:
+                call.cancel()
+        assert daemon.stop(signal.SIGTERM)[0] == 0

@@ -59,13 +59,16 @@ class Batch:
         """Cut the results apart, hand each job its own and return how many jobs that completed."""
         batch = len(self.parts), self.rows
         finished: dict[Deliver, list[Job]] = {}
-        for part in self.parts:
-            job = part.job
-            if job.finish(part.start, results[part.rows], started=started, ended=ended, batch=batch):
-                finished.setdefault(job.deliver, []).append(job)
-        # Together, when all are done: each delivery wakes a thread, which then competes with this one.
-        for deliver, jobs in finished.items():
-            deliver(jobs)
+        try:
+            for part in self.parts:
+                job = part.job
+                if job.finish(part.start, results[part.rows], started=started, ended=ended, batch=batch):
+                    finished.setdefault(job.deliver, []).append(job)
+        finally:
+            # Together, when all are done: whoever gets its answer competes with this thread. And those that are, even
+            # if there was no memory for another.
+            for deliver, jobs in finished.items():
+                deliver(jobs)
         return sum(map(len, finished.values()))
 
     def fail(self, error: BaseException) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +37,8 @@ class Call:
         self._call = event.call
         self._metadata = event.invocation_metadata
         self._on_end = on_end
-        self._has_begun = False
+        self._has_begun = self._is_over = False
+        self._lock = threading.Lock()
         details = event.call_details
         self.method: str = details.method.decode("ascii", "backslashreplace")
         left_s = details.deadline - time.time()
@@ -77,10 +79,15 @@ class Call:
         return [cygrpc.SendInitialMetadataOperation((), 0)]
 
     def _start(self, operations: Any, tag: Callable[[Any], None]) -> None:
-        # An error tells that the call has ended, which is known otherwise.
-        self._call.start_server_batch(operations, tag)
+        with self._lock:
+            # Whoever looked at a request meanwhile comes late, perhaps after the queue was shut: gRPC would abort.
+            if not self._is_over:
+                # What it returns is an error where the call has ended, which is told of otherwise.
+                self._call.start_server_batch(operations, tag)
 
     def _on_close(self, _event: Any) -> None:
+        with self._lock:
+            self._is_over = True
         # Let go of at once: it knows of this call, and a collector would find them late.
         when_over, self.when_over = self.when_over, _nothing
         self._on_end()

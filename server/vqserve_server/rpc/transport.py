@@ -79,10 +79,8 @@ class Transport:
             self._server.shutdown(self._queue, self._on_stopped)
         if not self._stopped.wait(linger_s):
             self._server.cancel_all_calls()
-            self._stopped.wait()
-        self._server.destroy()
-        self._queue.shutdown()
         self._thread.join()
+        self._server.destroy()
 
     def _serve(self) -> None:
         while True:
@@ -95,6 +93,9 @@ class Transport:
                 logger.exception("an event of gRPC was not dealt with")
             # An event holds its call, and with it a connection.
             del event
+            # Not before each call has been told that it is over: from then on nothing is done with it.
+            if self._stopped.is_set() and not self._calls:
+                self._queue.shutdown()
 
     def _ask_for_call(self) -> None:
         with self._lock:

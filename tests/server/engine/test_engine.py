@@ -366,3 +366,25 @@ def test_many_threads_submit(fake: Callable[..., Any], start: Callable[..., Engi
         thread.join()
     assert not failures
     assert engine.stats.requests == 240
+
+
+def test_no_memory_for_one_reply_is_no_other_s_concern(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer)
+    tokenizer.hold()
+    first = JOBS.encode(tokenizer, np.zeros((1, 4), np.float32))
+    engine.submit([first])
+    tokenizer.wait_entered()
+    jobs = [JOBS.encode(tokenizer, np.zeros((rows, 4), np.float32)) for rows in (2, 3, 4)]
+
+    def no_memory(start: int, results: np.ndarray) -> None:
+        raise MemoryError
+
+    jobs[1].write = no_memory
+    engine.submit(jobs)
+    tokenizer.release()
+    assert len(JOBS.array(first)) == 1
+    assert len(JOBS.array(jobs[0])) == 2
+    for job in jobs[1:]:
+        with pytest.raises(BatchFailed):
+            JOBS.result(job)
