@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# Examples are not timed: how long one takes says more about what else the machine does.
+settings.register_profile("vqserve", deadline=None)
+settings.load_profile("vqserve")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

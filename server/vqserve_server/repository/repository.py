@@ -145,11 +145,10 @@ class Repository:
         tokenizer.check_itself()
         info = tokenizer.info
         logger.info(
-            "codebook %s: %s, %d x %d, search %s on %s, digest %s",
+            "codebook %s: %s, %s, search %s on %s, digest %s",
             name,
             info.kind,
-            info.num_codes,
-            info.code_dim,
+            info.size,
             tokenizer.search,
             tokenizer.device,
             info.digest[:12],

@@ -275,7 +275,7 @@ def test_every_number_that_is_read_counts(quantizer):
     assert len(digests) == count
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     codes=st.integers(1, 20),
     width=st.integers(1, 6),
@@ -618,7 +618,7 @@ def test_every_truncation_is_refused(sound):
             load_codebook(path)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(flips=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 7)), min_size=1, max_size=4))
 def test_flipped_bits(sound, flips):
     damaged = bytearray(sound[0])
@@ -627,7 +627,7 @@ def test_flipped_bits(sound, flips):
     load_damaged(sound, bytes(damaged))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.integers(0, 1 << 20),
     st.sampled_from([b"[", b"9", b"-", b'"', b"1e9", b"\x00", b"null", b"{}", b"99999999999999999999", b"true"]),
@@ -646,7 +646,7 @@ def test_bytes_put_in_and_taken_out(sound, position, text, removed):
         load_damaged(sound, honest)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=200))
 def test_noise_is_refused(sound, noise):
     load_damaged(sound, noise)

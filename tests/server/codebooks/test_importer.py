@@ -727,7 +727,7 @@ def test_an_output_that_a_served_folder_would_pass_over_is_refused(tmp_path, cap
     status, out, err = run(capsys, command, source, "-o", tmp_path / name, *more)
     assert (status, out) == (2, "")
     assert err.splitlines()[-1] == (
-        f"vqserved {command}: error: argument -o/--output: {name!r} must end in .safetensors, "
+        f"vqserved {command}: error: argument -o/--out: {name!r} must end in .safetensors, "
         f"or a served folder leaves it out: name it {better!r}"
     )
     assert list(tmp_path.iterdir()) == [source]
