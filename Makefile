@@ -9,7 +9,7 @@ PROTO  := vqserve/v1/tokenizer.proto
 .PHONY: help setup demo serve test test-search soak coverage bench bench-behaviour bench-search check format proto lock image clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
 
 # One install for every target: the stamp is remade when what it installs or compiles changes.
 COMPILED := hatch_build.py $(wildcard server/vqserve_server/search/native/*.[ch])

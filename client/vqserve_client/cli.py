@@ -172,7 +172,7 @@ def _table(codebooks: Sequence[CodebookInfo]) -> str:
         (
             info.name,
             info.kind,
-            f"{info.num_quantizers} stages of {info.num_codes}" if info.has_stages else str(info.num_codes),
+            info.staged(info.num_codes),
             str(info.vocab_size),
             str(info.input_dim),
             str(info.code_dim),

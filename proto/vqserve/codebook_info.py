@@ -41,8 +41,11 @@ class CodebookInfo:
     @property
     def size(self) -> str:
         """How many codes of which width: "1024 x 256", of a residual codebook "8 stages of 1024 x 128"."""
-        stages = f"{self.num_quantizers} stages of " if self.has_stages else ""
-        return f"{stages}{self.num_codes} x {self.code_dim}"
+        return f"{self.staged(self.num_codes)} x {self.code_dim}"
+
+    def staged(self, count: object) -> str:
+        """Return what each stage has so much of: "8 stages of 1024", and without stages "1024"."""
+        return of_stages(self.num_quantizers, count) if self.has_stages else str(count)
 
     @property
     def is_version(self) -> bool:
@@ -66,6 +69,11 @@ class CodebookInfo:
         if asked is not None and asked > self.num_quantizers:
             raise ValueError(wrong_count(asked, self.num_quantizers))
         return (asked or self.num_quantizers) if self.has_stages else None
+
+
+def of_stages(num_quantizers: int, count: object) -> str:
+    """Return "8 stages of 1024"."""
+    return f"{num_quantizers} stage{'s' if num_quantizers > 1 else ''} of {count}"
 
 
 def wrong_count(asked: object, available: int) -> str:

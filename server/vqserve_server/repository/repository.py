@@ -46,9 +46,11 @@ class Tally:
     unchanged: int = 0
     removed: int = 0
     refused: int = 0
+    passed_over: int = 0
 
     def __str__(self) -> str:
-        return f"{self.loaded} loaded, {self.unchanged} unchanged, {self.removed} removed, {self.refused} refused"
+        over = f", {self.passed_over} passed over" if self.passed_over else ""
+        return f"{self.loaded} loaded, {self.unchanged} unchanged, {self.removed} removed, {self.refused} refused{over}"
 
 
 class Repository:
@@ -103,7 +105,10 @@ class Repository:
         tally = Tally()
         for problem in found.problems:
             kept = {name: entry for name, entry in self._entries.items() if _is_below(entry.path, problem.paths)}
-            tally.refused += 1
+            if problem.is_fatal:
+                tally.refused += 1
+            else:
+                tally.passed_over += 1
             logger.warning("%s%s", problem.text, f" ({_names(kept)})" if kept else "")
             entries.update(kept)
         for name, path in found.files.items():
