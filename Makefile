@@ -15,6 +15,7 @@ help:  ## list the targets
 COMPILED := hatch_build.py $(wildcard server/vqserve_server/search/native/*.[ch])
 $(VENV)/.installed: pyproject.toml constraints.txt $(COMPILED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vqserve needs Python 3.11 or later: make PYTHON=python3.11")'
+	@echo 'installing into $(VENV), torch too: takes minutes'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -121,9 +121,9 @@ def _stage_colour(number: int, count: int) -> Any:
     return colormaps["viridis"](number / max(1, count - 1))
 
 
-def _stage_label(number: int, count: int) -> str | None:
-    """Return the label of the first and the last of several; None: there is none."""
-    return f"index {number + 1}" if number in (0, count - 1) and count > 1 else None
+def _stage_label(number: int, count: int) -> str:
+    """Return the label of the first and the last of several; matplotlib leaves out what begins with "_"."""
+    return f"index {number + 1}" if number in (0, count - 1) and count > 1 else "_"
 
 
 def _draw_usage(axes: Any, *, usage: list[UsageTally], num_codes: int) -> None:
