@@ -33,7 +33,7 @@ _OPTION = re.compile(r'\b(codebook|digest|layout|max_message_bytes|num_quantizer
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 1 on an error, 2 on wrong usage, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    args = _parser(with_bench=words[:1] == ["bench"]).parse_args(words)
+    args = _parser(with_bench=words[:1] == ["bench"]).parse_command(words)
     try:
         with _terminable():
             return int(args.run(args))
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser(*, with_bench: bool) -> argparse.ArgumentParser:
+def _parser(*, with_bench: bool) -> Parser:
     parser = Parser(prog="vqserve", description="Latents to indices and back, on a vqserve server.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"vqserve {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

@@ -31,10 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `vqserved`; return the exit code: 0, 1 on an error, 2 on wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        parser = _parser(arguments[0] if arguments else "")
-        args, unknown = parser.parse_known_args(arguments)
-        if unknown:
-            parser.error(_unrecognized(args, unknown))
+        args = _parser(arguments[0] if arguments else "").parse_command(arguments, _spaced_levels)
         run: Callable[[argparse.Namespace], int] = args.run
         return run(args)
     except (VqserveError, settings.ConfigError, OSError) as error:
@@ -49,15 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"{type(error).__name__}: {error} (--log-level debug shows where)")
 
 
-def _unrecognized(args: argparse.Namespace, words: Sequence[str]) -> str:
+def _spaced_levels(args: argparse.Namespace, words: Sequence[str]) -> str | None:
     levels, source = getattr(args, "levels", None), str(getattr(args, "source", ""))
     if levels and all(word.isdecimal() for word in words):
         all_levels = [*map(str, levels), *([source] if source.isdecimal() else []), *words]
         return f"--levels is one argument, with commas: --levels {','.join(all_levels)}"
-    return f"unrecognized arguments: {' '.join(words)}"
+    return None
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
+def _parser(command: str) -> Parser:
     parser = Parser(prog="vqserved", description="Serve vector-quantizer codebooks over gRPC.")
     parser.add_argument("--version", action="version", version=f"vqserved {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)

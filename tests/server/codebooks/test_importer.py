@@ -769,10 +769,10 @@ def test_levels_are_one_argument(tmp_path, capsys):
     out = tmp_path / "o.safetensors"
     status, _, err = run(capsys, "import", "-o", out, "--kind", "fsq", "--levels", "8", "5", "5")
     assert status == 2
-    assert "vqserved: error: --levels is one argument, with commas: --levels 8,5,5;" in err
+    assert "vqserved import: error: --levels is one argument, with commas: --levels 8,5,5;" in err
     status, _, err = run(capsys, "import", "-o", out, "--kind", "fsq", "--levels", "8,5", "x", "y")
     assert status == 2
-    assert "unrecognized arguments" in err
+    assert err == ("vqserved import: error: unrecognized arguments: y; `vqserved import --help` lists the options\n")
 
 
 def test_a_long_list_is_cut_short(tmp_path, capsys):
