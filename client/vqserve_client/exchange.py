@@ -178,7 +178,7 @@ class Exchange:
             return
         one.failures += 1
         failure = Failure(ticket.code(), ticket.details() or "", text_metadata(ticket.trailing_metadata()))
-        if one.failure is None or not one.failure.is_foreign:
+        if one.failure is None or not (one.failure.is_foreign and failure.is_unsent):
             one.failure = failure
         retried = failure.error_class in RETRIED
         delay_s = self._policy.delay_s(one.failures, failure.retry_after_s) if retried else None
@@ -202,7 +202,7 @@ class _Running:
         self.request_id = request_id
         self.ticket: Any = None
         self.failures = 0
-        # The last one, or the one that tells more.
+        # The last one; of those that reached no server the one that tells more.
         self.failure: Failure | None = None
         self.resume_at = 0.0
         self.done = False

@@ -19,7 +19,7 @@ from vqserve_client.arrays import Array, given_indices, given_latents, latent_st
 from vqserve_client.catalogue import choose
 from vqserve_client.chunking import Cut, indices_cut, latents_cut, plan
 from vqserve_client.client import Client
-from vqserve_client.errors import DigestChanged, DigestMismatch, InvalidArgument
+from vqserve_client.errors import DigestChanged, DigestMismatch, InvalidArgument, VqserveClientError
 from vqserve_client.geometry import indices_geometry, latents_geometry
 from vqserve_client.npy import check_output, new_array, open_array
 from vqserve_client.positions import in_whole
@@ -146,9 +146,9 @@ def _whole_file(task: Task, pending: Sequence[_Piece]) -> Iterator[None]:
     """Have an error about a piece, the first one that is pending, name the file and count positions in all of it."""
     try:
         yield
-    except InvalidArgument as error:
+    except VqserveClientError as error:
         error.item = None
-        if pending:
+        if isinstance(error, InvalidArgument) and pending:
             whole = in_whole(error.message, array=pending[0].source, grid=pending[0].grid)
             error.message = f"{task.source}: {whole or error.message}"
         raise
