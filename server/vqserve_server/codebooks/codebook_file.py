@@ -19,7 +19,7 @@ from vqserve_server.codebooks.conversion import build, state_of
 from vqserve_server.codebooks.digest import canonical_json
 from vqserve_server.codebooks.safetensors_file import ContainerError, read_header, read_tensor, unique_names, write_file
 from vqserve_server.codebooks.state import CodebookState, StateError, canonical_names, check_claims, check_values
-from vqserve_server.errors import CodebookError, CodebookFileError
+from vqserve_server.errors import CodebookError, CodebookFileError, InvalidOption
 from vqserve_server.quantizers import Quantizer
 
 FORMAT_VERSION = "1"
@@ -79,6 +79,21 @@ def check_folder(path: Path) -> None:
     if not os.access(path.parent, os.W_OK | os.X_OK):
         hint = "let it, or name another folder or user"
         raise PermissionError(f"user {os.geteuid()} cannot write into the folder {path.parent}: {hint}")
+
+
+def check_not_read(output: Path, *sources: Path | None) -> None:
+    """Refuse to write a file that is read as well, under whatever name.
+
+    Args:
+        output: the file to write.
+        sources: files that are read.
+
+    Raises:
+        InvalidOption: it is one of them.
+    """
+    for source in sources:
+        if source is not None and source.exists() and output.exists() and output.samefile(source):
+            raise InvalidOption(f"{output.name} is what is read: name another file to write")
 
 
 def save_codebook(quantizer: Quantizer, path: str | Path, *, provenance: Mapping[str, object] | None = None) -> str:

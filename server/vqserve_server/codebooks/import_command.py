@@ -12,13 +12,12 @@ from vqserve.codebook_info import of_stages
 from vqserve.layout import Layout
 from vqserve_server.codebook_path import new_codebook_path
 from vqserve_server.codebooks.arguments import ARGUMENTS, check_unknown_index
-from vqserve_server.codebooks.codebook_file import check_folder, save_codebook
+from vqserve_server.codebooks.codebook_file import check_folder, check_not_read, save_codebook
 from vqserve_server.codebooks.families.options import BIT_ORDERS, DECODES, METRICS, Options
 from vqserve_server.codebooks.importer import Import, import_checkpoint
 from vqserve_server.codebooks.printable import printable
 from vqserve_server.codebooks.verification import verify_files
 from vqserve_server.errors import CodebookError, ForeignCheckpointError
-from vqserve_server.output_path import check_not_read
 from vqserve_server.quantizers.fsq import BOUNDS
 
 if TYPE_CHECKING:

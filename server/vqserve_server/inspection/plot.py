@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve.codebook_info import of_stages
+from vqserve_server.codebooks import check_not_read
 from vqserve_server.errors import InvalidOption
 from vqserve_server.inspection.error import ErrorTally
 from vqserve_server.inspection.inspection import Inspection
 from vqserve_server.inspection.usage import UsageTally
-from vqserve_server.output_path import check_not_read
 
 _BINS = 60
 Floats = npt.NDArray[np.float64]

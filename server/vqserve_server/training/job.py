@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import vqserve
-from vqserve_server.codebooks import check_folder, save_codebook
+from vqserve_server.codebooks import check_folder, check_not_read, save_codebook
 from vqserve_server.errors import InvalidOption
 from vqserve_server.latent_rows import LatentRows
-from vqserve_server.output_path import check_not_read
 from vqserve_server.training.options import TrainingOptions
 from vqserve_server.training.trainer import Trained, train
 
