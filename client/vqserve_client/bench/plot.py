@@ -42,12 +42,13 @@ def draw(measurements: Sequence[Measurement], path: Path, *, title: str) -> None
     figure: Any = Figure(figsize=(11, 4.5), layout="constrained")
     figure.suptitle(title)
     latency, spent = figure.subplots(1, 2)
-    _draw_latency(latency, shown)
+    draw_latency(latency, shown)
     _draw_time_spent(spent, shown)
     figure.savefig(path, dpi=150)
 
 
-def _draw_latency(axes: Any, measurements: Sequence[Measurement]) -> None:
+def draw_latency(axes: Any, measurements: Sequence[Measurement]) -> None:
+    """Draw percentiles of the latency over throughput into matplotlib's axes."""
     for name in _PERCENTILES:
         axes.plot(
             [measured.requests_per_s for measured in measurements],
