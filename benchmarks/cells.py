@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,9 +55,11 @@ class Cell:
         return bfloat16.widen(bfloat16.round_bits(latents)) if self.dtype == "bf16" else latents
 
     @cached_property
-    def tensor(self) -> torch.Tensor:
-        """The latents as a user has them, in their own type."""
-        return torch.from_numpy(self.latents).to({"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype])
+    def array(self) -> Any:
+        """What a user of the SDK gives: numpy, or torch where numpy has no such type."""
+        if self.operation == "decode":
+            return self.indices
+        return torch.from_numpy(self.latents).bfloat16() if self.dtype == "bf16" else self.latents
 
     @cached_property
     def indices(self) -> NDArray[np.unsignedinteger]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
 from cells import Cell
 from http_load import measure_http
 
@@ -130,10 +129,11 @@ class Ours(Contender):
     def many_rate(self, cell: Cell, seconds: float) -> float:
         """Arrays a second of one `encode_many` or `decode_many`, as a job over a dataset has them."""
         with Client(self.target, codebook=cell.book) as client:
+            arrays = repeat(cell.array)
             if cell.operation == "encode":
-                answers = client.encode_many(repeat(cell.tensor))
+                answers = client.encode_many(arrays)
             else:
-                answers = client.decode_many(repeat(torch.from_numpy(cell.indices)), dtype=cell.tensor.dtype)
+                answers = client.decode_many(arrays, dtype={"fp32": "float32", "bf16": "bfloat16"}[cell.dtype])
             with closing(answers):
                 starts = time.perf_counter() + WARMUP_S
                 while time.perf_counter() < starts:

@@ -263,6 +263,8 @@ def sources_of_the_recipes():
         "codes.npy": normal(9, 4),
         "vqvae.npz": {"codebook": normal(9, 4)},
         "mine.pt": {"vq_layer.embedding.weight": normal(9, 4)},
+        "vector.pt": {"embedding.weight": normal(9, 4)},
+        "cosine.pt": {"embedding.weight": normal(9, 4)},
         "soundstream.npz": {"codebooks": normal(3, 9, 4)},
         "cepstra.npz": {f"stage{i}": normal(9, 4) for i in (1, 2, 3)},
     }

@@ -153,9 +153,9 @@ class AsyncClient:
         with closing(Lane(self._core, operation, asked, call, alarm.wake)) as lane:
             numbered = Numbered(lane)
             try:
-                failure: Exception | None = None
                 while not (lane.ended and lane.empty):
-                    wait_s = lane.advance()
+                    if lane.stirred:
+                        lane.advance()
                     if lane.ready:
                         answer = numbered.take()
                         with lane.standstill():
@@ -170,16 +170,16 @@ class AsyncClient:
                                 numbered.put(item)
                         except Exception as error:
                             # The arrays before it still get their answers, as they would one by one.
-                            failure = error
-                            lane.end()
+                            lane.end(error)
                     elif pull is None and not lane.ended and not lane.full:
                         # A task, so that answers come out while the source makes the next array.
                         pull = asyncio.ensure_future(_next(items))
                         pull.add_done_callback(lambda _: alarm.wake())
                     else:
-                        await alarm.wait(wait_s)
-                if failure is not None:
-                    raise failure
+                        wait_s = lane.advance()
+                        if not lane.ready:
+                            await alarm.wait(wait_s)
+                            lane.stirred = True
             finally:
                 if pull is not None:
                     pull.cancel()

@@ -233,10 +233,10 @@ class Client:
         lane = Lane(self._core, operation, asked, call, bell.ring)
         numbered = Numbered(lane)
         try:
-            failure: Exception | None = None
             while not (lane.ended and lane.empty):
-                with SignalsPutOff():
-                    wait_s = lane.advance()
+                if lane.stirred:
+                    with SignalsPutOff():
+                        lane.advance()
                 if lane.ready:
                     answer = numbered.take()
                     with lane.standstill():
@@ -250,12 +250,13 @@ class Client:
                         lane.end()
                     except Exception as error:
                         # The arrays before it still get their answers, as they would one by one.
-                        failure = error
-                        lane.end()
+                        lane.end(error)
                 else:
-                    bell.wait(wait_s)
-            if failure is not None:
-                raise failure
+                    with SignalsPutOff():
+                        wait_s = lane.advance()
+                    if not lane.ready:
+                        bell.wait(wait_s)
+                        lane.stirred = True
         finally:
             with SignalsPutOff():
                 lane.close()

@@ -35,6 +35,8 @@ class Lane:
 
     Attributes:
         ended: whether no more arrays come.
+        stirred: whether `advance` may have something to do: it is worth the look, which is not free, only then, or when
+            there is nothing else to do.
     """
 
     def __init__(self, core: Core, operation: Operation, asked: Options, call: CallOptions, wake: Wake) -> None:
@@ -42,12 +44,15 @@ class Lane:
         self._operation = operation
         self._asked = asked
         self._call = call
-        self._sender = Streamed(core.connection, wake)
+        self._wake = wake
+        self._sender = Streamed(core.connection, self._stir)
         self._pin = core.pin(call)
         self._window = core.config.window
         self._budget = Budget(self._window)
         self._jobs: deque[_Job] = deque()
         self.ended = False
+        self.stirred = False
+        self._failure: Exception | None = None
         self._pid = os.getpid()
 
     @property
@@ -63,12 +68,12 @@ class Lane:
     @property
     def empty(self) -> bool:
         """Return whether nothing is under way."""
-        return not self._jobs
+        return not self._jobs and self._failure is None
 
     @property
     def ready(self) -> bool:
         """Return whether the next answer in order, or its error, is there."""
-        return bool(self._jobs) and self._jobs[0].ready
+        return self._jobs[0].ready if self._jobs else self._failure is not None
 
     def put(self, array: object) -> None:
         """Add one more array, which `advance` begins with when there is a place for it.
@@ -82,6 +87,7 @@ class Lane:
         if last is None or not last.add(given):
             deadline = self._core.deadline(self._call)
             self._jobs.append(_Job(given, deadline, partial(self._turn, deadline), room=self._room(given)))
+        self.stirred = self.stirred or self._is_due(self._jobs[-1])
 
     def advance(self) -> float | None:
         """Do what can be done; return the seconds until there is more unless a reply comes sooner.
@@ -89,8 +95,9 @@ class Lane:
         Raises:
             Closed: in a process that was forked after the lane began.
         """
-        if os.getpid() != self._pid:
-            raise Closed("this generator was begun in another process, before a fork", target=self._core.config.target)
+        self._check_process()
+        # Before the look: what comes during it is seen in it or next time.
+        self.stirred = False
         while True:
             given_back = self._budget.given_back
             waits = []
@@ -106,12 +113,16 @@ class Lane:
             if self._budget.given_back == given_back:
                 return min(waits, default=None)
 
-    def end(self) -> None:
-        """Say that no more arrays come."""
-        self.ended = True
+    def end(self, failure: Exception | None = None) -> None:
+        """Say that no more arrays come, because of a failure perhaps, which comes after the answers before it."""
+        self.ended = self.stirred = True
+        self._failure = failure
 
     def take(self) -> Any:
         """Return the next answer in order, or raise its error."""
+        self._check_process()
+        if self._failure is not None and not self._jobs:
+            raise self._failure
         answer = self._jobs[0].take()
         if self._jobs[0].spent:
             self._jobs.popleft()
@@ -133,6 +144,14 @@ class Lane:
             self._jobs.pop().close()
         if os.getpid() == self._pid:
             self._sender.close()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise Closed("this generator was begun in another process, before a fork", target=self._core.config.target)
+
+    def _stir(self) -> None:
+        self.stirred = True
+        self._wake()
 
     def _is_due(self, job: _Job) -> bool:
         """Return whether a job that is not begun should be."""

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from vqserve_server.errors import StartError
 
+# gRPC reads its targets as URIs, in which these do not stand for themselves.
+_URI_MARKS = "%?#"
+
 
 def address(host: str, port: int) -> str:
     """Return HOST:PORT, an IPv6 host in brackets."""
@@ -59,19 +62,31 @@ def check_unix_socket(path: str) -> None:
     Raises:
         StartError: says why not.
     """
+    if any(mark in path for mark in _URI_MARKS):
+        raise StartError(f"cannot listen on {path}: a target unix:PATH cannot have any of {' '.join(_URI_MARKS)}")
     file = Path(path)
-    if not file.parent.is_dir():
-        raise StartError(f"cannot listen on {path}: there is no folder {file.parent}")
-    if file.exists() and not file.is_socket():
-        raise StartError(f"cannot listen on {path}: there is a file that is no socket")
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except (FileNotFoundError, ConnectionRefusedError):
-            return
-        except OSError as error:
-            raise StartError(f"cannot listen on {path}: {error.strerror or error}") from None
-    raise StartError(f"cannot listen on {path}: another process does")
+    try:
+        if not file.parent.is_dir():
+            raise StartError(f"cannot listen on {path}: there is no folder {file.parent}")
+        if file.exists() and not file.is_socket():
+            raise StartError(f"cannot listen on {path}: there is a file that is no socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            if _is_listened_on(probe, path):
+                raise StartError(f"cannot listen on {path}: another process does")
+            if file.is_socket():
+                file.unlink()
+            probe.bind(path)
+            file.unlink()
+    except OSError as error:
+        raise StartError(f"cannot listen on {path}: {error.strerror or error}") from None
+
+
+def _is_listened_on(probe: socket.socket, path: str) -> bool:
+    try:
+        probe.connect(path)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return False
+    return True
 
 
 def check(host: str, port: int) -> None:

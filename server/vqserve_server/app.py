@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from vqserve_server import logs
 from vqserve_server.address import address, check, check_unix_socket, is_loopback
@@ -19,6 +19,9 @@ from vqserve_server.repository import Repository, Rescans
 from vqserve_server.rpc import RpcServer
 from vqserve_server.sources import find_codebooks
 from vqserve_server.tokenizer import Tokenizer
+
+# An idle device thread needs a moment to end.
+_IDLE_END_S = 0.5
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +55,12 @@ class App:
         Raises:
             StartError: the address cannot be bound.
         """
+        if self._config.rpc.unix_socket:
+            # Again: gRPC replaces a socket file without asking, and another server may have come meanwhile.
+            check_unix_socket(self._config.rpc.unix_socket)
         self.engine.start()
         try:
-            port = await self._rpc.start()
+            port = self._rpc.start()
         except RuntimeError:
             rpc = self._config.rpc
             raise StartError(f"cannot listen on {address(rpc.host, rpc.port)}") from None
@@ -70,8 +76,8 @@ class App:
         deadline = self._loop.time() + self._config.drain_seconds
         self._rpc.not_serving()
         self.engine.drain()
-        finished = await self._rpc.stop(self._config.drain_seconds)
-        left_s = max(deadline - self._loop.time(), 0.0)
+        finished = await asyncio.to_thread(self._rpc.stop, self._config.drain_seconds)
+        left_s = max(deadline - self._loop.time(), _IDLE_END_S)
         stopped = await asyncio.to_thread(self.engine.stop, left_s)
         logger.info("served %s", self.engine.stats)
         return finished and stopped
@@ -105,13 +111,19 @@ async def serve(repository: Repository, config: ServeConfig, *, worker: int | No
         if not stop.is_set():
             rescans.ask()
 
+    def on_orphaned() -> None:
+        # Once: a pipe at its end stays readable.
+        loop.remove_reader(sys.stdin.fileno())
+        logger.info("the parent is gone: stopping")
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     if worker is not None:
         # The parent's end of the pipe closes when the parent is gone.
-        loop.add_reader(sys.stdin.fileno(), stop.set)
+        loop.add_reader(sys.stdin.fileno(), on_orphaned)
     port = await app.start()
     _announce(repository.tokenizers, config.rpc.host, port)
     done, pending = await asyncio.wait(
@@ -154,21 +166,10 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
     repository.load()
     # What there is now stays: a collection after a swap need not look at it.
     gc.freeze()
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        code = runner.run(serve(repository, config, worker=worker))
+    code = asyncio.run(serve(repository, config, worker=worker))
     if code:
         raise StartError("the device failed; the log has the reason")
     return code
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return what makes the event loop; None: asyncio's own."""
-    try:
-        import uvloop  # noqa: PLC0415
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
 
 
 def _announce(tokenizers: Sequence[Tokenizer], host: str, port: int) -> None:

@@ -16,6 +16,7 @@ from vqserve.arguments import Parser
 from vqserve_server import config as settings
 from vqserve_server import workers
 from vqserve_server.errors import VqserveError
+from vqserve_server.printable import printable
 
 # What the extra `server` brings; without it the client still works.
 _EXTRA = frozenset({"grpc_reflection", "torch"})
@@ -114,7 +115,8 @@ def _hangups_kept() -> Iterator[None]:
 
 
 def _complain(text: str) -> int:
-    line = " ".join(text.split())
+    # Names of files, and in them, are text of any kind.
+    line = printable(" ".join(text.split()))
     print(f"vqserved: error: {line}", file=sys.stderr)
     return 1
 

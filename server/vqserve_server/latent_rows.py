@@ -78,6 +78,9 @@ class LatentRows:
             InvalidOption: it is no .npy file of numbers.
             InvalidRequest: as the constructor.
         """
+        # Opening a pipe would wait for a writer.
+        if path.exists() and not path.is_file():
+            raise InvalidOption(f"{path} is no .npy file of latents: it is no regular file")
         try:
             with path.open("rb") as file:
                 if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:

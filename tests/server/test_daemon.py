@@ -178,8 +178,15 @@ def test_socket_files_that_cannot_be(
     vqserved(folder / "small.safetensors", "--device", "cpu", "--unix-socket", taken)
     plain = tmp_path / "plain"
     plain.write_text("precious")
+    nowhere = tmp_path / "link"
+    nowhere.symlink_to(tmp_path / "nothing")
     for path, reason in (
         (taken, "another process does"),
+        (nowhere, f"cannot listen on {nowhere}: Address already in use"),
+        ("/proc/x.sock", "cannot listen on /proc/x.sock: "),
+        (f"{tmp_path}/x/", f"cannot listen on {tmp_path}/x/: "),
+        (tmp_path / ("x" * 300), "File name too long"),
+        (tmp_path / "%41.sock", "cannot have any of % ? #"),
         (plain, "there is a file that is no socket"),
         (tmp_path / "nowhere" / "x.sock", "there is no folder"),
         (tmp_path / ("x" * 120), "path too long"),
@@ -190,6 +197,18 @@ def test_socket_files_that_cannot_be(
         run_vqserved("serve", folder, "--port", "0", "--unix-socket", tmp_path / "x", "--workers", "2"),
         "--unix-socket goes with one worker",
     )
+
+
+def test_a_socket_file_is_not_taken_from_a_server_that_came_meanwhile(
+    serving: Callable[..., Any], folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.load(folder / "small.safetensors", device="cpu")
+    path = tmp_path / "vqserve.sock"
+    serving(tokenizer, unix_socket=path)
+    with pytest.raises(StartError, match="another process does"):
+        serving(tokenizer, unix_socket=path)
+    with Client(f"unix:{path}") as client:
+        assert len(client.codebooks()) == 1
 
 
 def test_grpc_itself_refuses_a_port_in_use(serving: Callable[..., Any], folder: Path) -> None:
@@ -397,6 +416,13 @@ def test_a_device_that_never_answers_does_not_hold_up_the_end(stubborn: Callable
     assert process.returncode == 0
     assert call.exception() is not None
     assert "not all requests were answered within --drain-seconds 0.2" in log
+
+
+def test_an_idle_daemon_needs_no_time_to_stop(vqserved: Callable[..., Any], folder: Path) -> None:
+    daemon = vqserved(folder, "--device", "cpu", "--drain-seconds", "0")
+    code, log = daemon.stop(signal.SIGTERM)
+    assert code == 0
+    assert "not all requests" not in log
 
 
 def test_sighup_while_it_stops_changes_nothing(stubborn: Callable[..., Any]) -> None:

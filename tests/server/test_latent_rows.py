@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,14 @@ def test_the_first_bad_value_is_named_by_its_place_in_the_array(
     array[4, 2, 1, 3] = array[6, 0, 0, 0] = value
     with pytest.raises(NonFiniteLatents, match=rf"latents\[4, 2, 1, 3\] is .*{text.removeprefix('is ')}"):
         rows.check_finite()
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "z.npy")
+    for path in (tmp_path, tmp_path / "z.npy"):
+        with pytest.raises(InvalidOption, match="it is no regular file"):
+            LatentRows.open(path)
 
 
 def test_files_that_hold_no_latents_are_refused(tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import torch
 
+from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client import Client
 from vqserve_client.channel import Connection
 from vqserve_client.config import ClientConfig
@@ -192,3 +194,60 @@ def test_a_signal_while_workers_start(codebook: Path) -> None:
     assert out == ""
     assert process.returncode == 0
     assert not [pid for pid in workers.values() if Path(f"/proc/{pid}").exists()]
+
+
+# A worker whose device never answers.
+STUCK = """
+import sys, threading
+from vqserve.codebook_info import CodebookInfo
+from vqserve_server import app
+
+class Stuck:
+    device = "cpu"
+    info = CodebookInfo(
+        name="stuck", digest="", kind="vq", num_codes=2, vocab_size=2, input_dim=1, code_dim=1, output_dim=1
+    )
+
+    def encode_rows(self, rows, **_):
+        print("computing", flush=True)
+        threading.Event().wait()
+
+app.Repository.load = lambda self: None
+app.Repository.tokenizers = [Stuck()]
+from vqserve_server.cli import main
+sys.exit(main(["serve", "--port", "0", "--drain-seconds", "2"]))
+"""
+
+
+def test_a_worker_whose_parent_is_gone_drains_without_a_spin() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, WORKER_VARIABLE: "0"},
+    )
+    with process:
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            target = process.stdout.readline().removeprefix("vqserved: ready on ").partition(",")[0]
+            with grpc.insecure_channel(target) as channel:
+                request = pb.EncodeRequest(dtype=pb.DTYPE_FLOAT32, shape=[1, 1], latents=bytes(4))
+                call = channel.unary_unary("/vqserve.v1.TokenizerService/Encode").future(request.SerializeToString())
+                assert process.stdout.readline() == "computing\n"
+                before = cpu_seconds(process.pid)
+                process.stdin.close()
+                threading.Event().wait(1.5)
+                assert cpu_seconds(process.pid) - before < 0.3
+                assert call.exception() is not None
+            assert process.wait() == 0
+        finally:
+            process.kill()
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process has computed so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -6,12 +6,15 @@ file claims is compared with what it holds, or with a limit, before memory is ta
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 import re
 import stat
+import struct
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,15 +41,19 @@ MAX_ARRAY_BYTES = 4 << 30
 UNNAMED = ""
 # A header of numpy's is a line of text.
 _MAX_NPY_HEADER_BYTES = 1 << 16
-# What a small part of an archive may unpack to; beyond it a part must be as large as a hundredth of what it becomes.
-# Trained numbers hardly shrink at all.
+# What parts of an archive may unpack to; beyond it they must be as large as a hundredth of what they become. Trained
+# numbers hardly shrink at all.
 _MAX_UNPACKED_BYTES = 64 << 20
 _MAX_RATIO = 100
-# torch's description of thousands of tensors stays below 2 MiB.
-_MAX_PICKLE_BYTES = 64 << 20
+# torch's description of thousands of tensors stays below 2 MiB. Read, each byte can become an object of 64.
+_MAX_PICKLE_BYTES = 16 << 20
 # Entries of nested dictionaries: a model has thousands, and a few that hold each other can pretend to be billions.
 _MAX_ENTRIES = 1 << 17
 _MAX_NAME_CHARACTERS = 4096
+# What zipfile unpacks in pieces. Of bzip2 and LZMA it unpacks a whole piece of the file at once, whatever that becomes.
+_COMPRESSIONS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
+# What ends an archive with 64-bit offsets: its end record of 56 bytes, where that is in 20, and the 22 that all have.
+_ENDS_BYTES = 56 + 20 + 22
 
 _TORCH_SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin", ".th"})
 _WRAPPERS = ("state_dict", "model")
@@ -54,6 +61,7 @@ _TORCHSCRIPT = (
     "it is a TorchScript program, which is code and is not loaded; where it was made, save its tensors alone: "
     "torch.save(model.state_dict(), 'weights.pt') (Cosmos has none to save: leave SRC out and pass --kind fsq --levels)"
 )
+_LONG_NAME = f"a name in it has more than {_MAX_NAME_CHARACTERS} characters: it is no model's state dict"
 # How torch names the object that it refuses.
 _REFUSED = re.compile(r"GLOBAL (\S+)")
 
@@ -96,6 +104,8 @@ def open_foreign(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
             what = "it is no regular file" if path.exists() else "there is no such file"
             raise ForeignCheckpointError(f"{path.name}: {what}")
         with reader(path) as arrays:
+            if max(map(len, arrays), default=0) > _MAX_NAME_CHARACTERS:
+                raise ForeignCheckpointError(f"{path.name}: {_LONG_NAME}")
             yield arrays
     except ForeignCheckpointError:
         raise
@@ -124,25 +134,27 @@ def _open_npy(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
 def _open_npz(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
     with zipfile.ZipFile(path) as archive:
         _check_members(path, archive)
-        arrays = {}
+        arrays, taken = {}, Counter[str]()
         for member in archive.infolist():
             if member.filename.endswith(".npy"):
                 name = member.filename.removesuffix(".npy")
-                arrays[name] = _npz_member(path, archive, member)
+                arrays[name] = _npz_member(path, archive, member, taken)
         yield arrays
 
 
-def _npz_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> ForeignArray:
+def _npz_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, taken: Counter[str]) -> ForeignArray:
     label = f"{path.name}: {member.filename}"
     # Only the array's header is unpacked here. What follows it must be as long as the directory says.
     with archive.open(member) as stream:
         shape, dtype = _npy_claims(label, stream, member.file_size)
 
     def read() -> npt.NDArray[Any]:
-        if member.file_size > max(_MAX_UNPACKED_BYTES, _MAX_RATIO * member.compress_size):
+        # Together: very many small ones are a bomb too.
+        taken.update(unpacked=member.file_size, packed=member.compress_size)
+        if taken["unpacked"] > max(_MAX_UNPACKED_BYTES, _MAX_RATIO * taken["packed"]):
             raise ForeignCheckpointError(
-                f"{label} would unpack {member.compress_size} bytes to {member.file_size}: no trained codebook shrinks "
-                "so much (numpy.savez keeps it as it is)"
+                f"{label} would unpack {taken['packed']} bytes to {taken['unpacked']}: no trained codebook shrinks so "
+                "much (numpy.savez keeps it as it is)"
             )
         with archive.open(member) as stream:
             return _read_npy(stream)
@@ -151,7 +163,9 @@ def _npz_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -
 
 
 def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuse names that would leave a folder, and links: nothing is unpacked to disk, but whoever made them is hostile.
+    """Refuse names that would leave a folder, links, and members that cannot be unpacked piece by piece.
+
+    Nothing is unpacked to disk, but whoever made such names is hostile.
 
     Raises:
         ForeignCheckpointError: names the first.
@@ -163,6 +177,10 @@ def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
             raise ForeignCheckpointError(f"{path.name}: its member {name!r} points out of the archive")
         if stat.S_ISLNK(member.external_attr >> 16):
             raise ForeignCheckpointError(f"{path.name}: its member {name!r} is a link, not an array")
+        if member.compress_type not in _COMPRESSIONS:
+            raise ForeignCheckpointError(
+                f"{path.name}: its member {name!r} is compressed by another method than deflate: save it again"
+            )
         if name in names:
             raise ForeignCheckpointError(f"{path.name}: it has two members {name!r}")
         names.add(name)
@@ -236,6 +254,32 @@ def _safetensors_dtype(name: str) -> str:
     return NUMPY_DTYPES[name].name if name in NUMPY_DTYPES else name
 
 
+class _OlderTorchFile(io.BufferedReader):
+    """A file of torch's older format, whose description is between tensors and of no length that it says.
+
+    Descriptions are read by `read` and `readline`, tensors past them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._path = path
+        self._left = _MAX_PICKLE_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return self._counted(super().read(size))
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        return self._counted(super().readline(size))
+
+    def _counted(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        if self._left < 0:
+            raise ForeignCheckpointError(
+                f"{self._path.name}: its description has more bytes than that of any model ({_MAX_PICKLE_BYTES})"
+            )
+        return data
+
+
 @contextmanager
 def _open_torch(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
     is_zip = zipfile.is_zipfile(path)
@@ -244,14 +288,18 @@ def _open_torch(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
     # Only the zip format can be mapped; the older one is read at once.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        if is_zip:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        else:
+            with _OlderTorchFile(path) as file:
+                content = torch.load(file, map_location="cpu", weights_only=True)
     if isinstance(content, torch.Tensor):
         yield {UNNAMED: _torch_array(path, "the tensor", content)}
         return
     if not isinstance(content, Mapping):
         raise ForeignCheckpointError(f"{path.name}: it holds a {type(content).__name__}, not tensors by name")
     arrays: dict[str, ForeignArray] = {}
-    for name, tensor in _flatten(path, _unwrap(content)):
+    for name, tensor in _flatten(path, _unwrap(path, content)):
         if name in arrays:
             raise ForeignCheckpointError(f"{path.name}: it has two tensors {name!r}")
         arrays[name] = _torch_array(path, name, tensor)
@@ -265,10 +313,12 @@ def _check_torch_archive(path: Path) -> None:
         ForeignCheckpointError: a program, a compressed member, or a description of a size that no model has.
     """
     with zipfile.ZipFile(path) as archive:
+        _check_directory(path)
         _check_members(path, archive)
         for member in archive.infolist():
-            name = member.filename.rpartition("/")[2]
-            if name == "constants.pkl" or "/code/" in member.filename:
+            # torch finds a member whatever its case.
+            name = member.filename.rpartition("/")[2].lower()
+            if name == "constants.pkl" or "/code/" in member.filename.lower():
                 raise ForeignCheckpointError(f"{path.name}: {_TORCHSCRIPT}")
             if member.compress_type != zipfile.ZIP_STORED:
                 raise ForeignCheckpointError(
@@ -281,6 +331,30 @@ def _check_torch_archive(path: Path) -> None:
                 )
 
 
+def _check_directory(path: Path) -> None:
+    """Refuse an archive in which torch could find another directory than zipfile, whose members nobody has checked.
+
+    torch goes where the end of the file says, zipfile to what is right in front of that end.
+
+    Raises:
+        ForeignCheckpointError: the two places differ, or something follows the end.
+    """
+    with path.open("rb") as file:
+        length = file.seek(0, io.SEEK_END)
+        file.seek(max(length - _ENDS_BYTES, 0))
+        tail = file.read()
+    end, locator, wide = tail[-22:], tail[-42:-22], tail[-_ENDS_BYTES:-42]
+    is_plain = end.startswith(b"PK\5\6") and end.endswith(b"\0\0")
+    if locator.startswith(b"PK\6\7"):
+        [place] = struct.unpack("<Q", locator[8:16])
+        is_plain = is_plain and wide.startswith(b"PK\6\6") and place == length - _ENDS_BYTES
+        size, offset, behind = *struct.unpack("<QQ", wide[40:56]), _ENDS_BYTES
+    else:
+        size, offset, behind = *struct.unpack("<II", end[12:20]), len(end)
+    if not is_plain or offset + size != length - behind:
+        raise ForeignCheckpointError(f"{path.name}: its archive is not as torch.save writes it: save it again")
+
+
 def _refusal(error: pickle.UnpicklingError) -> str:
     refused = _REFUSED.search(str(error))
     if refused is None:
@@ -291,15 +365,24 @@ def _refusal(error: pickle.UnpicklingError) -> str:
     )
 
 
-def _unwrap(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
+def _unwrap(path: Path, content: Mapping[Any, Any]) -> Mapping[Any, Any]:
     # Where there is a choice the names keep their full length: with tensors beside it, with both wrappers, or with
     # another copy of the same model, such as its moving average.
     inner = [name for name in _WRAPPERS if isinstance(content.get(name), Mapping)]
     if len(inner) != 1 or any(isinstance(value, torch.Tensor) for value in content.values()):
         return content
     model = content[inner[0]]
-    others = [value for name, value in content.items() if name != inner[0] and isinstance(value, Mapping)]
-    return content if any(model.keys() & other.keys() for other in others) else _unwrap(model)
+    others = {name: value for name, value in content.items() if name != inner[0] and isinstance(value, Mapping)}
+    # The copy may be wrapped more deeply than the model is.
+    if any(ending in model for name, _ in _flatten(path, others) for ending in _endings(name)):
+        return content
+    return _unwrap(path, model)
+
+
+def _endings(name: str) -> Iterator[str]:
+    while name:
+        yield name
+        name = name.partition(".")[2]
 
 
 def _flatten(path: Path, content: Mapping[Any, Any]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -316,9 +399,14 @@ def _flatten(path: Path, content: Mapping[Any, Any]) -> Iterator[tuple[str, torc
         if entries > _MAX_ENTRIES or len(prefix) > _MAX_NAME_CHARACTERS:
             raise ForeignCheckpointError(f"{path.name}: its dictionaries hold each other: it is no model's state dict")
         for name, value in mapping.items():
+            # Of any other key the text may be of any length, and so may a number's.
+            if not isinstance(name, (str, int)) or not isinstance(value, (torch.Tensor, Mapping)):
+                continue
+            if isinstance(name, str) and len(name) > _MAX_NAME_CHARACTERS:
+                raise ForeignCheckpointError(f"{path.name}: {_LONG_NAME}")
             if isinstance(value, torch.Tensor):
                 yield f"{prefix}{name}", value
-            elif isinstance(value, Mapping):
+            else:
                 todo.append((f"{prefix}{name}.", value))
 
 

@@ -15,9 +15,9 @@ from vqserve_server.codebooks.arguments import ARGUMENTS, check_unknown_index
 from vqserve_server.codebooks.codebook_file import check_folder, check_not_read, save_codebook
 from vqserve_server.codebooks.families.options import BIT_ORDERS, DECODES, METRICS, Options
 from vqserve_server.codebooks.importer import Import, import_checkpoint
-from vqserve_server.codebooks.printable import printable
 from vqserve_server.codebooks.verification import verify_files
-from vqserve_server.errors import CodebookError, ForeignCheckpointError
+from vqserve_server.errors import ForeignCheckpointError
+from vqserve_server.printable import printable
 from vqserve_server.quantizers.fsq import BOUNDS
 
 if TYPE_CHECKING:
@@ -96,6 +96,8 @@ def run_import(args: argparse.Namespace) -> int:
     output: Path = args.out
     if not output.parent.is_dir():
         raise ForeignCheckpointError(f"there is no folder {output.parent}: make it first")
+    if output.is_dir():
+        raise ForeignCheckpointError(f"{output} is a folder: name a file")
     check_not_read(output, args.source, *(args.verify or ()))
     if output.exists() and not args.force:
         raise ForeignCheckpointError(f"{output.name} is there already: pass --force to replace it")
@@ -114,12 +116,8 @@ def run_import(args: argparse.Namespace) -> int:
         layout=args.layout,
         unknown_index=args.unknown_index,
     )
-    try:
-        result = import_checkpoint(args.source, options)
-        verified = None if args.verify is None else verify_files(result.quantizer, *args.verify)
-    except CodebookError as error:
-        # Names in a stranger's file are text of any kind.
-        raise type(error)(printable(str(error))) from error
+    result = import_checkpoint(args.source, options)
+    verified = None if args.verify is None else verify_files(result.quantizer, *args.verify)
     digest = save_codebook(result.quantizer, output, provenance=result.provenance)
     lines = _story(result)
     if verified is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from vqserve import __version__
 from vqserve_server.codebooks.arguments import ARGUMENTS, ArgumentError, check_arguments
 from vqserve_server.codebooks.conversion import build
-from vqserve_server.codebooks.families import FAMILIES, Family, bare, fsq, lfq
+from vqserve_server.codebooks.families import FAMILIES, Family, bare, fsq, lfq, taming
 from vqserve_server.codebooks.families.checkpoint import Checkpoint, listed, places_of, shape_text
 from vqserve_server.codebooks.families.family import Reading
 from vqserve_server.codebooks.families.options import Options
@@ -149,9 +149,9 @@ def _found(checkpoint: Checkpoint) -> tuple[Family, str]:
     for family in FAMILIES:
         for place in sorted(family.places(names)):
             found.setdefault(place, family)
-    if len(found) > 1:
+    if len(found) > 1 and found.get("") is taming.FAMILY:
         # A quantizer at the root shares it with nothing else: there it is a language model's embedding.
-        found.pop("", None)
+        del found[""]
     if len(found) > 1:
         choices = [f"--prefix {checkpoint.prefix}{place} ({family.name})" for place, family in found.items()]
         raise checkpoint.refusal(f"it holds several quantizers: choose one by {listed(choices)}")

@@ -115,11 +115,14 @@ class ErrorTally:
     def _add_moments(self, rows: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> None:
         # A sum of squares less the square of a sum would cancel: Chan, Golub, LeVeque, "Updating formulae and a
         # pairwise algorithm for computing sample variances", 1979.
-        mean = rows.mean(axis=0)
         total = self._tokens + len(rows)
-        step = mean - self._mean
-        self._around = self._around + np.square(rows - mean).sum(axis=0) + step**2 * (self._tokens * len(rows) / total)
-        self._mean = self._mean + step * (len(rows) / total)
+        # Latents beyond 1e154 leave float64 here: the figures are then reported as none.
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = rows.mean(axis=0)
+            step = mean - self._mean
+            around = np.square(rows - mean).sum(axis=0)
+            self._around = self._around + around + step**2 * (self._tokens * len(rows) / total)
+            self._mean = self._mean + step * (len(rows) / total)
         self._tokens = total
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vqserve_server.codebooks import load_codebook
 from vqserve_server.errors import CodebookError, CodebookFileError, VqserveError
+from vqserve_server.printable import printable
 from vqserve_server.sources import find_codebooks
 from vqserve_server.tokenizer import Tokenizer
 
@@ -87,7 +88,7 @@ class Repository:
         found = find_codebooks(self._sources)
         found.check()
         for problem in found.problems:
-            logger.warning("%s", problem.text)
+            logger.warning("%s", printable(problem.text))
         for name, path in found.files.items():
             try:
                 self._entries[name] = self._load(name, path)
@@ -109,7 +110,7 @@ class Repository:
                 tally.refused += 1
             else:
                 tally.passed_over += 1
-            logger.warning("%s%s", problem.text, f" ({_names(kept)})" if kept else "")
+            logger.warning("%s%s", printable(problem.text), f" ({_names(kept)})" if kept else "")
             entries.update(kept)
         for name, path in found.files.items():
             entry = self._renewed(name, path, tally)

@@ -1,128 +1,93 @@
-"""What surrounds every call of the TokenizerService: its deadline, how it ends if it fails, and the server's end."""
+"""The calls that are being answered, and what becomes of them when the server stops."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import re
-import secrets
-import time
-from collections.abc import Awaitable, Callable
-from typing import NoReturn
+import threading
+from collections.abc import Callable
 
-import grpc
-
-from vqserve_server.engine import BatchFailed
 from vqserve_server.rpc.call import Call
-from vqserve_server.rpc.status import status_of
+from vqserve_server.rpc.failure import fail, no_request
+from vqserve_server.rpc.requests import Begin
 from vqserve_server.rpc.stream import Stream
-
-REQUEST_ID_KEY = "vqserve-request-id"
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
-# gRPC tells "no deadline" as one that is centuries away.
-_NO_DEADLINE_S = 1e9
-# Replies up to here count as sent when they are made: to be told of it costs as much as a good part of a small call.
-_SMALL_BYTES = 1 << 16
-
-logger = logging.getLogger(__name__)
-
-
-Context = grpc.aio.ServicerContext[bytes, bytes]
-Method = Callable[[bytes, Call], Awaitable[bytes]]
-StreamMethod = Callable[[Stream, float | None], Awaitable[None]]
+from vqserve_server.rpc.transport import Handler
+from vqserve_server.rpc.unary import Unary
 
 
 class Calls:
-    """Wraps methods into gRPC handlers, and knows which calls are being answered.
-
-    Handlers take and return raw bytes: a message that is no protobuf is then an error like any other, where gRPC's own
-    deserializing would answer UNKNOWN with the text of the exception.
-    """
+    """Makes handlers of methods, and knows which of their calls have not ended."""
 
     def __init__(self) -> None:
+        self._changed = threading.Condition()
         self._active = 0
         self._streams: set[Stream] = set()
-        self._draining = False
-        self._idle: asyncio.Event | None = None
+        self._is_draining = False
 
-    async def drain(self) -> None:
-        """Let streams end after what they have read, and wait until no call is being answered."""
-        self._draining = True
-        for stream in self._streams:
+    def drain(self, seconds: float) -> bool:
+        """Let streams end after what they have read, and wait for all calls to end; return whether they have."""
+        with self._changed:
+            self._is_draining = True
+            streams = list(self._streams)
+        for stream in streams:
             stream.drain()
-        if self._active:
-            self._idle = asyncio.Event()
-            await self._idle.wait()
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._active, seconds)
 
-    def unary(self, name: str, method: Method) -> grpc.RpcMethodHandler[bytes, bytes]:
-        """Return the handler of a method with one request and one reply."""
+    def unary(self, begin: Begin) -> Handler:
+        """Return the handler of a method with one request for the engine and one reply."""
 
-        async def answer(raw: bytes, context: Context) -> bytes:
-            self._active += 1
-            call = Call.now(_deadline(context))
-            call.when_over.append(self._left)
-            is_over = True
-            try:
-                reply = await method(raw, call)
-                if len(reply) > _SMALL_BYTES:
-                    # The stubs have a class where gRPC takes any function.
-                    context.add_done_callback(lambda _: call.over())  # type: ignore[arg-type]
-                    is_over = False
-                return reply
-            except Exception as error:
-                await _fail(name, error, context)
-            finally:
-                if is_over:
-                    call.over()
+        def handle(call: Call) -> None:
+            self._enter()
+            Unary(call, begin, when_over=self._leave).start()
 
-        return grpc.unary_unary_rpc_method_handler(answer)
+        return handle
 
-    def stream(self, name: str, method: StreamMethod) -> grpc.RpcMethodHandler[bytes, bytes]:
-        """Return the handler of a method with many requests and as many replies."""
+    def stream(self, begin: Begin) -> Handler:
+        """Return the handler of a method with many such requests and as many replies."""
 
-        async def answer(_requests: object, context: Context) -> None:
-            self._active += 1
-            stream = Stream(context)
-            self._streams.add(stream)
+        def handle(call: Call) -> None:
+            self._enter()
+            stream = Stream(call, begin, when_over=self._forget)
+            with self._changed:
+                self._streams.add(stream)
+                is_draining = self._is_draining
+            stream.start()
             # One that says nothing would be waited for otherwise.
-            if self._draining:
+            if is_draining:
                 stream.drain()
-            try:
-                await method(stream, _deadline(context))
-            except Exception as error:
-                await _fail(name, error, context)
-            finally:
-                self._streams.discard(stream)
-                self._left()
 
-        return grpc.stream_stream_rpc_method_handler(answer)
+        return handle
 
-    def _left(self) -> None:
-        self._active -= 1
-        if not self._active and self._idle is not None:
-            self._idle.set()
+    def plain(self, answer: Callable[[bytes], bytes]) -> Handler:
+        """Return the handler of a method whose request is answered at once."""
 
+        def handle(call: Call) -> None:
+            def received(raw: bytes | None) -> None:
+                try:
+                    if raw is None:
+                        raise no_request()
+                    reply = answer(raw)
+                except Exception as error:
+                    fail(call, error)
+                else:
+                    call.end(message=reply)
 
-def _deadline(context: Context) -> float | None:
-    remaining = context.time_remaining()
-    return None if remaining is None or remaining > _NO_DEADLINE_S else time.monotonic() + remaining
+            self._enter()
+            call.when_over = self._leave
+            call.receive(received)
 
+        return handle
 
-async def _fail(name: str, error: Exception, context: Context) -> NoReturn:
-    # Only here: reading and writing metadata would take a good part of a small call.
-    request_id = _request_id(context)
-    status = status_of(error, request_id=request_id)
-    if status.code is grpc.StatusCode.INTERNAL:
-        # What a batch failed of was logged once, by the engine.
-        known = isinstance(error, BatchFailed)
-        logger.error("request %s %s failed", request_id, name, exc_info=None if known else error)
-    else:
-        logger.debug("request %s %s: %s: %s", request_id, name, status.code.name, status.details)
-    await context.abort(status.code, status.details, ((REQUEST_ID_KEY, request_id), *status.metadata))
+    def _forget(self, stream: Stream) -> None:
+        with self._changed:
+            self._streams.discard(stream)
+        self._leave()
 
+    def _enter(self) -> None:
+        with self._changed:
+            self._active += 1
 
-def _request_id(context: Context) -> str:
-    for key, value in context.invocation_metadata() or ():
-        if key == REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
-            return value
-    return secrets.token_hex(8)
+    def _leave(self) -> None:
+        with self._changed:
+            self._active -= 1
+            if not self._active:
+                self._changed.notify_all()

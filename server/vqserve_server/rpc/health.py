@@ -1,61 +1,131 @@
 """grpc.health.v1.Health, whose state changes at once.
 
-The servicer that comes with grpcio-health-checking changes a state only when each watcher has taken the last one:
-a watcher that does not read would keep a stopping server SERVING.
+The servicers that come with grpcio-health-checking are for grpcio's own servers.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Mapping
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2
+
+from vqserve_server.rpc.call import Call
+from vqserve_server.rpc.failure import fail, no_request
+from vqserve_server.rpc.messages import parse
+from vqserve_server.rpc.status import Status
+from vqserve_server.rpc.transport import Handler
 
 _Response = health_pb2.HealthCheckResponse
 
 
-class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """One state for all services. Belongs to one event loop."""
+class Health:
+    """One state for all services."""
 
     def __init__(self, services: Iterable[str]) -> None:
         self._services = frozenset(services)
         self._status = _Response.NOT_SERVING
-        self._closed = False
-        self._changed = asyncio.Event()
+        self._lock = threading.Lock()
+        self._watchers: set[_Watcher] = set()
+        self._is_closed = False
+
+    def handlers(self) -> Mapping[str, Handler]:
+        """Return the handlers of all methods."""
+        return {f"/{health.SERVICE_NAME}/Check": self._check, f"/{health.SERVICE_NAME}/Watch": self._watch}
 
     def set_serving(self, serving: bool) -> None:
-        """Change the state and wake the watchers."""
-        self._status = _Response.SERVING if serving else _Response.NOT_SERVING
-        self._wake()
+        """Change the state and tell the watchers."""
+        with self._lock:
+            self._status = _Response.SERVING if serving else _Response.NOT_SERVING
+            watchers = list(self._watchers)
+        for watcher in watchers:
+            watcher.tell()
 
     def close(self) -> None:
         """End the watchers' calls."""
-        self._closed = True
-        self._wake()
+        with self._lock:
+            self._is_closed = True
+            watchers = list(self._watchers)
+        for watcher in watchers:
+            watcher.tell()
 
-    async def Check(  # noqa: N802
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[bytes, bytes]
-    ) -> health_pb2.HealthCheckResponse:
-        """Return the state of a service; NOT_FOUND if there is none of that name."""
-        if request.service not in self._services:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
-        return _Response(status=self._status)
+    def status(self, service: str) -> int | None:
+        """Return the state of a service; None: there will be no more to tell."""
+        if self._is_closed:
+            return None
+        status: int = self._status if service in self._services else _Response.SERVICE_UNKNOWN
+        return status
 
-    async def Watch(  # noqa: N802
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[bytes, bytes]
-    ) -> None:
-        """Send the state of a service, and again whenever it has changed."""
-        known = request.service in self._services
-        sent = None
-        while not self._closed:
-            changed = self._changed
-            status = self._status if known else _Response.SERVICE_UNKNOWN
-            if status != sent:
-                await context.write(_Response(status=status))
-                sent = status
-            await changed.wait()
+    def _check(self, call: Call) -> None:
+        def received(raw: bytes | None) -> None:
+            service = _service(call, raw)
+            if service is None:
+                return
+            if service not in self._services:
+                call.end(Status(grpc.StatusCode.NOT_FOUND, "unknown service"))
+            else:
+                call.end(message=_Response(status=self._status).SerializeToString())
 
-    def _wake(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+        call.receive(received)
+
+    def _watch(self, call: Call) -> None:
+        def received(raw: bytes | None) -> None:
+            service = _service(call, raw)
+            if service is None:
+                return
+            watcher = _Watcher(call, self, service)
+
+            def forget() -> None:
+                with self._lock:
+                    self._watchers.discard(watcher)
+
+            # The caller may be gone already: then nothing would take the watcher out.
+            call.when_over = forget
+            with self._lock:
+                self._watchers.add(watcher)
+            watcher.tell()
+
+        call.receive(received)
+
+
+class _Watcher:
+    """A call that is told the state of a service, and again whenever it has changed."""
+
+    def __init__(self, call: Call, health: Health, service: str) -> None:
+        self._call = call
+        self._health = health
+        self._service = service
+        self._lock = threading.Lock()
+        self._is_sending = self._has_ended = False
+        self._told: int | None = None
+
+    def tell(self) -> None:
+        """Send the state if it is another than the last one."""
+        with self._lock:
+            if self._is_sending or self._has_ended:
+                return
+            status = self._health.status(self._service)
+            if status is None:
+                self._has_ended = True
+                self._call.end()
+            elif status != self._told:
+                self._told, self._is_sending = status, True
+                self._call.send(_Response(status=status).SerializeToString(), self._sent)
+
+    def _sent(self) -> None:
+        with self._lock:
+            self._is_sending = False
+        self.tell()
+
+
+def _service(call: Call, raw: bytes | None) -> str | None:
+    """Return the service that is asked for; None: the call has failed."""
+    try:
+        if raw is None:
+            raise no_request()
+        name: str = parse(health_pb2.HealthCheckRequest, raw).service
+    except Exception as error:
+        fail(call, error)
+        return None
+    return name

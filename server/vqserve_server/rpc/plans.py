@@ -14,7 +14,10 @@ _LONGEST_HEAD = 1024
 
 
 class Plans(Generic[RequestT]):
-    """The plans of one method for one set of codebooks; for another set there are others. Belongs to one thread."""
+    """The plans of one method for one set of codebooks; for another set there are others.
+
+    Many threads may use it: the worst that can happen is that a head is read again.
+    """
 
     def __init__(self, kind: type[Plan[RequestT]], *, live: LiveSet, max_message_bytes: int) -> None:
         self._kind: type[Plan[RequestT]] = kind

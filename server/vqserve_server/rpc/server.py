@@ -2,49 +2,50 @@
 
 from __future__ import annotations
 
-import asyncio
-
-import grpc
-from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health
 
 from vqserve_server.address import address
 from vqserve_server.config import RpcConfig
 from vqserve_server.engine import Engine
 from vqserve_server.rpc.calls import Calls
 from vqserve_server.rpc.health import Health
+from vqserve_server.rpc.reflection import Reflection
 from vqserve_server.rpc.service import SERVICE, TokenizerService
+from vqserve_server.rpc.transport import Transport
 
-# For what is left when all calls are answered: the last bytes of replies, reflection.
+# For what is left when all calls are answered: health, reflection.
 _LINGER_S = 0.5
 
 
 class RpcServer:
-    """Serves an engine on a port. All methods belong to one event loop."""
+    """Serves an engine on a port."""
 
     def __init__(self, engine: Engine, config: RpcConfig, *, shares_port: bool = False) -> None:
         self._config = config
         self._calls = Calls()
         self._service = TokenizerService(engine, max_message_bytes=config.max_message_bytes)
         self._health = Health(("", SERVICE))
-        self._server = grpc.aio.server(
-            options=_options(config, shares_port=shares_port), maximum_concurrent_rpcs=config.max_concurrent_rpcs
+        self._transport = Transport(
+            {
+                **self._service.handlers(self._calls),
+                **self._health.handlers(),
+                **Reflection((SERVICE, health.SERVICE_NAME)).handlers(),
+            },
+            options=_options(config, shares_port=shares_port),
+            max_calls=config.max_concurrent_rpcs,
         )
-        self._server.add_generic_rpc_handlers((self._service.handlers(self._calls),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
-    async def start(self) -> int:
+    def start(self) -> int:
         """Listen, and return the port.
 
         Raises:
             RuntimeError: the address cannot be bound.
         """
         if self._config.unix_socket:
-            self._server.add_insecure_port(f"unix:{self._config.unix_socket}")
-        port = self._server.add_insecure_port(address(self._config.host, self._config.port))
+            self._transport.listen(f"unix:{self._config.unix_socket}")
+        port = self._transport.listen(address(self._config.host, self._config.port))
         self._health.set_serving(True)
-        await self._server.start()
+        self._transport.start()
         return port
 
     def follow(self) -> None:
@@ -55,15 +56,11 @@ class RpcServer:
         """Tell whoever asks for the health that this server is to be left alone."""
         self._health.set_serving(False)
 
-    async def stop(self, drain_seconds: float) -> bool:
+    def stop(self, drain_seconds: float) -> bool:
         """Let the calls that are being answered finish, then close the port; return whether they finished in time."""
-        finished = True
-        try:
-            await asyncio.wait_for(self._calls.drain(), drain_seconds)
-        except TimeoutError:
-            finished = False
+        finished = self._calls.drain(drain_seconds)
         self._health.close()
-        await self._server.stop(_LINGER_S)
+        self._transport.stop(_LINGER_S)
         self._service.close()
         return finished
 
@@ -72,6 +69,10 @@ def _options(config: RpcConfig, *, shares_port: bool) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
+        # Calls that have come and that nobody has looked at. From a thousand on gRPC would drop some, chosen at random
+        # and with the status of a caller who has left; here those that are too many are told so when it is their turn.
+        ("grpc.server.max_pending_requests", 10_000),
+        ("grpc.server.max_pending_requests_hard_limit", 20_000),
         # Two servers on one port are a mistake, unless they are workers of one.
         ("grpc.so_reuseport", int(shares_port)),
         # A caller whose machine is gone is noticed within a minute and a half; its requests are then dropped. (What is

@@ -1,10 +1,8 @@
-"""TokenizerService: each method reads as what happens to a request."""
+"""TokenizerService: what happens to a request of each method."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import grpc
+from collections.abc import Mapping
 
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.engine import Engine
@@ -14,14 +12,14 @@ from vqserve_server.rpc.decode import DecodePlan
 from vqserve_server.rpc.encode import EncodePlan
 from vqserve_server.rpc.messages import codebook_message, parse
 from vqserve_server.rpc.plans import Plans
-from vqserve_server.rpc.requests import Requests
-from vqserve_server.rpc.stream import Stream
+from vqserve_server.rpc.requests import Accept, Refuse, Requests
+from vqserve_server.rpc.transport import Handler
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"].full_name
 
 
 class TokenizerService:
-    """Answers calls with an engine. Belongs to one event loop."""
+    """Answers calls with an engine."""
 
     def __init__(self, engine: Engine, *, max_message_bytes: int) -> None:
         self._engine = engine
@@ -38,42 +36,29 @@ class TokenizerService:
         self._encodings = Plans(EncodePlan, live=live, max_message_bytes=limit)
         self._decodings = Plans(DecodePlan, live=live, max_message_bytes=limit)
 
-    def handlers(self, calls: Calls) -> grpc.GenericRpcHandler:
+    def handlers(self, calls: Calls) -> Mapping[str, Handler]:
         """Return the handlers of all methods."""
-        unary = {"Encode": self.encode, "Decode": self.decode, "ListCodebooks": self.list_codebooks}
-        streams = {"EncodeStream": self.encode_stream, "DecodeStream": self.decode_stream}
-        return grpc.method_handlers_generic_handler(
-            SERVICE,
-            {name: calls.unary(name, method) for name, method in unary.items()}
-            | {name: calls.stream(name, method) for name, method in streams.items()},
-        )
+        return {
+            f"/{SERVICE}/Encode": calls.unary(self._encode),
+            f"/{SERVICE}/Decode": calls.unary(self._decode),
+            f"/{SERVICE}/EncodeStream": calls.stream(self._encode),
+            f"/{SERVICE}/DecodeStream": calls.stream(self._decode),
+            f"/{SERVICE}/ListCodebooks": calls.plain(self._list_codebooks),
+        }
 
     def close(self) -> None:
         """End what threads there are."""
         self._requests.close()
 
-    async def encode(self, raw: bytes, call: Call) -> bytes:
+    def _encode(self, raw: bytes, call: Call, accept: Accept, refuse: Refuse) -> None:
         """Latents to indices."""
-        return await self._reply(self._encodings, raw, call)
+        self._requests.begin(self._encodings, raw, call, accept, refuse)
 
-    async def decode(self, raw: bytes, call: Call) -> bytes:
+    def _decode(self, raw: bytes, call: Call, accept: Accept, refuse: Refuse) -> None:
         """Indices to latents."""
-        return await self._reply(self._decodings, raw, call)
+        self._requests.begin(self._decodings, raw, call, accept, refuse)
 
-    async def _reply(self, plans: Plans[Any], raw: bytes, call: Call) -> bytes:
-        request = await self._requests.begin(plans, raw, call)
-        call.when_over.append(request.leave)
-        return await request.reply()
-
-    async def encode_stream(self, stream: Stream, deadline: float | None) -> None:
-        """Latents to indices, again and again."""
-        await stream.run(lambda raw: self._requests.begin(self._encodings, raw, Call.now(deadline)))
-
-    async def decode_stream(self, stream: Stream, deadline: float | None) -> None:
-        """Indices to latents, again and again."""
-        await stream.run(lambda raw: self._requests.begin(self._decodings, raw, Call.now(deadline)))
-
-    async def list_codebooks(self, raw: bytes, call: Call) -> bytes:
+    def _list_codebooks(self, raw: bytes) -> bytes:
         """What is being served."""
         parse(pb.ListCodebooksRequest, raw)
         self._engine.admit(0, len(raw))

@@ -2,115 +2,152 @@
 
 from __future__ import annotations
 
-import asyncio
+import threading
 from collections import deque
-from collections.abc import Awaitable, Callable
-
-import grpc
+from collections.abc import Callable
 
 from vqserve_server.errors import Draining, Overloaded
-from vqserve_server.rpc.requests import Request
+from vqserve_server.rpc.call import Call
+from vqserve_server.rpc.failure import fail
+from vqserve_server.rpc.requests import Begin, Request, Told
 
 # Bytes of requests and replies that a stream has in the server; one that is larger all by itself goes alone.
 WINDOW_BYTES = 16 << 20
 # Requests, however small: a caller that does not read its replies keeps so many places, and the others have the rest.
 WINDOW_REQUESTS = 64
 
-Begin = Callable[[bytes], Awaitable[Request]]
-
 
 class Stream:
-    """Two tasks: one reads requests and begins with them until the window is full, one writes replies in order."""
+    """Reads one message after another while the window has room, and sends one reply after another.
 
-    def __init__(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-        self._context = context
-        self._open: deque[Request] = deque()
-        # Begun with, and the reply not written yet.
-        self._requests = self._bytes = 0
-        self._moved = asyncio.Event()
-        self._all_read = False
-        self._reader: asyncio.Task[None] | None = None
-        self._draining = False
+    Of each there is one under way at most: a message is read when the one before it has been begun with, a reply is
+    sent when the one before it has been.
+    """
 
-    async def run(self, begin: Begin) -> None:
-        """Answer all requests.
+    def __init__(self, call: Call, begin: Begin, *, when_over: Callable[[Stream], None]) -> None:
+        """Take the call; `when_over` is called with this stream when it has ended."""
+        self._call = call
+        self._begin = begin
+        self._when_over = when_over
+        # Guards the rest. Nothing is done under it that waits for the engine, which may have news for this stream.
+        self._lock = threading.Lock()
+        self._open: deque[Request] = deque()  # begun with, and no reply sent
+        self._is_sending = False  # the reply of the first of them
+        self._bytes = 0  # of all of them
+        self._is_beginning = False
+        self._held: bytes | None = None  # a message for which the server had no place
+        self._is_paused = False  # nothing is read, for want of room in the window
+        self._end: Exception | None = None  # why no more is read
+        self._has_ended = False
+        call.when_over = self._over
 
-        Args:
-            begin: begins with one request.
-
-        Raises:
-            VqserveError: what was wrong with the first request that has got no reply; Draining after `drain`.
-        """
-        if self._draining:
-            raise Draining("the server is stopping")
-        self._reader = asyncio.create_task(self._read(begin))
-        writer = asyncio.create_task(self._write())
-        try:
-            await writer
-            await self._reader
-        except asyncio.CancelledError:
-            if not self._draining or not self._reader.cancelled():
-                raise
-            raise Draining("the server is stopping") from None
-        finally:
-            for task in (self._reader, writer):
-                task.cancel()
-            while self._open:
-                self._open.popleft().abandon()
+    def start(self) -> None:
+        """Begin to read."""
+        self._call.receive(self._received)
 
     def drain(self) -> None:
         """Read no more: what was read is answered, then the stream ends."""
-        self._draining = True
-        self._end_of_requests()
-        if self._reader is not None:
-            self._reader.cancel()
+        with self._lock:
+            self._end = self._end or Draining("the server is stopping")
+            self._held = None
+            self._go_on()
 
-    async def _read(self, begin: Begin) -> None:
+    def _received(self, raw: bytes | None) -> None:
+        with self._lock:
+            if raw is None:
+                self._end = self._end or _AllRead()
+            if raw is None or self._end is not None:
+                self._go_on()
+                return
+            self._is_beginning = True
+        self._begin_with(raw)
+
+    def _begin_with(self, raw: bytes) -> None:
+        self._begin(raw, self._call, self._begun, lambda error: self._not_begun(raw, error))
+
+    def _begun(self, request: Request) -> Told | None:
+        with self._lock:
+            self._is_beginning = False
+            if self._has_ended:
+                return None
+            self._open.append(request)
+            self._bytes += request.nbytes
+            self._is_paused = not self._has_room
+            reads_on = not self._is_paused and self._end is None
+        if reads_on:
+            self._call.receive(self._received)
+        return self._answered
+
+    def _not_begun(self, raw: bytes, error: Exception) -> None:
+        with self._lock:
+            self._is_beginning = False
+            # Who has requests in the server waits for a place; who has none is told like everybody.
+            if isinstance(error, Overloaded) and self._open and self._end is None:
+                self._held = raw
+            else:
+                self._end = self._end or error
+            self._go_on()
+
+    def _answered(self) -> None:
+        with self._lock:
+            self._go_on()
+
+    def _sent(self) -> None:
+        with self._lock:
+            self._is_sending = False
+            if self._has_ended:
+                return
+            request = self._open.popleft()
+            self._bytes -= request.nbytes
+            raw, self._held = self._held, None
+            self._is_beginning = raw is not None
+            reads_on = self._is_paused and self._has_room and self._end is None
+            if reads_on:
+                self._is_paused = False
+        request.leave()
+        if raw is not None:
+            self._begin_with(raw)
+        elif reads_on:
+            self._call.receive(self._received)
+        self._answered()
+
+    def _go_on(self) -> None:
+        """Send the next reply, or end, if it is time. The lock is held."""
+        if self._is_sending or self._has_ended:
+            return
+        if self._open:
+            if self._open[0].is_answered:
+                self._send(self._open[0])
+        elif self._end is not None and not self._is_beginning:
+            self._has_ended = True
+            if isinstance(self._end, _AllRead):
+                self._call.end()
+            else:
+                fail(self._call, self._end)
+
+    def _send(self, request: Request) -> None:
         try:
-            while isinstance(raw := await self._context.read(), bytes):
-                self._open.append(await self._begun(begin, raw))
-                self._requests += 1
-                self._bytes += self._open[-1].nbytes
-                self._moved.set()
-                while self._bytes > WINDOW_BYTES or self._requests >= WINDOW_REQUESTS:
-                    await self._move()
-        finally:
-            self._end_of_requests()
+            reply = request.reply()
+        except Exception as error:
+            self._has_ended = True
+            fail(self._call, error)
+        else:
+            self._is_sending = True
+            self._call.send(reply, self._sent)
 
-    def _end_of_requests(self) -> None:
-        # Said by `drain` too: a reader that is cancelled before it has begun cannot.
-        self._all_read = True
-        self._moved.set()
+    @property
+    def _has_room(self) -> bool:
+        return self._bytes <= WINDOW_BYTES and len(self._open) < WINDOW_REQUESTS
 
-    async def _begun(self, begin: Begin, raw: bytes) -> Request:
-        while True:
-            try:
-                return await begin(raw)
-            except Overloaded:
-                # Who has requests in the server waits for a place; who has none is told like everybody.
-                if not self._requests:
-                    raise
-                await self._move()
-
-    async def _write(self) -> None:
-        while True:
-            while not self._open:
-                if self._all_read:
-                    return
-                await self._move()
-            await self._answer(self._open.popleft())
-
-    async def _answer(self, request: Request) -> None:
-        # A call of its own, so that a stream that waits for its next request does not hold the last one's codebook.
-        try:
-            await self._context.write(await request.reply())
-        finally:
+    def _over(self) -> None:
+        with self._lock:
+            self._has_ended = True
+            left = list(self._open)
+            self._open.clear()
+        for request in left:
             request.leave()
-        self._requests -= 1
-        self._bytes -= request.nbytes
-        self._moved.set()
+        self._when_over(self)
 
-    async def _move(self) -> None:
-        """Wait until a request was read or a reply written."""
-        self._moved.clear()
-        await self._moved.wait()
+
+class _AllRead(Exception):
+    """The caller has sent all that it wants to send."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import inspect
 import json
 import os
+import resource
 import stat
 import struct
 import threading
@@ -674,3 +676,16 @@ def test_bytes_put_in_and_taken_out(sound, position, text, removed):
 @given(st.binary(max_size=200))
 def test_noise_is_refused(sound, noise):
     load_damaged(sound, noise)
+
+
+def test_a_disk_that_is_full_is_named_and_keeps_nothing(tmp_path, make_quantizer):
+    path = tmp_path / "book.safetensors"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"book\.safetensors") as caught:
+            save_codebook(make_quantizer("vq"), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []

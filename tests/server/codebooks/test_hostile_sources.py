@@ -116,8 +116,83 @@ def test_a_compressed_description_is_not_unpacked(refused, tmp_path):
 
 
 def test_a_description_that_is_too_long(refused, tmp_path):
-    source = torch_archive(tmp_path / "long.pt", bytes(65 * MIB))
-    refused(source, "'archive/data.pkl' has 68157440 bytes, more than the description of any model")
+    source = torch_archive(tmp_path / "long.pt", bytes(17 * MIB))
+    refused(source, "'archive/data.pkl' has 17825792 bytes, more than the description of any model")
+
+
+def test_a_description_of_the_older_format_that_is_too_long(refused, imported, tmp_path):
+    # As torch writes it: a number, a protocol, the system, the description.
+    source = tmp_path / "long.pt"
+    source.write_bytes(pickle.dumps(torch.serialization.MAGIC_NUMBER, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2))
+    with source.open("ab") as file:
+        file.write(b"\x80\x02X" + struct.pack("<I", 17 * MIB) + b"a" * 17 * MIB + b".")
+    refused(source, "its description has more bytes than that of any model (16777216)")
+    torch.save({"embedding.weight": torch.ones(1 << 17, 64)}, source, _use_new_zipfile_serialization=False)
+    assert source.stat().st_size > 32 * MIB
+    assert imported(source)[0] == 0
+
+
+def test_a_directory_that_only_torch_would_find(refused, tmp_path):
+    # zipfile reads the directory in front of the end record, torch the one that the record points to.
+    source = tmp_path / "two.pt"
+    torch.save({"embedding.weight": torch.zeros(3, 2)}, source)
+    with zipfile.ZipFile(source) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(source, "w") as archive:
+        for name, data in members.items():
+            is_description = name.endswith("data.pkl")
+            compression = zipfile.ZIP_DEFLATED if is_description else zipfile.ZIP_STORED
+            archive.writestr(name, data + bytes(256 * MIB if is_description else 0), compression)
+        offset = archive.start_dir
+    content = source.read_bytes()
+    directory, end = content[offset:-22], bytearray(content[-22:])
+    harmless = bytearray(directory)
+    # Of the first member, the description: stored, and as long as it is compressed.
+    harmless[10:12], harmless[24:28] = bytes(2), harmless[20:24]
+    source.write_bytes(content[:offset] + directory + harmless + end)
+    refused(source, "its archive is not as torch.save writes it")
+
+
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_archives_with_narrow_and_wide_offsets_are_read(imported, tmp_path, monkeypatch, is_wide):
+    source = tmp_path / "saved.pt"
+    torch.save({"embedding.weight": torch.ones(3, 2)}, source)
+    assert (source.read_bytes()[-42:-38] == b"PK\6\7") or not is_wide
+    if not is_wide:
+        with zipfile.ZipFile(source) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(source, "w") as archive:
+            for name, data in members.items():
+                archive.writestr(name, data)
+    assert imported(source)[0] == 0
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def test_a_key_whose_text_would_fill_memory(refused, tmp_path):
+    # A tuple that names one string thirty thousand times.
+    key = b"(" + text("a" * MIB) + b"q\x00" + b"h\x00" * 30_000 + b"t"
+    refused(torch_archive(tmp_path / "key.pt", b"\x80\x02}" + key + b"}s."), "there is no quantizer at its root")
+
+
+def test_a_long_name_in_very_many_dictionaries(refused, tmp_path):
+    name = text("a" * MIB) + b"q\x00"
+    entries = [
+        b"M" + struct.pack("<H", number) + b"}" + (b"h\x00" if number else name) + b"}ss" for number in range(300)
+    ]
+    source = torch_archive(tmp_path / "names.pt", b"\x80\x02}" + b"".join(entries) + b".")
+    refused(source, "a name in it has more than 4096 characters")
+
+
+@pytest.mark.timeout(60)
+def test_a_name_of_very_many_wrappers(refused, tmp_path):
+    claim = {"dtype": "F32", "shape": [3, 2], "data_offsets": [0, 24]}
+    header = json.dumps({"module." * 100_000 + "embedding.weight": claim}).encode()
+    source = tmp_path / "names.safetensors"
+    source.write_bytes(struct.pack("<Q", len(header)) + header + bytes(24))
+    refused(source, "a name in it has more than 4096 characters")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -180,6 +255,25 @@ def test_a_zip_bomb(refused, tmp_path):
     source = deflated(tmp_path / "bomb.npz", "codes.npy", header, 4 * shape[0] * shape[1])
     assert source.stat().st_size < 4 * MIB
     refused(source, "no trained codebook shrinks so much", "--key", "codes")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compressions_that_unpack_all_at_once(refused, tmp_path, compression):
+    source = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(source, "w", compression) as archive:
+        archive.writestr("codes.npy", npy(np.zeros((1 << 15, 512), np.float32)))
+    refused(source, "'codes.npy' is compressed by another method than deflate", "--key", "codes")
+
+
+def test_a_bomb_in_many_small_pieces(imported, tmp_path):
+    source = tmp_path / "bomb.npz"
+    stage = np.zeros((1 << 15, 64), np.float32)
+    np.savez_compressed(source, **{f"layers.{i}._codebook.embed": stage for i in range(64)})
+    assert source.stat().st_size < MIB
+    status, err, grown = imported(source)
+    assert status == 1
+    assert "no trained codebook shrinks so much" in err
+    assert grown < 3 * _LIMIT
 
 
 def test_a_header_that_is_a_bomb(refused, tmp_path):

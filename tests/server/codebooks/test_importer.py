@@ -219,6 +219,8 @@ def test_state_dicts_of_every_kind(tmp_path, capsys, trained_quantizer, prefix, 
     in_use = quantizer.num_codes if quantizer.used is None else len(quantizer.used)
     unknown = "extra" if quantizer.re_embed == in_use + 1 else quantizer.unknown_index
     args = ["--unknown-index", unknown, *(["--prefix", prefix.rstrip(".")] if prefix else [])]
+    if not prefix and quantizer.kind in {"vq", "vq_projection"}:
+        args += ["--metric", "l2"]
     status, text, err = run(capsys, "import", source, "-o", out, *args)
     assert (status, err) == (0, "")
     codebook = load_codebook(out)
@@ -270,7 +272,8 @@ def test_the_older_torch_format(tmp_path, capsys, make_quantizer):
 
 def test_a_remap_may_be_of_any_integer_type(tmp_path, capsys):
     source = write(tmp_path / "m.npz", {"embedding.weight": CODES, "used": np.array([3, 1], np.int32)})
-    assert run(capsys, "import", source, "-o", tmp_path / "o.safetensors", "--unknown-index", "7")[0] == 0
+    flags = ["--metric", "l2", "--unknown-index", "7"]
+    assert run(capsys, "import", source, "-o", tmp_path / "o.safetensors", *flags)[0] == 0
     codebook = load_codebook(tmp_path / "o.safetensors")
     assert codebook.quantizer.used.tolist() == [3, 1]
     assert codebook.quantizer.unknown_index == 7
@@ -285,17 +288,17 @@ def test_a_remap_may_be_of_any_integer_type(tmp_path, capsys):
         ({"quantize.embedding.weight": CODES}, ["--prefix", "quantize"], "does not say how it is searched"),
         ({"q.embedding.weight": CODES, "q.vocab_hits": CODES[0]}, ["--prefix", "q."], "'vocab_hits' too"),
         ({"q.embedding.weight": CODES}, ["--prefix", "nowhere."], "no quantizer under 'nowhere.'"),
-        ({"embedding.weight": CODES[0]}, [], "the codebook must be (K, D)"),
-        ({"embedding.weight": CODES, "used": CODES[0]}, [], "a remap holds integers"),
-        ({"embedding.weight": CODES, "used": np.zeros((1, 1), np.int64)}, [], "a remap has one axis"),
-        ({"embedding.weight": CODES, "used": np.array([10])}, [], "used[0] is 10, not in [0, 10)"),
-        ({"embedding.weight": CODES, "used": np.array([(1 << 64) - 1], np.uint64)}, [], "used[0] is -1"),
+        ({"embedding.weight": CODES[0]}, ["--metric", "l2"], "the codebook must be (K, D)"),
+        ({"embedding.weight": CODES, "used": CODES[0]}, ["--metric", "l2"], "a remap holds integers"),
+        ({"embedding.weight": CODES, "used": np.zeros((1, 1), np.int64)}, ["--metric", "l2"], "a remap has one axis"),
+        ({"embedding.weight": CODES, "used": np.array([10])}, ["--metric", "l2"], "used[0] is 10, not in [0, 10)"),
+        ({"embedding.weight": CODES, "used": np.array([(1 << 64) - 1], np.uint64)}, ["--metric", "l2"], "is -1"),
         ({"embedding.weight": CODES, "embedding.cluster_size": CODES[:, 0]}, [], "embed_avg' is missing"),
         ({"embed.weight": CODES}, [], "by --key: embed.weight 10x4"),
         ({"embed.weight": CODES, "proj.weight": CODES}, [], "by --key: embed.weight 10x4, proj.weight 10x4"),
         ({"embed.weight": CODES, "proj.weight": CODES[:, :, None, None]}, [], "'proj.bias' is missing"),
-        ({"embedding.weight": CODES, "proj_in.weight": CODES[0]}, [], "must have two axes"),
-        ({"embedding.weight": CODES, "proj_in.weight": CODES}, [], "'proj_in.bias' is missing"),
+        ({"embedding.weight": CODES, "proj_in.weight": CODES[0]}, ["--metric", "l2"], "maps single elements"),
+        ({"embedding.weight": CODES, "proj_in.bias": CODES[0]}, ["--metric", "l2"], "'proj_in.weight' is missing"),
         ({"embedding.weight_v": CODES}, [], "original0' is missing"),
         ({"embedding.weight": CODES, "embedding.weight_v": CODES}, [], "does not belong to kind 'vq'"),
     ],
@@ -309,7 +312,7 @@ def test_state_dicts_that_are_no_quantizers(tmp_path, capsys, state, args, match
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_what_wrappers_put_in_front_is_taken_off(tmp_path, capsys, wrapper):
     source = write(tmp_path / "m.safetensors", {f"{wrapper}embedding.weight": CODES})
-    assert run(capsys, "import", source, "-o", tmp_path / "o.safetensors")[0] == 0
+    assert run(capsys, "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")[0] == 0
     source = write(tmp_path / "n.pt", {f"{wrapper}quantize.embedding.weight": CODES})
     fails(
         capsys, f"{wrapper}quantize.embedding.weight does not say", "import", source, "-o", tmp_path / "p.safetensors"
@@ -325,6 +328,57 @@ def test_a_moving_average_beside_the_model_is_a_choice(tmp_path, capsys):
     fails(capsys, choices, "import", source, "-o", out)
     assert run(capsys, "import", source, "-o", out, "--prefix", "ema.quantize.")[0] == 0
     assert np.array_equal(load_codebook(out).quantizer.embedding.weight.detach().numpy(), CODES + 1)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda state: {f"module.{name}": state[name] for name in state}, lambda s: {"shadow": s}]
+)
+def test_a_moving_average_in_wrappers_of_its_own_is_a_choice_too(tmp_path, capsys, wrap):
+    state = {"quantize.embedding.weight": torch.from_numpy(CODES)}
+    source = tmp_path / "m.pt"
+    torch.save({"model": state, "ema": wrap(state)}, source)
+    fails(capsys, "it holds several quantizers", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
+
+
+@pytest.mark.parametrize("kind", ["cosine", "cosine_all", "dot", "dot_all"])
+def test_our_own_keys_do_not_tell_the_metric(tmp_path, capsys, make_quantizer, kind):
+    quantizer = make_quantizer(kind).float()
+    source, out = write(tmp_path / "m.pt", quantizer.state_dict()), tmp_path / "o.safetensors"
+    fails(capsys, "does not say how it is searched: VectorQuantizer, CosineQuantizer", "import", source, "-o", out)
+    flags = ["--metric", quantizer.kind]
+    if quantizer.kind == "cosine":
+        flags += ["--decode", "normalized" if quantizer.decode_normalized else "raw"]
+    unknown = "extra" if kind == "cosine_all" else "9"
+    assert run(capsys, "import", source, "-o", out, *flags, "--unknown-index", unknown)[0] == 0
+    assert load_codebook(out).digest == codebook_digest(quantizer)
+
+
+def test_a_residual_codebook_at_the_root_and_another_one_are_a_choice(tmp_path, capsys):
+    state = {f"layers.0._codebook.{name}": CODES[None] for name in ("embed", "embed_avg")}
+    state |= {"layers.0._codebook.initted": np.ones(1), "prior.quantize.embedding.weight": CODES}
+    source = write(tmp_path / "m.pt", state)
+    fails(capsys, "it holds several quantizers", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
+
+
+def test_codes_that_are_columns_are_refused_where_counts_tell(tmp_path, capsys):
+    state = {"quantize_t.embed": CODES.T.copy(), "quantize_t.cluster_size": CODES[:, 0].copy()}
+    source, out = write(tmp_path / "m.pt", state), tmp_path / "o.safetensors"
+    flags = ["--metric", "l2", "--key", "quantize_t.embed"]
+    fails(capsys, "its codes are columns, and a codebook is (K, D)", "import", source, "-o", out, *flags)
+    source = write(tmp_path / "c.npy", CODES.T)
+    _, text, _ = run(capsys, "import", source, "-o", out, "--metric", "l2")
+    assert "note  array was read as 4 codes of width 10; if its codes are the columns, save its transpose" in text
+
+
+def test_what_may_be_snac_is_told(tmp_path, capsys):
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(5, 3, 1))
+    back = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(3, 5, 1))
+    state = {f"in_proj.{name}": value for name, value in layer.state_dict().items()}
+    state |= {f"out_proj.{name}": value for name, value in back.state_dict().items()}
+    state["codebook.weight"] = torch.ones(4, 3)
+    source = write(tmp_path / "m.pt", {f"quantizer.quantizers.0.{name}": value for name, value in state.items()})
+    _, text, _ = run(capsys, "import", source, "-o", tmp_path / "o.safetensors")
+    assert "note  SNAC has these keys too" in text
 
 
 def test_an_average_without_dots_is_pointed_out(tmp_path, capsys):
@@ -674,6 +728,18 @@ def test_lack_of_memory_is_told(tmp_path, monkeypatch):
 
 
 # Usage.
+
+
+def test_the_source_is_not_replaced_by_what_is_made_of_it(tmp_path, capsys):
+    source = write(tmp_path / "m.safetensors", {"quantize.embedding.weight": CODES, "decoder.weight": CODES + 1})
+    before = source.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(source)
+    for out in (source, tmp_path / "link.safetensors"):
+        flags = ["--metric", "l2", "--force"]
+        fails(capsys, "is what is read: name another file to write", "import", source, "-o", out, *flags)
+    assert source.read_bytes() == before
+    (tmp_path / "folder.safetensors").mkdir()
+    fails(capsys, "is a folder: name a file", "import", source, "-o", tmp_path / "folder.safetensors", "--metric", "l2")
 
 
 def test_an_output_that_is_there_is_kept(tmp_path, capsys):

@@ -225,6 +225,17 @@ def test_no_latents(files, tmp_path, capsys, content, text):
     assert text in err
 
 
+@pytest.mark.filterwarnings("error")
+def test_latents_whose_squares_leave_float64(files, tmp_path, capsys):
+    book, latents = files("vq")
+    rows = np.zeros((3, np.load(latents).shape[1]))
+    rows[0, 0], rows[1, 0] = 1e300, -1e155
+    np.save(tmp_path / "wide.npy", rows)
+    status, out, err = run(capsys, book, "--latents", tmp_path / "wide.npy", "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["fit"]["error"]["variance"] is None
+
+
 def test_progress_is_for_terminals(files, capsys, monkeypatch):
     book, latents = files("vq")
     assert run(capsys, book, "--latents", latents)[2] == ""

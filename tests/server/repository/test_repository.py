@@ -201,6 +201,18 @@ def test_a_link_out_of_the_folder_does_not_replace_a_codebook(
     )
 
 
+def test_a_name_of_several_lines_is_one_line_of_the_log(
+    tmp_path: Path, put: Callable[..., Any], log: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path / "book.safetensors")
+    repo = loaded(tmp_path)
+    put(tmp_path / "a\nINFO all is well\x1b[2J.safetensors")
+    assert repo.rescan() == Tally(unchanged=1, refused=1)
+    [warning] = warnings(log)
+    assert "a\\nINFO all is well\\x1b[2J.safetensors: " in warning
+    assert warning.isprintable()
+
+
 def test_a_folder_that_vanishes_keeps_what_came_from_it(
     tmp_path: Path, put: Callable[..., Any], log: pytest.LogCaptureFixture
 ) -> None:

@@ -14,7 +14,6 @@ import pytest
 
 from vqserve import payload
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_server.errors import Draining
 from vqserve_server.rpc import stream as stream_module
 
 
@@ -240,17 +239,59 @@ def test_a_stream_that_is_opened_while_the_server_stops_is_refused(server: Any, 
     go_on.set()
 
 
-def test_a_stream_whose_reader_has_not_begun_ends_when_the_server_stops() -> None:
-    class Silent:
-        async def read(self) -> bytes:
-            return await asyncio.Future()
+def test_a_stream_that_is_beginning_with_a_request_ends_when_it_has_answered_it() -> None:
+    """The server stops while a thread looks at a large request."""
 
-    async def scenario() -> None:
-        stream = stream_module.Stream(Silent())
-        running = asyncio.create_task(stream.run(lambda raw: asyncio.Future()))
-        await asyncio.sleep(0)
-        stream.drain()
-        await asyncio.wait([running], timeout=5)
-        assert isinstance(running.exception(), Draining)
+    class Recorder:
+        deadline = None
+        request_id = "one"
+        method = "EncodeStream"
+        when_over: Any = None
 
-    asyncio.run(scenario())
+        def __init__(self) -> None:
+            self.sent: list[bytes] = []
+            self.ends: list[Any] = []
+
+        def receive(self, then: Any) -> None:
+            self.received = then
+
+        def send(self, message: bytes, then: Any) -> None:
+            self.sent.append(message)
+            then_sent.append(then)
+
+        def end(self, status: Any = None, message: Any = None) -> None:
+            self.ends.append(status)
+
+    class Request:
+        nbytes = 5
+        is_answered = True
+        left = 0
+
+        def reply(self) -> bytes:
+            return b"reply"
+
+        def leave(self) -> None:
+            self.left += 1
+
+    then_sent: list[Any] = []
+    accepted: list[Any] = []
+    call, request, over = Recorder(), Request(), []
+    stream = stream_module.Stream(
+        call,
+        lambda raw, call, accept, refuse: accepted.append(accept),
+        when_over=over.append,
+    )
+    stream.start()
+    call.received(b"request")
+    stream.drain()
+    assert not call.ends
+    accepted[0](request)()
+    assert call.sent == [b"reply"]
+    assert not call.ends
+    then_sent[0]()
+    (status,) = call.ends
+    assert status.code is grpc.StatusCode.UNAVAILABLE
+    assert request.left == 1
+    call.when_over()
+    assert over == [stream]
+    assert request.left == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vqserve_server.codebooks.families.checkpoint import Checkpoint
+from vqserve_server.codebooks.families.checkpoint import Checkpoint, shape_text
 from vqserve_server.codebooks.families.family import Floats, Reading
 from vqserve_server.codebooks.families.options import Options
 from vqserve_server.codebooks.families.tables import Chain, Stage, residual, single
@@ -22,12 +22,36 @@ def read(checkpoint: Checkpoint, options: Options) -> Reading:
     metric = options.asked_metric(checkpoint, "an array of codes", _WHY)
     decode_normalized = options.asked_decode(checkpoint, "an array of codes", metric)
     keys = options.keys or (UNNAMED,)
+    for key in keys:
+        _tell_of_columns(checkpoint, key)
     if options.kind == "rvq" or len(keys) > 1:
         chain = Chain([Stage(codes) for codes in _stages(checkpoint, keys)])
         return residual(checkpoint, "arrays of codes", [chain], metric, decode_normalized=decode_normalized)
     hint = ": one of (n_q, K, D) is a residual one with --kind rvq" if len(checkpoint.shape(keys[0])) == 3 else ""
     codes = checkpoint.floats(keys[0], rank=2, what=f"the codebook must be (K, D){hint}")
     return single("an array of codes", Stage(codes), metric, decode_normalized=decode_normalized)
+
+
+def _tell_of_columns(checkpoint: Checkpoint, key: str) -> None:
+    """Refuse codes that are columns, and say where they may be: some models keep them so (the first VQ-VAEs).
+
+    Raises:
+        ForeignCheckpointError: there is a count beside them for each column.
+    """
+    shape = checkpoint.shape(key)
+    if len(shape) < 2 or shape[-1] <= shape[-2]:
+        return
+    num_codes, width = shape[-2:]
+    counts = f"{key.rpartition('.')[0]}.cluster_size".removeprefix(".")
+    if counts in checkpoint and checkpoint.shape(counts) == (width,):
+        raise checkpoint.refusal(
+            f"{key} is {shape_text(shape)} and {counts} has {width}: its codes are columns, and a codebook is (K, D); "
+            "save the array's transpose by numpy.save and import that"
+        )
+    checkpoint.note(
+        f"{key or 'array'} was read as {num_codes} codes of width {width}; if its codes are the columns, save its "
+        "transpose by numpy.save and import that"
+    )
 
 
 def _stages(checkpoint: Checkpoint, keys: Sequence[str]) -> list[Floats]:

@@ -32,6 +32,12 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
     stage_names = {"codebook.weight", *layer_names(_LAYERS)}
     known = {f"quantizers.{number}.{name}" for number in range(len(views)) for name in stage_names}
     checkpoint.check_known(known, modules=["quantizers"])
+    if "quantizers.0.in_proj.parametrizations.weight.original0" in checkpoint:
+        # Neither of DAC's own files has weight norm under these names.
+        checkpoint.note(
+            "SNAC has these keys too, and stages at different rates: it cannot be served as one codebook, and would "
+            "give wrong tokens"
+        )
     stages = [
         Stage(
             view.floats("codebook.weight", rank=2, what="a codebook is (K, D)"),

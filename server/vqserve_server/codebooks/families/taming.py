@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from vqserve_server.codebooks.families.checkpoint import Checkpoint, places_of
 from vqserve_server.codebooks.families.family import Family, Reading
+from vqserve_server.codebooks.families.layers import Layer, layer_names, read_layer
 from vqserve_server.codebooks.families.options import Options
 from vqserve_server.codebooks.families.tables import Stage, single
 from vqserve_server.codebooks.foreign import ForeignArray
@@ -24,18 +25,18 @@ _DIRECTIONS = (*(name for name in LEGACY_NAMES if LEGACY_NAMES[name] == DIRECTIO
 # The names by which a codebook shows itself.
 CODES = (WEIGHT, *_DIRECTIONS)
 _AVERAGES = ("embedding.cluster_size", "embedding.embed_avg")
-_PROJECTIONS = tuple(f"{layer}.{name}" for layer in ("proj_in", "proj_out") for name in ("weight", "bias"))
+_LAYERS = ("proj_in", "proj_out")
+_PROJECTIONS = tuple(f"{layer}.{name}" for layer in _LAYERS for name in ("weight", "bias"))
 _KNOWN = frozenset({*CODES, *LEGACY_NAMES, NORM, *_AVERAGES, *_PROJECTIONS, USED})
 # Where these models keep it: taming's, sgm's, and a quantizer's own state dict.
 _MODULES = ("quantize.", "regularization.", "")
-# Where it is known to be searched by distance, whatever is in front of it.
-_L2_MODULES = ("", "regularization.")
 WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
 
 _WHY = (
     "taming-transformers, latent diffusion, diffusers and Chameleon search these keys by l2, TiTok's 12-channel models "
     "by cosine, IBQ by dot"
 )
+_OUR_WHY = "VectorQuantizer, CosineQuantizer and DotQuantizer have the same keys"
 # TiTok's, of codes that training clusters.
 _CLUSTERING = "embed_prob"
 
@@ -51,7 +52,7 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
     model = _model(checkpoint)
     checkpoint.check_known(_KNOWN | ({_CLUSTERING} if model == "TiTok" else set()))
     names = set(checkpoint.names()) & _KNOWN
-    if names <= {WEIGHT, USED}:
+    if names <= {WEIGHT, USED, *_PROJECTIONS}:
         return _bare(checkpoint, options, model)
     options.metric_of("a quantizer with these keys", "l2")
     options.decode_of("a quantizer with these keys", "l2", "raw")
@@ -63,10 +64,11 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
 
 
 def _bare(checkpoint: Checkpoint, options: Options, model: str) -> Reading:
-    if model == "Emu3" or _is_by_distance(checkpoint.prefix):
+    if model == "Emu3" or f".{checkpoint.prefix}".endswith(".regularization."):
         metric = options.metric or "l2"
     else:
-        metric = options.asked_metric(checkpoint, f"{checkpoint.prefix}{WEIGHT}", _WHY)
+        why = _WHY if f".{checkpoint.prefix}".endswith(".quantize.") else _OUR_WHY
+        metric = options.asked_metric(checkpoint, f"{checkpoint.prefix}{WEIGHT}", why)
     if model == "TiTok":
         decode_normalized = options.decode_of(model, metric, "normalized")
     else:
@@ -74,7 +76,12 @@ def _bare(checkpoint: Checkpoint, options: Options, model: str) -> Reading:
     codes = checkpoint.floats(WEIGHT, rank=2, what="the codebook must be (K, D)")
     used = _remap(checkpoint) if USED in checkpoint else None
     _tell_of_average(checkpoint, metric)
-    return single(model, Stage(codes), metric, decode_normalized=decode_normalized, used=used)
+    stage = Stage(codes, *(_layer(checkpoint, name) for name in _LAYERS))
+    return single(model, stage, metric, decode_normalized=decode_normalized, used=used)
+
+
+def _layer(checkpoint: Checkpoint, name: str) -> Layer | None:
+    return read_layer(checkpoint, name) if layer_names([name]) & set(checkpoint.names()) else None
 
 
 def _remap(checkpoint: Checkpoint) -> npt.NDArray[Any]:
@@ -88,12 +95,6 @@ def _model(checkpoint: Checkpoint) -> str:
     if first is not None and len(first.shape) == 5:
         return "Emu3"
     return "TiTok" if f"{outside}latent_tokens" in checkpoint.arrays else "taming-transformers, sgm"
-
-
-def _is_by_distance(prefix: str) -> bool:
-    for wrapper in WRAPPERS:
-        prefix = prefix.removeprefix(wrapper)
-    return prefix in _L2_MODULES or prefix.endswith(".regularization.")
 
 
 def _tell_of_average(checkpoint: Checkpoint, metric: str) -> None:

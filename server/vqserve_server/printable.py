@@ -1,4 +1,4 @@
-"""Text of a stranger's file on a terminal."""
+"""Text of a stranger's file on a terminal or in a log."""
 
 from __future__ import annotations
 
