@@ -9,12 +9,13 @@ PROTO  := vqserve/v1/tokenizer.proto
 .PHONY: help setup demo serve test test-search soak coverage bench bench-behaviour bench-search check format proto lock image clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
 
 # One install for every target: the stamp is remade when what it installs or compiles changes.
 COMPILED := hatch_build.py $(wildcard server/vqserve_server/search/native/*.[ch])
 $(VENV)/.installed: pyproject.toml constraints.txt $(COMPILED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vqserve needs Python 3.11 or later: make PYTHON=python3.11")'
+	@echo 'installing into $(VENV), torch too: takes minutes'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

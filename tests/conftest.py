@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# Examples are not timed: how long one takes says more about what else the machine does.
+settings.register_profile("vqserve", deadline=None)
+settings.load_profile("vqserve")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -97,7 +102,7 @@ class Daemon:
         assert self.process.stderr is not None
         self.process.send_signal(signal.SIGHUP)
         lines: list[str] = []
-        while sum(": rescanned in " in line for line in lines) < workers:
+        while sum(" rescanned in " in line for line in lines) < workers:
             line = self.process.stderr.readline()
             if not line:
                 pytest.fail(f"the daemon has ended: {''.join(lines)}")

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from vqserve_client.config import ClientConfig, check_digest
+from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig, check_digest
 from vqserve_client.retry import check_timeout
 
 LAYOUTS = ("channels_first", "channels_last")
@@ -21,9 +21,11 @@ def add_connection(command: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         type=target,
         default=os.environ.get("VQSERVE_TARGET") or "localhost:50051",
-        help="the server (VQSERVE_TARGET; default localhost:50051)",
+        help="the server, or unix:PATH of its socket file (VQSERVE_TARGET; default localhost:50051)",
     )
-    command.add_argument("--timeout", type=seconds, default=60.0, metavar="SECONDS", help="for each call (60)")
+    command.add_argument(
+        "--timeout", type=seconds, default=60.0, metavar="SECONDS", help="for a call with its retries (60)"
+    )
 
 
 def add_codebook(command: argparse.ArgumentParser) -> None:
@@ -36,6 +38,17 @@ def add_codebook(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--digest", type=digest, help="the digest that the codebook must have")
     command.add_argument("--layout", choices=LAYOUTS, help="where the channels of the latents are")
+
+
+def add_message_limit(command: argparse._ActionsContainer) -> None:
+    """Add how large a message may be."""
+    command.add_argument(
+        "--max-message-bytes",
+        type=integer(1 << 10),
+        default=DEFAULT_MAX_MESSAGE_BYTES,
+        metavar="N",
+        help=f"of a request or a reply; at most what the server takes ({DEFAULT_MAX_MESSAGE_BYTES})",
+    )
 
 
 def add_progress(command: argparse.ArgumentParser, what: str) -> None:
@@ -72,7 +85,8 @@ def target(text: str) -> str:
     try:
         return ClientConfig(target=text).target
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        source = "VQSERVE_TARGET: " if text == os.environ.get("VQSERVE_TARGET") else ""
+        raise argparse.ArgumentTypeError(f"{source}{error}") from None
 
 
 def digest(text: str) -> str:
@@ -80,5 +94,5 @@ def digest(text: str) -> str:
     try:
         check_digest(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise argparse.ArgumentTypeError(f"{error}: `vqserve codebooks --json` has them") from None
     return text

@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from vqserve import bfloat16, payload
+from vqserve.refused import not_an_array, not_indices, not_latents
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client.errors import InvalidArgument
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 
 # Integers that do not travel, and the ones that hold them.
 _WIDENED = {np.dtype(np.int8): np.int32, np.dtype(np.int16): np.int32}
@@ -56,10 +58,7 @@ def given_latents(latents: object) -> Given:
         TypeError: for what is neither a numpy array nor a torch tensor.
         InvalidArgument: for elements that are not float16, bfloat16, float32 or float64.
     """
-    given = _given(latents, "latents")
-    if given.dtype not in payload.LATENT_DTYPES:
-        raise InvalidArgument(f"latents must be float32, float16, bfloat16 or float64, not {given.array.dtype}")
-    return given
+    return _given(latents, "latents", payload.LATENT_DTYPES, not_latents)
 
 
 def given_indices(indices: object) -> Given:
@@ -69,10 +68,19 @@ def given_indices(indices: object) -> Given:
         TypeError: for what is neither a numpy array nor a torch tensor.
         InvalidArgument: for elements that are no integers, or that int64 does not hold.
     """
-    given = _given(indices, "indices", _travelling_integers)
-    if given.dtype not in payload.INDEX_DTYPES:
-        raise InvalidArgument(f"indices must be integers, not {payload.dtype_name(given.dtype)}")
-    return given
+    return _given(indices, "indices", payload.INDEX_DTYPES, not_indices, _travelling_integers)
+
+
+def several(items: T, verb: str) -> T:
+    """Return what `encode_many` or `decode_many` was given.
+
+    Raises:
+        TypeError: it is one array, whose first axis would be taken apart.
+    """
+    torch = sys.modules.get("torch")
+    if isinstance(items, np.ndarray) or (torch is not None and isinstance(items, torch.Tensor)):
+        raise TypeError(f"{verb}_many takes an iterable of arrays, not one: {verb}(x), or {verb}_many([x])")
+    return items
 
 
 def joined(givens: Sequence[Given]) -> Given:
@@ -82,16 +90,25 @@ def joined(givens: Sequence[Given]) -> Given:
     return replace(givens[0], array=np.concatenate([given.array for given in givens]))
 
 
-def _given(value: object, what: str, prepare: Callable[[Array], Array] = lambda array: array) -> Given:
+def _given(
+    value: object,
+    what: str,
+    allowed: frozenset[int],
+    refusal: Callable[[object], str],
+    prepare: Callable[[Array], Array] = lambda array: array,
+) -> Given:
     torch = sys.modules.get("torch")
+    dtype: object
     if torch is not None and isinstance(value, torch.Tensor):
-        return _given_tensor(torch, value, what, prepare)
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{what} must not be a masked array: its mask would be lost")
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"{what} must be a numpy array or a torch tensor, not {type(value).__name__}")
-    array = prepare(np.asarray(value))
-    return Given(array, _wire_dtype(array, what))
+        given, dtype = _given_tensor(torch, value, what, prepare), value.dtype
+    elif isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
+        array = prepare(np.asarray(value))
+        given, dtype = Given(array, _wire_dtype(array)), array.dtype
+    else:
+        raise TypeError(not_an_array(what, value))
+    if given.dtype not in allowed:
+        raise InvalidArgument(refusal(dtype))
+    return given
 
 
 def _given_tensor(torch: Any, tensor: Any, what: str, prepare: Callable[[Array], Array]) -> Given:
@@ -103,16 +120,18 @@ def _given_tensor(torch: Any, tensor: Any, what: str, prepare: Callable[[Array],
         return Given(plain.view(torch.int16).numpy().view(np.uint16), pb.DTYPE_BFLOAT16, tensor.device)
     try:
         array = prepare(plain.numpy())
-    except TypeError as error:
-        raise InvalidArgument(f"{what} of {tensor.dtype} do not travel") from error
-    return Given(array, _wire_dtype(array, what), tensor.device)
+    except TypeError:
+        # A type that numpy does not have, as float8.
+        return Given(np.empty(0), pb.DTYPE_UNSPECIFIED, tensor.device)
+    return Given(array, _wire_dtype(array), tensor.device)
 
 
-def _wire_dtype(array: Array, what: str) -> int:
+def _wire_dtype(array: Array) -> int:
+    """Return the wire type of an array; unspecified where it has none."""
     try:
         return payload.dtype_of(array)
-    except payload.PayloadError as error:
-        raise InvalidArgument(f"{what}: {error}") from error
+    except payload.PayloadError:
+        return pb.DTYPE_UNSPECIFIED
 
 
 def _travelling_integers(array: Array) -> Array:

@@ -15,11 +15,13 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from vqserve.codebook_info import CodebookInfo
+from vqserve_client.arrays import several
 from vqserve_client.calls import Options, options
 from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig
 from vqserve_client.core import DECODE, ENCODE, CallOptions, Core, Operation, Wake
 from vqserve_client.exchange import Steps
 from vqserve_client.lane import Lane
+from vqserve_client.numbered import Numbered
 
 T = TypeVar("T")
 _END = object()
@@ -97,7 +99,7 @@ class AsyncClient:
     ) -> AsyncGenerator[Any, None]:
         """Return the indices of each of many arrays, as an async generator; see Client.encode_many."""
         asked = options(layout=layout, num_quantizers=num_quantizers)
-        return self._many(ENCODE, _source(items), asked, CallOptions(codebook, digest, timeout))
+        return self._many(ENCODE, _source(several(items, "encode")), asked, CallOptions(codebook, digest, timeout))
 
     def decode_many(
         self,
@@ -113,7 +115,7 @@ class AsyncClient:
     ) -> AsyncGenerator[Any, None]:
         """Return the latents of each of many arrays of indices, as an async generator; see Client.decode_many."""
         asked = options(layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
-        return self._many(DECODE, _source(items), asked, CallOptions(codebook, digest, timeout))
+        return self._many(DECODE, _source(several(items, "decode")), asked, CallOptions(codebook, digest, timeout))
 
     async def codebooks(self, *, timeout: float | None = None) -> list[CodebookInfo]:
         """Return what is served, in name order; see Client.codebooks."""
@@ -149,12 +151,13 @@ class AsyncClient:
         alarm = _Alarm()
         pull: asyncio.Task[Any] | None = None
         with closing(Lane(self._core, operation, asked, call, alarm.wake)) as lane:
+            numbered = Numbered(lane)
             try:
                 while not (lane.ended and lane.empty):
                     if lane.stirred:
                         lane.advance()
                     if lane.ready:
-                        answer = lane.take()
+                        answer = numbered.take()
                         with lane.standstill():
                             yield answer
                     elif pull is not None and pull.done():
@@ -164,7 +167,7 @@ class AsyncClient:
                             if item is _END:
                                 lane.end()
                             else:
-                                lane.put(item)
+                                numbered.put(item)
                         except Exception as error:
                             # The arrays before it still get their answers, as they would one by one.
                             lane.end(error)

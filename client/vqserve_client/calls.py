@@ -13,25 +13,16 @@ from google.protobuf.message import DecodeError
 from vqserve import payload, wire
 from vqserve.codebook_info import CodebookInfo
 from vqserve.latent_dtype import latent_dtype_name
-from vqserve.layout import (
-    Layout,
-    channel_axis,
-    first_channels,
-    grid_shape,
-    indices_shape,
-    latents_shape,
-    parse_layout,
-    resolve_layout,
-    wrong_channels,
-    wrong_stages,
-)
+from vqserve.layout import Layout, first_channels, indices_shape, latents_shape, parse_layout
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client.arrays import Array, Given, handed_back, index_store, latent_store, store
 from vqserve_client.catalogue import WIRE_OF_LAYOUT
 from vqserve_client.chunking import Cut, Plan, cut_text, indices_cut, latents_cut, plan, rows_per_message
 from vqserve_client.config import ClientConfig
 from vqserve_client.errors import InvalidArgument, MessageTooLarge, ProtocolError
+from vqserve_client.geometry import Geometry, indices_geometry, latents_geometry
 from vqserve_client.pin import Pin
+from vqserve_client.positions import in_whole
 
 # The generated stubs want enum classes that exist in the stubs only.
 _EncodeRequest: Any = pb.EncodeRequest
@@ -91,9 +82,9 @@ class ArrayCall:
         self._reply_dtype = self._dtype_of_replies()
         try:
             self.stages = info.stages(asked.num_quantizers)
+            self.grid, self.layout = self._geometry()
         except ValueError as error:
             raise self._refusal(str(error)) from None
-        self.grid, self.layout = self._geometry()
         request_bytes, reply_bytes = self._row_bytes()
         rows = self.rows_within(config.max_message_bytes)
         if rows < 1:
@@ -166,7 +157,7 @@ class ArrayCall:
         """Return the type of replies on the wire."""
         raise NotImplementedError
 
-    def _geometry(self) -> tuple[tuple[int, ...], Layout]:
+    def _geometry(self) -> Geometry:
         raise NotImplementedError
 
     def _row_bytes(self) -> tuple[int, int]:
@@ -210,15 +201,8 @@ class EncodeCall(ArrayCall):
     def _dtype_of_replies(self) -> int:
         return payload.index_dtype(self.info.vocab_size)
 
-    def _geometry(self) -> tuple[tuple[int, ...], Layout]:
-        shape = self.given.array.shape
-        try:
-            layout = resolve_layout(len(shape), self.asked.layout, self.info.layout)
-        except ValueError as error:
-            raise self._refusal(str(error)) from None
-        if shape[channel_axis(layout)] != self.info.input_dim:
-            raise self._refusal(wrong_channels(shape, layout, self.info.input_dim))
-        return grid_shape(shape, layout), layout
+    def _geometry(self) -> Geometry:
+        return latents_geometry(self.given.array.shape, self.asked.layout, self.info)
 
     def _row_bytes(self) -> tuple[int, int]:
         index_bytes = payload.itemsize(self._reply_dtype) * (self.stages or 1)
@@ -271,24 +255,11 @@ class DecodeCall(ArrayCall):
         """Return the channels of a reply."""
         return self.info.code_dim if self.asked.output == pb.DECODE_OUTPUT_CODE_ROWS else self.info.output_dim
 
-    def _geometry(self) -> tuple[tuple[int, ...], Layout]:
-        shape = self.given.array.shape
-        fewest, most = (1, 4) if self.stages is None else (2, 5)
-        if not fewest <= len(shape) <= most:
-            raise self._refusal(f"indices must have {fewest} to {most} axes, not {len(shape)}")
-        rank = len(shape) + 1 if self.stages is None else len(shape)
-        try:
-            layout = resolve_layout(rank, self.asked.layout, self.info.layout)
-        except ValueError as error:
-            raise self._refusal(str(error)) from None
-        self._used = self.given.array
-        if self.stages is None:
-            return shape, layout
-        found = shape[channel_axis(layout)]
-        if not self.stages <= found <= self.info.num_quantizers:
-            raise self._refusal(wrong_stages(shape, layout, wanted=self.stages, available=self.info.num_quantizers))
-        self._used = self._used[first_channels(self.stages, layout)]
-        return grid_shape(shape, layout), layout
+    def _geometry(self) -> Geometry:
+        array = self.given.array
+        grid, layout = indices_geometry(array.shape, self.asked.layout, self.info, stages=self.stages)
+        self._used = array if self.stages is None else array[first_channels(self.stages, layout)]
+        return grid, layout
 
     def _row_bytes(self) -> tuple[int, int]:
         index_bytes = payload.itemsize(self.given.dtype) * (self.stages or 1)
@@ -333,13 +304,14 @@ class ArrayPart:
         self._cut = cut
         self.method = call.method
 
-    @property
-    def where(self) -> str:
-        """Return which part of the caller's array this is; empty if it is all of it."""
+    def explain(self, text: str) -> str:
+        """Return an error's text with its position counted in the caller's array."""
         if len(self._call.plan) == 1:
-            return ""
+            return text
         cut = self._call.given_cut(self._cut)
-        return f"{self._call.name}{cut_text(cut)}"
+        part = f"{self._call.name}{cut_text(cut)}"
+        whole = in_whole(text, array=cut, grid=self._cut)
+        return whole or f"{text}; in the part {part}, from whose start positions count"
 
     def request(self) -> bytes:
         """Return the message to send."""

@@ -32,7 +32,6 @@ class ListPart:
     """The request for what is served."""
 
     method = "ListCodebooks"
-    where = ""
 
     def __init__(self, target: str) -> None:
         self._target = target
@@ -41,6 +40,10 @@ class ListPart:
     def request(self) -> bytes:
         """Return the message to send."""
         return pb.ListCodebooksRequest().SerializeToString()
+
+    def explain(self, text: str) -> str:
+        """Return an error's text as it is: there is no array."""
+        return text
 
     def accept(self, reply: bytes) -> None:
         """Take the list, if all of it makes sense."""

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,20 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from vqserve import __version__
+from vqserve.arguments import Parser
 from vqserve.codebook_info import CodebookInfo
 from vqserve.latent_dtype import LATENT_DTYPES
-from vqserve_client.arguments import add_codebook, add_connection, add_progress, integer, seconds
+from vqserve_client.arguments import add_codebook, add_connection, add_message_limit, add_progress, integer, seconds
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig
 from vqserve_client.errors import VqserveClientError
 from vqserve_client.npy import FileError
-from vqserve_client.transfer import Progress, Task, decode_file, encode_file
+from vqserve_client.transfer import Done, Progress, Task, decode_file, encode_file
+
+# Of the SDK, in errors: codebook=, layout="channels_last".
+_OPTION = re.compile(r'\b(codebook|digest|layout|max_message_bytes|num_quantizers|timeout)=(?:"(\w+)")?')
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 1 on an error, 2 on wrong usage, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    args = _parser(with_bench=words[:1] == ["bench"]).parse_args(words)
+    args = _parser(with_bench=words[:1] == ["bench"]).parse_command(words)
     try:
         with _terminable():
             return int(args.run(args))
@@ -43,17 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser(*, with_bench: bool) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vqserve", description="Latents to indices and back, on a vqserve server.", allow_abbrev=False
-    )
+def _parser(*, with_bench: bool) -> Parser:
+    parser = Parser(prog="vqserve", description="Latents to indices and back, on a vqserve server.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"vqserve {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     encode = _command(commands, "encode", "write the indices of a .npy file of latents", _encode)
     decode = _command(commands, "decode", "write the latents of a .npy file of indices", _decode)
+    _add_files(encode, "latents, float16, float32 or float64 of 2 to 5 axes")
+    _add_files(decode, "indices, integers, shaped as encode writes them")
     for command in (encode, decode):
-        _add_files(command)
         command.add_argument(
             "--num-quantizers",
             type=integer(1),
@@ -87,23 +91,35 @@ def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namesp
     return command
 
 
-def _add_files(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", type=Path, metavar="IN.npy")
-    command.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.npy", dest="out")
-    command.add_argument("--force", action="store_true", help="replace OUT if it exists")
+def _add_files(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("source", type=Path, metavar="IN.npy", help=what)
+    command.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.npy", help="the file to write")
+    command.add_argument("--force", action="store_true", help="replace OUT if it is there")
     add_codebook(command)
+    add_message_limit(command)
+    command.add_argument("--quiet", action="store_true", help="say nothing but errors")
     add_progress(command, "a progress bar")
 
 
 def _encode(args: argparse.Namespace) -> int:
-    with Client(args.target, timeout=args.timeout) as client, _bar(shown=args.progress) as progress:
-        encode_file(client, _task(args), progress)
-    return 0
+    return _turned(args, encode_file, _task(args))
 
 
 def _decode(args: argparse.Namespace) -> int:
-    with Client(args.target, timeout=args.timeout) as client, _bar(shown=args.progress) as progress:
-        decode_file(client, _task(args, dtype=args.dtype, output=args.output), progress)
+    return _turned(args, decode_file, _task(args, dtype=args.dtype, output=args.output))
+
+
+def _turned(args: argparse.Namespace, turn: Callable[[Client, Task, Progress], Done], task: Task) -> int:
+    shown = args.progress and not args.quiet
+    with (
+        Client(args.target, timeout=args.timeout, max_message_bytes=args.max_message_bytes) as client,
+        _bar(shown=shown) as progress,
+    ):
+        done = turn(client, task, progress)
+    if not args.quiet:
+        shape = "x".join(map(str, done.shape))
+        story = f"{shape} {done.dtype}, codebook {done.info.name}, digest {done.info.digest}"
+        print(_printable(f"wrote {task.target}: {story}"), file=sys.stderr)
     return 0
 
 
@@ -156,7 +172,7 @@ def _table(codebooks: Sequence[CodebookInfo]) -> str:
         (
             info.name,
             info.kind,
-            str(info.num_codes),
+            info.staged(info.num_codes),
             str(info.vocab_size),
             str(info.input_dim),
             str(info.code_dim),
@@ -215,7 +231,13 @@ def _terminable() -> Iterator[None]:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "out of memory"
-    return _printable(" ".join(str(error).split())) or type(error).__name__
+    text = _OPTION.sub(_flag, " ".join(str(error).split()))
+    return _printable(text) or type(error).__name__
+
+
+def _flag(option: re.Match[str]) -> str:
+    name, value = option.groups()
+    return f"--{name.replace('_', '-')}{f' {value}' if value else ''}"
 
 
 def _printable(text: str) -> str:

@@ -7,12 +7,14 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from vqserve.codebook_info import CodebookInfo
+from vqserve_client.arrays import several
 from vqserve_client.calls import Options, options
 from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig
 from vqserve_client.core import DECODE, ENCODE, CallOptions, Core, Operation, Wake
 from vqserve_client.exchange import Steps
 from vqserve_client.interrupts import Bell, SignalsPutOff
 from vqserve_client.lane import Lane
+from vqserve_client.numbered import Numbered
 
 T = TypeVar("T")
 
@@ -152,9 +154,10 @@ class Client:
 
         Raises:
             VqserveClientError: see errors.py.
+            TypeError: if items is one array, or one of them is none.
         """
         asked = options(layout=layout, num_quantizers=num_quantizers)
-        return self._many(ENCODE, iter(items), asked, CallOptions(codebook, digest, timeout))
+        return self._many(ENCODE, iter(several(items, "encode")), asked, CallOptions(codebook, digest, timeout))
 
     def decode_many(
         self,
@@ -182,9 +185,10 @@ class Client:
 
         Raises:
             VqserveClientError: see errors.py.
+            TypeError: as for encode_many.
         """
         asked = options(layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
-        return self._many(DECODE, iter(items), asked, CallOptions(codebook, digest, timeout))
+        return self._many(DECODE, iter(several(items, "decode")), asked, CallOptions(codebook, digest, timeout))
 
     def codebooks(self, *, timeout: float | None = None) -> list[CodebookInfo]:
         """Return what is served, in name order.
@@ -227,20 +231,21 @@ class Client:
     ) -> Generator[Any, None, None]:
         bell = Bell()
         lane = Lane(self._core, operation, asked, call, bell.ring)
+        numbered = Numbered(lane)
         try:
             while not (lane.ended and lane.empty):
                 if lane.stirred:
                     with SignalsPutOff():
                         lane.advance()
                 if lane.ready:
-                    answer = lane.take()
+                    answer = numbered.take()
                     with lane.standstill():
                         yield answer
                 elif not lane.ended and not lane.full:
                     try:
                         with lane.standstill():
                             item = next(items)
-                        lane.put(item)
+                        numbered.put(item)
                     except StopIteration:
                         lane.end()
                     except Exception as error:

@@ -32,6 +32,7 @@ class VqserveClientError(Exception):
         target: address of the server; None if it does not matter.
         codebook: name of the codebook that was asked for; None if that was not known yet.
         request_id: what the server's log calls the failed request; None if none was sent.
+        item: which array of `encode_many` or `decode_many` failed, from 0; None in other calls.
     """
 
     hint = ""
@@ -52,11 +53,13 @@ class VqserveClientError(Exception):
         self.target = target
         self.codebook = codebook
         self.request_id = request_id
+        self.item: int | None = None
 
     def __str__(self) -> str:
         where = [
             text
             for text, value in (
+                (f"array {self.item}, counting from 0", self.item is not None),
                 (f"server {self.target}", self.target),
                 (f"codebook {self.codebook!r}", self.codebook),
                 (f"request {self.request_id}", self.request_id),
@@ -76,21 +79,20 @@ class InvalidArgument(VqserveClientError, ValueError):
 class MessageTooLarge(InvalidArgument):
     """A message is larger than one side takes, or one row alone does not fit."""
 
-    hint = "give the client a max_message_bytes= that both sides take"
+    hint = "max_message_bytes= must be what both sides take"
 
 
 class CodebookNotFound(VqserveClientError, LookupError):
     """No codebook of that name is served, or none was named and the server has several."""
 
     default_code = "NOT_FOUND"
-    hint = "`vqserve codebooks` lists what is served"
 
 
 class DigestMismatch(VqserveClientError):
     """The codebook has another digest than the one that was pinned with digest=."""
 
     default_code = "FAILED_PRECONDITION"
-    hint = "the server has another codebook under this name: ask for its digest, or have the old one served"
+    hint = "pin that one with digest=, or have the old one served"
 
 
 class DigestChanged(VqserveClientError):

@@ -33,9 +33,8 @@ class Part(Protocol):
     def method(self) -> str:
         """Return the name of the RPC."""
 
-    @property
-    def where(self) -> str:
-        """Return which part of the caller's array this is, for an error; empty if it is all of it."""
+    def explain(self, text: str) -> str:
+        """Return the text of an error that the server answered with, in the caller's terms."""
 
     def request(self) -> bytes:
         """Return the message to send."""
@@ -179,10 +178,15 @@ class Exchange:
             return
         one.failures += 1
         failure = Failure(ticket.code(), ticket.details() or "", text_metadata(ticket.trailing_metadata()))
+        if one.failure is None or not (one.failure.is_foreign and failure.is_unsent):
+            one.failure = failure
         retried = failure.error_class in RETRIED
         delay_s = self._policy.delay_s(one.failures, failure.retry_after_s) if retried else None
         if delay_s is None or delay_s >= self._deadline.remaining_s():
-            raise failure.error(target=self.target, codebook=one.codebook, request_id=one.request_id, notes=one.notes())
+            text = one.part.explain(one.failure.text)
+            if one.failures > 1:
+                text = f"{text}; tried {one.failures} times"
+            raise one.failure.error(target=self.target, codebook=one.codebook, request_id=one.request_id, text=text)
         one.resume_at = time.monotonic() + delay_s
 
     def _closed(self) -> Closed:
@@ -198,11 +202,7 @@ class _Running:
         self.request_id = request_id
         self.ticket: Any = None
         self.failures = 0
+        # The last one; of those that reached no server the one that tells more.
+        self.failure: Failure | None = None
         self.resume_at = 0.0
         self.done = False
-
-    def notes(self) -> tuple[str, ...]:
-        """Return what an error should say beside the server's own words."""
-        tries = (f"tried {self.failures} times",) if self.failures > 1 else ()
-        where = (f"in the part {self.part.where}, from whose start positions count",) if self.part.where else ()
-        return tries + where

@@ -30,6 +30,8 @@ def open_array(path: Path) -> Array:
         if magic != np.lib.format.MAGIC_PREFIX:
             raise FileError(f"{path} is not a .npy file")
         return _mapped(path)
+    except FileNotFoundError as error:
+        raise FileError(f"{path}: there is no such file") from error
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, EOFError) as error:
@@ -48,14 +50,21 @@ def _mapped(path: Path) -> Array:
     return mapped
 
 
-def check_output(path: Path, *, force: bool) -> None:
+def check_output(path: Path, *, force: bool, source: Path | None = None) -> None:
     """Check that a file may be made.
 
+    Args:
+        path: of the file.
+        force: whether one that exists may be replaced.
+        source: another file, which is read and never replaced.
+
     Raises:
-        FileError: if it exists and `force` is false, or its folder does not.
+        FileError: if it exists and `force` is false, or is the source, or its folder does not exist.
     """
     if path.is_dir():
         raise FileError(f"{path} is a folder")
+    if source is not None and source.exists() and path.exists() and path.samefile(source):
+        raise FileError(f"{path} is what is read: name another file to write")
     if not force and path.exists():
         raise FileError(f"{path} exists: --force replaces it")
     if not path.parent.is_dir():

@@ -86,8 +86,16 @@ class Failure:
         return self.code is grpc.StatusCode.UNAVAILABLE and _NO_CONNECTION.match(self.details) is not None
 
     @property
+    def is_foreign(self) -> bool:
+        """Return whether what was reached does not speak gRPC."""
+        # The first frame of a gRPC server: another kind of server sends something else, or waits for more.
+        return self.is_unsent and "SETTINGS frame" in self.details
+
+    @property
     def text(self) -> str:
         """Return what went wrong: a server's words as they are, gRPC's own about the connection in ours."""
+        if self.is_foreign:
+            return "cannot connect to the server: what listens there does not speak gRPC"
         if self.is_unsent:
             return f"cannot connect to the server: {_cause(self.details)}"
         if self.code is grpc.StatusCode.UNAVAILABLE and _LOST_CONNECTION.match(self.details):
@@ -107,11 +115,11 @@ class Failure:
         return ERROR_OF_CODE.get(self.code, ServerError)
 
     def error(
-        self, *, target: str, codebook: str | None, request_id: str, notes: Iterable[str] = ()
+        self, *, target: str, codebook: str | None, request_id: str, text: str | None = None
     ) -> VqserveClientError:
-        """Return the error to raise: what went wrong, and notes of the client's own behind it."""
+        """Return the error to raise; `text` is `self.text` in the caller's terms, if it takes others."""
         error = self.error_class(
-            "; ".join((self.text, *notes)),
+            text or self.text,
             code=self.code.name,
             target=target,
             codebook=codebook,
@@ -129,9 +137,6 @@ def _cause(details: str) -> str:
     gRPC puts the system's reason last, behind states and addresses: "failed to connect to all addresses; last error:
     UNKNOWN: ipv4:127.0.0.1:1: Failed to connect to remote host: connect: Connection refused (111)".
     """
-    # The first frame of a gRPC server: another kind of server sends something else, or waits for more.
-    if "SETTINGS frame" in details:
-        return "what listens there does not speak gRPC"
     return _printable(re.sub(r" \(\d+\)$", "", details.rstrip("]").rpartition(":")[2].strip()))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ import numpy as np
 
 from vqserve import payload
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import Layout, grid_shape, indices_shape, latents_shape, parse_layout, resolve_layout
+from vqserve.layout import indices_shape, latents_shape, parse_layout
 from vqserve_client.arrays import Array, given_indices, given_latents, latent_store
 from vqserve_client.catalogue import choose
 from vqserve_client.chunking import Cut, indices_cut, latents_cut, plan
 from vqserve_client.client import Client
-from vqserve_client.errors import DigestChanged, DigestMismatch, InvalidArgument
+from vqserve_client.errors import DigestChanged, DigestMismatch, InvalidArgument, VqserveClientError
+from vqserve_client.geometry import indices_geometry, latents_geometry
 from vqserve_client.npy import check_output, new_array, open_array
+from vqserve_client.positions import in_whole
 
 # Small enough that several pieces are under way on both sides at little cost, large enough that calls cost nothing.
 _PIECE_BYTES = 4 << 20
@@ -44,76 +46,119 @@ class Task:
     num_quantizers: int | None = None
 
 
-def encode_file(client: Client, task: Task, progress: Progress) -> None:
+@dataclass(frozen=True)
+class Done:
+    """What was written."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    info: CodebookInfo
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What goes as one array of `encode_many`, as cuts of the grid of tokens, of the source and of the target."""
+
+    grid: Cut
+    source: Cut
+    target: Cut
+
+
+def encode_file(client: Client, task: Task, progress: Progress) -> Done:
     """Write the indices of a file of latents.
 
     Raises:
         FileError: if a file cannot be used.
         VqserveClientError: see errors.py.
     """
-    check_output(task.target, force=task.force)
+    check_output(task.target, force=task.force, source=task.source)
     array = open_array(task.source)
-    item_bytes = payload.itemsize(given_latents(array).dtype)
     info = _info(client, task)
-    layout = _layout(array.ndim, task, info)
-    grid = grid_shape(array.shape, layout)
+    stages = _stages(task, info)
+    with _named(task.source):
+        item_bytes = payload.itemsize(given_latents(array).dtype)
+        grid, layout = latents_geometry(array.shape, parse_layout(task.layout), info)
     dtype = np.dtype(payload.dtype_name(payload.index_dtype(info.vocab_size)))
     cuts = plan(grid, max(1, _PIECE_BYTES // (info.input_dim * item_bytes)))
-    stages = _stages(task, info)
     shape = indices_shape(grid, stages, layout)
     with new_array(task.target, shape, dtype, force=task.force) as out:
         done = progress(math.prod(grid))
-        pending: deque[Cut] = deque()
-        pieces = _pieces(array, ((indices_cut(cut, stages, layout), latents_cut(cut, layout)) for cut in cuts), pending)
+        pending: deque[_Piece] = deque()
+        pieces = (_Piece(cut, latents_cut(cut, layout), indices_cut(cut, stages, layout)) for cut in cuts)
         options: dict[str, Any] = {"codebook": info.name, "digest": info.digest, "num_quantizers": stages}
-        with _one_codebook(task, info):
-            for indices in client.encode_many(pieces, layout=layout, **options):
-                out[pending.popleft()] = indices
+        with _one_codebook(task, info), _whole_file(task, pending):
+            for indices in client.encode_many(_arrays(array, pieces, pending), layout=layout, **options):
+                out[pending.popleft().target] = indices
                 done(indices.size // (stages or 1))
+    return Done(shape, dtype, info)
 
 
-def decode_file(client: Client, task: Task, progress: Progress) -> None:
+def decode_file(client: Client, task: Task, progress: Progress) -> Done:
     """Write the latents of a file of indices.
 
     Raises:
         FileError: if a file cannot be used.
         VqserveClientError: see errors.py.
     """
-    check_output(task.target, force=task.force)
+    check_output(task.target, force=task.force, source=task.source)
     array = open_array(task.source)
-    given_indices(array[:0] if array.ndim else array)
     info = _info(client, task)
     stages = _stages(task, info)
-    layout = _layout(array.ndim + 1 if stages is None else array.ndim, task, info)
-    grid = array.shape if stages is None else grid_shape(array.shape, layout)
+    with _named(task.source):
+        given_indices(array[:0] if array.ndim else array)
+        grid, layout = indices_geometry(array.shape, parse_layout(task.layout), info, stages=stages)
     width = info.code_dim if task.output == "code_rows" else info.output_dim
     wire = payload.dtype_of_name(task.dtype)
     dtype = latent_store((0,), wire, is_torch=False).dtype
     cuts = plan(grid, max(1, _PIECE_BYTES // (width * dtype.itemsize)))
-    with new_array(task.target, latents_shape(grid, width, layout), dtype, force=task.force) as out:
+    shape = latents_shape(grid, width, layout)
+    with new_array(task.target, shape, dtype, force=task.force) as out:
         done = progress(math.prod(grid))
-        pending: deque[Cut] = deque()
-        pieces = _pieces(array, ((latents_cut(cut, layout), indices_cut(cut, stages, layout)) for cut in cuts), pending)
+        pending: deque[_Piece] = deque()
+        pieces = (_Piece(cut, indices_cut(cut, stages, layout), latents_cut(cut, layout)) for cut in cuts)
         options: dict[str, Any] = {"codebook": info.name, "digest": info.digest, "num_quantizers": stages}
         options |= {"dtype": task.dtype, "output": task.output}
-        with _one_codebook(task, info):
-            for latents in client.decode_many(pieces, layout=layout, **options):
-                out[pending.popleft()] = latents
+        with _one_codebook(task, info), _whole_file(task, pending):
+            for latents in client.decode_many(_arrays(array, pieces, pending), layout=layout, **options):
+                out[pending.popleft().target] = latents
                 done(latents.size // width)
+    return Done(shape, dtype, info)
 
 
-def _pieces(array: Array, cuts: Iterator[tuple[Cut, Cut]], pending: deque[Cut]) -> Iterator[Array]:
+def _arrays(array: Array, pieces: Iterator[_Piece], pending: deque[_Piece]) -> Iterator[Array]:
     """Give the pieces of the source, noting where each answer belongs."""
-    for place, cut in cuts:
-        pending.append(place)
-        yield array[cut]
+    for piece in pieces:
+        pending.append(piece)
+        yield array[piece.source]
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Have an error about what a file holds name the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidArgument(f"{path}: {error}") from None
+
+
+@contextlib.contextmanager
+def _whole_file(task: Task, pending: Sequence[_Piece]) -> Iterator[None]:
+    """Have an error about a piece, the first one that is pending, name the file and count positions in all of it."""
+    try:
+        yield
+    except VqserveClientError as error:
+        error.item = None
+        if isinstance(error, InvalidArgument) and pending:
+            whole = in_whole(error.message, array=pending[0].source, grid=pending[0].grid)
+            error.message = f"{task.source}: {whole or error.message}"
+        raise
 
 
 def _stages(task: Task, info: CodebookInfo) -> int | None:
     try:
         return info.stages(task.num_quantizers)
     except ValueError as error:
-        raise InvalidArgument(str(error)) from None
+        raise InvalidArgument(str(error), codebook=info.name) from None
 
 
 def _info(client: Client, task: Task) -> CodebookInfo:
@@ -136,10 +181,3 @@ def _one_codebook(task: Task, info: CodebookInfo) -> Iterator[None]:
             codebook=info.name,
             request_id=error.request_id,
         ) from error
-
-
-def _layout(rank: int, task: Task, info: CodebookInfo) -> Layout:
-    try:
-        return resolve_layout(rank, parse_layout(task.layout), info.layout)
-    except ValueError as error:
-        raise InvalidArgument(f"{task.source}: {error}") from None

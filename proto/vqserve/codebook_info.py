@@ -39,6 +39,15 @@ class CodebookInfo:
     layout: Layout | None = None
 
     @property
+    def size(self) -> str:
+        """How many codes of which width: "1024 x 256", of a residual codebook "8 stages of 1024 x 128"."""
+        return f"{self.staged(self.num_codes)} x {self.code_dim}"
+
+    def staged(self, count: object) -> str:
+        """Return what each stage has so much of: "8 stages of 1024", and without stages "1024"."""
+        return of_stages(self.num_quantizers, count) if self.has_stages else str(count)
+
+    @property
     def is_version(self) -> bool:
         """Whether the name is that of a given version."""
         return VERSION_MARK in self.name
@@ -58,5 +67,17 @@ class CodebookInfo:
             ValueError: there are not so many.
         """
         if asked is not None and asked > self.num_quantizers:
-            raise ValueError(f"num_quantizers must be an integer in [1, {self.num_quantizers}], not {asked}")
+            raise ValueError(wrong_count(asked, self.num_quantizers))
         return (asked or self.num_quantizers) if self.has_stages else None
+
+
+def of_stages(num_quantizers: int, count: object) -> str:
+    """Return "8 stages of 1024"."""
+    return f"{num_quantizers} stage{'s' if num_quantizers > 1 else ''} of {count}"
+
+
+def wrong_count(asked: object, available: int) -> str:
+    """Return what to tell whoever asked for another number of indices for a token than 1 to `available`."""
+    if available == 1:
+        return f"num_quantizers must be 1, not {asked!r:.40}: a token of this codebook has one index"
+    return f"num_quantizers must be an integer in [1, {available}], not {asked!r:.40}"

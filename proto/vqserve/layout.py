@@ -94,7 +94,11 @@ def wrong_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available
     """
     found = shape[channel_axis(layout)]
     which = str(available) if wanted == available else f"{wanted} to {available}"
-    hint = ": say num_quantizers to decode fewer" if found < wanted == available else ""
+    hint = ""
+    if layout is Layout.CHANNELS_FIRST and wanted <= shape[0] <= available:
+        hint = ": are they (n_q, b, ...)? swapaxes(0, 1) first"
+    elif found < wanted == available:
+        hint = ": say num_quantizers= to decode fewer"
     return f"indices of shape {tuple(shape)} have {found} for a token in layout {layout}, expected {which}{hint}"
 
 

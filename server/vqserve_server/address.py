@@ -49,7 +49,9 @@ def reserve(host: str, port: int, *, shared: bool) -> socket.socket:
             held.close()
             raise
     except OSError as error:
-        reason = "the port is in use" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
+        reason = error.strerror or str(error)
+        if error.errno == errno.EADDRINUSE:
+            reason = "the port is in use: is another vqserved running? Stop it, or choose another with --port"
         raise StartError(f"cannot listen on {address(host, port)}: {reason}") from None
     return held
 

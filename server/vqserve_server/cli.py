@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from vqserve import __version__
+from vqserve.arguments import Parser
 from vqserve_server import config as settings
 from vqserve_server import workers
 from vqserve_server.errors import VqserveError
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `vqserved`; return the exit code: 0, 1 on an error, 2 on wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = _parser(arguments[0] if arguments else "").parse_args(arguments)
+        args = _parser(arguments[0] if arguments else "").parse_command(arguments, _spaced_levels)
         run: Callable[[argparse.Namespace], int] = args.run
         return run(args)
     except (VqserveError, settings.ConfigError, OSError) as error:
@@ -40,14 +41,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _EXTRA:
-            return _complain(f'{error.name} is missing: pip install "vqserve[server]"')
+            return _complain(f"{error.name} is missing: install vqserve with its extra `server`")
         # A user gets a line, also for what nobody foresaw; who wants more asks for it.
         logging.getLogger(__name__).debug("unexpected error", exc_info=True)
         return _complain(f"{type(error).__name__}: {error} (--log-level debug shows where)")
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vqserved", description="Serve vector-quantizer codebooks over gRPC.")
+def _spaced_levels(args: argparse.Namespace, words: Sequence[str]) -> str | None:
+    levels, source = getattr(args, "levels", None), str(getattr(args, "source", ""))
+    if levels and all(word.isdecimal() for word in words):
+        all_levels = [*map(str, levels), *([source] if source.isdecimal() else []), *words]
+        return f"--levels is one argument, with commas: --levels {','.join(all_levels)}"
+    return None
+
+
+def _parser(command: str) -> Parser:
+    parser = Parser(prog="vqserved", description="Serve vector-quantizer codebooks over gRPC.")
     parser.add_argument("--version", action="version", version=f"vqserved {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     serve = subparsers.add_parser("serve", help="serve codebooks", description="Serve codebooks until told to stop.")

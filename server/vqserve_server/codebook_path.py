@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 SUFFIX = ".safetensors"
+# What a codebook can be called, and so the stem of its file.
+NAME = re.compile(r"[\w+-][\w.+-]{0,127}")
 
 
 def new_codebook_path(text: str) -> Path:
     """Return the path of a codebook file to be written, for argparse.
 
-    Refused, not mended, where the suffix is missing: whoever named the file will look for it under that name.
+    Refused, not mended, where it cannot be served: whoever named the file will look for it under that name.
 
     Raises:
-        argparse.ArgumentTypeError: it does not end in .safetensors.
+        argparse.ArgumentTypeError: it does not end in .safetensors, or its stem is no name for a codebook.
     """
     path = Path(text)
     if path.suffix != SUFFIX:
         raise argparse.ArgumentTypeError(
             f"{path.name!r} must end in {SUFFIX}, or a served folder leaves it out: name it {path.name + SUFFIX!r}"
+        )
+    if not NAME.fullmatch(path.stem):
+        raise argparse.ArgumentTypeError(
+            f"{path.name!r} cannot be served under its name: use letters, digits and . _ + -"
         )
     return path

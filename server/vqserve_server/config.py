@@ -7,6 +7,7 @@ Each field of the dataclasses below is a flag (`--max-batch-rows`) and a variabl
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -109,7 +110,11 @@ class ServeConfig:
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N", _device)
     workers: int = _setting(1, "processes on the port, each with its own codebooks and queue", _integer(1, 1024))
     devices: str = _setting("", "devices for the workers in turn, as cuda:0,cuda:1; none: --device for all", _devices)
-    search: str = _setting("auto", "search backend; every one gives the same tokens", _text)
+    search: str = _setting(
+        "auto",
+        "auto, native, triton, torch or reference, as the device has them; every one gives the same tokens",
+        _text,
+    )
     drain_seconds: float = _setting(30.0, "seconds that requests in flight get after SIGTERM or SIGINT", _seconds)
     log_level: str = _setting("info", f"one of {', '.join(LOG_LEVELS)}", _log_level)
 
@@ -157,7 +162,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             type=parse_flag,
             default=argparse.SUPPRESS,
             metavar=setting.name.rsplit("_", 1)[-1].upper(),
-            help=f"{setting.metadata['help']} (default: {_shown(setting)})",
+            help=f"{setting.metadata['help']} ({variable(setting.name)}; default: {_shown(setting)})",
         )
 
 
@@ -170,7 +175,8 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServeConfig
     known = {variable(setting.name) for _, setting in _settings()}
     for name in environ:
         if name.startswith(ENV_PREFIX) and name not in known | CLIENT_VARIABLES:
-            raise ConfigError(f"unknown environment variable {name}")
+            near = difflib.get_close_matches(name, known, 1)
+            raise ConfigError(f"unknown environment variable {name}{f': did you mean {near[0]}?' if near else ''}")
     values: dict[str | None, dict[str, Any]] = {None: {}, **{group: {} for group in _GROUPS}}
     for group, setting in _settings():
         name = setting.name

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve.layout import Layout, channel_axis, parse_layout, resolve_layout
-from vqserve_server.errors import InvalidDtype, InvalidOption, InvalidShape, NonFiniteLatents
+from vqserve_server.errors import InvalidDtype, InvalidOption, InvalidRequest, InvalidShape, NonFiniteLatents
 from vqserve_server.validation import first_non_finite
 
 _CHUNK_BYTES = 1 << 26
@@ -49,7 +49,9 @@ class LatentRows:
             InvalidShape: wrong rank for latents or for the layout, or no channels.
         """
         if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-            raise InvalidDtype(f"latents must be float16, float32 or float64, not {array.dtype}")
+            raise InvalidDtype(
+                f"latents must be float16, float32 or float64, not {array.dtype}: see .astype(numpy.float32)"
+            )
         try:
             asked = parse_layout(layout)
         except ValueError as error:
@@ -80,10 +82,20 @@ class LatentRows:
         if path.exists() and not path.is_file():
             raise InvalidOption(f"{path} is no .npy file of latents: it is no regular file")
         try:
+            with path.open("rb") as file:
+                if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
+                    raise InvalidOption(f"{path} is not a .npy file")
             array = np.lib.format.open_memmap(path, mode="r")
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: there is no such file") from None
+        except InvalidOption:
+            raise
         except ValueError as error:
-            raise InvalidOption(f"{path} is no .npy file of latents: {error}") from None
-        return cls(array, layout, default=default, keeps_float64=keeps_float64)
+            raise InvalidOption(f"{path} is not a .npy file of numbers: {error}") from None
+        try:
+            return cls(array, layout, default=default, keeps_float64=keeps_float64)
+        except InvalidRequest as error:
+            raise type(error)(f"{path}: {error}") from None
 
     def __len__(self) -> int:
         return math.prod(self._rows_last.shape[:-1])

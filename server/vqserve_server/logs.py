@@ -14,9 +14,14 @@ def set_up(level: str, *, worker: int | None = None) -> None:
         worker: number of this process among several that serve a port, or None.
     """
     who = "" if worker is None else f"worker {worker} "
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=level.upper(),
-        format=f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s",
-        force=True,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter(f"%(asctime)s %(levelname)s {who}%(origin)s%(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class _Formatter(logging.Formatter):
+    """Names the module of other packages' lines only: ours say what they are about."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.origin = "" if record.name.partition(".")[0] == "vqserve_server" else f"{record.name}: "
+        return super().format(record)

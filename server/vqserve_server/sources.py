@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vqserve.codebook_info import VERSION_MARK
-from vqserve_server.codebook_path import SUFFIX
+from vqserve_server.codebook_path import NAME, SUFFIX
 from vqserve_server.errors import StartError
 
 DEMO_NAME = "demo"
 DEMO_PATH = Path(__file__).parent / "assets" / "demo.safetensors"
-_NAME = re.compile(r"[\w+-][\w.+-]{0,127}")
+# What somebody puts beside codebooks in the belief that it is served.
+IMPORTED = frozenset({".npy", ".npz", ".pt", ".pth", ".ckpt", ".bin", ".th"})
 # 03 would be a second name of 3.
 _VERSION = re.compile(r"[1-9][0-9]{0,17}", re.ASCII)
 
@@ -81,7 +82,7 @@ def find_codebooks(sources: Sequence[str]) -> Found:
         for one in _look(source):
             if isinstance(one, Problem):
                 found.problems.append(one)
-            elif not _NAME.fullmatch(one.name):
+            elif not NAME.fullmatch(one.name):
                 text = f"{one.name!r} is no name for a codebook: use letters, digits and . _ + - (NAME=PATH)"
                 found.problems.append(Problem(f"{one.path}: {text}", (one.path,)))
             else:
@@ -91,7 +92,8 @@ def find_codebooks(sources: Sequence[str]) -> Found:
             found.files.update(claimants[0].files)
             continue
         paths = tuple(claim.path for claim in claimants)
-        text = f"two codebooks are named {name!r}: {paths[0]} and {paths[1]}; name one (NAME=PATH)"
+        way_out = "rename one" if any(path.is_dir() for path in paths) else "name one (NAME=PATH)"
+        text = f"two codebooks are named {name!r}: {paths[0]} and {paths[1]}; {way_out}"
         found.problems.append(Problem(text, paths))
     return found
 
@@ -135,6 +137,9 @@ def _look_into(folder: Path) -> Iterator[_Claim | Problem]:
 def _look_at(child: Path, root: Path) -> Iterator[_Claim | Problem]:
     is_folder = child.is_dir()
     if not is_folder and not child.name.endswith(SUFFIX):
+        if child.suffix.lower() in IMPORTED:
+            text = f"{child} is passed over: it is no *{SUFFIX} file; `vqserved import` makes one of it"
+            yield Problem(text, (child,), is_fatal=False)
         return
     if not _is_inside(child, root):
         yield _led_out(child)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vqserve.codebook_info import CodebookInfo
+from vqserve.codebook_info import CodebookInfo, wrong_count
 from vqserve.layout import Layout, channel_axis, parse_layout, resolve_layout, wrong_channels, wrong_stages
+from vqserve.refused import not_indices
 from vqserve_server.errors import (
     DigestMismatch,
     IndexOutOfRange,
@@ -134,7 +135,7 @@ def check_num_quantizers(asked: object, *, available: int) -> int:
     if asked is None:
         return available
     if not isinstance(asked, Integral) or isinstance(asked, bool) or not 1 <= int(asked) <= available:
-        raise InvalidOption(f"num_quantizers must be an integer in [1, {available}], not {asked!r:.40}")
+        raise InvalidOption(wrong_count(asked, available))
     return int(asked)
 
 
@@ -195,7 +196,7 @@ def check_indices(array: npt.NDArray[np.integer[Any]], *, decodable: int) -> Non
         IndexOutOfRange: names the first offender's position, its value and the range.
     """
     if array.dtype.kind not in "iu":
-        raise InvalidDtype(f"indices must be integers, not {array.dtype}")
+        raise InvalidDtype(not_indices(array.dtype))
     if array.size == 0:
         return
     low, high = int(array.min()), int(array.max())

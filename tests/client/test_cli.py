@@ -47,7 +47,8 @@ def test_there_and_back(vqserve, tiny, files, monkeypatch):
     # Pieces of 4096 bytes, so that this small file is cut inside its items.
     monkeypatch.setattr("vqserve_client.transfer._PIECE_BYTES", 4096)
     source, middle, target = files
-    assert vqserve("encode", source, "-o", middle) == (0, "", "")
+    said = f"20x32x32 uint16, codebook small, digest {tiny.codes['small'].info.digest}"
+    assert vqserve("encode", source, "-o", middle) == (0, "", f"wrote {middle}: {said}\n")
     with Client(tiny.target) as client:
         indices = client.encode(np.load(source))
         assert np.load(middle).dtype == np.uint16
@@ -60,7 +61,7 @@ def test_there_and_back(vqserve, tiny, files, monkeypatch):
             (["--output", "code_rows"], {"output": "code_rows"}),
             (["--layout", "channels_last"], {"layout": "channels_last"}),
         ):
-            assert vqserve("decode", middle, "-o", target, "--force", *arguments) == (0, "", "")
+            assert vqserve("decode", middle, "-o", target, "--force", "--quiet", *arguments) == (0, "", "")
             decoded = np.load(target)
             expected = client.decode(indices, **options)
             assert decoded.dtype == expected.dtype
@@ -95,6 +96,44 @@ def test_an_existing_file_is_kept(vqserve, tiny, files):
     assert vqserve("encode", source, "-o", middle, "--force")[0] == 0
 
 
+def test_a_file_is_not_written_over_itself(vqserve, tiny, files):
+    source, middle, _ = files
+    before = source.read_bytes()
+    middle.symlink_to(source)
+    for target in (source, source.parent / "." / source.name, middle):
+        for command in ("encode", "decode"):
+            code, _, err = vqserve(command, source, "-o", target, "--force")
+            assert code == 1
+            assert f"{target} is what is read" in err
+    assert source.read_bytes() == before
+    assert tiny.requests == []
+
+
+def test_errors_name_flags_where_the_sdk_names_options(vqserve, tiny, serve_tiny, codes, files, failing, monkeypatch):
+    source, middle, _ = files
+    two = serve_tiny(codes("a"), codes("b"))
+    _, _, err = vqserve("encode", source, "-o", middle, "--target", two.target)
+    assert "the server has 2 codebooks, say which with --codebook: a, b (server" in err
+    assert "lists what is served" not in err
+    tiny.script.append(failing("RESOURCE_EXHAUSTED", "Received message larger than max (9 vs. 4)"))
+    assert "--max-message-bytes must be what both sides take" in vqserve("encode", source, "-o", middle)[2]
+    assert "pin that one with --digest" in vqserve("encode", source, "-o", middle, "--digest", "0" * 64)[2]
+    np.save(source, np.zeros((2, 3, 3, 4), np.float32))
+    assert "should it be --layout channels_last?" in vqserve("encode", source, "-o", middle)[2]
+    assert "`vqserve codebooks --json` has them" in vqserve("encode", source, "-o", middle, "--digest", "12ab")[2]
+    monkeypatch.setenv("VQSERVE_TARGET", "foo")
+    assert "argument --target: VQSERVE_TARGET: target must be HOST:PORT" in vqserve("status")[2]
+
+
+def test_a_server_that_takes_small_messages_only(vqserve, tiny, serve_tiny, codes, files):
+    source, middle, _ = files
+    small = serve_tiny(codes("small"), **{"grpc.max_receive_message_length": 20_000})
+    assert vqserve("encode", source, "-o", middle, "--target", small.target)[0] == 1
+    assert vqserve("encode", source, "-o", middle, "--target", small.target, "--max-message-bytes", 20_000)[0] == 0
+    with Client(tiny.target) as client:
+        assert (np.load(middle) == client.encode(np.load(source))).all()
+
+
 def one_line(err):
     return err.startswith("vqserve: error: ") and err.count("\n") == 1 and err.endswith("\n")
 
@@ -109,7 +148,7 @@ def test_errors_are_one_line_and_leave_nothing_behind(vqserve, tiny, failing, fi
     (tmp_path / "short.npy").write_bytes(source.read_bytes()[:-10])
     before = {path.name for path in tmp_path.iterdir()}
     for wrong, text in (
-        ("missing.npy", "No such file"),
+        ("missing.npy", "missing.npy: there is no such file"),
         ("text.npy", "not a .npy file"),
         ("objects.npy", "not a .npy file of numbers"),
         ("many.npz", "not a .npy file"),
@@ -131,6 +170,7 @@ def test_errors_are_one_line_and_leave_nothing_behind(vqserve, tiny, failing, fi
     code, _, err = vqserve("encode", source, "-o", middle)
     assert code == 1
     assert one_line(err)
+    assert "array 0" not in err
     assert "line" in err
     assert "\x1b" not in err
     assert {path.name for path in tmp_path.iterdir()} == before | {"saved.npy"}
@@ -165,7 +205,9 @@ def test_a_server_that_is_not_there(vqserve, files):
 def test_wrong_usage(vqserve, wrong):
     code, out, err = vqserve(*wrong)
     assert (code, out) == (2, "")
-    assert "usage: vqserve" in err
+    assert err.startswith("vqserve")
+    assert err.endswith("--help` lists the options\n")
+    assert err.count("\n") == 1
 
 
 def test_version(vqserve):
@@ -181,6 +223,8 @@ def test_codebooks(vqserve, tiny):
     assert row.split() == ["small", "vq", "300", "300", "4", "4", "8", "default", info.digest[:12]]
     code, out, _ = vqserve("codebooks", "--json")
     assert json.loads(out)[0]["digest"] == info.digest
+    tiny.replace("small", kind="rvq", num_quantizers=8)
+    assert "8 stages of 300 " in vqserve("codebooks")[1]
     tiny.replace("small", name="evil\x1b[2J")
     assert "\x1b" not in vqserve("codebooks")[1]
 

@@ -94,7 +94,7 @@ def test_arrays_that_do_not_fit_together_go_apart(tiny, connect, latents):
         assert (answer == expected).all()
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_lengths_come_back_in_order(tiny, connect, data):
     lengths = data.draw(st.lists(st.one_of(st.integers(0, 40), st.sampled_from([5000, 20000])), max_size=40))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import socket
 import struct
@@ -138,6 +139,15 @@ def test_something_else_is_there(connect, latents, words):
     assert caught.value.message == "cannot connect to the server: what listens there does not speak gRPC"
 
 
+def test_something_else_was_there(connect, latents):
+    with Stranger(b"HTTP/1.1 400 Bad Request\r\n\r\n", patience=1) as stranger, pytest.raises(Unavailable) as caught:
+        connect(stranger.target, retries=2).encode(latents(2, 4))
+    # The later attempts were refused, which tells less.
+    assert caught.value.message == (
+        "cannot connect to the server: what listens there does not speak gRPC; tried 3 times"
+    )
+
+
 def test_a_connection_lost_under_a_request(tiny, connect, latents):
     tiny.gate.clear()
     with DroppingProxy(tiny.target, drops=0) as proxy:
@@ -222,10 +232,11 @@ class DroppingProxy:
 
 
 class Stranger:
-    """Listens, but is no gRPC server: says the same to everybody."""
+    """Listens, but is no gRPC server: says the same to everybody, or to so many until it is gone."""
 
-    def __init__(self, words: bytes) -> None:
+    def __init__(self, words: bytes, *, patience: int | None = None) -> None:
         self._words = words
+        self._patience = patience
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._thread = threading.Thread(target=self._accept)
         self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
@@ -242,8 +253,10 @@ class Stranger:
 
     def _accept(self):
         with contextlib.suppress(OSError):
-            while True:
+            for heard in itertools.count(1):
                 accepted, _ = self._listener.accept()
+                if heard == self._patience:
+                    self._listener.close()
                 with accepted:
                     accepted.recv(1 << 16)
                     accepted.sendall(self._words)

@@ -9,7 +9,7 @@ import torch
 from vqserve_client import InvalidArgument
 from vqserve_client.cli import main
 from vqserve_server.errors import InvalidOption, InvalidShape
-from vqserve_server.quantizers import ResidualQuantizer
+from vqserve_server.quantizers import ResidualQuantizer, VectorQuantizer
 from vqserve_server.tokenizer import Tokenizer
 
 STAGES, CHANNELS = 5, 6
@@ -161,6 +161,14 @@ def test_more_stages_than_there_are(serving, latents, tokenizer, tmp_path, capsy
     arguments = ["encode", str(tmp_path / "in.npy"), "-o", str(tmp_path / "out.npy"), "--num-quantizers", "6"]
     assert main([*arguments, "--target", serving(tokenizer).target]) == 1
     assert "num_quantizers must be an integer in [1, 5], not 6" in capsys.readouterr().err
+
+
+def test_a_codebook_without_stages(serving, connect, latents):
+    plain = Tokenizer(VectorQuantizer(300, CHANNELS), name="plain", device="cpu")
+    for one in (connect(serving(plain).target), plain):
+        with pytest.raises(ValueError, match="num_quantizers must be 1, not 2: a token of this codebook has one index"):
+            one.encode(latents(3, 6), num_quantizers=2)
+        assert one.encode(latents(3, 6), num_quantizers=1).shape == (3,)
 
 
 @pytest.mark.parametrize("method", ["encode", "decode"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -106,11 +108,32 @@ def test_a_folder_is_served_until_sigterm(vqserved: Callable[..., Any], folder: 
 def test_the_log_says_what_is_served(vqserved: Callable[..., Any], folder: Path) -> None:
     books = {name: Tokenizer.load(folder / f"{name}.safetensors", device="cpu") for name in ("large", "small")}
     _, log = vqserved(folder, "--device", "cpu").stop(signal.SIGTERM)
-    told = [line.partition(": ")[2] for line in log.splitlines() if "codebook " in line]
+    told = [line.partition(" INFO ")[2] for line in log.splitlines() if "codebook " in line]
     assert told == [
         f"codebook large: vq, 300 x 8, search {books['large'].search} on cpu, digest {books['large'].digest[:12]}",
         f"codebook small: vq, 16 x 4, search {books['small'].search} on cpu, digest {books['small'].digest[:12]}",
     ]
+
+
+def test_as_a_module_it_is_the_command() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "vqserve_server", "--version"], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout) == (0, f"vqserved {__version__}\n")
+
+
+def test_lines_of_the_log_name_other_packages_only(capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    try:
+        logs.set_up("info", worker=1)
+        logging.getLogger("vqserve_server.repository.repository").info("codebook x")
+        logging.getLogger("asyncio").warning("slow")
+    finally:
+        root.handlers, root.level = before
+    ours, others = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO worker 1 codebook x", ours)
+    assert others.endswith(" WARNING worker 1 asyncio: slow")
 
 
 def test_one_codebook_under_a_name_until_interrupted(vqserved: Callable[..., Any], folder: Path) -> None:
@@ -250,7 +273,7 @@ def test_a_mistake_in_the_environment_is_one_line(
     run_here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VQSERVE_PRT", "1")
-    assert_fails(run_here("serve"), "unknown environment variable VQSERVE_PRT")
+    assert_fails(run_here("serve"), "unknown environment variable VQSERVE_PRT: did you mean VQSERVE_PORT?")
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["serve", "--port", "x"], ["serve", "--nonsense"]])
@@ -258,7 +281,9 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]) -
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert "usage: vqserved" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.endswith(" --help` lists the options\n")
+    assert err.count("\n") == 1
 
 
 def test_version(run_vqserved: Callable[..., Any]) -> None:
@@ -273,7 +298,7 @@ def test_without_the_extra_it_says_what_to_install(command: list[str]) -> None:
     result = subprocess.run(
         [sys.executable, "-c", TORCH_IS_MISSING, *command], capture_output=True, text=True, check=False
     )
-    assert_fails(result, 'pip install "vqserve[server]"')
+    assert_fails(result, "torch is missing: install vqserve with its extra `server`")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["serve", "--help"]])

@@ -91,7 +91,7 @@ def test_files_that_hold_no_latents_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "z.npy"
     for content in (b"", b"hello", b"\x93NUMPY\x01\x00"):
         path.write_bytes(content)
-        with pytest.raises(InvalidOption, match=r"z\.npy is no \.npy file"):
+        with pytest.raises(InvalidOption, match=r"z\.npy is not a \.npy file"):
             LatentRows.open(path)
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(InvalidOption, match="Python objects"):

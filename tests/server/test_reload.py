@@ -159,7 +159,7 @@ def test_a_signal_while_it_starts_is_not_lost(put: Callable[..., Any], tmp_path:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline().startswith("vqserved: ready on ")
-        while ": rescanned in " not in process.stderr.readline():
+        while " rescanned in " not in process.stderr.readline():
             pass
     finally:
         process.terminate()

@@ -72,11 +72,22 @@ def test_a_name_can_be_claimed_once(tmp_path: Path) -> None:
     found = find_codebooks([str(tmp_path)])
     assert list(found.files) == ["other"]
     assert texts(found) == [
-        f"two codebooks are named 'book': {tmp_path / 'book'} and {tmp_path / 'book.safetensors'}; name one (NAME=PATH)"
+        f"two codebooks are named 'book': {tmp_path / 'book'} and {tmp_path / 'book.safetensors'}; rename one"
     ]
     assert found.problems[0].paths == (tmp_path / "book", tmp_path / "book.safetensors")
     with pytest.raises(StartError, match="two codebooks are named"):
         found.check()
+
+
+def test_a_checkpoint_among_codebooks_is_told(tmp_path: Path) -> None:
+    touch(tmp_path / "book.safetensors", tmp_path / "codes.npy", tmp_path / "vqgan.ckpt", tmp_path / "README.md")
+    found = find_codebooks([str(tmp_path)])
+    assert list(found.files) == ["book"]
+    assert texts(found) == []
+    assert texts(found, is_fatal=False) == [
+        f"{tmp_path / name} is passed over: it is no *.safetensors file; `vqserved import` makes one of it"
+        for name in ("codes.npy", "vqgan.ckpt")
+    ]
 
 
 def test_links_inside_a_folder_are_followed(tmp_path: Path) -> None:

@@ -385,7 +385,7 @@ def test_decode_rounds_once():
     assert np.array_equal(widened, bfloat16.float().numpy())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.floats(width=64, allow_nan=False, allow_infinity=False))
 def test_narrowing_from_float64_is_correctly_rounded(value):
     with np.errstate(over="ignore"):
@@ -393,7 +393,7 @@ def test_narrowing_from_float64_is_correctly_rounded(value):
     assert narrow(torch.tensor([value], dtype=torch.float64), torch.float16).numpy()[0] == expected
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, (1 << 15) - 2), st.sampled_from([-1, 0, 1]), st.integers(45, 52), st.booleans())
 def test_narrowing_around_half_way_points(bits, side, shift, negative):
     # The half-way point of two neighbours, and numbers so close to it that float32 sees none between.
@@ -496,7 +496,7 @@ def test_load(tmp_path):
     text = repr(Tokenizer.load(path, device="cpu"))
     assert text.startswith("Tokenizer('my-codes', kind='vq', num_codes=40, code_dim=6, digest='")
     assert digest[:12] in text
-    with pytest.raises(CodebookFileError, match="'none'"):
+    with pytest.raises(CodebookFileError, match=r"none\.safetensors: there is no such file"):
         Tokenizer.load(tmp_path / "none.safetensors")
 
 

@@ -83,8 +83,8 @@ def test_workers_share_a_port_and_stop_together(vqserved: Callable[..., Any], co
     connection.close()
     code, log = daemon.stop(signal.SIGTERM)
     assert code == 0
-    assert log.count("INFO worker 1 vqserve_server.app: served") == 1
-    served = [line for line in log.splitlines() if ": served " in line]
+    assert log.count("INFO worker 1 served") == 1
+    served = [line for line in log.splitlines() if " served " in line]
     # The kernel spread the connections: no worker had them all.
     assert len(served) == 3
     assert sum("served 0 requests" not in line for line in served) > 1
@@ -135,7 +135,8 @@ def test_what_the_parent_can_see_is_told_once(
     taken = run_vqserved("serve", codebook, "--workers", 2, "--port", port)
     assert (taken.returncode, taken.stderr) == (
         1,
-        f"vqserved: error: cannot listen on 127.0.0.1:{port}: the port is in use\n",
+        f"vqserved: error: cannot listen on 127.0.0.1:{port}: the port is in use: is another vqserved running? "
+        "Stop it, or choose another with --port\n",
     )
 
 

@@ -10,11 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vqserve.latent_dtype import LATENT_DTYPES
-from vqserve_client.arguments import add_codebook, add_progress, integer
+from vqserve_client.arguments import add_codebook, add_message_limit, add_progress, integer
 from vqserve_client.bench.load import DEFAULT_MAX_OUTSTANDING, Closed, Load, Open
 from vqserve_client.bench.schedule import Schedule
 from vqserve_client.bench.workload import Grid, Workload
-from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES
 
 _CONCURRENCIES = (1, 8, 32)
 _GRID = (1, 32, 32)
@@ -67,13 +66,7 @@ def add_bench_arguments(command: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--connections", type=integer(1), default=1, metavar="N", help="of each process (1)")
     how.add_argument("--processes", type=integer(1), default=1, metavar="N", help="that send (1)")
-    how.add_argument(
-        "--max-message-bytes",
-        type=integer(1 << 10),
-        default=DEFAULT_MAX_MESSAGE_BYTES,
-        metavar="N",
-        help=f"of a request or a reply at most ({DEFAULT_MAX_MESSAGE_BYTES})",
-    )
+    add_message_limit(how)
 
     long = command.add_argument_group("how long")
     plan = Schedule()

@@ -38,7 +38,7 @@ def bench(args: argparse.Namespace) -> int:
     """
     for path in (args.json, args.plot):
         if path is not None:
-            check_output(path, force=args.force)
+            check_output(path, force=args.force, source=args.data)
     if args.plot is not None:
         check_plot(args.plot)
     config = ClientConfig(target=args.target, timeout=args.timeout, max_message_bytes=args.max_message_bytes)
@@ -126,8 +126,7 @@ def _title(workload: Workload, info: CodebookInfo) -> str:
     grids = ", ".join(grid_text(grid) for grid in workload.grids)
     data = "random data" if workload.data is None else repr(workload.data.name)
     return (
-        f"{workload.method} {grids} tokens, {workload.dtype}, {data}; codebook {info.name!r}: {info.kind}, "
-        f"{info.num_codes} x {info.code_dim}"
+        f"{workload.method} {grids} tokens, {workload.dtype}, {data}; codebook {info.name!r}: {info.kind}, {info.size}"
     )
 
 

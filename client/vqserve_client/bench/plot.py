@@ -24,7 +24,7 @@ def check_plot(path: Path) -> None:
     try:
         import matplotlib.figure  # noqa: F401, PLC0415
     except ImportError:
-        raise FileError(f'{path} cannot be drawn without matplotlib: pip install "vqserve[plot]"') from None
+        raise FileError(f"{path} cannot be drawn without matplotlib: pip install matplotlib") from None
 
 
 def draw(measurements: Sequence[Measurement], path: Path, *, title: str) -> None:
@@ -42,12 +42,13 @@ def draw(measurements: Sequence[Measurement], path: Path, *, title: str) -> None
     figure: Any = Figure(figsize=(11, 4.5), layout="constrained")
     figure.suptitle(title)
     latency, spent = figure.subplots(1, 2)
-    _draw_latency(latency, shown)
+    draw_latency(latency, shown)
     _draw_time_spent(spent, shown)
     figure.savefig(path, dpi=150)
 
 
-def _draw_latency(axes: Any, measurements: Sequence[Measurement]) -> None:
+def draw_latency(axes: Any, measurements: Sequence[Measurement]) -> None:
+    """Draw percentiles of the latency over throughput into matplotlib's axes."""
     for name in _PERCENTILES:
         axes.plot(
             [measured.requests_per_s for measured in measurements],
@@ -55,14 +56,16 @@ def _draw_latency(axes: Any, measurements: Sequence[Measurement]) -> None:
             marker="o",
             label=name,
         )
-    for measured in measurements:
-        top = measured.latency_ms.p99 if measured.latency_ms else 0.0
-        where: Any = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+    tops = [measured.latency_ms.p99 if measured.latency_ms else 0.0 for measured in measurements]
+    fastest = max((measured.requests_per_s for measured in measurements), default=0.0)
+    for measured, top in zip(measurements, tops, strict=True):
+        # Towards the middle, so that it stays inside.
+        side = "right" if measured.requests_per_s > fastest / 2 else "left"
+        where: Any = {"xytext": (0, 6), "textcoords": "offset points", "ha": side}
         axes.annotate(str(measured.load), (measured.requests_per_s, top), fontsize=8, **where)
-    axes.margins(0.12)
     axes.set(xlabel="requests/s", ylabel="latency, ms", title="latency")
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+    axes.set_xlim(0, 1.1 * fastest or 1.0)
+    axes.set_ylim(0, 1.15 * max(tops, default=0.0) or 1.0)
     axes.grid(alpha=0.3)
     axes.legend()
 

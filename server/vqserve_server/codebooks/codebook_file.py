@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import BufferedReader
@@ -18,7 +19,7 @@ from vqserve_server.codebooks.conversion import build, state_of
 from vqserve_server.codebooks.digest import canonical_json
 from vqserve_server.codebooks.safetensors_file import ContainerError, read_header, read_tensor, unique_names, write_file
 from vqserve_server.codebooks.state import CodebookState, StateError, canonical_names, check_claims, check_values
-from vqserve_server.errors import CodebookError, CodebookFileError
+from vqserve_server.errors import CodebookError, CodebookFileError, InvalidOption
 from vqserve_server.quantizers import Quantizer
 
 FORMAT_VERSION = "1"
@@ -27,6 +28,14 @@ _KEYS = ("format", "kind", "arguments", "digest", "provenance")
 # A codebook has a handful of tensors and a page of provenance.
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_PROVENANCE_BYTES = 1 << 18
+# How files begin that codebooks come in, too: read as the length of a header, each is more than a codebook's.
+_FOREIGN = {
+    b"\x93NUMPY": "a .npy file",
+    b"PK\x03\x04": "a torch file",
+    # A pickle, as torch wrote it until 1.6.
+    b"\x80\x02\x8a\x0a": "a torch file",
+}
+_LONGEST_MAGIC = max(map(len, _FOREIGN))
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,10 @@ class Codebook:
     provenance: Mapping[str, object] = field(default_factory=dict)
 
 
+class _NotACodebook(Exception):
+    """A safetensors file of something else."""
+
+
 def codebook_digest(quantizer: Quantizer) -> str:
     """Return the digest that a file of this quantizer has.
 
@@ -66,6 +79,21 @@ def check_folder(path: Path) -> None:
     if not os.access(path.parent, os.W_OK | os.X_OK):
         hint = "let it, or name another folder or user"
         raise PermissionError(f"user {os.geteuid()} cannot write into the folder {path.parent}: {hint}")
+
+
+def check_not_read(output: Path, *sources: Path | None) -> None:
+    """Refuse to write a file that is read as well, under whatever name.
+
+    Args:
+        output: the file to write.
+        sources: files that are read.
+
+    Raises:
+        InvalidOption: it is one of them.
+    """
+    for source in sources:
+        if source is not None and source.exists() and output.exists() and output.samefile(source):
+            raise InvalidOption(f"{output.name} is what is read: name another file to write")
 
 
 def save_codebook(quantizer: Quantizer, path: str | Path, *, provenance: Mapping[str, object] | None = None) -> str:
@@ -109,7 +137,7 @@ def load_codebook(path: str | Path) -> Codebook:
     """Read a codebook file; nothing in it is trusted, and memory is bounded by a few times its length.
 
     Raises:
-        CodebookFileError: names the file by its stem, says what is wrong and what to do.
+        CodebookFileError: names the file without its folder, says what is wrong and what to do.
     """
     path = Path(path)
     try:
@@ -117,14 +145,39 @@ def load_codebook(path: str | Path) -> Codebook:
         if path.exists() and not path.is_file():
             raise CodebookFileError(f"codebook {path.stem!r} is no regular file: name the {SUFFIX} file itself")
         with path.open("rb") as file:
+            _check_is_ours(file, path)
             state, digest, provenance = _read(file)
+    except FileNotFoundError:
+        raise CodebookFileError(f"{path.name}: there is no such file") from None
     except OSError as error:
         raise CodebookFileError(f"codebook {path.stem!r} cannot be read: {error.strerror or error}") from None
+    except _NotACodebook:
+        raise CodebookFileError(
+            f"{path.name} is a safetensors file, but not a codebook file: `vqserved import {shlex.quote(path.name)} "
+            f"-o NAME{SUFFIX}`"
+        ) from None
     except (ContainerError, StateError, ArgumentError) as error:
         what = f"it {error}" if isinstance(error, ContainerError) else str(error)
         advice = "copy the file again or make it anew with `vqserved import`"
         raise CodebookFileError(f"codebook {path.stem!r} cannot be used: {what}; {advice}") from None
     return Codebook(build(state), state.kind, state.arguments, digest, provenance)
+
+
+def _check_is_ours(file: BufferedReader, path: Path) -> None:
+    """Refuse what is a codebook perhaps, but not a codebook file.
+
+    Raises:
+        CodebookFileError: says what it is and how to import it.
+    """
+    begin = file.read(_LONGEST_MAGIC)
+    for magic, what in _FOREIGN.items():
+        if begin.startswith(magic):
+            raise CodebookFileError(_import_first(path, "an .npz file" if path.suffix == ".npz" else what))
+
+
+def _import_first(path: Path, what: str) -> str:
+    command = f"vqserved import {shlex.quote(path.name)} -o {shlex.quote(f'{path.stem}{SUFFIX}')}"
+    return f"{path.name} is {what}, not a codebook file: `{command}`"
 
 
 def _read(file: BufferedReader) -> tuple[CodebookState, str, dict[str, Any]]:
@@ -151,7 +204,7 @@ def _read(file: BufferedReader) -> tuple[CodebookState, str, dict[str, Any]]:
 def _read_metadata(metadata: Mapping[str, str]) -> tuple[str, dict[str, object], dict[str, Any]]:
     version = metadata.get("vqserve.format")
     if version is None:
-        raise StateError("it does not say that it is a vqserve codebook (a foreign checkpoint is imported first)")
+        raise _NotACodebook
     if version != FORMAT_VERSION:
         raise StateError(f"it has format {version[:20]!r}, this vqserve reads {FORMAT_VERSION!r}: use a newer one")
     ours = {name.removeprefix(_PREFIX): text for name, text in metadata.items() if name.startswith(_PREFIX)}

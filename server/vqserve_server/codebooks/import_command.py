@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vqserve.codebook_info import of_stages
 from vqserve.layout import Layout
 from vqserve_server.codebook_path import new_codebook_path
 from vqserve_server.codebooks.arguments import ARGUMENTS, check_unknown_index
-from vqserve_server.codebooks.codebook_file import check_folder, save_codebook
+from vqserve_server.codebooks.codebook_file import check_folder, check_not_read, save_codebook
 from vqserve_server.codebooks.families.options import BIT_ORDERS, DECODES, METRICS, Options
 from vqserve_server.codebooks.importer import Import, import_checkpoint
 from vqserve_server.codebooks.verification import verify_files
@@ -30,8 +31,8 @@ def add_import_parser(subparsers: Subparsers) -> None:
     """Register `import`; its parser's `run` takes the arguments and returns the exit status."""
     parser = subparsers.add_parser(
         "import",
-        help="make a codebook file from a foreign checkpoint or a bare array",
-        description="Make a codebook file from a foreign checkpoint or a bare array, without running anything in it.",
+        help="make a codebook file from a foreign checkpoint or an array of codes",
+        description="Make a codebook file from a foreign checkpoint or an array of codes; nothing in it is run.",
     )
     parser.add_argument(
         "source",
@@ -42,7 +43,7 @@ def add_import_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "-o",
-        "--output",
+        "--out",
         type=new_codebook_path,
         required=True,
         metavar="OUT.safetensors",
@@ -92,13 +93,12 @@ def run_import(args: argparse.Namespace) -> int:
         CodebookError: the checkpoint cannot be imported, or does not give the indices that it should.
         OSError: the file cannot be written.
     """
-    output: Path = args.output
+    output: Path = args.out
     if not output.parent.is_dir():
         raise ForeignCheckpointError(f"there is no folder {output.parent}: make it first")
     if output.is_dir():
         raise ForeignCheckpointError(f"{output} is a folder: name a file")
-    if args.source is not None and output.exists() and args.source.exists() and output.samefile(args.source):
-        raise ForeignCheckpointError(f"{output.name} is the file to import, and would be lost: name another one")
+    check_not_read(output, args.source, *(args.verify or ()))
     if output.exists() and not args.force:
         raise ForeignCheckpointError(f"{output.name} is there already: pass --force to replace it")
     check_folder(output)
@@ -122,7 +122,9 @@ def run_import(args: argparse.Namespace) -> int:
     lines = _story(result)
     if verified is not None:
         lines.append(f"verified  {verified}")
-    lines.append(f"wrote {output.name}: {result.kind}, {result.quantizer.num_codes} codes, digest {digest}")
+    made = result.quantizer
+    codes = of_stages(made.num_quantizers, made.num_codes) if result.kind == "rvq" else made.num_codes
+    lines.append(f"wrote {output}: {result.kind}, {codes} codes, digest {digest}")
     sys.stdout.write("".join(f"{printable(line)}\n" for line in lines))
     return 0
 
@@ -133,13 +135,10 @@ def _story(result: Import) -> list[str]:
     lines += [f"took  {name}  {what}" for name, what in result.taken.items()]
     lines += [f"left  {what}" for what in _left(result)]
     lines += [f"note  {note}" for note in result.notes]
-    if result.assumed:
-        defaults = ", ".join(f"{name}={result.arguments[name]!r}" for name in result.assumed)
-        lines.append(f"note  the checkpoint does not hold {defaults}: defaults, which encode and decode do not read")
-    if "unknown_index" in result.arguments:
-        unused = getattr(result.quantizer, "used", None) is None
-        story = ", which nothing uses without a remap" if unused else ""
-        lines.append(f"note  unknown_index is {result.arguments['unknown_index']!r}{story}")
+    if result.arguments.get("layout") is not None:
+        lines.append(f"note  latents of 3 to 5 axes are {result.arguments['layout']} where a call does not say")
+    if getattr(result.quantizer, "used", None) is not None:
+        lines.append(f"note  unknown_index is {result.arguments['unknown_index']!r}")
     return lines
 
 

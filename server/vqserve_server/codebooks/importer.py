@@ -40,7 +40,6 @@ class Import:
         taken: names in the checkpoint, with shape and element type.
         left: the other names in the checkpoint.
         place: the prefix under which the quantizer was found.
-        assumed: arguments that no checkpoint holds and nothing depends on, at the constructor's defaults.
         notes: what else a person should know.
         provenance: for `save_codebook`.
     """
@@ -52,7 +51,6 @@ class Import:
     taken: Mapping[str, str]
     left: tuple[str, ...]
     place: str
-    assumed: tuple[str, ...]
     notes: tuple[str, ...]
     provenance: Mapping[str, object]
 
@@ -74,7 +72,7 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
         ledger = checkpoint.ledger
         left = tuple(name for name in checkpoint.arrays if (name or "array") not in ledger.taken)
     options.check_use(reading.kind)
-    state, assumed = _state(checkpoint, reading, options)
+    state = _state(checkpoint, reading, options)
     provenance: dict[str, object] = {
         "importer": f"vqserve {__version__}",
         "family": reading.family,
@@ -94,7 +92,6 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
         taken=ledger.taken,
         left=left,
         place=place,
-        assumed=assumed,
         notes=tuple(ledger.notes),
         provenance=provenance,
     )
@@ -182,7 +179,7 @@ def _candidates(arrays: Mapping[str, ForeignArray]) -> str:
     )
 
 
-def _state(checkpoint: Checkpoint, reading: Reading, options: Options) -> tuple[CodebookState, tuple[str, ...]]:
+def _state(checkpoint: Checkpoint, reading: Reading, options: Options) -> CodebookState:
     kind, known = reading.kind, ARGUMENTS[reading.kind]
     given = dict(reading.arguments)
     if "unknown_index" in known:
@@ -198,4 +195,4 @@ def _state(checkpoint: Checkpoint, reading: Reading, options: Options) -> tuple[
         check_values(state)
     except (ArgumentError, StateError) as error:
         raise checkpoint.refusal(str(error)) from None
-    return state, tuple(name for name, argument in known.items() if name not in given and not argument.served)
+    return state

@@ -55,9 +55,9 @@ def run_inspect(args: argparse.Namespace) -> int:
         OSError: a file cannot be read or written.
     """
     if args.layout is not None and args.latents is None:
-        raise InvalidOption("--layout says how latents lie: give --latents too")
+        raise InvalidOption("--layout says where the channels of LATENTS are: give --latents too")
     if args.plot is not None:
-        check_plot(args.plot, force=args.force)
+        check_plot(args.plot, force=args.force, sources=(args.file, args.latents))
     codebook = load_codebook(args.file)
     latents = None
     if args.latents is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vqserve.codebook_info import of_stages
+from vqserve_server.codebooks import check_not_read
 from vqserve_server.errors import InvalidOption
 from vqserve_server.inspection.error import ErrorTally
 from vqserve_server.inspection.inspection import Inspection
@@ -19,12 +21,18 @@ _BINS = 60
 Floats = npt.NDArray[np.float64]
 
 
-def check_plot(path: Path, *, force: bool) -> None:
+def check_plot(path: Path, *, force: bool, sources: Sequence[Path | None] = ()) -> None:
     """Check, before anything is measured, that a plot can be drawn and written.
 
+    Args:
+        path: of the plot.
+        force: whether a file that is there may be replaced.
+        sources: files that are read.
+
     Raises:
-        InvalidOption: there is a file already, there is no such folder, or matplotlib is missing.
+        InvalidOption: there is a file already, or it is a source, there is no such folder, or matplotlib is missing.
     """
+    check_not_read(path, *sources)
     if path.is_dir():
         raise InvalidOption(f"{path} is a folder: name a file in it")
     if path.exists() and not force:
@@ -34,7 +42,7 @@ def check_plot(path: Path, *, force: bool) -> None:
     try:
         import matplotlib.figure  # noqa: F401, PLC0415
     except ImportError:
-        raise InvalidOption(f'{path.name} cannot be drawn without matplotlib: pip install "vqserve[plot]"') from None
+        raise InvalidOption(f"{path.name} cannot be drawn without matplotlib: pip install matplotlib") from None
 
 
 def draw(inspection: Inspection, path: Path) -> None:
@@ -54,8 +62,8 @@ def draw(inspection: Inspection, path: Path) -> None:
     report, tally = inspection.report, inspection.tally
     panels: list[Callable[[Any], None]] = []
     if inspection.codes:
-        norms = np.concatenate([codes.norms for codes in inspection.codes])
-        distances = np.concatenate([codes.neighbours for codes in inspection.codes])
+        norms = [codes.norms for codes in inspection.codes]
+        distances = [codes.neighbours for codes in inspection.codes]
         panels.append(partial(_draw_histogram, values=norms, title="norms of the codes", of="norm", counted="codes"))
         title = "from a code to the nearest other"
         panels.append(partial(_draw_histogram, values=distances, title=title, of="distance", counted="codes"))
@@ -68,39 +76,60 @@ def draw(inspection: Inspection, path: Path) -> None:
     columns, rows = min(2, len(panels)), (len(panels) + 1) // 2
     figure: Any = Figure(figsize=(5.5 * columns, 4 * rows), layout="constrained")
     # Nothing that a file says of itself: matplotlib would read it as markup.
-    figure.suptitle(f"{report.kind}, {report.num_codes} x {report.code_dim}, digest {report.digest[:16]}")
+    codes = of_stages(report.num_quantizers, report.num_codes) if report.stages else report.num_codes
+    figure.suptitle(f"{report.kind}, {codes} x {report.code_dim}, digest {report.digest[:16]}")
     for place, paint in enumerate(panels, 1):
         paint(figure.add_subplot(rows, columns, place))
     figure.savefig(path, dpi=110, format="png")
 
 
 def _draw_histogram(
-    axes: Any, *, values: Floats, title: str, of: str, counted: str, weights: npt.NDArray[np.int64] | None = None
+    axes: Any,
+    *,
+    values: Sequence[Floats],
+    title: str,
+    of: str,
+    counted: str,
+    weights: npt.NDArray[np.int64] | None = None,
 ) -> None:
-    is_finite = np.isfinite(values)
-    values = values[is_finite]
+    """Draw values; of several stages on top of each other, each in its own colour."""
     axes.set(title=title, xlabel=of, ylabel=counted)
     axes.grid(alpha=0.3)
-    if values.size == 0:
+    finite = [one[np.isfinite(one)] for one in values]
+    together = np.concatenate(finite)
+    if together.size == 0:
         return
-    weights = None if weights is None else weights[is_finite]
-    low, high = float(values.min()), float(values.max())
+    low, high = float(together.min()), float(together.max())
     # Lengths of a mixed codebook, from 0.1 to 4000, would all be in the first bin of an even scale.
-    if low > 0 and high > 100 * np.median(values):
+    if low > 0 and high > 100 * np.median(together):
         axes.set_xscale("log")
         edges = np.geomspace(low, high, _BINS + 1)
     else:
         edges = np.linspace(low, high, _BINS + 1) if high > low else np.array([low - 0.5, low + 0.5])
-    axes.hist(values, bins=edges, weights=weights)
+    if len(finite) == 1:
+        axes.hist(together, bins=edges, weights=weights)
+        return
+    labels = [_stage_label(number, len(finite)) for number in range(len(finite))]
+    colours = [_stage_colour(number, len(finite)) for number in range(len(finite))]
+    axes.hist(finite, bins=edges, stacked=True, color=colours, label=labels)
+    axes.legend()
+
+
+def _stage_colour(number: int, count: int) -> Any:
+    from matplotlib import colormaps  # noqa: PLC0415
+
+    return colormaps["viridis"](number / max(1, count - 1))
+
+
+def _stage_label(number: int, count: int) -> str:
+    """Return the label of the first and the last of several; matplotlib leaves out what begins with "_"."""
+    return f"index {number + 1}" if number in (0, count - 1) and count > 1 else "_"
 
 
 def _draw_usage(axes: Any, *, usage: list[UsageTally], num_codes: int) -> None:
-    from matplotlib import colormaps  # noqa: PLC0415
-
     for number, tally in enumerate(usage):
         counts = np.sort(tally.counts())[::-1]
-        colour = colormaps["viridis"](number / max(1, len(usage) - 1))
-        label = f"index {number + 1}" if number in (0, len(usage) - 1) and len(usage) > 1 else None
+        colour, label = _stage_colour(number, len(usage)), _stage_label(number, len(usage))
         axes.plot(np.arange(1, counts.size + 1), counts, color=colour, label=label)
     axes.set(title="usage", xlabel="code, the most used first", ylabel="tokens", xscale="log", yscale="log")
     axes.axvline(num_codes, color="grey", linestyle=":", label="all codes")
@@ -111,4 +140,5 @@ def _draw_usage(axes: Any, *, usage: list[UsageTally], num_codes: int) -> None:
 def _draw_error(axes: Any, *, error: ErrorTally) -> None:
     values, counts = error.distances.values_and_counts()
     title = "from a token to its code"
-    _draw_histogram(axes, values=values, weights=counts, title=title, of="distance", counted="tokens")
+    is_finite = np.isfinite(values)
+    _draw_histogram(axes, values=[values], weights=counts[is_finite], title=title, of="distance", counted="tokens")

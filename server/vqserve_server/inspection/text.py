@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import textwrap
 from collections.abc import Iterator
@@ -29,13 +30,19 @@ def as_text(report: Report, columns: int = 120) -> str:
     lines = [line for name, value in figures for line in _wrapped(name, value, width, left)]
 
     own = [
-        *((_cut(printable(f"argument {name}"), _NAME_COLUMNS), value) for name, value in report.arguments.items()),
-        *((_cut(printable(f"provenance {name}"), _NAME_COLUMNS), value) for name, value in report.provenance.items()),
+        (_cut(printable(f"{what} {name}"), _NAME_COLUMNS), _plain(value))
+        for what, values in (("argument", report.arguments), ("provenance", report.provenance))
+        for name, value in values.items()
     ]
     width = max(len(name) for name, _ in own)
     left = max(columns - width - 2, _LEAST_VALUE_COLUMNS)
-    lines += [f"{name:{width}}  {_cut(printable(str(value)), left)}" for name, value in own]
+    lines += [f"{name:{width}}  {_cut(printable(value), left)}" for name, value in own]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _plain(value: object) -> str:
+    """Return text as it is, and anything else as the file has it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _wrapped(name: str, value: str, width: int, columns: int) -> list[str]:
@@ -45,7 +52,6 @@ def _wrapped(name: str, value: str, width: int, columns: int) -> list[str]:
 
 
 def _figures(report: Report) -> Iterator[_Line]:
-    dead = "unknown" if report.dead_looking is None else f"{report.dead_looking} of {report.num_codes}"
     yield "kind", report.kind
     yield "digest", report.digest
     yield "codes", f"{report.num_codes} of width {report.code_dim}, {report.dtype}"
@@ -56,8 +62,11 @@ def _figures(report: Report) -> Iterator[_Line]:
     computed = "none: the codes are computed"
     yield "norms", computed if report.norms is None else _spread(report.norms)
     yield "neighbours", computed if report.norms is None else _neighbours(report)
-    yield "duplicates", f"{report.duplicates} (codes equal to an earlier one)"
-    yield "dead-looking", f"{dead} ({report.dead_looking_means})"
+    if report.norms is not None:
+        yield "duplicates", f"{report.duplicates} (codes equal to an earlier one)"
+    if report.dead_looking is not None:
+        dead = f"{report.dead_looking} of {report.num_codes}"
+        yield "dead-looking", f"{dead} ({report.dead_looking_means})"
     yield "search", ", ".join(f"{backend} on {device}" for device, backend in report.search.items())
     if report.stages and report.fit is None:
         yield "stage", _STAGE_HEAD

@@ -47,9 +47,11 @@ class Tally:
     unchanged: int = 0
     removed: int = 0
     refused: int = 0
+    passed_over: int = 0
 
     def __str__(self) -> str:
-        return f"{self.loaded} loaded, {self.unchanged} unchanged, {self.removed} removed, {self.refused} refused"
+        over = f", {self.passed_over} passed over" if self.passed_over else ""
+        return f"{self.loaded} loaded, {self.unchanged} unchanged, {self.removed} removed, {self.refused} refused{over}"
 
 
 class Repository:
@@ -104,7 +106,10 @@ class Repository:
         tally = Tally()
         for problem in found.problems:
             kept = {name: entry for name, entry in self._entries.items() if _is_below(entry.path, problem.paths)}
-            tally.refused += 1
+            if problem.is_fatal:
+                tally.refused += 1
+            else:
+                tally.passed_over += 1
             logger.warning("%s%s", printable(problem.text), f" ({_names(kept)})" if kept else "")
             entries.update(kept)
         for name, path in found.files.items():
@@ -146,11 +151,10 @@ class Repository:
         tokenizer.check_itself()
         info = tokenizer.info
         logger.info(
-            "codebook %s: %s, %d x %d, search %s on %s, digest %s",
+            "codebook %s: %s, %s, search %s on %s, digest %s",
             name,
             info.kind,
-            info.num_codes,
-            info.code_dim,
+            info.size,
             tokenizer.search,
             tokenizer.device,
             info.digest[:12],

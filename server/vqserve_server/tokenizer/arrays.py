@@ -13,11 +13,13 @@ from torch import Tensor
 
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout, channel_axis, first_channels, grid_shape, num_rows
+from vqserve.refused import not_an_array, not_indices, not_latents
 from vqserve.vocabulary import smallest_unsigned
 from vqserve_server.errors import InvalidDtype, NonFiniteLatents, NotAnArray
 from vqserve_server.tokenizer.options import Options
 from vqserve_server.validation import check_finite, check_indices, check_indices_shape, check_latents
 
+T = TypeVar("T")
 Indices = TypeVar("Indices", npt.NDArray[Any], Tensor)
 
 # numpy has no bfloat16: its bit patterns travel as uint16.
@@ -60,6 +62,17 @@ class Given:
         return (latents.float() if latents.dtype == torch.bfloat16 else latents).cpu().numpy()
 
 
+def several(items: T, verb: str) -> T:
+    """Return what `encode_many` or `decode_many` was given.
+
+    Raises:
+        NotAnArray: it is one array, whose first axis would be taken apart.
+    """
+    if isinstance(items, np.ndarray | Tensor):
+        raise NotAnArray(f"{verb}_many takes an iterable of arrays, not one: {verb}(x), or {verb}_many([x])")
+    return items
+
+
 def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Given:
     """Return latents that the codebook takes.
 
@@ -72,7 +85,7 @@ def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Giv
     if isinstance(latents, Tensor):
         _check_dense(latents, "latents")
         if latents.dtype not in _LATENT_DTYPES:
-            raise InvalidDtype(f"latents must be float16, bfloat16, float32 or float64, not {latents.dtype}")
+            raise InvalidDtype(not_latents(latents.dtype))
         resolved = check_latents(latents.shape, asked.layout, info=info)
         plain = latents.detach()
         _check_finite_tensor(plain)
@@ -81,7 +94,7 @@ def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Giv
         return Given(wide, grid_shape(latents.shape, resolved), resolved, latents.device)
     array = _plain_array(latents, "latents")
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-        raise InvalidDtype(f"latents must be float16, float32 or float64, not {array.dtype}")
+        raise InvalidDtype(not_latents(array.dtype))
     resolved = check_latents(array.shape, asked.layout, info=info)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     check_finite(array)
@@ -102,7 +115,7 @@ def given_indices(indices: object, asked: Options, *, info: CodebookInfo, decoda
     if isinstance(indices, Tensor):
         _check_dense(indices, "indices")
         if indices.is_complex() or indices.is_floating_point() or indices.dtype == torch.bool:
-            raise InvalidDtype(f"indices must be integers, not {indices.dtype}")
+            raise InvalidDtype(not_indices(indices.dtype))
         layout = _layout_of_indices(indices.shape, asked, info)
         ids, device = _checked_ids(_used(indices.detach(), layout, asked, info), decodable), indices.device
     else:
@@ -136,7 +149,7 @@ def tensor_of(array: npt.NDArray[Any]) -> Tensor:
 def _plain_array(value: object, what: str) -> npt.NDArray[Any]:
     # A masked array's mask would be lost.
     if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
-        raise NotAnArray(f"{what} must be a numpy array or a torch tensor, not {type(value).__name__}")
+        raise NotAnArray(not_an_array(what, value))
     return np.asarray(value)
 
 

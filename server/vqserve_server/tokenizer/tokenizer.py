@@ -19,7 +19,7 @@ from vqserve_server.codebooks.device import select_device
 from vqserve_server.errors import Closed, UnknownCodebook
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.frozen import FrozenQuantizer, freeze
-from vqserve_server.tokenizer.arrays import TORCH_DTYPES, given_indices, given_latents, tensor_of
+from vqserve_server.tokenizer.arrays import TORCH_DTYPES, given_indices, given_latents, several, tensor_of
 from vqserve_server.tokenizer.grid import decode_grid, encode_grid
 from vqserve_server.tokenizer.options import Options, Output, options
 from vqserve_server.validation import check_digest
@@ -201,7 +201,7 @@ class Tokenizer:
         """Return the indices of each of many arrays, lazily and in order; see `encode`."""
         asked = options(info=self.info, layout=layout, num_quantizers=num_quantizers)
         # What cannot be iterated is refused here, not at the first answer.
-        return (self._encode(item, asked, codebook, digest) for item in iter(items))
+        return (self._encode(item, asked, codebook, digest) for item in iter(several(items, "encode")))
 
     def decode_many(
         self,
@@ -217,7 +217,7 @@ class Tokenizer:
     ) -> Generator[ArrayOrTensor, None, None]:
         """Return the latents of each of many arrays of indices, lazily and in order; see `decode`."""
         asked = options(info=self.info, layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
-        return (self._decode(item, asked, codebook, digest) for item in iter(items))
+        return (self._decode(item, asked, codebook, digest) for item in iter(several(items, "decode")))
 
     def codebooks(self, *, timeout: float | None = None) -> list[CodebookInfo]:
         """Return what there is: the one codebook."""

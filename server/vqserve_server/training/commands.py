@@ -30,7 +30,7 @@ def add_train_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "-o",
-        "--output",
+        "--out",
         type=new_codebook_path,
         required=True,
         metavar="OUT.safetensors",
@@ -40,7 +40,7 @@ def add_train_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--quiet",
         action="store_true",
-        help="show no progress (else a bar on a terminal, a line now and then elsewhere)",
+        help="show no progress (else a bar on a terminal, and elsewhere a line every ten seconds)",
     )
     parser.add_argument(
         "--layout",
@@ -60,7 +60,7 @@ def add_train_parser(subparsers: Subparsers) -> None:
         "--reseed-every",
         type=int,
         metavar="STEPS",
-        help="move dead codes so often; 0: never (default: when a code had 32 chances, at least 20 steps)",
+        help="steps between two moves of dead codes; 0: none (default: when a code had 32 chances, at least 20)",
     )
     parser.add_argument(
         "--lr", type=float, metavar="STEP", help="Adam's, for vq (default: a fifth of a typical first error)"
@@ -95,12 +95,12 @@ def run_train(args: argparse.Namespace) -> int:
     )
     from vqserve_server.training.job import train_file  # noqa: PLC0415 - brings torch
 
-    made = train_file(args.latents, args.output, options, layout=args.layout, force=args.force, progress=not args.quiet)
-    sys.stdout.write(_story(made, options, args.output.name))
+    made = train_file(args.latents, args.out, options, layout=args.layout, force=args.force, progress=not args.quiet)
+    sys.stdout.write(_story(made, options, args.out))
     return 0
 
 
-def _story(made: TrainedFile, options: TrainingOptions, name: str) -> str:
+def _story(made: TrainedFile, options: TrainingOptions, out: Path) -> str:
     trained, quality = made.trained, made.trained.quality
     lines = (
         f"trained {options.kind}, {options.num_codes} codes of {trained.quantizer.code_dim}: "
@@ -108,6 +108,6 @@ def _story(made: TrainedFile, options: TrainingOptions, name: str) -> str:
         f"mean squared error {quality.mean_squared_error:.6g}",
         f"perplexity {quality.perplexity:.1f}",
         f"used codes {quality.used_codes} of {options.num_codes}",
-        f"wrote {name}, digest {made.digest}",
+        f"wrote {out}, digest {made.digest}",
     )
     return "".join(f"{line}\n" for line in lines)

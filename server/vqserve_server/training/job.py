@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import vqserve
-from vqserve_server.codebooks import check_folder, save_codebook
+from vqserve_server.codebooks import check_folder, check_not_read, save_codebook
 from vqserve_server.errors import InvalidOption
 from vqserve_server.latent_rows import LatentRows
 from vqserve_server.training.options import TrainingOptions
@@ -50,6 +50,7 @@ def train_file(
         InvalidRequest: the latents or options cannot be used; nothing was written.
         OSError: a file cannot be read or written.
     """
+    check_not_read(out, latents)
     if out.exists() and not force:
         raise InvalidOption(f"{out.name} is there already: pass --force to replace it")
     if not out.parent.is_dir():

@@ -18,7 +18,7 @@ class Learner(ABC):
     quantizer: AbstractQuantizer
 
     @abstractmethod
-    def step(self, batch: Tensor, done: float) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, batch: Tensor, done: float) -> tuple[Tensor, Tensor]:
         """Learn from one batch.
 
         Args:
@@ -26,7 +26,7 @@ class Learner(ABC):
             done: how much of the training lies behind, in [0, 1).
 
         Returns:
-            z_q (n, D), the ids (n,) that the codes had before the step, and the loss, a scalar.
+            z_q (n, D), and the ids (n,), by the codes before the step.
         """
 
     @abstractmethod
@@ -45,11 +45,11 @@ class EmaLearner(Learner):
         self.place(torch.arange(num_codes, device=codes.device), codes)
 
     @torch.no_grad()
-    def step(self, batch: Tensor, done: float) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, batch: Tensor, done: float) -> tuple[Tensor, Tensor]:
         """See Learner."""
         del done
         z_q, info = self.quantizer(batch)
-        return z_q, info["encoding_indices"], info[self.quantizer.loss_key]
+        return z_q, info["encoding_indices"]
 
     def place(self, ids: Tensor, rows: Tensor) -> None:
         """See Learner."""
@@ -67,7 +67,7 @@ class AdamLearner(Learner):
         self._lr = lr
         self._optimizer = torch.optim.Adam(self.quantizer.parameters(), lr=lr)
 
-    def step(self, batch: Tensor, done: float) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, batch: Tensor, done: float) -> tuple[Tensor, Tensor]:
         """See Learner."""
         self._optimizer.param_groups[0]["lr"] = self._lr * (1.0 - done)
         self._optimizer.zero_grad()
@@ -75,7 +75,7 @@ class AdamLearner(Learner):
         loss: Tensor = info[self.quantizer.loss_key]
         torch.autograd.backward(loss)
         self._optimizer.step()
-        return z_q.detach(), info["min_encoding_indices"], loss.detach()
+        return z_q.detach(), info["min_encoding_indices"]
 
     def place(self, ids: Tensor, rows: Tensor) -> None:
         """See Learner."""

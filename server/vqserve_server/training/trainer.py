@@ -54,7 +54,7 @@ def train(rows: LatentRows, options: TrainingOptions, *, progress: bool = False)
     Args:
         rows: the latents.
         options: how; the same options and rows give the same codebook, bit for bit, on one machine's CPU.
-        progress: tell on stderr how far it is, with loss and perplexity.
+        progress: tell on stderr how far it is, with error and perplexity.
 
     Raises:
         NonFiniteLatents: the latents hold NaN or infinity; names the position.
@@ -93,7 +93,7 @@ def _run(
     with progress_of("training", plan.steps, "step", shown=progress, is_main=True) as told:
         for step, positions in enumerate(shuffled_batches(len(rows), plan.batch_size, plan.steps, rng)):
             batch = torch.from_numpy(rows.take(positions)).to(device)
-            z_q, ids, loss = learner.step(batch, step / plan.steps)
+            z_q, ids = learner.step(batch, step / plan.steps)
             usage.add(ids)
             if _reseeds_after(step, plan):
                 dead = usage.take_dead()
@@ -101,7 +101,7 @@ def _run(
                 learner.place(dead[: len(seeds)], seeds)
                 codes_reseeded += len(seeds)
             if progress and (step % _STEPS_PER_REPORT == 0 or step + 1 == plan.steps):
-                _report(told, loss, ids, num_codes, codes_reseeded)
+                _report(told, (z_q - batch).square().mean(), ids, num_codes, codes_reseeded)
             told.update()
     return codes_reseeded
 
@@ -111,9 +111,12 @@ def _reseeds_after(step: int, plan: TrainingPlan) -> bool:
     return plan.reseed_every > 0 and done % plan.reseed_every == 0 and done <= _RESEED_SHARE * plan.steps
 
 
-def _report(told: Progress, loss: Tensor, ids: Tensor, num_codes: int, codes_reseeded: int) -> None:
+def _report(told: Progress, mean_squared_error: Tensor, ids: Tensor, num_codes: int, codes_reseeded: int) -> None:
     perplexity, _ = measure_perplexity(ids, num_codes)
-    told.set_postfix_str(f"loss {float(loss):.4g}, perplexity {float(perplexity):.1f}, reseeded {codes_reseeded}")
+    told.set_postfix_str(
+        f"mean squared error {float(mean_squared_error):.4g}, perplexity {float(perplexity):.1f}, "
+        f"reseeded {codes_reseeded}"
+    )
 
 
 def _learner(codes: Tensor, rows: LatentRows, options: TrainingOptions, plan: TrainingPlan) -> Learner:

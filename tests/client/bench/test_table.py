@@ -10,7 +10,7 @@ import pytest
 
 from vqserve.codebook_info import CodebookInfo
 from vqserve_client.bench import Closed, Open, Schedule
-from vqserve_client.bench.plot import time_spent
+from vqserve_client.bench.plot import draw_latency, time_spent
 from vqserve_client.bench.report import report, to_json
 from vqserve_client.bench.served import Served
 from vqserve_client.bench.table import Table, number
@@ -95,3 +95,22 @@ def test_where_the_time_goes(measured, window):
     assert list(spent.values()) == pytest.approx([1.0, 2.0, 1.0, 6.0])
     assert time_spent(measured(Closed(1), window(0.01))) == {"outside the server": 10.0}
     assert time_spent(measured(Closed(1), window())) == {}
+
+
+def test_points_and_labels_are_inside_the_plot(measured, window):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(5.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    latencies = {1: (0.004,) * 30, 8: (0.02,) * 31, 32: (0.3,) * 36}
+    draw_latency(axes, [measured(Closed(n), *[window(*of)] * 3) for n, of in latencies.items()])
+    FigureCanvasAgg(figure).draw()
+    frame = axes.get_window_extent()
+    for label in axes.texts:
+        box = label.get_window_extent()
+        assert frame.x0 <= box.x0
+        assert box.x1 <= frame.x1
+        assert box.y1 <= frame.y1
+    for line in axes.lines:
+        assert (axes.transData.transform(line.get_xydata())[:, 0] < frame.x1 - 5).all()

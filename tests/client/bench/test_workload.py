@@ -77,7 +77,7 @@ def test_data_that_cannot_be(make, tmp_path, latents):
         make(**encode, data=tmp_path / "indices.npy")
     with pytest.raises(InvalidArgument, match="integers"):
         make(method="decode", grids=((1, 4),), data=tmp_path / "wide.npy")
-    with pytest.raises(FileError, match="No such file"):
+    with pytest.raises(FileError, match="there is no such file"):
         make(**encode, data=tmp_path / "missing.npy")
 
 

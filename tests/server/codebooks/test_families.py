@@ -210,7 +210,7 @@ def latent_diffusion_average() -> Case:
     codes = normal(K, 3)
     average = "model_ema.quantizeembeddingweight"
     arrays = {"quantize.embedding.weight": codes + 1, average: codes, **autoencoder()}
-    return Case(".ckpt", arrays, table(codes), 3, "vq", "a bare array", ["--key", average, "--metric", "l2"],
+    return Case(".ckpt", arrays, table(codes), 3, "vq", "an array of codes", ["--key", average, "--metric", "l2"],
                 "state_dict", ["quantize.embedding.weight", *LEFT], METRIC)  # fmt: skip
 
 
@@ -641,7 +641,7 @@ def lfq_without_a_file() -> Case:
 def bare_residual() -> Case:
     codes = normal(4, K, D)
     return Case(".npz", {"codebooks": codes, "other": normal(2)}, lambda z: chain(z, [plain(c) for c in codes]), D,
-                "rvq", "bare arrays", ["--key", "codebooks", "--kind", "rvq", "--metric", "l2"], "", ["other"],
+                "rvq", "arrays of codes", ["--key", "codebooks", "--kind", "rvq", "--metric", "l2"], "", ["other"],
                 METRIC)  # fmt: skip
 
 
@@ -650,14 +650,14 @@ def bare_stages() -> Case:
     codes = normal(3, K, D)
     arrays = {f"ceps{i}": codes[2 - i] for i in range(3)}
     flags = ["--key", "ceps2", "--key", "ceps1", "--key", "ceps0", "--metric", "l2"]
-    return Case(".npz", arrays, lambda z: chain(z, [plain(c) for c in codes]), D, "rvq", "bare arrays", flags)
+    return Case(".npz", arrays, lambda z: chain(z, [plain(c) for c in codes]), D, "rvq", "arrays of codes", flags)
 
 
 @case
 def bare_cosine() -> Case:
     codes = normal(K, D)
     flags = ["--metric", "cosine", "--decode", "raw"]
-    return Case(".npy", {"": codes}, table(codes, by_cosine), D, "cosine", "a bare array", flags, "", [],
+    return Case(".npy", {"": codes}, table(codes, by_cosine), D, "cosine", "an array of codes", flags, "", [],
                 ("--decode", "pass --decode normalized"))  # fmt: skip
 
 
@@ -665,7 +665,7 @@ def bare_cosine() -> Case:
 def bare_cosine_normalized() -> Case:
     codes = normal(K, D)
     flags = ["--metric", "cosine", "--decode", "normalized"]
-    return Case(".npy", {"": codes}, table(codes, by_cosine, unit(codes)), D, "cosine", "a bare array", flags)
+    return Case(".npy", {"": codes}, table(codes, by_cosine, unit(codes)), D, "cosine", "an array of codes", flags)
 
 
 # Of DAC, Mimi and SimVQ, as imported when this test was written.
@@ -723,7 +723,7 @@ def test_what_the_import_says(made, imported):
     if len(made.arrays) > 1:
         assert sorted([*taken, *left]) == sorted(made.arrays)
         assert set(made.left) <= set(left)
-    assert lines[-1].startswith(f"wrote out.safetensors: {made.kind}, ")
+    assert lines[-1].startswith(f"wrote {out}: {made.kind}, ")
     codebook = load_codebook(out)
     assert lines[-1].endswith(codebook.digest)
     assert codebook.provenance["tensors"] == taken or made.suffix == ".npy"

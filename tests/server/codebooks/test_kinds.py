@@ -262,7 +262,7 @@ def sound(request, tmp_path_factory):
     return path.read_bytes(), digest, path.with_name("damaged.safetensors")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     flips=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 7)), min_size=0, max_size=3),
     put=st.none() | st.tuples(st.integers(0, 1 << 20), st.sampled_from([b"9", b"-", b"[", b"1e9", b"null", b"9" * 40])),

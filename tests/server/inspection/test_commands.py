@@ -109,7 +109,8 @@ def test_a_layout_is_the_codebook_s_unless_it_is_given(make_quantizer, saved, tm
     assert (status, err.count("\n")) == (1, 1)
     assert "7 channels in layout channels_last" in err
     status, _, err = run(capsys, *asked[:2], "--layout", "channels_last")
-    assert (status, err) == (1, "vqserved: error: --layout says how latents lie: give --latents too\n")
+    assert status == 1
+    assert err == "vqserved: error: --layout says where the channels of LATENTS are: give --latents too\n"
 
 
 @pytest.mark.parametrize("name", ["vq", "vq_remap", "gumbel", "rvq", "fsq", "lfq_spherical"])
@@ -153,12 +154,12 @@ def test_a_plot_is_a_png(files, capsys):
     assert "'p.svg' must end in .png" in capsys.readouterr().err
 
 
-def test_without_matplotlib_the_extra_is_named(files, tmp_path, capsys, monkeypatch):
+def test_without_matplotlib_it_is_named(files, tmp_path, capsys, monkeypatch):
     book, _ = files("vq")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     status, out, err = run(capsys, book, "--plot", tmp_path / "p.png")
     assert (status, out) == (1, "")
-    assert err == 'vqserved: error: p.png cannot be drawn without matplotlib: pip install "vqserve[plot]"\n'
+    assert err == "vqserved: error: p.png cannot be drawn without matplotlib: pip install matplotlib\n"
     # It is needed for nothing else.
     assert run(capsys, book)[0] == 0
 
@@ -207,7 +208,12 @@ def test_no_codebook(tmp_path, capsys, content):
 
 
 @pytest.mark.parametrize(
-    ("content", "text"), [(b"", "is no .npy file"), (None, "No such file"), (b"noise" * 99, "is no .npy file")]
+    ("content", "text"),
+    [
+        (b"", "none.npy is not a .npy file"),
+        (None, "none.npy: there is no such file"),
+        (b"noise" * 99, "none.npy is not a .npy file"),
+    ],
 )
 def test_no_latents(files, tmp_path, capsys, content, text):
     book, _ = files("vq")
@@ -268,3 +274,13 @@ assert main(["inspect", {str(tmp_path / "c.safetensors")!r}]) == 0
 assert "matplotlib" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_computed_codes_have_no_duplicates_to_count_and_values_are_the_file_s(files, capsys):
+    book, _ = files("lfq", quality={"x": None, "y": True})
+    _, out, _ = run(capsys, book)
+    assert "duplicates" not in out
+    assert "dead-looking" not in out
+    assert re.search(r"^argument input_dim +null$", out, re.MULTILINE)
+    assert re.search(r"^argument spherical +false$", out, re.MULTILINE)
+    assert re.search(r'^provenance quality +{"x": null, "y": true}$', out, re.MULTILINE)

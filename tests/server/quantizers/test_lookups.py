@@ -18,7 +18,7 @@ from vqserve_server.search import available
 sys.path.insert(0, str(Path(__file__).parent))
 import exact
 
-FAST = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+FAST = settings(max_examples=60, derandomize=True, database=None)
 
 
 @st.composite

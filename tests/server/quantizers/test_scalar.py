@@ -22,7 +22,7 @@ from vqserve_server.quantizers.fsq_boundaries import boundaries
 sys.path.insert(0, str(Path(__file__).parent))
 import exact
 
-FAST = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+FAST = settings(max_examples=150, derandomize=True, database=None)
 BOUNDS = ("atanh", "tan", "symmetric")
 COSMOS = (8, 8, 8, 5, 5, 5)
 

@@ -50,6 +50,16 @@ def warnings(log: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in log.records if record.levelno >= logging.WARNING]
 
 
+def test_what_is_passed_over_is_not_refused(tmp_path: Path, put: Callable[..., Any]) -> None:
+    put(tmp_path / "book" / "1.safetensors")
+    repo = loaded(tmp_path)
+    put(tmp_path / "book" / "v2.safetensors")
+    (tmp_path / "codes.npy").touch()
+    tally = repo.rescan()
+    assert tally == Tally(loaded=0, unchanged=1, passed_over=2)
+    assert str(tally) == "0 loaded, 1 unchanged, 0 removed, 0 refused, 2 passed over"
+
+
 def test_a_rescan_takes_what_is_new_and_drops_what_is_gone(
     tmp_path: Path, put: Callable[..., Any], log: pytest.LogCaptureFixture
 ) -> None:

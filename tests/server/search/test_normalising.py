@@ -28,7 +28,7 @@ doubles = st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=True)
 
 
 @given(st.lists(floats, min_size=1, max_size=7))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_element_is_the_exact_quotient_rounded_once(row):
     got = normalise(torch.tensor([row])).numpy()[0]
     if not any(row):
@@ -39,7 +39,7 @@ def test_every_element_is_the_exact_quotient_rounded_once(row):
 
 
 @given(st.lists(doubles, min_size=1, max_size=4))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_float64_rows_of_any_magnitude(row):
     got = normalise(torch.tensor([row], dtype=torch.float64)).numpy()[0]
     if any(row):

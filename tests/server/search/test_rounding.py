@@ -26,7 +26,7 @@ floats = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(
 
 
 @given(st.lists(st.tuples(floats, floats), min_size=1, max_size=6), floats)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_affine_is_the_exact_value_rounded_once(pairs, bias):
     x, w = (np.array(part, np.float32) for part in zip(*pairs, strict=True))
     got = affine(torch.from_numpy(x)[None], torch.from_numpy(w)[None], torch.tensor([bias])).numpy()[0, 0]
@@ -40,7 +40,7 @@ def test_affine_is_the_exact_value_rounded_once(pairs, bias):
         st.tuples(st.floats(-1e200, 1e200, allow_subnormal=True), st.floats(-1e-170, 1e-170)), min_size=1, max_size=4
     )
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_affine_of_float64_rows_and_weights_with_extreme_magnitudes(pairs):
     x, w = (np.array(part) for part in zip(*pairs, strict=True))
     got = affine(torch.from_numpy(x)[None], torch.from_numpy(w)[None], None).numpy()[0, 0]
@@ -83,7 +83,7 @@ def test_affine_row_by_row_equals_the_batch():
 
 
 @given(st.fractions(min_value=Fraction(-(2**40)), max_value=2**40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_round_fraction(value):
     assert round_fraction(value) == oracle_round(value)
 
@@ -107,7 +107,7 @@ def test_round_to_float32_uses_the_tail_only_at_ties():
 
 
 @given(st.lists(st.tuples(st.floats(-1e150, 1e150), st.floats(-1e150, 1e150)), min_size=1, max_size=8))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_sum_of_products_keeps_its_bound(pairs):
     x, y = (np.array([part]) for part in zip(*pairs, strict=True))
     value = sum_of_products(x, y, exact_products=False)

@@ -133,7 +133,7 @@ def test_float64_codes_beyond_float32_whose_scores_are_not():
     grain=st.sampled_from([None, 1.0, 0.25, 2.0**-12]),
     row_dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_random_codebooks_against_rationals(k, d, seed, objective, grain, row_dtype):
     g = torch.Generator().manual_seed(seed)
     codes, rows = torch.randn(k, d, generator=g), torch.randn(8, d, generator=g, dtype=row_dtype)

@@ -41,7 +41,7 @@ def test_makes_a_codebook_that_serves(
     tokenizer = Tokenizer.load(out, device="cpu")
     assert (tokenizer.info.kind, tokenizer.info.num_codes, tokenizer.info.code_dim) == (kind, 16, 3)
     assert told.out.splitlines()[0] == f"trained {kind}, 16 codes of 3: 30 steps of 100 rows, 0 codes reseeded"
-    assert told.out.splitlines()[-1] == f"wrote book.safetensors, digest {tokenizer.digest}"
+    assert told.out.splitlines()[-1] == f"wrote {out}, digest {tokenizer.digest}"
 
     z = np.load(latents)
     error = np.mean((tokenizer.decode(tokenizer.encode(z)) - z) ** 2)
@@ -80,12 +80,12 @@ def test_stderr_that_is_no_terminal_gets_lines(
 ) -> None:
     assert train(latents, tmp_path / "book.safetensors") == 0
     told = capsys.readouterr().err
-    assert re.fullmatch(r"training: 30 of 30 steps, loss \S+, perplexity \S+, reseeded 0\n", told)
+    assert re.fullmatch(r"training: 30 of 30 steps, mean squared error \S+, perplexity \S+, reseeded 0\n", told)
     monkeypatch.setattr("vqserve_server.progress._SECONDS_PER_LINE", 0)
     assert train(latents, tmp_path / "book.safetensors", "--force") == 0
     told = capsys.readouterr().err
     assert "k-means++: 16 of 16 codes\n" in told
-    assert "training: 2 of 30 steps, loss" in told
+    assert "training: 2 of 30 steps, mean squared error" in told
     assert told.count("training: 30 of 30 steps") == 1
     assert "measuring: 1000 of 1000 rows\n" in told
     assert "\r" not in told

@@ -19,17 +19,17 @@ def read(checkpoint: Checkpoint, options: Options) -> Reading:
     Raises:
         ForeignCheckpointError: there is no such array, it is no codebook, or nobody said how it is searched.
     """
-    metric = options.asked_metric(checkpoint, "a bare array", _WHY)
-    decode_normalized = options.asked_decode(checkpoint, "a bare array", metric)
+    metric = options.asked_metric(checkpoint, "an array of codes", _WHY)
+    decode_normalized = options.asked_decode(checkpoint, "an array of codes", metric)
     keys = options.keys or (UNNAMED,)
     for key in keys:
         _tell_of_columns(checkpoint, key)
     if options.kind == "rvq" or len(keys) > 1:
         chain = Chain([Stage(codes) for codes in _stages(checkpoint, keys)])
-        return residual(checkpoint, "bare arrays", [chain], metric, decode_normalized=decode_normalized)
+        return residual(checkpoint, "arrays of codes", [chain], metric, decode_normalized=decode_normalized)
     hint = ": one of (n_q, K, D) is a residual one with --kind rvq" if len(checkpoint.shape(keys[0])) == 3 else ""
     codes = checkpoint.floats(keys[0], rank=2, what=f"the codebook must be (K, D){hint}")
-    return single("a bare array", Stage(codes), metric, decode_normalized=decode_normalized)
+    return single("an array of codes", Stage(codes), metric, decode_normalized=decode_normalized)
 
 
 def _tell_of_columns(checkpoint: Checkpoint, key: str) -> None:
