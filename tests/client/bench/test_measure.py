@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -164,3 +165,29 @@ def test_a_server_that_does_not_answer_is_an_error(tiny, echo, quick, processes)
 def test_a_process_that_ends_is_an_error(echo, quick):
     with pytest.raises(ChildProcessError, match="exit code 1"):
         measure(echo.target, echo.call, [b""], Closed(2), schedule=quick, processes=2, read_stats=sys.exit)
+
+
+def test_a_window_after_a_late_one_has_its_length(real):
+    """Large messages keep the loop for longer than a window: what is left of the next one is no measurement."""
+    with Client(real) as client:
+        [info] = client.codebooks()
+    workload = Workload(method="encode", grids=((1, 4, 4),))
+    windows = []
+    slept = []
+
+    def sleep_once(reply):
+        if len(windows) == 1 and not slept:
+            slept.append(time.sleep(0.5))
+
+    job = Job(
+        target=real,
+        method=workload.path(stream=False),
+        requests=tuple(workload.requests(info, ClientConfig(target=real))),
+        load=Closed(1),
+        schedule=Schedule(warmup_s=0.1, window_s=0.2, max_windows=4, stability=1e-9),
+        read_stats=sleep_once,
+    )
+    run(job, Trial(job.load, job.schedule, windows.append), processes=1)
+    assert slept
+    assert len(windows) == 5
+    assert all(window.seconds > 0.19 for window in windows[1:])
