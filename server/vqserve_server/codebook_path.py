@@ -11,7 +11,20 @@ SUFFIX = ".safetensors"
 NAME = re.compile(r"[\w+-][\w.+-]{0,127}")
 
 
-def new_codebook_path(text: str) -> Path:
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the codebook file to write."""
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=_new_codebook_path,
+        required=True,
+        metavar="OUT.safetensors",
+        help="the codebook file to write; its name must end so",
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
+
+
+def _new_codebook_path(text: str) -> Path:
     """Return the path of a codebook file to be written, for argparse.
 
     Refused, not mended, where it cannot be served: whoever named the file will look for it under that name.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vqserve.codebook_info import of_stages
 from vqserve.layout import Layout
-from vqserve_server.codebook_path import new_codebook_path
+from vqserve_server.codebook_path import add_output
 from vqserve_server.codebooks.arguments import ARGUMENTS, check_unknown_index
 from vqserve_server.codebooks.codebook_file import check_folder, check_not_read, save_codebook
 from vqserve_server.codebooks.families.options import BIT_ORDERS, DECODES, METRICS, Options
@@ -41,14 +41,7 @@ def add_import_parser(subparsers: Subparsers) -> None:
         metavar="SRC",
         help=".npy, .npz, .safetensors or a torch file; --kind fsq and --kind lfq can do without",
     )
-    parser.add_argument(
-        "-o",
-        "--out",
-        type=new_codebook_path,
-        required=True,
-        metavar="OUT.safetensors",
-        help="the codebook file to write; its name must end so",
-    )
+    add_output(parser)
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--key",
@@ -82,7 +75,6 @@ def add_import_parser(subparsers: Subparsers) -> None:
         metavar=("LATENTS.npy", "INDICES.npy"),
         help="latents and the indices that the model's own code gave them: compared before OUT is written",
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
     parser.set_defaults(run=run_import)
 
 

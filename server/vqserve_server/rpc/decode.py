@@ -57,9 +57,7 @@ class DecodePlan(Plan[pb.DecodeRequest]):
         """
         check_indices(array, decodable=self._tokenizer.decodable)
 
-    def job(self, array: Array, *, deliver: Deliver, tag: object, deadline: float | None) -> DecodeJob:
+    def job(self, array: Array, *, deliver: Deliver, deadline: float | None) -> DecodeJob:
         """Return what the engine is to do."""
         blank, latents = self._blank_reply()
-        return DecodeJob(
-            self._key, array, latents, self._layout, owner=blank, deliver=deliver, tag=tag, deadline=deadline
-        )
+        return DecodeJob(self._key, array, latents, self._layout, owner=blank, deliver=deliver, deadline=deadline)

@@ -51,12 +51,10 @@ class EncodePlan(Plan[pb.EncodeRequest]):
         """
         check_finite_payload(array)
 
-    def job(self, array: Array, *, deliver: Deliver, tag: object, deadline: float | None) -> EncodeJob:
+    def job(self, array: Array, *, deliver: Deliver, deadline: float | None) -> EncodeJob:
         """Return what the engine is to do."""
         blank, indices = self._blank_reply()
-        return EncodeJob(
-            self._key, array, self._layout, indices, owner=blank, deliver=deliver, tag=tag, deadline=deadline
-        )
+        return EncodeJob(self._key, array, self._layout, indices, owner=blank, deliver=deliver, deadline=deadline)
 
 
 def check_finite_payload(latents: npt.NDArray[Any]) -> None:

@@ -67,7 +67,7 @@ class Plan(ABC, Generic[RequestT]):
         """
 
     @abstractmethod
-    def job(self, array: Array, *, deliver: Deliver, tag: object, deadline: float | None) -> Job:
+    def job(self, array: Array, *, deliver: Deliver, deadline: float | None) -> Job:
         """Return what the engine is to do."""
 
     def reply(self, job: Job, served: Served, total_us: int) -> bytes:

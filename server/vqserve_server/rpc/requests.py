@@ -73,7 +73,7 @@ class Requests:
                 if plan.rows:
                     array = plan.array(data)
                     plan.check(array)
-                    request.job = plan.job(array, deliver=_deliver, tag=None, deadline=call.deadline)
+                    request.job = plan.job(array, deliver=_deliver, deadline=call.deadline)
             except BaseException:
                 request.leave()
                 raise

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqserve.layout import Layout
-from vqserve_server.codebook_path import new_codebook_path
+from vqserve_server.codebook_path import add_output
 from vqserve_server.training.options import DEFAULT_STEPS, INITIALISATIONS, KINDS, TrainingOptions
 
 if TYPE_CHECKING:
@@ -28,15 +28,7 @@ def add_train_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "latents", type=Path, metavar="LATENTS", help=".npy of 2 to 5 axes, float16, float32 or float64"
     )
-    parser.add_argument(
-        "-o",
-        "--out",
-        type=new_codebook_path,
-        required=True,
-        metavar="OUT.safetensors",
-        help="the codebook file to write; its name must end so",
-    )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
+    add_output(parser)
     parser.add_argument(
         "--quiet",
         action="store_true",
