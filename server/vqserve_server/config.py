@@ -76,7 +76,9 @@ def _setting(default: str | float, help_text: str, parse: Callable[[str], Any]) 
 class EngineConfig:
     """How requests are batched and how many may wait."""
 
-    max_batch_rows: int = _setting(16384, "rows of a batch at most; larger requests are split", _integer(1, 1 << 30))
+    max_batch_rows: int = _setting(
+        16384, "rows of a batch at most, 4 times as many to decode; larger requests are split", _integer(1, 1 << 30)
+    )
     max_batch_bytes: int = _setting(64 * MIB, "bytes of a batch's rows at most", _integer(1024, 1 << 40))
     max_wait_us: int = _setting(
         0, "microseconds that an idle device waits for a fuller batch; 0: it takes what is there", _integer(0, 10**7)

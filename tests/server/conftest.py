@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from vqserve.codebook_info import CodebookInfo
 
@@ -18,7 +19,7 @@ class FakeTokenizer:
     def __init__(self, codes: np.ndarray, *, name: str = "fake", decodable: int | None = None) -> None:
         self.codes = codes
         self.decodable = len(codes) if decodable is None else decodable
-        self.device = "cpu"
+        self.device = torch.device("cpu")
         self.info = CodebookInfo(
             name=name,
             digest=f"{len(codes):064x}",

@@ -1,14 +1,14 @@
 """Batches requests and runs them on the device: threads and numpy, no grpc.
 
 A request goes: `Engine.admit` (is there room?), `Engine.submit` (into the queue), a `Batch` with whatever arrived
-together, the device thread, `Job.outcome`.
+together, a device thread, `Job.outcome`.
 """
 
 from vqserve_server.engine.admission import Admission
+from vqserve_server.engine.batch import BatchFailed
 from vqserve_server.engine.engine import Engine
 from vqserve_server.engine.job import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, Output, Served
 from vqserve_server.engine.live_set import LiveSet
-from vqserve_server.engine.worker import BatchFailed
 
 __all__ = [
     "Admission",

@@ -1,13 +1,19 @@
-"""Rows of several jobs that the device computes at once."""
+"""Rows of several jobs that the device computes together."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from typing import Any
-
-import numpy.typing as npt
 
 from vqserve_server.engine.job import Deliver, Job, Key
+from vqserve_server.engine.staging import Staging
+from vqserve_server.errors import InvalidRequest
+
+logger = logging.getLogger(__name__)
+
+
+class BatchFailed(RuntimeError):
+    """The computation failed for a reason that is not the caller's; the log has it."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Part:
 
 
 class Batch:
-    """Parts of jobs with one key: the queue adds them, the device thread does the rest."""
+    """Parts of jobs with one key: the queue adds them, a device thread does the rest."""
 
     def __init__(self, key: Key, capacity: int) -> None:
         self.key = key
@@ -45,30 +51,40 @@ class Batch:
         job.next_row += rows
         self.rows += rows
 
-    def compute(self) -> npt.NDArray[Any]:
-        """Return one result per row."""
-        rows = self.key.empty(self.rows)
+    def compute(self, staging: Staging) -> None:
+        """Compute all parts, and write the results into the replies of their jobs."""
+        rows = staging.rows(self.key, self.rows)
         for part in self.parts:
             part.job.read(part.start, part.stop, rows[part.rows])
         results = self.key.compute(rows)
         if len(results) != self.rows:
             raise RuntimeError(f"{len(results)} results for {self.rows} rows")
-        return results
+        for part in self.parts:
+            try:
+                part.job.write(part.start, results[part.rows])
+            except InvalidRequest as error:
+                part.job.fail(error)
+            except MemoryError:
+                # The other replies have their memory.
+                logger.exception("no memory for a reply of %d rows", part.job.rows)
+                part.job.fail(BatchFailed("the computation failed"))
 
-    def reply(self, results: npt.NDArray[Any], *, started: float, ended: float) -> int:
-        """Cut the results apart, hand each job its own and return how many jobs that completed."""
+    def finish(self, *, started: float, ended: float) -> int:
+        """Tell each job that its part is done, and return how many jobs that completed.
+
+        Args:
+            started: when `compute` began, in time.monotonic() seconds.
+            ended: when it returned.
+        """
         batch = len(self.parts), self.rows
         finished: dict[Deliver, list[Job]] = {}
-        try:
-            for part in self.parts:
-                job = part.job
-                if job.finish(part.start, results[part.rows], started=started, ended=ended, batch=batch):
-                    finished.setdefault(job.deliver, []).append(job)
-        finally:
-            # Together, when all are done: whoever gets its answer competes with this thread. And those that are, even
-            # if there was no memory for another.
-            for deliver, jobs in finished.items():
-                deliver(jobs)
+        for part in self.parts:
+            job = part.job
+            if job.finish(part.stop - part.start, started=started, ended=ended, batch=batch):
+                finished.setdefault(job.deliver, []).append(job)
+        # Together, when all are done: whoever gets its answer competes with this thread.
+        for deliver, jobs in finished.items():
+            deliver(jobs)
         return sum(map(len, finished.values()))
 
     def fail(self, error: BaseException) -> None:

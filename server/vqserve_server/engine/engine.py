@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine.admission import Admission
 from vqserve_server.engine.job import Job
+from vqserve_server.engine.lane import settle
 from vqserve_server.engine.live_set import LiveSet
 from vqserve_server.engine.pipeline import Pipeline
 from vqserve_server.engine.queue import JobQueue
@@ -18,6 +19,9 @@ from vqserve_server.errors import DeviceBroken, Draining
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
 
+# A GPU is idle while a thread puts rows together and cuts replies; a CPU is what does that.
+_CUDA_THREADS = 2
+
 
 class Engine:
     """Serves jobs on the device of its tokenizers. Its methods may be called from any thread."""
@@ -27,6 +31,7 @@ class Engine:
         tokenizers: Iterable[Tokenizer],
         config: EngineConfig | None = None,
         *,
+        threads: int | None = None,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
         """Make the engine; `start` starts it.
@@ -34,18 +39,25 @@ class Engine:
         Args:
             tokenizers: what is served, under their names.
             config: batching and limits.
+            threads: how many batches are under way at once; None: as many as suit the device.
             on_broken: called, from another thread, when the device is lost.
         """
         config = config or EngineConfig()
+        tokenizers = list(tokenizers)
+        settle(tokenizer.device for tokenizer in tokenizers)
         self.live = LiveSet(tokenizers)
         self.stats = EngineStats()
         self._on_broken = on_broken
         self._admission = Admission(config, retry_after_s=self.stats.retry_after_s)
         self._pipeline = Pipeline(JobQueue(config))
-        self._worker = Worker(self._pipeline, self.stats, on_broken=self._broken)
+        if threads is None:
+            threads = max((_threads(tokenizer) for tokenizer in tokenizers), default=1)
+        self._worker = Worker(self._pipeline, self.stats, threads=threads, on_broken=self._broken)
 
     def swap(self, tokenizers: Iterable[Tokenizer]) -> None:
         """Serve these from now on; jobs that were made for others finish with theirs."""
+        tokenizers = list(tokenizers)
+        settle(tokenizer.device for tokenizer in tokenizers)
         self.live = LiveSet(tokenizers)
 
     def start(self) -> None:
@@ -104,3 +116,7 @@ class Engine:
     def _broken(self, error: DeviceBroken) -> None:
         self._admission.close(error)
         self._on_broken()
+
+
+def _threads(tokenizer: Tokenizer) -> int:
+    return _CUDA_THREADS if tokenizer.device.type == "cuda" else 1

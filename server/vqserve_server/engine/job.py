@@ -7,14 +7,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from vqserve.layout import Layout, grid_shape
 from vqserve_server.engine.rows import first_overflow, read_rows, read_tokens, write_rows, write_tokens
-from vqserve_server.errors import Cancelled, DeadlineExpired, InvalidOption, InvalidRequest
+from vqserve_server.errors import Cancelled, DeadlineExpired, InvalidOption
 
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ class EncodeKey:
     tokenizer: Tokenizer
     dtype: np.dtype[Any]  # float32 or float64: the type after widening
     num_quantizers: int | None = None  # indices that a token gets, as an axis; None: one, without an axis
+    rows_counted_as_one: ClassVar[int] = 1  # against max_batch_rows
 
     def __hash__(self) -> int:
         return id(self.tokenizer)
@@ -39,9 +40,14 @@ class EncodeKey:
         """Bytes of a row and its result."""
         return self.tokenizer.info.input_dim * self.dtype.itemsize + 8 * (self.num_quantizers or 1)
 
-    def empty(self, rows: int) -> Array:
-        """Return room for that many rows."""
-        return np.empty((rows, self.tokenizer.info.input_dim), self.dtype)
+    @property
+    def rows_dtype(self) -> np.dtype[Any]:
+        """Type of the rows that `compute` takes."""
+        return self.dtype
+
+    def rows_shape(self, rows: int) -> tuple[int, ...]:
+        """Return the shape of that many of them."""
+        return rows, self.tokenizer.info.input_dim
 
     def compute(self, rows: Array) -> Array:
         """Return the indices of rows (n, C): (n,) or (n, num_quantizers)."""
@@ -56,6 +62,7 @@ class DecodeKey:
     output: Output
     dtype: np.dtype[Any]  # of the reply, as in DecodeJob
     num_quantizers: int | None = None  # indices of a token that are used, an axis; None: its one, without an axis
+    rows_counted_as_one: ClassVar[int] = 4  # against max_batch_rows: what is looked up costs less than what is searched
 
     def __hash__(self) -> int:
         return id(self.tokenizer)
@@ -71,9 +78,14 @@ class DecodeKey:
         """Bytes of a token's indices and its result, which is float64 at most."""
         return 8 * (self.num_quantizers or 1) + 8 * self.channels
 
-    def empty(self, rows: int) -> Array:
-        """Return room for the indices of that many tokens."""
-        return np.empty(rows if self.num_quantizers is None else (rows, self.num_quantizers), np.int64)
+    @property
+    def rows_dtype(self) -> np.dtype[Any]:
+        """Type of the indices that `compute` takes."""
+        return np.dtype(np.int64)
+
+    def rows_shape(self, rows: int) -> tuple[int, ...]:
+        """Return the shape of the indices of that many tokens."""
+        return (rows,) if self.num_quantizers is None else (rows, self.num_quantizers)
 
     def compute(self, indices: Array) -> Array:
         """Return the rows (n, channels) of indices, (n,) or (n, num_quantizers); see `Tokenizer.decode_rows`."""
@@ -95,14 +107,14 @@ class Served(NamedTuple):
 # Told, from whatever thread, of jobs that have just got their outcomes.
 Deliver: TypeAlias = "Callable[[list[Job]], None]"
 
-# Held for a comparison only, so that one serves all jobs.
+# Held for a comparison or a sum only, so that one serves all jobs.
 _outcomes = threading.Lock()
 
 
 class Job(ABC):
     """Rows in, rows out, and an outcome that is set exactly once: by the first who has one.
 
-    The queue's lock guards `next_row`; the rest changes on the device thread only.
+    The queue's lock guards `next_row`. The parts of a job may be computed by several threads at once.
 
     Attributes:
         outcome: None until there is one; an error if the job failed.
@@ -175,38 +187,33 @@ class Job(ABC):
             self.fail(DeadlineExpired("the deadline passed before the request was computed"))
         return self.outcome is None
 
-    def finish(self, start: int, results: Array, *, started: float, ended: float, batch: tuple[int, int]) -> bool:
-        """Take the results of a part; return whether it was the last one, which resolves the job.
+    def finish(self, rows: int, *, started: float, ended: float, batch: tuple[int, int]) -> bool:
+        """Count a part whose results are written; return whether it was the last one, which resolves the job.
 
         Whoever gets True delivers the job, with others of its batch.
 
         Args:
-            start: the part's first row.
-            results: its results.
+            rows: the part's rows.
             started: when the device began with its batch, in time.monotonic() seconds.
             ended: when it had finished.
             batch: requests and rows of that batch.
         """
-        try:
-            self.write(start, results)
-        except InvalidRequest as error:
-            self.fail(error)
-        self._rows_done += len(results)
-        self._queue_s += started - self.waiting_since
-        self._compute_s += ended - started
-        self.waiting_since = ended
-        if batch[1] > self._batch_rows:
-            self._batch_requests, self._batch_rows = batch
-        if self._rows_done < self.rows:
-            return False
-        return self.resolve(
-            Served(
+        with _outcomes:
+            self._rows_done += rows
+            self._queue_s += max(started - self.waiting_since, 0.0)
+            self._compute_s += ended - started
+            self.waiting_since = ended
+            if batch[1] > self._batch_rows:
+                self._batch_requests, self._batch_rows = batch
+            if self._rows_done < self.rows or self.outcome is not None:
+                return False
+            self.outcome = Served(
                 round(self._queue_s * 1e6),
                 round(self._compute_s * 1e6),
                 self._batch_requests,
                 self._batch_rows,
             )
-        )
+        return True
 
 
 class EncodeJob(Job):

@@ -1,4 +1,4 @@
-"""Hands batches to the device thread."""
+"""Hands batches to the device threads."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vqserve_server.errors import VqserveError
 class Pipeline:
     """The queue, and the lock and the wake-up around it.
 
-    A batch is closed when the device comes for it: as late and as full as it can be.
+    A batch is closed when a device thread comes for it: as late and as full as it can be.
     """
 
     def __init__(self, queue: JobQueue) -> None:
         self._queue = queue
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
-        self._on_device: Batch | None = None
+        self._on_device: dict[int, Batch] = {}  # by the thread that has it
         self._closed: VqserveError | None = None
 
     def put(self, jobs: Iterable[Job]) -> None:
@@ -36,9 +36,8 @@ class Pipeline:
                 raise type(self._closed)(*self._closed.args)
             for job in jobs:
                 self._queue.put(job)
-            # A device that works comes back by itself.
-            if self._on_device is None:
-                self._wake.notify()
+            # Threads that work come back by themselves.
+            self._wake.notify()
 
     def discard(self, job: Job) -> None:
         """Take a job out of the queue, if it is there."""
@@ -52,20 +51,23 @@ class Pipeline:
             self._closed = self._closed or reason
             if drop:
                 jobs = self._queue.clear()
-                if self._on_device is not None:
-                    jobs += [part.job for part in self._on_device.parts]
+                jobs += [part.job for batch in self._on_device.values() for part in batch.parts]
             self._wake.notify_all()
         for job in jobs:
             job.fail(reason)
 
     def next_for_device(self) -> Batch | None:
-        """Return the next batch as soon as there is one; None: closed and nothing left."""
+        """Return the next batch as soon as there is one; None: closed and nothing left.
+
+        The calling thread is done with the one that it got before.
+        """
+        thread = threading.get_ident()
         with self._lock:
-            self._on_device = None
+            self._on_device.pop(thread, None)
             while True:
                 batch = self._queue.take(time.monotonic(), patient=self._closed is None)
                 if batch is not None:
-                    self._on_device = batch
+                    self._on_device[thread] = batch
                     return batch
                 if self._closed is not None and not self._queue:
                     return None

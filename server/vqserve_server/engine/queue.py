@@ -87,7 +87,8 @@ class JobQueue:
         return min(job.arrived for job in line) + self._config.max_wait_us * 1e-6
 
     def _capacity(self, key: Key) -> int:
-        return max(1, min(self._config.max_batch_rows, self._config.max_batch_bytes // key.row_bytes))
+        most_rows = self._config.max_batch_rows * key.rows_counted_as_one
+        return max(1, min(most_rows, self._config.max_batch_bytes // key.row_bytes))
 
     def _close_if_empty(self, key: Key) -> None:
         if key in self._lines and not self._lines[key]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 
 
 @dataclass
 class EngineStats:
-    """Counters. Only the device thread writes them; whoever reads may see them one batch apart."""
+    """Counters; whoever reads may see them one batch apart."""
 
     requests: int = 0
     batches: int = 0
@@ -16,6 +17,7 @@ class EngineStats:
     largest_batch_requests: int = 0
     batched_requests: int = 0
     busy_s: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def count(self, *, requests: int, rows: int, finished: int, seconds: float) -> None:
         """Count a batch.
@@ -24,14 +26,20 @@ class EngineStats:
             requests: the requests that were part of it.
             rows: its rows.
             finished: the requests that it completed.
-            seconds: how long the device worked on it.
+            seconds: how long a device thread worked on it.
         """
-        self.batches += 1
-        self.requests += finished
-        self.rows += rows
-        self.batched_requests += requests
-        self.largest_batch_requests = max(self.largest_batch_requests, requests)
-        self.busy_s += seconds
+        with self._lock:
+            self.batches += 1
+            self.requests += finished
+            self.rows += rows
+            self.batched_requests += requests
+            self.largest_batch_requests = max(self.largest_batch_requests, requests)
+            self.busy_s += seconds
+
+    def count_failed(self) -> None:
+        """Count a batch that failed."""
+        with self._lock:
+            self.failed_batches += 1
 
     @property
     def mean_batch_requests(self) -> float:

@@ -1,4 +1,4 @@
-"""The thread that computes: batch after batch on the device."""
+"""The threads that compute: each of them batch after batch on the device."""
 
 from __future__ import annotations
 
@@ -7,78 +7,86 @@ import threading
 import time
 from collections.abc import Callable
 
-from vqserve_server.engine.batch import Batch
+from vqserve_server.engine.batch import Batch, BatchFailed
 from vqserve_server.engine.device_failure import is_device_failure
+from vqserve_server.engine.lane import Lane
 from vqserve_server.engine.pipeline import Pipeline
+from vqserve_server.engine.staging import Staging
 from vqserve_server.engine.stats import EngineStats
 from vqserve_server.errors import DeviceBroken, InvalidRequest
 
 logger = logging.getLogger(__name__)
 
 
-class BatchFailed(RuntimeError):
-    """The computation failed for a reason that is not the caller's; the log has it."""
-
-
 class Worker:
-    """One device thread.
+    """The device threads.
 
-    A batch that fails takes only its own requests with it. When the device is lost, or the thread dies of anything
-    else, everything that waits fails with DeviceBroken and `on_broken` is called.
+    On CUDA each has a stream of its own, so that one's copies run beside another's search. A batch that fails takes
+    only its own requests with it. When the device is lost, or a thread dies of anything else, everything that waits
+    fails with DeviceBroken and `on_broken` is called.
     """
 
-    def __init__(self, pipeline: Pipeline, stats: EngineStats, *, on_broken: Callable[[DeviceBroken], None]) -> None:
+    def __init__(
+        self, pipeline: Pipeline, stats: EngineStats, *, threads: int, on_broken: Callable[[DeviceBroken], None]
+    ) -> None:
         self._pipeline = pipeline
         self._stats = stats
         self._on_broken = on_broken
-        self._thread = threading.Thread(target=self._guard, name="vqserve-device", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._guard, name=f"vqserve-device-{i}", daemon=True) for i in range(threads)
+        ]
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the thread to end, which it does when the pipeline is closed; return whether it has."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        """Wait for the threads to end, which they do when the pipeline is closed; return whether they have."""
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0.0))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _guard(self) -> None:
         try:
-            while self._serve_next():
+            lane = Lane()
+            while self._serve_next(lane):
                 pass
         except BaseException as error:
             self._break(error)
 
-    def _serve_next(self) -> bool:
+    def _serve_next(self, lane: Lane) -> bool:
         # A call of its own, so that a thread that waits holds no batch, and so no codebook that was replaced.
         batch = self._pipeline.next_for_device()
         if batch is None:
             return False
-        self._serve(batch)
+        with lane.on(batch.key.tokenizer.device):
+            self._serve(batch, lane.staging)
         return True
 
-    def _serve(self, batch: Batch) -> None:
+    def _serve(self, batch: Batch, staging: Staging) -> None:
         try:
-            self._run(batch)
+            self._run(batch, staging)
         except InvalidRequest as error:
             # Only what depends on the codebook's weights shows this late: a projection that leaves float32's range.
             if len(batch.parts) == 1:
                 batch.fail(error)
                 return
             for alone in batch.split():
-                self._serve(alone)
+                self._serve(alone, staging)
         except Exception as error:
             if is_device_failure(error):
                 raise
-            self._stats.failed_batches += 1
+            self._stats.count_failed()
             logger.exception("a batch of %d requests failed", len(batch.parts))
             batch.fail(BatchFailed("the computation failed"))
 
-    def _run(self, batch: Batch) -> None:
+    def _run(self, batch: Batch, staging: Staging) -> None:
         started = time.monotonic()
-        results = batch.compute()
+        batch.compute(staging)
         ended = time.monotonic()
-        finished = batch.reply(results, started=started, ended=ended)
+        finished = batch.finish(started=started, ended=ended)
         self._stats.count(requests=len(batch.parts), rows=batch.rows, finished=finished, seconds=ended - started)
 
     def _break(self, error: BaseException) -> None:

@@ -52,6 +52,7 @@ class Table:
             return self.rows
         if dtype not in self._narrowed:
             narrowed = narrow(self.rows, dtype)
+            # The look waits for the device, so that other threads, on streams of their own, find what they read.
             self._narrowed[dtype] = narrowed if bool(torch.isfinite(narrowed).all()) else None
         rounded = self._narrowed[dtype]
         return self.rows if rounded is None else rounded

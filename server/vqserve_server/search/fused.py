@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import shutil
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vqserve_server.search.bounds import ScoreBounds, row_norms
+from vqserve_server.search.on_demand import OnDemand
 from vqserve_server.search.searcher import Objective, SearchCounts, Searcher
 
 _BLOCK_ROWS = 64
@@ -58,7 +58,7 @@ class FusedSearcher(Searcher):
         """
         self._codes = codes.detach().contiguous()
         self._bounds = ScoreBounds.of(codes, bias, objective, torch.float32)
-        self._fallback = functools.cache(fallback)
+        self._fallback = OnDemand(fallback, codes.device)
 
     def search(self, rows: Tensor, counts: SearchCounts | None = None) -> Tensor:
         """Return the winning code of every row; see `Searcher.search`."""

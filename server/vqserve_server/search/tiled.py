@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vqserve_server.search.bounds import ScoreBounds, row_norms
+from vqserve_server.search.on_demand import OnDemand
 from vqserve_server.search.searcher import Objective, SearchCounts, Searcher
 from vqserve_server.search.settle import Arbiter
 from vqserve_server.search.subnormals import kept, widen_into, widened
@@ -69,7 +69,7 @@ class TiledSearcher(Searcher):
         """
         self.backend = "reference" if dtype == torch.float64 else "torch"
         self._dtype = dtype
-        self._fallback = None if fallback is None else functools.cache(fallback)
+        self._fallback = None if fallback is None else OnDemand(fallback, codes.device)
         self._arbiter = Arbiter(codes, bias, objective)
         self._codes = codes.detach()
         self._bounds = ScoreBounds.of(codes, bias, objective, dtype)

@@ -22,6 +22,7 @@ from vqserve_server.quantizers.frozen import FrozenQuantizer, freeze
 from vqserve_server.tokenizer.arrays import TORCH_DTYPES, given_indices, given_latents, several, tensor_of
 from vqserve_server.tokenizer.grid import decode_grid, encode_grid
 from vqserve_server.tokenizer.options import Options, Output, options
+from vqserve_server.tokenizer.transfer import to_device, to_host
 from vqserve_server.validation import check_digest
 
 ArrayOrTensor = TypeVar("ArrayOrTensor", npt.NDArray[Any], Tensor)
@@ -240,8 +241,8 @@ class Tokenizer:
         Returns:
             int64: (n,), of a residual codebook (n, num_quantizers).
         """
-        found = self._open().encode_rows(tensor_of(rows).to(self.device), num_quantizers=num_quantizers)
-        return found.cpu().numpy()
+        found = self._open().encode_rows(to_device(tensor_of(rows), self.device), num_quantizers=num_quantizers)
+        return to_host(found).numpy()
 
     def decode_rows(
         self, indices: npt.NDArray[np.int64], *, output: Output = "latents", dtype: npt.DTypeLike | None = None
@@ -258,7 +259,8 @@ class Tokenizer:
             (n, output_dim) or (n, code_dim) of the codebook's own element type, or already rounded to `dtype`.
         """
         wanted = None if dtype is None else TORCH_DTYPES[np.dtype(dtype)]
-        rows = self._open().decode_rows(tensor_of(indices).to(self.device), output=output, dtype=wanted).cpu()
+        on_device = to_device(tensor_of(indices), self.device)
+        rows = to_host(self._open().decode_rows(on_device, output=output, dtype=wanted))
         return rows.view(torch.int16).numpy().view(np.uint16) if rows.dtype == torch.bfloat16 else rows.numpy()
 
     def check_itself(self) -> None:

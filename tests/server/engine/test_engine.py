@@ -30,8 +30,10 @@ JOBS = Jobs()
 def start(fake: Callable[..., Any]) -> Iterator[Callable[..., Engine]]:
     with ExitStack() as stack:
 
-        def make(*tokenizers: Any, on_broken: Callable[[], None] = lambda: None, **config: int) -> Engine:
-            engine = Engine(tokenizers, EngineConfig(**config), on_broken=on_broken)
+        def make(
+            *tokenizers: Any, threads: int | None = None, on_broken: Callable[[], None] = lambda: None, **config: int
+        ) -> Engine:
+            engine = Engine(tokenizers, EngineConfig(**config), threads=threads, on_broken=on_broken)
 
             def end() -> None:
                 for tokenizer in tokenizers:
@@ -344,9 +346,78 @@ def test_a_finished_batch_is_delivered_at_once(fake: Callable[..., Any], start: 
     assert deliveries == [5]
 
 
-def test_many_threads_submit(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+def test_two_threads_have_two_batches_under_way(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer, threads=2)
+    tokenizer.hold()
+    jobs = []
+    for rows in (2, 3):
+        jobs += submit(engine, encode_job(tokenizer, rows, seed=rows))
+        tokenizer.wait_entered()
+    # Both are at work: what comes now waits, and is one batch.
+    jobs += submit(engine, *(encode_job(tokenizer, rows, seed=rows) for rows in (4, 5)))
+    tokenizer.release()
+    for job in jobs:
+        np.testing.assert_array_equal(JOBS.array(job), expected(job, tokenizer.codes))
+    assert sorted(map(len, tokenizer.batches)) == [2, 3, 9]
+    assert (engine.stats.batches, engine.stats.requests, engine.stats.rows) == (3, 4, 14)
+
+
+def test_two_threads_put_a_split_request_together(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer, threads=2, max_batch_rows=10)
+    tokenizer.hold()
+    jobs = submit(engine, *(encode_job(tokenizer, 995, seed=seed) for seed in range(4)))
+    tokenizer.wait_entered()
+    tokenizer.wait_entered()
+    tokenizer.release()
+    for job in jobs:
+        np.testing.assert_array_equal(JOBS.array(job), expected(job, tokenizer.codes))
+    assert engine.stats.requests == 4
+    assert engine.stats.rows == 4 * 995
+
+
+def test_a_device_lost_to_one_thread_is_lost_to_both(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizer, other = fake(), fake(name="other")
+    broken = threading.Event()
+    engine = start(tokenizer, other, threads=2, on_broken=broken.set)
+    jobs = []
+    for each in (tokenizer, other):
+        each.hold()
+        jobs += submit(engine, encode_job(each, 1))
+        each.wait_entered()
+    jobs += submit(engine, encode_job(tokenizer, 1), encode_job(other, 1))
+    tokenizer.error = torch.AcceleratorError("an illegal memory access was encountered")
+    tokenizer.release()
+    # Also the one that the other thread is at.
+    for job in jobs:
+        with pytest.raises(DeviceBroken):
+            JOBS.result(job)
+    assert broken.wait(60)
+    other.release()
+    assert engine.stop()
+    assert len(other.batches) == 1
+
+
+def test_stop_waits_for_both_threads(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer, threads=2)
+    tokenizer.hold()
+    for _ in range(2):
+        submit(engine, encode_job(tokenizer, 1))
+        tokenizer.wait_entered()
+    (waiting,) = submit(engine, encode_job(tokenizer, 2))
+    assert not engine.stop(timeout_s=0.0)
+    with pytest.raises(Draining):
+        JOBS.result(waiting)
+    tokenizer.release()
+    assert engine.stop()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_threads_submit(fake: Callable[..., Any], start: Callable[..., Engine], threads: int) -> None:
     tokenizers = [fake(16, name="a"), fake(17, 3, name="b")]
-    engine = start(*tokenizers, max_batch_rows=50)
+    engine = start(*tokenizers, max_batch_rows=50, threads=threads)
     failures: list[BaseException] = []
 
     def work(seed: int) -> None:
@@ -359,11 +430,11 @@ def test_many_threads_submit(fake: Callable[..., Any], start: Callable[..., Engi
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    callers = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
     assert not failures
     assert engine.stats.requests == 240
 
@@ -385,6 +456,6 @@ def test_no_memory_for_one_reply_is_no_other_s_concern(fake: Callable[..., Any],
     tokenizer.release()
     assert len(JOBS.array(first)) == 1
     assert len(JOBS.array(jobs[0])) == 2
-    for job in jobs[1:]:
-        with pytest.raises(BatchFailed):
-            JOBS.result(job)
+    assert len(JOBS.array(jobs[2])) == 4
+    with pytest.raises(BatchFailed):
+        JOBS.result(jobs[1])

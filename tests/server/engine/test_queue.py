@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vqserve_server.config import EngineConfig
-from vqserve_server.engine import EncodeJob
+from vqserve_server.engine import EncodeJob, Job
 from vqserve_server.engine.queue import JobQueue
 from vqserve_server.errors import DeadlineExpired
 
@@ -25,7 +25,7 @@ def job(tokenizer: Any, rows: int, *, dtype: Any = np.float32, deadline: float |
     return JOBS.encode(tokenizer, np.zeros((rows, tokenizer.info.input_dim), dtype), deadline=deadline)
 
 
-def queue_of(*jobs: EncodeJob, **config: int) -> JobQueue:
+def queue_of(*jobs: Job, **config: int) -> JobQueue:
     queue = JobQueue(EngineConfig(**config))
     for each in jobs:
         queue.put(each)
@@ -132,3 +132,11 @@ def test_patience_waits_for_a_fuller_batch(fake: Callable[..., Any]) -> None:
     assert queue.ripe_at() is None
     queue.put(third := job(tokenizer, 1))
     assert taken(queue, now=third.arrived + 2e-3) == [(third, 0, 1)]
+
+
+def test_what_is_looked_up_counts_less_than_what_is_searched(fake: Callable[..., Any]) -> None:
+    tokenizer = fake()
+    large = JOBS.decode(tokenizer, np.zeros(20, np.int64), np.zeros((20, 4), np.float32))
+    queue = queue_of(large, max_batch_rows=4)
+    assert taken(queue) == [(large, 0, 16)]
+    assert taken(queue) == [(large, 16, 20)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from vqserve_server.errors import InvalidRequest
 from vqserve_server.search.native.codebook import NativeCodebook
 from vqserve_server.search.native.library import levels, load
+from vqserve_server.search.on_demand import OnDemand
 from vqserve_server.search.searcher import Objective, SearchCounts, Searcher
 
 _TwoCounts = ctypes.c_int64 * 2
@@ -42,7 +42,7 @@ class NativeSearcher(Searcher):
         """
         self._library = load(level or levels()[0])
         self._book = NativeCodebook(codes, bias, objective, self._library)
-        self._fallback = functools.cache(fallback)
+        self._fallback = OnDemand(fallback, codes.device)
         self._dim = codes.shape[1]
 
     def search(self, rows: Tensor, counts: SearchCounts | None = None) -> Tensor:

@@ -1,0 +1,92 @@
+"""The device threads on a GPU: each with a stream of its own, and none reads what another has not finished."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vqserve_client import Client
+from vqserve_server import Tokenizer
+from vqserve_server.engine import DecodeKey, EncodeKey, Engine
+from vqserve_server.engine.lane import Lane
+from vqserve_server.quantizers import VectorQuantizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "server/engine"))
+from engine_jobs import Jobs
+
+JOBS = Jobs()
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
+]
+
+
+def quantizer(num_codes: int = 16384, dim: int = 4, seed: int = 0) -> VectorQuantizer:
+    torch.manual_seed(seed)
+    return VectorQuantizer(num_codes, dim)
+
+
+def latents(book: Tokenizer, rng: np.random.Generator) -> np.ndarray:
+    """Some at random, and some half way between two codes, which go to the searchers that are made on demand."""
+    images = int(rng.integers(1, 9))
+    drawn = rng.standard_normal((images, book.info.input_dim, 16, 16), dtype=np.float32)
+    codes = book.decode(rng.integers(0, book.info.num_codes, (2, 16, 16)), layout="channels_first")
+    drawn[0] = (codes[0] + codes[1]) / 2
+    return drawn
+
+
+def test_staging_is_page_locked_and_each_lane_has_a_stream() -> None:
+    book = Tokenizer(quantizer(), device="cuda")
+    one, other = Lane(), Lane()
+    for key in (EncodeKey(book, np.dtype(np.float32)), DecodeKey(book, "latents", np.dtype(np.float32))):
+        assert torch.from_numpy(one.staging.rows(key, 100)).is_pinned()
+    streams = []
+    for lane in (one, one, other):
+        with lane.on(book.device):
+            streams.append(torch.cuda.current_stream())
+    assert streams[0] == streams[1] != streams[2]
+    assert torch.cuda.default_stream() not in streams
+
+
+@pytest.mark.parametrize("search", ["auto", "torch", "reference"])
+def test_what_is_made_on_demand_is_there_for_both_threads(serving, search: str) -> None:
+    # A fresh server each time: the first requests, all at once, are the ones that make what is missing.
+    rng = np.random.default_rng(1)
+    for seed in range(5):
+        on_cpu = Tokenizer(quantizer(seed=seed), name="book", device="cpu")
+        arrays = [latents(on_cpu, rng) for _ in range(64)]
+        expected = [on_cpu.encode(array) for array in arrays]
+        server = serving(
+            Tokenizer(quantizer(seed=seed), name="book", device="cuda", search=search), max_batch_rows=1000
+        )
+        with Client(server.target) as client, ThreadPoolExecutor(32) as pool:
+            for found, right in zip(pool.map(client.encode, arrays), expected, strict=True):
+                np.testing.assert_array_equal(found, right)
+            for dtype in ("float16", "bfloat16", "float32"):
+                decoded = pool.map(lambda indices, dtype=dtype: client.decode(indices, dtype=dtype), expected)
+                for found, indices in zip(decoded, expected, strict=True):
+                    np.testing.assert_array_equal(found, on_cpu.decode(indices, dtype=dtype))
+
+
+def test_codebooks_that_come_under_load_are_there_before_they_are_searched() -> None:
+    engine = Engine([Tokenizer(quantizer(), name="book", device="cuda")])
+    engine.start()
+    rows = np.random.default_rng(2).standard_normal((3000, 4), dtype=np.float32)
+    try:
+        for seed in range(20):
+            on_cpu = Tokenizer(quantizer(seed=seed), name="book", device="cpu")
+            fresh = Tokenizer(quantizer(seed=seed), name="book", device="cuda")
+            engine.swap([fresh])
+            # One after the other: each of the two threads may get some.
+            jobs = [JOBS.encode(fresh, rows) for _ in range(4)]
+            for job in jobs:
+                engine.submit([job])
+            for job in jobs:
+                np.testing.assert_array_equal(JOBS.array(job), on_cpu.encode_rows(rows))
+    finally:
+        assert engine.stop()
