@@ -26,17 +26,19 @@ pytestmark = [
 ]
 
 
-def quantizer(num_codes: int = 16384, dim: int = 4, seed: int = 0) -> VectorQuantizer:
-    torch.manual_seed(seed)
-    return VectorQuantizer(num_codes, dim)
+def quantizer(seed: int = 0) -> VectorQuantizer:
+    """Codes of length 1."""
+    made = VectorQuantizer(16384, 4)
+    codes = torch.randn(16384, 4, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        made.embedding.weight.copy_(torch.nn.functional.normalize(codes, dim=1))
+    return made
 
 
 def latents(book: Tokenizer, rng: np.random.Generator) -> np.ndarray:
-    """Some at random, and some half way between two codes, which go to the searchers that are made on demand."""
-    images = int(rng.integers(1, 9))
-    drawn = rng.standard_normal((images, book.info.input_dim, 16, 16), dtype=np.float32)
-    codes = book.decode(rng.integers(0, book.info.num_codes, (2, 16, 16)), layout="channels_first")
-    drawn[0] = (codes[0] + codes[1]) / 2
+    """Some at random, and zeros, to which all codes of one length are near: the searchers made on demand get them."""
+    drawn = rng.standard_normal((int(rng.integers(1, 9)), book.info.input_dim, 16, 16), dtype=np.float32)
+    drawn[0, :, :8] = 0.0
     return drawn
 
 

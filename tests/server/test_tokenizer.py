@@ -523,5 +523,8 @@ def test_auto_takes_a_gpu_only_if_it_works(monkeypatch):
     monkeypatch.setattr(device, "_works", lambda _: False)
     assert device.select_device("auto") == torch.device("cpu")
     monkeypatch.setattr(device, "_works", lambda _: True)
-    assert device.select_device("auto") == torch.device("cuda")
+    # Which it is must not depend on the thread that asks: "cuda" is the current device of each.
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert device.select_device("auto") == torch.device("cuda:2")
+    assert device.select_device("cuda") == torch.device("cuda:2")
     assert device.select_device("cuda:1") == torch.device("cuda:1")

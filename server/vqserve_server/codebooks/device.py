@@ -17,9 +17,8 @@ def select_device(device: str | torch.device) -> torch.device:
         InvalidOption: there is no such device, or it does not work.
     """
     if device == "auto":
-        return (
-            torch.device("cuda") if torch.cuda.is_available() and _works(torch.device("cuda")) else torch.device("cpu")
-        )
+        cuda = torch.device("cuda")
+        return _numbered(cuda) if torch.cuda.is_available() and _works(cuda) else torch.device("cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -28,7 +27,14 @@ def select_device(device: str | torch.device) -> torch.device:
         raise InvalidOption(f"device must be auto, cpu, cuda or cuda:i, not {str(device)!r}")
     if chosen.type == "cuda" and not _works(chosen):
         raise InvalidOption(f"device {str(device)!r} is not there or does not work: torch sees {_seen()}")
-    return chosen
+    return _numbered(chosen)
+
+
+def _numbered(device: torch.device) -> torch.device:
+    # "cuda" means another device to a thread that has chosen one.
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _works(device: torch.device) -> bool:

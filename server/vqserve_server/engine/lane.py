@@ -28,7 +28,7 @@ class Lane:
 
 
 def settle(devices: Iterable[torch.device]) -> None:
-    """Wait until what the caller has put on devices is there: the streams of lanes do not wait for the caller's."""
+    """Wait until devices have done what the calling thread gave them: no stream waits for another's work."""
     for device in set(devices):
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()

@@ -68,6 +68,9 @@ class Pipeline:
                 batch = self._queue.take(time.monotonic(), patient=self._closed is None)
                 if batch is not None:
                     self._on_device[thread] = batch
+                    # Several batches may have come at once, with one wake-up.
+                    if self._queue:
+                        self._wake.notify()
                     return batch
                 if self._closed is not None and not self._queue:
                     return None

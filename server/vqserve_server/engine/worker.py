@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from vqserve_server.engine.batch import Batch, BatchFailed
 from vqserve_server.engine.device_failure import is_device_failure
-from vqserve_server.engine.lane import Lane
+from vqserve_server.engine.lane import Lane, settle
 from vqserve_server.engine.pipeline import Pipeline
 from vqserve_server.engine.staging import Staging
 from vqserve_server.engine.stats import EngineStats
@@ -69,6 +69,7 @@ class Worker:
         try:
             self._run(batch, staging)
         except InvalidRequest as error:
+            settle([batch.key.tokenizer.device])
             # Only what depends on the codebook's weights shows this late: a projection that leaves float32's range.
             if len(batch.parts) == 1:
                 batch.fail(error)
@@ -78,6 +79,8 @@ class Worker:
         except Exception as error:
             if is_device_failure(error):
                 raise
+            # Before its codebook may go: kernels of a batch that failed half way read it still.
+            settle([batch.key.tokenizer.device])
             self._stats.count_failed()
             logger.exception("a batch of %d requests failed", len(batch.parts))
             batch.fail(BatchFailed("the computation failed"))

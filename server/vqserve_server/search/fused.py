@@ -84,19 +84,21 @@ class FusedSearcher(Searcher):
         from vqserve_server.search.fused_kernel import nearest  # noqa: PLC0415
 
         count, dim = rows.shape
-        nearest[-(-count // _BLOCK_ROWS),](
-            rows.detach().resolve_neg().float().contiguous(),
-            norms,
-            self._codes,
-            self._bounds.offset,
-            self._bounds.slope,
-            self._bounds.base,
-            winners,
-            is_open,
-            count,
-            self._codes.shape[0],
-            dim,
-            BLOCK_ROWS=_BLOCK_ROWS,
-            BLOCK_CODES=_BLOCK_CODES,
-            BLOCK_DIM=min(_MAX_BLOCK_DIM, max(16, 1 << (dim - 1).bit_length())),
-        )
+        # Triton launches on the current device, whatever the tensors': nothing else makes that cuda:1.
+        with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
+            nearest[-(-count // _BLOCK_ROWS),](
+                rows.detach().resolve_neg().float().contiguous(),
+                norms,
+                self._codes,
+                self._bounds.offset,
+                self._bounds.slope,
+                self._bounds.base,
+                winners,
+                is_open,
+                count,
+                self._codes.shape[0],
+                dim,
+                BLOCK_ROWS=_BLOCK_ROWS,
+                BLOCK_CODES=_BLOCK_CODES,
+                BLOCK_DIM=min(_MAX_BLOCK_DIM, max(16, 1 << (dim - 1).bit_length())),
+            )

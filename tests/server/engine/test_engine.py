@@ -363,6 +363,17 @@ def test_two_threads_have_two_batches_under_way(fake: Callable[..., Any], start:
     assert (engine.stats.batches, engine.stats.requests, engine.stats.rows) == (3, 4, 14)
 
 
+def test_what_comes_at_once_is_for_both_threads(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer, threads=2, max_batch_rows=10)
+    tokenizer.hold()
+    (job,) = submit(engine, encode_job(tokenizer, 20))
+    assert tokenizer.entered.acquire(timeout=60)
+    assert tokenizer.entered.acquire(timeout=60)
+    tokenizer.release()
+    np.testing.assert_array_equal(JOBS.array(job), expected(job, tokenizer.codes))
+
+
 def test_two_threads_put_a_split_request_together(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
     tokenizer = fake()
     engine = start(tokenizer, threads=2, max_batch_rows=10)
