@@ -45,9 +45,13 @@ def run_loop(main: Coroutine[Any, Any, None]) -> None:
 @contextlib.contextmanager
 def _old_objects_set_aside() -> Iterator[None]:
     """Keep the collector from going through all that was there before, torch's modules say: 100 ms of latency."""
+    if gc.get_freeze_count():
+        # The caller has done so, and what is set aside can only come back all at once.
+        yield
+        return
     gc.collect()
-    gc.freeze()
     try:
+        gc.freeze()
         yield
     finally:
         gc.unfreeze()
