@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from cells import BOOKS, Cell, make_books
-from contenders import PEER_KINDS, Contender, Echo, Ours, PeerFailed, environment_of
+from contenders import PEER_KINDS, Contender, Echo, Ours, PeerFailed, environment_of, wait_for_idle
 from tqdm import tqdm
 
 from vqserve_server import Tokenizer
@@ -93,8 +93,10 @@ def measure_cell(cell: Cell, ours: Ours, tokenizer: Tokenizer, folder: Path, opt
         floors = []
         floor = search_floor(cell, tokenizer)
         for _ in range(options.rounds):
+            wait_for_idle()
             floors.append(floor())
             for contender in list(contenders):
+                wait_for_idle()
                 try:
                     rate = contender.rate(cell, CALLERS, options.seconds)
                 except PeerFailed as error:
@@ -103,6 +105,7 @@ def measure_cell(cell: Cell, ours: Ours, tokenizer: Tokenizer, folder: Path, opt
                     rates.pop(contender.name, None)
                 else:
                     rates.setdefault(contender.name, []).append(rate)
+            wait_for_idle()
             rates.setdefault("vqserve, streams", []).append(ours.stream_rate(cell, CALLERS, options.seconds, STREAMS))
             rates.setdefault("vqserve, many", []).append(ours.many_rate(cell, options.seconds))
     row.rates = {name: statistics.median(values) for name, values in rates.items()}
