@@ -353,7 +353,7 @@ from vqserve.codebook_info import CodebookInfo
 from vqserve_server import app
 
 class Stubborn:
-    device = "cpu"
+    device = torch.device("cpu")
     info = CodebookInfo(
         name="stubborn", digest="", kind="vq", num_codes=2, vocab_size=2, input_dim=1, code_dim=1, output_dim=1
     )

@@ -198,12 +198,12 @@ def test_a_signal_while_workers_start(codebook: Path) -> None:
 
 # A worker whose device never answers.
 STUCK = """
-import sys, threading
+import sys, threading, torch
 from vqserve.codebook_info import CodebookInfo
 from vqserve_server import app
 
 class Stuck:
-    device = "cpu"
+    device = torch.device("cpu")
     info = CodebookInfo(
         name="stuck", digest="", kind="vq", num_codes=2, vocab_size=2, input_dim=1, code_dim=1, output_dim=1
     )
