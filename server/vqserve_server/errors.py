@@ -7,6 +7,7 @@ VqserveError
 │   │   └── NotAnArray (also a TypeError)
 │   ├── InvalidOption
 │   ├── NonFiniteLatents
+│   │   └── TokenBeyondRange
 │   └── IndexOutOfRange
 ├── UnknownCodebook (also a LookupError)
 ├── DigestMismatch
@@ -26,6 +27,10 @@ wire: it must never hold a path or anything else of the server's own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
 
 
 class VqserveError(Exception):
@@ -54,6 +59,28 @@ class InvalidOption(InvalidRequest):
 
 class NonFiniteLatents(InvalidRequest):
     """Latents hold NaN or infinity, or leave float32's range on their way to the codes."""
+
+
+class TokenBeyondRange(NonFiniteLatents):
+    """A token leaves float32's range on its way to the codes; the text names its position in the grid."""
+
+    def __init__(self, text: str, row: int, grid: Sequence[int]) -> None:
+        """Name the token.
+
+        Args:
+            text: what happens to it, with {token} where its name belongs.
+            row: the token, counted in C order of the grid.
+            grid: shape of the tokens.
+        """
+        # What an exception is made of pickles it.
+        super().__init__(text, row, grid)
+        self.text = text
+        self.row = row
+        self.grid = tuple(grid)
+
+    def __str__(self) -> str:
+        position = [int(i) for i in np.unravel_index(self.row, self.grid)]
+        return self.text.format(token=f"token {position}")
 
 
 class IndexOutOfRange(InvalidRequest):

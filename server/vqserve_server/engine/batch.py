@@ -87,6 +87,11 @@ class Batch:
             deliver(jobs)
         return sum(map(len, finished.values()))
 
+    def refuse(self, error: InvalidRequest) -> None:
+        """Fail its only part's job, which the error is about."""
+        [part] = self.parts
+        part.job.fail(part.job.in_whole(error, part.start))
+
     def fail(self, error: BaseException) -> None:
         """Fail every job that is part of it."""
         for part in self.parts:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from vqserve.layout import Layout, grid_shape
 from vqserve_server.engine.rows import first_overflow, read_rows, read_tokens, write_rows, write_tokens
-from vqserve_server.errors import Cancelled, DeadlineExpired, InvalidOption
+from vqserve_server.errors import Cancelled, DeadlineExpired, InvalidOption, InvalidRequest, TokenBeyondRange
 
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
@@ -162,6 +162,10 @@ class Job(ABC):
             InvalidRequest: the reply cannot hold them; concerns nobody else's.
         """
 
+    def in_whole(self, error: InvalidRequest, start: int) -> InvalidRequest:
+        """Return an error about the rows from `start` on as one about the whole request."""
+        return error
+
     def resolve(self, outcome: Served | BaseException) -> bool:
         """Set the outcome; False if there was one already."""
         with _outcomes:
@@ -252,6 +256,12 @@ class EncodeJob(Job):
     def read(self, start: int, stop: int, into: Array) -> None:
         """Copy the rows [start, stop) into a batch."""
         read_rows(self.source, self._layout, start, stop, into)
+
+    def in_whole(self, error: InvalidRequest, start: int) -> InvalidRequest:
+        """Return an error about the rows from `start` on, which have no grid, with the token's place in the grid."""
+        if not isinstance(error, TokenBeyondRange):
+            return error
+        return TokenBeyondRange(error.text, start + error.row, grid_shape(self.source.shape, self._layout))
 
     def write(self, start: int, results: Array) -> None:
         """Copy the results of the rows from `start` on into the reply."""

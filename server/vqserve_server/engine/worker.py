@@ -72,7 +72,7 @@ class Worker:
             settle([batch.key.tokenizer.device])
             # Only what depends on the codebook's weights shows this late: a projection that leaves float32's range.
             if len(batch.parts) == 1:
-                batch.fail(error)
+                batch.refuse(error)
                 return
             for alone in batch.split():
                 self._serve(alone, staging)

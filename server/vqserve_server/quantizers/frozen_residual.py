@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqserve_server.errors import CodebookError, InvalidOption, NonFiniteLatents
+from vqserve_server.errors import CodebookError, InvalidOption, TokenBeyondRange
 from vqserve_server.quantizers.dtypes import autocast_off, widen, widened
 from vqserve_server.quantizers.frozen import FrozenQuantizer, Output, check_output
 from vqserve_server.quantizers.frozen_lookup import FrozenLookup
@@ -75,8 +75,8 @@ class FrozenPart:
         limit = torch.finfo(torch.promote_types(rows.dtype, self.stages[0].weight_dtype)).max
         too_large = ~(rows.abs().amax(dim=1).double() < limit / _ROOM - self.largest)
         if bool(too_large.any()):
-            token = torch.nonzero(too_large.reshape(tuple(grid)))[0].tolist()
-            raise NonFiniteLatents(f"what the stages leave of token {token} may leave the range of float32")
+            row = int(torch.nonzero(too_large)[0])
+            raise TokenBeyondRange("what the stages leave of {token} may leave the range of float32", row, grid)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from vqserve_server.errors import CodebookError, NonFiniteLatents
+from vqserve_server.errors import CodebookError, TokenBeyondRange
 from vqserve_server.quantizers.checks import check_size
 from vqserve_server.quantizers.dtypes import widen
 from vqserve_server.search.rounding import affine
@@ -98,8 +98,10 @@ def project(rows: Tensor, projection: Projection | None, *, grid: Sequence[int] 
     projected = affine(rows, *projection)
     finite = torch.isfinite(projected).all(dim=1)
     if not bool(finite.all()):
-        token = torch.nonzero(~finite.reshape(rows.shape[:1] if grid is None else tuple(grid)))[0].tolist()
-        raise NonFiniteLatents(f"the projection of token {token} leaves the range of float32")
+        row = int(torch.nonzero(~finite)[0])
+        raise TokenBeyondRange(
+            "the projection of {token} leaves the range of float32", row, rows.shape[:1] if grid is None else grid
+        )
     return projected
 
 

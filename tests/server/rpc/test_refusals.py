@@ -8,8 +8,12 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import torch
 
 from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve_server.errors import NonFiniteLatents
+from vqserve_server.quantizers import Quantizer, ResidualQuantizer, VectorQuantizerWithInputProjection
+from vqserve_server.tokenizer import Tokenizer
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 F32 = pb.DTYPE_FLOAT32
@@ -191,6 +195,30 @@ def test_bytes_that_are_no_message(client: Any, method: str, raw: bytes) -> None
     else:
         assert_refused(lambda: call(raw), INVALID, "the request is not a valid")
     assert_serving(client)
+
+
+@pytest.mark.parametrize("max_batch_rows", [5, 16384])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: VectorQuantizerWithInputProjection(6, 40, 2), lambda: ResidualQuantizer(3, 40, 6)],
+    ids=["projection", "stages"],
+)
+def test_a_token_beyond_float32_is_named_as_in_process(
+    make: Callable[[], Quantizer], max_batch_rows: int, serving: Callable[..., Any], connect: Callable[..., Any]
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        quantizer = make().requires_grad_(False)
+        for parameter in quantizer.parameters():
+            parameter.normal_()
+    tokenizer = Tokenizer(quantizer, device="cpu")
+    client = connect(serving(tokenizer, max_batch_rows=max_batch_rows).target)
+    latents = np.zeros((2, 6, 3, 3), np.float32)
+    latents[1, :, 2, 0] = 3.4e38
+    latents[1, ::2, 2, 0] *= -1
+    with pytest.raises(NonFiniteLatents, match=r"token \[1, 2, 0\]") as caught:
+        tokenizer.encode(latents)
+    assert_refused(lambda: client.encode(latents), INVALID, str(caught.value))
 
 
 def test_a_message_beyond_the_limit(client: Any) -> None:
