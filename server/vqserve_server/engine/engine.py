@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from vqserve_server.config import EngineConfig
+from vqserve_server.cuda_stream import wait_for_stream
 from vqserve_server.engine.admission import Admission
 from vqserve_server.engine.job import Job
-from vqserve_server.engine.lane import settle
 from vqserve_server.engine.live_set import LiveSet
 from vqserve_server.engine.pipeline import Pipeline
 from vqserve_server.engine.queue import JobQueue
@@ -44,8 +44,7 @@ class Engine:
         """
         config = config or EngineConfig()
         tokenizers = list(tokenizers)
-        settle(tokenizer.device for tokenizer in tokenizers)
-        self.live = LiveSet(tokenizers)
+        self.live = _live(tokenizers)
         self.stats = EngineStats()
         self._on_broken = on_broken
         self._admission = Admission(config, retry_after_s=self.stats.retry_after_s)
@@ -56,9 +55,7 @@ class Engine:
 
     def swap(self, tokenizers: Iterable[Tokenizer]) -> None:
         """Serve these from now on; jobs that were made for others finish with theirs."""
-        tokenizers = list(tokenizers)
-        settle(tokenizer.device for tokenizer in tokenizers)
-        self.live = LiveSet(tokenizers)
+        self.live = _live(list(tokenizers))
 
     def start(self) -> None:
         """Start the threads."""
@@ -116,6 +113,13 @@ class Engine:
     def _broken(self, error: DeviceBroken) -> None:
         self._admission.close(error)
         self._on_broken()
+
+
+def _live(tokenizers: Sequence[Tokenizer]) -> LiveSet:
+    for tokenizer in tokenizers:
+        # Before the device threads, whose streams are others, have its tables.
+        wait_for_stream(tokenizer.device)
+    return LiveSet(tokenizers)
 
 
 def _threads(tokenizer: Tokenizer) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
 
 import torch
 
@@ -25,10 +24,3 @@ class Lane:
         if stream is None:
             stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return torch.cuda.stream(stream)
-
-
-def settle(devices: Iterable[torch.device]) -> None:
-    """Wait until devices have done what the calling thread gave them: no stream waits for another's work."""
-    for device in set(devices):
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()

@@ -7,9 +7,10 @@ import threading
 import time
 from collections.abc import Callable
 
+from vqserve_server.cuda_stream import wait_for_stream
 from vqserve_server.engine.batch import Batch, BatchFailed
 from vqserve_server.engine.device_failure import is_device_failure
-from vqserve_server.engine.lane import Lane, settle
+from vqserve_server.engine.lane import Lane
 from vqserve_server.engine.pipeline import Pipeline
 from vqserve_server.engine.staging import Staging
 from vqserve_server.engine.stats import EngineStats
@@ -69,7 +70,7 @@ class Worker:
         try:
             self._run(batch, staging)
         except InvalidRequest as error:
-            settle([batch.key.tokenizer.device])
+            wait_for_stream(batch.key.tokenizer.device)
             # Only what depends on the codebook's weights shows this late: a projection that leaves float32's range.
             if len(batch.parts) == 1:
                 batch.refuse(error)
@@ -80,7 +81,7 @@ class Worker:
             if is_device_failure(error):
                 raise
             # Before its codebook may go: kernels of a batch that failed half way read it still.
-            settle([batch.key.tokenizer.device])
+            wait_for_stream(batch.key.tokenizer.device)
             self._stats.count_failed()
             logger.exception("a batch of %d requests failed", len(batch.parts))
             batch.fail(BatchFailed("the computation failed"))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from vqserve_server.cuda_stream import wait_for_stream
 from vqserve_server.search.searcher import Searcher
 
 
@@ -25,8 +26,7 @@ class OnDemand:
         with self._lock:
             if self._searcher is None:
                 searcher = self._make()
-                if self._device.type == "cuda":
-                    # Its tables are made on this thread's stream, and the others' streams do not wait for that.
-                    torch.cuda.current_stream(self._device).synchronize()
+                # Before other threads have its tables.
+                wait_for_stream(self._device)
                 self._searcher = searcher
             return self._searcher

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vqserve_server.cuda_stream import wait_for_stream
+
 
 def to_device(rows: Tensor, device: torch.device) -> Tensor:
     """Return rows on a device; from page-locked memory they may still be on their way, in the order of the stream.
@@ -22,5 +24,5 @@ def to_host(rows: Tensor) -> Tensor:
         # Of a pool of torch's: page-locked memory is slow to come by, and several times as fast to copy to.
         host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
         host.copy_(rows, non_blocking=True)
-        torch.cuda.current_stream().synchronize()
+        wait_for_stream(rows.device)
     return host
