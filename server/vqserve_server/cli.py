@@ -103,7 +103,8 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _hangups_kept() -> Iterator[None]:
-    # Its default is to end the process. Blocked, it waits until whoever serves can act on it.
+    # Its default is to end the process. Blocked, it waits until whoever serves can act on it: here and in threads
+    # started from now on. One that runs already would take it, as numpy's do: nothing has imported numpy yet.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield

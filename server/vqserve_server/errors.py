@@ -30,8 +30,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 
 class VqserveError(Exception):
     """Base of all errors that vqserve raises on purpose."""
@@ -79,7 +77,9 @@ class TokenBeyondRange(NonFiniteLatents):
         self.grid = tuple(grid)
 
     def __str__(self) -> str:
-        position = [int(i) for i in np.unravel_index(self.row, self.grid)]
+        row, position = self.row, [0] * len(self.grid)
+        for axis in reversed(range(len(self.grid))):
+            row, position[axis] = divmod(row, self.grid[axis])
         return self.text.format(token=f"token {position}")
 
 
