@@ -69,22 +69,21 @@ class Worker:
     def _serve(self, batch: Batch, staging: Staging) -> None:
         try:
             self._run(batch, staging)
-        except InvalidRequest as error:
-            wait_for_stream(batch.key.tokenizer.device)
-            # Only what depends on the codebook's weights shows this late: a projection that leaves float32's range.
-            if len(batch.parts) == 1:
-                batch.refuse(error)
-                return
-            for alone in batch.split():
-                self._serve(alone, staging)
         except Exception as error:
             if is_device_failure(error):
                 raise
             # Before its codebook may go: kernels of a batch that failed half way read it still.
             wait_for_stream(batch.key.tokenizer.device)
-            self._stats.count_failed()
-            logger.exception("a batch of %d requests failed", len(batch.parts))
-            batch.fail(BatchFailed("the computation failed"))
+            if not isinstance(error, InvalidRequest):
+                self._stats.count_failed()
+                logger.exception("a batch of %d requests failed", len(batch.parts))
+                batch.fail(BatchFailed("the computation failed"))
+            # Only what depends on the codebook's weights shows this late: a projection that leaves float32's range.
+            elif len(batch.parts) == 1:
+                batch.refuse(error)
+            else:
+                for alone in batch.split():
+                    self._serve(alone, staging)
 
     def _run(self, batch: Batch, staging: Staging) -> None:
         started = time.monotonic()
