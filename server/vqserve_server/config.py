@@ -101,6 +101,9 @@ class RpcConfig:
     max_concurrent_rpcs: int = _setting(
         512, "calls of any kind at once at most, health checks and streams included", _integer(1, 1 << 20)
     )
+    idle_seconds: float = _setting(
+        600.0, "seconds that a call may wait for its caller to send or to take a message; 0: for ever", _seconds
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,20 +30,24 @@ class Call:
         method: full name.
         deadline: time.monotonic() seconds; None: the caller waits for ever.
         when_over: called once, when the caller has all that it gets, or is gone.
+        has_work: whether the server owes an answer, although another message may come.
     """
 
-    def __init__(self, event: Any, on_end: Callable[[], None]) -> None:
-        """Take the call that an event announces; `on_end` is called before `when_over`."""
+    def __init__(self, event: Any, on_end: Callable[[Call], None]) -> None:
+        """Take the call that an event announces; `on_end` is called with it, before `when_over`."""
         self._call = event.call
         self._metadata = event.invocation_metadata
         self._on_end = on_end
         self._has_begun = self._is_over = False
+        self._is_receiving = self._is_sending = False
+        self._moved_at = time.monotonic()
         self._lock = threading.Lock()
         details = event.call_details
         self.method: str = details.method.decode("ascii", "backslashreplace")
         left_s = details.deadline - time.time()
         self.deadline = None if left_s > _NO_DEADLINE_S else time.monotonic() + left_s
         self.when_over: Callable[[], None] = _nothing
+        self.has_work: Callable[[], bool] = _no
         self._start((cygrpc.ReceiveCloseOnServerOperation(0),), self._on_close)
 
     @property
@@ -54,14 +58,36 @@ class Call:
                 return value
         return secrets.token_hex(8)
 
+    def is_idle(self, before: float) -> bool:
+        """Return whether it has waited for its caller, to send or to take something, since before that time.
+
+        Args:
+            before: time.monotonic() seconds.
+        """
+        waits = self._is_sending or (self._is_receiving and not self.has_work())
+        return waits and self._moved_at < before
+
     def receive(self, then: Callable[[bytes | None], None]) -> None:
         """Wait for the next message; None: there are no more."""
-        self._start((cygrpc.ReceiveMessageOperation(0),), lambda event: then(event.batch_operations[0].message()))
+
+        def received(event: Any) -> None:
+            self._moved_at = time.monotonic()
+            self._is_receiving = False
+            then(event.batch_operations[0].message())
+
+        self._is_receiving = True
+        self._start((cygrpc.ReceiveMessageOperation(0),), received)
 
     def send(self, message: bytes, then: Callable[[], None]) -> None:
         """Send one of several messages; `then` is called when the next may be sent."""
-        operations = [*self._beginning(), cygrpc.SendMessageOperation(message, 0)]
-        self._start(operations, lambda _event: then())
+
+        def sent(_event: Any) -> None:
+            self._moved_at = time.monotonic()
+            self._is_sending = False
+            then()
+
+        self._is_sending = True
+        self._start([*self._beginning(), cygrpc.SendMessageOperation(message, 0)], sent)
 
     def end(self, status: Status = _OK, message: bytes | None = None) -> None:
         """End the call, with a last message if there is one."""
@@ -70,7 +96,14 @@ class Call:
             operations.append(cygrpc.SendMessageOperation(message, 0))
         code, text = status.code.value[0], status.details.encode()
         operations.append(cygrpc.SendStatusFromServerOperation(status.metadata, code, text, 0))
+        self._is_sending = True
         self._start(operations, _nothing)
+
+    def break_off(self, status: Status) -> None:
+        """End the call with whatever is under way; the status reaches the caller if it listens."""
+        with self._lock:
+            if not self._is_over:
+                self._call.cancel(status.code.value[0], status.details)
 
     def _beginning(self) -> list[Any]:
         if self._has_begun:
@@ -79,6 +112,7 @@ class Call:
         return [cygrpc.SendInitialMetadataOperation((), 0)]
 
     def _start(self, operations: Any, tag: Callable[[Any], None]) -> None:
+        self._moved_at = time.monotonic()
         with self._lock:
             # Whoever looked at a request meanwhile comes late, perhaps after the queue was shut: gRPC would abort.
             if not self._is_over:
@@ -88,11 +122,15 @@ class Call:
     def _on_close(self, _event: Any) -> None:
         with self._lock:
             self._is_over = True
-        # Let go of at once: it knows of this call, and a collector would find them late.
-        when_over, self.when_over = self.when_over, _nothing
-        self._on_end()
+        # Let go of at once: they know of this call, and a collector would find them late.
+        when_over, self.when_over, self.has_work = self.when_over, _nothing, _no
+        self._on_end(self)
         when_over()
 
 
 def _nothing(*_: object) -> None:
     pass
+
+
+def _no() -> bool:
+    return False

@@ -33,6 +33,7 @@ class RpcServer:
             },
             options=_options(config, shares_port=shares_port),
             max_calls=config.max_concurrent_rpcs,
+            idle_s=config.idle_seconds,
         )
 
     def start(self) -> int:

@@ -40,6 +40,7 @@ class Stream:
         self._end: Exception | None = None  # why no more is read
         self._has_ended = False
         call.when_over = self._over
+        call.has_work = self._has_work
 
     def start(self) -> None:
         """Begin to read."""
@@ -138,6 +139,9 @@ class Stream:
     @property
     def _has_room(self) -> bool:
         return self._bytes <= WINDOW_BYTES and len(self._open) < WINDOW_REQUESTS
+
+    def _has_work(self) -> bool:
+        return bool(self._open)
 
     def _over(self) -> None:
         with self._lock:

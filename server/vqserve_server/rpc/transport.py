@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,22 +27,33 @@ logger = logging.getLogger(__name__)
 
 # Begins to answer a call, and returns at once.
 Handler = Callable[[Call], None]
+# How often calls are looked at that wait for their callers.
+_LOOK_S = 1.0
 
 
 class Transport:
     """Listens, and hands each call to the handler of its method, on a thread of its own."""
 
-    def __init__(self, handlers: Mapping[str, Handler], *, options: Sequence[tuple[str, int]], max_calls: int) -> None:
+    def __init__(
+        self,
+        handlers: Mapping[str, Handler],
+        *,
+        options: Sequence[tuple[str, int]],
+        max_calls: int,
+        idle_s: float = 0.0,
+    ) -> None:
         """Make the transport; `listen` to some addresses before `start`.
 
         Args:
             handlers: by the method's full name, "/package.Service/Method".
             options: gRPC's, by name.
             max_calls: calls at once; more are refused with RESOURCE_EXHAUSTED.
+            idle_s: how long a call may wait for its caller before it is ended with UNAVAILABLE; 0: for ever.
         """
         self._handlers = handlers
         self._max_calls = max_calls
-        self._calls = 0
+        self._idle_s = idle_s
+        self._calls: set[Call] = set()
         self._queue = cygrpc.CompletionQueue()
         self._server = cygrpc.Server(list(options), False)
         self._server.register_completion_queue(self._queue)
@@ -83,10 +95,16 @@ class Transport:
         self._server.destroy()
 
     def _serve(self) -> None:
+        looks_at = time.monotonic() + _LOOK_S
         while True:
-            event = self._queue.poll()
+            event = self._queue.poll(time.time() + _LOOK_S)
             if event.completion_type == cygrpc.CompletionType.queue_shutdown:
                 return
+            if time.monotonic() >= looks_at:
+                self._end_idle()
+                looks_at = time.monotonic() + _LOOK_S
+            if event.completion_type == cygrpc.CompletionType.queue_timeout:
+                continue
             try:
                 event.tag(event)
             except Exception:
@@ -106,12 +124,12 @@ class Transport:
         self._ask_for_call()
         if not event.success:
             return
-        self._calls += 1
         call = Call(event, self._on_end)
+        self._calls.add(call)
         handler = self._handlers.get(call.method)
         if handler is None:
             call.end(Status(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}"))
-        elif self._calls > self._max_calls:
+        elif len(self._calls) > self._max_calls:
             call.end(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls at once: try again later"))
         else:
             try:
@@ -119,8 +137,17 @@ class Transport:
             except Exception as error:
                 fail(call, error)
 
-    def _on_end(self) -> None:
-        self._calls -= 1
+    def _on_end(self, call: Call) -> None:
+        self._calls.discard(call)
+
+    def _end_idle(self) -> None:
+        if not self._idle_s:
+            return
+        before = time.monotonic() - self._idle_s
+        status = Status(grpc.StatusCode.UNAVAILABLE, f"the call was idle for {self._idle_s:g} s: make another one")
+        for call in [call for call in self._calls if call.is_idle(before)]:
+            logger.debug("call of %s: %s", call.method, status.details)
+            call.break_off(status)
 
     def _on_stopped(self, _event: Any) -> None:
         self._stopped.set()

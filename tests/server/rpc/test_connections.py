@@ -20,6 +20,7 @@ import pytest
 
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.rpc import server as server_module
+from vqserve_server.rpc import transport as transport_module
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
@@ -67,8 +68,8 @@ class Peer:
                 raise EOFError
             self._unread += data
 
-    def call(self, method: str, request: bytes, *, end: bool = False, stream: int = 1) -> None:
-        """Begin a call and send a request."""
+    def call(self, method: str, request: bytes, *, end: bool = False, stream: int = 1, said: int | None = None) -> None:
+        """Begin a call and send a request, of which it may be said that it has more bytes."""
         fields = {
             ":method": "POST",
             ":scheme": "http",
@@ -83,7 +84,7 @@ class Peer:
             for name, value in fields.items()
         )
         self.send(HEADERS, block, flags=END_HEADERS, stream=stream)
-        message = b"\0" + struct.pack(">I", len(request)) + request
+        message = b"\0" + struct.pack(">I", len(request) if said is None else said) + request
         for start in range(0, len(message), MAX_FRAME):
             is_last = end and start + MAX_FRAME >= len(message)
             self.send(DATA, message[start : start + MAX_FRAME], flags=END_STREAM * is_last, stream=stream)
@@ -220,6 +221,23 @@ def test_a_reply_that_is_not_read_is_still_in_the_server(reluctant: Any, method:
     while admission.requests and time.monotonic() < until:
         threading.Event().wait(0.01)
     assert (admission.requests, admission.rows, admission.bytes) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("part", ["half a request", "no reply is taken"])
+def test_who_stops_in_the_middle_is_not_waited_for(
+    fake: Callable[..., Any], serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    monkeypatch.setattr(transport_module, "_LOOK_S", 0.05)
+    server = serving(fake(), idle_seconds=0.3)
+    peer = Peer(server.target, window=0)
+    if part == "half a request":
+        peer.call("Decode", INDICES, said=len(INDICES) + 1)
+    else:
+        peer.call("Decode", INDICES, end=True)
+        wait_for_requests(server, 1)
+    assert any(kind in (RST_STREAM, HEADERS) and b"idle" in body for kind, _, body in peer.frames(10))
+    assert server.app.engine._admission.bytes == 0
+    peer.close()
 
 
 def test_a_server_that_stops_waits_for_replies_to_be_read(reluctant: Any) -> None:

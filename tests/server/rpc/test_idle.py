@@ -1,0 +1,170 @@
+"""Calls that wait for their callers: for how long the server keeps their places, and which calls do not count."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from vqserve_client import Client
+from vqserve_server.rpc import transport
+
+SERVICE = "vqserve.v1.TokenizerService"
+IDLE_S = 0.4
+LATENTS = np.zeros((3, 4), np.float32)
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server looks at its calls more often than it does."""
+    monkeypatch.setattr(transport, "_LOOK_S", 0.05)
+
+
+@pytest.fixture
+def tokenizer(fake: Callable[..., Any]) -> Any:
+    return fake()
+
+
+@pytest.fixture
+def server(tokenizer: Any, serving: Callable[..., Any]) -> Any:
+    return serving(tokenizer, idle_seconds=IDLE_S)
+
+
+@pytest.fixture
+def client(server: Any, connect: Callable[..., Any]) -> Any:
+    return connect(server.target)
+
+
+@pytest.fixture
+def leave() -> Iterator[threading.Event]:
+    """What callers who say nothing wait for."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def inside(server: Any) -> tuple[int, int, int]:
+    admission = server.app.engine._admission
+    return admission.requests, admission.rows, admission.bytes
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        threading.Event().wait(0.01)
+
+
+def ending_of(call: Any) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        list(call)
+    return caught.value.code(), caught.value.details()
+
+
+def silent(first: list[Any], leave: threading.Event) -> Iterator[Any]:
+    yield from first
+    leave.wait()
+
+
+@pytest.mark.parametrize("method", ["Encode", "EncodeStream", "ListCodebooks"])
+def test_a_call_without_a_message_is_ended(client: Any, leave: threading.Event, method: str) -> None:
+    call = client.channel.stream_stream(f"/{SERVICE}/{method}")(silent([], leave), timeout=30)
+    assert ending_of(call) == (grpc.StatusCode.UNAVAILABLE, "the call was idle for 0.4 s: make another one")
+
+
+def test_a_stream_that_says_no_more_is_ended_after_its_replies(client: Any, leave: threading.Event) -> None:
+    replies = client.stub.EncodeStream(silent([client.encode_request(LATENTS)] * 3, leave), timeout=30)
+    assert [list(next(replies).shape) for _ in range(3)] == [[3]] * 3
+    code, text = ending_of(replies)
+    assert code is grpc.StatusCode.UNAVAILABLE
+    assert "idle" in text
+
+
+def test_replies_that_nobody_takes_are_given_up(server: Any, client: Any, leave: threading.Event) -> None:
+    # More than gRPC takes for a caller who does not ask for it.
+    request = client.decode_request(np.zeros(300_000, np.uint8))
+    calls = [client.stub.DecodeStream(silent([request] * 20, leave), timeout=30) for _ in range(3)]
+    wait_until(lambda: inside(server)[0] > 0)
+    wait_until(lambda: inside(server) == (0, 0, 0))
+    for call in calls:
+        assert ending_of(call)[0] is grpc.StatusCode.UNAVAILABLE
+    assert client.decode(np.zeros(5, np.uint8)).shape == (5, 4)
+
+
+def test_what_the_server_itself_is_late_with_is_not_idle(client: Any, tokenizer: Any, leave: threading.Event) -> None:
+    tokenizer.hold()
+    replies = client.stub.EncodeStream(silent([client.encode_request(LATENTS)], leave), timeout=30)
+    alone = client.stub.Encode.future(client.encode_request(LATENTS), timeout=30)
+    tokenizer.wait_entered()
+    threading.Event().wait(3 * IDLE_S)
+    tokenizer.release()
+    assert list(next(replies).shape) == [3]
+    assert list(alone.result().shape) == [3]
+    # The time that it was at work is not held against it afterwards.
+    ended = threading.Event()
+    replies.add_callback(ended.set)
+    assert not ended.wait(IDLE_S / 2)
+
+
+def test_a_caller_who_says_something_now_and_then_stays(client: Any) -> None:
+    def requests() -> Iterator[Any]:
+        for _ in range(8):
+            threading.Event().wait(IDLE_S / 2)
+            yield client.encode_request(LATENTS)
+
+    assert len(list(client.stub.EncodeStream(requests(), timeout=30))) == 8
+
+
+def test_who_watches_the_health_stays(client: Any) -> None:
+    watch = health_pb2_grpc.HealthStub(client.channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    ended = threading.Event()
+    watch.add_callback(ended.set)
+    assert not ended.wait(4 * IDLE_S)
+    watch.cancel()
+
+
+def test_nought_is_for_ever(fake: Callable[..., Any], serving: Callable[..., Any], connect: Callable[..., Any]) -> None:
+    client, leave = connect(serving(fake(), idle_seconds=0).target), threading.Event()
+    call = client.channel.stream_stream(f"/{SERVICE}/EncodeStream")(silent([], leave), timeout=30)
+    ended = threading.Event()
+    call.add_callback(ended.set)
+    assert not ended.wait(4 * IDLE_S)
+    leave.set()
+    assert list(call) == []
+
+
+def test_places_come_free(serving: Callable[..., Any], connect: Callable[..., Any], tokenizer: Any) -> None:
+    server, leave = serving(tokenizer, idle_seconds=IDLE_S, max_concurrent_rpcs=2), threading.Event()
+    client = connect(server.target)
+    method = client.channel.stream_stream(f"/{SERVICE}/EncodeStream")
+    calls = [method(silent([], leave), timeout=30) for _ in range(2)]
+    for call in calls:
+        assert ending_of(call)[0] is grpc.StatusCode.UNAVAILABLE
+    assert client.encode(LATENTS).shape == (3,)
+    leave.set()
+
+
+def test_the_sdk_does_not_notice(server: Any, tokenizer: Any) -> None:
+    def slowly() -> Iterator[np.ndarray]:
+        for seed in range(6):
+            threading.Event().wait(3 * IDLE_S if seed % 2 else 0)
+            yield np.random.default_rng(seed).standard_normal((5, 4), dtype=np.float32)
+
+    def reader(client: Client) -> Iterator[np.ndarray]:
+        for indices in client.encode_many(slowly()):
+            yield indices
+            threading.Event().wait(3 * IDLE_S)
+
+    with Client(server.target) as client:
+        got = list(reader(client))
+    for indices, seed in zip(got, range(6), strict=True):
+        latents = np.random.default_rng(seed).standard_normal((5, 4), dtype=np.float32)
+        expected = ((latents[:, None].astype(np.float64) - tokenizer.codes) ** 2).sum(-1).argmin(1)
+        np.testing.assert_array_equal(indices, expected)
