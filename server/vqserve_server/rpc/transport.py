@@ -146,7 +146,7 @@ class Transport:
         before = time.monotonic() - self._idle_s
         status = Status(grpc.StatusCode.UNAVAILABLE, f"the call was idle for {self._idle_s:g} s: make another one")
         for call in [call for call in self._calls if call.is_idle(before)]:
-            logger.debug("call of %s: %s", call.method, status.details)
+            logger.info("%s: %s", call.method, status.details)
             call.break_off(status)
 
     def _on_stopped(self, _event: Any) -> None:
