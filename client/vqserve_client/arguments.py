@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig, check_digest
 from vqserve_client.retry import check_timeout
@@ -51,6 +52,17 @@ def add_message_limit(command: argparse._ActionsContainer) -> None:
     )
 
 
+def add_retries(command: argparse.ArgumentParser) -> None:
+    """Add how often a request is sent again."""
+    command.add_argument(
+        "--retries",
+        type=integer(0),
+        default=ClientConfig.retries,
+        metavar="N",
+        help=f"while the server is overloaded or gone ({ClientConfig.retries}, half a second; 20 are a minute)",
+    )
+
+
 def add_progress(command: argparse.ArgumentParser, what: str) -> None:
     """Add whether progress is shown."""
     command.add_argument(
@@ -87,6 +99,13 @@ def target(text: str) -> str:
     except ValueError as error:
         source = "VQSERVE_TARGET: " if text == os.environ.get("VQSERVE_TARGET") else ""
         raise argparse.ArgumentTypeError(f"{source}{error}") from None
+
+
+def new_file(text: str) -> Path:
+    """Return the path of a file to write."""
+    if text.endswith(("/", os.sep)):
+        raise argparse.ArgumentTypeError(f"{text} is the name of a folder: name a file in it")
+    return Path(text)
 
 
 def digest(text: str) -> str:

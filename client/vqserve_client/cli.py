@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,16 @@ from vqserve import __version__
 from vqserve.arguments import Parser
 from vqserve.codebook_info import CodebookInfo
 from vqserve.latent_dtype import LATENT_DTYPES
-from vqserve_client.arguments import add_codebook, add_connection, add_message_limit, add_progress, integer, seconds
+from vqserve_client.arguments import (
+    add_codebook,
+    add_connection,
+    add_message_limit,
+    add_progress,
+    add_retries,
+    integer,
+    new_file,
+    seconds,
+)
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig
 from vqserve_client.errors import VqserveClientError
@@ -35,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     args = _parser(with_bench=words[:1] == ["bench"]).parse_command(words)
     try:
-        with _terminable():
+        with _terminable(), _warnings_of_one_line():
             return int(args.run(args))
     except KeyboardInterrupt:
         return 130
@@ -93,10 +103,11 @@ def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namesp
 
 def _add_files(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("source", type=Path, metavar="IN.npy", help=what)
-    command.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.npy", help="the file to write")
+    command.add_argument("-o", "--out", type=new_file, required=True, metavar="OUT.npy", help="the file to write")
     command.add_argument("--force", action="store_true", help="replace OUT if it is there")
     add_codebook(command)
     add_message_limit(command)
+    add_retries(command)
     command.add_argument("--quiet", action="store_true", help="say nothing but errors")
     add_progress(command, "a progress bar")
 
@@ -112,7 +123,9 @@ def _decode(args: argparse.Namespace) -> int:
 def _turned(args: argparse.Namespace, turn: Callable[[Client, Task, Progress], Done], task: Task) -> int:
     shown = args.progress and not args.quiet
     with (
-        Client(args.target, timeout=args.timeout, max_message_bytes=args.max_message_bytes) as client,
+        Client(
+            args.target, timeout=args.timeout, retries=args.retries, max_message_bytes=args.max_message_bytes
+        ) as client,
         _bar(shown=shown) as progress,
     ):
         done = turn(client, task, progress)
@@ -154,10 +167,19 @@ def _status(args: argparse.Namespace) -> int:
             status = health.status(connection, timeout_s=args.timeout)
         else:
             status = health.wait_until_serving(connection, timeout_s=args.wait)
+            if status == health.UNREACHABLE:
+                _say_why(lambda: health.status(connection, timeout_s=args.timeout))
     finally:
         connection.close()
     print(status, flush=True)
     return 0 if status == health.SERVING else 1
+
+
+def _say_why(ask: Callable[[], object]) -> None:
+    try:
+        ask()
+    except VqserveClientError as error:
+        print(f"vqserve: {_one_line(error)}", file=sys.stderr)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -228,11 +250,26 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def _warnings_of_one_line() -> Iterator[None]:
+    """Show the SDK's warnings as its errors are shown."""
+
+    def show(message: Warning | str, *_: object) -> None:
+        print(f"vqserve: warning: {_in_flags(str(message))}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
 def _one_line(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "out of memory"
-    text = _OPTION.sub(_flag, " ".join(str(error).split()))
-    return _printable(text) or type(error).__name__
+    return _in_flags(str(error)) or type(error).__name__
+
+
+def _in_flags(text: str) -> str:
+    return _printable(_OPTION.sub(_flag, " ".join(text.split())))
 
 
 def _flag(option: re.Match[str]) -> str:

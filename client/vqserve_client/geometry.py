@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import Layout, channel_axis, grid_shape, resolve_layout, wrong_channels, wrong_stages
+from vqserve.layout import (
+    Layout,
+    channel_axis,
+    grid_shape,
+    resolve_layout,
+    warn_of_an_image,
+    wrong_channels,
+    wrong_stages,
+)
 
 Geometry = tuple[tuple[int, ...], Layout]
 
@@ -22,6 +30,7 @@ def latents_geometry(shape: tuple[int, ...], layout: Layout | None, info: Codebo
     resolved = resolve_layout(len(shape), layout, info.layout)
     if shape[channel_axis(resolved)] != info.input_dim:
         raise ValueError(wrong_channels(shape, resolved, info.input_dim))
+    warn_of_an_image(shape, layout, info.layout)
     return grid_shape(shape, resolved), resolved
 
 

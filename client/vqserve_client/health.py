@@ -14,6 +14,7 @@ from vqserve_client.status import Failure, text_metadata
 
 _Stub: Any = health_pb2_grpc.HealthStub
 SERVING = "SERVING"
+UNREACHABLE = "UNREACHABLE"
 
 
 def status(connection: Connection, *, timeout_s: float) -> str:
@@ -30,13 +31,13 @@ def status(connection: Connection, *, timeout_s: float) -> str:
 
 
 def wait_until_serving(connection: Connection, *, timeout_s: float) -> str:
-    """Return "SERVING" as soon as that is so, and else the last status after the time is up.
+    """Return "SERVING" as soon as that is so, and else the last status after the time is up, maybe "UNREACHABLE".
 
     Raises:
         VqserveClientError: if the server cannot be asked, for any other reason than that it is not there yet.
     """
     deadline = Deadline(timeout_s)
-    last = "UNREACHABLE"
+    last = UNREACHABLE
     policy = RetryPolicy(retries=1 << 31)
     interruptions = 0
     while (remaining_s := deadline.remaining_s()) > 0:

@@ -63,6 +63,8 @@ def check_output(path: Path, *, force: bool, source: Path | None = None) -> None
     """
     if path.is_dir():
         raise FileError(f"{path} is a folder")
+    if path.exists() and not path.is_file():
+        raise FileError(f"{path} is no file that could be replaced")
     if source is not None and source.exists() and path.exists() and path.samefile(source):
         raise FileError(f"{path} is what is read: name another file to write")
     if not force and path.exists():

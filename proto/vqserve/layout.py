@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from enum import StrEnum
 from types import EllipsisType
@@ -56,6 +57,22 @@ def resolve_layout(rank: int, layout: Layout | None, default: Layout | None = No
     return Layout.CHANNELS_FIRST if rank >= 4 else Layout.CHANNELS_LAST
 
 
+def warn_of_an_image(shape: Sequence[int], layout: Layout | None, default: Layout | None) -> None:
+    """Warn where one image without a batch axis, (C, h, w), would pass for sequences, (b, s, C), and give other tokens.
+
+    Args:
+        shape: of the latents.
+        layout: what the caller asked for, which settles it; None: the default.
+        default: the codebook's default, which settles it too.
+    """
+    if len(shape) == 3 and shape[0] == shape[2] and layout is None and default is None:
+        warnings.warn(
+            f"latents of shape {tuple(shape)} are read as (b, s, C); if they are one image, (C, h, w), give "
+            f'latents[None]; if not, layout="{Layout.CHANNELS_LAST}" says so',
+            stacklevel=2,
+        )
+
+
 def channel_axis(layout: Layout) -> int:
     """Return the index of the channel axis."""
     return 1 if layout is Layout.CHANNELS_FIRST else -1
@@ -80,6 +97,8 @@ def wrong_channels(shape: Sequence[int], layout: Layout, channels: int) -> str:
     # Latents of two axes have their channels last.
     if len(shape) > 2 and shape[channel_axis(other)] == channels:
         return f'{text}: should it be layout="{other}"?'
+    if len(shape) in (3, 4) and shape[0] == channels:
+        return f"{text}: without a batch axis? latents[None] has one"
     return text
 
 

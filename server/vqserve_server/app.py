@@ -64,6 +64,8 @@ class App:
         except RuntimeError:
             rpc = self._config.rpc
             raise StartError(f"cannot listen on {address(rpc.host, rpc.port)}") from None
+        if self._config.rpc.unix_socket:
+            logger.info("listening on unix:%s too", self._config.rpc.unix_socket)
         return port
 
     def swap(self, tokenizers: Sequence[Tokenizer]) -> None:

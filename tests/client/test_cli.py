@@ -134,6 +134,24 @@ def test_a_server_that_takes_small_messages_only(vqserve, tiny, serve_tiny, code
         assert (np.load(middle) == client.encode(np.load(source))).all()
 
 
+def test_one_image_that_would_pass_for_sequences(vqserve, files, latents):
+    source, middle, _ = files
+    np.save(source, latents(4, 9, 4))
+    for more, said in (((), 1), (("--layout", "channels_last"), 0)):
+        _, _, err = vqserve("encode", source, "-o", middle, "--force", *more)
+        warning = "vqserve: warning: latents of shape (4, 9, 4) are read as (b, s, C); if they are one image"
+        assert err.count(warning) == err.count("--layout channels_last says so") == said
+    np.save(source, latents(4, 9, 5))
+    assert "without a batch axis? latents[None]" in vqserve("encode", source, "-o", middle, "--force")[2]
+
+
+def test_a_server_that_is_back_in_a_while(vqserve, tiny, files, failing):
+    source, middle, _ = files
+    tiny.script += [failing("UNAVAILABLE", "gone")] * 5
+    assert vqserve("encode", source, "-o", middle, "--retries", 0)[0] == 1
+    assert vqserve("encode", source, "-o", middle, "--retries", 9)[0] == 0
+
+
 def one_line(err):
     return err.startswith("vqserve: error: ") and err.count("\n") == 1 and err.endswith("\n")
 
@@ -164,6 +182,10 @@ def test_errors_are_one_line_and_leave_nothing_behind(vqserve, tiny, failing, fi
     assert "float32" in vqserve("decode", source, "-o", middle)[2]
     assert "no folder" in vqserve("encode", source, "-o", tmp_path / "nowhere" / "x.npy")[2]
     assert "is a folder" in vqserve("encode", source, "-o", tmp_path)[2]
+    assert "is the name of a folder" in vqserve("encode", source, "-o", f"{tmp_path}/new/")[2]
+    os.mkfifo(tmp_path / "pipe")
+    assert "is no file that" in vqserve("encode", source, "-o", tmp_path / "pipe", "--force")[2]
+    (tmp_path / "pipe").unlink()
     assert "no codebook 'x' is served" in vqserve("encode", source, "-o", middle, "--codebook", "x")[2]
     assert "was pinned" in vqserve("encode", source, "-o", middle, "--digest", "0" * 64)[2]
     tiny.script.append(failing("INTERNAL", "line\nline\x1b[31m"))
@@ -268,7 +290,9 @@ def test_status(vqserve, healthy):
     code, out, err = vqserve("status", "--target", "127.0.0.1:1")
     assert (code, out) == (1, "")
     assert one_line(err)
-    assert vqserve("status", "--target", "127.0.0.1:1", "--wait", "0.2") == (1, "UNREACHABLE\n", "")
+    code, out, err = vqserve("status", "--target", "127.0.0.1:1", "--wait", "0.2")
+    assert (code, out) == (1, "UNREACHABLE\n")
+    assert "is the server running" in err
 
 
 def test_status_waits_until_it_serves(healthy):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 
 import numpy as np
 import pytest
@@ -143,6 +144,17 @@ def test_many_and_what_there_is(book, quantizer, latents):
 
 
 @everywhere
+@pytest.mark.parametrize("latents", [np.zeros((6, 8, 6), np.float32), torch.zeros(6, 8, 6)])
+def test_one_image_that_would_pass_for_sequences_is_warned_of(book, latents):
+    with pytest.warns(UserWarning, match=r"\(6, 8, 6\) are read as \(b, s, C\); if they are one image"):
+        book.encode(latents)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        book.encode(latents, layout="channels_last")
+        book.encode(latents[:5])
+
+
+@everywhere
 @pytest.mark.parametrize(
     ("method", "array", "options", "error", "text"),
     [
@@ -163,6 +175,13 @@ def test_many_and_what_there_is(book, quantizer, latents):
         # Two axes have one layout only, and a guess that would not fit either is none.
         ("encode", np.zeros((6, 8), np.float32), {}, ValueError, "takes 6(?!:)"),
         ("encode", np.zeros((2, 8, 7), np.float32), {}, ValueError, "takes 6(?!:)"),
+        (
+            "encode",
+            np.zeros((6, 8, 8), np.float32),
+            {},
+            ValueError,
+            r"6: without a batch axis\? latents\[None\] has one",
+        ),
         ("encode", np.full((1, 6), np.nan, np.float32), {}, ValueError, r"latents\[0, 0\] is nan"),
         ("encode", np.zeros((2, 6), np.float32), {"layout": "nchw"}, ValueError, "nchw"),
         ("encode", np.zeros((2, 6), np.float32), {"codebook": "none"}, LookupError, "'none'"),

@@ -39,8 +39,9 @@ class Workload:
         grids: shapes of indices, 1 to 4 axes; each is sent as often as any other.
         dtype: of the latents, which encode sends and decode receives.
         layout: of these latents; None: the codebook's default.
-        data: a .npy file of latents to encode, or of indices to decode, taken from its start and over again; None: data
-            at random, latents of a standard normal distribution or indices of a uniform one.
+        data: a .npy file of latents to encode, or of indices to decode: items of its first axis from all over it, and
+            again if it has too few; None: data at random, latents of a standard normal distribution or indices of a
+            uniform one.
         seed: of the random data.
     """
 
@@ -133,10 +134,8 @@ class Workload:
             raise InvalidArgument(f"{self.data}: {error}") from None
         if array.shape[channel_axis(layout)] != info.input_dim:
             raise InvalidArgument(f"{self.data}: {wrong_channels(array.shape, layout, info.input_dim)}")
-        # No more than is used, since the file may be larger than memory.
-        items = array[: -(-tokens * info.input_dim * len(array) // max(1, array.size))]
-        rows = np.moveaxis(items, channel_axis(layout), -1).reshape(-1, info.input_dim)
-        return self._repeated(rows, (tokens, info.input_dim))
+        rows = np.moveaxis(_spread(array, tokens * info.input_dim), channel_axis(layout), -1)
+        return self._repeated(rows.reshape(-1, info.input_dim), (tokens, info.input_dim))
 
     def _indices(self, info: CodebookInfo, tokens: int) -> Array:
         """Return indices (tokens,), of a residual codebook (tokens, q)."""
@@ -147,7 +146,7 @@ class Workload:
         array = open_array(self.data)
         given_indices(array[:0] if array.ndim else array)
         if not info.has_stages:
-            return self._repeated(array.reshape(-1)[:tokens], shape)
+            return self._repeated(_spread(array, tokens), shape)
         try:
             layout = resolve_layout(array.ndim, parse_layout(self.layout), info.layout)
         except ValueError as error:
@@ -155,12 +154,24 @@ class Workload:
         if array.shape[channel_axis(layout)] != info.num_quantizers:
             found = wrong_stages(array.shape, layout, wanted=info.num_quantizers, available=info.num_quantizers)
             raise InvalidArgument(f"{self.data}: {found}")
-        return self._repeated(np.moveaxis(array, channel_axis(layout), -1).reshape(-1, info.num_quantizers), shape)
+        rows = np.moveaxis(_spread(array, math.prod(shape)), channel_axis(layout), -1)
+        return self._repeated(rows.reshape(-1, info.num_quantizers), shape)
 
     def _repeated(self, array: Array, shape: tuple[int, ...]) -> Array:
         if not array.size:
             raise InvalidArgument(f"{self.data} holds no tokens")
         return np.resize(array, shape)
+
+
+def _spread(array: Array, elements: int) -> Array:
+    """Return items of the first axis, evenly from all over it, with so many elements together if there are as many.
+
+    A file may be larger than memory, and sorted.
+    """
+    if not array.ndim or not array.size:
+        return array
+    count = min(len(array), -(-elements * len(array) // array.size))
+    return array[np.arange(count) * len(array) // count]
 
 
 def grid_text(grid: Grid) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import Layout, channel_axis, first_channels, grid_shape, num_rows
+from vqserve.layout import Layout, channel_axis, first_channels, grid_shape, num_rows, warn_of_an_image
 from vqserve.refused import not_an_array, not_indices, not_latents
 from vqserve.vocabulary import smallest_unsigned
 from vqserve_server.errors import InvalidDtype, NonFiniteLatents, NotAnArray
@@ -86,7 +86,7 @@ def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Giv
         _check_dense(latents, "latents")
         if latents.dtype not in _LATENT_DTYPES:
             raise InvalidDtype(not_latents(latents.dtype))
-        resolved = check_latents(latents.shape, asked.layout, info=info)
+        resolved = _layout(latents.shape, asked, info)
         plain = latents.detach()
         _check_finite_tensor(plain)
         rows = plain.movedim(channel_axis(resolved), -1).reshape(-1, info.input_dim)
@@ -95,12 +95,18 @@ def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Giv
     array = _plain_array(latents, "latents")
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise InvalidDtype(not_latents(array.dtype))
-    resolved = check_latents(array.shape, asked.layout, info=info)
+    resolved = _layout(array.shape, asked, info)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     check_finite(array)
     flat = np.moveaxis(array, channel_axis(resolved), -1).reshape(-1, info.input_dim)
     wide = tensor_of(np.ascontiguousarray(flat, np.result_type(flat, np.float32)))
     return Given(wide, grid_shape(array.shape, resolved), resolved)
+
+
+def _layout(shape: Sequence[int], asked: Options, info: CodebookInfo) -> Layout:
+    resolved = check_latents(shape, asked.layout, info=info)
+    warn_of_an_image(shape, asked.layout, info.layout)
+    return resolved
 
 
 def given_indices(indices: object, asked: Options, *, info: CodebookInfo, decodable: int) -> Given:

@@ -65,6 +65,18 @@ def test_data_of_a_file(make, tmp_path, latents):
     assert wire.read(pb.DecodeRequest, requests[1].body)[1] == np.array([4, 5, 0, 1], "<i8").tobytes()
 
 
+def test_data_from_all_over_a_file(make, tmp_path):
+    # 1000 items of 2 tokens, each with its number in it.
+    np.save(tmp_path / "latents.npy", np.repeat(np.arange(1000, dtype=np.float32), 8).reshape(1000, 4, 1, 2))
+    requests, _ = make(method="encode", grids=((5,),), data=tmp_path / "latents.npy")
+    numbers = {int(x) for r in requests for x in np.frombuffer(wire.read(pb.EncodeRequest, r.body)[1], "<f4")}
+    assert numbers == {50 * i for i in range(20)}
+    np.save(tmp_path / "indices.npy", np.repeat(np.arange(100), 8).reshape(100, 2, 4))
+    requests, _ = make(method="decode", grids=((1, 4),), data=tmp_path / "indices.npy")
+    numbers = {int(x) for r in requests for x in np.frombuffer(wire.read(pb.DecodeRequest, r.body)[1], "<i8")}
+    assert numbers == {25 * i for i in range(4)}
+
+
 def test_data_that_cannot_be(make, tmp_path, latents):
     for name, array in (("wide", latents(3, 5)), ("none", latents(0, 4)), ("indices", np.arange(4))):
         np.save(tmp_path / f"{name}.npy", array)
