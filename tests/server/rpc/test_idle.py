@@ -112,13 +112,16 @@ def test_what_the_server_itself_is_late_with_is_not_idle(client: Any, tokenizer:
     assert not ended.wait(IDLE_S / 2)
 
 
-def test_a_caller_who_says_something_now_and_then_stays(client: Any) -> None:
+def test_a_caller_who_says_something_now_and_then_stays(
+    tokenizer: Any, serving: Callable[..., Any], connect: Callable[..., Any]
+) -> None:
     def requests() -> Iterator[Any]:
-        for _ in range(8):
-            threading.Event().wait(IDLE_S / 2)
+        for _ in range(10):
+            threading.Event().wait(0.3)
             yield client.encode_request(LATENTS)
 
-    assert len(list(client.stub.EncodeStream(requests(), timeout=30))) == 8
+    client = connect(serving(tokenizer, idle_seconds=2).target)
+    assert len(list(client.stub.EncodeStream(requests(), timeout=30))) == 10
 
 
 def test_who_watches_the_health_stays(client: Any) -> None:
