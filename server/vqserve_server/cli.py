@@ -6,6 +6,7 @@ import argparse
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from vqserve_server.printable import printable
 
 # What the extra `server` brings; without it the client still works.
 _EXTRA = frozenset({"grpc_reflection", "torch"})
+# As the library says it, in errors.
+_LAYOUT = re.compile(r'\blayout="(\w+)"')
 # Command: help, and the module and function that add its parser.
 _TOOLS = {
     "import": ("make a codebook file from a checkpoint or an array", "codebooks.import_command", "add_import_parser"),
@@ -117,7 +120,7 @@ def _hangups_kept() -> Iterator[None]:
 
 def _complain(text: str) -> int:
     # Names of files, and in them, are text of any kind.
-    line = printable(" ".join(text.split()))
+    line = printable(_LAYOUT.sub(r"--layout \1", " ".join(text.split())))
     print(f"vqserved: error: {line}", file=sys.stderr)
     return 1
 

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 SUFFIX = ".safetensors"
+# Of what codebooks are imported from; people put it beside codebooks in the belief that it is served.
+IMPORTED = frozenset({".npy", ".npz", ".pt", ".pth", ".ckpt", ".bin", ".th"})
 # What a codebook can be called, and so the stem of its file.
 NAME = re.compile(r"[\w+-][\w.+-]{0,127}")
 
@@ -34,8 +36,9 @@ def _new_codebook_path(text: str) -> Path:
     """
     path = Path(text)
     if path.suffix != SUFFIX:
+        better = f"{path.stem if path.suffix.lower() in IMPORTED else path.name}{SUFFIX}"
         raise argparse.ArgumentTypeError(
-            f"{path.name!r} must end in {SUFFIX}, or a served folder leaves it out: name it {path.name + SUFFIX!r}"
+            f"{path.name!r} must end in {SUFFIX}, or a served folder leaves it out: name it {better!r}"
         )
     if not NAME.fullmatch(path.stem):
         raise argparse.ArgumentTypeError(

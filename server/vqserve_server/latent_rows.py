@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,19 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve.layout import Layout, channel_axis, parse_layout, resolve_layout
-from vqserve_server.errors import InvalidDtype, InvalidOption, InvalidRequest, InvalidShape, NonFiniteLatents
+from vqserve_server.errors import InvalidDtype, InvalidOption, InvalidShape, NonFiniteLatents
 from vqserve_server.validation import first_non_finite
 
 _CHUNK_BYTES = 1 << 26
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the name of the file that latents come from in front of what is wrong with them."""
+    try:
+        yield
+    except (InvalidDtype, InvalidShape, NonFiniteLatents) as error:
+        raise type(error)(f"{path}: {error}") from None
 
 
 class LatentRows:
@@ -92,10 +102,8 @@ class LatentRows:
             raise
         except ValueError as error:
             raise InvalidOption(f"{path} is not a .npy file of numbers: {error}") from None
-        try:
+        with naming(path):
             return cls(array, layout, default=default, keeps_float64=keeps_float64)
-        except InvalidRequest as error:
-            raise type(error)(f"{path}: {error}") from None
 
     def __len__(self) -> int:
         return math.prod(self._rows_last.shape[:-1])

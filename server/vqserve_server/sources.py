@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vqserve.codebook_info import VERSION_MARK
-from vqserve_server.codebook_path import NAME, SUFFIX
+from vqserve_server.codebook_path import IMPORTED, NAME, SUFFIX
 from vqserve_server.errors import StartError
 
 DEMO_NAME = "demo"
 DEMO_PATH = Path(__file__).parent / "assets" / "demo.safetensors"
-# What somebody puts beside codebooks in the belief that it is served.
-IMPORTED = frozenset({".npy", ".npz", ".pt", ".pth", ".ckpt", ".bin", ".th"})
 # 03 would be a second name of 3.
 _VERSION = re.compile(r"[1-9][0-9]{0,17}", re.ASCII)
 
@@ -157,9 +155,8 @@ def _versions(folder: Path, root: Path) -> Iterator[_Claim | Problem]:
         yield _unreadable(folder, error, is_fatal=False)
         return
     files: dict[int, Path] = {}
-    for child in children:
-        if not child.name.endswith(SUFFIX):
-            continue
+    candidates = [child for child in children if child.name.endswith(SUFFIX)]
+    for child in candidates:
         if not _VERSION.fullmatch(child.stem):
             text = f"{child} is passed over: a version's name is its number, as in 3{SUFFIX}, without zeros before it"
             yield Problem(text, (child,), is_fatal=False)
@@ -170,6 +167,9 @@ def _versions(folder: Path, root: Path) -> Iterator[_Claim | Problem]:
     if files:
         name = folder.name
         yield _Claim(name, folder, {f"{name}{VERSION_MARK}{version}": files[version] for version in sorted(files)})
+    elif not candidates:
+        # Not its path: what was served from there is gone.
+        yield Problem(f"{folder} is passed over: it holds no N{SUFFIX}", is_fatal=False)
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -63,8 +63,21 @@ def test_what_is_no_version_is_passed_over_aloud(tmp_path: Path, name: str) -> N
 
 def test_what_begins_with_a_dot_is_passed_over(tmp_path: Path) -> None:
     touch(tmp_path / ".draft.safetensors", tmp_path / "..data" / "1.safetensors", tmp_path / "book" / ".9.safetensors")
-    touch(tmp_path / "book" / "1.safetensors", tmp_path / "empty" / "notes.txt")
+    touch(tmp_path / "book" / "1.safetensors")
     assert find_codebooks([str(tmp_path)]) == Found({"book@1": tmp_path / "book" / "1.safetensors"}, [])
+
+
+def test_a_folder_without_versions_is_passed_over_aloud(tmp_path: Path) -> None:
+    touch(tmp_path / "book.safetensors", tmp_path / "sub" / "deep" / "1.safetensors", tmp_path / "notes" / "a.txt")
+    # This one's file is told of already.
+    touch(tmp_path / "named" / "v3.safetensors")
+    found = find_codebooks([str(tmp_path)])
+    found.check()
+    assert list(found.files) == ["book"]
+    texts_of = {name: f"{tmp_path / name} is passed over: it holds no N.safetensors" for name in ("notes", "sub")}
+    named, *others = texts(found, is_fatal=False)
+    assert named.startswith(f"{tmp_path / 'named' / 'v3.safetensors'} is passed over: ")
+    assert others == list(texts_of.values())
 
 
 def test_a_name_can_be_claimed_once(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def check_not_read(output: Path, *sources: Path | None) -> None:
     """
     for source in sources:
         if source is not None and source.exists() and output.exists() and output.samefile(source):
-            raise InvalidOption(f"{output.name} is what is read: name another file to write")
+            raise InvalidOption(f"{output} is what is read: name another file to write")
 
 
 def save_codebook(quantizer: Quantizer, path: str | Path, *, provenance: Mapping[str, object] | None = None) -> str:

@@ -188,7 +188,10 @@ def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
 
 def _npy_claims(label: str, stream: IO[bytes], size: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Return shape and type from a .npy header, which must be those of an array that fills `size` bytes with it."""
-    version = np.lib.format.read_magic(stream)
+    try:
+        version = np.lib.format.read_magic(stream)
+    except ValueError:
+        raise ForeignCheckpointError(f"{label} is not a .npy file") from None
     if version not in ((1, 0), (2, 0)):
         raise ForeignCheckpointError(f"{label}: format {version} of .npy is not read")
     start = stream.tell()

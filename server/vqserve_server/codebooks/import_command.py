@@ -92,7 +92,7 @@ def run_import(args: argparse.Namespace) -> int:
         raise ForeignCheckpointError(f"{output} is a folder: name a file")
     check_not_read(output, args.source, *(args.verify or ()))
     if output.exists() and not args.force:
-        raise ForeignCheckpointError(f"{output.name} is there already: pass --force to replace it")
+        raise ForeignCheckpointError(f"{output} is there already: pass --force to replace it")
     check_folder(output)
     options = Options(
         keys=tuple(args.key),

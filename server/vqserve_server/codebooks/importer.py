@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,13 @@ from vqserve_server.codebooks.foreign import UNNAMED, ForeignArray, open_foreign
 from vqserve_server.codebooks.safetensors_file import dtype_name
 from vqserve_server.codebooks.state import CodebookState, StateError, canonical_names, check_claims, check_values
 from vqserve_server.errors import ForeignCheckpointError
-from vqserve_server.quantizers import Quantizer
+from vqserve_server.quantizers import AbstractQuantizer, Quantizer, ResidualQuantizer
+from vqserve_server.search.duplicates import first_of_equals
 
 # Kinds that need no checkpoint, and the readers of what one may hold of them.
 _WITHOUT_CODES = {"fsq": fsq.read, "lfq": lfq.read}
+# The convolution between an autoencoder's encoder and its quantizer, beside which it is.
+_BEFORE = "quant_conv"
 # The ends by which a codebook shows itself in a model's state dict.
 _ENDINGS = (*CODES, "embed.weight")
 
@@ -73,6 +76,9 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
         left = tuple(name for name in checkpoint.arrays if (name or "array") not in ledger.taken)
     options.check_use(reading.kind)
     state = _state(checkpoint, reading, options)
+    quantizer = build(state)
+    _tell_of_latents(checkpoint, place, left)
+    _tell_of_duplicates(checkpoint, quantizer)
     provenance: dict[str, object] = {
         "importer": f"vqserve {__version__}",
         "family": reading.family,
@@ -85,7 +91,7 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
     if options.metric is not None:
         provenance["metric"] = options.metric
     return Import(
-        quantizer=build(state),
+        quantizer=quantizer,
         family=reading.family,
         kind=state.kind,
         arguments=state.arguments,
@@ -196,3 +202,27 @@ def _state(checkpoint: Checkpoint, reading: Reading, options: Options) -> Codebo
     except (ArgumentError, StateError) as error:
         raise checkpoint.refusal(str(error)) from None
     return state
+
+
+def _tell_of_latents(checkpoint: Checkpoint, place: str, left: Sequence[str]) -> None:
+    outside = "".join(place.removesuffix(".").rpartition(".")[:2])
+    for name in left:
+        before, found, _ = f".{name}".partition(f".{_BEFORE}.")
+        if found and name.startswith(outside):
+            layer = f"{before}.{_BEFORE}".removeprefix(".")
+            checkpoint.note(f"{layer} was left: latents to encode are what comes out of it")
+            return
+
+
+def _tell_of_duplicates(checkpoint: Checkpoint, quantizer: Quantizer) -> None:
+    parts = quantizer.codebooks() if isinstance(quantizer, ResidualQuantizer) else [quantizer]
+    count = 0
+    for part in parts:
+        if isinstance(part, AbstractQuantizer):
+            # What is searched, not what is stored: by cosine the length of a code makes no difference.
+            problem = part.search_problem()
+            firsts = first_of_equals(problem.codes, problem.bias)
+            count += 0 if firsts is None else len(problem.codes) - len(firsts)
+    if count:
+        what = "code is a duplicate" if count == 1 else "codes are duplicates"
+        checkpoint.note(f"{count} {what}: the lowest index of equal codes is the one that is used")

@@ -15,7 +15,7 @@ from vqserve_server.errors import InvalidOption
 from vqserve_server.inspection.inspection import inspect
 from vqserve_server.inspection.plot import check_plot, draw
 from vqserve_server.inspection.text import as_text
-from vqserve_server.latent_rows import LatentRows
+from vqserve_server.latent_rows import LatentRows, naming
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -63,7 +63,8 @@ def run_inspect(args: argparse.Namespace) -> int:
     if args.latents is not None:
         latents = LatentRows.open(args.latents, args.layout, default=codebook.quantizer.layout, keeps_float64=True)
     # A program that reads stderr wants errors there, and nothing else.
-    inspection = inspect(codebook, latents, progress=sys.stderr.isatty())
+    with naming(args.latents):
+        inspection = inspect(codebook, latents, progress=sys.stderr.isatty())
     if args.plot is not None:
         draw(inspection, args.plot)
     columns = shutil.get_terminal_size(fallback=(120, 0)).columns

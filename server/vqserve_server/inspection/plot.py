@@ -36,7 +36,7 @@ def check_plot(path: Path, *, force: bool, sources: Sequence[Path | None] = ()) 
     if path.is_dir():
         raise InvalidOption(f"{path} is a folder: name a file in it")
     if path.exists() and not force:
-        raise InvalidOption(f"{path.name} is there already: pass --force to replace it")
+        raise InvalidOption(f"{path} is there already: pass --force to replace it")
     if not path.parent.is_dir():
         raise InvalidOption(f"there is no folder {path.parent}: make it first")
     try:

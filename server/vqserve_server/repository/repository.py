@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vqserve.codebook_info import VERSION_MARK
 from vqserve_server.codebooks import load_codebook
 from vqserve_server.errors import CodebookError, CodebookFileError, VqserveError
 from vqserve_server.printable import printable
@@ -37,6 +38,11 @@ class Entry:
     path: Path
     stamp: Stamp | None
     tokenizer: Tokenizer
+
+    @property
+    def title(self) -> str:
+        """What tells it from others that a name without a version may stand for: "book@3", or its file's name."""
+        return self.tokenizer.name if VERSION_MARK in self.tokenizer.name else self.path.name
 
 
 @dataclass
@@ -93,7 +99,10 @@ class Repository:
             try:
                 self._entries[name] = self._load(name, path)
             except CodebookError as error:
-                raise CodebookFileError(f"{path}: {error}") from None
+                # Some begin with the file's name.
+                text = str(error)
+                rest = text.removeprefix(path.name)
+                raise CodebookFileError(f"{path}: {text}" if rest == text else f"{path}{rest}") from None
 
     def rescan(self) -> Tally:
         """Look at the disk again and take over what has changed.
@@ -119,6 +128,12 @@ class Repository:
         for name in sorted(self._entries.keys() - entries.keys()):
             tally.removed += 1
             logger.info("codebook %s is gone from the disk: no longer served", name)
+        before, after = _latest(self._entries), _latest(entries)
+        for name in sorted(before.keys() & after.keys()):
+            was, now = before[name], after[name]
+            if was.title != now.title:
+                digest = now.tokenizer.digest[:12]
+                logger.info("codebook %s is now %s (was %s), digest %s", name, now.title, was.title, digest)
         self._entries = entries
         return tally
 
@@ -160,6 +175,17 @@ class Repository:
             info.digest[:12],
         )
         return Entry(path, stamp, tokenizer)
+
+
+def _latest(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Return what each name without a version stands for."""
+    latest: dict[str, tuple[int, Entry]] = {}
+    for name, entry in entries.items():
+        base, _, version = name.partition(VERSION_MARK)
+        number = int(version or 0)
+        if base not in latest or number > latest[base][0]:
+            latest[base] = number, entry
+    return {base: entry for base, (_, entry) in latest.items()}
 
 
 def _stamp(path: Path) -> Stamp | None:

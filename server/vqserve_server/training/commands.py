@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vqserve.layout import Layout
 from vqserve_server.codebook_path import add_output
+from vqserve_server.errors import InvalidOption
 from vqserve_server.training.options import DEFAULT_STEPS, INITIALISATIONS, KINDS, TrainingOptions
 
 if TYPE_CHECKING:
@@ -71,25 +72,33 @@ def run_train(args: argparse.Namespace) -> int:
         InvalidRequest: the latents or options cannot be used.
         OSError: a file cannot be read or written.
     """
-    options = TrainingOptions(
-        kind=args.kind,
-        num_codes=args.num_codes,
-        batch_size=args.batch_size,
-        steps=args.steps,
-        epochs=args.epochs,
-        initialisation=args.init,
-        reseed_every=args.reseed_every,
-        seed=args.seed,
-        lr=args.lr,
-        decay=args.decay,
-        beta=args.beta,
-        device=args.device,
-    )
+    options = _options(args)
     from vqserve_server.training.job import train_file  # noqa: PLC0415 - brings torch
 
     made = train_file(args.latents, args.out, options, layout=args.layout, force=args.force, progress=not args.quiet)
     sys.stdout.write(_story(made, options, args.out))
     return 0
+
+
+def _options(args: argparse.Namespace) -> TrainingOptions:
+    try:
+        return TrainingOptions(
+            kind=args.kind,
+            num_codes=args.num_codes,
+            batch_size=args.batch_size,
+            steps=args.steps,
+            epochs=args.epochs,
+            initialisation=args.init,
+            reseed_every=args.reseed_every,
+            seed=args.seed,
+            lr=args.lr,
+            decay=args.decay,
+            beta=args.beta,
+            device=args.device,
+        )
+    except InvalidOption as error:
+        name, _, problem = str(error).partition(" ")
+        raise InvalidOption(f"--{name.replace('_', '-')} {problem}") from None
 
 
 def _story(made: TrainedFile, options: TrainingOptions, out: Path) -> str:

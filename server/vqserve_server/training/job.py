@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import vqserve
 from vqserve_server.codebooks import check_folder, check_not_read, save_codebook
 from vqserve_server.errors import InvalidOption
-from vqserve_server.latent_rows import LatentRows
+from vqserve_server.latent_rows import LatentRows, naming
 from vqserve_server.training.options import TrainingOptions
 from vqserve_server.training.trainer import Trained, train
 
@@ -43,7 +44,7 @@ def train_file(
         options: how to train.
         layout: of the latents; None: channels first for 4 and 5 axes, last for 2 and 3.
         force: replace `out` where it exists.
-        progress: tell on stderr how far it is.
+        progress: tell on stderr how far it is, and how the latents were read where that was not said.
         notes: more to say about where the latents came from; kept with the codebook's provenance.
 
     Raises:
@@ -52,12 +53,16 @@ def train_file(
     """
     check_not_read(out, latents)
     if out.exists() and not force:
-        raise InvalidOption(f"{out.name} is there already: pass --force to replace it")
+        raise InvalidOption(f"{out} is there already: pass --force to replace it")
     if not out.parent.is_dir():
         raise InvalidOption(f"{out.parent}, where {out.name} is to be written, is no folder")
     check_folder(out)
     rows = LatentRows.open(latents, layout)
-    trained = train(rows, options, progress=progress)
+    if progress and layout is None and rows.array.ndim > 2:
+        # Before the training: who sees the wrong number need not wait for its end.
+        sys.stderr.write(f"latents {rows.array.shape} read {rows.layout.replace('_', ' ')}: {rows.dim} channels\n")
+    with naming(latents):
+        trained = train(rows, options, progress=progress)
     with latents.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     provenance = {

@@ -134,7 +134,7 @@ def table(codes: np.ndarray, search=by_distance, rows: np.ndarray | None = None)
 def sgm() -> Case:
     codes = normal(K, D)
     arrays = {"regularization.embedding.weight": codes, "encoder.w": normal(2), "loss.w": normal(2)}
-    return Case(".ckpt", arrays, table(codes), D, "vq", "taming-transformers, sgm under regularization.", [],
+    return Case(".ckpt", arrays, table(codes), D, "vq", "taming-transformers or sgm under regularization.", [],
                 "state_dict", ["encoder.w", "loss.w"])  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def sgm_gumbel() -> Case:
     weight, bias, codes = normal(K, C, 1, 1), normal(K), normal(K, C)
     at = "regularization."
     arrays = {f"{at}proj.weight": weight, f"{at}proj.bias": bias, f"{at}embed.weight": codes}
-    return Case(".ckpt", arrays, logits_oracle(weight, bias, codes), C, "gumbel", "Gumbel (taming-transformers, sgm)")
+    return Case(".ckpt", arrays, logits_oracle(weight, bias, codes), C, "gumbel", "a Gumbel quantizer of taming")
 
 
 @case

@@ -570,6 +570,56 @@ def test_an_ambiguous_name_with_the_metric(tmp_path, capsys):
     assert load_codebook(out).kind == "vq"
 
 
+def test_latents_come_from_behind_a_convolution_that_is_left(tmp_path, capsys):
+    def notes(**arrays) -> list[str]:
+        state = {name.replace("__", "."): value for name, value in arrays.items()}
+        source = write(tmp_path / "m.pt", {**state, "ae.quantize.embedding.weight": CODES})
+        flags = ["--metric", "l2", "--force"]
+        _, text, _ = run(capsys, "import", source, "-o", tmp_path / "o.safetensors", *flags)
+        assert text.startswith("found  a quantizer of taming-transformers or sgm under ae.quantize.\n")
+        return [line for line in text.splitlines() if line.startswith("note")]
+
+    told = "was left: latents to encode are what comes out of it"
+    assert notes(ae__quant_conv__weight=CODES, ae__quant_conv__bias=CODES) == [f"note  ae.quant_conv {told}"]
+    # What is behind the codes, or belongs to another model.
+    assert notes(ae__post_quant_conv__weight=CODES, ae2__quant_conv__weight=CODES) == []
+    key = ["--key", "ae.quantize.embedding.weight", "--metric", "l2", "--force"]
+    source = write(tmp_path / "m.npz", {key[1]: CODES, "ae.quant_conv.conv.weight": CODES})
+    assert f"note  ae.quant_conv {told}\n" in run(capsys, "import", source, "-o", tmp_path / "o.safetensors", *key)[1]
+
+
+@pytest.mark.parametrize(
+    ("metric", "equal", "note"),
+    [
+        ("l2", {7: 2}, "1 code is a duplicate: "),
+        ("l2", {7: 2, 9: 2}, "2 codes are duplicates: "),
+        ("dot", {3: 0, 9: 5}, "2 codes are duplicates: "),
+        ("cosine", {4: 1}, "1 code is a duplicate: "),
+    ],
+)
+def test_equal_codes_are_counted(tmp_path, capsys, metric, equal, note):
+    codes = CODES.copy()
+    for code, earlier in equal.items():
+        codes[code] = codes[earlier]
+    source, out = write(tmp_path / "c.npy", codes), tmp_path / "o.safetensors"
+    decode = ["--decode", "raw"] if metric == "cosine" else []
+    _, text, _ = run(capsys, "import", source, "-o", out, "--metric", metric, *decode)
+    assert f"note  {note}the lowest index of equal codes is the one that is used\n" in text
+    found = load_codebook(out).quantizer.encode(torch.from_numpy(codes)).tolist()
+    if metric != "dot":
+        assert found == [equal.get(code, code) for code in range(10)]
+    assert not set(equal) & set(found)
+
+
+def test_equal_codes_of_stages_are_counted_in_each(tmp_path, capsys):
+    stages = np.stack([CODES, CODES, CODES])
+    stages[1, 6] = stages[1, 5]
+    stages[2, 1:4] = stages[2, 0]
+    source = write(tmp_path / "c.npy", stages)
+    _, text, _ = run(capsys, "import", source, "-o", tmp_path / "o.safetensors", "--kind", "rvq", "--metric", "l2")
+    assert "note  4 codes are duplicates: " in text
+
+
 # Files that lie, and files that would run code.
 
 
@@ -647,7 +697,7 @@ def archive(path: Path, members: dict[str, bytes]) -> Path:
         (npy_header((2, 4)) + bytes(33), "claims 32 bytes for shape (2, 4) and has 33"),
         (npy_header((2, 4), version=3) + bytes(32), "format (3, 0)"),
         (npy_header((2, 4), descr="|O") + bytes(64), "Python objects"),
-        (b"noise", "cannot be read"),
+        (b"noise", "a.npy is not a .npy file"),
     ],
 )
 def test_npz_members_that_lie(tmp_path, capsys, data, match):
@@ -688,6 +738,14 @@ def test_noise_and_truncation(tmp_path, capsys, suffix):
         source.write_bytes(data)
         key = [] if suffix == ".npy" else ["--key", "a"]
         fails(capsys, "bad", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2", *key)
+
+
+def test_text_is_no_npy(tmp_path, capsys):
+    source = tmp_path / "text.npy"
+    for text in ("1 2 3", "0.5 1.5 2.5\n"):
+        source.write_text(text)
+        err = fails(capsys, "error: ", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
+        assert err == "vqserved: error: text.npy is not a .npy file\n"
 
 
 def test_other_files(tmp_path, capsys):
@@ -746,7 +804,7 @@ def test_an_output_that_is_there_is_kept(tmp_path, capsys):
     source = write(tmp_path / "c.npy", CODES)
     out = tmp_path / "o.safetensors"
     out.write_text("precious")
-    fails(capsys, "o.safetensors is there already: pass --force", "import", source, "-o", out, "--metric", "l2")
+    fails(capsys, f"error: {out} is there already: pass --force", "import", source, "-o", out, "--metric", "l2")
     assert out.read_text() == "precious"
     assert run(capsys, "import", source, "-o", out, "--metric", "l2", "--force")[0] == 0
     load_codebook(out)
@@ -785,7 +843,12 @@ def test_wrong_usage(capsys, args):
 @pytest.mark.parametrize("command", ["import", "train"])
 @pytest.mark.parametrize(
     ("name", "better"),
-    [("book", "book.safetensors"), ("book.pt", "book.pt.safetensors"), ("v1.5", "v1.5.safetensors")],
+    [
+        ("book", "book.safetensors"),
+        ("book.pt", "book.safetensors"),
+        ("book.npy", "book.safetensors"),
+        ("v1.5", "v1.5.safetensors"),
+    ],
 )
 def test_an_output_that_a_served_folder_would_pass_over_is_refused(tmp_path, capsys, command, name, better):
     source = write(tmp_path / "c.npy", CODES)

@@ -107,7 +107,12 @@ def test_a_layout_is_the_codebook_s_unless_it_is_given(make_quantizer, saved, tm
     assert json.loads(run(capsys, *asked)[1])["fit"]["latents"]["tokens"] == 14
     status, _, err = run(capsys, *asked, "--layout", "channels_last")
     assert (status, err.count("\n")) == (1, 1)
-    assert "7 channels in layout channels_last" in err
+    assert f"{latents}: latents of shape (2, 3, 7) have 7 channels in layout channels_last" in err
+    assert err.endswith("the codebook takes 3: should it be --layout channels_first?\n")
+    bad = np.zeros((2, 3, 7), np.float32)
+    bad[1, 2, 3] = np.nan
+    np.save(latents, bad)
+    assert run(capsys, *asked)[::2] == (1, f"vqserved: error: {latents}: latents[1, 2, 3] is nan\n")
     status, _, err = run(capsys, *asked[:2], "--layout", "channels_last")
     assert status == 1
     assert err == "vqserved: error: --layout says where the channels of LATENTS are: give --latents too\n"
@@ -136,7 +141,7 @@ def test_a_plot_is_not_replaced_unasked(files, tmp_path, capsys):
     plot.write_bytes(b"mine")
     status, out, err = run(capsys, book, "--plot", plot)
     assert (status, out) == (1, "")
-    assert err == "vqserved: error: p.png is there already: pass --force to replace it\n"
+    assert err == f"vqserved: error: {plot} is there already: pass --force to replace it\n"
     assert plot.read_bytes() == b"mine"
     assert run(capsys, book, "--plot", plot, "--force")[0] == 0
     assert size_of(plot) == (1210, 440)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vqserve_server.codebooks import load_codebook, save_codebook
@@ -77,9 +78,44 @@ def test_a_rescan_takes_what_is_new_and_drops_what_is_gone(
     assert after["same"] is before["same"]
     assert after["book@1"] is before["book@1"]
     assert sorted(record.getMessage() for record in log.records) == [
+        f"codebook book is now book@2 (was book@1), digest {new.digest[:12]}",
         f"codebook book@2: vq, 40 x 4, search {new.search} on cpu, digest {new.digest[:12]}",
         "codebook gone is gone from the disk: no longer served",
     ]
+
+
+def test_what_a_name_without_a_version_stands_for_is_told_when_it_changes(
+    tmp_path: Path, put: Callable[..., Any], log: pytest.LogCaptureFixture
+) -> None:
+    def rescanned() -> list[str]:
+        log.clear()
+        repo.rescan()
+        return [text for record in log.records if " is now " in (text := record.getMessage())]
+
+    digests = {version: put(tmp_path / f"img/{version}.safetensors", seed=version).digest[:12] for version in (9, 10)}
+    put(tmp_path / "other/1.safetensors", seed=3)
+    repo = loaded(tmp_path)
+    assert rescanned() == []
+    (tmp_path / "img/10.safetensors").rename(tmp_path / "aside")
+    assert rescanned() == [f"codebook img is now img@9 (was img@10), digest {digests[9]}"]
+    put(tmp_path / "img/8.safetensors", seed=8)
+    assert rescanned() == []
+    (tmp_path / "aside").rename(tmp_path / "img/10.safetensors")
+    assert rescanned() == [f"codebook img is now img@10 (was img@9), digest {digests[10]}"]
+    shutil.rmtree(tmp_path / "img")
+    assert rescanned() == []
+
+
+def test_a_folder_whose_last_version_is_gone_is_passed_over(
+    tmp_path: Path, put: Callable[..., Any], log: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path / "img" / "1.safetensors")
+    put(tmp_path / "other.safetensors", seed=1)
+    repo = loaded(tmp_path)
+    (tmp_path / "img" / "1.safetensors").unlink()
+    assert repo.rescan() == Tally(unchanged=1, removed=1, passed_over=1)
+    assert list(served(repo)) == ["other"]
+    assert warnings(log) == [f"{tmp_path / 'img'} is passed over: it holds no N.safetensors"]
 
 
 def test_a_file_that_was_not_touched_is_not_read(
@@ -181,6 +217,13 @@ def test_at_start_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, put: 
         CodebookFileError, match=r"book/3\.safetensors: codebook '3' cannot be used: it is 4 bytes long"
     ):
         loaded(tmp_path)
+
+
+def test_at_start_what_is_no_codebook_file_is_named_once(tmp_path: Path) -> None:
+    np.save(tmp_path / "latents.npy", np.zeros((4, 3), np.float32))
+    with pytest.raises(CodebookFileError) as raised:
+        loaded(tmp_path / "latents.npy")
+    assert str(raised.value).startswith(f"{tmp_path / 'latents.npy'} is a .npy file, not a codebook file: `vqserved ")
 
 
 def test_a_link_out_of_the_folder_does_not_replace_a_codebook(
@@ -288,10 +331,13 @@ def test_what_fails_its_own_check_is_not_served(
     assert warnings(log)[0].endswith(f"digest {old.digest[:12]} stays: {reason}")
 
 
-def test_a_file_may_move_and_become_a_version(tmp_path: Path, put: Callable[..., Any]) -> None:
+def test_a_file_may_move_and_become_a_version(
+    tmp_path: Path, put: Callable[..., Any], log: pytest.LogCaptureFixture
+) -> None:
     book = put(tmp_path / "book.safetensors")
     repo = loaded(tmp_path)
     (tmp_path / "book").mkdir()
     shutil.move(tmp_path / "book.safetensors", tmp_path / "book" / "1.safetensors")
     assert repo.rescan() == Tally(loaded=1, removed=1)
     assert served(repo) == {"book@1": book.digest}
+    assert f"codebook book is now book@1 (was book.safetensors), digest {book.digest[:12]}" in log.messages

@@ -80,6 +80,8 @@ def test_stderr_that_is_no_terminal_gets_lines(
 ) -> None:
     assert train(latents, tmp_path / "book.safetensors") == 0
     told = capsys.readouterr().err
+    read, told = told.split("\n", 1)
+    assert read == "latents (2, 3, 20, 25) read channels first: 3 channels"
     assert re.fullmatch(r"training: 30 of 30 steps, mean squared error \S+, perplexity \S+, reseeded 0\n", told)
     monkeypatch.setattr("vqserve_server.progress._SECONDS_PER_LINE", 0)
     assert train(latents, tmp_path / "book.safetensors", "--force") == 0
@@ -120,7 +122,7 @@ def test_an_existing_file_is_replaced_only_by_force(
     out.write_bytes(b"mine")
     assert train(latents, out, "--quiet") == 1
     assert out.read_bytes() == b"mine"
-    assert "book.safetensors is there already: pass --force" in capsys.readouterr().err
+    assert f"error: {out} is there already: pass --force" in capsys.readouterr().err
     assert train(latents, out, "--quiet", "--force") == 0
     load_codebook(out)
 
@@ -128,12 +130,12 @@ def test_an_existing_file_is_replaced_only_by_force(
 @pytest.mark.parametrize(
     ("array", "text"),
     [
-        (np.zeros((15, 4), np.float32), "15 rows are too few for 16 codes"),
+        (np.zeros((15, 4), np.float32), "z.npy: 15 rows are too few for 16 codes"),
         (np.zeros((0, 4), np.float32), "0 rows are too few"),
         (np.zeros((99, 4), np.float32), "1 distinct"),
         (np.zeros(99, np.float32), "2 to 5 axes, not 1"),
         (np.zeros((99, 4), np.int64), "not int64"),
-        (np.where(np.arange(400).reshape(100, 4) == 9, np.nan, 0), "latents[2, 1] is nan"),
+        (np.where(np.arange(400).reshape(100, 4) == 9, np.nan, 0), "z.npy: latents[2, 1] is nan"),
     ],
 )
 def test_unusable_latents_are_one_line_and_exit_1(
@@ -149,12 +151,39 @@ def test_unusable_latents_are_one_line_and_exit_1(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("more", [["--num-codes=0"], ["--decay=2"], ["--layout=channels_last", "--num-codes=999"]])
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--num-codes=0"], "error: --num-codes must be at least 1, not 0"),
+        (["--decay=2"], "error: --decay must be at least 0 and less than 1, not 2.0"),
+        (["--layout=channels_last", "--num-codes=999"], "latents.npy: 120 rows are too few for 999 codes"),
+    ],
+)
 def test_options_that_do_not_fit_are_exit_1(
-    latents: Path, tmp_path: Path, more: list[str], capsys: pytest.CaptureFixture[str]
+    latents: Path, tmp_path: Path, more: list[str], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(latents, tmp_path / "book.safetensors", "--quiet", *more) == 1
-    assert capsys.readouterr().err.count("\n") == 1
+    told = capsys.readouterr().err
+    assert text in told
+    assert told.count("\n") == 1
+
+
+def test_how_latents_were_read_is_told_where_it_was_not_said(
+    latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, flat = tmp_path / "book.safetensors", tmp_path / "flat.npy"
+    np.save(flat, np.load(latents).reshape(-1, 3))
+    np.save(tmp_path / "sound.npy", np.load(latents).reshape(2, 500, 3))
+    for source, more, read in (
+        (latents, [], "latents (2, 3, 20, 25) read channels first: 3 channels"),
+        (tmp_path / "sound.npy", [], "latents (2, 500, 3) read channels last: 3 channels"),
+        (latents, ["--layout=channels_first"], None),
+        (latents, ["--quiet"], None),
+        (flat, [], None),
+    ):
+        assert train(source, out, "--force", *more) == 0
+        told = capsys.readouterr().err.splitlines()
+        assert [line for line in told if " read " in line] == ([read] if read else [])
 
 
 def test_a_missing_file_or_folder_is_one_line(

@@ -34,7 +34,7 @@ def _read(checkpoint: Checkpoint, _: Options) -> Reading:
     remap = {USED: checkpoint.integers(USED, "a remap")} if USED in checkpoint else {}
     (codes, width), hidden = tensors[_CODES].shape, tensors[_PROJECTION].shape[1]
     arguments = {"num_hiddens": hidden, "embedding_dim": width, "n_embed": codes}
-    return Reading("Gumbel (taming-transformers, sgm)", "gumbel", arguments, {**tensors, **remap})
+    return Reading("a Gumbel quantizer of taming-transformers or sgm", "gumbel", arguments, {**tensors, **remap})
 
 
 FAMILY = Family("Gumbel", _places, _read)

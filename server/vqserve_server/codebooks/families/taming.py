@@ -32,6 +32,7 @@ _KNOWN = frozenset({*CODES, *LEGACY_NAMES, NORM, *_AVERAGES, *_PROJECTIONS, USED
 _MODULES = ("quantize.", "regularization.", "")
 WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
 
+_NAME = "a quantizer of taming-transformers or sgm"
 _WHY = (
     "taming-transformers, latent diffusion, diffusers and Chameleon search these keys by l2, TiTok's 12-channel models "
     "by cosine, IBQ by dot"
@@ -60,7 +61,7 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
         name: _remap(checkpoint) if name == USED else checkpoint.floats(name) for name in sorted(names)
     }
     kind, sizes = _kind_and_sizes(checkpoint, tensors)
-    return Reading("taming-transformers, sgm", kind, sizes, tensors)
+    return Reading(_NAME, kind, sizes, tensors)
 
 
 def _bare(checkpoint: Checkpoint, options: Options, model: str) -> Reading:
@@ -94,7 +95,7 @@ def _model(checkpoint: Checkpoint) -> str:
     first = checkpoint.arrays.get(f"{outside}quant_conv.conv.weight")
     if first is not None and len(first.shape) == 5:
         return "Emu3"
-    return "TiTok" if f"{outside}latent_tokens" in checkpoint.arrays else "taming-transformers, sgm"
+    return "TiTok" if f"{outside}latent_tokens" in checkpoint.arrays else _NAME
 
 
 def _tell_of_average(checkpoint: Checkpoint, metric: str) -> None:
@@ -133,4 +134,4 @@ def _lengths(checkpoint: Checkpoint, tensors: Mapping[str, npt.NDArray[Any]], na
     return shape[0], shape[1]
 
 
-FAMILY = Family("taming-transformers, sgm", _places, _read)
+FAMILY = Family("taming-transformers or sgm", _places, _read)
