@@ -23,8 +23,11 @@ def naming(path: Path) -> Iterator[None]:
     """Put the name of the file that latents come from in front of what is wrong with them."""
     try:
         yield
-    except (InvalidDtype, InvalidShape, NonFiniteLatents) as error:
+    except (InvalidDtype, InvalidShape) as error:
         raise type(error)(f"{path}: {error}") from None
+    except NonFiniteLatents as error:
+        # Not its own type: one that names a token is made of more than a text.
+        raise NonFiniteLatents(f"{path}: {error}") from None
 
 
 class LatentRows:
@@ -105,13 +108,18 @@ class LatentRows:
         with naming(path):
             return cls(array, layout, default=default, keeps_float64=keeps_float64)
 
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The shape of the tokens."""
+        return self._rows_last.shape[:-1]
+
     def __len__(self) -> int:
-        return math.prod(self._rows_last.shape[:-1])
+        return math.prod(self.grid)
 
     def take(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Return the rows at these positions, (n, dim) of `dtype` in C order."""
-        grid = np.unravel_index(positions, self._rows_last.shape[:-1])
-        return np.ascontiguousarray(self._rows_last[grid], dtype=self.dtype)
+        places = np.unravel_index(positions, self.grid)
+        return np.ascontiguousarray(self._rows_last[places], dtype=self.dtype)
 
     def chunks(self, rows_per_chunk: int) -> Iterator[npt.NDArray[Any]]:
         """Yield all rows in order, at most so many at a time."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from vqserve.layout import wrong_channels
-from vqserve_server.errors import InvalidShape, NonFiniteLatents
+from vqserve_server.errors import InvalidShape, TokenBeyondRange
 from vqserve_server.inspection.comparison import Comparison, is_comparable
 from vqserve_server.inspection.error import ErrorTally, QuantizationError, stages_to_compare
 from vqserve_server.inspection.rounding import DTYPES, Rounded, RoundingTally
@@ -182,15 +182,15 @@ def measure_fit(tally: FitTally, rows: LatentRows, *, progress: bool = False) ->
         progress: tell on stderr how far it is.
 
     Raises:
-        NonFiniteLatents: a token leaves float32's range on its way to the codes; names it.
+        TokenBeyondRange: a token leaves float32's range on its way to the codes; names it.
     """
     done = 0
     with progress_of("encoding", len(rows), "token", shown=progress) as told:
         for chunk in rows.chunks(tally.rows_at_once):
             try:
                 tally.add(chunk)
-            except NonFiniteLatents as error:
-                raise NonFiniteLatents(f"of the tokens from {done} on: {error}") from None
+            except TokenBeyondRange as error:
+                raise TokenBeyondRange(error.text, done + error.row, rows.grid) from None
             done += len(chunk)
             told.update(len(chunk))
     return tally.fit(rows)

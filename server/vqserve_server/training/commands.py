@@ -98,7 +98,8 @@ def _options(args: argparse.Namespace) -> TrainingOptions:
         )
     except InvalidOption as error:
         name, _, problem = str(error).partition(" ")
-        raise InvalidOption(f"--{name.replace('_', '-')} {problem}") from None
+        flag = f"--{name.replace('_', '-')}" if hasattr(args, name) else name
+        raise InvalidOption(f"{flag} {problem}") from None
 
 
 def _story(made: TrainedFile, options: TrainingOptions, out: Path) -> str:

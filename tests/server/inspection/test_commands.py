@@ -13,7 +13,7 @@ import pytest
 
 from vqserve_server import cli
 from vqserve_server.codebooks import load_codebook, save_codebook
-from vqserve_server.quantizers import LookupFreeQuantizer, VectorQuantizer
+from vqserve_server.quantizers import LookupFreeQuantizer, VectorQuantizer, VectorQuantizerWithInputProjection
 
 ROOT = Path(__file__).parents[3]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -133,6 +133,19 @@ def test_a_plot(name, files, tmp_path, capsys):
         assert not alone.exists()
     else:
         assert size_of(alone) == (1210, 440)
+
+
+def test_a_token_beyond_float32_is_named_with_its_file(tmp_path, capsys):
+    path, latents = tmp_path / "c.safetensors", tmp_path / "z.npy"
+    quantizer = VectorQuantizerWithInputProjection(6, 40, 2).requires_grad_(False)
+    quantizer.proj_in.weight.fill_(1)
+    save_codebook(quantizer, path)
+    array = np.zeros((5, 6, 2, 2), np.float32)
+    array[3, :, 1, 0] = 3.4e38
+    np.save(latents, array)
+    status, _, err = run(capsys, path, "--latents", latents)
+    assert status == 1
+    assert err == f"vqserved: error: {latents}: the projection of token [3, 1, 0] leaves the range of float32\n"
 
 
 def test_a_plot_is_not_replaced_unasked(files, tmp_path, capsys):
