@@ -31,6 +31,7 @@ _TOOLS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `vqserved`; return the exit code: 0, 1 on an error, 2 on wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_standard_files()
     try:
         args = _parser(arguments[0] if arguments else "").parse_command(arguments, _spaced_levels)
         run: Callable[[argparse.Namespace], int] = args.run
@@ -86,6 +87,14 @@ def _serve(args: argparse.Namespace) -> int:
         from vqserve_server import app  # noqa: PLC0415
 
         return app.run(args.sources, config, worker=None if worker is None else int(worker))
+
+
+def _open_standard_files() -> None:
+    # Of a process that was started without them Python has None, and what is opened next, a connection perhaps, gets
+    # their numbers, and with them what libraries write to them.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
 
 
 @contextmanager

@@ -138,19 +138,24 @@ class Workers:
 
     async def _run(self, number: int, first_line: asyncio.Future[str]) -> int:
         rescans = self._rescans
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "vqserve_server.cli",
-            "serve",
-            *self._sources,
-            env=worker_environment(self._config, number, self._port),
-            # Ends when the parent does, however that ends: a worker that reads its end stops.
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            # A terminal's Ctrl-C is for the parent, which tells the workers.
-            start_new_session=True,
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "vqserve_server.cli",
+                "serve",
+                *self._sources,
+                env=worker_environment(self._config, number, self._port),
+                # Ends when the parent does, however that ends: a worker that reads its end stops.
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                # A terminal's Ctrl-C is for the parent, which tells the workers.
+                start_new_session=True,
+            )
+        except OSError as error:
+            # No memory, processes or files are left, and for the next attempt there may be.
+            logger.error("worker %d cannot be started: %s", number, error.strerror or error)
+            return 1
         self._processes[number] = process
         if self._stopping.is_set():
             process.send_signal(signal.SIGTERM)

@@ -122,6 +122,27 @@ def test_as_a_module_it_is_the_command() -> None:
     assert (result.returncode, result.stdout) == (0, f"vqserved {__version__}\n")
 
 
+@pytest.mark.parametrize("numbers", [[1], [2], [0, 1, 2]])
+def test_started_with_its_standard_files_closed(folder: Path, tmp_path: Path, numbers: list[int]) -> None:
+    closed = " ".join(f"{number}>&-" for number in numbers)
+    path = tmp_path / "socket"
+    command = f'exec "$0" -m vqserve_server.cli serve "$1" --port 0 --unix-socket "$2" {closed}'
+    process = subprocess.Popen(["bash", "-c", command, sys.executable, str(folder), str(path)])
+    try:
+        with Client(f"unix:{path}") as client:
+            while not path.exists():
+                assert process.poll() is None
+                threading.Event().wait(0.05)
+            assert [book.name for book in client.codebooks()] == ["large", "small"]
+        # What native code writes to them goes nowhere, and not to whoever has a connection of that number.
+        assert {os.readlink(f"/proc/{process.pid}/fd/{number}") for number in numbers} == {os.devnull}
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_lines_of_the_log_name_other_packages_only(capsys: pytest.CaptureFixture[str]) -> None:
     root = logging.getLogger()
     before = root.handlers[:], root.level
