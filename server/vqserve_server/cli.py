@@ -118,10 +118,9 @@ def _hangups_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        # Nobody came to serve: what waits is dropped, or it would end the process before it has said why.
-        handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # Dropped from now on, or one would end the process before it has said why it ends, or as if it had failed.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        signal.signal(signal.SIGHUP, handler)
 
 
 def _complain(text: str) -> int:

@@ -61,8 +61,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run_here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., subprocess.CompletedProcess[str]]:
+) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """Run `vqserved ARGUMENTS` in this process, which has torch already."""
+    on_hangup = signal.getsignal(signal.SIGHUP)
     monkeypatch.setattr(logs, "set_up", lambda level, worker=None: None)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -70,7 +71,8 @@ def run_here(
         captured = capsys.readouterr()
         return subprocess.CompletedProcess(arguments, code, captured.out, captured.err)
 
-    return run
+    yield run
+    signal.signal(signal.SIGHUP, on_hangup)
 
 
 def assert_fails(result: subprocess.CompletedProcess[str], text: str) -> None:
@@ -135,7 +137,7 @@ def test_started_with_its_standard_files_closed(folder: Path, tmp_path: Path, nu
                 threading.Event().wait(0.05)
             assert [book.name for book in client.codebooks()] == ["large", "small"]
         # What native code writes to them goes nowhere, and not to whoever has a connection of that number.
-        assert {os.readlink(f"/proc/{process.pid}/fd/{number}") for number in numbers} == {os.devnull}
+        assert {Path(f"/proc/{process.pid}/fd/{number}").readlink() for number in numbers} == {Path(os.devnull)}
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 0
     finally:
@@ -456,6 +458,18 @@ def test_sighup_while_it_stops_changes_nothing(stubborn: Callable[..., Any]) -> 
     _, log = process.communicate()
     assert process.returncode == 0
     assert "rescanned" not in log
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sighup_to_the_very_end_changes_nothing(vqserved: Callable[..., Any], folder: Path, workers: int) -> None:
+    process = vqserved(folder, "--workers", workers).process
+    process.send_signal(signal.SIGTERM)
+    while " served 0 requests" not in process.stderr.readline():
+        pass
+    while process.poll() is None:
+        process.send_signal(signal.SIGHUP)
+        threading.Event().wait(0.002)
+    assert process.returncode == 0
 
 
 def test_sigterm_while_codebooks_are_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
