@@ -228,6 +228,24 @@ def test_a_signal_while_workers_start(codebook: Path) -> None:
     assert not [pid for pid in workers.values() if Path(f"/proc/{pid}").exists()]
 
 
+def test_a_stop_while_a_worker_waits_to_be_started_again(vqserved: Callable[..., Any], codebook: Path) -> None:
+    daemon = vqserved(codebook, "--workers", 2)
+    os.kill(children(daemon.process.pid)[0], signal.SIGKILL)
+    while "worker 0 ended with -9: starting it again in 0.5 s" not in daemon.process.stderr.readline():
+        pass
+    assert daemon.stop(signal.SIGTERM)[0] == 0
+
+
+def test_a_worker_that_hangs_does_not_hold_up_a_stop_for_ever(vqserved: Callable[..., Any], codebook: Path) -> None:
+    daemon = vqserved(codebook, "--workers", 2, "--drain-seconds", 0)
+    workers = children(daemon.process.pid)
+    os.kill(workers[0], signal.SIGSTOP)
+    code, log = daemon.stop(signal.SIGTERM)
+    assert code == 1
+    assert "workers that have not stopped by now are killed: 1" in log
+    assert not [pid for pid in workers.values() if Path(f"/proc/{pid}").exists()]
+
+
 # A worker whose device never answers.
 STUCK = """
 import sys, threading, torch
