@@ -78,8 +78,11 @@ def new_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, force
     """Give a mapped array to fill, which becomes the file only when all went well.
 
     Raises:
-        FileError: if it cannot be made.
+        FileError: if it cannot be made, or is there and no file.
     """
+    if path.exists() and not path.is_file():
+        # The file would take its place, and root would have no /dev/null any more.
+        raise FileError(f"{path} is a device or a pipe: name a file")
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with _named(path):

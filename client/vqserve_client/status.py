@@ -100,7 +100,7 @@ class Failure:
             return f"cannot connect to the server: {_cause(self.details)}"
         if self.code is grpc.StatusCode.UNAVAILABLE and _LOST_CONNECTION.match(self.details):
             return "the connection to the server was lost"
-        if self.code is grpc.StatusCode.DEADLINE_EXCEEDED and self.details == "Deadline Exceeded":
+        if self.code is grpc.StatusCode.DEADLINE_EXCEEDED and "Deadline Exceeded" in self.details:
             return "the server did not answer in time"
         return _printable(self.details) or f"{self.code.name} without a text"
 

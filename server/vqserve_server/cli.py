@@ -34,6 +34,7 @@ _TOOLS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `vqserved`; return the exit code: 0, 1 on an error, 2 on wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_standard_files()
     try:
         args = _parser(arguments[0] if arguments else "").parse_command(arguments, _spaced_levels)
         run: Callable[[argparse.Namespace], int] = args.run
@@ -91,6 +92,14 @@ def _serve(args: argparse.Namespace) -> int:
         return app.run(args.sources, config, worker=None if worker is None else int(worker))
 
 
+def _open_standard_files() -> None:
+    # Of a process that was started without them Python has None, and what is opened next, a connection perhaps, gets
+    # their numbers, and with them what libraries write to them.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
+
+
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
     # A process without a handler dies of the signal, but process 1 of a container would ignore it.
@@ -112,10 +121,9 @@ def _hangups_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        # Nobody came to serve: what waits is dropped, or it would end the process before it has said why.
-        handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # Dropped from now on, or one would end the process before it has said why it ends, or as if it had failed.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        signal.signal(signal.SIGHUP, handler)
 
 
 def _complain(text: str) -> int:

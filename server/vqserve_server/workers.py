@@ -25,6 +25,8 @@ from vqserve_server.sources import find_codebooks
 
 # Set for a worker, to its number; not one of the settings, which people may set.
 WORKER_VARIABLE = "_VQSERVE_WORKER"
+# What a worker may take to end, beside --drain-seconds, before it is killed.
+_END_S = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +99,13 @@ class Workers:
         return ready[0]
 
     async def stop(self, number: int = signal.SIGTERM) -> bool:
-        """Tell all to stop and wait; return whether all did as they were told."""
+        """Tell all to stop and wait, for those that hang not for ever; return whether all did as they were told."""
         self._stopping.set()
         self.tell(number)
+        _, late = await asyncio.wait(self._keepers, timeout=self._config.drain_seconds + _END_S)
+        if late:
+            logger.warning("workers that have not stopped by now are killed: %d", len(late))
+            self.tell(signal.SIGKILL)
         # A worker that was still loading ends of the signal.
         expected = {0, 128 + number, -number}
         return expected.issuperset(await asyncio.gather(*self._keepers))
@@ -134,23 +140,29 @@ class Workers:
                 await asyncio.wait_for(self._stopping.wait(), delay_s)
             except TimeoutError:
                 continue
-            return code
+            # How it ended says nothing of the stop, which it has not seen.
+            return 0
 
     async def _run(self, number: int, first_line: asyncio.Future[str]) -> int:
         rescans = self._rescans
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "vqserve_server.cli",
-            "serve",
-            *self._sources,
-            env=worker_environment(self._config, number, self._port),
-            # Ends when the parent does, however that ends: a worker that reads its end stops.
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            # A terminal's Ctrl-C is for the parent, which tells the workers.
-            start_new_session=True,
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "vqserve_server.cli",
+                "serve",
+                *self._sources,
+                env=worker_environment(self._config, number, self._port),
+                # Ends when the parent does, however that ends: a worker that reads its end stops.
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                # A terminal's Ctrl-C is for the parent, which tells the workers.
+                start_new_session=True,
+            )
+        except OSError as error:
+            # No memory, processes or files are left, and for the next attempt there may be.
+            logger.error("worker %d cannot be started: %s", number, error.strerror or error)
+            return 1
         self._processes[number] = process
         if self._stopping.is_set():
             process.send_signal(signal.SIGTERM)

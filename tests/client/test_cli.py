@@ -85,6 +85,17 @@ def test_fortran_and_big_endian_files(vqserve, tiny, tmp_path, latents):
         assert (np.load(tmp_path / "i.npy") == client.encode(array)).all()
 
 
+def test_what_is_no_file_is_kept(vqserve, tiny, files, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    code, out, err = vqserve("encode", files[0], "-o", pipe, "--force")
+    assert (code, out) == (1, "")
+    assert one_line(err)
+    assert "is a device or a pipe" in err
+    assert pipe.is_fifo()
+    assert tiny.requests == []
+
+
 def test_an_existing_file_is_kept(vqserve, tiny, files):
     source, middle, _ = files
     middle.write_text("precious")

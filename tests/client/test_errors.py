@@ -60,6 +60,13 @@ def test_a_failure_without_words():
     assert "INTERNAL" in str(failure.error(target="host:1", codebook=None, request_id="id"))
 
 
+# The second where a deadline passes while a large request is still on its way.
+@pytest.mark.parametrize("details", ["Deadline Exceeded", "Stream removed (Deadline Exceeded)"])
+def test_a_deadline_in_grpcs_words_is_told_in_ours(details):
+    failure = Failure(grpc.StatusCode.DEADLINE_EXCEEDED, details, {})
+    assert failure.text == "the server did not answer in time"
+
+
 def test_a_hostile_server_s_words_are_cut_and_cannot_steer_a_terminal():
     failure = Failure(grpc.StatusCode.INTERNAL, "\x1b[2Jboom\n" + "x" * 100_000, {})
     text = str(failure.error(target="host:1", codebook=None, request_id="id"))

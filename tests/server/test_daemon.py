@@ -61,8 +61,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run_here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., subprocess.CompletedProcess[str]]:
+) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """Run `vqserved ARGUMENTS` in this process, which has torch already."""
+    on_hangup = signal.getsignal(signal.SIGHUP)
     monkeypatch.setattr(logs, "set_up", lambda level, worker=None: None)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -70,7 +71,8 @@ def run_here(
         captured = capsys.readouterr()
         return subprocess.CompletedProcess(arguments, code, captured.out, captured.err)
 
-    return run
+    yield run
+    signal.signal(signal.SIGHUP, on_hangup)
 
 
 def assert_fails(result: subprocess.CompletedProcess[str], text: str) -> None:
@@ -120,6 +122,27 @@ def test_as_a_module_it_is_the_command() -> None:
         [sys.executable, "-m", "vqserve_server", "--version"], capture_output=True, text=True, check=False
     )
     assert (result.returncode, result.stdout) == (0, f"vqserved {__version__}\n")
+
+
+@pytest.mark.parametrize("numbers", [[1], [2], [0, 1, 2]])
+def test_started_with_its_standard_files_closed(folder: Path, tmp_path: Path, numbers: list[int]) -> None:
+    closed = " ".join(f"{number}>&-" for number in numbers)
+    path = tmp_path / "socket"
+    command = f'exec "$0" -m vqserve_server.cli serve "$1" --port 0 --unix-socket "$2" {closed}'
+    process = subprocess.Popen(["bash", "-c", command, sys.executable, str(folder), str(path)])
+    try:
+        with Client(f"unix:{path}") as client:
+            while not path.exists():
+                assert process.poll() is None
+                threading.Event().wait(0.05)
+            assert [book.name for book in client.codebooks()] == ["large", "small"]
+        # What native code writes to them goes nowhere, and not to whoever has a connection of that number.
+        assert {Path(f"/proc/{process.pid}/fd/{number}").readlink() for number in numbers} == {Path(os.devnull)}
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_lines_of_the_log_name_other_packages_only(capsys: pytest.CaptureFixture[str]) -> None:
@@ -435,6 +458,18 @@ def test_sighup_while_it_stops_changes_nothing(stubborn: Callable[..., Any]) -> 
     _, log = process.communicate()
     assert process.returncode == 0
     assert "rescanned" not in log
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sighup_to_the_very_end_changes_nothing(vqserved: Callable[..., Any], folder: Path, workers: int) -> None:
+    process = vqserved(folder, "--workers", workers).process
+    process.send_signal(signal.SIGTERM)
+    while " served 0 requests" not in process.stderr.readline():
+        pass
+    while process.poll() is None:
+        process.send_signal(signal.SIGHUP)
+        threading.Event().wait(0.002)
+    assert process.returncode == 0
 
 
 def test_sigterm_while_codebooks_are_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

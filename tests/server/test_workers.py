@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -126,6 +127,37 @@ def test_a_worker_that_cannot_start_is_the_parents_error(
     assert done.stderr.splitlines()[-1].startswith("vqserved: error: a worker did not start")
 
 
+def test_a_worker_for_which_nothing_is_left_is_the_parents_error_too(codebook: Path) -> None:
+    # bash and not preexec_fn, which may not be used beside threads.
+    command = 'ulimit -n 14; exec "$0" -m vqserve_server.cli serve "$1" --workers 4 --port 0'
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable, str(codebook)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "cannot be started: Too many open files" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("vqserved: error: a worker did not start")
+
+
+def test_a_worker_for_which_nothing_is_left_is_started_when_there_is(
+    vqserved: Callable[..., Any], codebook: Path
+) -> None:
+    daemon = vqserved(codebook, "--workers", 2)
+    parent = daemon.process.pid
+    limits = resource.prlimit(parent, resource.RLIMIT_NOFILE)
+    lost = children(parent)[0]
+    resource.prlimit(parent, resource.RLIMIT_NOFILE, (3, limits[1]))
+    os.kill(lost, signal.SIGKILL)
+    while "worker 0 cannot be started: Too many open files" not in daemon.process.stderr.readline():
+        pass
+    resource.prlimit(parent, resource.RLIMIT_NOFILE, limits)
+    wait_until(lambda: 0 in children(parent))
+    while "worker 0 is ready" not in daemon.process.stderr.readline():
+        pass
+    answers(daemon.target, codebook)
+    assert daemon.stop(signal.SIGTERM)[0] == 0
+
+
 def test_what_the_parent_can_see_is_told_once(
     run_vqserved: Callable[..., subprocess.CompletedProcess[str]], serving: Callable[..., Any], codebook: Path
 ) -> None:
@@ -193,6 +225,24 @@ def test_a_signal_while_workers_start(codebook: Path) -> None:
     out, _ = process.communicate(timeout=60)
     assert out == ""
     assert process.returncode == 0
+    assert not [pid for pid in workers.values() if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_stop_while_a_worker_waits_to_be_started_again(vqserved: Callable[..., Any], codebook: Path) -> None:
+    daemon = vqserved(codebook, "--workers", 2)
+    os.kill(children(daemon.process.pid)[0], signal.SIGKILL)
+    while "worker 0 ended with -9: starting it again in 0.5 s" not in daemon.process.stderr.readline():
+        pass
+    assert daemon.stop(signal.SIGTERM)[0] == 0
+
+
+def test_a_worker_that_hangs_does_not_hold_up_a_stop_for_ever(vqserved: Callable[..., Any], codebook: Path) -> None:
+    daemon = vqserved(codebook, "--workers", 2, "--drain-seconds", 0)
+    workers = children(daemon.process.pid)
+    os.kill(workers[0], signal.SIGSTOP)
+    code, log = daemon.stop(signal.SIGTERM)
+    assert code == 1
+    assert "workers that have not stopped by now are killed: 1" in log
     assert not [pid for pid in workers.values() if Path(f"/proc/{pid}").exists()]
 
 
