@@ -64,7 +64,8 @@ def check_output(path: Path, *, force: bool, source: Path | None = None) -> None
     if path.is_dir():
         raise FileError(f"{path} is a folder")
     if path.exists() and not path.is_file():
-        raise FileError(f"{path} is no file that could be replaced")
+        # The file would take its place, and root would have no /dev/null any more.
+        raise FileError(f"{path} is a device or a pipe: name a file")
     if source is not None and source.exists() and path.exists() and path.samefile(source):
         raise FileError(f"{path} is what is read: name another file to write")
     if not force and path.exists():
@@ -78,11 +79,8 @@ def new_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, force
     """Give a mapped array to fill, which becomes the file only when all went well.
 
     Raises:
-        FileError: if it cannot be made, or is there and no file.
+        FileError: if it cannot be made.
     """
-    if path.exists() and not path.is_file():
-        # The file would take its place, and root would have no /dev/null any more.
-        raise FileError(f"{path} is a device or a pipe: name a file")
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with _named(path):

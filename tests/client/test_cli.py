@@ -194,9 +194,6 @@ def test_errors_are_one_line_and_leave_nothing_behind(vqserve, tiny, failing, fi
     assert "no folder" in vqserve("encode", source, "-o", tmp_path / "nowhere" / "x.npy")[2]
     assert "is a folder" in vqserve("encode", source, "-o", tmp_path)[2]
     assert "is the name of a folder" in vqserve("encode", source, "-o", f"{tmp_path}/new/")[2]
-    os.mkfifo(tmp_path / "pipe")
-    assert "is no file that" in vqserve("encode", source, "-o", tmp_path / "pipe", "--force")[2]
-    (tmp_path / "pipe").unlink()
     assert "no codebook 'x' is served" in vqserve("encode", source, "-o", middle, "--codebook", "x")[2]
     assert "was pinned" in vqserve("encode", source, "-o", middle, "--digest", "0" * 64)[2]
     tiny.script.append(failing("INTERNAL", "line\nline\x1b[31m"))
