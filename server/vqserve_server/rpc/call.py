@@ -78,8 +78,14 @@ class Call:
         self._is_receiving = True
         self._start((cygrpc.ReceiveMessageOperation(0),), received)
 
-    def send(self, message: bytes, then: Callable[[], None]) -> None:
-        """Send one of several messages; `then` is called when the next may be sent."""
+    def send(self, message: bytes, then: Callable[[], None], *, is_followed: bool = False) -> None:
+        """Send one of several messages; `then` is called when the next may be sent.
+
+        Args:
+            message: the message.
+            then: is told.
+            is_followed: whether the next one is there already: a small message may then wait for it to go out with it.
+        """
 
         def sent(_event: Any) -> None:
             self._moved_at = time.monotonic()
@@ -87,7 +93,8 @@ class Call:
             then()
 
         self._is_sending = True
-        self._start([*self._beginning(), cygrpc.SendMessageOperation(message, 0)], sent)
+        flags = cygrpc.WriteFlag.buffer_hint if is_followed else 0
+        self._start([*self._beginning(), cygrpc.SendMessageOperation(message, flags)], sent)
 
     def end(self, status: Status = _OK, message: bytes | None = None) -> None:
         """End the call, with a last message if there is one."""

@@ -134,7 +134,8 @@ class Stream:
             fail(self._call, error)
         else:
             self._is_sending = True
-            self._call.send(reply, self._sent)
+            is_followed = len(self._open) > 1 and self._open[1].is_answered
+            self._call.send(reply, self._sent, is_followed=is_followed)
 
     @property
     def _has_room(self) -> bool:

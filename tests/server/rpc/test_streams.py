@@ -239,43 +239,47 @@ def test_a_stream_that_is_opened_while_the_server_stops_is_refused(server: Any, 
     go_on.set()
 
 
+class FakeCall:
+    """What a stream has of its caller, who takes a reply when the test says so."""
+
+    deadline = None
+    request_id = "one"
+    method = "EncodeStream"
+    when_over: Any = None
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[bytes, bool]] = []
+        self.ends: list[Any] = []
+
+    def receive(self, then: Any) -> None:
+        self.received = then
+
+    def send(self, message: bytes, then: Any, *, is_followed: bool) -> None:
+        self.sent.append((message, is_followed))
+        self.taken = then
+
+    def end(self, status: Any = None, message: Any = None) -> None:
+        self.ends.append(status)
+
+
+class FakeRequest:
+    nbytes = 5
+    left = 0
+
+    def __init__(self, *, is_answered: bool = True) -> None:
+        self.is_answered = is_answered
+
+    def reply(self) -> bytes:
+        return b"reply"
+
+    def leave(self) -> None:
+        self.left += 1
+
+
 def test_a_stream_that_is_beginning_with_a_request_ends_when_it_has_answered_it() -> None:
     """The server stops while a thread looks at a large request."""
-
-    class Recorder:
-        deadline = None
-        request_id = "one"
-        method = "EncodeStream"
-        when_over: Any = None
-
-        def __init__(self) -> None:
-            self.sent: list[bytes] = []
-            self.ends: list[Any] = []
-
-        def receive(self, then: Any) -> None:
-            self.received = then
-
-        def send(self, message: bytes, then: Any) -> None:
-            self.sent.append(message)
-            then_sent.append(then)
-
-        def end(self, status: Any = None, message: Any = None) -> None:
-            self.ends.append(status)
-
-    class Request:
-        nbytes = 5
-        is_answered = True
-        left = 0
-
-        def reply(self) -> bytes:
-            return b"reply"
-
-        def leave(self) -> None:
-            self.left += 1
-
-    then_sent: list[Any] = []
     accepted: list[Any] = []
-    call, request, over = Recorder(), Request(), []
+    call, request, over = FakeCall(), FakeRequest(), []
     stream = stream_module.Stream(
         call,
         lambda raw, call, accept, refuse: accepted.append(accept),
@@ -286,12 +290,38 @@ def test_a_stream_that_is_beginning_with_a_request_ends_when_it_has_answered_it(
     stream.drain()
     assert not call.ends
     accepted[0](request)()
-    assert call.sent == [b"reply"]
+    assert call.sent == [(b"reply", False)]
     assert not call.ends
-    then_sent[0]()
+    call.taken()
     (status,) = call.ends
     assert status.code is grpc.StatusCode.UNAVAILABLE
     assert request.left == 1
     call.when_over()
     assert over == [stream]
     assert request.left == 1
+
+
+def test_replies_that_are_there_together_go_together() -> None:
+    requests = [FakeRequest(is_answered=False) for _ in range(4)]
+    told: list[Any] = []
+    waiting = iter(requests)
+    call = FakeCall()
+    stream = stream_module.Stream(
+        call,
+        lambda raw, call, accept, refuse: told.append(accept(next(waiting))),
+        when_over=lambda _: None,
+    )
+    stream.start()
+    for _ in requests:
+        call.received(b"request")
+    # A batch of three; the fourth is still at the device, and must not keep what was written back.
+    for request in requests[:3]:
+        request.is_answered = True
+    for tell in told[:3]:
+        tell()
+    for _ in range(3):
+        call.taken()
+    assert call.sent == [(b"reply", True), (b"reply", True), (b"reply", False)]
+    requests[3].is_answered = True
+    told[3]()
+    assert [is_followed for _, is_followed in call.sent] == [True, True, False, False]
