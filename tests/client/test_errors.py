@@ -93,7 +93,8 @@ def test_the_page_shows_the_options_and_their_defaults():
         assert f"| `{name}` | {f'`{default}`' if default != '64 MiB' else default} |" in text, name
 
 
-def test_the_pages_python_runs(tiny, monkeypatch):
+def test_the_pages_python_runs(tiny, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
