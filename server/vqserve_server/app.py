@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from vqserve_server import logs
+from vqserve_server import hangups, logs
 from vqserve_server.address import address, check, check_unix_socket, is_loopback
 from vqserve_server.config import ServeConfig
 from vqserve_server.engine import Engine
@@ -121,8 +121,7 @@ async def serve(repository: Repository, config: ServeConfig, *, worker: int | No
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    loop.add_signal_handler(signal.SIGHUP, on_hangup)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+    hangups.hear(loop, on_hangup)
     if worker is not None:
         # The parent's end of the pipe closes when the parent is gone.
         loop.add_reader(sys.stdin.fileno(), on_orphaned)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from vqserve import __version__
 from vqserve.arguments import Parser
 from vqserve_server import config as settings
-from vqserve_server import workers
+from vqserve_server import hangups, workers
 from vqserve_server.errors import VqserveError
 from vqserve_server.printable import printable
 
@@ -84,7 +84,7 @@ def _parser(command: str) -> Parser:
 def _serve(args: argparse.Namespace) -> int:
     config = settings.resolve(vars(args), os.environ)
     worker = os.environ.get(workers.WORKER_VARIABLE)
-    with _ended_by_sigterm(), _hangups_kept():
+    with _ended_by_sigterm(), hangups.kept():
         if worker is None and config.workers > 1:
             return workers.run(args.sources, config)
         from vqserve_server import app  # noqa: PLC0415
@@ -111,19 +111,6 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _hangups_kept() -> Iterator[None]:
-    # Its default is to end the process. Blocked, it waits until whoever serves can act on it: here and in threads
-    # started from now on. One that runs already would take it, as numpy's do: nothing has imported numpy yet.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    try:
-        yield
-    finally:
-        # Dropped from now on, or one would end the process before it has said why it ends, or as if it had failed.
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _complain(text: str) -> int:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vqserve_server import config as settings
-from vqserve_server import logs
+from vqserve_server import hangups, logs
 from vqserve_server.address import is_loopback, reserve
 from vqserve_server.config import ServeConfig
 from vqserve_server.errors import StartError
@@ -113,15 +113,14 @@ class Workers:
     def tell(self, number: int) -> None:
         """Send a signal to all."""
         for process in self._processes.values():
-            process.send_signal(number)
+            _send(process, number)
 
     def rescan(self) -> None:
         """Have all look at their codebook files again; one that is starting, when it is ready."""
         self._rescans += 1
         for number in self._ready:
             # One that has just died is started again, and looks for itself.
-            with contextlib.suppress(ProcessLookupError):
-                self._processes[number].send_signal(signal.SIGHUP)
+            _send(self._processes[number], signal.SIGHUP)
 
     async def _keep(self, number: int, first_line: asyncio.Future[str]) -> int:
         """Run one worker again and again until all stop; return its last exit code."""
@@ -159,26 +158,32 @@ class Workers:
                 # A terminal's Ctrl-C is for the parent, which tells the workers.
                 start_new_session=True,
             )
-        except OSError as error:
-            # No memory, processes or files are left, and for the next attempt there may be.
-            logger.error("worker %d cannot be started: %s", number, error.strerror or error)
+        except (OSError, RuntimeError) as error:
+            # No memory, files, processes or threads (a RuntimeError) are left, and for the next attempt there may be.
+            logger.error("worker %d cannot be started: %s", number, getattr(error, "strerror", None) or error)
             return 1
         self._processes[number] = process
         if self._stopping.is_set():
-            process.send_signal(signal.SIGTERM)
+            _send(process, signal.SIGTERM)
         line = (await process.stdout.readline()).decode() if process.stdout is not None else ""
         if line:
             logger.info("worker %d is ready (process %d)", number, process.pid)
             self._ready.add(number)
             if self._rescans != rescans:
                 # It may have looked before the change that it was to see; before now the signal would have ended it.
-                process.send_signal(signal.SIGHUP)
+                _send(process, signal.SIGHUP)
             if not first_line.done():
                 first_line.set_result(line)
         code = await process.wait()
         self._ready.discard(number)
         del self._processes[number]
         return code
+
+
+def _send(process: asyncio.subprocess.Process, number: int) -> None:
+    # It may have ended, and nobody been told yet.
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(number)
 
 
 async def serve(sources: Sequence[str], config: ServeConfig, port: int) -> int:
@@ -199,8 +204,7 @@ async def serve(sources: Sequence[str], config: ServeConfig, port: int) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    loop.add_signal_handler(signal.SIGHUP, workers.rescan)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+    hangups.hear(loop, workers.rescan)
     starting = asyncio.create_task(workers.start())
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)

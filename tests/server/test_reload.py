@@ -150,6 +150,16 @@ def test_nothing_that_starts_threads_is_imported_before_the_signal_is_kept() -> 
     assert done.stdout == "[]\n"
 
 
+def test_a_signal_between_the_loop_and_the_end_is_nobodys() -> None:
+    code = (
+        "import asyncio, signal; from vqserve_server import hangups\n"
+        "loop = asyncio.new_event_loop(); hangups.hear(loop, print); loop.close()\n"
+        "signal.raise_signal(signal.SIGHUP); print('alive')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout, done.stderr) == ("alive\n", "")
+
+
 @ON_LINUX
 def test_a_signal_while_it_starts_is_not_lost(put: Callable[..., Any], tmp_path: Path) -> None:
     put(tmp_path / "book.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import signal
@@ -23,10 +24,11 @@ from vqserve_client.channel import Connection
 from vqserve_client.config import ClientConfig
 from vqserve_client.health import SERVING, status
 from vqserve_server.codebooks import save_codebook
-from vqserve_server.config import resolve
+from vqserve_server.config import ServeConfig, resolve
+from vqserve_server.errors import StartError
 from vqserve_server.quantizers import VectorQuantizer
 from vqserve_server.tokenizer import Tokenizer
-from vqserve_server.workers import WORKER_VARIABLE, BackOff, worker_environment
+from vqserve_server.workers import WORKER_VARIABLE, BackOff, Workers, worker_environment
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 
@@ -137,6 +139,19 @@ def test_a_worker_for_which_nothing_is_left_is_the_parents_error_too(codebook: P
     assert done.stdout == ""
     assert "cannot be started: Too many open files" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("vqserved: error: a worker did not start")
+
+
+def test_a_worker_for_which_no_thread_is_left_is_the_parents_error_too(
+    codebook: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def no_thread(*_: object, **__: object) -> None:
+        # asyncio waits for a process on a thread, once it is there.
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", no_thread)
+    with pytest.raises(StartError, match="a worker did not start"):
+        asyncio.run(Workers([str(codebook)], ServeConfig(workers=2), 0).start())
+    assert "worker 1 cannot be started: can't start new thread" in caplog.text
 
 
 def test_a_worker_for_which_nothing_is_left_is_started_when_there_is(

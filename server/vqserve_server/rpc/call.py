@@ -30,7 +30,7 @@ class Call:
         method: full name.
         deadline: time.monotonic() seconds; None: the caller waits for ever.
         when_over: called once, when the caller has all that it gets, or is gone.
-        has_work: whether the server owes an answer, although another message may come.
+        has_work: tells whether the server owes an answer, although another message may come.
     """
 
     def __init__(self, event: Any, on_end: Callable[[Call], None]) -> None:
@@ -39,8 +39,10 @@ class Call:
         self._metadata = event.invocation_metadata
         self._on_end = on_end
         self._has_begun = self._is_over = False
-        self._is_receiving = self._is_sending = False
-        self._moved_at = time.monotonic()
+        # time.monotonic() seconds; None: nothing is under way.
+        self._receiving_since: float | None = None
+        self._sending_since: float | None = None
+        self._sent_at = 0.0
         self._lock = threading.Lock()
         details = event.call_details
         self.method: str = details.method.decode("ascii", "backslashreplace")
@@ -64,18 +66,20 @@ class Call:
         Args:
             before: time.monotonic() seconds.
         """
-        waits = self._is_sending or (self._is_receiving and not self.has_work())
-        return waits and self._moved_at < before
+        sending, receiving = self._sending_since, self._receiving_since
+        if sending is not None:
+            return sending < before
+        # The caller's turn begins with the last reply at the earliest, though more was welcome all the time.
+        return receiving is not None and max(receiving, self._sent_at) < before and not self.has_work()
 
     def receive(self, then: Callable[[bytes | None], None]) -> None:
         """Wait for the next message; None: there are no more."""
 
         def received(event: Any) -> None:
-            self._moved_at = time.monotonic()
-            self._is_receiving = False
+            self._receiving_since = None
             then(event.batch_operations[0].message())
 
-        self._is_receiving = True
+        self._receiving_since = time.monotonic()
         self._start((cygrpc.ReceiveMessageOperation(0),), received)
 
     def send(self, message: bytes, then: Callable[[], None], *, is_followed: bool = False) -> None:
@@ -88,11 +92,11 @@ class Call:
         """
 
         def sent(_event: Any) -> None:
-            self._moved_at = time.monotonic()
-            self._is_sending = False
+            self._sent_at = time.monotonic()
+            self._sending_since = None
             then()
 
-        self._is_sending = True
+        self._sending_since = time.monotonic()
         flags = cygrpc.WriteFlag.buffer_hint if is_followed else 0
         self._start([*self._beginning(), cygrpc.SendMessageOperation(message, flags)], sent)
 
@@ -103,7 +107,7 @@ class Call:
             operations.append(cygrpc.SendMessageOperation(message, 0))
         code, text = status.code.value[0], status.details.encode()
         operations.append(cygrpc.SendStatusFromServerOperation(status.metadata, code, text, 0))
-        self._is_sending = True
+        self._sending_since = time.monotonic()
         self._start(operations, _nothing)
 
     def break_off(self, status: Status) -> None:
@@ -119,7 +123,6 @@ class Call:
         return [cygrpc.SendInitialMetadataOperation((), 0)]
 
     def _start(self, operations: Any, tag: Callable[[Any], None]) -> None:
-        self._moved_at = time.monotonic()
         with self._lock:
             # Whoever looked at a request meanwhile comes late, perhaps after the queue was shut: gRPC would abort.
             if not self._is_over:

@@ -100,13 +100,12 @@ class Transport:
             event = self._queue.poll(time.time() + _LOOK_S)
             if event.completion_type == cygrpc.CompletionType.queue_shutdown:
                 return
-            if time.monotonic() >= looks_at:
-                self._end_idle()
-                looks_at = time.monotonic() + _LOOK_S
-            if event.completion_type == cygrpc.CompletionType.queue_timeout:
-                continue
             try:
-                event.tag(event)
+                if event.completion_type != cygrpc.CompletionType.queue_timeout:
+                    event.tag(event)
+                if time.monotonic() >= looks_at:
+                    looks_at = time.monotonic() + _LOOK_S
+                    self._end_idle()
             except Exception:
                 logger.exception("an event of gRPC was not dealt with")
             # An event holds its call, and with it a connection.

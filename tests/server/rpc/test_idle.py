@@ -97,19 +97,40 @@ def test_replies_that_nobody_takes_are_given_up(server: Any, client: Any, leave:
     assert client.decode(np.zeros(5, np.uint8)).shape == (5, 4)
 
 
-def test_what_the_server_itself_is_late_with_is_not_idle(client: Any, tokenizer: Any, leave: threading.Event) -> None:
+def test_what_the_server_itself_is_late_with_is_not_idle(
+    tokenizer: Any, serving: Callable[..., Any], connect: Callable[..., Any], leave: threading.Event
+) -> None:
+    client = connect(serving(tokenizer, idle_seconds=2).target)
     tokenizer.hold()
     replies = client.stub.EncodeStream(silent([client.encode_request(LATENTS)], leave), timeout=30)
     alone = client.stub.Encode.future(client.encode_request(LATENTS), timeout=30)
     tokenizer.wait_entered()
-    threading.Event().wait(3 * IDLE_S)
+    threading.Event().wait(3)
     tokenizer.release()
     assert list(next(replies).shape) == [3]
     assert list(alone.result().shape) == [3]
     # The time that it was at work is not held against it afterwards.
     ended = threading.Event()
     replies.add_callback(ended.set)
-    assert not ended.wait(IDLE_S / 2)
+    assert not ended.wait(1)
+
+
+def test_requests_do_not_hide_a_reply_that_nobody_takes(server: Any, client: Any) -> None:
+    # The first reply is more than gRPC takes for a caller who does not ask for it; small requests go on coming.
+    large, small = (client.decode_request(np.zeros(count, np.uint8)) for count in (1_000_000, 1))
+
+    def requests() -> Iterator[Any]:
+        yield large
+        for _ in range(60):
+            threading.Event().wait(IDLE_S / 4)
+            yield small
+
+    call = client.stub.DecodeStream(requests(), timeout=30)
+    began = time.monotonic()
+    wait_until(lambda: inside(server)[0] > 0)
+    wait_until(lambda: inside(server) == (0, 0, 0))
+    assert time.monotonic() - began < 30 * IDLE_S / 4
+    assert ending_of(call)[0] is grpc.StatusCode.UNAVAILABLE
 
 
 def test_a_caller_who_says_something_now_and_then_stays(
