@@ -97,8 +97,10 @@ class Call:
             then()
 
         self._sending_since = time.monotonic()
-        flags = cygrpc.WriteFlag.buffer_hint if is_followed else 0
-        self._start([*self._beginning(), cygrpc.SendMessageOperation(message, flags)], sent)
+        beginning = self._beginning()
+        # Not the first: until something is written, gRPC holds what begins the call back too, and calls nobody.
+        flags = cygrpc.WriteFlag.buffer_hint if is_followed and not beginning else 0
+        self._start([*beginning, cygrpc.SendMessageOperation(message, flags)], sent)
 
     def end(self, status: Status = _OK, message: bytes | None = None) -> None:
         """End the call, with a last message if there is one."""

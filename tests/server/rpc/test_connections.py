@@ -240,6 +240,38 @@ def test_who_stops_in_the_middle_is_not_waited_for(
     peer.close()
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_first_replies_of_a_stream_come_although_nothing_else_does(
+    fake: Callable[..., Any], serving: Callable[..., Any], count: int
+) -> None:
+    # For a message that it may keep back gRPC writes nothing of itself, and what goes before all messages waits too.
+    tokenizer = fake()
+    server = serving(tokenizer)
+    request = pb.EncodeRequest(dtype=pb.DTYPE_FLOAT32, shape=[1, 4], latents=bytes(16)).SerializeToString()
+    first, peer = Peer(server.target), Peer(server.target)
+    tokenizer.hold()
+    first.call("Encode", request, end=True)
+    tokenizer.wait_entered()
+    # One batch.
+    peer.call("EncodeStream", request)
+    for _ in range(count - 1):
+        peer.send(DATA, b"\0" + struct.pack(">I", len(request)) + request, stream=1)
+    until = time.monotonic() + 10
+    while server.app.engine._admission.requests < 1 + count and time.monotonic() < until:
+        threading.Event().wait(0.01)
+    # Whatever gRPC has to say of its own is said by then.
+    assert list(peer.frames(0.5))
+    tokenizer.release()
+    got = b""
+    for kind, _, body in peer.frames(10):
+        got += body if kind == DATA else b""
+        if got.count(tokenizer.info.digest.encode()) == count:
+            break
+    assert got.count(tokenizer.info.digest.encode()) == count
+    first.close()
+    peer.close()
+
+
 def test_a_server_that_stops_waits_for_replies_to_be_read(reluctant: Any) -> None:
     server, peer = reluctant
     peer.call("Decode", INDICES, end=True)
