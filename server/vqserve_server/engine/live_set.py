@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vqserve.codebook_info import VERSION_MARK, CodebookInfo
+from vqserve_server.codebook_path import latest, version_order
 from vqserve_server.errors import UnknownCodebook
 from vqserve_server.validation import check_digest
 
@@ -25,11 +26,7 @@ class LiveSet:
 
     def __init__(self, tokenizers: Iterable[Tokenizer]) -> None:
         self._by_name = {tokenizer.info.name: tokenizer for tokenizer in tokenizers}
-        for name in sorted(self._by_name, key=_order):
-            base, _, version = name.partition(VERSION_MARK)
-            if version:
-                # The last one, so the latest, stays.
-                self._by_name[base] = self._by_name[name]
+        self._by_name |= {base: self._by_name[name] for base, name in latest(self._by_name).items()}
 
     def __len__(self) -> int:
         return len(self._by_name)
@@ -59,9 +56,4 @@ class LiveSet:
         return tokenizer
 
     def _names(self) -> list[str]:
-        return sorted(self._by_name, key=_order)
-
-
-def _order(name: str) -> tuple[str, int]:
-    base, _, version = name.partition(VERSION_MARK)
-    return base, int(version or 0)
+        return sorted(self._by_name, key=version_order)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vqserve.codebook_info import VERSION_MARK
+from vqserve_server.codebook_path import latest
 from vqserve_server.codebooks import load_codebook
 from vqserve_server.errors import CodebookError, CodebookFileError, VqserveError
 from vqserve_server.printable import printable
@@ -128,9 +129,9 @@ class Repository:
         for name in sorted(self._entries.keys() - entries.keys()):
             tally.removed += 1
             logger.info("codebook %s is gone from the disk: no longer served", name)
-        before, after = _latest(self._entries), _latest(entries)
+        before, after = latest(self._entries), latest(entries)
         for name in sorted(before.keys() & after.keys()):
-            was, now = before[name], after[name]
+            was, now = self._entries[before[name]], entries[after[name]]
             if was.title != now.title:
                 digest = now.tokenizer.digest[:12]
                 logger.info("codebook %s is now %s (was %s), digest %s", name, now.title, was.title, digest)
@@ -175,17 +176,6 @@ class Repository:
             info.digest[:12],
         )
         return Entry(path, stamp, tokenizer)
-
-
-def _latest(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Return what each name without a version stands for."""
-    latest: dict[str, tuple[int, Entry]] = {}
-    for name, entry in entries.items():
-        base, _, version = name.partition(VERSION_MARK)
-        number = int(version or 0)
-        if base not in latest or number > latest[base][0]:
-            latest[base] = number, entry
-    return {base: entry for base, (_, entry) in latest.items()}
 
 
 def _stamp(path: Path) -> Stamp | None:
