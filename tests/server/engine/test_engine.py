@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from support.engine_jobs import Jobs
 from vqserve.layout import Layout
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine import BatchFailed, EncodeJob, Engine
 from vqserve_server.errors import DeadlineExpired, DeviceBroken, Draining, InvalidOption, NonFiniteLatents, Overloaded
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engine_jobs import Jobs
 
 LAST = Layout.CHANNELS_LAST
 JOBS = Jobs()
