@@ -342,6 +342,25 @@ def test_a_finished_batch_is_delivered_at_once(fake: Callable[..., Any], start: 
     assert deliveries == [5]
 
 
+def test_a_batch_is_counted_before_it_is_answered(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer)
+    plain, go_on = engine.stats.count, threading.Event()
+
+    def late(**counts: Any) -> None:
+        go_on.wait()
+        plain(**counts)
+
+    engine.stats.count = late  # type: ignore[method-assign]
+    (job,) = submit(engine, encode_job(tokenizer, 2))
+    tokenizer.wait_entered()
+    with pytest.raises(TimeoutError):
+        JOBS.result(job, timeout=0.2)
+    go_on.set()
+    JOBS.result(job)
+    assert (engine.stats.requests, engine.stats.rows) == (1, 2)
+
+
 def test_two_threads_have_two_batches_under_way(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
     tokenizer = fake()
     engine = start(tokenizer, threads=2)
