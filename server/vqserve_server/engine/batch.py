@@ -45,6 +45,11 @@ class Batch:
         """Rows that may still be added."""
         return self._capacity - self.rows
 
+    @property
+    def completes(self) -> int:
+        """Return how many requests it completes: those whose last rows are in it, and that somebody waits for."""
+        return sum(part.stop == part.job.rows and part.job.outcome is None for part in self.parts)
+
     def add(self, job: Job, rows: int) -> None:
         """Add the next rows of a job."""
         self.parts.append(Part(job, job.next_row, job.next_row + rows, self.rows))
@@ -69,8 +74,8 @@ class Batch:
                 logger.exception("no memory for a reply of %d rows", part.job.rows)
                 part.job.fail(BatchFailed("the computation failed"))
 
-    def finish(self, *, started: float, ended: float) -> int:
-        """Tell each job that its part is done, and return how many jobs that completed.
+    def finish(self, *, started: float, ended: float) -> None:
+        """Tell each job that its part is done, and deliver those that this completes.
 
         Args:
             started: when `compute` began, in time.monotonic() seconds.
@@ -85,7 +90,6 @@ class Batch:
         # Together, when all are done: whoever gets its answer competes with this thread.
         for deliver, jobs in finished.items():
             deliver(jobs)
-        return sum(map(len, finished.values()))
 
     def refuse(self, error: InvalidRequest) -> None:
         """Fail its only part's job, which the error is about."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class EngineStats:
-    """Counters; whoever reads may see them one batch apart."""
+    """Counters. A batch is counted before its requests are answered, so a caller's own request is always among them."""
 
     requests: int = 0
     batches: int = 0
@@ -25,7 +25,7 @@ class EngineStats:
         Args:
             requests: the requests that were part of it.
             rows: its rows.
-            finished: the requests that it completed.
+            finished: the requests that it completes.
             seconds: how long a device thread worked on it.
         """
         with self._lock:

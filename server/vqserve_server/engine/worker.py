@@ -89,8 +89,9 @@ class Worker:
         started = time.monotonic()
         batch.compute(staging)
         ended = time.monotonic()
-        finished = batch.finish(started=started, ended=ended)
-        self._stats.count(requests=len(batch.parts), rows=batch.rows, finished=finished, seconds=ended - started)
+        # First: whoever has a reply finds it counted.
+        self._stats.count(requests=len(batch.parts), rows=batch.rows, finished=batch.completes, seconds=ended - started)
+        batch.finish(started=started, ended=ended)
 
     def _break(self, error: BaseException) -> None:
         logger.critical("the device failed: no more requests are served", exc_info=error)
