@@ -22,11 +22,11 @@ from vqserve_bench.table import Table, number
 from vqserve_bench.trial import Trial
 from vqserve_bench.window import Window
 from vqserve_bench.workload import Workload, grid_text
+from vqserve_client.catalogue import Pin
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig
 from vqserve_client.errors import VqserveClientError
 from vqserve_client.npy import check_output
-from vqserve_client.pin import Pin
 
 __all__ = ["add_arguments", "run"]
 
