@@ -134,7 +134,7 @@ class Ours(Contender):
     name = "vqserve"
 
     def __init__(self, folder: Path, *flags: str) -> None:
-        command = [sys.executable, "-m", "vqserve_server.cli", "serve", str(folder), "--port", "0", *flags]
+        command = [sys.executable, "-m", "vqserve_tools", "serve", str(folder), "--port", "0", *flags]
         super().__init__(command, {"VQSERVE_LOG_LEVEL": "error"})
         self.target = self.first_line().removeprefix("vqserved: ready on ").partition(",")[0]
 

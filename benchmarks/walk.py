@@ -25,7 +25,7 @@ from types import FrameType
 
 import numpy as np
 
-PACKAGES = ("vqserve", "vqserve_client", "vqserve_server")
+PACKAGES = ("vqserve", "vqserve_client", "vqserve_server", "vqserve_tools")
 # A request's last calls come after its reply: the recorder waits until none has come for this long.
 QUIET_S = 0.3
 WARMUP = 5

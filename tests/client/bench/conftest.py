@@ -27,7 +27,7 @@ def quick() -> Schedule:
 def real() -> Iterator[str]:
     """The target of a daemon with the demo codebook; gRPC's asyncio cannot be server and client of one process."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "vqserve_server.cli", "serve", "--port", "0", "--device", "cpu"],
+        [sys.executable, "-m", "vqserve_tools", "serve", "--port", "0", "--device", "cpu"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
