@@ -11,24 +11,27 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 
 from vqserve.codebook_info import CodebookInfo
-from vqserve_client.bench import arguments
-from vqserve_client.bench.job import Job
-from vqserve_client.bench.measure import run
-from vqserve_client.bench.measurement import Measurement
-from vqserve_client.bench.plot import check_plot, draw
-from vqserve_client.bench.report import report, to_json
-from vqserve_client.bench.table import Table, number
-from vqserve_client.bench.trial import Trial
-from vqserve_client.bench.window import Window
-from vqserve_client.bench.workload import Workload, grid_text
+from vqserve_bench import arguments
+from vqserve_bench.arguments import add_arguments
+from vqserve_bench.job import Job
+from vqserve_bench.measure import run as measure_job
+from vqserve_bench.measurement import Measurement
+from vqserve_bench.plot import check_plot, draw
+from vqserve_bench.report import report, to_json
+from vqserve_bench.table import Table, number
+from vqserve_bench.trial import Trial
+from vqserve_bench.window import Window
+from vqserve_bench.workload import Workload, grid_text
+from vqserve_client.catalogue import Pin
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig
 from vqserve_client.errors import VqserveClientError
 from vqserve_client.npy import check_output
-from vqserve_client.pin import Pin
+
+__all__ = ["add_arguments", "run"]
 
 
-def bench(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Measure one load after the other, print a row for each, write what was asked for; return 0.
 
     Raises:
@@ -92,7 +95,7 @@ def _measured(jobs: Sequence[Job], *, processes: int, progress: bool) -> Iterato
         with _watching(job, shown=progress) as watch:
             trial = Trial(job.load, job.schedule, watch)
             try:
-                run(job, trial, processes=processes)
+                measure_job(job, trial, processes=processes)
             except KeyboardInterrupt as error:
                 interruption = error
         if interruption is None or trial.windows:

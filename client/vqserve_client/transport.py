@@ -1,7 +1,7 @@
-"""Requests of `encode_many` on one streaming call, where small ones cost less than as calls of their own.
+"""How a request reaches the server: as a call of its own, or on a stream that many small requests share.
 
-A stream ends with its first failure. The request that failed gets its status; those behind it, which the server has not
-looked at, may be sent again, on a new stream. To a server that has no streams they go as calls of their own.
+A stream ends with its first failure. The request that failed gets its status. Those behind it, which the server has not
+looked at, may be sent again on a new stream. To a server without streams they go as calls of their own.
 """
 
 from __future__ import annotations
@@ -12,14 +12,72 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import grpc
 
-from vqserve_client.channel import STREAMED, Connection
-from vqserve_client.fork import gate
+from vqserve_client.channel import STREAMED, Connection, gate
 from vqserve_client.status import REQUEST_ID_KEY
-from vqserve_client.unary import Ticket, Unary
+
+
+class Ticket(Protocol):
+    """A request that was sent, as gRPC's futures have it."""
+
+    def done(self) -> bool:
+        """Return whether there is a reply or a failure."""
+
+    def code(self) -> grpc.StatusCode:
+        """Return OK or how it failed."""
+
+    def details(self) -> str:
+        """Return what a failure says."""
+
+    def trailing_metadata(self) -> Any:
+        """Return what came with it."""
+
+    def result(self) -> bytes:
+        """Return the reply."""
+
+    def cancel(self) -> Any:
+        """Give it up."""
+
+
+class Sender(Protocol):
+    """How requests get to the server."""
+
+    def send(self, method: str, request: bytes, *, timeout_s: float | None, request_id: str) -> Ticket:
+        """Send a request; whoever waits is woken when its ticket is done.
+
+        Raises:
+            Closed: the client was closed.
+            ValueError: likewise, just now.
+        """
+
+
+class Unary:
+    """Sends each request as a call of its own."""
+
+    def __init__(self, connection: Connection, wake: Callable[[], None]) -> None:
+        self._connection = connection
+        self._wake = wake
+
+    def send(self, method: str, request: bytes, *, timeout_s: float | None, request_id: str) -> Ticket:
+        """Send a request; see Sender."""
+        call = self._connection.method(method)
+        gate.enter()
+        try:
+            ticket: Any = call.future(request, timeout=timeout_s, metadata=((REQUEST_ID_KEY, request_id),))
+        except BaseException:
+            gate.leave()
+            raise
+        ticket.add_done_callback(self._ended)
+        answer: Ticket = ticket
+        return answer
+
+    def _ended(self, _ticket: Any) -> None:
+        gate.leave()
+        self._wake()
+
 
 logger = logging.getLogger(__name__)
 

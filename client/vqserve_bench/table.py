@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple
 
-from vqserve_client.bench.load import Load
-from vqserve_client.bench.measurement import Measurement
+from vqserve_bench.load import Load
+from vqserve_bench.measurement import Measurement
 
 # The columns, in groups with a title.
 _GROUPS = (

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vqserve_client.bench.load import Load
-from vqserve_client.bench.schedule import REPORTED
-from vqserve_client.bench.served import Served
-from vqserve_client.bench.window import Window, one_after_the_other
+from vqserve_bench.load import Load
+from vqserve_bench.schedule import REPORTED
+from vqserve_bench.served import Served
+from vqserve_bench.window import Window, one_after_the_other
 
 
 @dataclass(frozen=True)

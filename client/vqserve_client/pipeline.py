@@ -1,7 +1,7 @@
-"""Many arrays on their way at once, their answers in order: `encode_many` without the waiting.
+"""Many arrays in flight at once, their answers in order: `encode_many` without the waiting.
 
-A request costs the same work whether its array is small or not. So while one is under way, small arrays that come
-gather, and go as one when they fill a request, or when nothing else is under way. A source that is slower than the
+A request costs the same work whether its array is small or not. So while one is in flight, small arrays that come are
+gathered, and go as one request when they fill it, or when nothing else is in flight. A source that is slower than the
 server never waits for that; one that is faster pays for few requests.
 """
 
@@ -19,10 +19,9 @@ from typing import Any
 from vqserve_client.arrays import Given
 from vqserve_client.calls import Options
 from vqserve_client.core import CallOptions, Core, Operation, Wake
-from vqserve_client.errors import Closed, InvalidArgument
-from vqserve_client.exchange import Budget, Steps
-from vqserve_client.retry import Deadline
-from vqserve_client.stream import LARGEST_STREAMED_BYTES, Streamed
+from vqserve_client.errors import Closed, InvalidArgument, VqserveClientError
+from vqserve_client.requests import Budget, Deadline, Steps
+from vqserve_client.transport import LARGEST_STREAMED_BYTES, Streamed
 
 Turn = Callable[[Sequence[Given]], Steps[list[Any]]]
 
@@ -274,3 +273,32 @@ class _Job:
                 return
         for given in self._givens:
             self._answers.extend((yield from self._turn([given])))
+
+
+class Numbered:
+    """A lane's arrays, numbered from 0 as they are put and as their answers are taken."""
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._put = self._taken = 0
+
+    def put(self, array: object) -> None:
+        """Add one more array; see Lane.put."""
+        try:
+            self._lane.put(array)
+        except VqserveClientError as error:
+            error.item = self._put
+            raise
+        except TypeError as error:
+            raise TypeError(f"{error} (array {self._put}, counting from 0)") from None
+        self._put += 1
+
+    def take(self) -> Any:
+        """Return the next answer in order, or raise its error; see Lane.take."""
+        try:
+            answer = self._lane.take()
+        except VqserveClientError as error:
+            error.item = self._taken
+            raise
+        self._taken += 1
+        return answer

@@ -20,14 +20,14 @@ from typing import Any
 
 import grpc
 
-from vqserve_client.bench.job import Job
-from vqserve_client.bench.load import Closed, Open, gaps
-from vqserve_client.bench.request import Request
-from vqserve_client.bench.transport import Send, stream, unary
-from vqserve_client.bench.window import Recorder, Window, clock, failure
+from vqserve_bench.job import Job
+from vqserve_bench.load import Closed, Open, gaps
+from vqserve_bench.request import Request
+from vqserve_bench.transport import Send, stream, unary
+from vqserve_bench.window import Recorder, Window, clock, failure
 from vqserve_client.channel import channel_options
 from vqserve_client.errors import DeadlineExceeded
-from vqserve_client.retry import Deadline
+from vqserve_client.requests import Deadline
 
 # A server that refuses at once would else be asked thousands of times a second, by every caller.
 BACK_OFF_S = 0.1

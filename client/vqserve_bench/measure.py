@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vqserve_client.bench.driver import drive, run_loop
-from vqserve_client.bench.job import Job
-from vqserve_client.bench.load import Load
-from vqserve_client.bench.measurement import Measurement
-from vqserve_client.bench.processes import run_in_processes
-from vqserve_client.bench.request import Request
-from vqserve_client.bench.schedule import DEFAULT_SCHEDULE, Schedule
-from vqserve_client.bench.served import ReadStats
-from vqserve_client.bench.trial import Trial
-from vqserve_client.bench.window import Window
+from vqserve_bench.driver import drive, run_loop
+from vqserve_bench.job import Job
+from vqserve_bench.load import Load
+from vqserve_bench.measurement import Measurement
+from vqserve_bench.processes import run_in_processes
+from vqserve_bench.request import Request
+from vqserve_bench.schedule import DEFAULT_SCHEDULE, Schedule
+from vqserve_bench.served import ReadStats
+from vqserve_bench.trial import Trial
+from vqserve_bench.window import Window
 from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vqserve_client.bench.load import Load
-from vqserve_client.bench.measurement import Measurement
-from vqserve_client.bench.schedule import Schedule
-from vqserve_client.bench.window import Window
+from vqserve_bench.load import Load
+from vqserve_bench.measurement import Measurement
+from vqserve_bench.schedule import Schedule
+from vqserve_bench.window import Window
 
 
 class Trial:

@@ -13,14 +13,14 @@ from vqserve import bfloat16, payload
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import channel_axis, parse_layout, resolve_layout, wrong_channels, wrong_stages
 from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve_bench.request import Request
+from vqserve_bench.served import ReadStats, decode_stats, encode_stats
 from vqserve_client.arrays import Array, Given, given_indices, given_latents
-from vqserve_client.bench.request import Request
-from vqserve_client.bench.served import ReadStats, decode_stats, encode_stats
 from vqserve_client.calls import DecodeCall, EncodeCall, options
+from vqserve_client.catalogue import Pin
 from vqserve_client.config import ClientConfig
 from vqserve_client.errors import InvalidArgument
 from vqserve_client.npy import open_array
-from vqserve_client.pin import Pin
 
 Grid = tuple[int, ...]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vqserve_client.bench.measurement import Measurement
+from vqserve_bench.measurement import Measurement
 from vqserve_client.npy import FileError
 
 SUFFIXES = (".png", ".svg", ".pdf")

@@ -7,10 +7,10 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from vqserve_client.bench.load import Load, shares
-from vqserve_client.bench.request import Request
-from vqserve_client.bench.schedule import DEFAULT_SCHEDULE, Schedule
-from vqserve_client.bench.served import ReadStats
+from vqserve_bench.load import Load, shares
+from vqserve_bench.request import Request
+from vqserve_bench.schedule import DEFAULT_SCHEDULE, Schedule
+from vqserve_bench.served import ReadStats
 from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES
 
 

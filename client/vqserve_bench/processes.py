@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from vqserve_client.bench.driver import drive, run_loop
-from vqserve_client.bench.job import Job
-from vqserve_client.bench.trial import Trial
-from vqserve_client.bench.window import Window, side_by_side
+from vqserve_bench.driver import drive, run_loop
+from vqserve_bench.job import Job
+from vqserve_bench.trial import Trial
+from vqserve_bench.window import Window, side_by_side
 from vqserve_client.errors import VqserveClientError
 
 

@@ -12,8 +12,8 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
-from vqserve_client.bench.request import Request
-from vqserve_client.bench.served import ReadStats, Served
+from vqserve_bench.request import Request
+from vqserve_bench.served import ReadStats, Served
 from vqserve_client.status import Failure, text_metadata
 
 clock = time.perf_counter

@@ -10,16 +10,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vqserve.latent_dtype import LATENT_DTYPES
+from vqserve_bench.load import DEFAULT_MAX_OUTSTANDING, Closed, Load, Open
+from vqserve_bench.schedule import Schedule
+from vqserve_bench.workload import Grid, Workload
 from vqserve_client.arguments import add_codebook, add_message_limit, add_progress, integer
-from vqserve_client.bench.load import DEFAULT_MAX_OUTSTANDING, Closed, Load, Open
-from vqserve_client.bench.schedule import Schedule
-from vqserve_client.bench.workload import Grid, Workload
 
 _CONCURRENCIES = (1, 8, 32)
 _GRID = (1, 32, 32)
 
 
-def add_bench_arguments(command: argparse.ArgumentParser) -> None:
+def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add what `vqserve bench` can be told."""
     add_codebook(command)
     what = command.add_argument_group("what is sent")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vqserve_client.bench.window import Window
+from vqserve_bench.window import Window
 
 # As many windows must agree, and are what is reported.
 REPORTED = 3

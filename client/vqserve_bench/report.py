@@ -15,7 +15,7 @@ import numpy as np
 
 from vqserve import __version__
 from vqserve.codebook_info import CodebookInfo
-from vqserve_client.bench.measurement import Measurement
+from vqserve_bench.measurement import Measurement
 
 # Raised when a field changes its meaning or goes; new ones may come.
 FORMAT = 1

@@ -1,26 +1,70 @@
 """Requests and their replies: a bounded window, retries and a deadline, without ever waiting.
 
-What a call does is a generator of *steps*. It sends what may be sent, takes the replies that have come, and yields how
-many seconds it can be left alone unless a reply comes sooner (None: until then). Whoever drives it does the waiting:
-client.py on a Bell (interrupts.py), async_client.py on an asyncio.Event. That is all in which they differ.
+A call is a generator of *steps*. It sends what may be sent, takes the replies that have come, and yields how many
+seconds may pass before it must be resumed even if no reply comes (None: no limit). The clients do the waiting:
+client.py with a Waker (interrupts.py), async_client.py with an asyncio.Event. They differ in nothing else.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import time
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import grpc
 
 from vqserve_client.channel import Connection
 from vqserve_client.errors import Closed, DeadlineExceeded, ProtocolError
-from vqserve_client.retry import Deadline, RetryPolicy
 from vqserve_client.status import RETRIED, Failure, text_metadata
-from vqserve_client.stream import StreamTicket
-from vqserve_client.unary import Sender
+from vqserve_client.transport import Sender, StreamTicket
+
+# Beyond this gRPC's own arithmetic on deadlines is not worth trusting: it is no deadline at all.
+_FOREVER_S = 365 * 86400.0
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Exponential back-off with jitter, or the server's own hint where it is longer."""
+
+    retries: int
+    first_delay_s: float = 0.1
+    max_delay_s: float = 5.0
+
+    def delay_s(self, failures: int, hint_s: float | None) -> float | None:
+        """Return the seconds to wait after so many failures of one request; None: give up."""
+        if failures > self.retries:
+            return None
+        # Jitter, so that clients who were refused together do not come back together.
+        growing_s = self.first_delay_s * 2.0 ** min(failures - 1, 16)
+        delay_s = min(self.max_delay_s, growing_s) * random.uniform(0.5, 1.0)  # noqa: S311
+        if hint_s is None:
+            return delay_s
+        return max(delay_s, hint_s * random.uniform(1.0, 1.25))  # noqa: S311
+
+
+class Deadline:
+    """The end of one call on the monotonic clock."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._expires_at = time.monotonic() + timeout_s
+
+    def extend(self, seconds: float) -> None:
+        """Move the end by a time in which the call could not go on."""
+        self._expires_at += seconds
+
+    def remaining_s(self) -> float:
+        """Return the seconds that are left, perhaps negative."""
+        return self._expires_at - time.monotonic()
+
+    def grpc_timeout_s(self) -> float | None:
+        """Return what is left as gRPC wants it: None is without end."""
+        remaining_s = self.remaining_s()
+        return None if remaining_s > _FOREVER_S else remaining_s
+
 
 T = TypeVar("T")
 Steps = Generator[float | None, None, T]
