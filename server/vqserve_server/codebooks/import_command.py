@@ -16,8 +16,8 @@ from vqserve_server.codebooks.codebook_file import check_folder, check_not_read,
 from vqserve_server.codebooks.families.options import BIT_ORDERS, DECODES, METRICS, Options
 from vqserve_server.codebooks.importer import Import, import_checkpoint
 from vqserve_server.codebooks.verification import verify_files
+from vqserve_server.console import printable
 from vqserve_server.errors import ForeignCheckpointError
-from vqserve_server.printable import printable
 from vqserve_server.quantizers.fsq import BOUNDS
 
 if TYPE_CHECKING:

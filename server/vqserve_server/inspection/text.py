@@ -7,12 +7,12 @@ import math
 import textwrap
 from collections.abc import Iterator
 
+from vqserve_server.console import printable
 from vqserve_server.inspection.error import QuantizationError
 from vqserve_server.inspection.fit import Fit
 from vqserve_server.inspection.report import CodeFigures, Neighbours, Norms, Report
 from vqserve_server.inspection.rounding import Changed
 from vqserve_server.inspection.usage import Usage, UsageBin
-from vqserve_server.printable import printable
 
 # The longest argument's name fits; a provenance's may be of any length.
 _NAME_COLUMNS = 32

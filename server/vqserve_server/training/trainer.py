@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqserve_server.codebooks.device import select_device
+from vqserve_server.device import select_device
 from vqserve_server.errors import InvalidOption
 from vqserve_server.latent_rows import LatentRows
 from vqserve_server.progress import Progress, progress_of

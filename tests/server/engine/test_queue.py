@@ -12,7 +12,7 @@ import pytest
 
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine import EncodeJob, Job
-from vqserve_server.engine.queue import JobQueue
+from vqserve_server.engine.scheduler import JobQueue
 from vqserve_server.errors import DeadlineExpired
 
 sys.path.insert(0, str(Path(__file__).parent))
