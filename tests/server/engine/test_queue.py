@@ -11,7 +11,7 @@ import pytest
 from support.engine_jobs import Jobs
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine import EncodeJob, Job
-from vqserve_server.engine.queue import JobQueue
+from vqserve_server.engine.scheduler import JobQueue
 from vqserve_server.errors import DeadlineExpired
 
 JOBS = Jobs()
