@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vqserve_server.quantizers.arguments import CODE_DIM, CODES, FLAG, LAYOUT, PROJECTIONS, UNKNOWN_INDEX, Argument
 from vqserve_server.quantizers.dtypes import widen
 from vqserve_server.quantizers.lookup import LookupQuantizer
+from vqserve_server.quantizers.quantizer import CodeSpace, Metric
 from vqserve_server.quantizers.search_problem import SearchProblem
 from vqserve_server.search import Objective
 from vqserve_server.search.normalising import normalise
@@ -29,6 +32,15 @@ class CosineQuantizer(LookupQuantizer):
     """
 
     kind: ClassVar[str] = "cosine"
+    arguments: ClassVar[Mapping[str, Argument]] = {
+        "n_e": CODES,
+        "e_dim": CODE_DIM,
+        "decode_normalized": FLAG,
+        **PROJECTIONS,
+        "unknown_index": UNKNOWN_INDEX,
+        "layout": LAYOUT,
+    }
+    metric: ClassVar[Metric | None] = "cosine"
 
     def __init__(self, n_e: int, e_dim: int, decode_normalized: bool = False, **kwargs: Any) -> None:
         """Draw a codebook; a state dict is to follow.
@@ -48,6 +60,11 @@ class CosineQuantizer(LookupQuantizer):
     def search_problem(self) -> SearchProblem:
         """Return the search for the greatest dot product with the normalised rows."""
         return SearchProblem(codes=self._unit_rows(), objective=Objective.DOT)
+
+    @property
+    def code_space(self) -> CodeSpace:
+        """Lengths have no effect."""
+        return "directions"
 
     def code_rows(self) -> Tensor:
         """Return the rows (K, D) that decode gathers, detached, in the weight's type: e, or u as float32 rounds it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from vqserve_server.quantizers.abstract import AbstractQuantizer
+from vqserve_server.quantizers.arguments import CODE_DIM, CODES, LAYOUT, LOSS_KEY, UNKNOWN_INDEX, Argument, number
 from vqserve_server.quantizers.dtypes import autocast_off, widened
 from vqserve_server.quantizers.embedding_ema import EmbeddingEMA
 from vqserve_server.quantizers.perplexity import count_codes, perplexity_of_counts
+from vqserve_server.quantizers.quantizer import Metric
 from vqserve_server.quantizers.remap import Remap, UnknownIndex
 from vqserve_server.quantizers.rows import check_not_empty, from_rows, grid_of, to_rows
 
@@ -24,6 +27,19 @@ class EMAVectorQuantizer(AbstractQuantizer):
     """
 
     kind: ClassVar[str] = "ema"
+    arguments: ClassVar[Mapping[str, Argument]] = {
+        "n_embed": CODES,
+        "embedding_dim": CODE_DIM,
+        # The constructor has no default: this is the original paper's (https://arxiv.org/abs/1711.00937).
+        "beta": Argument(number, default=0.25),
+        "decay": Argument(number, default=0.99, attribute="embedding.decay"),
+        "eps": Argument(number, default=1e-5, attribute="embedding.eps"),
+        "unknown_index": UNKNOWN_INDEX,
+        "loss_key": LOSS_KEY,
+        "layout": LAYOUT,
+    }
+    training_tensors: ClassVar[frozenset[str]] = frozenset({"embedding.cluster_size", "embedding.embed_avg"})
+    metric: ClassVar[Metric | None] = "l2"
 
     def __init__(  # noqa: PLR0917
         self,
@@ -106,6 +122,10 @@ class EMAVectorQuantizer(AbstractQuantizer):
     def code_rows(self) -> Tensor:
         """Return the codebook (K, D), detached."""
         return self.embedding.weight.detach()
+
+    def cluster_sizes(self) -> Tensor:
+        """Return the moving average (K,) of tokens per batch and code."""
+        return self.embedding.cluster_size.detach()
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Return the code rows (N, D) of full ids (N,)."""

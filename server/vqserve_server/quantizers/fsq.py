@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import ClassVar, get_args
 
@@ -13,13 +13,35 @@ import torch
 from torch import Tensor
 
 from vqserve_server.errors import InvalidOption
+from vqserve_server.quantizers.arguments import (
+    LAYOUT,
+    MAX_VOCABULARY,
+    PROJECTIONS,
+    Argument,
+    ArgumentError,
+    choice,
+    served,
+)
 from vqserve_server.quantizers.frozen_scalar import Channel
 from vqserve_server.quantizers.fsq_boundaries import EPS, Bound, boundaries
+from vqserve_server.quantizers.quantizer import CodeSpace
 from vqserve_server.quantizers.scalar import ScalarQuantizer
 
 BOUNDS: tuple[Bound, ...] = get_args(Bound)
 # Its boundaries are computed one by one, and trained models have a few dozen levels at most.
 MAX_LEVEL = 1 << 16
+# An index of 32 bits has no more channels of two or more levels.
+_MAX_CHANNELS = 32
+
+
+def _check_levels(value: object) -> object:
+    given = list(value) if isinstance(value, tuple) else value
+    if not isinstance(given, list) or not all(type(level) is int and 2 <= level <= MAX_LEVEL for level in given):
+        raise ArgumentError(f"must be a list of integers in [2, {MAX_LEVEL}]")
+    # The length first: a product of very many numbers takes long.
+    if not 1 <= len(given) <= _MAX_CHANNELS or math.prod(given) > MAX_VOCABULARY:
+        raise ArgumentError(f"must have a product in [2, {MAX_VOCABULARY}]")
+    return given
 
 
 class FiniteScalarQuantizer(ScalarQuantizer):
@@ -35,6 +57,12 @@ class FiniteScalarQuantizer(ScalarQuantizer):
     """
 
     kind: ClassVar[str] = "fsq"
+    arguments: ClassVar[Mapping[str, Argument]] = {
+        "levels": served(_check_levels),
+        "bound": served(choice(*get_args(Bound))),
+        **PROJECTIONS,
+        "layout": LAYOUT,
+    }
 
     def __init__(
         self,
@@ -63,6 +91,11 @@ class FiniteScalarQuantizer(ScalarQuantizer):
         super().__init__(levels, input_dim, output_dim)
         self.levels = tuple(int(level) for level in levels)
         self.bound: Bound = bound
+
+    @property
+    def code_space(self) -> CodeSpace:
+        """As they are rounded."""
+        return "bounded latents"
 
     def channels(self) -> list[Channel]:
         """Return what becomes of each of the D channels."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,19 @@ from torch.nn import functional
 from vqserve.layout import channel_axis
 from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers.abstract import AbstractQuantizer
+from vqserve_server.quantizers.arguments import (
+    CODE_DIM,
+    CODES,
+    INPUT_DIM,
+    LAYOUT,
+    LOSS_KEY,
+    UNKNOWN_INDEX,
+    Argument,
+    flag,
+    number,
+)
 from vqserve_server.quantizers.dtypes import apply_layer, autocast_off, widen, widened
+from vqserve_server.quantizers.quantizer import Quantizer
 from vqserve_server.quantizers.remap import Remap, UnknownIndex
 from vqserve_server.quantizers.rows import check_not_empty, from_rows, grid_of, layout_of, to_rows
 from vqserve_server.quantizers.search_problem import SearchProblem
@@ -29,6 +42,19 @@ class GumbelQuantizer(AbstractQuantizer):
     """
 
     kind: ClassVar[str] = "gumbel"
+    arguments: ClassVar[Mapping[str, Argument]] = {
+        "num_hiddens": INPUT_DIM,
+        "embedding_dim": CODE_DIM,
+        "n_embed": CODES,
+        "straight_through": Argument(flag, default=True),
+        "kl_weight": Argument(number, default=5e-4),
+        # Trainers anneal the temperature: a quantizer that is loaded goes on with this one's.
+        "temp_init": Argument(number, default=1.0, attribute="temperature"),
+        "unknown_index": UNKNOWN_INDEX,
+        "loss_key": LOSS_KEY,
+        "layout": LAYOUT,
+    }
+    is_approximate: ClassVar[bool] = False
 
     def __init__(  # noqa: PLR0917
         self,
@@ -136,6 +162,26 @@ class GumbelQuantizer(AbstractQuantizer):
         return SearchProblem(
             codes=weight[self.used], objective=Objective.DOT, bias=bias[self.used], reports_full_ids=False
         )
+
+    @classmethod
+    def served_arguments(cls, arguments: Mapping[str, object], *, remapped: bool) -> dict[str, object]:
+        """Return what `Quantizer.served_arguments` does.
+
+        Under a remap no unknown id is ever reported: it matters only whether decode takes the extra index.
+        """
+        served = super().served_arguments(arguments, remapped=remapped)
+        if remapped and served["unknown_index"] != "extra":
+            served["unknown_index"] = "random"
+        return served
+
+    @property
+    def num_reachable(self) -> int:
+        """How many different codes encode can choose: those of the remap."""
+        return self.num_codes if self.used is None else int(torch.unique(self.used).numel())
+
+    def without_remap(self) -> tuple[Quantizer, Tensor | None]:
+        """Return this quantizer: the codes outside a remap are never chosen."""
+        return self, None
 
     @property
     def vocab_size(self) -> int:

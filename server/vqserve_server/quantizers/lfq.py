@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
 from vqserve_server.errors import InvalidOption
+from vqserve_server.quantizers.arguments import FLAG, LAYOUT, PROJECTIONS, Argument, choice, integer, served
 from vqserve_server.quantizers.checks import check_size
 from vqserve_server.quantizers.frozen_scalar import Channel
+from vqserve_server.quantizers.quantizer import CodeSpace
 from vqserve_server.quantizers.scalar import ScalarQuantizer
 from vqserve_server.search.normalising import round_inverse_root
 
@@ -30,6 +33,13 @@ class LookupFreeQuantizer(ScalarQuantizer):
     """
 
     kind: ClassVar[str] = "lfq"
+    arguments: ClassVar[Mapping[str, Argument]] = {
+        "bits": served(integer(1, MAX_BITS)),
+        "bit_order": served(choice(*get_args(BitOrder))),
+        "spherical": FLAG,
+        **PROJECTIONS,
+        "layout": LAYOUT,
+    }
 
     def __init__(
         self,
@@ -61,6 +71,11 @@ class LookupFreeQuantizer(ScalarQuantizer):
         self.bits = int(bits)
         self.bit_order = bit_order
         self.spherical = bool(spherical)
+
+    @property
+    def code_space(self) -> CodeSpace:
+        """Of codes of length one the lengths of latents have no effect."""
+        return "directions" if self.spherical else "latents"
 
     def channels(self) -> list[Channel]:
         """Return what becomes of each of the D channels."""

@@ -64,6 +64,12 @@ class RemappedModule(nn.Module):
             return max(self.re_embed, self.unknown_index + 1)
         return self.decodable
 
+    @property
+    def given_unknown_index(self) -> UnknownIndex:
+        """The constructor's `unknown_index`: "extra" where the attribute is the extra id."""
+        in_use = self.num_codes if self.used is None else self.used.numel()
+        return "extra" if self.re_embed == in_use + 1 else self.unknown_index
+
     def remap_to_used(self, inds: Tensor) -> Tensor:
         """Return the first position in `used` of every full id; without a remap, the ids.
 

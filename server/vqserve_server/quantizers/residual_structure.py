@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal, get_args
+from typing import get_args
 
 from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers.checks import check_size
+from vqserve_server.quantizers.quantizer import Metric
 
-Metric = Literal["l2", "cosine", "dot"]
 # Trained models have 46 at most.
 MAX_QUANTIZERS = 256
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vqserve_server.errors import InvalidOption, InvalidShape
+from vqserve_server.quantizers.arguments import MAX_VOCABULARY
 from vqserve_server.quantizers.checks import check_finite, checked_indices
 from vqserve_server.quantizers.dtypes import widen
 from vqserve_server.quantizers.frozen import freeze
@@ -17,9 +18,6 @@ from vqserve_server.quantizers.frozen_scalar import Channel, FrozenScalar
 from vqserve_server.quantizers.projections import ProjectedModule, projection
 from vqserve_server.quantizers.quantizer import Quantizer
 from vqserve_server.quantizers.rows import from_rows, grid_of, grid_of_entries, to_rows
-
-# What an index of 32 bits can name.
-MAX_CODES = 1 << 32
 
 
 class ScalarQuantizer(ProjectedModule, Quantizer):
@@ -42,7 +40,7 @@ class ScalarQuantizer(ProjectedModule, Quantizer):
         super().__init__()
         # Python's integers cannot overflow.
         self.num_codes = int(np.prod([int(level) for level in levels], dtype=object))
-        if self.num_codes > MAX_CODES:
+        if self.num_codes > MAX_VOCABULARY:
             raise InvalidOption(f"{self.num_codes} codes are more than an index of 32 bits can name")
         self.code_dim = len(levels)
         self.input_dim = self.code_dim if input_dim is None else input_dim

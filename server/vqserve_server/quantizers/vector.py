@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vqserve_server.quantizers.abstract import AbstractQuantizer
+from vqserve_server.quantizers.arguments import (
+    CODE_DIM,
+    CODES,
+    FLAG,
+    LAYOUT,
+    LOSS_KEY,
+    UNKNOWN_INDEX,
+    Argument,
+    flag,
+    number,
+)
 from vqserve_server.quantizers.dtypes import autocast_off, widened
 from vqserve_server.quantizers.perplexity import count_codes, perplexity_of_counts
+from vqserve_server.quantizers.quantizer import Metric
 from vqserve_server.quantizers.remap import Remap, UnknownIndex
 from vqserve_server.quantizers.rows import check_not_empty, from_rows, grid_of, to_rows
 from vqserve_server.quantizers.weight_norm import WeightNormEmbedding
+
+VECTOR_ARGUMENTS: Mapping[str, Argument] = {
+    "unknown_index": UNKNOWN_INDEX,
+    "sane_index_shape": Argument(flag, default=False),
+    "log_perplexity": Argument(flag, default=False),
+    "embedding_weight_norm": FLAG,
+    "loss_key": LOSS_KEY,
+    "layout": LAYOUT,
+}
 
 
 class VectorQuantizer(AbstractQuantizer):
@@ -24,6 +45,13 @@ class VectorQuantizer(AbstractQuantizer):
     """
 
     kind: ClassVar[str] = "vq"
+    arguments: ClassVar[Mapping[str, Argument]] = {
+        "n_e": CODES,
+        "e_dim": CODE_DIM,
+        "beta": Argument(number, default=0.25),
+        **VECTOR_ARGUMENTS,
+    }
+    metric: ClassVar[Metric | None] = "l2"
     embedding: nn.Embedding
 
     def __init__(  # noqa: PLR0917
@@ -96,6 +124,15 @@ class VectorQuantizer(AbstractQuantizer):
         if isinstance(self.embedding, WeightNormEmbedding):
             return self.embedding.exact_weight()
         return self.embedding.weight.detach()
+
+    @property
+    def embedding_weight_norm(self) -> bool:
+        """Whether the codebook's columns are normalised."""
+        return isinstance(self.embedding, WeightNormEmbedding)
+
+    def initial_bound(self) -> float | None:
+        """Return 1/K; None with weight norm, whose codes are drawn from a normal distribution."""
+        return None if self.embedding_weight_norm else 1.0 / self.n_e
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Return the code rows (N, D) of full ids (N,): the values of `code_rows` with the weight's gradient."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vqserve.codebook_info import CodebookInfo
 from vqserve_server.codebooks import codebook_digest, load_codebook
-from vqserve_server.codebooks.conversion import kind_of
+from vqserve_server.codebooks.kinds import kind_of
 from vqserve_server.device import select_device, to_device, to_host
 from vqserve_server.errors import Closed, UnknownCodebook
 from vqserve_server.quantizers import Quantizer

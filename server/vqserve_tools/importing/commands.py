@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 from vqserve.codebook_info import of_stages
 from vqserve.layout import Layout
 from vqserve_server.codebook_path import add_output
-from vqserve_server.codebooks.arguments import ARGUMENTS, check_unknown_index
-from vqserve_server.codebooks.codebook_file import check_folder, check_not_read, save_codebook
+from vqserve_server.codebooks.file import check_folder, check_not_read, save_state
+from vqserve_server.codebooks.kinds import KINDS
+from vqserve_server.codebooks.state import USED
 from vqserve_server.console import printable
 from vqserve_server.errors import ForeignCheckpointError
+from vqserve_server.quantizers.arguments import check_unknown_index
 from vqserve_server.quantizers.fsq import BOUNDS
 from vqserve_tools.importing.families.options import BIT_ORDERS, DECODES, METRICS, Options
 from vqserve_tools.importing.importer import Import, import_checkpoint
@@ -50,7 +52,7 @@ def add_import_parser(subparsers: Subparsers) -> None:
         help="name of the array that is the codebook, (K, D); several in the order of a residual codebook's stages",
     )
     where.add_argument("--prefix", default="", help="where the quantizer is in the checkpoint, as first_stage_model.")
-    parser.add_argument("--kind", choices=tuple(ARGUMENTS), help="what is to be made, where the keys leave it open")
+    parser.add_argument("--kind", choices=tuple(KINDS), help="what is to be made, where the keys leave it open")
     parser.add_argument("--metric", choices=METRICS, help="how codes are searched, where the checkpoint cannot say so")
     parser.add_argument(
         "--decode", choices=DECODES, help="whether a cosine codebook decodes to rows of length one or as stored"
@@ -110,13 +112,13 @@ def run_import(args: argparse.Namespace) -> int:
     )
     result = import_checkpoint(args.source, options)
     verified = None if args.verify is None else verify_files(result.quantizer, *args.verify)
-    digest = save_codebook(result.quantizer, output, provenance=result.provenance)
+    digest = save_state(result.state, output, provenance=result.provenance)
     lines = _story(result)
     if verified is not None:
         lines.append(f"verified  {verified}")
     made = result.quantizer
-    codes = of_stages(made.num_quantizers, made.num_codes) if result.kind == "rvq" else made.num_codes
-    lines.append(f"wrote {output}: {result.kind}, {codes} codes, digest {digest}")
+    codes = of_stages(made.num_quantizers, made.num_codes) if made.has_stages else made.num_codes
+    lines.append(f"wrote {output}: {made.kind}, {codes} codes, digest {digest}")
     sys.stdout.write("".join(f"{printable(line)}\n" for line in lines))
     return 0
 
@@ -127,10 +129,11 @@ def _story(result: Import) -> list[str]:
     lines += [f"took  {name}  {what}" for name, what in result.taken.items()]
     lines += [f"left  {what}" for what in _left(result)]
     lines += [f"note  {note}" for note in result.notes]
-    if result.arguments.get("layout") is not None:
-        lines.append(f"note  latents of 3 to 5 axes are {result.arguments['layout']} where a call does not say")
-    if getattr(result.quantizer, "used", None) is not None:
-        lines.append(f"note  unknown_index is {result.arguments['unknown_index']!r}")
+    arguments = result.state.arguments
+    if arguments.get("layout") is not None:
+        lines.append(f"note  latents of 3 to 5 axes are {arguments['layout']} where a call does not say")
+    if USED in result.state.tensors:
+        lines.append(f"note  unknown_index is {arguments['unknown_index']!r}")
     return lines
 
 

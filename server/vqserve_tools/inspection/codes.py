@@ -11,15 +11,13 @@ import numpy.typing as npt
 import torch
 
 from vqserve_server.codebooks import Codebook
-from vqserve_server.quantizers import AbstractQuantizer, CosineQuantizer, Quantizer, ResidualQuantizer
+from vqserve_server.quantizers import AbstractQuantizer
 from vqserve_tools.inspection.neighbours import draw_codes, nearest_other
 from vqserve_tools.progress import progress_of
 
 # Tokens a batch, on the EMA's average. A code that is met once in some hundred batches lies above.
 _DEAD_CLUSTER_SIZE = 0.01
 _ELEMENTS_PER_CHUNK = 1 << 22
-# Kinds whose codes start within [-1/K, 1/K].
-_UNIFORM_AT_FIRST = frozenset({"vq", "vq_projection"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,13 +36,6 @@ class Codes:
     duplicates: int
 
 
-def codebooks_of(quantizer: Quantizer) -> list[AbstractQuantizer]:
-    """Return the codebooks of a quantizer, one for each of a token's indices; none where codes are computed."""
-    if isinstance(quantizer, ResidualQuantizer):
-        return quantizer.codebooks()
-    return [quantizer] if isinstance(quantizer, AbstractQuantizer) else []
-
-
 @torch.no_grad()
 def measure_codes(codebooks: Sequence[AbstractQuantizer], *, progress: bool = False) -> list[Codes]:
     """Return what there is to know of each codebook; on the CPU.
@@ -58,8 +49,8 @@ def measure_codes(codebooks: Sequence[AbstractQuantizer], *, progress: bool = Fa
     measured = []
     with progress_of("measuring codes", sum(map(len, drawn)), "code", shown=progress) as told:
         for codebook, codes, chosen in zip(codebooks, rows, drawn, strict=True):
-            # How long a code is makes no difference to a cosine.
-            points = codebook.search_problem().codes if isinstance(codebook, CosineQuantizer) else codes
+            # By directions the length of a code has no effect.
+            points = codebook.search_problem().codes if codebook.code_space == "directions" else codes
             distances = nearest_other(points, chosen, told)
             measured.append(Codes(_norms(codes.numpy()), distances, count_duplicates(codes.numpy())))
     return measured
@@ -75,17 +66,21 @@ def count_duplicates(codes: npt.NDArray[np.floating[Any]]) -> int:
 
 def count_dead_looking(codebook: Codebook) -> tuple[int | None, str]:
     """Return how many codes training seems never to have moved or met, None where nothing tells, and how it is told."""
-    quantizer = codebook.quantizer
-    if codebook.kind == "ema":
-        cluster_size = quantizer.state_dict()["embedding.cluster_size"].numpy()
-        return int(np.count_nonzero(cluster_size < _DEAD_CLUSTER_SIZE)), f"cluster size below {_DEAD_CLUSTER_SIZE}"
-    if codebook.kind not in _UNIFORM_AT_FIRST or not isinstance(quantizer, AbstractQuantizer):
-        return None, f"nothing tells in a codebook of kind {codebook.kind}"
-    if codebook.arguments["embedding_weight_norm"]:
+    unknown = None, f"nothing tells in a codebook of kind {codebook.kind}"
+    if codebook.quantizer.codebooks() != [codebook.quantizer]:
+        return unknown
+    [quantizer] = codebook.quantizer.codebooks()
+    cluster_sizes, initial_bound = quantizer.cluster_sizes(), quantizer.initial_bound()
+    if cluster_sizes is not None:
+        dead = np.count_nonzero(cluster_sizes.numpy() < _DEAD_CLUSTER_SIZE)
+        return int(dead), f"cluster size below {_DEAD_CLUSTER_SIZE}"
+    if codebook.arguments.get("embedding_weight_norm"):
         return None, "a weight-normed codebook starts normal: nothing tells"
+    if initial_bound is None:
+        return unknown
     codes = quantizer.code_rows().numpy()
     # As the initialiser rounds it.
-    bound = codes.dtype.type(1 / codes.shape[0])
+    bound = codes.dtype.type(initial_bound)
     inside = sum(int(np.count_nonzero(np.abs(chunk).max(axis=1) <= bound)) for chunk in _chunks(codes))
     return inside, "still within the initial range [-1/K, 1/K]"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from vqserve_server.codebooks import Codebook
 from vqserve_server.device import select_device
 from vqserve_server.quantizers import freeze
-from vqserve_tools.inspection.codes import Codes, codebooks_of, count_dead_looking, measure_codes
+from vqserve_tools.inspection.codes import Codes, count_dead_looking, measure_codes
 from vqserve_tools.inspection.fit import FitTally, check_latents, measure_fit
 from vqserve_tools.inspection.report import CodeFigures, Report
 from vqserve_tools.latent_file import LatentRows
@@ -47,7 +47,7 @@ def inspect(codebook: Codebook, latents: LatentRows | None = None, *, progress: 
     device = select_device("auto")
     frozen = {name: freeze(quantizer, device=name) for name in sorted({"cpu", device.type})}
     form = frozen[device.type]
-    codes = measure_codes(codebooks_of(quantizer), progress=progress)
+    codes = measure_codes(quantizer.codebooks(), progress=progress)
     figures = CodeFigures.of(codes) if codes else None
     dead_looking, means = count_dead_looking(codebook)
     tally = None if latents is None else FitTally(quantizer, form)
