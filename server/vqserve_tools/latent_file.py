@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vqserve.layout import Layout, channel_axis, parse_layout, resolve_layout
+from vqserve.layout import Layout, parse_layout, resolve_layout
 from vqserve_server.errors import InvalidDtype, InvalidOption, InvalidShape, NonFiniteLatents
+from vqserve_server.rows import channels_last
 from vqserve_server.validation import first_non_finite
 
 _CHUNK_BYTES = 1 << 26
@@ -75,7 +76,7 @@ class LatentRows:
             raise InvalidShape(str(error)) from None
         self.array = array
         self.dtype = np.dtype(np.float64 if keeps_float64 and array.dtype.itemsize == 8 else np.float32)
-        self._rows_last = np.moveaxis(array, channel_axis(self.layout), -1)
+        self._rows_last = channels_last(array, self.layout)
         self.dim = self._rows_last.shape[-1]
         if self.dim == 0:
             raise InvalidShape(f"latents of shape {array.shape} have no channels in layout {self.layout}")

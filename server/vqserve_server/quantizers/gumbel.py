@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -155,7 +156,7 @@ class GumbelQuantizer(AbstractQuantizer):
 
     def search_problem(self) -> SearchProblem:
         """Return the search for the greatest logit w_j . z + b_j among the codes that take part."""
-        weight, bias = widen(self.proj.weight)[:, :, 0, 0], widen(self._bias())
+        weight, bias = rearrange(widen(self.proj.weight), "k c 1 1 -> k c"), widen(self._bias())
         if self.used is None:
             return SearchProblem(codes=weight, objective=Objective.DOT, bias=bias)
         # Equal scores go to the lowest position: an id that `used` lists twice competes once.
@@ -198,6 +199,6 @@ class GumbelQuantizer(AbstractQuantizer):
             logits = apply_layer(self.proj, z)
         else:
             rows = to_rows(z, self.layout)
-            logits = apply_layer(self.proj, rows.T[None, :, :, None])[0, :, :, 0].T
+            logits = rearrange(apply_layer(self.proj, rearrange(rows, "n c -> 1 c n 1")), "1 k n 1 -> n k")
             logits = from_rows(logits, grid_of(z, self.input_dim, self.layout), self.layout)
         return logits if self.used is None else logits.index_select(axis, self.used)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vqserve_server.errors import CodebookError
@@ -94,8 +95,7 @@ class VectorQuantizerWithInputProjection(ProjectedModule, VectorQuantizer):
         z_q, info = self._quantized(apply_layer(self.proj_in, rows), grid, searched)
         if isinstance(self.proj_out, nn.Identity):
             # The original's layout, which decode does not share.
-            tokens = (grid[0], -1) if len(grid) > 2 else grid
-            return z_q.reshape(*tokens, self.code_dim), info
+            return (z_q if len(grid) == 1 else rearrange(z_q, "(b s) d -> b s d", b=grid[0])), info
         return from_rows(apply_layer(self.proj_out, z_q), grid, self.layout), info
 
     @torch.no_grad()

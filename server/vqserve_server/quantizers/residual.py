@@ -9,7 +9,7 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
-from vqserve.layout import Layout, channel_axis
+from vqserve.layout import Layout, grid_shape
 from vqserve_server.quantizers.abstract import AbstractQuantizer
 from vqserve_server.quantizers.arguments import (
     CODE_DIM,
@@ -216,7 +216,7 @@ class ResidualQuantizer(Quantizer):
         layout = layout_of(indices.ndim, self.layout)
         check_stages(indices.shape, layout, wanted=count, available=self.num_quantizers)
         ids = checked_indices(indices, self.num_codes)
-        grid = tuple(length for axis, length in enumerate(ids.shape) if axis != channel_axis(layout) % ids.ndim)
+        grid = grid_shape(ids.shape, layout)
         rows = freeze(self, device=ids.device).decode_rows(to_rows(ids, self.layout)[:, :count])
         return from_rows(rows, grid, self.layout)
 

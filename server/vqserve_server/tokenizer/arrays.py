@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import Layout, channel_axis, first_channels, grid_shape, num_rows, warn_of_an_image
+from vqserve.layout import Layout, first_channels, grid_shape, warn_of_an_image
 from vqserve.refused import not_an_array, not_indices, not_latents
 from vqserve.vocabulary import smallest_unsigned
 from vqserve_server.errors import InvalidDtype, NonFiniteLatents, NotAnArray
+from vqserve_server.rows import to_rows
 from vqserve_server.tokenizer.options import Options
 from vqserve_server.validation import check_finite, check_indices, check_indices_shape, check_latents
 
@@ -89,7 +90,7 @@ def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Giv
         resolved = _layout(latents.shape, asked, info)
         plain = latents.detach()
         _check_finite_tensor(plain)
-        rows = plain.movedim(channel_axis(resolved), -1).reshape(-1, info.input_dim)
+        rows = to_rows(plain, resolved)
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
         return Given(wide, grid_shape(latents.shape, resolved), resolved, latents.device)
     array = _plain_array(latents, "latents")
@@ -98,7 +99,7 @@ def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Giv
     resolved = _layout(array.shape, asked, info)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     check_finite(array)
-    flat = np.moveaxis(array, channel_axis(resolved), -1).reshape(-1, info.input_dim)
+    flat = to_rows(array, resolved)
     wide = tensor_of(np.ascontiguousarray(flat, np.result_type(flat, np.float32)))
     return Given(wide, grid_shape(array.shape, resolved), resolved)
 
@@ -133,8 +134,7 @@ def given_indices(indices: object, asked: Options, *, info: CodebookInfo, decoda
     if not info.has_stages:
         return Given(ids.reshape(-1), tuple(ids.shape), layout, device)
     grid = grid_shape(ids.shape, layout)
-    tokens = ids.movedim(channel_axis(layout), -1)
-    return Given(tokens.reshape(num_rows(grid), asked.num_quantizers), grid, layout, device)
+    return Given(to_rows(ids, layout), grid, layout, device)
 
 
 def _layout_of_indices(shape: Sequence[int], asked: Options, info: CodebookInfo) -> Layout:

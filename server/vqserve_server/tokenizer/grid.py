@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqserve.layout import channel_axis
 from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers.frozen import FrozenQuantizer
 from vqserve_server.quantizers.narrowing import narrow
+from vqserve_server.rows import from_rows
 from vqserve_server.tokenizer.arrays import Given
 from vqserve_server.tokenizer.options import Options
 
@@ -30,8 +30,7 @@ def encode_grid(frozen: FrozenQuantizer, latents: Given, asked: Options, *, has_
     indices = frozen.encode_rows(rows, num_quantizers=asked.num_quantizers, grid=latents.grid)
     if not has_stages:
         return indices.reshape(latents.grid)
-    in_grid = indices.reshape(*latents.grid, asked.num_quantizers)
-    return in_grid.movedim(-1, channel_axis(latents.layout)).contiguous()
+    return from_rows(indices, latents.grid, latents.layout)
 
 
 def decode_grid(frozen: FrozenQuantizer, indices: Given, asked: Options) -> Tensor:
@@ -49,5 +48,4 @@ def decode_grid(frozen: FrozenQuantizer, indices: Given, asked: Options) -> Tens
             name = f"indices{position}" if indices.tokens.ndim == 1 else f"token {position}"
             dtype = str(asked.dtype).removeprefix("torch.")
             raise InvalidOption(f"{name} decodes to a value beyond the range of {dtype}: take a wider dtype")
-    latents = narrowed.reshape(*indices.grid, rows.shape[1])
-    return latents.movedim(-1, channel_axis(indices.layout)).contiguous()
+    return from_rows(narrowed, indices.grid, indices.layout)

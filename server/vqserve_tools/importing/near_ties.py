@@ -13,14 +13,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from vqserve.layout import channel_axis
+from vqserve.layout import grid_shape
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.dtypes import widen
 from vqserve_server.quantizers.frozen_residual import FrozenPart
 from vqserve_server.quantizers.frozen_scalar import Channel
 from vqserve_server.quantizers.projections import Projection, project
 from vqserve_server.quantizers.residual import ResidualPart
-from vqserve_server.quantizers.rows import layout_of, to_rows
+from vqserve_server.quantizers.rows import from_rows, layout_of, to_rows
 from vqserve_server.search import Objective
 
 # What float32 may lose of a sum of products whose parts are of size 1, with room for some hundred terms.
@@ -51,15 +51,14 @@ def near_ties(quantizer: Quantizer, z: Tensor, ours: Tensor, theirs: Tensor) -> 
         some, noise = rows[differs], rows.new_zeros(len(differs), dtype=torch.float64)
         near[differs] = _single(quantizer, some, noise, ours.reshape(-1)[differs], theirs.reshape(-1)[differs])
         return near.reshape(ours.shape)
-    axis = channel_axis(layout_of(ours.ndim, quantizer.layout)) % ours.ndim
+    layout = layout_of(ours.ndim, quantizer.layout)
     mine, yours = (to_rows(indices, quantizer.layout) for indices in (ours, theirs))
     differs = torch.nonzero((mine != yours).any(dim=1))[:_MAX_DIFFERENCES, 0]
     near = torch.zeros(mine.shape, dtype=torch.bool)
     for part in quantizer.chains():
         for place, found in _stages(part, rows[differs], mine[differs], yours[differs]):
             near[differs, place] = found
-    grid = [length for place, length in enumerate(ours.shape) if place != axis]
-    return near.reshape(*grid, -1).movedim(-1, axis)
+    return from_rows(near, grid_shape(ours.shape, layout), quantizer.layout)
 
 
 def _single(quantizer: Quantizer, rows: Tensor, noise: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
