@@ -1,13 +1,42 @@
-"""Rows of several jobs that the device computes together."""
+"""Rows of several jobs that the device computes together, and the memory in which they are put together."""
 
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
 
 from vqserve_server.engine.job import Deliver, Job, Key
-from vqserve_server.engine.staging import Staging
 from vqserve_server.errors import InvalidRequest
+
+
+class Staging:
+    """The memory of one device thread.
+
+    Fresh memory is zeroed by the kernel page by page, which takes longer than copying rows into it. For CUDA it is
+    page-locked, so that the copy to the device need not be waited for.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[bool, npt.NDArray[np.uint8]] = {}
+
+    def rows(self, key: Key, count: int) -> npt.NDArray[Any]:
+        """Return room for that many rows of a key; it is good until the next call."""
+        shape, dtype = key.rows_shape(count), key.rows_dtype
+        nbytes = math.prod(shape) * dtype.itemsize
+        is_pinned = key.tokenizer.device.type == "cuda"
+        memory = self._memory.get(is_pinned)
+        if memory is None or memory.nbytes < nbytes:
+            # A power of two: it is not to grow with every batch that is a little larger.
+            memory = torch.empty(1 << (nbytes - 1).bit_length(), dtype=torch.uint8, pin_memory=is_pinned).numpy()
+            self._memory[is_pinned] = memory
+        return memory[:nbytes].view(dtype).reshape(shape)
+
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +74,11 @@ class Batch:
         """Rows that may still be added."""
         return self._capacity - self.rows
 
+    @property
+    def completes(self) -> int:
+        """Return how many requests it completes: those whose last rows are in it, and that somebody waits for."""
+        return sum(part.stop == part.job.rows and part.job.outcome is None for part in self.parts)
+
     def add(self, job: Job, rows: int) -> None:
         """Add the next rows of a job."""
         self.parts.append(Part(job, job.next_row, job.next_row + rows, self.rows))
@@ -69,8 +103,8 @@ class Batch:
                 logger.exception("no memory for a reply of %d rows", part.job.rows)
                 part.job.fail(BatchFailed("the computation failed"))
 
-    def finish(self, *, started: float, ended: float) -> int:
-        """Tell each job that its part is done, and return how many jobs that completed.
+    def finish(self, *, started: float, ended: float) -> None:
+        """Tell each job that its part is done, and deliver those that this completes.
 
         Args:
             started: when `compute` began, in time.monotonic() seconds.
@@ -85,7 +119,6 @@ class Batch:
         # Together, when all are done: whoever gets its answer competes with this thread.
         for deliver, jobs in finished.items():
             deliver(jobs)
-        return sum(map(len, finished.values()))
 
     def refuse(self, error: InvalidRequest) -> None:
         """Fail its only part's job, which the error is about."""

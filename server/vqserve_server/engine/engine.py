@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from vqserve_server.config import EngineConfig
-from vqserve_server.cuda_stream import wait_for_stream
-from vqserve_server.engine.admission import Admission
+from vqserve_server.device import wait_for_stream
+from vqserve_server.engine.admission import Admission, EngineStats
 from vqserve_server.engine.job import Job
 from vqserve_server.engine.live_set import LiveSet
-from vqserve_server.engine.pipeline import Pipeline
-from vqserve_server.engine.queue import JobQueue
-from vqserve_server.engine.stats import EngineStats
+from vqserve_server.engine.scheduler import JobQueue, Pipeline
 from vqserve_server.engine.worker import Worker
 from vqserve_server.errors import DeviceBroken, Draining
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve.layout import Layout, grid_shape
-from vqserve_server.engine.rows import first_overflow, read_rows, read_tokens, write_rows, write_tokens
+from vqserve_server.engine.copy import first_overflow, read_rows, read_tokens, write_rows, write_tokens
 from vqserve_server.errors import Cancelled, DeadlineExpired, InvalidOption, InvalidRequest, TokenBeyondRange
 
 if TYPE_CHECKING:

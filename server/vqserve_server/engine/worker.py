@@ -7,13 +7,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from vqserve_server.cuda_stream import wait_for_stream
-from vqserve_server.engine.batch import Batch, BatchFailed
-from vqserve_server.engine.device_failure import is_device_failure
-from vqserve_server.engine.lane import Lane
-from vqserve_server.engine.pipeline import Pipeline
-from vqserve_server.engine.staging import Staging
-from vqserve_server.engine.stats import EngineStats
+from vqserve_server.device import DeviceStreams, is_device_failure, wait_for_stream
+from vqserve_server.engine.admission import EngineStats
+from vqserve_server.engine.batch import Batch, BatchFailed, Staging
+from vqserve_server.engine.scheduler import Pipeline
 from vqserve_server.errors import DeviceBroken, InvalidRequest
 
 logger = logging.getLogger(__name__)
@@ -51,19 +48,19 @@ class Worker:
 
     def _guard(self) -> None:
         try:
-            lane = Lane()
-            while self._serve_next(lane):
+            streams, staging = DeviceStreams(), Staging()
+            while self._serve_next(streams, staging):
                 pass
         except BaseException as error:
             self._break(error)
 
-    def _serve_next(self, lane: Lane) -> bool:
+    def _serve_next(self, streams: DeviceStreams, staging: Staging) -> bool:
         # A call of its own, so that a thread that waits holds no batch, and so no codebook that was replaced.
         batch = self._pipeline.next_for_device()
         if batch is None:
             return False
-        with lane.on(batch.key.tokenizer.device):
-            self._serve(batch, lane.staging)
+        with streams.on(batch.key.tokenizer.device):
+            self._serve(batch, staging)
         return True
 
     def _serve(self, batch: Batch, staging: Staging) -> None:
@@ -89,8 +86,9 @@ class Worker:
         started = time.monotonic()
         batch.compute(staging)
         ended = time.monotonic()
-        finished = batch.finish(started=started, ended=ended)
-        self._stats.count(requests=len(batch.parts), rows=batch.rows, finished=finished, seconds=ended - started)
+        # First: whoever has a reply finds it counted.
+        self._stats.count(requests=len(batch.parts), rows=batch.rows, finished=batch.completes, seconds=ended - started)
+        batch.finish(started=started, ended=ended)
 
     def _break(self, error: BaseException) -> None:
         logger.critical("the device failed: no more requests are served", exc_info=error)

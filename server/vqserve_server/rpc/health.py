@@ -11,11 +11,9 @@ from collections.abc import Iterable, Mapping
 import grpc
 from grpc_health.v1 import health, health_pb2
 
-from vqserve_server.rpc.call import Call
-from vqserve_server.rpc.failure import fail, no_request
 from vqserve_server.rpc.messages import parse
 from vqserve_server.rpc.status import Status
-from vqserve_server.rpc.transport import Handler
+from vqserve_server.rpc.transport import Call, Handler, fail, no_request
 
 _Response = health_pb2.HealthCheckResponse
 

@@ -1,17 +1,184 @@
-"""The gRPC server: options, health, reflection, and how it stops."""
+"""The gRPC server: the methods of TokenizerService, health, reflection, and how it stops."""
 
 from __future__ import annotations
 
-from grpc_health.v1 import health
+import threading
+from collections.abc import Callable, Iterable, Mapping
 
-from vqserve_server.address import address
+from grpc_health.v1 import health
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.config import RpcConfig
 from vqserve_server.engine import Engine
-from vqserve_server.rpc.calls import Calls
+from vqserve_server.network import address
+from vqserve_server.rpc.headers import DecodePlan, EncodePlan, Plans
 from vqserve_server.rpc.health import Health
-from vqserve_server.rpc.reflection import Reflection
-from vqserve_server.rpc.service import SERVICE, TokenizerService
-from vqserve_server.rpc.transport import Transport
+from vqserve_server.rpc.messages import codebook_message, parse
+from vqserve_server.rpc.request import Accept, Begin, Refuse, Requests, Unary
+from vqserve_server.rpc.stream import Stream
+from vqserve_server.rpc.transport import Call, Handler, Transport, fail, no_request
+
+
+class Calls:
+    """Makes handlers of methods, and knows which of their calls have not ended."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._active = 0
+        self._streams: set[Stream] = set()
+        self._is_draining = False
+
+    def drain(self, seconds: float) -> bool:
+        """Let streams end after what they have read, and wait for all calls to end; return whether they have."""
+        with self._changed:
+            self._is_draining = True
+            streams = list(self._streams)
+        for stream in streams:
+            stream.drain()
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._active, seconds)
+
+    def unary(self, begin: Begin) -> Handler:
+        """Return the handler of a method with one request for the engine and one reply."""
+
+        def handle(call: Call) -> None:
+            self._enter()
+            Unary(call, begin, when_over=self._leave).start()
+
+        return handle
+
+    def stream(self, begin: Begin) -> Handler:
+        """Return the handler of a method with many such requests and as many replies."""
+
+        def handle(call: Call) -> None:
+            self._enter()
+            stream = Stream(call, begin, when_over=self._forget)
+            with self._changed:
+                self._streams.add(stream)
+                is_draining = self._is_draining
+            stream.start()
+            # One that says nothing would be waited for otherwise.
+            if is_draining:
+                stream.drain()
+
+        return handle
+
+    def plain(self, answer: Callable[[bytes], bytes]) -> Handler:
+        """Return the handler of a method whose request is answered at once."""
+
+        def handle(call: Call) -> None:
+            def received(raw: bytes | None) -> None:
+                try:
+                    if raw is None:
+                        raise no_request()
+                    reply = answer(raw)
+                except Exception as error:
+                    fail(call, error)
+                else:
+                    call.end(message=reply)
+
+            self._enter()
+            call.when_over = self._leave
+            call.receive(received)
+
+        return handle
+
+    def _forget(self, stream: Stream) -> None:
+        with self._changed:
+            self._streams.discard(stream)
+        self._leave()
+
+    def _enter(self) -> None:
+        with self._changed:
+            self._active += 1
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._active -= 1
+            if not self._active:
+                self._changed.notify_all()
+
+
+SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"].full_name
+
+
+class TokenizerService:
+    """Answers calls with an engine."""
+
+    def __init__(self, engine: Engine, *, max_message_bytes: int) -> None:
+        self._engine = engine
+        self._max_message_bytes = max_message_bytes
+        self._requests = Requests(engine)
+        self.follow()
+
+    def follow(self) -> None:
+        """Serve what the engine has live now: requests that come from now on are read anew.
+
+        A request that is being read keeps its plans, and adds its own to them only.
+        """
+        live, limit = self._engine.live, self._max_message_bytes
+        self._encodings = Plans(EncodePlan, live=live, max_message_bytes=limit)
+        self._decodings = Plans(DecodePlan, live=live, max_message_bytes=limit)
+
+    def handlers(self, calls: Calls) -> Mapping[str, Handler]:
+        """Return the handlers of all methods."""
+        return {
+            f"/{SERVICE}/Encode": calls.unary(self._encode),
+            f"/{SERVICE}/Decode": calls.unary(self._decode),
+            f"/{SERVICE}/EncodeStream": calls.stream(self._encode),
+            f"/{SERVICE}/DecodeStream": calls.stream(self._decode),
+            f"/{SERVICE}/ListCodebooks": calls.plain(self._list_codebooks),
+        }
+
+    def close(self) -> None:
+        """End what threads there are."""
+        self._requests.close()
+
+    def _encode(self, raw: bytes, call: Call, accept: Accept, refuse: Refuse) -> None:
+        """Latents to indices."""
+        self._requests.begin(self._encodings, raw, call, accept, refuse)
+
+    def _decode(self, raw: bytes, call: Call, accept: Accept, refuse: Refuse) -> None:
+        """Indices to latents."""
+        self._requests.begin(self._decodings, raw, call, accept, refuse)
+
+    def _list_codebooks(self, raw: bytes) -> bytes:
+        """What is being served."""
+        parse(pb.ListCodebooksRequest, raw)
+        self._engine.admit(0, len(raw))
+        try:
+            codebooks = [codebook_message(info) for info in self._engine.live.infos()]
+            return pb.ListCodebooksResponse(codebooks=codebooks).SerializeToString()
+        finally:
+            self._engine.release(0, len(raw))
+
+
+class Reflection:
+    """Answers one question after another about some services."""
+
+    def __init__(self, services: Iterable[str]) -> None:
+        self._servicer = reflection.ReflectionServicer([*services, reflection.SERVICE_NAME])
+
+    def handlers(self) -> Mapping[str, Handler]:
+        """Return the handlers of all methods."""
+        return {f"/{reflection.SERVICE_NAME}/ServerReflectionInfo": self._info}
+
+    def _info(self, call: Call) -> None:
+        def received(raw: bytes | None) -> None:
+            if raw is None:
+                call.end()
+                return
+            try:
+                question = parse(reflection_pb2.ServerReflectionRequest, raw)
+                (answer,) = self._servicer.ServerReflectionInfo(iter([question]), None)
+            except Exception as error:
+                fail(call, error)
+            else:
+                call.send(answer.SerializeToString(), lambda: call.receive(received))
+
+        call.receive(received)
+
 
 # For what is left when all calls are answered: health, reflection.
 _LINGER_S = 0.5

@@ -7,9 +7,8 @@ from collections import deque
 from collections.abc import Callable
 
 from vqserve_server.errors import Draining, Overloaded
-from vqserve_server.rpc.call import Call
-from vqserve_server.rpc.failure import fail
-from vqserve_server.rpc.requests import Begin, Request, Told
+from vqserve_server.rpc.request import Begin, Request, Told
+from vqserve_server.rpc.transport import Call, fail
 
 # Bytes of requests and replies that a stream has in the server; one that is larger all by itself goes alone.
 WINDOW_BYTES = 16 << 20

@@ -15,11 +15,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_server.rpc.call import Call
-from vqserve_server.rpc.requests import Request
+from vqserve_server.rpc.request import Request, Unary
 from vqserve_server.rpc.stream import Stream
-from vqserve_server.rpc.transport import Transport
-from vqserve_server.rpc.unary import Unary
+from vqserve_server.rpc.transport import Call, Transport
 
 SERVICE = "vqserve.v1.TokenizerService"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"

@@ -15,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_server.rpc.plans import Plans
+from vqserve_server.rpc.headers import Plans
 
 LATENTS = np.random.default_rng(0).standard_normal((5, 4), dtype=np.float32)
 

@@ -1,14 +1,28 @@
-"""Rescans one after the other, off the event loop."""
+"""Rescans one after the other, off the event loop, and memory of replaced codebooks given back."""
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import gc
 import logging
 import time
 from collections.abc import Callable
 
-from vqserve_server.repository.memory import give_back
-from vqserve_server.repository.repository import Repository
+from vqserve_server.repository.load import Repository
+
+
+def give_back() -> None:
+    """Free what refers to itself in circles, and give free memory back to the system.
+
+    The traceback of a refused request is such a circle, and holds the codebook that refused it. glibc keeps tables that
+    were freed in the middle of its heaps, and after a hundred swaps there are many such holes.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
 
 logger = logging.getLogger(__name__)
 

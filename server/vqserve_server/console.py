@@ -1,4 +1,4 @@
-"""What the log's lines look like."""
+"""What the daemon writes: the lines of its log, and text of strangers in it."""
 
 from __future__ import annotations
 
@@ -25,3 +25,8 @@ class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         record.origin = "" if record.name.partition(".")[0] == "vqserve_server" else f"{record.name}: "
         return super().format(record)
+
+
+def printable(text: str) -> str:
+    """Return text in which nothing that a file says of itself can move a terminal's cursor."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vqserve_server import config as settings
-from vqserve_server import hangups, logs
-from vqserve_server.address import is_loopback, reserve
+from vqserve_server import console, signals
 from vqserve_server.config import ServeConfig
 from vqserve_server.errors import StartError
+from vqserve_server.network import is_loopback, reserve
 from vqserve_server.sources import find_codebooks
 
 # Set for a worker, to its number; not one of the settings, which people may set.
@@ -204,7 +204,7 @@ async def serve(sources: Sequence[str], config: ServeConfig, port: int) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    hangups.hear(loop, workers.rescan)
+    signals.hear(loop, workers.rescan)
     starting = asyncio.create_task(workers.start())
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -223,7 +223,7 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     Raises:
         VqserveError: the address cannot be had, or a worker does not start.
     """
-    logs.set_up(config.log_level)
+    console.set_up(config.log_level)
     # What no worker could serve is told once, and by the parent.
     find_codebooks(sources).check()
     host, port = config.rpc.host, config.rpc.port

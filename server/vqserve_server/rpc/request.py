@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +11,8 @@ from typing import Any, TypeAlias
 
 from vqserve_server.engine import Engine, Job
 from vqserve_server.errors import Draining
-from vqserve_server.rpc.call import Call
-from vqserve_server.rpc.plan import Plan
-from vqserve_server.rpc.plans import Plans
+from vqserve_server.rpc.headers import Plan, Plans
+from vqserve_server.rpc.transport import Call, fail, no_request
 
 # Looking at so many bytes takes half a millisecond, for which the others can wait; handing them to another thread takes
 # some of that, and a core.
@@ -153,3 +153,59 @@ def _deliver(jobs: list[Job]) -> None:
         except Exception:
             # A thread of the engine's must not die of one caller's connection.
             logger.exception("a reply was not sent")
+
+
+# Held to set and read a few fields only, so that one serves all calls.
+_fields = threading.Lock()
+
+
+class Unary:
+    """Waits for the request, begins with it, and ends the call with the reply."""
+
+    def __init__(self, call: Call, begin: Begin, *, when_over: Callable[[], None]) -> None:
+        """Take the call; `when_over` is called when it has ended."""
+        self._call = call
+        self._begin = begin
+        self._when_over = when_over
+        self._request: Request | None = None
+        self._is_over = False
+        call.when_over = self._over
+
+    def start(self) -> None:
+        """Begin to wait."""
+        self._call.receive(self._received)
+
+    def _received(self, raw: bytes | None) -> None:
+        if raw is None:
+            fail(self._call, no_request())
+        else:
+            self._begin(raw, self._call, self._begun, self._failed)
+
+    def _begun(self, request: Request) -> Told | None:
+        with _fields:
+            if self._is_over:
+                return None
+            self._request = request
+        return self._answered
+
+    def _answered(self) -> None:
+        request = self._request
+        if request is None:
+            return
+        try:
+            reply = request.reply()
+        except Exception as error:
+            self._failed(error)
+        else:
+            self._call.end(message=reply)
+
+    def _failed(self, error: Exception) -> None:
+        fail(self._call, error)
+
+    def _over(self) -> None:
+        with _fields:
+            self._is_over = True
+            request, self._request = self._request, None
+        if request is not None:
+            request.leave()
+        self._when_over()
