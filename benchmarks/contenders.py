@@ -19,8 +19,8 @@ from typing import Self
 from cells import Cell
 from http_load import measure_http
 
+from vqserve_bench import Closed, Request, Schedule, measure
 from vqserve_client import Client, VqserveClientError
-from vqserve_client.bench import Closed, Request, Schedule, measure
 
 HERE = Path(__file__).parent
 PEERS = HERE / "peers"
@@ -134,7 +134,7 @@ class Ours(Contender):
     name = "vqserve"
 
     def __init__(self, folder: Path, *flags: str) -> None:
-        command = [sys.executable, "-m", "vqserve_server.cli", "serve", str(folder), "--port", "0", *flags]
+        command = [sys.executable, "-m", "vqserve_tools", "serve", str(folder), "--port", "0", *flags]
         super().__init__(command, {"VQSERVE_LOG_LEVEL": "error"})
         self.target = self.first_line().removeprefix("vqserved: ready on ").partition(",")[0]
 

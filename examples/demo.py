@@ -65,7 +65,7 @@ class Server:
 def serving(log: Path) -> Iterator[Server]:
     """Start a server on a free port; it is gone when the block is left, whatever happened in it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VQSERVE_")}
-    command = [sys.executable, "-m", "vqserve_server.cli", "serve", "--port", "0"]
+    command = [sys.executable, "-m", "vqserve_tools", "serve", "--port", "0"]
     with (
         log.open("w") as messages,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages, text=True, env=environment) as process,  # noqa: S603

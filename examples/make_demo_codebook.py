@@ -22,8 +22,8 @@ import numpy.typing as npt
 from patches import PATCH, picture_to_latents
 from PIL import Image
 
-from vqserve_server.training.job import train_file
-from vqserve_server.training.options import TrainingOptions
+from vqserve_tools.training.job import train_file
+from vqserve_tools.training.options import TrainingOptions
 
 ASSETS = Path(__file__).parents[1] / "server" / "vqserve_server" / "assets"
 PACKAGE = "scikit-image"

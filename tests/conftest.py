@@ -150,7 +150,7 @@ def vqserved() -> Iterator[Callable[..., Daemon]]:
 
     def start(*arguments: object, **environ: str) -> Daemon:
         process = subprocess.Popen(
-            [sys.executable, "-m", "vqserve_server.cli", "serve", "--port", "0", *map(str, arguments)],
+            [sys.executable, "-m", "vqserve_tools", "serve", "--port", "0", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -176,7 +176,7 @@ def run_vqserved() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "vqserve_server.cli", *map(str, arguments)],
+            [sys.executable, "-m", "vqserve_tools", *map(str, arguments)],
             capture_output=True,
             text=True,
             check=False,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vqserve_server.cli import main
 from vqserve_server.config import ServeConfig
+from vqserve_tools.cli import main
 
 DEPLOY = Path(__file__).parents[1] / "examples" / "deploy"
 DRAIN_S = ServeConfig.drain_seconds

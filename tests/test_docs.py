@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from vqserve_client.cli import main as vqserve
-from vqserve_server.cli import main as vqserved
 from vqserve_server.codebooks import load_codebook
 from vqserve_server.sources import DEMO_PATH, find_codebooks
 from vqserve_server.tokenizer import Tokenizer
+from vqserve_tools.cli import main as vqserved
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -79,7 +79,7 @@ def test_every_page_can_be_reached_from_the_readme():
 def test_files_that_a_page_names_exist(page):
     # `search/native/scan.c`, wherever the page's reader would look for it.
     named = set(re.findall(r"`([\w.-]+(?:/[\w.-]+)+\.(?:py|c|proto|toml|md))`", prose(page)))
-    homes = [ROOT / home for home in ("", "server/vqserve_server", "server/vqserve_server/search")]
+    homes = [ROOT / home for home in ("", "server", "server/vqserve_server", "server/vqserve_server/search")]
     assert [name for name in sorted(named) if not any((home / name).exists() for home in homes)] == []
 
 

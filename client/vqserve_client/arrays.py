@@ -1,9 +1,14 @@
-"""numpy and torch arrays in, the same kind out; torch is never imported, only met when the caller has."""
+"""The caller's arrays: numpy or torch in, the same kind out; what their shape means, and how they are cut.
+
+torch is never imported here: a caller who passes a tensor has imported it.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -11,6 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve import bfloat16, payload
+from vqserve.codebook_info import CodebookInfo
+from vqserve.layout import (
+    Layout,
+    channel_axis,
+    grid_shape,
+    resolve_layout,
+    warn_of_an_image,
+    wrong_channels,
+    wrong_stages,
+)
+from vqserve.payload import ENVELOPE_BYTES
 from vqserve.refused import not_an_array, not_indices, not_latents
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client.errors import InvalidArgument
@@ -173,3 +189,119 @@ def handed_back(array: Array, dtype: int, given: Given) -> Any:
     if dtype == pb.DTYPE_BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(given.device)
     return torch.from_numpy(array).to(given.device)
+
+
+Cut = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cuts of one grid, in C order; every cut keeps all axes, so layouts and positions stay what they are.
+
+    Attributes:
+        grid: the shape that is cut.
+        axis: the axis that is cut into runs; the axes before it are cut into single steps, those after it not at all.
+        step: the longest run on that axis.
+    """
+
+    grid: tuple[int, ...]
+    axis: int
+    step: int
+
+    def __len__(self) -> int:
+        if not self.step:
+            return 1
+        return math.prod(self.grid[: self.axis]) * -(-self.grid[self.axis] // self.step)
+
+    def __iter__(self) -> Iterator[Cut]:
+        if not self.step:
+            yield (slice(None),) * len(self.grid)
+            return
+        uncut = (slice(None),) * (len(self.grid) - self.axis - 1)
+        for outer in itertools.product(*(range(length) for length in self.grid[: self.axis])):
+            singles = tuple(slice(i, i + 1) for i in outer)
+            length = self.grid[self.axis]
+            for start in range(0, length, self.step):
+                yield (*singles, slice(start, min(start + self.step, length)), *uncut)
+
+
+def plan(grid: Sequence[int], max_rows: int) -> Plan:
+    """Return the cuts that leave at most `max_rows` tokens (1 or more) in each, the runs of nearly equal length."""
+    grid = tuple(grid)
+    if math.prod(grid) <= max_rows:
+        return Plan(grid, 0, 0)
+    axis, inner = len(grid) - 1, 1
+    while axis > 0 and inner * grid[axis] <= max_rows:
+        inner *= grid[axis]
+        axis -= 1
+    runs = -(-grid[axis] // (max_rows // inner))
+    return Plan(grid, axis, -(-grid[axis] // runs))
+
+
+def latents_cut(cut: Cut, layout: Layout) -> Cut:
+    """Return the cut of the latents that belongs to a cut of the grid: all channels of it."""
+    axis = channel_axis(layout)
+    return (*cut, slice(None)) if axis < 0 else (*cut[:axis], slice(None), *cut[axis:])
+
+
+def indices_cut(cut: Cut, stages: int | None, layout: Layout) -> Cut:
+    """Return the cut of the indices that belongs to a cut of the grid: all of each token."""
+    return cut if stages is None else latents_cut(cut, layout)
+
+
+def rows_per_message(max_message_bytes: int, name_bytes: int, *row_bytes: int) -> int:
+    """Return how many tokens fit a message when one takes so many bytes, in the request and in the reply; maybe 0."""
+    payload_bytes = max_message_bytes - ENVELOPE_BYTES - name_bytes
+    return max(0, payload_bytes // max(row_bytes))
+
+
+def cut_text(cut: Cut) -> str:
+    """Return a cut as Python writes it: [0:1, 16:32, :]."""
+    runs = (":" if run == slice(None) else f"{run.start}:{run.stop}" for run in cut)
+    return f"[{', '.join(runs)}]"
+
+
+Geometry = tuple[tuple[int, ...], Layout]
+
+
+def latents_geometry(shape: tuple[int, ...], layout: Layout | None, info: CodebookInfo) -> Geometry:
+    """Return the grid of tokens and the layout of latents of this shape.
+
+    Args:
+        shape: of the latents.
+        layout: what the caller asked for; None: the codebook's default.
+        info: the codebook.
+
+    Raises:
+        ValueError: the rank or the channel count is not the codebook's.
+    """
+    resolved = resolve_layout(len(shape), layout, info.layout)
+    if shape[channel_axis(resolved)] != info.input_dim:
+        raise ValueError(wrong_channels(shape, resolved, info.input_dim))
+    warn_of_an_image(shape, layout, info.layout)
+    return grid_shape(shape, resolved), resolved
+
+
+def indices_geometry(
+    shape: tuple[int, ...], layout: Layout | None, info: CodebookInfo, *, stages: int | None
+) -> Geometry:
+    """Return the grid of tokens of indices of this shape and the layout of the latents that they decode to.
+
+    Args:
+        shape: of the indices.
+        layout: what the caller asked for; None: the codebook's default.
+        info: the codebook.
+        stages: how many indices of each token are read; None: its one, without an axis of them.
+
+    Raises:
+        ValueError: the rank, or the number of indices for a token, is not the codebook's.
+    """
+    fewest, most = (1, 4) if stages is None else (2, 5)
+    if not fewest <= len(shape) <= most:
+        raise ValueError(f"indices must have {fewest} to {most} axes, not {len(shape)}")
+    if stages is None:
+        return shape, resolve_layout(len(shape) + 1, layout, info.layout)
+    resolved = resolve_layout(len(shape), layout, info.layout)
+    if not stages <= shape[channel_axis(resolved)] <= info.num_quantizers:
+        raise ValueError(wrong_stages(shape, resolved, wanted=stages, available=info.num_quantizers))
+    return grid_shape(shape, resolved), resolved

@@ -15,13 +15,27 @@ from vqserve.codebook_info import CodebookInfo
 from vqserve.latent_dtype import latent_dtype_name
 from vqserve.layout import Layout, first_channels, indices_shape, latents_shape, parse_layout
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_client.arrays import Array, Given, handed_back, index_store, latent_store, store
-from vqserve_client.catalogue import WIRE_OF_LAYOUT
-from vqserve_client.chunking import Cut, Plan, cut_text, indices_cut, latents_cut, plan, rows_per_message
+from vqserve_client.arrays import (
+    Array,
+    Cut,
+    Geometry,
+    Given,
+    Plan,
+    cut_text,
+    handed_back,
+    index_store,
+    indices_cut,
+    indices_geometry,
+    latent_store,
+    latents_cut,
+    latents_geometry,
+    plan,
+    rows_per_message,
+    store,
+)
+from vqserve_client.catalogue import WIRE_OF_LAYOUT, Pin
 from vqserve_client.config import ClientConfig
 from vqserve_client.errors import InvalidArgument, MessageTooLarge, ProtocolError
-from vqserve_client.geometry import Geometry, indices_geometry, latents_geometry
-from vqserve_client.pin import Pin
 from vqserve_client.positions import in_whole
 
 # The generated stubs want enum classes that exist in the stubs only.

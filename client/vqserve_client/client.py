@@ -11,10 +11,9 @@ from vqserve_client.arrays import several
 from vqserve_client.calls import Options, options
 from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig
 from vqserve_client.core import DECODE, ENCODE, CallOptions, Core, Operation, Wake
-from vqserve_client.exchange import Steps
 from vqserve_client.interrupts import Bell, SignalsPutOff
-from vqserve_client.lane import Lane
-from vqserve_client.numbered import Numbered
+from vqserve_client.pipeline import Lane, Numbered
+from vqserve_client.requests import Steps
 
 T = TypeVar("T")
 

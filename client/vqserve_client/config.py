@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-
-from vqserve_client.retry import check_timeout
 
 DEFAULT_MAX_MESSAGE_BYTES = 64 << 20
 # Room for the envelope and a row of a small codebook; gRPC takes the limit as a C int.
@@ -72,6 +71,19 @@ def check_digest(digest: str | None) -> None:
 def is_digest(text: str) -> bool:
     """Return whether a text has a digest's form."""
     return len(text) == 64 and set(text) <= set("0123456789abcdef")
+
+
+def check_timeout(timeout_s: float) -> float:
+    """Return a timeout that makes sense.
+
+    Raises:
+        ValueError: for what is not a positive number of seconds; infinity is one.
+    """
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float):
+        raise TypeError(f"timeout must be a number of seconds, not {timeout_s!r}")
+    if math.isnan(timeout_s) or timeout_s <= 0:
+        raise ValueError(f"timeout must be above 0 seconds, not {timeout_s}")
+    return float(timeout_s)
 
 
 def _check_integer(what: str, value: int, allowed: range) -> None:

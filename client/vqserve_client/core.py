@@ -9,14 +9,12 @@ from typing import Any
 from vqserve.codebook_info import CodebookInfo
 from vqserve_client.arrays import Given, given_indices, given_latents, joined
 from vqserve_client.calls import ArrayCall, DecodeCall, EncodeCall, Options
-from vqserve_client.catalogue import ListPart
+from vqserve_client.catalogue import ListPart, Pin, WrongDigest
 from vqserve_client.channel import Connection
-from vqserve_client.config import ClientConfig, check_digest, check_name
+from vqserve_client.config import ClientConfig, check_digest, check_name, check_timeout
 from vqserve_client.errors import CodebookNotFound, DigestMismatch, InvalidArgument
-from vqserve_client.exchange import Budget, Exchange, Steps
-from vqserve_client.pin import Pin, WrongDigest
-from vqserve_client.retry import Deadline, RetryPolicy, check_timeout
-from vqserve_client.unary import Sender, Unary
+from vqserve_client.requests import Budget, Deadline, Exchange, RetryPolicy, Steps
+from vqserve_client.transport import Sender, Unary
 
 Wake = Callable[[], None]
 

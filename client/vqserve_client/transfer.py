@@ -15,12 +15,21 @@ import numpy as np
 from vqserve import payload
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import indices_shape, latents_shape, parse_layout
-from vqserve_client.arrays import Array, given_indices, given_latents, latent_store
+from vqserve_client.arrays import (
+    Array,
+    Cut,
+    given_indices,
+    given_latents,
+    indices_cut,
+    indices_geometry,
+    latent_store,
+    latents_cut,
+    latents_geometry,
+    plan,
+)
 from vqserve_client.catalogue import choose
-from vqserve_client.chunking import Cut, indices_cut, latents_cut, plan
 from vqserve_client.client import Client
 from vqserve_client.errors import DigestChanged, DigestMismatch, InvalidArgument, VqserveClientError
-from vqserve_client.geometry import indices_geometry, latents_geometry
 from vqserve_client.npy import check_output, new_array, open_array
 from vqserve_client.positions import in_whole
 

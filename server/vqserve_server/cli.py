@@ -1,4 +1,7 @@
-"""`vqserved`: the daemon and the codebook tools. Nothing heavy is imported before it is needed."""
+"""The command line of the daemon: `serve`, and what every command of `vqserved` shares.
+
+The tools (vqserve_tools) add their commands; nothing heavy is imported before it is needed.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
 
 from vqserve import __version__
 from vqserve.arguments import Parser
@@ -23,20 +28,37 @@ from vqserve_server.errors import VqserveError
 _EXTRA = frozenset({"grpc_reflection", "torch"})
 # As the library says it, in errors.
 _LAYOUT = re.compile(r'\blayout="(\w+)"')
-# Command: help, and the module and function that add its parser.
-_TOOLS = {
-    "import": ("make a codebook file from a checkpoint or an array", "codebooks.import_command", "add_import_parser"),
-    "inspect": ("describe a codebook file, and how it fits latents", "inspection.commands", "add_inspect_parser"),
-    "train": ("train a codebook on latents", "training.commands", "add_train_parser"),
-}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `vqserved`; return the exit code: 0, 1 on an error, 2 on wrong usage."""
+@dataclass(frozen=True)
+class Command:
+    """A command beside `serve`.
+
+    Attributes:
+        help: one line for the list of commands.
+        module: name of the module that adds its parser; imported only if the command is asked for.
+        function: of that module; takes the subparsers.
+    """
+
+    help: str
+    module: str
+    function: str
+
+
+NO_COMMANDS: Mapping[str, Command] = MappingProxyType({})
+
+
+def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = NO_COMMANDS) -> int:
+    """Run `vqserved`; return the exit code: 0, 1 on an error, 2 on wrong usage.
+
+    Args:
+        argv: the arguments; None: those of the process.
+        commands: the commands beside `serve`, by name.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _open_standard_files()
     try:
-        args = _parser(arguments[0] if arguments else "").parse_command(arguments, _spaced_levels)
+        args = _parser(arguments[0] if arguments else "", commands).parse_command(arguments, _spaced_levels)
         run: Callable[[argparse.Namespace], int] = args.run
         return run(args)
     except (VqserveError, settings.ConfigError, OSError) as error:
@@ -59,7 +81,7 @@ def _spaced_levels(args: argparse.Namespace, words: Sequence[str]) -> str | None
     return None
 
 
-def _parser(command: str) -> Parser:
+def _parser(asked: str, commands: Mapping[str, Command]) -> Parser:
     parser = Parser(prog="vqserved", description="Serve vector-quantizer codebooks over gRPC.")
     parser.add_argument("--version", action="version", version=f"vqserved {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -72,12 +94,12 @@ def _parser(command: str) -> Parser:
     )
     settings.add_flags(serve)
     serve.set_defaults(run=_serve)
-    for name, (help_text, module, function) in _TOOLS.items():
-        if name == command:
-            # Only the tool that was asked for: its module brings torch.
-            getattr(importlib.import_module(f"vqserve_server.{module}"), function)(subparsers)
+    for name, command in commands.items():
+        if name == asked:
+            # Only the tool that was asked for: its module imports torch.
+            getattr(importlib.import_module(command.module), command.function)(subparsers)
         else:
-            subparsers.add_parser(name, help=help_text)
+            subparsers.add_parser(name, help=command.help)
     return parser
 
 
@@ -118,7 +140,3 @@ def _complain(text: str) -> int:
     line = printable(_LAYOUT.sub(r"--layout \1", " ".join(text.split())))
     print(f"vqserved: error: {line}", file=sys.stderr)
     return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -148,7 +148,7 @@ class Workers:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "vqserve_server.cli",
+                "vqserve_server",
                 "serve",
                 *self._sources,
                 env=worker_environment(self._config, number, self._port),

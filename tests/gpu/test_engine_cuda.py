@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from support.engine_jobs import Jobs
 from vqserve_client import Client
 from vqserve_server import Tokenizer
 from vqserve_server.device import DeviceStreams
 from vqserve_server.engine import DecodeKey, EncodeKey, Engine
 from vqserve_server.engine.batch import Staging
 from vqserve_server.quantizers import VectorQuantizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "server/engine"))
-from engine_jobs import Jobs
 
 JOBS = Jobs()
 pytestmark = [

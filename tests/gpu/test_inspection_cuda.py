@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from vqserve_server.inspection.fit import FitTally, measure_fit
-from vqserve_server.latent_rows import LatentRows
 from vqserve_server.quantizers import (
     CosineQuantizer,
     FiniteScalarQuantizer,
@@ -17,6 +15,8 @@ from vqserve_server.quantizers import (
     VectorQuantizerWithInputProjection,
     freeze,
 )
+from vqserve_tools.inspection.fit import FitTally, measure_fit
+from vqserve_tools.latent_file import LatentRows
 
 pytestmark = [
     pytest.mark.gpu,

@@ -28,13 +28,13 @@ from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1 import tokenizer_pb2_grpc
 from vqserve_client import Client
 from vqserve_server import app, cli, console
-from vqserve_server.cli import main
 from vqserve_server.codebooks import save_codebook
 from vqserve_server.config import RpcConfig
 from vqserve_server.errors import StartError
 from vqserve_server.network import is_loopback
 from vqserve_server.quantizers import ResidualQuantizer, VectorQuantizer
 from vqserve_server.tokenizer import Tokenizer
+from vqserve_tools.cli import main
 
 TORCH_IS_MISSING = """
 import importlib.abc, sys
@@ -43,7 +43,7 @@ class Missing(importlib.abc.MetaPathFinder):
         if name.partition(".")[0] in {"torch", "safetensors", "scipy", "faiss", "einops", "grpc_reflection"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Missing())
-from vqserve_server.cli import main
+from vqserve_tools.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -119,7 +119,7 @@ def test_the_log_says_what_is_served(vqserved: Callable[..., Any], folder: Path)
 
 def test_as_a_module_it_is_the_command() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "vqserve_server", "--version"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "vqserve_tools", "--version"], capture_output=True, text=True, check=False
     )
     assert (result.returncode, result.stdout) == (0, f"vqserved {__version__}\n")
 
@@ -128,7 +128,7 @@ def test_as_a_module_it_is_the_command() -> None:
 def test_started_with_its_standard_files_closed(folder: Path, tmp_path: Path, numbers: list[int]) -> None:
     closed = " ".join(f"{number}>&-" for number in numbers)
     path = tmp_path / "socket"
-    command = f'exec "$0" -m vqserve_server.cli serve "$1" --port 0 --unix-socket "$2" {closed}'
+    command = f'exec "$0" -m vqserve_server serve "$1" --port 0 --unix-socket "$2" {closed}'
     process = subprocess.Popen(["bash", "-c", command, sys.executable, str(folder), str(path)])
     try:
         with Client(f"unix:{path}") as client:
@@ -390,7 +390,7 @@ class Stubborn:
 
 app.Repository.load = lambda self: None
 app.Repository.tokenizers = [Stubborn()]
-from vqserve_server.cli import main
+from vqserve_tools.cli import main
 sys.exit(main(["serve", "--port", "0", *sys.argv[1:]]))
 """
 

@@ -164,7 +164,7 @@ def test_a_signal_between_the_loop_and_the_end_is_nobodys() -> None:
 def test_a_signal_while_it_starts_is_not_lost(put: Callable[..., Any], tmp_path: Path) -> None:
     put(tmp_path / "book.safetensors")
     process = subprocess.Popen(
-        [sys.executable, "-m", "vqserve_server.cli", "serve", str(tmp_path), "--port", "0"],
+        [sys.executable, "-m", "vqserve_server", "serve", str(tmp_path), "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -228,7 +228,7 @@ def test_a_worker_that_starts_meanwhile_hears_of_it_when_it_is_ready(
 def test_a_signal_while_it_fails_to_start_does_not_swallow_the_reason(tmp_path: Path) -> None:
     (tmp_path / "book.safetensors").write_bytes(b"half")
     process = subprocess.Popen(
-        [sys.executable, "-m", "vqserve_server.cli", "serve", str(tmp_path), "--port", "0"],
+        [sys.executable, "-m", "vqserve_server", "serve", str(tmp_path), "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -131,7 +131,7 @@ def test_a_worker_that_cannot_start_is_the_parents_error(
 
 def test_a_worker_for_which_nothing_is_left_is_the_parents_error_too(codebook: Path) -> None:
     # bash and not preexec_fn, which may not be used beside threads.
-    command = 'ulimit -n 14; exec "$0" -m vqserve_server.cli serve "$1" --workers 4 --port 0'
+    command = 'ulimit -n 14; exec "$0" -m vqserve_server serve "$1" --workers 4 --port 0'
     done = subprocess.run(
         ["bash", "-c", command, sys.executable, str(codebook)], capture_output=True, text=True, check=False, timeout=60
     )
@@ -229,7 +229,7 @@ def test_devices_that_are_none(run_vqserved: Callable[..., Any], devices: str) -
 
 def test_a_signal_while_workers_start(codebook: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "vqserve_server.cli", "serve", str(codebook), "--workers", "2", "--port", "0"],
+        [sys.executable, "-m", "vqserve_server", "serve", str(codebook), "--workers", "2", "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -279,7 +279,7 @@ class Stuck:
 
 app.Repository.load = lambda self: None
 app.Repository.tokenizers = [Stuck()]
-from vqserve_server.cli import main
+from vqserve_tools.cli import main
 sys.exit(main(["serve", "--port", "0", "--drain-seconds", "2"]))
 """
 

@@ -12,7 +12,7 @@ from vqserve_server.errors import Overloaded, VqserveError
 
 @dataclass
 class EngineStats:
-    """Counters of the engine; a reader may see some of them one batch behind the others."""
+    """Counters of the engine. A batch is counted before its requests are answered."""
 
     requests: int = 0
     batches: int = 0
@@ -29,7 +29,7 @@ class EngineStats:
         Args:
             requests: requests that were part of it.
             rows: rows of it.
-            finished: requests that it completed.
+            finished: requests that it completes.
             seconds: time that a device thread spent on it.
         """
         with self._lock:

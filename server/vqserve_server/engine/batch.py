@@ -61,6 +61,11 @@ class Batch:
         self.parts: list[Part] = []
         self.rows = 0
 
+    @property
+    def completes(self) -> int:
+        """How many requests it completes: their last rows are in it, and they were not cancelled."""
+        return sum(part.stop == part.job.rows and part.job.outcome is None for part in self.parts)
+
     def add(self, job: Job, rows: int) -> None:
         """Add the next rows of a job."""
         start = job.next_row
@@ -86,19 +91,22 @@ class Batch:
                 logger.exception("no memory for a reply of %d rows", part.job.rows)
                 part.job.fail(BatchFailed("the computation failed"))
 
-    def finish(self, *, started: float, ended: float) -> list[Job]:
-        """Count each part of each job as done, and return the jobs that are complete; the caller notifies them.
+    def finish(self, *, started: float, ended: float) -> None:
+        """Count each part of each job as done, and notify the jobs that are complete.
 
         Args:
             started: when `compute` began, in time.monotonic() seconds.
             ended: when it returned.
         """
         size = len(self.parts), self.rows
-        return [
+        complete = [
             part.job
             for part in self.parts
             if part.job.finish(part.stop - part.start, started=started, ended=ended, batch=size)
         ]
+        # Last, when all are finished: the threads of the callers compete with this one.
+        for job in complete:
+            job.notify()
 
     def reject(self, error: InvalidRequest) -> None:
         """Fail the job of its only part, which the error is about."""

@@ -199,7 +199,7 @@ class Job(ABC):
     def finish(self, rows: int, *, started: float, ended: float, batch: tuple[int, int]) -> bool:
         """Count a part whose results are written; return whether it was the last one, which sets the outcome.
 
-        The caller then notifies.
+        The batch notifies afterwards.
 
         Args:
             rows: rows of the part.

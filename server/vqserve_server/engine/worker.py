@@ -62,14 +62,11 @@ class Worker:
             started = time.monotonic()
             batch.compute(staging)
             ended = time.monotonic()
-            finished = batch.finish(started=started, ended=ended)
-            # First: a caller that has its reply finds it counted.
+            # Before the replies: a caller that has one finds its request counted.
             self._stats.count(
-                requests=len(batch.parts), rows=batch.rows, finished=len(finished), seconds=ended - started
+                requests=len(batch.parts), rows=batch.rows, finished=batch.completes, seconds=ended - started
             )
-            # Last, when all are finished: the threads of the callers compete with this one.
-            for job in finished:
-                job.notify()
+            batch.finish(started=started, ended=ended)
         except Exception as error:
             if is_device_failure(error):
                 raise

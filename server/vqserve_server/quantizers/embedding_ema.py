@@ -19,7 +19,7 @@ class EmbeddingEMA(nn.Module):
     at zero, and shrinks by `decay` an update: it is out of reach for about ln(1 / eps) / (1 - decay) updates, 1150 with
     the defaults. The formula is kept, for trained checkpoints depend on it. The remedy is to
     re-seed such codes from the batch (before the first step: all of them) with the three tensors in agreement, that is
-    cluster_size above zero and embed_avg = weight * cluster_size: `vqserve_server.training` does.
+    cluster_size above zero and embed_avg = weight * cluster_size: `vqserve_tools.training` does.
 
     Attributes:
         weight: (K, D) codes, standard normal at first.

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from support.engine_jobs import Jobs
 from vqserve.layout import Layout
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine import BatchFailed, EncodeJob, Engine
 from vqserve_server.errors import DeadlineExpired, DeviceBroken, Draining, InvalidOption, NonFiniteLatents, Overloaded
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engine_jobs import Jobs
 
 LAST = Layout.CHANNELS_LAST
 JOBS = Jobs()
@@ -350,6 +346,25 @@ def test_replies_are_sent_when_the_whole_batch_is_finished(
     for job in jobs:
         np.testing.assert_array_equal(JOBS.array(job), expected(job, tokenizer.codes))
     assert open_at_notify == [0] * 5
+
+
+def test_a_batch_is_counted_before_it_is_answered(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer)
+    plain, go_on = engine.stats.count, threading.Event()
+
+    def late(**counts: Any) -> None:
+        go_on.wait()
+        plain(**counts)
+
+    engine.stats.count = late  # type: ignore[method-assign]
+    (job,) = submit(engine, encode_job(tokenizer, 2))
+    tokenizer.wait_entered()
+    with pytest.raises(TimeoutError):
+        JOBS.result(job, timeout=0.2)
+    go_on.set()
+    JOBS.result(job)
+    assert (engine.stats.requests, engine.stats.rows) == (1, 2)
 
 
 def test_two_threads_have_two_batches_under_way(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from support.engine_jobs import Jobs
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine import EncodeJob, Job
 from vqserve_server.engine.scheduler import JobQueue
 from vqserve_server.errors import DeadlineExpired
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engine_jobs import Jobs
 
 JOBS = Jobs()
 

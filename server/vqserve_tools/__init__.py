@@ -1,0 +1,1 @@
+"""What makes and examines codebooks and serves none: import, inspection, training."""

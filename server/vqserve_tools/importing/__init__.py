@@ -1,0 +1,1 @@
+"""Codebooks that other projects trained: read from their checkpoints, converted and compared."""

@@ -1,0 +1,49 @@
+"""EnCodec, and what shares its keys: SpeechTokenizer, WavTokenizer; transformers' names too.
+
+Residual, by distance (Defossez et al. 2022, arXiv:2210.13438).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from vqserve_tools.importing.families.checkpoint import Checkpoint
+from vqserve_tools.importing.families.family import Family, Reading
+from vqserve_tools.importing.families.layers import layer_names, numbered, read_pair
+from vqserve_tools.importing.families.options import Options
+from vqserve_tools.importing.families.tables import Chain, Stage, residual
+from vqserve_tools.importing.foreign import ForeignArray
+
+# The original's name of a stage's codebook, and transformers'.
+_ANCHOR = re.compile(r"((?:.*\.)?)layers\.\d+\.(_codebook|codebook)\.embed")
+_BUFFERS = ("inited", "cluster_size", "embed", "embed_avg")
+_LAYERS = ("project_in", "project_out")
+
+
+def _places(arrays: Mapping[str, ForeignArray]) -> set[str]:
+    found = ((match, arrays[name]) for name in arrays if (match := _ANCHOR.fullmatch(name)))
+    # vector-quantize-pytorch once kept two axes too, under another name of what says whether k-means was run.
+    return {
+        match[1]
+        for match, array in found
+        if len(array.shape) == 2 and f"{match[0].removesuffix('embed')}initted" not in arrays
+    }
+
+
+def _read(checkpoint: Checkpoint, options: Options) -> Reading:
+    metric = options.metric_of("EnCodec", "l2")
+    options.decode_of("EnCodec", metric, "raw")
+    views = numbered(checkpoint, "layers", checkpoint.names())
+    codebook = "_codebook" if "_codebook.embed" in views[0] else "codebook"
+    stage_names = {f"{codebook}.{name}" for name in _BUFFERS} | layer_names(_LAYERS)
+    known = {f"layers.{number}.{name}" for number in range(len(views)) for name in stage_names}
+    checkpoint.check_known(known, modules=["layers"])
+    stages = [
+        Stage(view.floats(f"{codebook}.embed", rank=2, what="a codebook is (K, D)"), *read_pair(view, _LAYERS))
+        for view in views
+    ]
+    return residual(checkpoint, "EnCodec", [Chain(stages)], metric)
+
+
+FAMILY = Family("EnCodec (or SpeechTokenizer, WavTokenizer)", _places, _read)

@@ -1,0 +1,26 @@
+"""Finite scalar quantization: levels that no file holds, and perhaps projections that one does."""
+
+from __future__ import annotations
+
+from vqserve_server.errors import ForeignCheckpointError
+from vqserve_tools.importing.families.checkpoint import Checkpoint
+from vqserve_tools.importing.families.family import Reading
+from vqserve_tools.importing.families.grids import projections_to
+from vqserve_tools.importing.families.options import Options
+
+
+def read(checkpoint: Checkpoint, options: Options) -> Reading:
+    """Return the quantizer that the options describe, with the projections of a checkpoint, if it has any.
+
+    Raises:
+        ForeignCheckpointError: the levels were not said, or the checkpoint holds what is not held here.
+    """
+    if options.levels is None:
+        raise ForeignCheckpointError(
+            "--kind fsq needs --levels, as 8,8,8,5,5,5: no checkpoint holds them, its model's configuration does"
+        )
+    if options.bound is None:
+        checkpoint.note("the bound is atanh (vector-quantize-pytorch, Cosmos), as nothing else was said: see --bound")
+    arguments = {"levels": list(options.levels), "bound": options.bound or "atanh"}
+    sizes, tensors = projections_to(checkpoint, len(options.levels))
+    return Reading("finite scalar quantization", "fsq", {**arguments, **sizes}, tensors)

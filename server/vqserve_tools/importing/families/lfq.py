@@ -1,0 +1,76 @@
+"""Lookup-free quantization: bits that a mask of powers of two may tell, and perhaps projections.
+
+Its mask is the one sign that a checkpoint of vector-quantize-pytorch (most significant bit first) or Open-MAGVIT2
+(least significant first) can have; often there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vqserve_server.errors import ForeignCheckpointError
+from vqserve_server.quantizers.lfq import MAX_BITS, BitOrder
+from vqserve_tools.importing.families.checkpoint import Checkpoint, places_of
+from vqserve_tools.importing.families.family import Family, Reading
+from vqserve_tools.importing.families.grids import projections_to
+from vqserve_tools.importing.families.layers import layer_names
+from vqserve_tools.importing.families.options import Options
+from vqserve_tools.importing.foreign import ForeignArray
+
+_MASK = "mask"
+_NAMES = frozenset({_MASK} | layer_names(("project_in", "project_out")))
+
+
+def _places(arrays: Mapping[str, ForeignArray]) -> set[str]:
+    # Masks of all sorts bear the name: only one that is alone with projections is taken for what it may be.
+    return {
+        place
+        for place in places_of(arrays, _MASK)
+        if _is_mask(arrays[f"{place}{_MASK}"])
+        and all(name.removeprefix(place) in _NAMES for name in arrays if name.startswith(place))
+    }
+
+
+def _is_mask(array: ForeignArray) -> bool:
+    return array.dtype == "int64" and len(array.shape) == 1 and 2 <= array.shape[0] <= MAX_BITS
+
+
+def read(checkpoint: Checkpoint, options: Options) -> Reading:
+    """Return the quantizer that options and checkpoint describe.
+
+    Raises:
+        ForeignCheckpointError: the bits are not known, or the checkpoint says otherwise than the options.
+    """
+    masks = [place for place in places_of(checkpoint.names(), _MASK) if _is_mask(checkpoint.names()[f"{place}{_MASK}"])]
+    bits, order = _read_mask(checkpoint.at(masks[0])) if len(masks) == 1 else (None, None)
+    for flag, said, held in (("bits", options.bits, bits), ("bit-order", options.bit_order, order)):
+        if said is not None and held is not None and said != held:
+            raise checkpoint.refusal(f"its mask has {flag} {held}, not --{flag} {said}")
+    bits = bits if options.bits is None else options.bits
+    if bits is None:
+        raise ForeignCheckpointError("--kind lfq needs --bits: no checkpoint holds them, its configuration does")
+    order = options.bit_order or order
+    if order is None:
+        order = "big"
+        checkpoint.note(
+            "the bit order is big, the first channel the most significant bit (vector-quantize-pytorch), as nothing "
+            "else was said: Open-MAGVIT2 has --bit-order little"
+        )
+    if not options.spherical:
+        checkpoint.note("codes are -1 and 1; --spherical makes them of length one (binary spherical quantization)")
+    arguments = {"bits": bits, "bit_order": order, "spherical": options.spherical}
+    sizes, tensors = projections_to(checkpoint, bits)
+    return Reading("lookup-free quantization", "lfq", {**arguments, **sizes}, tensors)
+
+
+def _read_mask(checkpoint: Checkpoint) -> tuple[int | None, BitOrder | None]:
+    values = checkpoint.integers(_MASK, "a mask").tolist()
+    powers = [1 << bit for bit in range(len(values))]
+    if values == powers:
+        return len(values), "little"
+    if values == powers[::-1]:
+        return len(values), "big"
+    raise checkpoint.refusal(f"{checkpoint.prefix}{_MASK} does not hold powers of two: it is of no known bit order")
+
+
+FAMILY = Family("lookup-free quantization", _places, read)

@@ -1,0 +1,108 @@
+"""vector-quantize-pytorch by lucidrains: VectorQuantize, ResidualVQ, GroupedResidualVQ.
+
+Its cosine codebooks have the same keys as those that are searched by distance, so the metric is asked for. It decodes
+to rows as they are stored, for both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from vqserve_server.quantizers.residual_structure import Metric
+from vqserve_tools.importing.families.checkpoint import Checkpoint, shape_text
+from vqserve_tools.importing.families.family import Family, Floats, Reading
+from vqserve_tools.importing.families.layers import Layer, has_layer, layer_names, numbered, read_pair
+from vqserve_tools.importing.families.options import Options
+from vqserve_tools.importing.families.tables import Chain, Stage, residual, single
+from vqserve_tools.importing.foreign import ForeignArray
+
+_NAME = "vector-quantize-pytorch"
+_ANCHOR = re.compile(r"((?:.*?\.)??)((?:rvqs\.\d+\.)?(?:layers\.\d+\.)?_codebook\.)embed")
+_BUFFERS = tuple(f"_codebook.{name}" for name in ("initted", "cluster_size", "embed_avg", "embed"))
+_LAYERS = ("project_in", "project_out")
+_MODULES = ("_codebook", "layers", "rvqs", "mlps", *_LAYERS)
+_METRICS: tuple[Metric, ...] = ("l2", "cosine")
+
+
+def _places(arrays: Mapping[str, ForeignArray]) -> set[str]:
+    found = ((match, arrays[name]) for name in arrays if (match := _ANCHOR.fullmatch(name)))
+    return {
+        match[1]
+        for match, array in found
+        if len(array.shape) == 3 or (len(array.shape) == 2 and f"{match[1]}{match[2]}initted" in arrays)
+    }
+
+
+def _read(checkpoint: Checkpoint, options: Options) -> Reading:
+    metric = options.asked_metric(
+        checkpoint, f"a codebook of {_NAME}", "those by distance and those by cosine have the same keys", _METRICS
+    )
+    options.decode_of(_NAME, metric, "raw")
+    groups = numbered(checkpoint, "rvqs", checkpoint.names())
+    _check_names(checkpoint, groups)
+    if groups:
+        chains = [_chain(group) for group in groups]
+        return residual(checkpoint, f"{_NAME} GroupedResidualVQ", chains, metric, are_groups=True)
+    if numbered(checkpoint, "layers", checkpoint.names()):
+        return residual(checkpoint, f"{_NAME} ResidualVQ", [_chain(checkpoint)], metric)
+    return _vector_quantize(checkpoint, metric)
+
+
+def _vector_quantize(checkpoint: Checkpoint, metric: Metric) -> Reading:
+    heads = _heads(checkpoint)
+    family = f"{_NAME} VectorQuantize"
+    if len(heads) == 1:
+        layers = read_pair(checkpoint, _LAYERS)
+        _check_width(checkpoint, heads[0], layers[0])
+        return single(family, Stage(heads[0], *layers), metric)
+    if has_layer(checkpoint, "project_in"):
+        raise checkpoint.refusal(f"its {len(heads)} heads share one projection, which is not held here")
+    # Heads with codebooks of their own cut the channels as groups do.
+    return residual(checkpoint, family, [Chain([Stage(codes)]) for codes in heads], metric, are_groups=True)
+
+
+def _chain(checkpoint: Checkpoint) -> Chain:
+    stages = []
+    for view in numbered(checkpoint, "layers", checkpoint.names()):
+        heads = _heads(view)
+        if len(heads) > 1:
+            raise checkpoint.refusal(f"{view.prefix}_codebook.embed has {len(heads)} heads: a stage has one")
+        stages.append(Stage(heads[0]))
+    layers = read_pair(checkpoint, _LAYERS)
+    _check_width(checkpoint, stages[0].codes, layers[0])
+    return Chain(stages, *layers)
+
+
+def _heads(checkpoint: Checkpoint) -> list[Floats]:
+    embed = checkpoint.floats("_codebook.embed")
+    if embed.ndim == 2:
+        # Before it had heads.
+        embed = embed[None]
+    if embed.ndim != 3 or len(embed) == 0:
+        raise checkpoint.refusal(
+            f"{checkpoint.prefix}_codebook.embed has shape {shape_text(embed.shape)}: it should be (heads, K, D)"
+        )
+    return list(embed)
+
+
+def _check_width(checkpoint: Checkpoint, codes: Floats, layer: Layer | None) -> None:
+    width = codes.shape[1]
+    if layer is not None and layer.outputs != width:
+        raise checkpoint.refusal(
+            f"{checkpoint.prefix}project_in gives {layer.outputs} channels for codes of width {width}: several heads "
+            "that share a codebook are not held here"
+        )
+
+
+def _check_names(checkpoint: Checkpoint, groups: list[Checkpoint]) -> None:
+    names = {*_BUFFERS, *layer_names(_LAYERS)}
+    at = [""] if not groups else [group.prefix.removeprefix(checkpoint.prefix) for group in groups]
+    known = {f"{place}{name}" for place in at for name in names}
+    for place in at:
+        count = len(numbered(checkpoint.at(place), "layers", checkpoint.at(place).names()))
+        known |= {f"{place}layers.{number}.{name}" for number in range(count) for name in _BUFFERS}
+    checkpoint.check_known(known, modules=_MODULES)
+
+
+FAMILY = Family(_NAME, _places, _read)

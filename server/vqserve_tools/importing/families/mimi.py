@@ -1,0 +1,85 @@
+"""Mimi: a semantic and an acoustic residual quantizer of one input, as moshi and as transformers keep them.
+
+Their codebooks are not in the file, but the averages that they are quotients of (Defossez et al. 2024,
+arXiv:2410.00037).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from vqserve_tools.importing.families.checkpoint import Checkpoint, places_of
+from vqserve_tools.importing.families.family import Family, Floats, Reading
+from vqserve_tools.importing.families.layers import layer_names, numbered, read_pair
+from vqserve_tools.importing.families.options import Options
+from vqserve_tools.importing.families.tables import Chain, Stage, residual
+from vqserve_tools.importing.foreign import ForeignArray
+
+# First and rest, and where their stages and codebooks are: moshi's, then transformers'.
+_MODULES = (
+    (("rvq_first", "rvq_rest"), "vq.layers", "_codebook"),
+    (
+        ("semantic_residual_vector_quantizer", "acoustic_residual_vector_quantizer"),
+        "layers",
+        "codebook",
+    ),
+)
+_SUMS = ("embedding_sum", "embed_sum")
+_AVERAGES = (*_SUMS, "cluster_usage", "_initialized", "initialized")
+# As float32, in which both libraries compare.
+_LEAST_USAGE = np.float32(1e-5)
+
+
+def _anchors(first: str, layers: str, codebook: str) -> list[str]:
+    return [f"{first}.{layers}.0.{codebook}.{name}" for name in _SUMS]
+
+
+def _places(arrays: Mapping[str, ForeignArray]) -> set[str]:
+    return {
+        place
+        for (first, _), layers, codebook in _MODULES
+        for anchor in _anchors(first, layers, codebook)
+        for place in places_of(arrays, anchor)
+    }
+
+
+def _read(checkpoint: Checkpoint, options: Options) -> Reading:
+    metric = options.metric_of("Mimi", "l2")
+    options.decode_of("Mimi", metric, "raw")
+    parts, layers, codebook = next(
+        modules
+        for modules in _MODULES
+        if any(name in checkpoint for name in _anchors(modules[0][0], modules[1], modules[2]))
+    )
+    names = checkpoint.names()
+    chains, known = [], set[str]()
+    for part in parts:
+        view = checkpoint.at(f"{part}.")
+        views = numbered(view, layers, view.names())
+        if not views:
+            raise checkpoint.refusal(f"{checkpoint.prefix}{part} has no stages: Mimi's quantizer has two parts")
+        known |= {f"{part}.{name}" for name in layer_names(("input_proj", "output_proj"))}
+        known |= {f"{part}.{layers}.{i}.{codebook}.{name}" for i in range(len(views)) for name in _AVERAGES}
+        stages = [Stage(_codes(stage.at(f"{codebook}."))) for stage in views]
+        chains.append(Chain(stages, *read_pair(view, ("input_proj", "output_proj"))))
+    checkpoint.check_known(known, modules={name.partition(".")[0] for name in names if name.startswith(parts)})
+    return residual(checkpoint, "Mimi", chains, metric)
+
+
+def _codes(checkpoint: Checkpoint) -> Floats:
+    """Return sums / max(usage, 1e-5), each the float32 quotient, as the libraries compute it."""
+    sums_name = next((name for name in _SUMS if name in checkpoint), _SUMS[0])
+    sums = checkpoint.floats(sums_name, rank=2, what="it should be (K, D)")
+    usage = checkpoint.floats("cluster_usage", rank=1, what="it should be (K,)")
+    if len(usage) != len(sums):
+        raise checkpoint.refusal(f"{checkpoint.prefix}{sums_name} and cluster_usage do not belong together")
+    with np.errstate(over="ignore"):
+        codes: Floats = np.divide(sums, np.maximum(usage, _LEAST_USAGE)[:, None], dtype=np.float32)
+    if not np.isfinite(codes).all():
+        raise checkpoint.refusal(f"{checkpoint.prefix}{sums_name} / cluster_usage leaves float32's range")
+    return codes
+
+
+FAMILY = Family("Mimi", _places, _read)

@@ -1,0 +1,138 @@
+"""Readings of codebooks that are one table of codes, and of chains of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vqserve_server.codebooks.shapes import WEIGHT
+from vqserve_server.codebooks.state import USED
+from vqserve_server.quantizers.residual_structure import Metric
+from vqserve_tools.importing.families.checkpoint import Checkpoint, shape_text
+from vqserve_tools.importing.families.family import Floats, Reading
+from vqserve_tools.importing.families.layers import Layer
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A codebook and the projections around it.
+
+    Attributes:
+        codes: (K, D).
+        proj_in: to D channels, or None.
+        proj_out: from D channels, or None.
+    """
+
+    codes: Floats
+    proj_in: Layer | None = None
+    proj_out: Layer | None = None
+
+    def tensors(self, prefix: str = "") -> dict[str, Floats]:
+        """Return its part of a state dict."""
+        return {f"{prefix}{WEIGHT}": self.codes} | _projections(prefix, self.proj_in, self.proj_out)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Stages, each of which quantizes what those before it left.
+
+    Attributes:
+        stages: at least one.
+        proj_in: before the first, or None.
+        proj_out: of their sum, or None.
+    """
+
+    stages: Sequence[Stage]
+    proj_in: Layer | None = None
+    proj_out: Layer | None = None
+
+
+def single(
+    family: str,
+    stage: Stage,
+    metric: Metric,
+    *,
+    decode_normalized: bool = False,
+    used: npt.NDArray[np.int64] | None = None,
+) -> Reading:
+    """Return the reading of one codebook, of the kind that its metric and projections make it."""
+    codes, width = stage.codes.shape
+    tensors: dict[str, npt.NDArray[Any]] = {**stage.tensors()}
+    if used is not None:
+        tensors[USED] = used
+    inputs = None if stage.proj_in is None else stage.proj_in.inputs
+    outputs = None if stage.proj_out is None else stage.proj_out.outputs
+    if metric == "l2" and inputs is None:
+        sizes = {"n_e": codes, "e_dim": width, "embedding_weight_norm": False}
+        return Reading(family, "vq", sizes, tensors)
+    if metric == "l2":
+        sizes = {"n_codes": codes, "codebook_dim": width, "embedding_weight_norm": False}
+        return Reading(family, "vq_projection", {**sizes, "input_dim": inputs, "output_dim": outputs}, tensors)
+    arguments: dict[str, object] = {"n_e": codes, "e_dim": width, "input_dim": inputs, "output_dim": outputs}
+    if metric == "cosine":
+        arguments["decode_normalized"] = decode_normalized
+    return Reading(family, metric, arguments, tensors)
+
+
+def residual(
+    checkpoint: Checkpoint,
+    family: str,
+    chains: Sequence[Chain],
+    metric: Metric,
+    *,
+    decode_normalized: bool = False,
+    are_groups: bool = False,
+) -> Reading:
+    """Return the reading of chains of codebooks.
+
+    Args:
+        checkpoint: for messages.
+        family: for people.
+        chains: one; or several that share the channels as groups; or two that both see all channels.
+        metric: how every stage is searched.
+        decode_normalized: what a cosine stage decodes to.
+        are_groups: whether the chains are groups.
+
+    Raises:
+        ForeignCheckpointError: the stages are not all of one shape.
+    """
+    stages = [stage for chain in chains for stage in chain.stages]
+    shapes = sorted({stage.codes.shape for stage in stages})
+    if len(shapes) > 1:
+        listing = " and ".join(map(shape_text, shapes))
+        raise checkpoint.refusal(f"its stages have codebooks of different shapes, {listing}: one vocabulary is served")
+    [(codes, width)] = shapes
+    first = chains[0]
+    outer = width if stages[0].proj_in is None else stages[0].proj_in.inputs
+    channels = outer if first.proj_in is None else first.proj_in.inputs
+    tensors: dict[str, Floats] = {}
+    for part, chain in enumerate(chains):
+        tensors |= _projections(f"parts.{part}.", chain.proj_in, chain.proj_out)
+        for place, stage in enumerate(chain.stages):
+            tensors |= stage.tensors(f"parts.{part}.stages.{place}.")
+    arguments: Mapping[str, object] = {
+        "num_quantizers": len(stages),
+        "n_e": codes,
+        "e_dim": width,
+        "input_dim": channels * len(chains) if are_groups else channels,
+        "metric": metric,
+        "decode_normalized": decode_normalized,
+        "stage_projections": stages[0].proj_in is not None,
+        "inner_dim": None if first.proj_in is None else first.proj_in.outputs,
+        "groups": len(chains) if are_groups else 1,
+        "first_quantizers": len(first.stages) if len(chains) > 1 and not are_groups else 0,
+        "layout": "channels_first",
+    }
+    return Reading(family, "rvq", arguments, tensors)
+
+
+def _projections(prefix: str, proj_in: Layer | None, proj_out: Layer | None) -> dict[str, Floats]:
+    tensors: dict[str, Floats] = {}
+    for name, layer in (("proj_in", proj_in), ("proj_out", proj_out)):
+        if layer is not None:
+            tensors |= {f"{prefix}{name}.weight": layer.weight, f"{prefix}{name}.bias": layer.bias}
+    return tensors

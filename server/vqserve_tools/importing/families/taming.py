@@ -1,0 +1,137 @@
+"""State dicts with the names of taming-transformers and sgm, which many models share.
+
+Latent diffusion, diffusers' VQModel, aMUSEd, Chameleon and Emu3 search such a codebook by distance, TiTok some of them
+by cosine, IBQ by dot product: the name `quantize.embedding.weight` alone does not tell. sgm's own is
+`regularization.embedding.weight`, by distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+
+from vqserve_server.codebooks.shapes import DIRECTION, NORM, WEIGHT
+from vqserve_server.codebooks.state import LEGACY_NAMES, USED
+from vqserve_tools.importing.families.checkpoint import Checkpoint, places_of
+from vqserve_tools.importing.families.family import Family, Reading
+from vqserve_tools.importing.families.layers import Layer, layer_names, read_layer
+from vqserve_tools.importing.families.options import Options
+from vqserve_tools.importing.families.tables import Stage, single
+from vqserve_tools.importing.foreign import ForeignArray
+
+_DIRECTIONS = (*(name for name in LEGACY_NAMES if LEGACY_NAMES[name] == DIRECTION), DIRECTION)
+# The names by which a codebook shows itself.
+CODES = (WEIGHT, *_DIRECTIONS)
+_AVERAGES = ("embedding.cluster_size", "embedding.embed_avg")
+_LAYERS = ("proj_in", "proj_out")
+_PROJECTIONS = tuple(f"{layer}.{name}" for layer in _LAYERS for name in ("weight", "bias"))
+_KNOWN = frozenset({*CODES, *LEGACY_NAMES, NORM, *_AVERAGES, *_PROJECTIONS, USED})
+# Where these models keep it: taming's, sgm's, and a quantizer's own state dict.
+_MODULES = ("quantize.", "regularization.", "")
+WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
+
+_NAME = "a quantizer of taming-transformers or sgm"
+_WHY = (
+    "taming-transformers, latent diffusion, diffusers and Chameleon search these keys by l2, TiTok's 12-channel models "
+    "by cosine, IBQ by dot"
+)
+_OUR_WHY = "VectorQuantizer, CosineQuantizer and DotQuantizer have the same keys"
+# TiTok's, of codes that training clusters.
+_CLUSTERING = "embed_prob"
+
+
+def _places(arrays: Mapping[str, ForeignArray]) -> set[str]:
+    places = {place for name in CODES for place in places_of(arrays, name)}
+    return {place for place in places if place == "" or place.endswith((".quantize.", ".regularization."))} | (
+        places & set(_MODULES)
+    )
+
+
+def _read(checkpoint: Checkpoint, options: Options) -> Reading:
+    model = _model(checkpoint)
+    checkpoint.check_known(_KNOWN | ({_CLUSTERING} if model == "TiTok" else set()))
+    names = set(checkpoint.names()) & _KNOWN
+    if names <= {WEIGHT, USED, *_PROJECTIONS}:
+        return _bare(checkpoint, options, model)
+    options.metric_of("a quantizer with these keys", "l2")
+    options.decode_of("a quantizer with these keys", "l2", "raw")
+    tensors: dict[str, npt.NDArray[Any]] = {
+        name: _remap(checkpoint) if name == USED else checkpoint.floats(name) for name in sorted(names)
+    }
+    kind, sizes = _kind_and_sizes(checkpoint, tensors)
+    return Reading(_NAME, kind, sizes, tensors)
+
+
+def _bare(checkpoint: Checkpoint, options: Options, model: str) -> Reading:
+    if model == "Emu3" or f".{checkpoint.prefix}".endswith(".regularization."):
+        metric = options.metric or "l2"
+    else:
+        why = _WHY if f".{checkpoint.prefix}".endswith(".quantize.") else _OUR_WHY
+        metric = options.asked_metric(checkpoint, f"{checkpoint.prefix}{WEIGHT}", why)
+    if model == "TiTok":
+        decode_normalized = options.decode_of(model, metric, "normalized")
+    else:
+        decode_normalized = options.asked_decode(checkpoint, f"{checkpoint.prefix}{WEIGHT}", metric)
+    codes = checkpoint.floats(WEIGHT, rank=2, what="the codebook must be (K, D)")
+    used = _remap(checkpoint) if USED in checkpoint else None
+    _tell_of_average(checkpoint, metric)
+    stage = Stage(codes, *(_layer(checkpoint, name) for name in _LAYERS))
+    return single(model, stage, metric, decode_normalized=decode_normalized, used=used)
+
+
+def _layer(checkpoint: Checkpoint, name: str) -> Layer | None:
+    return read_layer(checkpoint, name) if layer_names([name]) & set(checkpoint.names()) else None
+
+
+def _remap(checkpoint: Checkpoint) -> npt.NDArray[Any]:
+    return checkpoint.integers(USED, "a remap")
+
+
+def _model(checkpoint: Checkpoint) -> str:
+    """Return whose checkpoint it is, as far as what stands beside the quantizer tells."""
+    outside = checkpoint.prefix.removesuffix("quantize.")
+    first = checkpoint.arrays.get(f"{outside}quant_conv.conv.weight")
+    if first is not None and len(first.shape) == 5:
+        return "Emu3"
+    return "TiTok" if f"{outside}latent_tokens" in checkpoint.arrays else _NAME
+
+
+def _tell_of_average(checkpoint: Checkpoint, metric: str) -> None:
+    # Latent diffusion's LitEma takes the dots out of the names.
+    outside = checkpoint.prefix.removesuffix("quantize.")
+    place = checkpoint.prefix.removeprefix(outside)
+    average = f"{outside}model_ema.{f'{place}{WEIGHT}'.replace('.', '')}"
+    if average in checkpoint.arrays:
+        checkpoint.note(f"{average} is a moving average of what was taken: --key {average} --metric {metric} takes it")
+
+
+def _kind_and_sizes(checkpoint: Checkpoint, tensors: Mapping[str, npt.NDArray[Any]]) -> tuple[str, dict[str, object]]:
+    """Return the kind that has these tensors, and the sizes that they say; what does not fit is found later."""
+    weight = next(name for name in CODES if name in tensors)
+    codes, width = _lengths(checkpoint, tensors, weight)
+    if set(_AVERAGES) & set(tensors):
+        return "ema", {"n_embed": codes, "embedding_dim": width}
+    normed = {"embedding_weight_norm": weight != WEIGHT}
+    if "proj_in.weight" in tensors:
+        out = _lengths(checkpoint, tensors, "proj_out.weight")[0] if "proj_out.weight" in tensors else None
+        inner = _lengths(checkpoint, tensors, "proj_in.weight")[1]
+        return "vq_projection", {
+            "input_dim": inner,
+            "n_codes": codes,
+            "codebook_dim": width,
+            "output_dim": out,
+            **normed,
+        }
+    return "vq", {"n_e": codes, "e_dim": width, **normed}
+
+
+def _lengths(checkpoint: Checkpoint, tensors: Mapping[str, npt.NDArray[Any]], name: str) -> tuple[int, int]:
+    shape = tensors[name].shape
+    if len(shape) != 2:
+        raise checkpoint.refusal(f"tensor {name!r} has shape {list(shape)}: it must have two axes")
+    return shape[0], shape[1]
+
+
+FAMILY = Family("taming-transformers or sgm", _places, _read)

@@ -1,0 +1,228 @@
+"""Foreign checkpoints to quantizers, where nothing has to be guessed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from vqserve import __version__
+from vqserve_server.codebooks.arguments import ARGUMENTS, ArgumentError, check_arguments
+from vqserve_server.codebooks.conversion import build
+from vqserve_server.codebooks.safetensors_file import dtype_name
+from vqserve_server.codebooks.state import CodebookState, StateError, canonical_names, check_claims, check_values
+from vqserve_server.errors import ForeignCheckpointError
+from vqserve_server.quantizers import AbstractQuantizer, Quantizer, ResidualQuantizer
+from vqserve_server.search.duplicates import first_of_equals
+from vqserve_tools.importing.families import FAMILIES, Family, bare, fsq, lfq, taming
+from vqserve_tools.importing.families.checkpoint import Checkpoint, listed, places_of, shape_text
+from vqserve_tools.importing.families.family import Reading
+from vqserve_tools.importing.families.options import Options
+from vqserve_tools.importing.families.taming import CODES, WRAPPERS
+from vqserve_tools.importing.foreign import UNNAMED, ForeignArray, open_foreign
+
+# Kinds that need no checkpoint, and the readers of what one may hold of them.
+_WITHOUT_CODES = {"fsq": fsq.read, "lfq": lfq.read}
+# The convolution between an autoencoder's encoder and its quantizer, beside which it is.
+_BEFORE = "quant_conv"
+# The ends by which a codebook shows itself in a model's state dict.
+_ENDINGS = (*CODES, "embed.weight")
+
+
+@dataclass(frozen=True)
+class Import:
+    """What an import took, what it left, and the quantizer that it made.
+
+    Attributes:
+        quantizer: on the CPU, in eval mode.
+        family: whose checkpoint it was, for people.
+        kind: of the quantizer.
+        arguments: of its constructor.
+        taken: names in the checkpoint, with shape and element type.
+        left: the other names in the checkpoint.
+        place: the prefix under which the quantizer was found.
+        notes: what else a person should know.
+        provenance: for `save_codebook`.
+    """
+
+    quantizer: Quantizer
+    family: str
+    kind: str
+    arguments: Mapping[str, object]
+    taken: Mapping[str, str]
+    left: tuple[str, ...]
+    place: str
+    notes: tuple[str, ...]
+    provenance: Mapping[str, object]
+
+
+def import_checkpoint(source: str | Path | None, options: Options | None = None) -> Import:
+    """Make a quantizer of a foreign checkpoint.
+
+    Args:
+        source: .npy, .npz, .safetensors, or a torch file (.pt, .pth, .ckpt, .bin, .th); None: options say all.
+        options: what keys do not tell; None: nothing was said.
+
+    Raises:
+        ForeignCheckpointError: one line with the reason and the way out.
+    """
+    options = options or Options()
+    path = None if source is None else Path(source)
+    with _opened(path, options) as checkpoint:
+        place, reading = _read(checkpoint, options)
+        ledger = checkpoint.ledger
+        left = tuple(name for name in checkpoint.arrays if (name or "array") not in ledger.taken)
+    options.check_use(reading.kind)
+    state = _state(checkpoint, reading, options)
+    quantizer = build(state)
+    _tell_of_latents(checkpoint, place, left)
+    _tell_of_duplicates(checkpoint, quantizer)
+    provenance: dict[str, object] = {
+        "importer": f"vqserve {__version__}",
+        "family": reading.family,
+        "tensors": list(ledger.taken),
+        "notes": ledger.notes,
+    }
+    if path is not None:
+        with path.open("rb") as file:
+            provenance |= {"source": path.name, "source_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    if options.metric is not None:
+        provenance["metric"] = options.metric
+    return Import(
+        quantizer=quantizer,
+        family=reading.family,
+        kind=state.kind,
+        arguments=state.arguments,
+        taken=ledger.taken,
+        left=left,
+        place=place,
+        notes=tuple(ledger.notes),
+        provenance=provenance,
+    )
+
+
+@contextmanager
+def _opened(path: Path | None, options: Options) -> Iterator[Checkpoint]:
+    if path is not None:
+        with open_foreign(path) as arrays:
+            yield Checkpoint(path.name, arrays)
+        return
+    if options.kind not in _WITHOUT_CODES:
+        raise ForeignCheckpointError("name a file to import: only --kind fsq and --kind lfq can do without")
+    yield Checkpoint(f"--kind {options.kind}", {})
+
+
+def _read(checkpoint: Checkpoint, options: Options) -> tuple[str, Reading]:
+    """Return the place of the quantizer and what its family makes of it."""
+    unnamed = UNNAMED in checkpoint.arrays
+    if unnamed and (options.keys or options.prefix):
+        raise checkpoint.refusal("it holds one array without a name: leave --key and --prefix out")
+    reader = _WITHOUT_CODES.get(options.kind or "")
+    if options.keys or (unnamed and reader is None):
+        for number, key in enumerate(options.keys):
+            if key not in checkpoint.arrays:
+                raise checkpoint.refusal(f"there is no array {key!r}; {_candidates(checkpoint.arrays)}")
+            if key in options.keys[:number]:
+                raise checkpoint.refusal(f"--key {key} is there twice: stages that share a codebook hold it twice")
+        return "", bare.read(checkpoint, options)
+    prefix = options.prefix if not options.prefix or options.prefix.endswith(".") else f"{options.prefix}."
+    within = checkpoint.at(prefix or _wrapper(checkpoint.arrays))
+    if reader is not None:
+        return within.prefix, reader(within, options)
+    family, place = _found(within)
+    found = within.at(place)
+    return found.prefix, family.read(found, options)
+
+
+def _wrapper(names: Mapping[str, ForeignArray]) -> str:
+    """Return what wrappers of a model have put in front of all names."""
+    prefix = ""
+    while inner := next((name for name in WRAPPERS if names and all(n.startswith(prefix + name) for n in names)), ""):
+        prefix += inner
+    return prefix
+
+
+def _found(checkpoint: Checkpoint) -> tuple[Family, str]:
+    """Return the family whose keys there are, and the place below the prefix.
+
+    Raises:
+        ForeignCheckpointError: there are none, or those of several quantizers.
+    """
+    names = checkpoint.names()
+    found: dict[str, Family] = {}
+    for family in FAMILIES:
+        for place in sorted(family.places(names)):
+            found.setdefault(place, family)
+    if len(found) > 1 and found.get("") is taming.FAMILY:
+        # A quantizer at the root shares it with nothing else: there it is a language model's embedding.
+        del found[""]
+    if len(found) > 1:
+        choices = [f"--prefix {checkpoint.prefix}{place} ({family.name})" for place, family in found.items()]
+        raise checkpoint.refusal(f"it holds several quantizers: choose one by {listed(choices)}")
+    if not found:
+        where = f"under {checkpoint.prefix!r}" if checkpoint.prefix else "at its root"
+        raise checkpoint.refusal(f"there is no quantizer {where}; {_candidates(checkpoint.arrays)}")
+    [(place, family)] = found.items()
+    return family, place
+
+
+def _candidates(arrays: Mapping[str, ForeignArray]) -> str:
+    """Return what --prefix or --key could name, in one line."""
+    prefixes = {place for ending in _ENDINGS for place in places_of(arrays, ending)} - {""}
+    if prefixes:
+        return f"try --prefix {listed(sorted(prefixes))}, or --key with the name of the codebook's array"
+    matrices = sorted(f"{name} {shape_text(array.shape)}" for name, array in arrays.items() if len(array.shape) == 2)
+    if matrices:
+        return f"name the codebook's array by --key: {listed(matrices)}"
+    stacks = sorted(f"{name} {shape_text(array.shape)}" for name, array in arrays.items() if len(array.shape) == 3)
+    if stacks:
+        return f"name a residual codebook's array by --key, with --kind rvq: {listed(stacks)}"
+    return (
+        "it has no array of two axes: for finite scalar or lookup-free quantization, which have no codebook, pass "
+        "--kind fsq --levels or --kind lfq --bits"
+    )
+
+
+def _state(checkpoint: Checkpoint, reading: Reading, options: Options) -> CodebookState:
+    kind, known = reading.kind, ARGUMENTS[reading.kind]
+    given = dict(reading.arguments)
+    if "unknown_index" in known:
+        given["unknown_index"] = options.unknown_index
+    if options.layout is not None:
+        given["layout"] = str(options.layout)
+    try:
+        names = canonical_names(set(reading.tensors))
+        arguments = check_arguments(kind, given)
+        tensors = {names[name]: array for name, array in reading.tensors.items()}
+        check_claims(kind, arguments, {name: (dtype_name(array.dtype), array.shape) for name, array in tensors.items()})
+        state = CodebookState(kind, arguments, tensors)
+        check_values(state)
+    except (ArgumentError, StateError) as error:
+        raise checkpoint.refusal(str(error)) from None
+    return state
+
+
+def _tell_of_latents(checkpoint: Checkpoint, place: str, left: Sequence[str]) -> None:
+    outside = "".join(place.removesuffix(".").rpartition(".")[:2])
+    for name in left:
+        before, found, _ = f".{name}".partition(f".{_BEFORE}.")
+        if found and name.startswith(outside):
+            layer = f"{before}.{_BEFORE}".removeprefix(".")
+            checkpoint.note(f"{layer} was left: latents to encode are what comes out of it")
+            return
+
+
+def _tell_of_duplicates(checkpoint: Checkpoint, quantizer: Quantizer) -> None:
+    parts = quantizer.codebooks() if isinstance(quantizer, ResidualQuantizer) else [quantizer]
+    count = 0
+    for part in parts:
+        if isinstance(part, AbstractQuantizer):
+            # What is searched, not what is stored: by cosine the length of a code makes no difference.
+            problem = part.search_problem()
+            firsts = first_of_equals(problem.codes, problem.bias)
+            count += 0 if firsts is None else len(problem.codes) - len(firsts)
+    if count:
+        what = "code is a duplicate" if count == 1 else "codes are duplicates"
+        checkpoint.note(f"{count} {what}: the lowest index of equal codes is the one that is used")

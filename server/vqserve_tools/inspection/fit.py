@@ -1,0 +1,214 @@
+"""How a codebook fits latents."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vqserve.layout import wrong_channels
+from vqserve_server.errors import InvalidShape, TokenBeyondRange
+from vqserve_server.quantizers import AbstractQuantizer, FrozenQuantizer, GumbelQuantizer, Quantizer, freeze
+from vqserve_server.search import SearchCounts
+from vqserve_tools.inspection.comparison import Comparison, is_comparable
+from vqserve_tools.inspection.error import ErrorTally, QuantizationError, stages_to_compare
+from vqserve_tools.inspection.rounding import DTYPES, Rounded, RoundingTally
+from vqserve_tools.inspection.usage import Usage, UsageTally
+from vqserve_tools.latent_file import LatentRows
+from vqserve_tools.progress import progress_of
+
+_ELEMENTS_AT_ONCE = 1 << 22
+_MOST_ROWS_AT_ONCE = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """What was read.
+
+    Attributes:
+        shape: of the array.
+        dtype: of its elements.
+        layout: of the array.
+        tokens: how many there are.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rechecked:
+    """What the exact search did for one of a token's indices.
+
+    Attributes:
+        rows: that were searched.
+        float64: that the fast pass left open.
+        beyond_float64: that float64 left open as well.
+    """
+
+    rows: int
+    float64: int
+    beyond_float64: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A codebook's figures on latents, all of them about codes, whatever a remap reports for them.
+
+    Attributes:
+        latents: what was read.
+        device: where they were encoded.
+        backend: by which search; "none" where nothing is searched.
+        usage: of the codes, for each of a token's indices.
+        rechecked: by the search, for each of a token's indices; empty where nothing is searched.
+        outside_remap: tokens whose code is not in the remap; None without one, and where codes outside do not compete.
+        error: what quantization takes away; None where codes do not approximate latents.
+        rounded: what rounding to "float16" and "bfloat16" would change.
+    """
+
+    latents: Latents
+    device: str
+    backend: str
+    usage: tuple[Usage, ...]
+    rechecked: tuple[Rechecked, ...]
+    outside_remap: int | None
+    error: QuantizationError | None
+    rounded: dict[str, Rounded]
+
+
+class FitTally:
+    """Encodes latents, piece by piece, and keeps count.
+
+    Attributes:
+        rows_at_once: how many tokens make a piece.
+        usage: of the codes, for each of a token's indices.
+        error: what quantization takes away; None where codes do not approximate latents.
+    """
+
+    def __init__(self, quantizer: Quantizer, frozen: FrozenQuantizer) -> None:
+        """Take a quantizer and its frozen form."""
+        self._in_remap: npt.NDArray[np.bool_] | None = None
+        # Under a remap of a Gumbel quantizer only the codes in it compete, and their positions name them.
+        if isinstance(quantizer, AbstractQuantizer) and not isinstance(quantizer, GumbelQuantizer):
+            quantizer, self._in_remap = _without_remap(quantizer)
+            if self._in_remap is not None:
+                frozen = freeze(quantizer, device=frozen.device)
+        self._frozen = frozen
+        widest = max(frozen.input_dim, frozen.code_dim, frozen.output_dim)
+        self.rows_at_once = max(1, min(_MOST_ROWS_AT_ONCE, _ELEMENTS_AT_ONCE // widest))
+        self._num_codes = _count_codes(quantizer)
+        count = frozen.num_quantizers
+        self.usage = [UsageTally(frozen.decodable) for _ in range(count)]
+        self._searches = [SearchCounts() for _ in range(count)]
+        self._comparison = Comparison(quantizer, frozen) if is_comparable(quantizer) else None
+        self.error = None
+        if self._comparison is not None:
+            self.error = ErrorTally(self._comparison.name, stages_to_compare(count))
+        self._rounding = {name: RoundingTally(quantizer, frozen, dtype) for name, dtype in DTYPES.items()}
+        self._outside_remap = 0
+
+    @torch.no_grad()
+    def add(self, chunk: npt.NDArray[Any]) -> None:
+        """Count tokens.
+
+        Args:
+            chunk: (n, C) float32 or float64, finite.
+
+        Raises:
+            NonFiniteLatents: a token leaves float32's range on its way to the codes.
+        """
+        rows = torch.from_numpy(chunk).to(self._frozen.device)
+        found = self._frozen.encode_rows(rows, counts=self._searches)
+        indices = found.reshape(len(rows), -1)
+        for place, tally in enumerate(self.usage):
+            ids = indices[:, place].cpu().numpy()
+            tally.add(ids)
+            if self._in_remap is not None:
+                self._outside_remap += int(np.count_nonzero(~self._in_remap[ids]))
+        if self._comparison is not None and self.error is not None:
+            firsts = [found if found.ndim == 1 else found[:, :count] for count in self.error.stages]
+            self.error.add(self._comparison.wanted(rows), [self._comparison.found(first) for first in firsts])
+        for rounding in self._rounding.values():
+            rounding.add(rows, indices)
+
+    def fit(self, rows: LatentRows) -> Fit:
+        """Return the figures of these latents, of which all were added."""
+        frozen = self._frozen
+        is_searched = frozen.search_backend != "none"
+        return Fit(
+            latents=Latents(
+                shape=rows.array.shape, dtype=rows.array.dtype.name, layout=str(rows.layout), tokens=len(rows)
+            ),
+            device=str(frozen.device),
+            backend=frozen.search_backend,
+            usage=tuple(Usage.of(tally.counts(), self._num_codes) for tally in self.usage),
+            rechecked=tuple(
+                Rechecked(rows=counts.rows, float64=counts.rechecked, beyond_float64=counts.arbitrated)
+                for counts in self._searches
+                if is_searched
+            ),
+            outside_remap=None if self._in_remap is None else self._outside_remap,
+            error=None if self.error is None else self.error.error(),
+            rounded={name: rounding.rounded() for name, rounding in self._rounding.items()},
+        )
+
+
+def check_latents(rows: LatentRows, quantizer: Quantizer) -> None:
+    """Refuse latents that the quantizer does not take, in one pass over them.
+
+    Raises:
+        InvalidShape: another channel count, or no tokens.
+        NonFiniteLatents: NaN or infinity; names the first one's position.
+    """
+    if rows.dim != quantizer.input_dim:
+        raise InvalidShape(wrong_channels(rows.array.shape, rows.layout, quantizer.input_dim))
+    if len(rows) == 0:
+        raise InvalidShape(f"latents of shape {rows.array.shape} hold no tokens")
+    rows.check_finite()
+
+
+def measure_fit(tally: FitTally, rows: LatentRows, *, progress: bool = False) -> Fit:
+    """Add all rows, and return the figures.
+
+    Args:
+        tally: that nothing was added to.
+        rows: that `check_latents` lets pass.
+        progress: tell on stderr how far it is.
+
+    Raises:
+        TokenBeyondRange: a token leaves float32's range on its way to the codes; names it.
+    """
+    done = 0
+    with progress_of("encoding", len(rows), "token", shown=progress) as told:
+        for chunk in rows.chunks(tally.rows_at_once):
+            try:
+                tally.add(chunk)
+            except TokenBeyondRange as error:
+                raise TokenBeyondRange(error.text, done + error.row, rows.grid) from None
+            done += len(chunk)
+            told.update(len(chunk))
+    return tally.fit(rows)
+
+
+def _without_remap(quantizer: AbstractQuantizer) -> tuple[AbstractQuantizer, npt.NDArray[np.bool_] | None]:
+    """Return a quantizer that reports full ids, and which codes (K,) its remap has; None: there is none."""
+    if quantizer.used is None:
+        return quantizer, None
+    in_remap = np.zeros(quantizer.num_codes, bool)
+    in_remap[quantizer.used.cpu().numpy()] = True
+    plain = copy.deepcopy(quantizer)
+    plain.drop_remap()
+    return plain, in_remap
+
+
+def _count_codes(quantizer: Quantizer) -> int:
+    """Return how many codes a token can have."""
+    if isinstance(quantizer, GumbelQuantizer) and quantizer.used is not None:
+        return int(torch.unique(quantizer.used).numel())
+    return quantizer.num_codes

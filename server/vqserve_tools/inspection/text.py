@@ -1,0 +1,175 @@
+"""A report as lines for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Iterator
+
+from vqserve_server.console import printable
+from vqserve_tools.inspection.error import QuantizationError
+from vqserve_tools.inspection.fit import Fit
+from vqserve_tools.inspection.report import CodeFigures, Neighbours, Norms, Report
+from vqserve_tools.inspection.rounding import Changed
+from vqserve_tools.inspection.usage import Usage, UsageBin
+
+# The longest argument's name fits; a provenance's may be of any length.
+_NAME_COLUMNS = 32
+_LEAST_VALUE_COLUMNS = 20
+# Of `_stage`; medians.
+_STAGE_HEAD = f"{'norm':>9} {'neighbour':>9} {'duplicates':>10}"
+_Line = tuple[str, str]
+
+
+def as_text(report: Report, columns: int = 120) -> str:
+    """Return lines of about so many columns; what the file says of itself is cut to one each, JSON has all of it."""
+    figures = [*_figures(report), *(() if report.fit is None else _fit(report, report.fit))]
+    width = max(len(name) for name, _ in figures)
+    left = max(columns - width - 2, _LEAST_VALUE_COLUMNS)
+    lines = [line for name, value in figures for line in _wrapped(name, value, width, left)]
+
+    own = [
+        (_cut(printable(f"{what} {name}"), _NAME_COLUMNS), _plain(value))
+        for what, values in (("argument", report.arguments), ("provenance", report.provenance))
+        for name, value in values.items()
+    ]
+    width = max(len(name) for name, _ in own)
+    left = max(columns - width - 2, _LEAST_VALUE_COLUMNS)
+    lines += [f"{name:{width}}  {_cut(printable(value), left)}" for name, value in own]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _plain(value: object) -> str:
+    """Return text as it is, and anything else as the file has it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _wrapped(name: str, value: str, width: int, columns: int) -> list[str]:
+    # A digest is left whole on a terminal of any width.
+    parts = textwrap.wrap(value, columns, break_long_words=False, break_on_hyphens=False)
+    return [f"{first:{width}}  {part}" for first, part in zip([name, *[""] * len(parts)], parts, strict=False)]
+
+
+def _figures(report: Report) -> Iterator[_Line]:
+    yield "kind", report.kind
+    yield "digest", report.digest
+    yield "codes", f"{report.num_codes} of width {report.code_dim}, {report.dtype}"
+    yield "vocabulary", str(report.vocab_size)
+    yield "indices", f"{report.num_quantizers} for a token"
+    layout = report.layout or "layout by the number of axes"
+    yield "channels", f"{report.input_dim} in, {report.output_dim} out, {layout}"
+    computed = "none: the codes are computed"
+    yield "norms", computed if report.norms is None else _spread(report.norms)
+    yield "neighbours", computed if report.norms is None else _neighbours(report)
+    if report.norms is not None:
+        yield "duplicates", f"{report.duplicates} (codes equal to an earlier one)"
+    if report.dead_looking is not None:
+        dead = f"{report.dead_looking} of {report.num_codes}"
+        yield "dead-looking", f"{dead} ({report.dead_looking_means})"
+    yield "search", ", ".join(f"{backend} on {device}" for device, backend in report.search.items())
+    if report.stages and report.fit is None:
+        yield "stage", _STAGE_HEAD
+        for number, stage in enumerate(report.stages, 1):
+            yield f"{number:5}", _stage(stage)
+
+
+def _fit(report: Report, fit: Fit) -> Iterator[_Line]:
+    shape, read = " x ".join(map(str, fit.latents.shape)), fit.latents
+    yield "latents", f"{read.tokens} tokens: {shape} {read.dtype}, {read.layout}, encoded on {fit.device}"
+    if len(fit.usage) == 1:
+        yield from _usage(fit.usage[0])
+    else:
+        bits, most = sum(usage.bits for usage in fit.usage), math.log2(report.num_codes) * len(fit.usage)
+        yield "entropy", f"{bits:.2f} of {most:.2f} bits a token, each index for itself"
+    if fit.outside_remap is not None:
+        outside = _share(fit.outside_remap, read.tokens)
+        yield "outside remap", f"{outside} of the tokens; all figures are about their own codes"
+    yield from _error(fit.error)
+    for dtype, rounded in fit.rounded.items():
+        parts = ("latents", rounded.latents), ("codebook", rounded.codebook), ("both", rounded.both)
+        changes = "; ".join(f"{what} {_changed(changed, read.tokens)}" for what, changed in parts)
+        yield f"in {dtype}", f"tokens change: {changes}"
+    yield from _rechecked(fit)
+    if report.stages:
+        yield "stage", f"{_STAGE_HEAD} {'used':>7} {'bits':>6} {'float16':>9} {'float64':>9}"
+        for number, (stage, usage, rechecked) in enumerate(zip(report.stages, fit.usage, fit.rechecked, strict=True)):
+            both = fit.rounded["float16"].both
+            changed = "-" if both is None else _percent(both.indices[number], read.tokens)
+            searched_again = _percent(rechecked.float64, rechecked.rows)
+            line = f"{_stage(stage)} {usage.used:7} {usage.bits:6.2f} {changed:>9} {searched_again:>9}"
+            yield f"{number + 1:5}", line
+
+
+def _usage(usage: Usage) -> Iterator[_Line]:
+    largest = f"the most used one has {100 * usage.largest_share:.3g} % of the tokens"
+    yield "usage", f"{_share(usage.used, usage.codes)} of the codes, {usage.dead} dead; {largest}"
+    share = f"{100 * usage.share:.3g} % of {usage.codes}"
+    yield "perplexity", f"{usage.perplexity:.6g}, {share}: {usage.bits:.2f} of {math.log2(usage.codes):.2f} bits"
+    bins = [f"{one.codes} with {_range(one)}" for one in usage.histogram if one.codes]
+    yield "codes by use", f"{', '.join(bins)} tokens"
+
+
+def _range(one: UsageBin) -> str:
+    return str(one.least) if one.most == one.least else f"{one.least} to {one.most}"
+
+
+def _error(error: QuantizationError | None) -> Iterator[_Line]:
+    if error is None:
+        yield "error", "none: these codes do not approximate latents"
+        return
+    of_variance = "" if error.relative is None else f", {100 * error.relative:.3g} % of the variance"
+    snr = "" if error.snr_db is None else f", SNR {error.snr_db:.2f} dB"
+    yield "error", f"{error.mean_squared:.6g} mean squared{of_variance}{snr} ({error.compared})"
+    distance = error.distance
+    yield "distance", f"p50 {distance.p50:.4g}, p90 {distance.p90:.4g}, p99 {distance.p99:.4g}, max {distance.max:.4g}"
+    if error.by_stages:
+        known = [one for one in error.by_stages if one.snr_db is not None]
+        yield "SNR in dB", ", ".join(f"{one.snr_db:.2f} with {one.num_quantizers}" for one in known)
+
+
+def _rechecked(fit: Fit) -> Iterator[_Line]:
+    if not fit.rechecked:
+        yield "re-checked", "none: nothing is searched"
+        return
+    rows = sum(one.rows for one in fit.rechecked)
+    float64 = _share(sum(one.float64 for one in fit.rechecked), rows)
+    beyond = _share(sum(one.beyond_float64 for one in fit.rechecked), rows)
+    yield "re-checked", f"{float64} of the searched rows in float64, {beyond} beyond; {fit.backend} on {fit.device}"
+
+
+def _changed(changed: Changed | None, tokens: int) -> str:
+    if changed is None:
+        return "out of range"
+    lost = f", {changed.lost} out of range" if changed.lost else ""
+    return _share(changed.tokens, tokens) + lost
+
+
+def _stage(stage: CodeFigures) -> str:
+    neighbour = "-" if stage.neighbours is None else f"{stage.neighbours.median:.4g}"
+    return f"{stage.norms.median:9.4g} {neighbour:>9} {stage.duplicates:10}"
+
+
+def _neighbours(report: Report) -> str:
+    found = report.neighbours
+    if found is None:
+        return "none: there is one code"
+    all_codes = report.num_codes * max(1, len(report.stages))
+    drawn = "" if found.codes == all_codes else f", from {found.codes} codes that were drawn"
+    return f"{_spread(found)} (distance to the nearest other code{drawn})"
+
+
+def _spread(figures: Norms | Neighbours) -> str:
+    return f"min {figures.min:.6g}, median {figures.median:.6g}, max {figures.max:.6g}"
+
+
+def _share(count: int, of: int) -> str:
+    return f"{count} ({_percent(count, of)})"
+
+
+def _percent(count: int, of: int) -> str:
+    return f"{100 * count / of:.3g} %"
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."

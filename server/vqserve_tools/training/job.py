@@ -1,0 +1,81 @@
+"""A training from file to file: what `vqserved train` does."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import vqserve
+from vqserve_server.codebooks import check_folder, check_not_read, save_codebook
+from vqserve_server.errors import InvalidOption
+from vqserve_tools.latent_file import LatentRows, naming
+from vqserve_tools.training.options import TrainingOptions
+from vqserve_tools.training.trainer import Trained, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedFile:
+    """A codebook file that was just made: the training's outcome and the file's digest."""
+
+    trained: Trained
+    digest: str
+
+
+def train_file(
+    latents: Path,
+    out: Path,
+    options: TrainingOptions,
+    *,
+    layout: str | None = None,
+    force: bool = False,
+    progress: bool = False,
+    notes: Mapping[str, object] | None = None,
+) -> TrainedFile:
+    """Train a codebook on a .npy file and write it.
+
+    The same latents, options and notes give the same bytes, on one machine's CPU.
+
+    Args:
+        latents: float16, float32 or float64, 2 to 5 axes; mapped, not loaded.
+        out: the codebook file.
+        options: how to train.
+        layout: of the latents; None: channels first for 4 and 5 axes, last for 2 and 3.
+        force: replace `out` where it exists.
+        progress: tell on stderr how far it is, and how the latents were read where that was not said.
+        notes: more to say about where the latents came from; kept with the codebook's provenance.
+
+    Raises:
+        InvalidRequest: the latents or options cannot be used; nothing was written.
+        OSError: a file cannot be read or written.
+    """
+    check_not_read(out, latents)
+    if out.exists() and not force:
+        raise InvalidOption(f"{out} is there already: pass --force to replace it")
+    if not out.parent.is_dir():
+        raise InvalidOption(f"{out.parent}, where {out.name} is to be written, is no folder")
+    check_folder(out)
+    rows = LatentRows.open(latents, layout)
+    if progress and layout is None and rows.array.ndim > 2:
+        # Before the training: who sees the wrong number need not wait for its end.
+        sys.stderr.write(f"latents {rows.array.shape} read {rows.layout.replace('_', ' ')}: {rows.dim} channels\n")
+    with naming(latents):
+        trained = train(rows, options, progress=progress)
+    with latents.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    provenance = {
+        "made_by": f"vqserved train {vqserve.__version__}",
+        "latents": {
+            "file": latents.name,
+            "sha256": content,
+            "shape": list(rows.array.shape),
+            "dtype": str(rows.array.dtype),
+            "layout": str(rows.layout),
+        },
+        "options": asdict(options) | asdict(trained.plan),
+        "quality": asdict(trained.quality),
+        **(notes or {}),
+    }
+    return TrainedFile(trained=trained, digest=save_codebook(trained.quantizer, out, provenance=provenance))

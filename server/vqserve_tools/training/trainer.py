@@ -1,0 +1,151 @@
+"""The training loop: from latents to a codebook, the same for the same seed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqserve_server.device import select_device
+from vqserve_server.errors import InvalidOption
+from vqserve_server.quantizers import AbstractQuantizer, measure_perplexity
+from vqserve_server.search import prepare
+from vqserve_tools.latent_file import LatentRows
+from vqserve_tools.progress import Progress, progress_of
+from vqserve_tools.training.evaluation import Quality, measure_quality
+from vqserve_tools.training.initialisation import initial_codes
+from vqserve_tools.training.learners import AdamLearner, EmaLearner, Learner
+from vqserve_tools.training.options import TrainingOptions, TrainingPlan
+from vqserve_tools.training.reseeding import CodeUsage, draw_seeds
+from vqserve_tools.training.sampling import shuffled_batches
+
+# Codes that were moved need the rest of the training to settle.
+_RESEED_SHARE = 0.8
+_LR_SHARE = 0.2
+_STEPS_PER_REPORT = 16
+_ROWS_FOR_LR = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A trained codebook.
+
+    Attributes:
+        quantizer: on the CPU, in eval mode.
+        quality: over all rows of the latents.
+        plan: the batch size and steps that were used.
+        codes_reseeded: how often a dead code was moved.
+    """
+
+    quantizer: AbstractQuantizer
+    quality: Quality
+    plan: TrainingPlan
+    codes_reseeded: int
+
+
+def train(rows: LatentRows, options: TrainingOptions, *, progress: bool = False) -> Trained:
+    """Train a codebook on latents.
+
+    Args:
+        rows: the latents.
+        options: how; the same options and rows give the same codebook, bit for bit, on one machine's CPU.
+        progress: tell on stderr how far it is, with error and perplexity.
+
+    Raises:
+        NonFiniteLatents: the latents hold NaN or infinity; names the position.
+        InvalidShape: fewer rows, or fewer distinct rows, than codes.
+        InvalidOption: no such device, or the learning rate made the codebook infinite.
+    """
+    rows.check_finite()
+    plan = options.plan(len(rows))
+    rng = np.random.default_rng(options.seed)
+    with _repeatable(select_device(options.device)) as device:
+        first = initial_codes(
+            rows, options.num_codes, options.initialisation, rng=rng, device=device, progress=progress
+        )
+        learner = _learner(torch.from_numpy(first).to(device), rows, options, plan)
+        codes_reseeded = _run(learner, rows, plan, rng=rng, device=device, progress=progress)
+        quantizer = learner.quantizer.eval()
+        if not torch.isfinite(quantizer.code_rows()).all():
+            raise InvalidOption("the training diverged: the codebook holds NaN or infinity; a smaller --lr may help")
+        quality = measure_quality(quantizer, rows, device=device, progress=progress)
+    return Trained(quantizer=quantizer.cpu(), quality=quality, plan=plan, codes_reseeded=codes_reseeded)
+
+
+def _run(
+    learner: Learner,
+    rows: LatentRows,
+    plan: TrainingPlan,
+    *,
+    rng: np.random.Generator,
+    device: torch.device,
+    progress: bool,
+) -> int:
+    """Take all steps; return how often a dead code was moved."""
+    num_codes = learner.quantizer.num_codes
+    usage = CodeUsage(num_codes, device)
+    codes_reseeded = 0
+    with progress_of("training", plan.steps, "step", shown=progress, is_main=True) as told:
+        for step, positions in enumerate(shuffled_batches(len(rows), plan.batch_size, plan.steps, rng)):
+            batch = torch.from_numpy(rows.take(positions)).to(device)
+            z_q, ids = learner.step(batch, step / plan.steps)
+            usage.add(ids)
+            if _reseeds_after(step, plan):
+                dead = usage.take_dead()
+                seeds = draw_seeds(batch, z_q, len(dead), rng)
+                learner.place(dead[: len(seeds)], seeds)
+                codes_reseeded += len(seeds)
+            if progress and (step % _STEPS_PER_REPORT == 0 or step + 1 == plan.steps):
+                _report(told, (z_q - batch).square().mean(), ids, num_codes, codes_reseeded)
+            told.update()
+    return codes_reseeded
+
+
+def _reseeds_after(step: int, plan: TrainingPlan) -> bool:
+    done = step + 1
+    return plan.reseed_every > 0 and done % plan.reseed_every == 0 and done <= _RESEED_SHARE * plan.steps
+
+
+def _report(told: Progress, mean_squared_error: Tensor, ids: Tensor, num_codes: int, codes_reseeded: int) -> None:
+    perplexity, _ = measure_perplexity(ids, num_codes)
+    told.set_postfix_str(
+        f"mean squared error {float(mean_squared_error):.4g}, perplexity {float(perplexity):.1f}, "
+        f"reseeded {codes_reseeded}"
+    )
+
+
+def _learner(codes: Tensor, rows: LatentRows, options: TrainingOptions, plan: TrainingPlan) -> Learner:
+    if options.kind == "ema":
+        return EmaLearner(codes, options, plan.batch_size)
+    return AdamLearner(codes, options, options.lr or _LR_SHARE * _typical_error(rows, codes))
+
+
+def _typical_error(rows: LatentRows, codes: Tensor) -> float:
+    """Return the root of the squared error, per element, of the median row: the scale on which codes have to move.
+
+    A deviation of the latents would be the wrong scale where there are many codes, or a few rows far out.
+    """
+    count = min(len(rows), _ROWS_FOR_LR)
+    spread = torch.from_numpy(rows.take(np.linspace(0, len(rows) - 1, count).astype(np.int64))).to(codes.device)
+    errors = (codes[prepare(codes).search(spread)] - spread).double().square().mean(dim=1)
+    return float(errors.median().sqrt() or errors.mean().sqrt()) or 1.0
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[torch.device]:
+    """Ask CUDA for kernels that add in a fixed order; leave torch's random state and settings as they were."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield device
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,0 +1,198 @@
+"""`vqserved import --verify`: a known pair is checked before a file is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vqserve_server.errors import ForeignCheckpointError
+from vqserve_server.quantizers import (
+    CosineQuantizer,
+    DotQuantizer,
+    FiniteScalarQuantizer,
+    GumbelQuantizer,
+    LookupFreeQuantizer,
+    ResidualQuantizer,
+    VectorQuantizer,
+    VectorQuantizerWithInputProjection,
+)
+from vqserve_tools import cli
+from vqserve_tools.importing.verification import verify
+
+RNG = np.random.default_rng(0)
+CODES = RNG.standard_normal((16, 4)).astype(np.float32)
+
+
+def nearest(z: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    return ((z[:, None].astype(np.float64) - codes) ** 2).sum(axis=2).argmin(axis=1)
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys):
+    """Import CODES with latents and indices beside them; return status, stdout, stderr and whether a file was made."""
+
+    def verified(latents: np.ndarray, indices: np.ndarray, *flags: str, codes: np.ndarray = CODES):
+        for name, array in (("codes", codes), ("z", latents), ("i", indices)):
+            np.save(tmp_path / f"{name}.npy", array)
+        out = tmp_path / "out.safetensors"
+        paths = [str(tmp_path / f"{name}.npy") for name in ("codes", "z", "i")]
+        args = ["import", paths[0], "-o", str(out), *(flags or ("--metric", "l2")), "--verify", *paths[1:]]
+        status = cli.main(args)
+        text, err = capsys.readouterr()
+        return status, text, err, out.exists()
+
+    return verified
+
+
+def test_a_pair_that_agrees(run):
+    z = RNG.standard_normal((100, 4)).astype(np.float32)
+    status, text, err, there = run(z, nearest(z, CODES).astype(np.uint8))
+    assert (status, err, there) == (0, "", True)
+    assert "verified  100 of 100 indices agree\n" in text
+
+
+def test_a_pair_over_a_grid(run):
+    z = RNG.standard_normal((2, 4, 3, 5)).astype(np.float16)
+    indices = nearest(np.moveaxis(z, 1, -1).reshape(-1, 4), CODES).reshape(2, 3, 5)
+    assert run(z, indices)[0] == 0
+    last = np.ascontiguousarray(np.moveaxis(z, 1, -1))
+    assert run(last, indices, "--metric", "l2", "--layout", "channels_last", "--force")[0] == 0
+
+
+def test_one_wrong_index_is_found(run):
+    z = RNG.standard_normal((100, 4)).astype(np.float32)
+    indices = nearest(z, CODES)
+    right, indices[41] = indices[41], (indices[41] + 1) % 16
+    status, text, err, there = run(z, indices)
+    assert (status, text, there) == (1, "", False)
+    assert err.count("\n") == 1
+    assert "99 of 100 indices agree; of the 1 others 0 are near-ties" in err
+    assert f"[41] is {right} here and {indices[41]} there" in err
+    assert "nothing was written" in err
+
+
+def test_the_wrong_metric_is_found(run):
+    z = RNG.standard_normal((1000, 4)).astype(np.float32)
+    status, _, err, there = run(z, nearest(z, CODES), "--metric", "cosine", "--decode", "raw")
+    assert (status, there) == (1, False)
+    assert "the metric, the layout or another option is not the model's" in err
+
+
+def test_near_ties_of_float32_are_forgiven_and_counted(run):
+    # Half-way between two codes, a hair nearer to the first.
+    z = ((CODES[2:3].astype(np.float64) + CODES[5:6]) / 2).astype(np.float32)
+    codes = CODES.copy()
+    codes[[i for i in range(16) if i not in (2, 5)]] += 100
+    ours = nearest(z, codes)
+    status, text, _, there = run(z, 7 - ours, codes=codes)
+    assert (status, there) == (0, True)
+    assert "verified  0 of 1 indices agree; of the 1 others 1 are near-ties" in text
+
+
+@pytest.mark.parametrize(
+    ("latents", "indices", "match"),
+    [
+        (np.zeros((3, 4), np.float32), np.zeros(2, int), "i.npy has shape (2,), the latents' indices have (3,)"),
+        (np.zeros((3, 4), np.float32), np.zeros(3), "i.npy is float64: indices are integers"),
+        (np.zeros((3, 4), int), np.zeros(3, int), "z.npy is int64: latents are floating-point numbers"),
+        (np.zeros((3, 5), np.float32), np.zeros(3, int), "z.npy: latents of shape (3, 5) have 5 channels"),
+        (np.full((1, 4), np.nan, np.float32), np.zeros(1, int), "z.npy: latents[0, 0] is nan"),
+        (np.zeros((1, 4), np.float32), np.array([-1]), "0 of 1 indices agree"),
+        (np.zeros((1, 4), np.float32), np.array([1 << 40]), "0 of 1 indices agree"),
+        (np.array([{}]), np.zeros(1, int), "Python objects"),
+    ],
+)
+def test_pairs_that_do_not_fit(run, latents, indices, match):
+    status, text, err, there = run(latents, indices)
+    assert (status, text, there) == (1, "", False)
+    assert err.count("\n") == 1
+    assert match in err
+
+
+def test_a_file_that_is_not_there_or_holds_names(run, tmp_path, capsys):
+    np.save(tmp_path / "codes.npy", CODES)
+    np.savez(tmp_path / "z.npz", z=CODES)
+    args = ["import", str(tmp_path / "codes.npy"), "-o", str(tmp_path / "out.safetensors"), "--metric", "l2"]
+    assert cli.main([*args, "--verify", str(tmp_path / "none.npy"), str(tmp_path / "codes.npy")]) == 1
+    assert "none.npy: there is no such file" in capsys.readouterr()[1]
+    assert cli.main([*args, "--verify", str(tmp_path / "z.npz"), str(tmp_path / "codes.npy")]) == 1
+    assert "z.npz holds arrays by name" in capsys.readouterr()[1]
+
+
+QUANTIZERS = {
+    "vq": lambda: VectorQuantizer(16, 4),
+    "remap": lambda: VectorQuantizer(16, 4, remap=[3, 1, 8]),
+    "projection": lambda: VectorQuantizerWithInputProjection(4, 16, 3),
+    "cosine": lambda: CosineQuantizer(16, 4),
+    "dot": lambda: DotQuantizer(16, 4),
+    "gumbel": lambda: GumbelQuantizer(4, 2, 16),
+    "fsq": lambda: FiniteScalarQuantizer([8, 5, 3, 4]),
+    "lfq": lambda: LookupFreeQuantizer(4, "big"),
+    "rvq": lambda: ResidualQuantizer(4, 16, 4),
+    "grouped": lambda: ResidualQuantizer(4, 16, 2, 4, groups=2),
+    "dac": lambda: ResidualQuantizer(4, 16, 2, 4, "cosine", stage_projections=True),
+    "mimi": lambda: ResidualQuantizer(4, 16, 3, 4, inner_dim=3, first_quantizers=1),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_every_kind_tells_wrong_indices(name):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        quantizer = QUANTIZERS[name]()
+        z = torch.randn(3, 4, 5) if isinstance(quantizer, ResidualQuantizer) else torch.randn(3, 5, 4)
+    for parameter in quantizer.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(1))
+    indices = quantizer.encode(z).numpy()
+    assert verify(quantizer, z.numpy(), indices).holds
+    wrong = indices.copy()
+    wrong[1] = (wrong[1] + 1) % quantizer.vocab_size
+    outcome = verify(quantizer, z.numpy(), wrong)
+    assert (outcome.total, outcome.different) == (indices.size, indices[1].size)
+    assert not outcome.holds
+    assert outcome.first.startswith("[1, ")
+
+
+def test_what_follows_from_a_near_tie_is_one():
+    first, second = CODES[:8] * 10, CODES[8:] / 10
+    quantizer = ResidualQuantizer(2, 8, 4)
+    for stage, codes in zip(quantizer.parts[0].stages, (first, second), strict=True):
+        stage.embedding.weight.data = torch.from_numpy(codes)
+    z = ((first[:1] + first[1:2]) / 2).astype(np.float32)
+    first[2:] += 1000
+    quantizer.parts[0].stages[0].embedding.weight.data = torch.from_numpy(first)
+    ours = quantizer.encode(torch.from_numpy(z)).numpy()
+    other = 1 - ours[0, 0]
+    theirs = np.array([[other, nearest(z - first[other], second)[0]]])
+    outcome = verify(quantizer, z, theirs)
+    assert outcome.different >= 1
+    assert outcome.holds
+    # After a difference that is none, nothing is forgiven.
+    assert not verify(quantizer, z, np.array([[5, theirs[0, 1]]])).holds
+
+
+def test_scalars_next_to_a_jump():
+    quantizer = FiniteScalarQuantizer([5, 5])
+    jump = float(quantizer.channels()[0].boundaries[1])
+    z = np.array([[np.nextafter(np.float32(jump), np.float32(1)), 0.3]], np.float32)
+    ours = quantizer.encode(torch.from_numpy(z)).numpy()
+    outcome = verify(quantizer, z, ours - 1)
+    assert (outcome.different, outcome.near_ties) == (1, 1)
+    assert not verify(quantizer, z, ours - 5).holds
+
+
+def test_very_many_differences_are_not_all_looked_at():
+    quantizer = VectorQuantizer(16, 4)
+    quantizer.embedding.weight.data = torch.from_numpy(CODES)
+    z = RNG.standard_normal((20_000, 4)).astype(np.float32)
+    outcome = verify(quantizer, z, (nearest(z, CODES) + 1) % 16)
+    assert (outcome.total, outcome.different) == (20_000, 20_000)
+    assert not outcome.holds
+
+
+def test_words_are_refused_in_process_too():
+    with pytest.raises(ForeignCheckpointError, match="--verify: latents is"):
+        verify(VectorQuantizer(3, 2), np.array([["a"]]), np.zeros(1, int))
