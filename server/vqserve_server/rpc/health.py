@@ -13,7 +13,7 @@ from grpc_health.v1 import health, health_pb2
 
 from vqserve_server.rpc.messages import parse
 from vqserve_server.rpc.status import Status
-from vqserve_server.rpc.transport import Call, Handler, no_request
+from vqserve_server.rpc.transport import Call, Handler
 
 _Response = health_pb2.HealthCheckResponse
 
@@ -56,7 +56,7 @@ class Health:
         return status
 
     def _check(self, call: Call) -> None:
-        def received(raw: bytes | None) -> None:
+        def received(raw: bytes) -> None:
             service = _service(call, raw)
             if service is None:
                 return
@@ -68,7 +68,7 @@ class Health:
         call.receive(received)
 
     def _watch(self, call: Call) -> None:
-        def received(raw: bytes | None) -> None:
+        def received(raw: bytes) -> None:
             service = _service(call, raw)
             if service is None:
                 return
@@ -117,11 +117,9 @@ class _Watcher:
         self.notify()
 
 
-def _service(call: Call, raw: bytes | None) -> str | None:
+def _service(call: Call, raw: bytes) -> str | None:
     """Return the service that is asked for; None: the call has failed."""
     try:
-        if raw is None:
-            raise no_request()
         name: str = parse(health_pb2.HealthCheckRequest, raw).service
     except Exception as error:
         call.fail(error)

@@ -6,13 +6,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
 
 from vqserve import wire
 from vqserve_server.engine import Engine, Job
 from vqserve_server.errors import Draining
 from vqserve_server.rpc.headers import HeaderCache, RequestHeader
-from vqserve_server.rpc.transport import Call, no_request
+from vqserve_server.rpc.transport import Call
 
 # Larger messages are validated by another thread. Validating this much takes half a millisecond; a hand-over costs some
 # of that, and a core.
@@ -54,27 +55,26 @@ class Requests:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def start(self, raw: bytes, headers: HeaderCache[Any], caller: Caller) -> None:
+    def start(self, caller: Caller, headers: HeaderCache[Any], raw: bytes, *, received_at: float | None = None) -> None:
         """Validate a request and queue it, here or, if it is large, on another thread.
 
         Args:
-            raw: the message.
-            headers: the headers of its method.
             caller: is called back.
+            headers: the headers of its method.
+            raw: the message.
+            received_at: set on the other thread: time.monotonic() seconds.
         """
-        arrived = time.monotonic()
-        if len(raw) <= _INLINE_BYTES:
-            self._start(raw, headers, caller, arrived)
-            return
-        try:
-            self._pool.submit(self._start, raw, headers, caller, arrived)
-        except RuntimeError:
-            caller.rejected(Draining("the server is stopping"))
-
-    def _start(self, raw: bytes, headers: HeaderCache[Any], caller: Caller, arrived: float) -> None:
+        if received_at is None:
+            received_at = time.monotonic()
+            if len(raw) > _INLINE_BYTES:
+                try:
+                    self._pool.submit(self.start, caller, headers, raw, received_at=received_at)
+                except RuntimeError:
+                    caller.rejected(Draining("the server is stopping"))
+                return
         try:
             header, data = headers.find(raw)
-            request = Request(self._engine, header, len(raw) + header.reply_bytes, arrived)
+            request = Request(self._engine, header, len(raw) + header.reply_bytes, received_at)
             try:
                 if header.rows:
                     request.job, request.buffer = header.job(data, on_done=caller.ready, deadline=caller.deadline)
@@ -107,7 +107,7 @@ class Request:
     job: Job | None = None
     buffer: wire.ReplyBuffer | None = None
 
-    def __init__(self, engine: Engine, header: RequestHeader[Any], nbytes: int, arrived: float) -> None:
+    def __init__(self, engine: Engine, header: RequestHeader[Any], nbytes: int, received_at: float) -> None:
         """Be admitted.
 
         Raises:
@@ -117,7 +117,7 @@ class Request:
         self.nbytes = nbytes
         self._engine = engine
         self._header = header
-        self._arrived = arrived
+        self._received_at = received_at
 
     @property
     def is_ready(self) -> bool:
@@ -137,7 +137,7 @@ class Request:
             raise RuntimeError("the request is not answered yet")
         if isinstance(timing, BaseException):
             raise timing
-        total_us = round((time.monotonic() - self._arrived) * 1e6)
+        total_us = round((time.monotonic() - self._received_at) * 1e6)
         # In the order of the fields of ServedStats.
         return self.buffer.write_header(
             (timing.queue_us, timing.compute_us, total_us, timing.batch_requests, timing.batch_rows)
@@ -159,19 +159,11 @@ class UnaryCall:
         """Wait for the request; `on_close` is called when the call has ended."""
         self.deadline = call.deadline
         self._call = call
-        self._requests = requests
-        self._headers = headers
         self._on_close = on_close
         self._request: Request | None = None
         self._is_closed = False
         call.on_close = self._closed
-        call.receive(self._received)
-
-    def _received(self, raw: bytes | None) -> None:
-        if raw is None:
-            self._call.fail(no_request())
-        else:
-            self._requests.start(raw, self._headers, self)
+        call.receive(partial(requests.start, self, headers))
 
     def accepted(self, request: Request) -> bool:
         """Take over a valid request; return False if the call has ended."""

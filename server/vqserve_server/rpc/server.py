@@ -18,7 +18,7 @@ from vqserve_server.rpc.health import Health
 from vqserve_server.rpc.messages import codebook_message, parse
 from vqserve_server.rpc.request import Requests, UnaryCall
 from vqserve_server.rpc.stream import StreamCall
-from vqserve_server.rpc.transport import Call, Handler, Transport, no_request
+from vqserve_server.rpc.transport import Call, Handler, Transport
 
 
 class Calls:
@@ -71,10 +71,8 @@ class Calls:
         """Return the handler of a method whose request is answered at once."""
 
         def handle(call: Call) -> None:
-            def received(raw: bytes | None) -> None:
+            def received(raw: bytes) -> None:
                 try:
-                    if raw is None:
-                        raise no_request()
                     reply = answer(raw)
                 except Exception as error:
                     call.fail(error)
@@ -154,19 +152,19 @@ class Reflection:
         return {f"/{reflection.SERVICE_NAME}/ServerReflectionInfo": self._info}
 
     def _info(self, call: Call) -> None:
-        def received(raw: bytes | None) -> None:
-            if raw is None:
-                call.end()
-                return
+        def received(raw: bytes) -> None:
             try:
                 question = parse(reflection_pb2.ServerReflectionRequest, raw)
                 (answer,) = self._servicer.ServerReflectionInfo(iter([question]), None)
             except Exception as error:
                 call.fail(error)
             else:
-                call.send(answer.SerializeToString(), lambda: call.receive(received))
+                call.send(answer.SerializeToString(), receive)
 
-        call.receive(received)
+        def receive() -> None:
+            call.receive(received, at_end=call.end)
+
+        receive()
 
 
 # For what is left when all calls are answered: health, reflection.

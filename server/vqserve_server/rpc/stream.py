@@ -53,7 +53,7 @@ class StreamCall:
 
     def start(self) -> None:
         """Receive the first message."""
-        self._call.receive(self._received)
+        self._receive()
 
     def drain(self) -> None:
         """Receive no more: requests that were received are answered, then the stream ends."""
@@ -62,15 +62,21 @@ class StreamCall:
             self._held = None
             self._advance()
 
-    def _received(self, raw: bytes | None) -> None:
+    def _receive(self) -> None:
+        self._call.receive(self._received, at_end=self._received_all)
+
+    def _received(self, raw: bytes) -> None:
         with self._lock:
-            if raw is None:
-                self._end = self._end or _EndOfRequests()
-            if raw is None or self._end is not None:
+            if self._end is not None:
                 self._advance()
                 return
             self._starting = raw
-        self._requests.start(raw, self._headers, self)
+        self._requests.start(self, self._headers, raw)
+
+    def _received_all(self) -> None:
+        with self._lock:
+            self._end = self._end or _EndOfRequests()
+            self._advance()
 
     def accepted(self, request: Request) -> bool:
         """Take over a valid request, and receive the next message; return False if the stream has ended."""
@@ -83,7 +89,7 @@ class StreamCall:
             self._is_paused = not self._has_room
             receives = not self._is_paused and self._end is None
         if receives:
-            self._call.receive(self._received)
+            self._receive()
         return True
 
     def rejected(self, error: Exception) -> None:
@@ -116,9 +122,9 @@ class StreamCall:
                 self._is_paused = False
         request.release()
         if raw is not None:
-            self._requests.start(raw, self._headers, self)
+            self._requests.start(self, self._headers, raw)
         elif receives:
-            self._call.receive(self._received)
+            self._receive()
         self.ready()
 
     def _advance(self) -> None:

@@ -87,12 +87,23 @@ class Call:
         # A caller may wait for a reply before it sends: its time starts with the last reply at the earliest.
         return receiving is not None and max(receiving, self._sent_at) < before and not self.owes_reply()
 
-    def receive(self, then: Callable[[bytes | None], None]) -> None:
-        """Receive the next message, and call `then` with it; None: there are no more."""
+    def receive(self, then: Callable[[bytes], None], *, at_end: Callable[[], None] | None = None) -> None:
+        """Receive the next message.
+
+        Args:
+            then: called with the message.
+            at_end: called if there are no more messages; None: one is required, without it the call fails.
+        """
 
         def received(event: Any) -> None:
             self._receiving_since = None
-            then(event.batch_operations[0].message())
+            message: bytes | None = event.batch_operations[0].message()
+            if message is not None:
+                then(message)
+            elif at_end is not None:
+                at_end()
+            else:
+                self.fail(InvalidRequest("the call has no request: send exactly one message"))
 
         self._receiving_since = time.monotonic()
         self._start((cygrpc.ReceiveMessageOperation(0),), received)
@@ -158,11 +169,6 @@ class Call:
         on_close, self.on_close, self.owes_reply = self.on_close, _nothing, _no
         self._on_end(self)
         on_close()
-
-
-def no_request() -> InvalidRequest:
-    """Return the error for a call that ended without a request."""
-    return InvalidRequest("the call has no request: send exactly one message")
 
 
 def _nothing() -> None:

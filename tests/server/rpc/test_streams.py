@@ -252,7 +252,7 @@ class FakeCall:
         self.sent: list[tuple[bytes, bool]] = []
         self.ends: list[Any] = []
 
-    def receive(self, then: Any) -> None:
+    def receive(self, then: Any, *, at_end: Any) -> None:
         self.received = then
 
     def send(self, message: bytes, then: Any, *, is_followed: bool) -> None:
@@ -286,7 +286,7 @@ class FakeRequests:
     def __init__(self) -> None:
         self.started: list[bytes] = []
 
-    def start(self, raw: bytes, headers: Any, caller: Any) -> None:
+    def start(self, caller: Any, headers: Any, raw: bytes) -> None:
         self.started.append(raw)
 
 
