@@ -86,6 +86,7 @@ $(VENV)/.bench-installed: $(VENV)/.installed
 check: $(VENV)/.installed $(PROTO_VENV)/.installed  ## what a change must pass beside the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/typos
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@rm -rf build/proto && mkdir -p build/proto && $(call generate,build/proto)
