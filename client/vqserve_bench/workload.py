@@ -12,13 +12,14 @@ import numpy as np
 from vqserve import bfloat16, payload
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import channel_axis, parse_layout, resolve_layout, wrong_channels, wrong_stages
+from vqserve.types import LatentDTypeName, LayoutName
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_bench.request import Request
 from vqserve_bench.served import ReadStats, decode_stats, encode_stats
-from vqserve_client.arrays import Array, Given, given_indices, given_latents
-from vqserve_client.calls import DecodeCall, EncodeCall, options
+from vqserve_client.arrays import Array, ArrayInput, indices_input, latents_input
+from vqserve_client.calls import DecodeCall, EncodeCall
 from vqserve_client.catalogue import Pin
-from vqserve_client.config import ClientConfig
+from vqserve_client.config import ClientConfig, decode_options, encode_options
 from vqserve_client.errors import InvalidArgument
 from vqserve_client.npy import open_array
 
@@ -47,8 +48,8 @@ class Workload:
 
     method: str
     grids: tuple[Grid, ...]
-    dtype: str = "float32"
-    layout: str | None = None
+    dtype: LatentDTypeName = "float32"
+    layout: LayoutName | None = None
     data: Path | None = None
     seed: int = 0
 
@@ -93,18 +94,18 @@ class Workload:
                 rows[start : start + math.prod(grid)].reshape(*grid, info.input_dim), -1, channel_axis(layout)
             )
             if wire == pb.DTYPE_BFLOAT16:
-                given = Given(bfloat16.round_bits(latents.astype(np.float32)), wire)
+                given = ArrayInput(bfloat16.round_bits(latents.astype(np.float32)), wire)
             else:
-                given = given_latents(latents.astype(self.dtype))
-            asked = options(layout=self.layout)
-            yield _request(EncodeCall(given, info, asked, pin=_pin(info, config), config=config), grid, config)
+                given = latents_input(latents.astype(self.dtype))
+            options = encode_options(layout=self.layout)
+            yield _request(EncodeCall(given, info, options, pin=_pin(info, config), config=config), grid, config)
 
     def _decode(self, info: CodebookInfo, config: ClientConfig, tokens: int) -> Iterator[Request]:
         indices = self._indices(info, tokens)
-        asked = options(layout=self.layout, dtype=self.dtype)
+        options = decode_options(layout=self.layout, dtype=self.dtype)
         for grid, start in self._cuts(tokens):
-            given = given_indices(self._in_grid(indices[start : start + math.prod(grid)], grid, info))
-            yield _request(DecodeCall(given, info, asked, pin=_pin(info, config), config=config), grid, config)
+            given = indices_input(self._in_grid(indices[start : start + math.prod(grid)], grid, info))
+            yield _request(DecodeCall(given, info, options, pin=_pin(info, config), config=config), grid, config)
 
     def _in_grid(self, tokens: Array, grid: Grid, info: CodebookInfo) -> Array:
         """Return the indices of tokens, (n,) or with stages (n, q), as a request has them."""
@@ -127,7 +128,7 @@ class Workload:
             rng = np.random.default_rng(self.seed)
             return rng.standard_normal((tokens, info.input_dim), np.float32)
         array = open_array(self.data)
-        given_latents(array[:0] if array.ndim else array)
+        latents_input(array[:0] if array.ndim else array)
         try:
             layout = resolve_layout(array.ndim, parse_layout(self.layout), info.layout)
         except ValueError as error:
@@ -144,7 +145,7 @@ class Workload:
         if self.data is None:
             return np.random.default_rng(self.seed).integers(info.vocab_size, size=shape).astype(smallest)
         array = open_array(self.data)
-        given_indices(array[:0] if array.ndim else array)
+        indices_input(array[:0] if array.ndim else array)
         if not info.has_stages:
             return self._repeated(_spread(array, tokens), shape)
         try:
@@ -184,10 +185,10 @@ def _pin(info: CodebookInfo, config: ClientConfig) -> Pin:
 
 
 def _request(call: EncodeCall | DecodeCall, grid: Grid, config: ClientConfig) -> Request:
-    if len(call.plan) > 1:
+    if call.is_cut:
         raise _too_large(grid, call.info, config)
-    [part] = call.parts()
-    return Request(part.request(), math.prod(grid))
+    [request] = call.requests()
+    return Request(request.message(), math.prod(grid))
 
 
 def _too_large(grid: Grid, info: CodebookInfo, config: ClientConfig) -> InvalidArgument:

@@ -1,4 +1,4 @@
-"""Many arrays in flight at once, their answers in order: `encode_many` without the waiting.
+"""Many arrays in flight at once, their results in order: `encode_many` without the waiting.
 
 A request costs the same work whether its array is small or not. So while one is in flight, small arrays that come are
 gathered, and go as one request when they fill it, or when nothing else is in flight. A source that is slower than the
@@ -16,140 +16,154 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from vqserve_client.arrays import Given
-from vqserve_client.calls import Options
-from vqserve_client.core import CallOptions, Core, Operation, Wake
+from vqserve_client.arrays import ArrayInput
+from vqserve_client.config import CallOptions
+from vqserve_client.core import Core, Operation, Wake
 from vqserve_client.errors import Closed, InvalidArgument, VqserveClientError
-from vqserve_client.requests import Budget, Deadline, Steps
-from vqserve_client.transport import LARGEST_STREAMED_BYTES, Streamed
+from vqserve_client.requests import Deadline, Steps, Window
+from vqserve_client.transport import LARGEST_STREAMED_BYTES, StreamSender
 
-Turn = Callable[[Sequence[Given]], Steps[list[Any]]]
+Convert = Callable[[Sequence[ArrayInput]], Steps[list[Any]]]
 
-# Of the request and of the reply of arrays that go as one, and so many of them: they are taken ahead.
+# Limits of what goes as one: bytes of the request and of the reply, and arrays, because they are taken ahead.
 JOINED_BYTES = LARGEST_STREAMED_BYTES
 MOST_JOINED = 64
 
 
-class Lane:
-    """A bounded window of calls under one pin and one budget of requests.
+class Pipeline:
+    """Arrays in a bounded window of calls, all pinned to one codebook and within one window of requests.
 
     Attributes:
         ended: whether no more arrays come.
     """
 
-    def __init__(self, core: Core, operation: Operation, asked: Options, call: CallOptions, wake: Wake) -> None:
+    def __init__(self, core: Core, operation: Operation, options: CallOptions, wake: Wake) -> None:
         self._core = core
         self._operation = operation
-        self._asked = asked
-        self._call = call
+        self._options = options
         self._wake = wake
-        self._sender = Streamed(core.connection, self._stir)
-        self._pin = core.pin(call)
-        self._window = core.config.window
-        self._budget = Budget(self._window)
-        self._jobs: deque[_Job] = deque()
+        self._sender = StreamSender(core.connection, self._on_reply)
+        self._pin = core.pin(options)
+        self._size = core.config.window
+        self._window = Window(self._size)
+        self._groups: deque[_Group] = deque()
         self.ended = False
-        self._stirred = False
+        # Whether something has changed since `advance` looked last, and when it must look again in any case.
+        self._changed = False
         self._due_at = math.inf
         self._failure: Exception | None = None
         self._pid = os.getpid()
+        self._num_put = self._num_taken = 0
 
     @property
-    def stirred(self) -> bool:
-        """Return whether `advance` may have something to do; to look costs more than to add an array."""
-        return self._stirred or time.monotonic() >= self._due_at
+    def is_due(self) -> bool:
+        """Return whether `advance` may have work; to call it costs more than to add an array."""
+        return self._changed or time.monotonic() >= self._due_at
 
     @property
     def full(self) -> bool:
-        """Return whether an answer must be taken before another array fits."""
-        beyond = len(self._jobs) - self._window
+        """Return whether a result must be taken before another array fits."""
+        beyond = len(self._groups) - self._size
         if beyond < 0:
             return False
-        last = self._jobs[-1]
-        # One array at a time is what a window of one is for: its source may need each answer.
-        return self._window == 1 or beyond > 1 or not last.takes_more or (last.begun and beyond > 0)
+        last = self._groups[-1]
+        # With a window of one, arrays go one at a time: their source may need each result.
+        return self._size == 1 or beyond > 1 or not last.takes_more or (last.begun and beyond > 0)
 
     @property
     def empty(self) -> bool:
-        """Return whether nothing is under way."""
-        return not self._jobs and self._failure is None
+        """Return whether nothing is left to take."""
+        return not self._groups and self._failure is None
 
     @property
     def ready(self) -> bool:
-        """Return whether the next answer in order, or its error, is there."""
-        return self._jobs[0].ready if self._jobs else self._failure is not None
+        """Return whether the next result in order, or its error, is there."""
+        return self._groups[0].ready if self._groups else self._failure is not None
 
     def put(self, array: object) -> None:
-        """Add one more array, which `advance` begins with when there is a place for it.
+        """Add one more array; `advance` sends it when the window has a place.
 
         Raises:
             TypeError: it is no array.
-            InvalidArgument: its elements do not travel.
+            InvalidArgument: it has elements of a type that is not on the wire.
         """
-        last = self._jobs[-1] if self._jobs else None
-        given = self._operation.read(array)
-        if last is None or not last.add(given):
-            deadline = self._core.deadline(self._call)
-            self._jobs.append(_Job(given, deadline, partial(self._turn, deadline), room=self._room(given)))
-        self._stirred = self._stirred or self._is_due(self._jobs[-1])
+        last = self._groups[-1] if self._groups else None
+        try:
+            source = self._operation.read(array)
+        except VqserveClientError as error:
+            error.item = self._num_put
+            raise
+        except TypeError as error:
+            raise TypeError(f"{error} (array {self._num_put}, counting from 0)") from None
+        self._num_put += 1
+        if last is None or not last.add(source):
+            deadline = self._core.deadline(self._options)
+            room = self._steps_that_join(source)
+            self._groups.append(_Group(source, deadline, partial(self._convert, deadline), room=room))
+        self._changed = self._changed or self._may_begin(self._groups[-1])
 
     def advance(self) -> float | None:
-        """Do what can be done; return the seconds until there is more unless a reply comes sooner.
+        """Send and receive what can be; return the seconds until the next time (None: until a reply comes).
 
         Raises:
-            Closed: in a process that was forked after the lane began.
+            Closed: in a process that was forked after the pipeline began.
         """
         self._check_process()
-        # Before the look: what comes during it is seen in it or next time.
-        self._stirred = False
+        # Cleared before looking: a reply that comes meanwhile is seen now or next time.
+        self._changed = False
         self._due_at = math.inf
         while True:
-            given_back = self._budget.given_back
+            released = self._window.released
             waits = []
-            for job in self._jobs:
-                if not job.begun and not self._is_due(job):
+            for group in self._groups:
+                if not group.begun and not self._may_begin(group):
                     break
-                wait_s = job.advance()
+                wait_s = group.advance()
                 if wait_s is not None:
                     waits.append(wait_s)
-                # The first array finds out which codebook is pinned; the others need not ask as well.
-                if self._pin.info is None and not job.done:
+                # The first array finds out which codebook is pinned; the others need not request the list too.
+                if self._pin.info is None and not group.done:
                     break
-            if self._budget.given_back == given_back:
+            if self._window.released == released:
                 wait_s = min(waits, default=None)
                 if wait_s is not None:
                     self._due_at = time.monotonic() + wait_s
                 return wait_s
 
     def end(self, failure: Exception | None = None) -> None:
-        """Say that no more arrays come, because of a failure perhaps, which comes after the answers before it."""
-        self.ended = self._stirred = True
+        """Take no more arrays; `failure` is raised by `take` after the results of the arrays before it."""
+        self.ended = self._changed = True
         self._failure = failure
 
     def take(self) -> Any:
-        """Return the next answer in order, or raise its error."""
+        """Return the next result in order, or raise its error, whose `item` is the number of the array."""
         self._check_process()
-        if self._failure is not None and not self._jobs:
+        if self._failure is not None and not self._groups:
             raise self._failure
-        answer = self._jobs[0].take()
-        if self._jobs[0].spent:
-            self._jobs.popleft()
-        return answer
+        try:
+            result = self._groups[0].take()
+        except VqserveClientError as error:
+            error.item = self._num_taken
+            raise
+        self._num_taken += 1
+        if self._groups[0].spent:
+            self._groups.popleft()
+        return result
 
     @contextmanager
-    def standstill(self) -> Iterator[None]:
-        """Stop the clock of what is under way while the caller has the say, for nobody then sends or retries."""
+    def paused(self) -> Iterator[None]:
+        """Pause the deadlines while the caller's code runs: nothing is sent or retried meanwhile."""
         began = time.monotonic()
         try:
             yield
         finally:
-            for job in self._jobs:
-                job.deadline.extend(time.monotonic() - began)
+            for group in self._groups:
+                group.deadline.extend(time.monotonic() - began)
 
     def close(self) -> None:
-        """Cancel what is under way."""
-        while self._jobs:
-            self._jobs.pop().close()
+        """Cancel what is in flight."""
+        while self._groups:
+            self._groups.pop().close()
         if os.getpid() == self._pid:
             self._sender.close()
 
@@ -157,90 +171,85 @@ class Lane:
         if os.getpid() != self._pid:
             raise Closed("this generator was begun in another process, before a fork", target=self._core.config.target)
 
-    def _stir(self) -> None:
-        self._stirred = True
+    def _on_reply(self) -> None:
+        self._changed = True
         self._wake()
 
-    def _is_due(self, job: _Job) -> bool:
-        """Return whether a job that is not begun should be."""
-        if self._budget.free <= 0:
+    def _may_begin(self, group: _Group) -> bool:
+        """Return whether a group that has not begun should begin now."""
+        if self._window.free <= 0:
             return False
-        may_grow = job is self._jobs[-1] and job.takes_more and not self.ended
-        return not may_grow or self._budget.free == self._window
+        may_grow = group is self._groups[-1] and group.takes_more and not self.ended
+        return not may_grow or self._window.free == self._size
 
-    def _turn(self, deadline: Deadline, givens: Sequence[Given]) -> Steps[list[Any]]:
-        return self._core.turn(
+    def _convert(self, deadline: Deadline, inputs: Sequence[ArrayInput]) -> Steps[list[Any]]:
+        return self._core.convert(
             self._operation,
-            givens,
-            self._asked,
+            inputs,
+            self._options,
             pin=self._pin,
             deadline=deadline,
-            budget=self._budget,
+            window=self._window,
             sender=self._sender,
         )
 
-    def _room(self, given: Given) -> int:
-        """Return how many steps of its first axis such an array and those that join it may have together."""
+    def _steps_that_join(self, source: ArrayInput) -> int:
+        """Return how many steps of its first axis this array and those that join it may have together."""
         info, config = self._pin.info, self._core.config
-        if info is None or given.array.nbytes > JOINED_BYTES:
+        if info is None or source.array.nbytes > JOINED_BYTES:
             return 0
         try:
-            call = self._operation.call(given, info, self._asked, pin=self._pin, config=config)
+            call = self._operation.call(source, info, self._options, pin=self._pin, config=config)
         except InvalidArgument:
-            # Raised again in its turn.
+            # It is raised again when the array is converted.
             return 0
         return call.steps_within(min(JOINED_BYTES, config.max_message_bytes))
 
 
-class _Job:
-    """Arrays that go as one, until they have their answers or one of them has failed.
+class _Group:
+    """Arrays that go as one, until all have their results or one of them has failed.
 
     Attributes:
-        deadline: of the one that has waited longest.
-        begun: whether they are under way: no more can be added.
-        done: whether nothing more will come.
+        deadline: of the array that has waited longest.
+        begun: whether they are in flight: no more can be added.
+        done: whether no more results come.
     """
 
-    def __init__(self, given: Given, deadline: Deadline, turn: Turn, *, room: int) -> None:
+    def __init__(self, source: ArrayInput, deadline: Deadline, convert: Convert, *, room: int) -> None:
         self.deadline = deadline
         self.begun = self.done = False
-        self._givens = [given]
-        self._turn = turn
-        self._room = room - len(given.array) if given.array.ndim else 0
+        self._inputs = [source]
+        self._convert = convert
+        self._room = room - len(source.array) if source.array.ndim else 0
         self._steps = self._run()
-        self._answers: deque[Any] = deque()
+        self._results: deque[Any] = deque()
         self._error: Exception | None = None
 
     @property
     def takes_more(self) -> bool:
-        """Return whether another array like the last would fit beside it, were it not begun."""
-        return len(self._givens) < MOST_JOINED and 0 < self._room >= len(self._givens[-1].array)
+        """Return whether there is room for another array like the last, before the group begins."""
+        return len(self._inputs) < MOST_JOINED and 0 < self._room >= len(self._inputs[-1].array)
 
     @property
     def ready(self) -> bool:
-        """Return whether there is an answer to take, or an error."""
-        return bool(self._answers) or self._error is not None
+        """Return whether there is a result to take, or an error."""
+        return bool(self._results) or self._error is not None
 
     @property
     def spent(self) -> bool:
-        """Return whether all that there was has been taken."""
+        """Return whether all results have been taken."""
         return self.done and not self.ready
 
-    def add(self, given: Given) -> bool:
-        """Take one more array, if it can go with those that are here."""
-        if self.begun or not self.takes_more or not self._givens[-1].joins(given) or len(given.array) > self._room:
+    def add(self, source: ArrayInput) -> bool:
+        """Add one more array if it can go with the others; return whether it could."""
+        if self.begun or not self.takes_more or not self._inputs[-1].joins(source) or len(source.array) > self._room:
             return False
-        self._givens.append(given)
-        self._room -= len(given.array)
+        self._inputs.append(source)
+        self._room -= len(source.array)
         return True
 
-    def fail(self, error: Exception) -> None:
-        """End with an error, which is kept until its turn: the answers before it come first."""
-        self.begun = self.done = True
-        self._error = error
-
     def advance(self) -> float | None:
-        """Do what can be done; return the seconds until there is more unless a reply comes sooner."""
+        """Send and receive what can be; return the seconds until the next time (None: until a reply comes)."""
         if self.done:
             return None
         self.begun = True
@@ -249,56 +258,29 @@ class _Job:
         except StopIteration:
             self.done = True
         except Exception as error:
-            self.fail(error)
+            # Kept until `take`: the results before it come first.
+            self.done = True
+            self._error = error
         return None
 
     def take(self) -> Any:
-        """Return the next answer, or raise the error."""
-        if self._error is not None and not self._answers:
+        """Return the next result, or raise the error."""
+        if self._error is not None and not self._results:
             raise self._error
-        return self._answers.popleft()
+        return self._results.popleft()
 
     def close(self) -> None:
-        """Cancel what is under way."""
+        """Cancel what is in flight."""
         self._steps.close()
 
     def _run(self) -> Steps[None]:
-        if len(self._givens) > 1:
+        if len(self._inputs) > 1:
             try:
-                self._answers.extend((yield from self._turn(self._givens)))
+                self._results.extend((yield from self._convert(self._inputs)))
             except InvalidArgument:
-                # Something is wrong with one of them: alone it says what and where, and the others get their answers.
+                # One of them is at fault. Alone, its error says what and where, and the others get their results.
                 pass
             else:
                 return
-        for given in self._givens:
-            self._answers.extend((yield from self._turn([given])))
-
-
-class Numbered:
-    """A lane's arrays, numbered from 0 as they are put and as their answers are taken."""
-
-    def __init__(self, lane: Lane) -> None:
-        self._lane = lane
-        self._put = self._taken = 0
-
-    def put(self, array: object) -> None:
-        """Add one more array; see Lane.put."""
-        try:
-            self._lane.put(array)
-        except VqserveClientError as error:
-            error.item = self._put
-            raise
-        except TypeError as error:
-            raise TypeError(f"{error} (array {self._put}, counting from 0)") from None
-        self._put += 1
-
-    def take(self) -> Any:
-        """Return the next answer in order, or raise its error; see Lane.take."""
-        try:
-            answer = self._lane.take()
-        except VqserveClientError as error:
-            error.item = self._taken
-            raise
-        self._taken += 1
-        return answer
+        for source in self._inputs:
+            self._results.extend((yield from self._convert([source])))

@@ -11,34 +11,38 @@ import os
 import random
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 import grpc
 
 from vqserve_client.channel import Connection
 from vqserve_client.errors import Closed, DeadlineExceeded, ProtocolError
 from vqserve_client.status import RETRIED, Failure, text_metadata
-from vqserve_client.transport import Sender, StreamTicket
+from vqserve_client.transport import ReplyFuture, Sender, StreamFuture
 
-# Beyond this gRPC's own arithmetic on deadlines is not worth trusting: it is no deadline at all.
+T = TypeVar("T")
+Steps = Generator[float | None, None, T]
+
+# gRPC's own arithmetic on deadlines is not reliable beyond this: a longer time is sent as no deadline.
 _FOREVER_S = 365 * 86400.0
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Exponential back-off with jitter, or the server's own hint where it is longer."""
+    """Exponential back-off with jitter, or the server's hint where it is longer."""
 
     retries: int
     first_delay_s: float = 0.1
     max_delay_s: float = 5.0
 
     def delay_s(self, failures: int, hint_s: float | None) -> float | None:
-        """Return the seconds to wait after so many failures of one request; None: give up."""
+        """Return the seconds to wait after this number of failures of one request; None: do not retry."""
         if failures > self.retries:
             return None
-        # Jitter, so that clients who were refused together do not come back together.
+        # Jitter, so that clients whose requests were rejected together do not come back together.
         growing_s = self.first_delay_s * 2.0 ** min(failures - 1, 16)
         delay_s = min(self.max_delay_s, growing_s) * random.uniform(0.5, 1.0)  # noqa: S311
         if hint_s is None:
@@ -53,7 +57,7 @@ class Deadline:
         self._expires_at = time.monotonic() + timeout_s
 
     def extend(self, seconds: float) -> None:
-        """Move the end by a time in which the call could not go on."""
+        """Move the end by a time during which the call was paused."""
         self._expires_at += seconds
 
     def remaining_s(self) -> float:
@@ -61,47 +65,63 @@ class Deadline:
         return self._expires_at - time.monotonic()
 
     def grpc_timeout_s(self) -> float | None:
-        """Return what is left as gRPC wants it: None is without end."""
-        remaining_s = self.remaining_s()
+        """Return the seconds that are left, as gRPC takes them: None is no limit."""
+        remaining_s = self._expires_at - time.monotonic()
         return None if remaining_s > _FOREVER_S else remaining_s
 
 
-T = TypeVar("T")
-Steps = Generator[float | None, None, T]
+class Window:
+    """How many more requests of one call may be in flight; the items of `encode_many` share one.
 
+    Attributes:
+        free: how many more may be sent now.
+        released: how many places were ever released: a change means that it is worth looking again.
+    """
 
-class Part(Protocol):
-    """One request of a call and what becomes of its reply."""
-
-    @property
-    def method(self) -> str:
-        """Return the name of the RPC."""
-
-    def explain(self, text: str) -> str:
-        """Return the text of an error that the server answered with, in the caller's terms."""
-
-    def request(self) -> bytes:
-        """Return the message to send."""
-
-    def accept(self, reply: bytes) -> None:
-        """Check the reply and put it to use."""
-
-
-class Budget:
-    """How many requests of one call may be under way, shared by the items of `encode_many`."""
-
-    def __init__(self, window: int) -> None:
-        self.free = window
-        self.given_back = 0
+    def __init__(self, size: int) -> None:
+        self.free = size
+        self.released = 0
 
     def take(self) -> None:
         """Take one place."""
         self.free -= 1
 
-    def give_back(self, places: int = 1) -> None:
-        """Give places back; who waits for one can tell by `given_back` that it is worth looking again."""
+    def release(self, places: int = 1) -> None:
+        """Release places."""
         self.free += places
-        self.given_back += places
+        self.released += places
+
+
+class Request(ABC):
+    """One request of a call, from before its first attempt until its reply.
+
+    Attributes:
+        method: name of the RPC.
+        request_id: names the request in the server's log.
+        future: of the attempt that is in flight; None between attempts.
+        failures: attempts that failed.
+        failure: the last one; of several that reached no server, the one that says most.
+        resume_at: when the next attempt may be made, on the monotonic clock.
+    """
+
+    method: str
+    request_id = ""
+    future: ReplyFuture | None = None
+    failures = 0
+    failure: Failure | None = None
+    resume_at = 0.0
+
+    @abstractmethod
+    def message(self) -> bytes:
+        """Return the message to send."""
+
+    @abstractmethod
+    def accept(self, reply: bytes) -> None:
+        """Check the reply and store what it holds."""
+
+    @abstractmethod
+    def explain(self, text: str) -> str:
+        """Return the text of an error of the server, in terms of the caller's array."""
 
 
 class Exchange:
@@ -113,140 +133,132 @@ class Exchange:
         *,
         policy: RetryPolicy,
         deadline: Deadline,
-        budget: Budget,
+        window: Window,
         sender: Sender,
     ) -> None:
         self._connection = connection
         self._policy = policy
         self._deadline = deadline
-        self._budget = budget
+        self._window = window
         self._sender = sender
         self._pid = os.getpid()
-        self._request_id = secrets.token_hex(8)
+        self._id = secrets.token_hex(8)
         self._sent = 0
 
-    @property
-    def target(self) -> str:
-        """Return the server's address."""
-        return self._connection.target
-
-    def run(self, parts: Iterator[Part], codebook: str | None) -> Steps[None]:
-        """Send the request of every part and hand each its reply.
+    def run(self, requests: Iterator[Request], codebook: str | None) -> Steps[None]:
+        """Send every request and hand it its reply.
 
         Raises:
-            VqserveClientError: as soon as one part fails for good; the others are cancelled.
+            VqserveClientError: as soon as one request fails for good; the others are cancelled.
         """
-        running: list[_Running] = []
-        upcoming = next(parts, None)
+        running: list[Request] = []
+        upcoming = next(requests, None)
         try:
             while running or upcoming is not None:
-                while upcoming is not None and self._budget.free > 0:
+                while upcoming is not None and self._window.free > 0:
                     self._sent += 1
-                    self._budget.take()
-                    running.append(_Running(upcoming, codebook, f"{self._request_id}-{self._sent}"))
-                    upcoming = next(parts, None)
+                    self._window.take()
+                    upcoming.request_id = f"{self._id}-{self._sent}"
+                    running.append(upcoming)
+                    upcoming = next(requests, None)
                 wait_s: float | None = None
                 progress = False
-                for one in list(running):
-                    due_s = self._advance(one)
-                    if one.done:
-                        running.remove(one)
-                        self._budget.give_back()
+                for request in list(running):
+                    if self._take_reply(request, codebook):
+                        running.remove(request)
+                        self._window.release()
                         progress = True
-                    elif due_s is not None:
+                        continue
+                    due_s = self._send_if_due(request, codebook)
+                    if due_s is not None:
                         wait_s = due_s if wait_s is None else min(wait_s, due_s)
-                # A place in the window came free: the next request goes out before anything is waited for.
+                # A place in the window is free again: send the next request before waiting.
                 if not (progress and (upcoming is not None or not running)):
                     yield wait_s
         finally:
-            self._budget.give_back(len(running))
-            if os.getpid() == self._pid:
-                for one in running:
-                    if one.ticket is not None:
-                        one.ticket.cancel()
+            if running:
+                self._window.release(len(running))
+                if os.getpid() == self._pid:
+                    for request in running:
+                        if request.future is not None:
+                            request.future.cancel()
 
-    def _advance(self, one: _Running) -> float | None:
-        """Send, or take the reply, or wait for the next attempt; return the seconds until that."""
-        if one.ticket is not None and one.ticket.done():
-            ticket, one.ticket = one.ticket, None
-            if ticket.code() is grpc.StatusCode.OK:
-                try:
-                    one.part.accept(ticket.result())
-                except ProtocolError as error:
-                    error.request_id = one.request_id
-                    raise
-                one.done = True
-                return None
-            self._back_off(one, ticket)
-        if one.ticket is None:
-            wait_s = one.resume_at - time.monotonic()
+    def _take_reply(self, request: Request, codebook: str | None) -> bool:
+        """Return whether the reply has come; after a failure, set the time of the next attempt or raise."""
+        future = request.future
+        if future is None or not future.done():
+            return False
+        request.future = None
+        if future.code() is not grpc.StatusCode.OK:
+            self._back_off(request, future, codebook)
+            return False
+        try:
+            request.accept(future.result())
+        except ProtocolError as error:
+            error.request_id = request.request_id
+            raise
+        return True
+
+    def _send_if_due(self, request: Request, codebook: str | None) -> float | None:
+        """Send the request if its time has come; return the seconds until it must be looked at again."""
+        if request.future is None:
+            wait_s = request.resume_at - time.monotonic()
             if wait_s > 0:
                 return wait_s
-            self._send(one)
-        # gRPC keeps the time of a call, but not of a request on a stream.
-        return self._time_left(one) if isinstance(one.ticket, StreamTicket) else None
+            self._send(request, codebook)
+        # gRPC enforces the deadline of a call, but not that of a request on a stream.
+        return self._time_left(request, codebook) if isinstance(request.future, StreamFuture) else None
 
-    def _time_left(self, one: _Running) -> float | None:
+    def _time_left(self, request: Request, codebook: str | None) -> float | None:
         left_s = self._deadline.grpc_timeout_s()
         if left_s is not None and left_s <= 0:
             raise DeadlineExceeded(
                 "the server did not answer in time",
-                target=self.target,
-                codebook=one.codebook,
-                request_id=one.request_id,
+                target=self._connection.target,
+                codebook=codebook,
+                request_id=request.request_id,
             )
         return left_s
 
-    def _send(self, one: _Running) -> None:
+    def _send(self, request: Request, codebook: str | None) -> None:
         timeout_s = self._deadline.grpc_timeout_s()
         if timeout_s is not None and timeout_s <= 0:
             raise DeadlineExceeded(
                 "the time was up before all of the call was sent",
-                target=self.target,
-                codebook=one.codebook,
+                target=self._connection.target,
+                codebook=codebook,
             )
-        request = one.part.request()
+        message = request.message()
         try:
-            one.ticket = self._sender.send(one.part.method, request, timeout_s=timeout_s, request_id=one.request_id)
+            request.future = self._sender.send(
+                request.method, message, timeout_s=timeout_s, request_id=request.request_id
+            )
         except ValueError as error:
             if self._connection.closed:
                 raise self._closed() from error
             raise
 
-    def _back_off(self, one: _Running, ticket: Any) -> None:
-        """Set the time of the next attempt, or raise why there is none."""
+    def _back_off(self, request: Request, future: ReplyFuture, codebook: str | None) -> None:
+        """Set the time of the next attempt, or raise the error if there is none."""
         if self._connection.closed:
             raise self._closed()
-        if isinstance(ticket, StreamTicket) and ticket.passed_over:
-            # No attempt of its own: it goes out again, and whose failure it was has been counted there.
+        if isinstance(future, StreamFuture) and future.was_skipped:
+            # Not an attempt of this request: the failure was counted for the request that failed.
             return
-        one.failures += 1
-        failure = Failure(ticket.code(), ticket.details() or "", text_metadata(ticket.trailing_metadata()))
-        if one.failure is None or not (one.failure.is_foreign and failure.is_unsent):
-            one.failure = failure
+        request.failures += 1
+        failure = Failure(future.code(), future.details() or "", text_metadata(future.trailing_metadata()))
+        if request.failure is None or not (request.failure.is_foreign and failure.is_unsent):
+            request.failure = failure
         retried = failure.error_class in RETRIED
-        delay_s = self._policy.delay_s(one.failures, failure.retry_after_s) if retried else None
+        delay_s = self._policy.delay_s(request.failures, failure.retry_after_s) if retried else None
         if delay_s is None or delay_s >= self._deadline.remaining_s():
-            text = one.part.explain(one.failure.text)
-            if one.failures > 1:
-                text = f"{text}; tried {one.failures} times"
-            raise one.failure.error(target=self.target, codebook=one.codebook, request_id=one.request_id, text=text)
-        one.resume_at = time.monotonic() + delay_s
+            text = request.explain(request.failure.text)
+            if request.failures > 1:
+                text = f"{text}; tried {request.failures} times"
+            raise request.failure.error(
+                target=self._connection.target, codebook=codebook, request_id=request.request_id, text=text
+            )
+        request.resume_at = time.monotonic() + delay_s
 
     def _closed(self) -> Closed:
-        return Closed("this client was closed during the call", target=self.target)
-
-
-class _Running:
-    """One part between its first attempt and its reply."""
-
-    def __init__(self, part: Part, codebook: str | None, request_id: str) -> None:
-        self.part = part
-        self.codebook = codebook
-        self.request_id = request_id
-        self.ticket: Any = None
-        self.failures = 0
-        # The last one; of those that reached no server the one that tells more.
-        self.failure: Failure | None = None
-        self.resume_at = 0.0
-        self.done = False
+        return Closed("this client was closed during the call", target=self._connection.target)

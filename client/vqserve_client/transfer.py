@@ -15,16 +15,17 @@ import numpy as np
 from vqserve import payload
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import indices_shape, latents_shape, parse_layout
+from vqserve.types import LatentDTypeName, LayoutName, OutputName
 from vqserve_client.arrays import (
     Array,
     Cut,
-    given_indices,
-    given_latents,
+    empty_latents,
     indices_cut,
     indices_geometry,
-    latent_store,
+    indices_input,
     latents_cut,
     latents_geometry,
+    latents_input,
     plan,
 )
 from vqserve_client.catalogue import choose
@@ -49,9 +50,9 @@ class Task:
     force: bool = False
     codebook: str | None = None
     digest: str | None = None
-    layout: str | None = None
-    dtype: str = "float32"
-    output: str = "latents"
+    layout: LayoutName | None = None
+    dtype: LatentDTypeName = "float32"
+    output: OutputName = "latents"
     num_quantizers: int | None = None
 
 
@@ -85,7 +86,7 @@ def encode_file(client: Client, task: Task, progress: Progress) -> Done:
     info = _info(client, task)
     stages = _stages(task, info)
     with _named(task.source):
-        item_bytes = payload.itemsize(given_latents(array).dtype)
+        item_bytes = payload.itemsize(latents_input(array).dtype)
         grid, layout = latents_geometry(array.shape, parse_layout(task.layout), info)
     dtype = np.dtype(payload.dtype_name(payload.index_dtype(info.vocab_size)))
     cuts = plan(grid, max(1, _PIECE_BYTES // (info.input_dim * item_bytes)))
@@ -114,11 +115,11 @@ def decode_file(client: Client, task: Task, progress: Progress) -> Done:
     info = _info(client, task)
     stages = _stages(task, info)
     with _named(task.source):
-        given_indices(array[:0] if array.ndim else array)
+        indices_input(array[:0] if array.ndim else array)
         grid, layout = indices_geometry(array.shape, parse_layout(task.layout), info, stages=stages)
     width = info.code_dim if task.output == "code_rows" else info.output_dim
     wire = payload.dtype_of_name(task.dtype)
-    dtype = latent_store((0,), wire, is_torch=False).dtype
+    dtype = empty_latents((0,), wire, None).dtype
     cuts = plan(grid, max(1, _PIECE_BYTES // (width * dtype.itemsize)))
     shape = latents_shape(grid, width, layout)
     with new_array(task.target, shape, dtype, force=task.force) as out:
