@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from vqserve import bfloat16, payload
+from vqserve import payload
 from vqserve.codebook_info import CodebookInfo
+from vqserve.dtypes import BY_NUMBER, LatentDTypeName
 from vqserve.layout import channel_axis, parse_layout, resolve_layout, wrong_channels, wrong_stages
-from vqserve.types import LatentDTypeName, LayoutName
+from vqserve.types import LayoutName
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_bench.request import Request
 from vqserve_bench.served import ReadStats, decode_stats, encode_stats
@@ -93,10 +94,7 @@ class Workload:
             latents = np.moveaxis(
                 rows[start : start + math.prod(grid)].reshape(*grid, info.input_dim), -1, channel_axis(layout)
             )
-            if wire == pb.DTYPE_BFLOAT16:
-                given = ArrayInput(bfloat16.round_bits(latents.astype(np.float32)), wire)
-            else:
-                given = latents_input(latents.astype(self.dtype))
+            given = ArrayInput(BY_NUMBER[wire].narrow(latents), wire)
             options = encode_options(layout=self.layout)
             yield _request(EncodeCall(given, info, options, pin=_pin(info, config), config=config), grid, config)
 

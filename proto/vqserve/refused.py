@@ -6,6 +6,8 @@ from numbers import Number
 
 import numpy as np
 
+from vqserve.dtypes import LATENTS
+
 
 def not_an_array(what: str, value: object) -> str:
     """Return the text for a value that is neither a numpy array nor a torch tensor.
@@ -29,7 +31,8 @@ def not_latents(dtype: object) -> str:
     """Return the text for an array whose elements, numpy's or torch's, are not those of latents."""
     name = str(dtype).removeprefix("torch.")
     hint = "indices? that is decode" if "int" in name else "see .astype(numpy.float32)"
-    return f"latents must be float16, bfloat16, float32 or float64, not {name}: {hint}"
+    *names, last = (known.name for known in sorted(LATENTS, key=lambda known: known.storage.itemsize))
+    return f"latents must be {', '.join(names)} or {last}, not {name}: {hint}"
 
 
 def not_indices(dtype: object) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vqserve import dtypes
 from vqserve.codebook_info import CodebookInfo, wrong_count
 from vqserve.layout import Layout, channel_axis, parse_layout, resolve_layout, wrong_channels, wrong_stages
 from vqserve.refused import not_indices
@@ -155,13 +156,20 @@ def check_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available
         raise InvalidShape(wrong_stages(shape, layout, wanted=wanted, available=available))
 
 
-def first_non_finite(array: npt.NDArray[np.floating[Any]]) -> tuple[int, ...] | None:
-    """Return the position of the first NaN or infinity in C order, or None."""
+def first_non_finite(array: npt.NDArray[Any]) -> tuple[int, ...] | None:
+    """Return the position of the first NaN or infinity of latents or weights in C order, or None.
+
+    Args:
+        array: of a type's `storage` (vqserve.dtypes).
+    """
     if array.size == 0:
         return None
-    if array.dtype == np.float16:
+    exponent = dtypes.of_latents(array.dtype).exponent
+    if exponent and array.dtype.isnative:
         # numpy computes on float16 by converting each element: its exponent bits say as much, ten times faster.
-        finite = (array.view(np.uint16) & np.uint16(0x7C00)) != np.uint16(0x7C00)
+        bits = array.view(f"u{array.itemsize}")
+        mask = bits.dtype.type(exponent)
+        finite = (bits & mask) != mask
     else:
         # The extremes carry every NaN and infinity and need no array of their own.
         with np.errstate(invalid="ignore"):
@@ -173,7 +181,7 @@ def first_non_finite(array: npt.NDArray[np.floating[Any]]) -> tuple[int, ...] | 
     return tuple(int(i) for i in np.unravel_index(int(finite.argmin()), array.shape))
 
 
-def check_finite(array: npt.NDArray[np.floating[Any]]) -> None:
+def check_finite(array: npt.NDArray[Any]) -> None:
     """Refuse latents with NaN or infinity.
 
     Raises:
@@ -181,7 +189,8 @@ def check_finite(array: npt.NDArray[np.floating[Any]]) -> None:
     """
     position = first_non_finite(array)
     if position is not None:
-        raise NonFiniteLatents(f"latents{list(position)} is {float(array[position])}")
+        value = float(dtypes.of_latents(array.dtype).widen(array[position]))
+        raise NonFiniteLatents(f"latents{list(position)} is {value}")
 
 
 def check_indices(array: npt.NDArray[np.integer[Any]], *, decodable: int) -> None:

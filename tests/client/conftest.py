@@ -15,8 +15,9 @@ import grpc
 import numpy as np
 import pytest
 
-from vqserve import bfloat16, payload
+from vqserve import payload
 from vqserve.codebook_info import CodebookInfo
+from vqserve.dtypes import BFLOAT16
 from vqserve.layout import Layout, channel_axis, grid_shape, latents_shape
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1 import tokenizer_pb2_grpc
@@ -91,7 +92,7 @@ class TinyServer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             one = self._codes(request, context)
             latents = payload.from_bytes(request.latents, request.dtype, request.shape)
             if request.dtype == pb.DTYPE_BFLOAT16:
-                latents = bfloat16.widen(latents)
+                latents = BFLOAT16.widen(latents)
             layout = LAYOUTS[request.layout]
             rows = np.moveaxis(latents, channel_axis(layout), -1).reshape(-1, latents.shape[channel_axis(layout)])
             indices = one.encode(rows)

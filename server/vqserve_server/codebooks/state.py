@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vqserve.dtypes import BY_SAFETENSORS, LATENTS
 from vqserve_server.codebooks.digest import digest
 from vqserve_server.codebooks.kinds import KINDS, kind_of
 from vqserve_server.codebooks.safetensors_file import dtype_name
@@ -87,7 +88,7 @@ class CodebookState:
         """
         kind = kind_of(quantizer)
         tensors = {name: tensor.detach().cpu() for name, tensor in quantizer.state_dict().items()}
-        half = [name for name, tensor in tensors.items() if tensor.dtype in {torch.float16, torch.bfloat16}]
+        half = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.itemsize < 4]
         if half:
             raise CodebookError(f"{half[0]} is {tensors[half[0]].dtype}: call .float() on the quantizer first")
         arrays = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
@@ -171,7 +172,8 @@ def check_claims(kind: str, arguments: Mapping[str, Any], claims: Mapping[str, C
         raise StateError(f"tensor {extra[0]!r} does not belong to kind {kind!r} with these arguments")
     floats = {name: dtype for name, (dtype, _) in claims.items() if name != USED}
     for name, dtype in sorted(floats.items()):
-        if dtype in {"F16", "BF16"}:
+        known = BY_SAFETENSORS.get(dtype)
+        if known in LATENTS and known.storage.itemsize < 4:
             raise StateError(f"tensor {name!r} is {dtype}: weights are kept in F32 (`vqserved import` widens them)")
         if dtype not in {"F32", "F64"}:
             raise StateError(f"tensor {name!r} is {dtype}, not F32 or F64")

@@ -11,7 +11,7 @@ def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         values: float32 or float64, finite.
-        dtype: float16, bfloat16, float32 or float64.
+        dtype: a type of latents.
     """
     if values.dtype != torch.float64 or dtype.itemsize > 2:
         return values.to(dtype)

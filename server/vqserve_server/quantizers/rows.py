@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from vqserve.dtypes import LATENTS, of_torch
 from vqserve.layout import Layout, channel_axis, grid_shape, num_rows, resolve_layout
+from vqserve.refused import not_latents
 from vqserve_server import rows as token_rows
 from vqserve_server.errors import InvalidDtype, InvalidShape
-
-_LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def layout_of(rank: int, default: Layout | None = None) -> Layout:
@@ -39,12 +38,12 @@ def grid_of(z: Tensor, channels: int, default: Layout | None = None) -> tuple[in
         default: as in `layout_of`.
 
     Raises:
-        InvalidDtype: z is not float16, bfloat16, float32 or float64.
+        InvalidDtype: z is not of a type of latents.
         InvalidShape: another rank, or another channel count.
     """
     shape = tuple(z.shape)
-    if z.dtype not in _LATENT_DTYPES:
-        raise InvalidDtype(f"latents must be float16, bfloat16, float32 or float64, not {z.dtype}")
+    if of_torch(z.dtype) not in LATENTS:
+        raise InvalidDtype(not_latents(z.dtype))
     layout = layout_of(z.ndim, default)
     found = shape[channel_axis(layout)]
     if found != channels:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vqserve.dtypes import to_numpy, to_torch
 from vqserve_server.quantizers.narrowing import narrow
 
 
@@ -33,7 +34,7 @@ class Table:
 
         Args:
             indices: (m,) int64 on the rows' device, in [0, n), checked by the caller.
-            dtype: float16, bfloat16, float32 or float64; None: the rows' own.
+            dtype: a type of latents; None: the rows' own.
 
         Returns:
             (m, width), a copy: of `dtype` where that is narrower than the rows' and all of the table is within its
@@ -42,10 +43,9 @@ class Table:
         rows = self.rows if dtype is None else self._rounded(dtype)
         if rows.device.type != "cpu":
             return rows.index_select(0, indices)
-        # numpy has no bfloat16.
-        bits = rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows
         # On one core in the time that torch takes on two, whose threads then spin.
-        return torch.from_numpy(bits.numpy().take(indices.numpy(), axis=0)).view(rows.dtype)
+        taken: Tensor = to_torch(to_numpy(rows).take(indices.numpy(), axis=0), str(rows.dtype).removeprefix("torch."))
+        return taken
 
     def _rounded(self, dtype: torch.dtype) -> Tensor:
         if dtype.itemsize >= self.rows.dtype.itemsize:

@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from vqserve import bfloat16, layout, payload, wire
+from vqserve import layout, payload, wire
 from vqserve.codebook_info import CodebookInfo
+from vqserve.dtypes import BY_NUMBER
 from vqserve.layout import Layout, first_channels
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.engine import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, LiveSet, Output
@@ -34,7 +35,6 @@ Array = npt.NDArray[Any]
 # Field number of `stats` in both responses, and how many counters it has.
 _STATS_FIELD = 4
 _COUNTERS = len(pb.ServedStats.DESCRIPTOR.fields)
-_BFLOAT16_EXPONENT = np.uint16(0x7F80)
 _OUTPUTS: dict[int, Output] = {
     pb.DECODE_OUTPUT_UNSPECIFIED: "latents",
     pb.DECODE_OUTPUT_LATENTS: "latents",
@@ -155,19 +155,16 @@ class EncodeHeader(RequestHeader[pb.EncodeRequest]):
         self.rows = layout.num_rows(grid)
         self._set_request(message.dtype, shape)
         self._set_reply(index_dtype, layout.indices_shape(grid, stages, self._layout), pb.EncodeResponse)
-        rows_dtype = np.dtype(np.float64 if message.dtype == pb.DTYPE_FLOAT64 else np.float32)
+        rows_dtype = BY_NUMBER[message.dtype].computed
         self._key = EncodeKey(self._tokenizer, rows_dtype, stages)
 
     def _checked(self, array: Array) -> Array:
-        """Return the latents; uint16 is bfloat16's bit patterns.
+        """Return the latents.
 
         Raises:
             NonFiniteLatents: names the first NaN or infinity.
         """
-        if array.dtype != np.uint16:
-            check_finite(array)
-        elif ((array & _BFLOAT16_EXPONENT) == _BFLOAT16_EXPONENT).any():
-            check_finite(bfloat16.widen(array))
+        check_finite(array)
         return array
 
 

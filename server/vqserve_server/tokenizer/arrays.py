@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vqserve import dtypes
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout, first_channels, grid_shape, warn_of_an_image
 from vqserve.refused import not_an_array, not_indices, not_latents
-from vqserve.vocabulary import smallest_unsigned
 from vqserve_server.errors import InvalidDtype, NonFiniteLatents, NotAnArray
 from vqserve_server.rows import to_rows
 from vqserve_server.tokenizer.options import Options
@@ -23,14 +23,8 @@ from vqserve_server.validation import check_finite, check_indices, check_indices
 T = TypeVar("T")
 Indices = TypeVar("Indices", npt.NDArray[Any], Tensor)
 
-# numpy has no bfloat16: its bit patterns travel as uint16.
-TORCH_DTYPES = {
-    np.dtype(np.float16): torch.float16,
-    np.dtype(np.uint16): torch.bfloat16,
-    np.dtype(np.float32): torch.float32,
-    np.dtype(np.float64): torch.float64,
-}
-_LATENT_DTYPES = frozenset(TORCH_DTYPES.values())
+# By how latents are stored.
+TORCH_DTYPES: dict[np.dtype[Any], torch.dtype] = {dtype.storage: getattr(torch, dtype.name) for dtype in dtypes.LATENTS}
 
 
 @dataclass(frozen=True)
@@ -54,13 +48,14 @@ class Given:
         """Return indices as the caller's kind: torch int64, numpy of the smallest type that holds the vocabulary."""
         if self.device is not None:
             return indices.to(self.device)
-        return indices.cpu().numpy().astype(smallest_unsigned(vocab_size))
+        return indices.cpu().numpy().astype(dtypes.smallest_unsigned(vocab_size))
 
     def latents(self, latents: Tensor) -> Any:
-        """Return latents as the caller's kind; numpy has no bfloat16: float32 holds its values."""
+        """Return latents as the caller's kind; float32 holds the values of types that numpy lacks."""
         if self.device is not None:
             return latents.to(self.device)
-        return (latents.float() if latents.dtype == torch.bfloat16 else latents).cpu().numpy()
+        dtype = dtypes.of_torch(latents.dtype)
+        return (latents if dtype is None or dtype.coding is None else latents.float()).cpu().numpy()
 
 
 def several(items: T, verb: str) -> T:
@@ -85,7 +80,7 @@ def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Giv
     """
     if isinstance(latents, Tensor):
         _check_dense(latents, "latents")
-        if latents.dtype not in _LATENT_DTYPES:
+        if dtypes.of_torch(latents.dtype) not in dtypes.LATENTS:
             raise InvalidDtype(not_latents(latents.dtype))
         resolved = _layout(latents.shape, asked, info)
         plain = latents.detach()
@@ -94,7 +89,7 @@ def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Giv
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
         return Given(wide, grid_shape(latents.shape, resolved), resolved, latents.device)
     array = _plain_array(latents, "latents")
-    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+    if dtypes.of_numpy(array.dtype) not in dtypes.LATENTS:
         raise InvalidDtype(not_latents(array.dtype))
     resolved = _layout(array.shape, asked, info)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)

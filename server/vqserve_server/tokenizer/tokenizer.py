@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vqserve import dtypes
 from vqserve.codebook_info import CodebookInfo
 from vqserve_server.codebooks import codebook_digest, load_codebook
 from vqserve_server.codebooks.kinds import kind_of
@@ -251,8 +252,7 @@ class Tokenizer:
         Args:
             indices: int64 in [0, decodable): (n,), of a residual codebook (n, q) with the first q indices of each row.
             output: "latents" or "code_rows".
-            dtype: what the rows are wanted in, as a hint: float16, float32, float64, or uint16 for bfloat16's bit
-                patterns.
+            dtype: what the rows are wanted in, as a hint: a type's `storage` (vqserve.dtypes).
 
         Returns:
             (n, output_dim) or (n, code_dim) of the codebook's own element type, or already rounded to `dtype`.
@@ -260,7 +260,7 @@ class Tokenizer:
         wanted = None if dtype is None else TORCH_DTYPES[np.dtype(dtype)]
         on_device = to_device(tensor_of(indices), self.device)
         rows = to_host(self._open().decode_rows(on_device, output=output, dtype=wanted))
-        return rows.view(torch.int16).numpy().view(np.uint16) if rows.dtype == torch.bfloat16 else rows.numpy()
+        return dtypes.to_numpy(rows)
 
     def check_itself(self) -> None:
         """Encode and decode once, so that nothing is left to be made ready, and look for some of the codes.

@@ -11,7 +11,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from vqserve import bfloat16, payload
+from vqserve import payload
+from vqserve.dtypes import BFLOAT16
 from vqserve.layout import Layout, channel_axis
 from vqserve.v1 import tokenizer_pb2 as pb
 
@@ -38,8 +39,8 @@ def latents_of(shape: tuple[int, ...], dtype: int) -> tuple[np.ndarray, np.ndarr
     """What to send, and the numbers that it stands for."""
     values = np.random.default_rng(0).standard_normal(shape)
     if dtype == pb.DTYPE_BFLOAT16:
-        bits = bfloat16.round_bits(values.astype(np.float32))
-        return bits, bfloat16.widen(bits)
+        bits = BFLOAT16.narrow(values.astype(np.float32))
+        return bits, BFLOAT16.widen(bits)
     kind = {pb.DTYPE_FLOAT16: np.float16, pb.DTYPE_FLOAT32: np.float32, pb.DTYPE_FLOAT64: np.float64}[dtype]
     return values.astype(kind), values.astype(kind)
 
@@ -83,7 +84,7 @@ def test_decode_in_every_type(client: Any, tokenizer: Any) -> None:
     for dtype, kind in ((pb.DTYPE_FLOAT16, "f2"), (pb.DTYPE_FLOAT32, "f4"), (pb.DTYPE_FLOAT64, "f8")):
         np.testing.assert_array_equal(client.decode(indices, latent_dtype=dtype), want.astype(kind))
     np.testing.assert_array_equal(
-        client.decode(indices, latent_dtype=pb.DTYPE_BFLOAT16), bfloat16.round_bits(np.ascontiguousarray(want))
+        client.decode(indices, latent_dtype=pb.DTYPE_BFLOAT16), BFLOAT16.narrow(np.ascontiguousarray(want))
     )
     np.testing.assert_array_equal(client.decode(indices, output=pb.DECODE_OUTPUT_CODE_ROWS), -want)
 
