@@ -71,6 +71,12 @@ for _name, _new in CASES.items():
     ONE_OF_EACH.setdefault(_new().kind, _name)
 
 
+def with_every_kind(cases: dict[str, Callable[[], Quantizer]]) -> dict[str, Callable[[], Quantizer]]:
+    """Return a test's own cases, and the example of every kind that they leave out."""
+    there = {new().kind for new in cases.values()}
+    return {**cases, **{name: CASES[name] for kind, name in ONE_OF_EACH.items() if kind not in there}}
+
+
 def make(name: str, seed: int = 0) -> Quantizer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
