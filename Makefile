@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 PROTO  := vqserve/v1/tokenizer.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-search soak coverage bench bench-behaviour bench-search check format proto lock image clean
+.PHONY: help setup demo serve test test-search soak coverage bench bench-behaviour bench-search check format proto lock image docs docs-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -101,6 +101,14 @@ IMAGE   ?= vqserve
 BUILDER ?= docker build
 IMAGE_LABELS = --build-arg VERSION=$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' proto/vqserve/__init__.py) \
 	--build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null)
+
+# Material's notice about its successor is no warning about our pages.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.installed  ## build the documentation's site into build/site; any warning fails
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.installed  ## show the site on http://127.0.0.1:8000, built anew when a page changes
+	$(BIN)/mkdocs serve --livereload
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(PROTO_VENV) build dist out

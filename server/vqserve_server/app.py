@@ -71,7 +71,7 @@ class App:
     def swap(self, tokenizers: Sequence[Tokenizer]) -> None:
         """Serve these from now on: every request gets what was live when it came, whole."""
         self.engine.swap(tokenizers)
-        self._rpc.follow()
+        self._rpc.use_live_set()
 
     async def stop(self) -> bool:
         """Take no more requests, answer those inside, and stop; return whether all were answered in time."""

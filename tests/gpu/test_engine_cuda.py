@@ -84,7 +84,7 @@ def test_codebooks_that_come_under_load_are_there_before_they_are_searched() -> 
             # One after the other: each of the two threads may get some.
             jobs = [JOBS.encode(fresh, rows) for _ in range(4)]
             for job in jobs:
-                engine.submit([job])
+                engine.scheduler.put(job)
             for job in jobs:
                 np.testing.assert_array_equal(JOBS.array(job), on_cpu.encode_rows(rows))
     finally:

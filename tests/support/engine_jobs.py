@@ -11,24 +11,31 @@ from vqserve.layout import Layout
 from vqserve_server.engine import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job
 
 
-def _deliver(jobs: list[Job]) -> None:
-    # A Future refuses a second outcome: nothing is delivered twice.
-    for job in jobs:
-        if isinstance(job.outcome, BaseException):
-            job.tag.set_exception(job.outcome)
-        else:
-            job.tag.set_result(job.outcome)
-
-
 class Jobs:
     """Makes jobs as the server's edge does."""
+
+    def __init__(self) -> None:
+        self._futures: dict[Job, Future[Any]] = {}
+
+    def _make(self, kind: type[Job], *arguments: Any, **options: Any) -> Any:
+        future: Future[Any] = Future()
+
+        def on_done() -> None:
+            # A Future refuses a second outcome: nothing is delivered twice.
+            if isinstance(job.outcome, BaseException):
+                future.set_exception(job.outcome)
+            else:
+                future.set_result(job.outcome)
+
+        job = kind(*arguments, on_done=on_done, **options)
+        self._futures[job] = future
+        return job
 
     def encode(self, tokenizer: Any, latents: np.ndarray, *, deadline: float | None = None) -> EncodeJob:
         """A job for rows (n, C)."""
         key = EncodeKey(tokenizer, np.dtype(np.float64 if latents.dtype == np.float64 else np.float32))
         indices = np.empty(len(latents), np.uint16)
-        tag = Future()
-        return EncodeJob(key, latents, Layout.CHANNELS_LAST, indices, deliver=_deliver, tag=tag, deadline=deadline)
+        return self._make(EncodeJob, key, latents, indices, Layout.CHANNELS_LAST, rows=len(latents), deadline=deadline)
 
     def decode(
         self,
@@ -40,13 +47,12 @@ class Jobs:
         output: Any = "latents",
     ) -> DecodeJob:
         """A job that writes `latents`."""
-        return DecodeJob(
-            DecodeKey(tokenizer, output, latents.dtype), indices, latents, layout, deliver=_deliver, tag=Future()
-        )
+        key = DecodeKey(tokenizer, output, latents.dtype)
+        return self._make(DecodeJob, key, indices, latents, layout, rows=indices.size)
 
     def result(self, job: Job, timeout: float | None = 60.0) -> Any:
         """Wait for a job's outcome, and raise it if it is an error."""
-        return job.tag.result(timeout)
+        return self._futures[job].result(timeout)
 
     def array(self, job: Job, timeout: float | None = 60.0) -> np.ndarray:
         """Wait for a job's outcome, and return what it has written."""

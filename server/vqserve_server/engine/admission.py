@@ -12,7 +12,7 @@ from vqserve_server.errors import Overloaded, VqserveError
 
 @dataclass
 class EngineStats:
-    """Counters. A batch is counted before its requests are answered, so a caller's own request is always among them."""
+    """Counters of the engine. A batch is counted before its requests are answered."""
 
     requests: int = 0
     batches: int = 0
@@ -27,10 +27,10 @@ class EngineStats:
         """Count a batch.
 
         Args:
-            requests: the requests that were part of it.
-            rows: its rows.
-            finished: the requests that it completes.
-            seconds: how long a device thread worked on it.
+            requests: requests that were part of it.
+            rows: rows of it.
+            finished: requests that it completes.
+            seconds: time that a device thread spent on it.
         """
         with self._lock:
             self.batches += 1
@@ -51,7 +51,7 @@ class EngineStats:
         return self.batched_requests / self.batches if self.batches else 0.0
 
     def retry_after_s(self, rows: int) -> float:
-        """Return when that many rows will have been computed, judged by the past, from 50 ms to 10 s."""
+        """Return how long that many rows will take at the speed so far, from 50 ms to 10 s."""
         seconds = rows * self.busy_s / self.rows if self.rows else 0.0
         return min(max(seconds, 0.05), 10.0)
 
@@ -64,29 +64,29 @@ class EngineStats:
 
 
 class Admission:
-    """Counts the requests, rows and bytes between arrival and reply, and refuses what would exceed the limits.
+    """Counts the requests, rows and bytes in the server, and rejects requests that would exceed a limit.
 
-    A request is counted from when its size is known until its reply is sent, so that the limits bound memory and not
-    merely the queue. One that exceeds a limit all by itself is taken when nothing else is in the server.
+    A request counts from when its size is known until its reply is sent, so the limits bound memory, not only the
+    queue. A request that exceeds a limit alone is accepted when no other is in the server.
     """
 
     def __init__(self, config: EngineConfig, *, retry_after_s: Callable[[int], float]) -> None:
-        """Make the counter; `retry_after_s` estimates from the rows inside when to try again."""
+        """Make the counter; `retry_after_s` estimates the delay before a retry from the rows in the server."""
         self._config = config
         self._retry_after_s = retry_after_s
         self._lock = threading.Lock()
-        self._refusal: VqserveError | None = None
+        self._closed: VqserveError | None = None
         self.requests = 0
         self.rows = 0
         self.bytes = 0
 
-    def close(self, refusal: VqserveError) -> None:
-        """Refuse everything from now on, for this reason; the first reason stays."""
+    def close(self, reason: VqserveError) -> None:
+        """Reject every request from now on with this reason; the first reason stays."""
         with self._lock:
-            self._refusal = self._refusal or refusal
+            self._closed = self._closed or reason
 
     def enter(self, rows: int, nbytes: int) -> None:
-        """Count a request of so many rows, and of so many bytes with its reply.
+        """Count a request: its rows, and the bytes of it and its reply.
 
         Raises:
             Overloaded: a limit would be exceeded.
@@ -94,9 +94,9 @@ class Admission:
             DeviceBroken: the device failed.
         """
         with self._lock:
-            if self._refusal is not None:
-                # A fresh one each time: an exception that is raised collects a traceback.
-                raise type(self._refusal)(*self._refusal.args)
+            if self._closed is not None:
+                # A new exception each time: raising one adds a traceback to it.
+                raise type(self._closed)(*self._closed.args)
             if self.requests >= self._config.max_queue_requests:
                 raise self._overloaded("requests")
             if self.requests:
@@ -106,7 +106,7 @@ class Admission:
             self.bytes += nbytes
 
     def leave(self, rows: int, nbytes: int) -> None:
-        """Count out a request that has entered with these numbers."""
+        """Stop counting a request that entered with these numbers."""
         with self._lock:
             self.requests -= 1
             self.rows -= rows

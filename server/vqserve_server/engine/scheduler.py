@@ -1,11 +1,10 @@
-"""Jobs that wait, and what of them makes the next batch of a device thread."""
+"""Which waiting jobs become the next batch of a device thread, and when."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable
 
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine.batch import Batch
@@ -14,152 +13,152 @@ from vqserve_server.errors import VqserveError
 
 
 class JobQueue:
-    """One line of jobs for each key; the keys take turns. The caller holds the lock."""
+    """First come, first served within a key; the keys take turns. Decisions only: the caller holds the lock.
+
+    Attributes:
+        waiting: jobs that are not, or not completely, in a batch, by key; the next key in turn is first.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
+        self.waiting: OrderedDict[Key, deque[Job]] = OrderedDict()
         self._config = config
-        self._lines: OrderedDict[Key, deque[Job]] = OrderedDict()
-
-    def __bool__(self) -> bool:
-        return bool(self._lines)
 
     def put(self, job: Job) -> None:
-        """Add a job to the end of its line."""
-        line = self._lines.get(job.key)
-        if line is None:
-            line = self._lines[job.key] = deque()
-        line.append(job)
+        """Add a job behind the others of its key."""
+        jobs = self.waiting.get(job.key)
+        if jobs is None:
+            jobs = self.waiting[job.key] = deque()
+        jobs.append(job)
 
     def discard(self, job: Job) -> None:
         """Take a job out, if it is here."""
-        line = self._lines.get(job.key)
-        if line is not None and job in line:
-            line.remove(job)
-            self._close_if_empty(job.key)
+        jobs = self.waiting.get(job.key)
+        if jobs is not None and job in jobs:
+            jobs.remove(job)
+            if not jobs:
+                del self.waiting[job.key]
 
     def clear(self) -> list[Job]:
         """Take all jobs out and return them."""
-        jobs = [job for line in self._lines.values() for job in line]
-        self._lines.clear()
+        jobs = [job for jobs in self.waiting.values() for job in jobs]
+        self.waiting.clear()
         return jobs
 
-    def take(self, now: float, *, patient: bool) -> Batch | None:
-        """Return the next batch: of the first key in turn that is ready, as many rows as the caps allow.
+    def take(self, now: float, *, allow_wait: bool) -> Batch | None:
+        """Return the next batch: of the first key in turn that is ready, with as many rows as the limits allow.
 
         Args:
             now: time.monotonic() seconds.
-            patient: whether a batch that is not full waits up to max_wait_us for more.
+            allow_wait: whether a batch that is not full may wait up to max_wait_us for more jobs.
         """
-        for key in list(self._lines):
-            if patient and self._ripe_at(key) > now:
+        may_wait = allow_wait and self._config.max_wait_us > 0
+        for key in list(self.waiting):
+            if may_wait and self._ready_at(key) > now:
                 continue
-            self._lines.move_to_end(key)
-            batch = Batch(key, self._capacity(key))
-            self._fill(batch, now)
+            self.waiting.move_to_end(key)
+            batch = self._fill(key, now)
             if batch.parts:
                 return batch
         return None
 
-    def ripe_at(self) -> float | None:
-        """Return when a patient `take` will find a batch, in time.monotonic() seconds; None: nothing waits."""
-        return min((self._ripe_at(key) for key in self._lines), default=None)
+    def ready_at(self) -> float | None:
+        """Return when `take` finds a batch although it may wait, in time.monotonic() seconds; None: nothing waits."""
+        return min((self._ready_at(key) for key in self.waiting), default=None)
 
-    def _fill(self, batch: Batch, now: float) -> None:
-        """Add waiting jobs of a batch's key to it while they fit.
+    def _fill(self, key: Key, now: float) -> Batch:
+        """Return a batch of the waiting jobs of a key that fit.
 
-        A job that would not fit into any batch is split, and what is left goes to the end of the line, so that it
-        does not hold up the small ones behind it. Jobs that nobody waits for any more are dropped here.
+        A job that fits into no batch is split, and the rest goes behind the other jobs, so that it does not hold up
+        small ones. Jobs that nobody wants any more are dropped here.
         """
-        line = self._lines[batch.key]
-        capacity = self._capacity(batch.key)
-        while line and batch.room:
-            job = line[0]
-            left = job.rows - job.next_row
-            if job.alive(now):
-                if left > batch.room and left <= capacity:
+        batch = Batch(key)
+        jobs, capacity = self.waiting[key], key.max_rows(self._config)
+        while jobs and batch.rows < capacity:
+            job = jobs[0]
+            rows_left, capacity_left = job.rows - job.next_row, capacity - batch.rows
+            if job.is_wanted(now):
+                if capacity_left < rows_left <= capacity:
                     break
-                batch.add(job, min(left, batch.room))
-            line.popleft()
+                batch.add(job, min(rows_left, capacity_left))
+            jobs.popleft()
             if job.next_row < job.rows and job.outcome is None:
-                line.append(job)
-        self._close_if_empty(batch.key)
+                jobs.append(job)
+        if not jobs:
+            del self.waiting[key]
+        return batch
 
-    def _ripe_at(self, key: Key) -> float:
-        line = self._lines[key]
-        if self._config.max_wait_us == 0 or sum(job.rows - job.next_row for job in line) >= self._capacity(key):
+    def _ready_at(self, key: Key) -> float:
+        jobs = self.waiting[key]
+        if sum(job.rows - job.next_row for job in jobs) >= key.max_rows(self._config):
             return 0.0
-        return min(job.arrived for job in line) + self._config.max_wait_us * 1e-6
-
-    def _capacity(self, key: Key) -> int:
-        most_rows = self._config.max_batch_rows * key.rows_counted_as_one
-        return max(1, min(most_rows, self._config.max_batch_bytes // key.row_bytes))
-
-    def _close_if_empty(self, key: Key) -> None:
-        if key in self._lines and not self._lines[key]:
-            del self._lines[key]
+        return min(job.arrived for job in jobs) + self._config.max_wait_us * 1e-6
 
 
-class Pipeline:
-    """The queue, and the lock and the wake-up around it.
+class Scheduler:
+    """The job queue, shared by all threads.
 
-    A batch is closed when a device thread comes for it: as late and as full as it can be.
+    A batch is closed when a device thread asks for one: as late, and as full, as possible.
     """
 
-    def __init__(self, queue: JobQueue) -> None:
-        self._queue = queue
-        self._lock = threading.Lock()
-        self._wake = threading.Condition(self._lock)
-        self._on_device: dict[int, Batch] = {}  # by the thread that has it
+    def __init__(self, config: EngineConfig) -> None:
+        self._queue = JobQueue(config)
+        self._changed = threading.Condition(threading.Lock())
+        self._on_device: dict[int, Batch] = {}  # by the id of the thread that computes it
         self._closed: VqserveError | None = None
 
-    def put(self, jobs: Iterable[Job]) -> None:
-        """Add jobs; with one wake-up, so that they are one batch.
+    def put(self, job: Job) -> None:
+        """Queue a job; it gets its outcome exactly once, whatever happens.
 
         Raises:
-            VqserveError: the reason for which the pipeline was closed.
+            VqserveError: the reason for which the scheduler was closed.
         """
-        with self._lock:
+        with self._changed:
             if self._closed is not None:
                 raise type(self._closed)(*self._closed.args)
-            for job in jobs:
-                self._queue.put(job)
-            # Threads that work come back by themselves.
-            self._wake.notify()
+            self._queue.put(job)
+            # A thread that computes comes back without being woken.
+            self._changed.notify()
 
-    def discard(self, job: Job) -> None:
-        """Take a job out of the queue, if it is there."""
-        with self._lock:
+    def cancel(self, job: Job) -> None:
+        """Drop a job that nobody waits for any more."""
+        job.cancel()
+        with self._changed:
             self._queue.discard(job)
 
     def close(self, reason: VqserveError, *, drop: bool) -> None:
-        """Take no more jobs; what is here, on the device too, is finished or, with `drop`, failed with the reason."""
+        """Accept no more jobs; those that are here finish or, with `drop`, fail with the reason."""
         jobs: list[Job] = []
-        with self._lock:
+        with self._changed:
             self._closed = self._closed or reason
             if drop:
                 jobs = self._queue.clear()
                 jobs += [part.job for batch in self._on_device.values() for part in batch.parts]
-            self._wake.notify_all()
+            self._changed.notify_all()
         for job in jobs:
             job.fail(reason)
 
-    def next_for_device(self) -> Batch | None:
-        """Return the next batch as soon as there is one; None: closed and nothing left.
+    def next_batch(self) -> Batch | None:
+        """Return the next batch as soon as there is one; None: closed, and nothing is left.
 
-        The calling thread is done with the one that it got before.
+        The calling thread has finished the batch that it got before.
         """
         thread = threading.get_ident()
-        with self._lock:
+        with self._changed:
             self._on_device.pop(thread, None)
             while True:
-                batch = self._queue.take(time.monotonic(), patient=self._closed is None)
+                batch = None
+                if self._queue.waiting:
+                    batch = self._queue.take(time.monotonic(), allow_wait=self._closed is None)
                 if batch is not None:
                     self._on_device[thread] = batch
-                    # Several batches may have come at once, with one wake-up.
-                    if self._queue:
-                        self._wake.notify()
+                    if self._queue.waiting:
+                        # One notification may stand for several batches.
+                        self._changed.notify()
                     return batch
-                if self._closed is not None and not self._queue:
+                if self._queue.waiting:
+                    ready_at = self._queue.ready_at() or 0.0
+                    self._changed.wait(max(ready_at - time.monotonic(), 0.0))
+                elif self._closed is not None:
                     return None
-                ripe_at = self._queue.ripe_at()
-                self._wake.wait(None if ripe_at is None else max(ripe_at - time.monotonic(), 0.0))
+                else:
+                    self._changed.wait()

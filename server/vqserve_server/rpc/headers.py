@@ -1,19 +1,22 @@
-"""What a request asks for beside its data, by its head: callers send the same head again and again."""
+"""Request headers: all of a request but its payload. Callers send the same header again and again.
+
+A header is a message without its payload. Only one that is new is parsed and validated; HeaderCache keeps the result.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from vqserve import bfloat16, layout, payload, wire
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import first_channels
+from vqserve.layout import Layout, first_channels
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_server.engine import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, LiveSet, Output, Served
-from vqserve_server.engine.job import Deliver
+from vqserve_server.engine import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, LiveSet, Output
 from vqserve_server.errors import InvalidDtype, InvalidOption
 from vqserve_server.rpc.messages import check_dtype, check_payload, check_reply_size, layout_of, read
 from vqserve_server.validation import (
@@ -26,29 +29,44 @@ from vqserve_server.validation import (
 )
 
 RequestT = TypeVar("RequestT", pb.EncodeRequest, pb.DecodeRequest)
-# In both responses; its fields are ServedStats', in their order.
-_STATS_FIELD = 4
-_COUNTERS = len(pb.ServedStats.DESCRIPTOR.fields)
-
 Array = npt.NDArray[Any]
 
+# Field number of `stats` in both responses, and how many counters it has.
+_STATS_FIELD = 4
+_COUNTERS = len(pb.ServedStats.DESCRIPTOR.fields)
+_BFLOAT16_EXPONENT = np.uint16(0x7F80)
+_OUTPUTS: dict[int, Output] = {
+    pb.DECODE_OUTPUT_UNSPECIFIED: "latents",
+    pb.DECODE_OUTPUT_LATENTS: "latents",
+    pb.DECODE_OUTPUT_CODE_ROWS: "code_rows",
+}
+_MOST_HEADERS = 1024
+# A shape may have very many axes; such a header is not worth keeping.
+_LONGEST_HEADER = 1024
 
-class Plan(ABC, Generic[RequestT]):
-    """A checked head. Requests with the same head, byte for byte, share one plan.
+
+class RequestHeader(ABC, Generic[RequestT]):
+    """A validated header. Requests with the same header, byte for byte, share one object.
 
     Attributes:
-        request_type: the message.
-        payload_bytes: of the request.
-        rows: tokens that the engine is to turn.
-        reply_bytes: the reply's payload.
+        request_type: the protobuf message.
+        job_type: the engine's job for such a request.
+        payload_bytes: size of the request's payload.
+        rows: tokens that the engine computes.
+        reply_bytes: size of the reply's payload.
+        empty_reply: the whole reply of a request without tokens.
     """
 
     request_type: type[RequestT]
+    job_type: ClassVar[type[Job]]
     rows: int
     reply_bytes: int
+    empty_reply: bytes
+    _key: EncodeKey | DecodeKey
+    _layout: Layout
 
-    def __init__(self, head: RequestT, payload_bytes: int, *, live: LiveSet, max_message_bytes: int) -> None:
-        """Read the head of a request with so many bytes of payload.
+    def __init__(self, message: RequestT, payload_bytes: int, *, live: LiveSet, max_message_bytes: int) -> None:
+        """Validate the header of a request with a payload of that size.
 
         Raises:
             InvalidRequest: what is wrong with it.
@@ -56,216 +74,206 @@ class Plan(ABC, Generic[RequestT]):
             DigestMismatch: the caller pinned another digest.
         """
         self.payload_bytes = payload_bytes
-        self._tokenizer = live.resolve(head.codebook, head.expected_digest)
-        self._read(head, payload_bytes, self._tokenizer.info)
+        self._tokenizer = live.resolve(message.codebook, message.expected_digest)
+        self._read(message, payload_bytes, self._tokenizer.info)
         check_reply_size(self.reply_bytes, max_message_bytes)
 
-    def array(self, data: memoryview) -> Array:
-        """Return the array in a payload, a view."""
-        return np.frombuffer(data, self._dtype).reshape(self._shape)
+    def job(
+        self, data: memoryview, *, on_done: Callable[[], None], deadline: float | None
+    ) -> tuple[Job, wire.ReplyBuffer]:
+        """Validate a payload, and return the job that reads it and the reply that the job writes.
+
+        Args:
+            data: the payload.
+            on_done: called once, on any thread, when the job has an outcome.
+            deadline: time.monotonic() seconds, or None.
+
+        Raises:
+            NonFiniteLatents, IndexOutOfRange: names the first offender.
+        """
+        source = self._checked(np.frombuffer(data, self._dtype).reshape(self._shape))
+        reply = wire.ReplyBuffer(self._template)
+        result = np.frombuffer(memoryview(reply.memory), self._reply_dtype, offset=self._template.start)
+        job = self.job_type(
+            self._key,
+            source,
+            result.reshape(self._reply_shape),
+            self._layout,
+            rows=self.rows,
+            on_done=on_done,
+            deadline=deadline,
+        )
+        return job, reply
 
     @abstractmethod
-    def _read(self, head: RequestT, payload_bytes: int, info: CodebookInfo) -> None:
-        """Take what the request asks for, if its form is right; set `rows`, `reply_bytes` and what `_takes` sets."""
+    def _read(self, message: RequestT, payload_bytes: int, info: CodebookInfo) -> None:
+        """Validate what the message asks for; set `rows`, `_key`, `_layout`, `_set_request` and `_set_reply`."""
 
     @abstractmethod
-    def check(self, array: Array) -> None:
-        """Look at the data.
+    def _checked(self, array: Array) -> Array:
+        """Return the part of the payload's array that the engine reads, if its values are valid.
 
         Raises:
             InvalidRequest: names the first offender.
         """
 
-    @abstractmethod
-    def job(self, array: Array, *, deliver: Deliver, deadline: float | None) -> Job:
-        """Return what the engine is to do."""
-
-    def reply(self, job: Job, served: Served, total_us: int) -> bytes:
-        """Return the reply of a job that `job` made."""
-        counters = (served.queue_us, served.compute_us, total_us, served.batch_requests, served.batch_rows)
-        return self._form.fill(job.owner, counters)
-
-    @property
-    def empty_reply(self) -> bytes:
-        """The reply where there is nothing to turn."""
-        return self._reply_head
-
-    def _takes(self, dtype: int, shape: tuple[int, ...]) -> None:
-        """Set what requests hold."""
+    def _set_request(self, dtype: int, shape: tuple[int, ...]) -> None:
+        """Set what the payload of requests holds."""
         self._dtype = payload.numpy_dtype(dtype)
         self._shape = shape
 
-    def _gives(self, dtype: int, shape: tuple[int, ...], response: type[pb.EncodeResponse | pb.DecodeResponse]) -> None:
-        """Set what replies hold."""
+    def _set_reply(
+        self, dtype: int, shape: tuple[int, ...], response: type[pb.EncodeResponse | pb.DecodeResponse]
+    ) -> None:
+        """Set what the payload of replies holds."""
         self.reply_bytes = payload.nbytes(dtype, shape)
         self._reply_dtype = payload.numpy_dtype(dtype)
         self._reply_shape = shape
         head: Any = response(digest=self._tokenizer.info.digest, dtype=dtype, shape=shape)  # type: ignore[arg-type]
-        self._reply_head: bytes = head.SerializeToString()
-        self._form = wire.Form(self._reply_head, _STATS_FIELD, _COUNTERS, self.reply_bytes)
-
-    def _blank_reply(self) -> tuple[wire.Blank, Array]:
-        """Return a reply in the making, and the array in it that is to be written."""
-        blank = self._form.blank()
-        flat = np.frombuffer(memoryview(blank.memory), self._reply_dtype, offset=self._form.start)
-        return blank, flat.reshape(self._reply_shape)
+        self.empty_reply = head.SerializeToString()
+        self._template = wire.ReplyTemplate(self.empty_reply, _STATS_FIELD, _COUNTERS, self.reply_bytes)
 
 
-_BFLOAT16_EXPONENT = np.uint16(0x7F80)
-
-
-class EncodePlan(Plan[pb.EncodeRequest]):
-    """What an EncodeRequest asks for."""
+class EncodeHeader(RequestHeader[pb.EncodeRequest]):
+    """Header of an EncodeRequest: latents to indices."""
 
     request_type = pb.EncodeRequest
+    job_type = EncodeJob
 
-    def _read(self, head: pb.EncodeRequest, payload_bytes: int, info: CodebookInfo) -> None:
-        check_dtype("dtype", head.dtype, payload.LATENT_DTYPES)
-        shape = check_payload(payload_bytes, head.dtype, head.shape, range(2, 6))
-        self._layout = check_latents(shape, layout_of(head.layout), info=info)
+    def _read(self, message: pb.EncodeRequest, payload_bytes: int, info: CodebookInfo) -> None:
+        check_dtype("dtype", message.dtype, payload.LATENT_DTYPES)
+        shape = check_payload(payload_bytes, message.dtype, message.shape, range(2, 6))
+        self._layout = check_latents(shape, layout_of(message.layout), info=info)
         grid = layout.grid_shape(shape, self._layout)
-        index_dtype = head.index_dtype or payload.index_dtype(info.vocab_size)
+        index_dtype = message.index_dtype or payload.index_dtype(info.vocab_size)
         check_dtype("index_dtype", index_dtype, payload.INDEX_DTYPES)
         if not payload.holds_vocabulary(index_dtype, info.vocab_size):
             name = payload.dtype_name(index_dtype)
             raise InvalidDtype(f"index_dtype {name} does not hold the vocabulary of {info.vocab_size} indices")
-        count = check_num_quantizers(head.num_quantizers or None, available=info.num_quantizers)
+        count = check_num_quantizers(message.num_quantizers or None, available=info.num_quantizers)
         stages = count if info.has_stages else None
         self.rows = layout.num_rows(grid)
-        self._takes(head.dtype, shape)
-        self._gives(index_dtype, layout.indices_shape(grid, stages, self._layout), pb.EncodeResponse)
-        widened = np.dtype(np.float64 if head.dtype == pb.DTYPE_FLOAT64 else np.float32)
-        self._key = EncodeKey(self._tokenizer, widened, stages)
+        self._set_request(message.dtype, shape)
+        self._set_reply(index_dtype, layout.indices_shape(grid, stages, self._layout), pb.EncodeResponse)
+        rows_dtype = np.dtype(np.float64 if message.dtype == pb.DTYPE_FLOAT64 else np.float32)
+        self._key = EncodeKey(self._tokenizer, rows_dtype, stages)
 
-    def check(self, array: Array) -> None:
-        """Look at the data.
+    def _checked(self, array: Array) -> Array:
+        """Return the latents; uint16 is bfloat16's bit patterns.
 
         Raises:
             NonFiniteLatents: names the first NaN or infinity.
         """
-        check_finite_payload(array)
-
-    def job(self, array: Array, *, deliver: Deliver, deadline: float | None) -> EncodeJob:
-        """Return what the engine is to do."""
-        blank, indices = self._blank_reply()
-        return EncodeJob(self._key, array, self._layout, indices, owner=blank, deliver=deliver, deadline=deadline)
-
-
-def check_finite_payload(latents: npt.NDArray[Any]) -> None:
-    """Refuse latents with NaN or infinity; uint16 is bfloat16's bit patterns.
-
-    Raises:
-        NonFiniteLatents: names the first one's position.
-    """
-    if latents.dtype != np.uint16:
-        check_finite(latents)
-    elif ((latents & _BFLOAT16_EXPONENT) == _BFLOAT16_EXPONENT).any():
-        check_finite(bfloat16.widen(latents))
+        if array.dtype != np.uint16:
+            check_finite(array)
+        elif ((array & _BFLOAT16_EXPONENT) == _BFLOAT16_EXPONENT).any():
+            check_finite(bfloat16.widen(array))
+        return array
 
 
-_OUTPUTS: dict[int, Output] = {
-    pb.DECODE_OUTPUT_UNSPECIFIED: "latents",
-    pb.DECODE_OUTPUT_LATENTS: "latents",
-    pb.DECODE_OUTPUT_CODE_ROWS: "code_rows",
-}
-
-
-class DecodePlan(Plan[pb.DecodeRequest]):
-    """What a DecodeRequest asks for."""
+class DecodeHeader(RequestHeader[pb.DecodeRequest]):
+    """Header of a DecodeRequest: indices to latents."""
 
     request_type = pb.DecodeRequest
+    job_type = DecodeJob
 
-    def _read(self, head: pb.DecodeRequest, payload_bytes: int, info: CodebookInfo) -> None:
-        check_dtype("dtype", head.dtype, payload.INDEX_DTYPES)
-        shape = check_payload(payload_bytes, head.dtype, head.shape, range(2, 6) if info.has_stages else range(1, 5))
-        count = check_num_quantizers(head.num_quantizers or None, available=info.num_quantizers)
-        self._layout = check_indices_shape(shape, layout_of(head.layout), info=info, num_quantizers=count)
-        latent_dtype = head.latent_dtype or pb.DTYPE_FLOAT32
+    def _read(self, message: pb.DecodeRequest, payload_bytes: int, info: CodebookInfo) -> None:
+        check_dtype("dtype", message.dtype, payload.INDEX_DTYPES)
+        shape = check_payload(
+            payload_bytes, message.dtype, message.shape, range(2, 6) if info.has_stages else range(1, 5)
+        )
+        count = check_num_quantizers(message.num_quantizers or None, available=info.num_quantizers)
+        self._layout = check_indices_shape(shape, layout_of(message.layout), info=info, num_quantizers=count)
+        latent_dtype = message.latent_dtype or pb.DTYPE_FLOAT32
         check_dtype("latent_dtype", latent_dtype, payload.LATENT_DTYPES)
-        if head.output not in _OUTPUTS:
-            raise InvalidOption(f"unknown output {head.output}")
-        check_output(_OUTPUTS[head.output], info=info)
+        if message.output not in _OUTPUTS:
+            raise InvalidOption(f"unknown output {message.output}")
+        check_output(_OUTPUTS[message.output], info=info)
         dtype = payload.numpy_dtype(latent_dtype)
-        self._key = DecodeKey(self._tokenizer, _OUTPUTS[head.output], dtype, count if info.has_stages else None)
+        key = self._key = DecodeKey(
+            self._tokenizer, _OUTPUTS[message.output], dtype, count if info.has_stages else None
+        )
         grid = layout.grid_shape(shape, self._layout) if info.has_stages else shape
         self.rows = layout.num_rows(grid)
-        self._takes(head.dtype, shape)
-        latents_shape = layout.latents_shape(grid, self._key.channels, self._layout)
-        self._gives(latent_dtype, latents_shape, pb.DecodeResponse)
+        self._set_request(message.dtype, shape)
+        latents_shape = layout.latents_shape(grid, key.channels, self._layout)
+        self._set_reply(latent_dtype, latents_shape, pb.DecodeResponse)
 
-    def array(self, data: memoryview) -> Array:
-        """Return the array in a payload, a view: of a residual codebook, of the indices that are used."""
-        every = super().array(data)
-        count = self._key.num_quantizers
-        return every if count is None else every[first_channels(count, self._layout)]
-
-    def check(self, array: Array) -> None:
-        """Look at the data.
+    def _checked(self, array: Array) -> Array:
+        """Return the indices; of a residual codebook those that are used.
 
         Raises:
             IndexOutOfRange: names the first offender.
         """
-        check_indices(array, decodable=self._tokenizer.decodable)
-
-    def job(self, array: Array, *, deliver: Deliver, deadline: float | None) -> DecodeJob:
-        """Return what the engine is to do."""
-        blank, latents = self._blank_reply()
-        return DecodeJob(self._key, array, latents, self._layout, owner=blank, deliver=deliver, deadline=deadline)
+        count = self._key.num_quantizers
+        used = array if count is None else array[first_channels(count, self._layout)]
+        check_indices(used, decodable=self._tokenizer.decodable)
+        return used
 
 
-_MOST_PLANS = 1024
-# A shape may have very many axes; such a head is not worth keeping.
-_LONGEST_HEAD = 1024
+class HeaderCache(Generic[RequestT]):
+    """The headers of one method, by their bytes, for the codebooks that are live.
 
-
-class Plans(Generic[RequestT]):
-    """The plans of one method for one set of codebooks; for another set there are others.
-
-    Many threads may use it: the worst that can happen is that a head is read again.
+    Thread-safe without a lock: at worst a header is parsed again.
     """
 
-    def __init__(self, kind: type[Plan[RequestT]], *, live: LiveSet, max_message_bytes: int) -> None:
-        self._kind: type[Plan[RequestT]] = kind
-        self._live = live
+    def __init__(self, kind: type[RequestHeader[RequestT]], live: LiveSet, *, max_message_bytes: int) -> None:
+        self._kind: type[RequestHeader[RequestT]] = kind
         self._max_message_bytes = max_message_bytes
-        self._by_head: dict[bytes, Plan[RequestT]] = {}
-        # Where the payload of messages of a size begins, by the last one of that size.
-        self._starts: dict[int, int] = {}
+        self._known: _Known[RequestT] = _Known(live)
 
-    def known(self, raw: bytes) -> tuple[Plan[RequestT], memoryview] | None:
-        """Return the plan and the payload of a request whose head was read before.
+    def use_live_set(self, live: LiveSet) -> None:
+        """Validate headers against these codebooks from now on.
 
-        A head ends with the payload's length, so that a message of the same head and the same size means the same. The
-        size has to be looked at: where the head ends was another message's word, and more may follow the payload.
+        A header that is being parsed meanwhile is validated against, and kept with, the codebooks before.
         """
-        start = self._starts.get(len(raw))
-        if start is None:
-            return None
-        plan = self._by_head.get(raw[:start])
-        if plan is None or plan.payload_bytes != len(raw) - start:
-            return None
-        return plan, memoryview(raw)[start:]
+        self._known = _Known(live)
 
-    def read(self, raw: bytes) -> tuple[Plan[RequestT], memoryview]:
-        """Return the plan and the payload of a request.
+    def find(self, raw: bytes) -> tuple[RequestHeader[RequestT], memoryview]:
+        """Return the header and the payload of a request.
 
         Raises:
             InvalidRequest: what is wrong with it.
             UnknownCodebook: no such codebook.
             DigestMismatch: the caller pinned another digest.
         """
-        head, data = read(self._kind.request_type, raw)
-        plan = self._kind(head, len(data), live=self._live, max_message_bytes=self._max_message_bytes)
-        return plan, data
-
-    def keep(self, raw: bytes, plan: Plan[RequestT], data: memoryview) -> None:
-        """Remember the plan of a request that was read."""
+        known = self._known
+        start = known.starts.get(len(raw))
+        if start is not None:
+            header = known.by_bytes.get(raw[:start])
+            # A header ends with the payload's length, so messages of equal headers and sizes are equal in form. The
+            # size must be compared: `start` came from another message, and more may follow the payload.
+            if header is not None and header.payload_bytes == len(raw) - start:
+                return header, memoryview(raw)[start:]
+        header, data = self._parse(raw, known.live)
         start = len(raw) - len(data)
-        # Only where the payload is the message's end, and not a copy that protobuf made.
-        if data.obj is not raw or start > _LONGEST_HEAD:
-            return
-        if len(self._by_head) >= _MOST_PLANS:
-            self._by_head.clear()
-            self._starts.clear()
-        self._by_head[raw[:start]] = plan
-        self._starts[len(raw)] = start
+        # Only if the payload ends the message, and is not a copy made by protobuf.
+        if data.obj is raw and start <= _LONGEST_HEADER:
+            known.add(raw, start, header)
+        return header, data
+
+    def _parse(self, raw: bytes, live: LiveSet) -> tuple[RequestHeader[RequestT], memoryview]:
+        message, data = read(self._kind.request_type, raw)
+        return self._kind(message, len(data), live=live, max_message_bytes=self._max_message_bytes), data
+
+
+class _Known(Generic[RequestT]):
+    """The headers that are known for one live set.
+
+    Attributes:
+        live: the codebooks.
+        by_bytes: headers by their bytes.
+        starts: where the payload begins, by the size of the message: as in the last message of that size.
+    """
+
+    def __init__(self, live: LiveSet) -> None:
+        self.live = live
+        self.by_bytes: dict[bytes, RequestHeader[RequestT]] = {}
+        self.starts: dict[int, int] = {}
+
+    def add(self, raw: bytes, start: int, header: RequestHeader[RequestT]) -> None:
+        if len(self.by_bytes) >= _MOST_HEADERS:
+            self.by_bytes.clear()
+            self.starts.clear()
+        self.by_bytes[raw[:start]] = header
+        self.starts[len(raw)] = start

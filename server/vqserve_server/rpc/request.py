@@ -2,210 +2,197 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, Protocol
 
+from vqserve import wire
 from vqserve_server.engine import Engine, Job
 from vqserve_server.errors import Draining
-from vqserve_server.rpc.headers import Plan, Plans
-from vqserve_server.rpc.transport import Call, fail, no_request
+from vqserve_server.rpc.headers import HeaderCache, RequestHeader
+from vqserve_server.rpc.transport import Call
 
-# Looking at so many bytes takes half a millisecond, for which the others can wait; handing them to another thread takes
-# some of that, and a core.
+# Larger messages are validated by another thread. Validating this much takes half a millisecond; a hand-over costs some
+# of that, and a core.
 _INLINE_BYTES = 2 << 20
 
-logger = logging.getLogger(__name__)
+# Guards the fields of all unary calls; it is held for a few operations only.
+_fields = threading.Lock()
 
-Told: TypeAlias = Callable[[], None]
-# Takes a good request, and says who is told when it is answered; None: it is no longer wanted.
-Accept: TypeAlias = "Callable[[Request], Told | None]"
-# Is told why a request is not good. One of the two is called, on whatever thread.
-Refuse: TypeAlias = Callable[[Exception], None]
-Begin: TypeAlias = Callable[[bytes, Call, Accept, Refuse], None]
+
+class Caller(Protocol):
+    """What waits for the reply of a request. Its methods may be called on any thread.
+
+    `rejected` is called, or `accepted`, and after that `ready`.
+    """
+
+    @property
+    def deadline(self) -> float | None:
+        """time.monotonic() seconds, or None."""
+
+    def accepted(self, request: Request) -> bool:
+        """Take over a valid request before it is queued; return False if the caller has left."""
+
+    def ready(self) -> None:
+        """React to a request whose `reply` can be called."""
+
+    def rejected(self, error: Exception) -> None:
+        """React to a request that is not valid, or for which the server has no capacity."""
 
 
 class Requests:
-    """Takes requests in."""
+    """Validates requests and queues them."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        # A large payload is read and checked elsewhere, so that it does not hold up the small ones.
+        # Large payloads are validated here, so that they do not delay small requests.
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="vqserve-payload")
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def begin(self, plans: Plans[Any], raw: bytes, call: Call, accept: Accept, refuse: Refuse) -> None:
-        """Read a request, find it good and give it to the engine.
+    def start(self, caller: Caller, headers: HeaderCache[Any], raw: bytes, *, received_at: float | None = None) -> None:
+        """Validate a request and queue it, here or, if it is large, on another thread.
 
         Args:
-            plans: of its method.
+            caller: is called back.
+            headers: the headers of its method.
             raw: the message.
-            call: on which it came.
-            accept: gets a good request before the engine does.
-            refuse: gets the VqserveError of any other.
+            received_at: set on the other thread: time.monotonic() seconds.
         """
-        arrived = time.monotonic()
-        if len(raw) <= _INLINE_BYTES:
-            self._begin(plans, raw, call, accept, refuse, arrived=arrived)
-            return
+        if received_at is None:
+            received_at = time.monotonic()
+            if len(raw) > _INLINE_BYTES:
+                try:
+                    self._pool.submit(self.start, caller, headers, raw, received_at=received_at)
+                except RuntimeError:
+                    caller.rejected(Draining("the server is stopping"))
+                return
         try:
-            self._pool.submit(self._begin, plans, raw, call, accept, refuse, arrived=arrived)
-        except RuntimeError:
-            refuse(Draining("the server is stopping"))
-
-    def _begin(
-        self, plans: Plans[Any], raw: bytes, call: Call, accept: Accept, refuse: Refuse, *, arrived: float
-    ) -> None:
-        try:
-            known = plans.known(raw)
-            if known is None:
-                known = plans.read(raw)
-                plans.keep(raw, *known)
-            plan, data = known
-            request = Request(self._engine, plan, arrived, len(raw) + plan.reply_bytes)
+            header, data = headers.find(raw)
+            request = Request(self._engine, header, len(raw) + header.reply_bytes, received_at)
             try:
-                if plan.rows:
-                    array = plan.array(data)
-                    plan.check(array)
-                    request.job = plan.job(array, deliver=_deliver, deadline=call.deadline)
+                if header.rows:
+                    request.job, request.buffer = header.job(data, on_done=caller.ready, deadline=caller.deadline)
             except BaseException:
-                request.leave()
+                request.release()
                 raise
         except Exception as error:
-            refuse(error)
+            caller.rejected(error)
             return
-        told = accept(request)
-        if told is None:
-            request.leave()
+        if not caller.accepted(request):
+            request.release()
+        elif request.job is None:
+            caller.ready()
         else:
-            request.start(told)
+            try:
+                self._engine.scheduler.put(request.job)
+            except Exception as error:
+                request.job.fail(error)
 
 
 class Request:
-    """A good request, in the server until `leave`.
+    """A valid request, counted by the admission until `release`.
 
     Attributes:
-        nbytes: of the request and its reply's payload.
+        nbytes: size of the request and of the payload of its reply.
         job: None if there is nothing to compute.
+        buffer: the reply that the job writes.
     """
 
-    def __init__(self, engine: Engine, plan: Plan[Any], arrived: float, nbytes: int) -> None:
-        """Enter.
+    job: Job | None = None
+    buffer: wire.ReplyBuffer | None = None
+
+    def __init__(self, engine: Engine, header: RequestHeader[Any], nbytes: int, received_at: float) -> None:
+        """Be admitted.
 
         Raises:
-            Overloaded, Draining, DeviceBroken: the server takes no more.
+            Overloaded, Draining, DeviceBroken: the server accepts no more.
         """
-        engine.admit(plan.rows, nbytes)
+        engine.admission.enter(header.rows, nbytes)
         self.nbytes = nbytes
-        self.job: Job | None = None
         self._engine = engine
-        self._plan = plan
-        self._arrived = arrived
+        self._header = header
+        self._received_at = received_at
 
     @property
-    def is_answered(self) -> bool:
-        """Return whether `reply` has something to say."""
+    def is_ready(self) -> bool:
+        """Whether `reply` can be called."""
         return self.job is None or self.job.outcome is not None
-
-    def start(self, told: Told) -> None:
-        """Give it to the engine; `told` is called once, from whatever thread, when `reply` has something to say."""
-        if self.job is None:
-            told()
-            return
-        self.job.tag = told
-        try:
-            self._engine.submit((self.job,))
-        except Exception as error:
-            self.job.fail(error)
 
     def reply(self) -> bytes:
         """Return the reply.
 
         Raises:
-            VqserveError: what went wrong.
+            VqserveError: why the request failed.
         """
-        if self.job is None:
-            return self._plan.empty_reply
-        outcome = self.job.outcome
-        if outcome is None:
+        if self.job is None or self.buffer is None:
+            return self._header.empty_reply
+        timing = self.job.outcome
+        if timing is None:
             raise RuntimeError("the request is not answered yet")
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return self._plan.reply(self.job, outcome, round((time.monotonic() - self._arrived) * 1e6))
+        if isinstance(timing, BaseException):
+            raise timing
+        total_us = round((time.monotonic() - self._received_at) * 1e6)
+        # In the order of the fields of ServedStats.
+        return self.buffer.write_header(
+            (timing.queue_us, timing.compute_us, total_us, timing.batch_requests, timing.batch_rows)
+        )
 
-    def leave(self) -> None:
-        """Leave: the reply is sent, or nobody wants it. A caller who does not read must not make the server grow."""
+    def release(self) -> None:
+        """Stop counting the request: its reply is sent, or nobody wants it."""
         if self.job is not None and self.job.outcome is None:
-            self._engine.forget(self.job)
-        self._engine.release(self._plan.rows, self.nbytes)
+            self._engine.scheduler.cancel(self.job)
+        self._engine.admission.leave(self._header.rows, self.nbytes)
 
 
-def _deliver(jobs: list[Job]) -> None:
-    for job in jobs:
-        try:
-            job.tag()
-        except Exception:
-            # A thread of the engine's must not die of one caller's connection.
-            logger.exception("a reply was not sent")
+class UnaryCall:
+    """A call with one request and one reply: receive, start the request, send."""
 
-
-# Held to set and read a few fields only, so that one serves all calls.
-_fields = threading.Lock()
-
-
-class Unary:
-    """Waits for the request, begins with it, and ends the call with the reply."""
-
-    def __init__(self, call: Call, begin: Begin, *, when_over: Callable[[], None]) -> None:
-        """Take the call; `when_over` is called when it has ended."""
+    def __init__(
+        self, call: Call, requests: Requests, headers: HeaderCache[Any], *, on_close: Callable[[], None]
+    ) -> None:
+        """Wait for the request; `on_close` is called when the call has ended."""
+        self.deadline = call.deadline
         self._call = call
-        self._begin = begin
-        self._when_over = when_over
+        self._on_close = on_close
         self._request: Request | None = None
-        self._is_over = False
-        call.when_over = self._over
+        self._is_closed = False
+        call.on_close = self._closed
+        call.receive(partial(requests.start, self, headers))
 
-    def start(self) -> None:
-        """Begin to wait."""
-        self._call.receive(self._received)
-
-    def _received(self, raw: bytes | None) -> None:
-        if raw is None:
-            fail(self._call, no_request())
-        else:
-            self._begin(raw, self._call, self._begun, self._failed)
-
-    def _begun(self, request: Request) -> Told | None:
+    def accepted(self, request: Request) -> bool:
+        """Take over a valid request; return False if the call has ended."""
         with _fields:
-            if self._is_over:
-                return None
+            if self._is_closed:
+                return False
             self._request = request
-        return self._answered
+        return True
 
-    def _answered(self) -> None:
+    def ready(self) -> None:
+        """Send the reply."""
         request = self._request
         if request is None:
             return
         try:
             reply = request.reply()
         except Exception as error:
-            self._failed(error)
+            self._call.fail(error)
         else:
             self._call.end(message=reply)
 
-    def _failed(self, error: Exception) -> None:
-        fail(self._call, error)
+    def rejected(self, error: Exception) -> None:
+        """End the call with the error."""
+        self._call.fail(error)
 
-    def _over(self) -> None:
+    def _closed(self) -> None:
         with _fields:
-            self._is_over = True
+            self._is_closed = True
             request, self._request = self._request, None
         if request is not None:
-            request.leave()
-        self._when_over()
+            request.release()
+        self._on_close()

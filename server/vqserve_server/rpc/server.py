@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection, reflection_pb2
@@ -12,25 +13,26 @@ from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.config import RpcConfig
 from vqserve_server.engine import Engine
 from vqserve_server.network import address
-from vqserve_server.rpc.headers import DecodePlan, EncodePlan, Plans
+from vqserve_server.rpc.headers import DecodeHeader, EncodeHeader, HeaderCache
 from vqserve_server.rpc.health import Health
 from vqserve_server.rpc.messages import codebook_message, parse
-from vqserve_server.rpc.request import Accept, Begin, Refuse, Requests, Unary
-from vqserve_server.rpc.stream import Stream
-from vqserve_server.rpc.transport import Call, Handler, Transport, fail, no_request
+from vqserve_server.rpc.request import Requests, UnaryCall
+from vqserve_server.rpc.stream import StreamCall
+from vqserve_server.rpc.transport import Call, Handler, Transport
 
 
 class Calls:
-    """Makes handlers of methods, and knows which of their calls have not ended."""
+    """Makes the handlers of methods, and knows which of their calls have not ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
         self._changed = threading.Condition()
         self._active = 0
-        self._streams: set[Stream] = set()
+        self._streams: set[StreamCall] = set()
         self._is_draining = False
 
     def drain(self, seconds: float) -> bool:
-        """Let streams end after what they have read, and wait for all calls to end; return whether they have."""
+        """End streams after the requests that they have received, and wait for all calls; return whether all ended."""
         with self._changed:
             self._is_draining = True
             streams = list(self._streams)
@@ -39,26 +41,27 @@ class Calls:
         with self._changed:
             return self._changed.wait_for(lambda: not self._active, seconds)
 
-    def unary(self, begin: Begin) -> Handler:
+    def unary(self, headers: HeaderCache[Any]) -> Handler:
         """Return the handler of a method with one request for the engine and one reply."""
 
         def handle(call: Call) -> None:
-            self._enter()
-            Unary(call, begin, when_over=self._leave).start()
+            with self._changed:
+                self._active += 1
+            UnaryCall(call, self._requests, headers, on_close=self._leave)
 
         return handle
 
-    def stream(self, begin: Begin) -> Handler:
-        """Return the handler of a method with many such requests and as many replies."""
+    def stream(self, headers: HeaderCache[Any]) -> Handler:
+        """Return the handler of a method with many requests for the engine and as many replies."""
 
         def handle(call: Call) -> None:
-            self._enter()
-            stream = Stream(call, begin, when_over=self._forget)
+            stream = StreamCall(call, self._requests, headers, on_close=self._forget)
             with self._changed:
+                self._active += 1
                 self._streams.add(stream)
                 is_draining = self._is_draining
             stream.start()
-            # One that says nothing would be waited for otherwise.
+            # Otherwise the server would wait for a caller that sends nothing.
             if is_draining:
                 stream.drain()
 
@@ -68,30 +71,25 @@ class Calls:
         """Return the handler of a method whose request is answered at once."""
 
         def handle(call: Call) -> None:
-            def received(raw: bytes | None) -> None:
+            def received(raw: bytes) -> None:
                 try:
-                    if raw is None:
-                        raise no_request()
                     reply = answer(raw)
                 except Exception as error:
-                    fail(call, error)
+                    call.fail(error)
                 else:
                     call.end(message=reply)
 
-            self._enter()
-            call.when_over = self._leave
+            with self._changed:
+                self._active += 1
+            call.on_close = self._leave
             call.receive(received)
 
         return handle
 
-    def _forget(self, stream: Stream) -> None:
+    def _forget(self, stream: StreamCall) -> None:
         with self._changed:
             self._streams.discard(stream)
         self._leave()
-
-    def _enter(self) -> None:
-        with self._changed:
-            self._active += 1
 
     def _leave(self) -> None:
         with self._changed:
@@ -108,50 +106,39 @@ class TokenizerService:
 
     def __init__(self, engine: Engine, *, max_message_bytes: int) -> None:
         self._engine = engine
-        self._max_message_bytes = max_message_bytes
         self._requests = Requests(engine)
-        self.follow()
+        self._encode = HeaderCache(EncodeHeader, engine.live, max_message_bytes=max_message_bytes)
+        self._decode = HeaderCache(DecodeHeader, engine.live, max_message_bytes=max_message_bytes)
+        self.calls = Calls(self._requests)
 
-    def follow(self) -> None:
-        """Serve what the engine has live now: requests that come from now on are read anew.
+    def use_live_set(self) -> None:
+        """Serve the codebooks that the engine has live now; requests that were validated before keep theirs."""
+        self._encode.use_live_set(self._engine.live)
+        self._decode.use_live_set(self._engine.live)
 
-        A request that is being read keeps its plans, and adds its own to them only.
-        """
-        live, limit = self._engine.live, self._max_message_bytes
-        self._encodings = Plans(EncodePlan, live=live, max_message_bytes=limit)
-        self._decodings = Plans(DecodePlan, live=live, max_message_bytes=limit)
-
-    def handlers(self, calls: Calls) -> Mapping[str, Handler]:
+    def handlers(self) -> Mapping[str, Handler]:
         """Return the handlers of all methods."""
         return {
-            f"/{SERVICE}/Encode": calls.unary(self._encode),
-            f"/{SERVICE}/Decode": calls.unary(self._decode),
-            f"/{SERVICE}/EncodeStream": calls.stream(self._encode),
-            f"/{SERVICE}/DecodeStream": calls.stream(self._decode),
-            f"/{SERVICE}/ListCodebooks": calls.plain(self._list_codebooks),
+            f"/{SERVICE}/Encode": self.calls.unary(self._encode),
+            f"/{SERVICE}/Decode": self.calls.unary(self._decode),
+            f"/{SERVICE}/EncodeStream": self.calls.stream(self._encode),
+            f"/{SERVICE}/DecodeStream": self.calls.stream(self._decode),
+            f"/{SERVICE}/ListCodebooks": self.calls.plain(self._list_codebooks),
         }
 
     def close(self) -> None:
         """End what threads there are."""
         self._requests.close()
 
-    def _encode(self, raw: bytes, call: Call, accept: Accept, refuse: Refuse) -> None:
-        """Latents to indices."""
-        self._requests.begin(self._encodings, raw, call, accept, refuse)
-
-    def _decode(self, raw: bytes, call: Call, accept: Accept, refuse: Refuse) -> None:
-        """Indices to latents."""
-        self._requests.begin(self._decodings, raw, call, accept, refuse)
-
     def _list_codebooks(self, raw: bytes) -> bytes:
         """What is being served."""
         parse(pb.ListCodebooksRequest, raw)
-        self._engine.admit(0, len(raw))
+        self._engine.admission.enter(0, len(raw))
         try:
             codebooks = [codebook_message(info) for info in self._engine.live.infos()]
             return pb.ListCodebooksResponse(codebooks=codebooks).SerializeToString()
         finally:
-            self._engine.release(0, len(raw))
+            self._engine.admission.leave(0, len(raw))
 
 
 class Reflection:
@@ -165,19 +152,19 @@ class Reflection:
         return {f"/{reflection.SERVICE_NAME}/ServerReflectionInfo": self._info}
 
     def _info(self, call: Call) -> None:
-        def received(raw: bytes | None) -> None:
-            if raw is None:
-                call.end()
-                return
+        def received(raw: bytes) -> None:
             try:
                 question = parse(reflection_pb2.ServerReflectionRequest, raw)
                 (answer,) = self._servicer.ServerReflectionInfo(iter([question]), None)
             except Exception as error:
-                fail(call, error)
+                call.fail(error)
             else:
-                call.send(answer.SerializeToString(), lambda: call.receive(received))
+                call.send(answer.SerializeToString(), receive)
 
-        call.receive(received)
+        def receive() -> None:
+            call.receive(received, at_end=call.end)
+
+        receive()
 
 
 # For what is left when all calls are answered: health, reflection.
@@ -189,12 +176,11 @@ class RpcServer:
 
     def __init__(self, engine: Engine, config: RpcConfig, *, shares_port: bool = False) -> None:
         self._config = config
-        self._calls = Calls()
         self._service = TokenizerService(engine, max_message_bytes=config.max_message_bytes)
         self._health = Health(("", SERVICE))
         self._transport = Transport(
             {
-                **self._service.handlers(self._calls),
+                **self._service.handlers(),
                 **self._health.handlers(),
                 **Reflection((SERVICE, health.SERVICE_NAME)).handlers(),
             },
@@ -216,9 +202,9 @@ class RpcServer:
         self._transport.start()
         return port
 
-    def follow(self) -> None:
-        """Serve what the engine has live now."""
-        self._service.follow()
+    def use_live_set(self) -> None:
+        """Serve the codebooks that the engine has live now."""
+        self._service.use_live_set()
 
     def not_serving(self) -> None:
         """Tell whoever asks for the health that this server is to be left alone."""
@@ -226,7 +212,7 @@ class RpcServer:
 
     def stop(self, drain_seconds: float) -> bool:
         """Let the calls that are being answered finish, then close the port; return whether they finished in time."""
-        finished = self._calls.drain(drain_seconds)
+        finished = self._service.calls.drain(drain_seconds)
         self._health.close()
         self._transport.stop(_LINGER_S)
         self._service.close()
