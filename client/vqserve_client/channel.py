@@ -135,7 +135,7 @@ class Connection:
         Raises:
             Closed: after `close`.
         """
-        return self._opened()[1][name]
+        return (self._open or self._opened())[1][name]
 
     def stream(self, name: str) -> Any:
         """Return the streaming form of a method, from an iterator of bytes to one.
