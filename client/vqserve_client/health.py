@@ -9,7 +9,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from vqserve_client.channel import Connection
-from vqserve_client.retry import Deadline, RetryPolicy
+from vqserve_client.requests import Deadline, RetryPolicy
 from vqserve_client.status import Failure, text_metadata
 
 _Stub: Any = health_pb2_grpc.HealthStub

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from vqserve_client.chunking import Cut
+from vqserve_client.arrays import Cut
 
 _POSITION = re.compile(r"\b(latents|indices|token )\[(\d+(?:, \d+)*)\]")
 

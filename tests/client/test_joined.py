@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vqserve_client import DigestChanged, InvalidArgument, Unavailable
-from vqserve_client.lane import JOINED_BYTES, MOST_JOINED
+from vqserve_client.pipeline import JOINED_BYTES, MOST_JOINED
 
 
 def answers_of(tiny, generator, *, first):

@@ -19,7 +19,7 @@ from vqserve_client import (
     ServerError,
     Unavailable,
 )
-from vqserve_client.retry import RetryPolicy
+from vqserve_client.requests import RetryPolicy
 
 
 @pytest.mark.parametrize("code", ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"])

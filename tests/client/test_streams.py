@@ -17,7 +17,7 @@ from vqserve_client import (
     InvalidArgument,
     Unavailable,
 )
-from vqserve_client import stream as stream_module
+from vqserve_client import transport as stream_module
 
 pytestmark = pytest.mark.usefixtures("apart")
 

@@ -27,11 +27,11 @@ from vqserve import __version__
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1 import tokenizer_pb2_grpc
 from vqserve_client import Client
-from vqserve_server import app, cli, logs
-from vqserve_server.address import is_loopback
+from vqserve_server import app, cli, console
 from vqserve_server.codebooks import save_codebook
 from vqserve_server.config import RpcConfig
 from vqserve_server.errors import StartError
+from vqserve_server.network import is_loopback
 from vqserve_server.quantizers import ResidualQuantizer, VectorQuantizer
 from vqserve_server.tokenizer import Tokenizer
 from vqserve_tools.cli import main
@@ -64,7 +64,7 @@ def run_here(
 ) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """Run `vqserved ARGUMENTS` in this process, which has torch already."""
     on_hangup = signal.getsignal(signal.SIGHUP)
-    monkeypatch.setattr(logs, "set_up", lambda level, worker=None: None)
+    monkeypatch.setattr(console, "set_up", lambda level, worker=None: None)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         code = main(arguments)
@@ -149,8 +149,8 @@ def test_lines_of_the_log_name_other_packages_only(capsys: pytest.CaptureFixture
     root = logging.getLogger()
     before = root.handlers[:], root.level
     try:
-        logs.set_up("info", worker=1)
-        logging.getLogger("vqserve_server.repository.repository").info("codebook x")
+        console.set_up("info", worker=1)
+        logging.getLogger("vqserve_server.repository.load").info("codebook x")
         logging.getLogger("asyncio").warning("slow")
     finally:
         root.handlers, root.level = before
@@ -361,7 +361,7 @@ def test_the_port_is_free_until_the_codebooks_are_loaded(monkeypatch: pytest.Mon
         raise StartError("enough")
 
     monkeypatch.setattr(app.Repository, "load", load)
-    monkeypatch.setattr(logs, "set_up", lambda level, worker=None: None)
+    monkeypatch.setattr(console, "set_up", lambda level, worker=None: None)
     config = app.ServeConfig(rpc=RpcConfig(port=port))
     with pytest.raises(StartError, match="enough"):
         app.run([str(folder)], config)
@@ -475,7 +475,7 @@ def test_sighup_to_the_very_end_changes_nothing(vqserved: Callable[..., Any], fo
 def test_sigterm_while_codebooks_are_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(app.Repository, "load", lambda self: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr(logs, "set_up", lambda level, worker=None: None)
+    monkeypatch.setattr(console, "set_up", lambda level, worker=None: None)
     with pytest.raises(SystemExit) as caught:
         cli.main(["serve", str(folder), "--port", "0"])
     assert caught.value.code == 128 + signal.SIGTERM

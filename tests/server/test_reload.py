@@ -152,8 +152,8 @@ def test_nothing_that_starts_threads_is_imported_before_the_signal_is_kept() -> 
 
 def test_a_signal_between_the_loop_and_the_end_is_nobodys() -> None:
     code = (
-        "import asyncio, signal; from vqserve_server import hangups\n"
-        "loop = asyncio.new_event_loop(); hangups.hear(loop, print); loop.close()\n"
+        "import asyncio, signal; from vqserve_server import signals\n"
+        "loop = asyncio.new_event_loop(); signals.hear(loop, print); loop.close()\n"
         "signal.raise_signal(signal.SIGHUP); print('alive')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

@@ -27,8 +27,8 @@ from vqserve_server.codebooks import save_codebook
 from vqserve_server.config import ServeConfig, resolve
 from vqserve_server.errors import StartError
 from vqserve_server.quantizers import VectorQuantizer
+from vqserve_server.supervisor import WORKER_VARIABLE, BackOff, Workers, worker_environment
 from vqserve_server.tokenizer import Tokenizer
-from vqserve_server.workers import WORKER_VARIABLE, BackOff, Workers, worker_environment
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 

@@ -15,7 +15,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from vqserve_server.cuda_stream import wait_for_stream
+from vqserve_server.device import wait_for_stream
 
 
 class Objective(StrEnum):

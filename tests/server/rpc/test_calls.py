@@ -15,11 +15,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_server.rpc.call import Call
-from vqserve_server.rpc.requests import Request
-from vqserve_server.rpc.stream import Stream
-from vqserve_server.rpc.transport import Transport
-from vqserve_server.rpc.unary import Unary
+from vqserve_server.rpc.request import Request, UnaryCall
+from vqserve_server.rpc.stream import StreamCall
+from vqserve_server.rpc.transport import Call, Transport
 
 SERVICE = "vqserve.v1.TokenizerService"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
@@ -90,13 +88,13 @@ def test_a_stream_without_a_request_ends(client: Any, path: str) -> None:
 def test_too_many_calls_are_told_so_and_places_come_free(server: Any, client: Any, health: Any) -> None:
     ends = [threading.Event() for _ in range(4)]
     streams = [client.stub.EncodeStream(iter(end.wait, True)) for end in ends]
-    eventually(lambda: server.app._rpc._calls._active == 4)
+    eventually(lambda: server.app._rpc._service.calls._active == 4)
     code, text = failure(lambda: health.Check(health_pb2.HealthCheckRequest(), timeout=30))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "too many calls" in text
     ends[0].set()
     assert list(streams[0]) == []
-    eventually(lambda: server.app._rpc._calls._active == 3)
+    eventually(lambda: server.app._rpc._service.calls._active == 3)
     assert health.Check(health_pb2.HealthCheckRequest(), timeout=30).status == SERVING
     for end, stream in zip(ends[1:], streams[1:], strict=True):
         end.set()
@@ -181,7 +179,7 @@ def test_a_stop_cancels_what_does_not_end(transport: Callable[..., Any]) -> None
     begun, over = threading.Event(), threading.Event()
 
     def hangs(call: Call) -> None:
-        call.when_over = over.set
+        call.on_close = over.set
         begun.set()
 
     one, channel = transport(Hangs=hangs)
@@ -197,7 +195,7 @@ def test_a_stop_cancels_what_does_not_end(transport: Callable[..., Any]) -> None
 def test_ended_calls_leave_nothing_to_collect(server: Any, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What only the collector can free, a request of 64 MiB among it, would stay for long."""
     kept: list[weakref.ref[Any]] = []
-    for kind in (Call, Unary, Stream, Request):
+    for kind in (Call, UnaryCall, StreamCall, Request):
         plain = kind.__init__
 
         def note(self: Any, *args: Any, plain: Any = plain, **options: Any) -> None:

@@ -157,11 +157,11 @@ def test_and_its_requests_are_dropped(peer: Peer, server: Any, fake: Callable[..
     request = pb.EncodeRequest(dtype=pb.DTYPE_FLOAT32, shape=[1, 4], latents=np.zeros(4, np.float32).tobytes())
     peer.call("EncodeStream", request.SerializeToString())
     tokenizer.wait_entered()
-    assert server.app.engine._admission.requests == 1
+    assert server.app.engine.admission.requests == 1
     until = time.monotonic() + 10
-    while server.app.engine._admission.requests and time.monotonic() < until:
+    while server.app.engine.admission.requests and time.monotonic() < until:
         threading.Event().wait(0.01)
-    assert server.app.engine._admission.requests == 0
+    assert server.app.engine.admission.requests == 0
     tokenizer.release()
 
 
@@ -213,7 +213,7 @@ def test_a_reply_that_is_not_read_is_still_in_the_server(reluctant: Any, method:
     server, peer = reluctant
     peer.call(method, INDICES, end=True)
     wait_for_requests(server, 1)
-    admission = server.app.engine._admission
+    admission = server.app.engine.admission
     assert admission.bytes > REPLY_BYTES
     assert len(peer.take(REPLY_BYTES)) == REPLY_BYTES
     peer.close()
@@ -227,7 +227,7 @@ def test_a_reply_that_is_not_read_is_still_in_the_server(reluctant: Any, method:
 def test_who_stops_in_the_middle_is_not_waited_for(
     fake: Callable[..., Any], serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    monkeypatch.setattr(transport_module, "_LOOK_S", 0.05)
+    monkeypatch.setattr(transport_module, "_IDLE_CHECK_S", 0.05)
     server = serving(fake(), idle_seconds=0.3)
     peer = Peer(server.target, window=0)
     if part == "half a request":
@@ -236,7 +236,7 @@ def test_who_stops_in_the_middle_is_not_waited_for(
         peer.call("Decode", INDICES, end=True)
         wait_for_requests(server, 1)
     assert any(kind in (RST_STREAM, HEADERS) and b"idle" in body for kind, _, body in peer.frames(10))
-    assert server.app.engine._admission.bytes == 0
+    assert server.app.engine.admission.bytes == 0
     peer.close()
 
 
@@ -257,7 +257,7 @@ def test_the_first_replies_of_a_stream_come_although_nothing_else_does(
     for _ in range(count - 1):
         peer.send(DATA, b"\0" + struct.pack(">I", len(request)) + request, stream=1)
     until = time.monotonic() + 10
-    while server.app.engine._admission.requests < 1 + count and time.monotonic() < until:
+    while server.app.engine.admission.requests < 1 + count and time.monotonic() < until:
         threading.Event().wait(0.01)
     # Whatever gRPC has to say of its own is said by then.
     assert list(peer.frames(0.5))

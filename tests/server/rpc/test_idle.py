@@ -23,7 +23,7 @@ LATENTS = np.zeros((3, 4), np.float32)
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server looks at its calls more often than it does."""
-    monkeypatch.setattr(transport, "_LOOK_S", 0.05)
+    monkeypatch.setattr(transport, "_IDLE_CHECK_S", 0.05)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def leave() -> Iterator[threading.Event]:
 
 
 def inside(server: Any) -> tuple[int, int, int]:
-    admission = server.app.engine._admission
+    admission = server.app.engine.admission
     return admission.requests, admission.rows, admission.bytes
 
 

@@ -15,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_server.rpc.plans import Plans
+from vqserve_server.rpc.headers import HeaderCache
 
 LATENTS = np.random.default_rng(0).standard_normal((5, 4), dtype=np.float32)
 
@@ -63,11 +63,11 @@ def test_requests_inside_finish_on_their_own_codebook(pair: Any) -> None:
     first.wait_entered()
     # This one waits in the queue: the device is at work.
     waiting = client.stub.Encode.future(request)
-    while server.app.engine._admission.requests < 2:
+    while server.app.engine.admission.requests < 2:
         threading.Event().wait(0.01)
     swap(server, second)
     after = client.stub.Encode.future(request)
-    while server.app.engine._admission.requests < 3:
+    while server.app.engine.admission.requests < 3:
         threading.Event().wait(0.01)
     first.release()
     check(inside.result(), first)
@@ -78,16 +78,16 @@ def test_requests_inside_finish_on_their_own_codebook(pair: Any) -> None:
 def test_a_head_read_before_a_swap_is_not_kept_for_after_it(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, server, client = pair
     reading, swapped = threading.Event(), threading.Event()
-    plain = Plans.read
+    plain = HeaderCache._parse
 
-    def slow(self: Any, raw: bytes) -> Any:
-        found = plain(self, raw)
+    def slow(self: Any, *args: Any) -> Any:
+        found = plain(self, *args)
         if not reading.is_set():
             reading.set()
             swapped.wait()
         return found
 
-    monkeypatch.setattr(Plans, "read", slow)
+    monkeypatch.setattr(HeaderCache, "_parse", slow)
     # So large that it is read on a thread, while the loop swaps.
     latents = np.tile(LATENTS, (40_000, 1))
     request = client.encode_request(latents)
