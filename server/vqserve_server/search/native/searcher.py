@@ -11,8 +11,7 @@ from torch import Tensor
 from vqserve_server.errors import InvalidRequest
 from vqserve_server.search.native.codebook import NativeCodebook
 from vqserve_server.search.native.library import levels, load
-from vqserve_server.search.on_demand import OnDemand
-from vqserve_server.search.searcher import Objective, SearchCounts, Searcher
+from vqserve_server.search.searcher import Objective, OnDemand, SearchCounts, Searcher
 
 _TwoCounts = ctypes.c_int64 * 2
 
