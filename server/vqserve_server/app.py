@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from vqserve_server import console, signals
+from vqserve_server import console, grpcio_release, signals
 from vqserve_server.config import ServeConfig
 from vqserve_server.engine import Engine
 from vqserve_server.errors import StartError
@@ -156,6 +156,8 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
         VqserveError: the daemon cannot start.
     """
     console.set_up(config.log_level, worker=worker)
+    if worker is None:
+        grpcio_release.warn_if_untested()
     find_codebooks(sources).check()
     if worker is None:
         check(config.rpc.host, config.rpc.port)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vqserve_server import config as settings
-from vqserve_server import console, signals
+from vqserve_server import console, grpcio_release, signals
 from vqserve_server.config import ServeConfig
 from vqserve_server.errors import StartError
 from vqserve_server.network import is_loopback, reserve
@@ -224,6 +224,7 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
         VqserveError: the address cannot be had, or a worker does not start.
     """
     console.set_up(config.log_level)
+    grpcio_release.warn_if_untested()
     # What no worker could serve is told once, and by the parent.
     find_codebooks(sources).check()
     host, port = config.rpc.host, config.rpc.port
