@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from vqserve_server.errors import InvalidOption
-from vqserve_server.search import fused, native
-from vqserve_server.search.duplicates import MergedSearcher, first_of_equals
-from vqserve_server.search.searcher import Objective, Searcher
-from vqserve_server.search.subnormals import kept
+from vqserve_server.search import native, triton
+from vqserve_server.search.denormals import kept
+from vqserve_server.search.searcher import MergedSearcher, Objective, Searcher, first_of_equals
 from vqserve_server.search.tiled import TiledSearcher
 
 
@@ -19,7 +18,7 @@ def available(device: torch.device | str) -> tuple[str, ...]:
     """Return the names of the backends that run on this device, the preferred one first."""
     device = torch.device(device)
     names = ["torch", "reference"]
-    if fused.is_available(device):
+    if triton.is_available(device):
         names.insert(0 if device.type == "cuda" else 2, "triton")
     if device.type == "cpu" and native.levels():
         names.insert(0, "native")
@@ -63,7 +62,7 @@ def prepare(
 def _fits(backend: str, codes: Tensor, bias: Tensor | None, objective: Objective) -> bool:
     if backend == "native":
         return native.fits(codes, bias, objective)
-    return backend != "triton" or fused.fits(codes)
+    return backend != "triton" or triton.fits(codes)
 
 
 def _build(backend: str, codes: Tensor, bias: Tensor | None, objective: Objective) -> Searcher:
@@ -73,7 +72,7 @@ def _build(backend: str, codes: Tensor, bias: Tensor | None, objective: Objectiv
         case "native":
             return native.NativeSearcher(codes, bias, objective, fallback=reference)
         case "triton":
-            return fused.FusedSearcher(codes, bias, objective, fallback=tiled)
+            return triton.FusedSearcher(codes, bias, objective, fallback=tiled)
         case "torch":
             return tiled()
         case _:

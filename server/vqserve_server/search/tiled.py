@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from vqserve_server.search.bounds import ScoreBounds, row_norms
-from vqserve_server.search.on_demand import OnDemand
-from vqserve_server.search.searcher import Objective, SearchCounts, Searcher
-from vqserve_server.search.settle import Arbiter
-from vqserve_server.search.subnormals import kept, widen_into, widened
+from vqserve_server.search.denormals import kept, widen_into, widened
+from vqserve_server.search.exact import Arbiter
+from vqserve_server.search.searcher import Objective, OnDemand, SearchCounts, Searcher
 
 # Bytes of a (rows, codes) tile, of which a handful live at once, and of the codes of one tile.
 _TILE_BYTES = 1 << 22

@@ -20,7 +20,7 @@ from vqserve_server.device import select_device, to_device, to_host
 from vqserve_server.errors import Closed, UnknownCodebook
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.frozen import FrozenQuantizer, freeze
-from vqserve_server.tokenizer.arrays import TORCH_DTYPES, given_indices, given_latents, several, tensor_of
+from vqserve_server.tokenizer.arrays import TORCH_DTYPES, given_indices, given_latents, several
 from vqserve_server.tokenizer.grid import decode_grid, encode_grid
 from vqserve_server.tokenizer.options import Options, Output, options
 from vqserve_server.validation import check_digest
@@ -239,7 +239,7 @@ class Tokenizer:
         Returns:
             int64: (n,), of a residual codebook (n, num_quantizers).
         """
-        found = self._open().encode_rows(to_device(tensor_of(rows), self.device), num_quantizers=num_quantizers)
+        found = self._open().encode_rows(to_device(rows, self.device), num_quantizers=num_quantizers)
         return to_host(found).numpy()
 
     def decode_rows(
@@ -257,8 +257,7 @@ class Tokenizer:
             (n, output_dim) or (n, code_dim) of the codebook's own element type, or already rounded to `dtype`.
         """
         wanted = None if dtype is None else TORCH_DTYPES[np.dtype(dtype)]
-        on_device = to_device(tensor_of(indices), self.device)
-        rows = to_host(self._open().decode_rows(on_device, output=output, dtype=wanted))
+        rows = to_host(self._open().decode_rows(to_device(indices, self.device), output=output, dtype=wanted))
         return rows.view(torch.int16).numpy().view(np.uint16) if rows.dtype == torch.bfloat16 else rows.numpy()
 
     def check_itself(self) -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from vqserve_server.search.bounds import ScoreBounds, row_norms
-from vqserve_server.search.on_demand import OnDemand
-from vqserve_server.search.searcher import Objective, SearchCounts, Searcher
+from vqserve_server.search.searcher import Objective, OnDemand, SearchCounts, Searcher
 
 _BLOCK_ROWS = 64
 _BLOCK_CODES = 64
@@ -81,7 +80,7 @@ class FusedSearcher(Searcher):
         return winners
 
     def _search_part(self, rows: Tensor, norms: Tensor, winners: Tensor, is_open: Tensor) -> None:
-        from vqserve_server.search.fused_kernel import nearest  # noqa: PLC0415
+        from vqserve_server.search.triton_kernel import nearest  # noqa: PLC0415
 
         count, dim = rows.shape
         # Triton launches on the current device, whatever the tensors': nothing else makes that cuda:1.

@@ -1,4 +1,4 @@
-"""The Triton kernel of fused.py; importing it needs Triton."""
+"""The Triton kernel of triton.py; importing it needs Triton."""
 
 import triton
 import triton.language as tl
