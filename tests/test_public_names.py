@@ -94,7 +94,7 @@ def test_a_name_is_the_same_in_both_packages():
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="module 'vqserve' has no attribute 'Clinet'"):
-        vqserve.Clinet  # noqa: B018
-    with pytest.raises(ImportError, match="cannot import name 'Clinet' from 'vqserve'"):
-        exec("from vqserve import Clinet")  # noqa: S102
+    with pytest.raises(AttributeError, match="module 'vqserve' has no attribute 'Klient'"):
+        vqserve.Klient  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'Klient' from 'vqserve'"):
+        exec("from vqserve import Klient")  # noqa: S102
