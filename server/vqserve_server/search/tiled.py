@@ -92,8 +92,8 @@ class TiledSearcher(Searcher):
         return winners
 
     def _search_tile(self, rows: Tensor, space: _Workspace, counts: SearchCounts) -> Tensor:
-        # The float32 bounds allow for numbers that are flushed to zero. Float64 bounds that did so would be too wide to be
-        # useful, so the conversion to float64 is exact.
+        # The float32 bounds allow for numbers that are flushed to zero. Float64 bounds that did would be too wide, so
+        # the conversion to float64 is exact instead.
         is_wide = self._dtype == torch.float64
         bounds, narrow = self._bounds, to_float64(rows) if is_wide else rows.to(torch.float32)
         norms = row_norms(narrow if is_wide else rows, self._dtype)[:, None]

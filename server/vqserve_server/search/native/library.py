@@ -100,9 +100,7 @@ class Library:
 def levels() -> tuple[str, ...]:
     """Return the instruction sets that this processor supports, best first; empty if the library was not built."""
     if not _PATH.exists():
-        logger.warning(
-            "the compiled search was not built for this platform: torch searches on the CPU, more slowly"
-        )
+        logger.warning("the compiled search was not built for this platform: torch searches on the CPU, more slowly")
         return ()
     if platform.machine() != "x86_64":
         return ("default",)
