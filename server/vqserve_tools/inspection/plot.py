@@ -14,8 +14,8 @@ from vqserve.codebook_info import of_stages
 from vqserve_server.codebooks import check_not_read
 from vqserve_server.errors import InvalidOption
 from vqserve_tools.inspection.error import ErrorTally
+from vqserve_tools.inspection.fit import UsageTally
 from vqserve_tools.inspection.inspection import Inspection
-from vqserve_tools.inspection.usage import UsageTally
 
 _BINS = 60
 Floats = npt.NDArray[np.float64]

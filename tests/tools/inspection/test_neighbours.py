@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vqserve_tools.inspection import neighbours
-from vqserve_tools.inspection.neighbours import draw_codes, nearest_other
+from vqserve_tools.inspection.codes import draw_codes, nearest_other
 from vqserve_tools.progress import progress_of
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vqserve_tools.inspection import usage
-from vqserve_tools.inspection.usage import Usage, UsageTally
+from vqserve_tools.inspection.fit import Usage, UsageTally
 
 
 def test_figures():
