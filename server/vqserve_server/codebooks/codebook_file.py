@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from vqserve_server.codebook_path import SUFFIX
+from vqserve_server.codebook_files import SUFFIX
 from vqserve_server.codebooks.arguments import ARGUMENTS, ArgumentError, check_arguments, written_arguments
 from vqserve_server.codebooks.conversion import build, state_of
 from vqserve_server.codebooks.digest import canonical_json

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from vqserve.codebook_info import of_stages
 from vqserve.layout import Layout
-from vqserve_server.codebook_path import add_output
 from vqserve_server.codebooks.arguments import ARGUMENTS, check_unknown_index
 from vqserve_server.codebooks.codebook_file import check_folder, check_not_read, save_codebook
 from vqserve_server.console import printable
@@ -19,6 +18,7 @@ from vqserve_server.quantizers.fsq import BOUNDS
 from vqserve_tools.importing.families.options import BIT_ORDERS, DECODES, METRICS, Options
 from vqserve_tools.importing.importer import Import, import_checkpoint
 from vqserve_tools.importing.verification import verify_files
+from vqserve_tools.output import add_output
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]

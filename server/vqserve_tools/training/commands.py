@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqserve.layout import Layout
-from vqserve_server.codebook_path import add_output
 from vqserve_server.errors import InvalidOption
+from vqserve_tools.output import add_output
 from vqserve_tools.training.options import DEFAULT_STEPS, INITIALISATIONS, KINDS, TrainingOptions
 
 if TYPE_CHECKING:

@@ -57,7 +57,17 @@ class NativeSearcher(Searcher):
         rows = rows.detach().resolve_neg().contiguous()
         winners = torch.empty(rows.shape[0], dtype=torch.int64, device="cpu")
         looked_at_twice = _TwoCounts()
-        undecided = self._library.search(self._book.struct, rows, winners, looked_at_twice)
+        undecided: int = self._library.search(
+            ctypes.addressof(self._book.struct),
+            rows.data_ptr(),
+            rows.dtype == torch.float64,
+            rows.shape[0],
+            torch.get_num_threads(),
+            winners.data_ptr(),
+            ctypes.addressof(looked_at_twice),
+        )
+        if undecided < 0:
+            raise MemoryError("no memory for a search")
         if undecided:
             is_open = winners < 0
             winners[is_open] = self._fallback().search(rows[is_open])

@@ -1,30 +1,11 @@
-"""What codebook files are called, and their codebooks."""
+"""The option of the tools that names the codebook file to write."""
 
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Iterable
 from pathlib import Path
 
-from vqserve.codebook_info import VERSION_MARK
-
-SUFFIX = ".safetensors"
-# Of what codebooks are imported from; people put it beside codebooks in the belief that it is served.
-IMPORTED = frozenset({".npy", ".npz", ".pt", ".pth", ".ckpt", ".bin", ".th"})
-# What a codebook can be called, and so the stem of its file.
-NAME = re.compile(r"[\w+-][\w.+-]{0,127}")
-
-
-def version_order(name: str) -> tuple[str, int]:
-    """Return by what names are sorted: versions as numbers, after a name without one."""
-    base, _, version = name.partition(VERSION_MARK)
-    return base, int(version or 0)
-
-
-def latest(names: Iterable[str]) -> dict[str, str]:
-    """Return what each name without a version stands for: "book" for "book@3", if 3 is the greatest of its versions."""
-    return {version_order(name)[0]: name for name in sorted(names, key=version_order)}
+from vqserve_server.codebook_files import IMPORTED, NAME, SUFFIX
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +24,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 def _new_codebook_path(text: str) -> Path:
     """Return the path of a codebook file to be written, for argparse.
 
-    Refused, not mended, where it cannot be served: whoever named the file will look for it under that name.
+    A name that cannot be served is rejected, not corrected: the user will look for the file under that name.
 
     Raises:
         argparse.ArgumentTypeError: it does not end in .safetensors, or its stem is no name for a codebook.
