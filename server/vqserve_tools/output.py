@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from vqserve_server.codebook_files import IMPORTED, NAME, SUFFIX
-from vqserve_server.codebooks import check_folder, check_not_read
 from vqserve_server.errors import InvalidOption
 
 
@@ -41,10 +41,14 @@ def check_output(path: Path, *, force: bool, sources: Iterable[Path | None] = ()
         raise InvalidOption(f"there is no folder {path.parent}: make it first")
     if path.is_dir():
         raise InvalidOption(f"{path} is a folder: name a file in it")
-    check_not_read(path, *sources)
+    for source in sources:
+        if source is not None and source.exists() and path.exists() and path.samefile(source):
+            raise InvalidOption(f"{path} is what is read: name another file to write")
     if path.exists() and not force:
         raise InvalidOption(f"{path} is there already: pass --force to replace it")
-    check_folder(path)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        hint = "let it, or name another folder or user"
+        raise PermissionError(f"user {os.geteuid()} cannot write into the folder {path.parent}: {hint}")
 
 
 def _new_codebook_path(text: str) -> Path:
