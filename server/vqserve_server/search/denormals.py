@@ -1,7 +1,8 @@
-"""Subnormal numbers, where a process has switched them off: torch.set_flush_denormal, libraries compiled for speed.
+"""Exact results although the process flushes denormal (subnormal) numbers to zero.
 
-They are switched off thread by thread. A thread begins with the setting of the one that starts it, so that torch's own
-threads may have them off whatever this one does.
+A call of torch.set_flush_denormal, or a library that was compiled for speed, can turn flush-to-zero on. The setting
+belongs to a thread, and a new thread inherits it from the thread that starts it. So torch's own threads may flush
+denormals although the calling thread does not.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 
 
 @contextmanager
-def kept() -> Iterator[None]:
-    """Switch subnormal numbers on for a while, on this thread."""
+def denormals_enabled() -> Iterator[None]:
+    """Turn flush-to-zero off for this thread inside the `with`, or inside the decorated function."""
     if sys.float_info.min / 2 != 0.0:
         yield
         return
@@ -28,18 +29,18 @@ def kept() -> Iterator[None]:
         torch.set_flush_denormal(True)
 
 
-def widened(numbers: Tensor) -> Tensor:
+def to_float64(numbers: Tensor) -> Tensor:
     """Return float32 or float64 numbers as float64, exactly."""
     if numbers.dtype == torch.float64:
         return numbers
-    return widen_into(torch.empty(numbers.shape, dtype=torch.float64, device=numbers.device), numbers)
+    return copy_as_float64(torch.empty(numbers.shape, dtype=torch.float64, device=numbers.device), numbers)
 
 
-def widen_into(wide: Tensor, numbers: Tensor) -> Tensor:
-    """Copy float32 or float64 numbers to a float64 tensor, exactly, and return that."""
+def copy_as_float64(wide: Tensor, numbers: Tensor) -> Tensor:
+    """Copy float32 or float64 numbers into a float64 tensor, exactly, and return that tensor."""
     if numbers.dtype == torch.float64 or numbers.device.type != "cpu":
         return wide.copy_(numbers)
-    # Not by torch, whose threads may have subnormal numbers off: numpy stays on this one.
-    with kept():
+    # torch would copy on its own threads, which may flush denormals; numpy copies on this thread.
+    with denormals_enabled():
         np.copyto(wide.numpy(), numbers.detach().resolve_neg().numpy())
     return wide

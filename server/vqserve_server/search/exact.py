@@ -1,7 +1,7 @@
-"""The last word on near-ties: which of a few candidate codes wins a row in exact arithmetic.
+"""Near-ties: decides in exact arithmetic which of a few candidate codes wins a row.
 
-A backend's fast pass leaves some rows open, each with the codes that could still win within the error bound. Their
-scores are computed in twice float64's precision; what that leaves open is decided with rationals.
+A backend's fast pass cannot decide some rows; for each of them it lists the codes that could still win within the error
+bound. Their scores are computed in twice float64's precision, and for rows that are still undecided with rationals.
 
 `sum_of_products` uses the error-free transformations of Knuth (two_sum) and Dekker (two_product) as in Ogita, Rump,
 Oishi, "Accurate sum and dot product", SIAM J. Sci. Comput. 26 (2005), with a running error bound added: where it is
@@ -23,18 +23,18 @@ from vqserve_server.search.searcher import Objective
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-# Elements of the (pairs, terms) arrays that are worked on at once: a few MiB each.
+# Elements of one chunk of the (pairs, terms) arrays: a few MiB.
 _ELEMENTS_PER_CHUNK = 1 << 18
-# Two normalised expansions that differ by more than this, relatively, compare as their parts do.
+# Two normalised expansions whose relative difference is above this compare as their parts do.
 _EXPANSION_ROUNDING = 2.0**-100
 _SPLITTER = float(2**27 + 1)
-# Below this, the error of a product may itself underflow; above, Dekker's splitting may overflow.
+# The error of a smaller product may itself underflow; Dekker's splitting of a larger factor may overflow.
 _SMALLEST_SAFE_PRODUCT = 2.0**-960
 _LARGEST_SAFE_FACTOR = 2.0**990
 
 
 class Expansion(NamedTuple):
-    """Numbers hi + lo with |exact - (hi + lo)| <= error; hi is the float64 nearest to hi + lo."""
+    """Numbers hi + lo with |exact - (hi + lo)| <= error; hi is the float64 number nearest to hi + lo."""
 
     hi: Floats
     lo: Floats
@@ -55,7 +55,7 @@ def _split(a: Floats) -> tuple[Floats, Floats]:
 
 
 def two_product(a: Floats, b: Floats) -> tuple[Floats, Floats, Floats]:
-    """Return p, e and a bound: p = fl(a * b), and p + e = a * b where the bound is 0; elsewhere it is infinite."""
+    """Return p = fl(a * b), e and a bound. Where the bound is 0, p + e = a * b exactly; elsewhere it is infinite."""
     p = a * b
     a_hi, a_lo = _split(a)
     b_hi, b_lo = _split(b)
@@ -72,12 +72,12 @@ def sum_of_products(x: Floats, y: Floats, *, exact_products: bool) -> Expansion:
     Args:
         x: (m, t) float64, finite.
         y: (m, t) float64, finite.
-        exact_products: whether every product is exact in float64, as those of widened float32 numbers are.
+        exact_products: whether every product is exact in float64, as products of float32 numbers are.
     """
     high = np.zeros(x.shape[0])
     low = np.zeros(x.shape[0])
     error = np.zeros(x.shape[0])
-    # What overflows has an infinite error bound: a warning would say no more.
+    # A number that overflows gets an infinite error bound, so numpy's warning adds nothing.
     with np.errstate(all="ignore"):
         for k in range(x.shape[1]):
             if exact_products:
@@ -91,7 +91,7 @@ def sum_of_products(x: Floats, y: Floats, *, exact_products: bool) -> Expansion:
             for term in (*terms, rounding):
                 low, lost = two_sum(low, term)
                 error += np.abs(lost)
-        # The bound is a sum of t..2t rounded terms: one part in 2^40 is far more than its own rounding.
+        # The bound itself is a sum of t to 2t rounded terms; one part in 2^40 is far more than its rounding error.
         error *= 1.0 + 2.0**-40
         hi, lo = two_sum(high, low)
         error = np.where(np.isfinite(hi) & np.isfinite(lo), error, np.inf)
@@ -99,10 +99,10 @@ def sum_of_products(x: Floats, y: Floats, *, exact_products: bool) -> Expansion:
 
 
 class Arbiter:
-    """Scores of (row, code) pairs beyond float64, on the CPU."""
+    """Computes scores of (row, code) pairs beyond float64's precision, on the CPU."""
 
     def __init__(self, codes: Tensor, bias: Tensor | None, objective: Objective) -> None:
-        """Take a codebook: codes (K, D) and, for DOT, bias (K,), float32 or float64 on any device."""
+        """Copy a codebook to the CPU: codes (K, D) and, for DOT, bias (K,), float32 or float64 on any device."""
         self._codes = codes.detach().cpu().numpy()
         self._bias = None if bias is None else bias.detach().cpu().numpy()
         self._objective = objective
@@ -112,14 +112,14 @@ class Arbiter:
 
         Args:
             rows: (r, D) float32 or float64, finite.
-            pair_row: (p,) ascending positions in `rows`; every row has a pair.
-            pair_code: (p,) a candidate of that row; every code that could win is among them.
+            pair_row: (p,) ascending positions in `rows`; every row has at least one pair.
+            pair_code: (p,) a candidate code of that row; the candidates of a row include every code that could win.
 
         Returns:
-            (r,) the winning codes, the lowest among equals.
+            (r,) winning codes, the lowest among equals.
         """
         score = self._score(rows, pair_row, pair_code)
-        # Best first within each row; among equal expansions the lowest code.
+        # Best first within each row; the lowest code first among equal expansions.
         order = np.lexsort((pair_code, -score.lo, -score.hi, pair_row))
         hi, lo, error = score.hi[order], score.lo[order], score.error[order]
         row, code = pair_row[order], pair_code[order]
@@ -130,7 +130,7 @@ class Arbiter:
         with np.errstate(invalid="ignore", over="ignore"):
             gap = (hi[best] - hi) + (lo[best] - lo)
             doubt = error[best] + error + np.abs(hi[best]) * _EXPANSION_ROUNDING
-        # Written so that a NaN (an overflow) is within.
+        # Negated, so that NaN (an overflow) counts as within.
         within = ~(gap > doubt)
         proven_equal = (hi == hi[best]) & (lo == lo[best]) & (error == 0) & (error[best] == 0)
         for r in np.unique(row[within & ~proven_equal]):

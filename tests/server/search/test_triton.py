@@ -7,7 +7,7 @@ import torch
 
 from vqserve_server.search import Objective, SearchCounts, available
 from vqserve_server.search.tiled import TiledSearcher
-from vqserve_server.search.triton import FusedSearcher, fits, is_available
+from vqserve_server.search.triton import TritonSearcher, fits, is_available
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 # Triton decides when it is imported whether kernels are interpreted, and asks again when it interprets.
@@ -29,7 +29,7 @@ def fused(codes, bias=None, objective=Objective.L2):
     def fallback():
         return TiledSearcher(codes, bias, objective, dtype=torch.float64)
 
-    return FusedSearcher(codes, bias, objective, fallback=fallback), fallback()
+    return TritonSearcher(codes, bias, objective, fallback=fallback), fallback()
 
 
 @pytest.mark.parametrize("objective", list(Objective))
