@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 PROTO  := vqserve/v1/tokenizer.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-search test-grpcio soak coverage bench bench-behaviour bench-search check format proto lock image docs docs-serve clean
+.PHONY: help setup demo serve test test-fast test-busy test-search test-grpcio soak coverage bench bench-behaviour bench-search check format proto lock image docs docs-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -30,6 +30,14 @@ serve: $(VENV)/.installed  ## serve the demo codebook on localhost:50051
 
 test: $(VENV)/.installed  ## run all tests
 	$(BIN)/python -m pytest
+
+# For the inner loop: nothing that starts processes or is long, and fewer cases of the largest tests. `ARGS` narrows these two.
+test-fast: $(VENV)/.installed  ## tests within this process, with fewer cases, on all cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not process and not long and not slow' \
+		--search-rows 5000 --wire-cases 5000 $(ARGS)
+
+test-busy: $(VENV)/.installed  ## run all tests while every core has other work
+	$(BIN)/python scripts/busy.py $(ARGS)
 
 ROWS ?= 10000000
 test-search: $(VENV)/.installed  ## compare every search backend with an oracle on ROWS rows

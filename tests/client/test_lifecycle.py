@@ -201,7 +201,7 @@ def test_fork(tiny, how):
         [sys.executable, "-W", "ignore", "-c", FORK, tiny.target, how],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=200,
         check=False,
     )
     assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
@@ -209,7 +209,7 @@ def test_fork(tiny, how):
 
 def test_a_process_that_ends_without_closing(tiny):
     program = f"from vqserve_client import Client; c = Client({tiny.target!r}); print(c.codebooks()[0].name)"
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "small\n", "")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vqserve_server import app, workers
+from vqserve_server import app, supervisor
 from vqserve_server.config import ServeConfig
 from vqserve_server.errors import StartError
 from vqserve_server.grpcio_release import BELOW, OLDEST, is_tested
@@ -56,7 +56,7 @@ def test_the_constraints_are_tested():
     assert is_tested(pin)
 
 
-@pytest.mark.parametrize("run", [app.run, workers.run])
+@pytest.mark.parametrize("run", [app.run, supervisor.run])
 @pytest.mark.parametrize("release", ["1.99.0", "1.85.1"])
 def test_an_untested_release_is_logged_once_at_start(run, release, monkeypatch, caplog):
     installed = importlib.metadata.version

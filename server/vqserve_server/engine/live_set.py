@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vqserve.codebook_info import VERSION_MARK, CodebookInfo
-from vqserve_server.codebook_path import latest, version_order
+from vqserve_server.codebook_files import latest, version_order
 from vqserve_server.errors import UnknownCodebook
 from vqserve_server.validation import check_digest
 

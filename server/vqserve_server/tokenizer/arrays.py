@@ -15,6 +15,7 @@ from vqserve import dtypes
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout, first_channels, grid_shape, warn_of_an_image
 from vqserve.refused import not_an_array, not_indices, not_latents
+from vqserve_server.device import to_device
 from vqserve_server.errors import InvalidDtype, NonFiniteLatents, NotAnArray
 from vqserve_server.rows import to_rows
 from vqserve_server.tokenizer.options import Options
@@ -95,7 +96,7 @@ def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Giv
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     check_finite(array)
     flat = to_rows(array, resolved)
-    wide = tensor_of(np.ascontiguousarray(flat, np.result_type(flat, np.float32)))
+    wide = to_device(np.ascontiguousarray(flat, np.result_type(flat, np.float32)), torch.device("cpu"))
     return Given(wide, grid_shape(array.shape, resolved), resolved)
 
 
@@ -139,12 +140,6 @@ def _layout_of_indices(shape: Sequence[int], asked: Options, info: CodebookInfo)
 def _used(indices: Indices, layout: Layout, asked: Options, info: CodebookInfo) -> Indices:
     """Return the indices of each token that are asked for."""
     return indices[first_channels(asked.num_quantizers, layout)] if info.has_stages else indices
-
-
-def tensor_of(array: npt.NDArray[Any]) -> Tensor:
-    """Return a tensor of an array's values, sharing its memory where torch can."""
-    # torch cannot share read-only memory without a warning; a copy costs next to nothing beside the search.
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _plain_array(value: object, what: str) -> npt.NDArray[Any]:

@@ -13,7 +13,7 @@ from vqserve_server.codebooks.kinds import KINDS
 from vqserve_server.codebooks.state import CodebookState, StateError
 from vqserve_server.errors import ForeignCheckpointError
 from vqserve_server.quantizers import Quantizer
-from vqserve_server.search.duplicates import first_of_equals
+from vqserve_server.search.searcher import first_of_equals
 from vqserve_tools.importing.families import FAMILIES, Family, bare, fsq, lfq, taming
 from vqserve_tools.importing.families.checkpoint import Checkpoint, listed, places_of, shape_text
 from vqserve_tools.importing.families.family import Reading

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from support.waiting import eventually
 from vqserve.dtypes import BFLOAT16
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.quantizers import GumbelQuantizer, VectorQuantizer
@@ -63,6 +64,13 @@ def held(fake: Callable[..., Any], serving: Callable[..., Any], connect: Callabl
 
             setattr(owner, method, wrapped)
             return done
+
+        def only_first_is_inside(self) -> None:
+            """Wait until the server has let go of all the others: a caller sees the end of a call before it does."""
+            eventually(lambda: self.server.app.engine.admission.requests == 1)
+
+        def none_is_inside(self) -> None:
+            eventually(lambda: self.server.app.engine.admission.requests == 0)
 
         def computed(self) -> set[float]:
             return {float(value) for batch in self.tokenizer.batches for value in batch[:, 0]}
@@ -121,6 +129,7 @@ def test_an_expired_request_is_dropped_before_it_is_computed(held: Any) -> None:
     server = held()
     late = server.send(2, value=7.0, timeout=0.05)
     assert late.exception().code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    server.only_first_is_inside()
     server.tokenizer.release()
     server.first.result()
     server.send(1, value=3.0).result()
@@ -152,6 +161,7 @@ def test_overload_is_refused_at_once_with_a_hint(held: Any) -> None:
     server.tokenizer.release()
     server.first.result()
     second.result()
+    server.none_is_inside()
     server.send(1).result()
 
 

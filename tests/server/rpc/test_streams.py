@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 import pytest
 
+from support.waiting import eventually
 from vqserve import payload
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.errors import Draining
@@ -37,11 +38,6 @@ def inside(server: Any) -> tuple[int, int, int]:
     """Requests, rows and bytes that the server has admitted."""
     admission = server.app.engine.admission
     return admission.requests, admission.rows, admission.bytes
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        threading.Event().wait(0.01)
 
 
 def stop_in_background(server: Any) -> Future[bool]:
@@ -140,24 +136,24 @@ def test_a_stream_reads_no_further_than_its_window(
     tokenizer.hold()
     replies = client.stub.EncodeStream(iter([request] * 40))
     tokenizer.wait_entered()
-    wait_until(lambda: inside(server)[0] == 5)
+    eventually(lambda: inside(server)[0] == 5)
     # It stays so: what gRPC's own flow control lets the client send meanwhile is not in the engine.
     threading.Event().wait(0.2)
     assert inside(server)[0] == 5
     tokenizer.release()
     assert len(list(replies)) == 40
-    assert inside(server) == (0, 0, 0)
+    eventually(lambda: inside(server) == (0, 0, 0))
 
 
 def test_a_stream_leaves_room_for_others_however_small_its_requests(server: Any, client: Any, tokenizer: Any) -> None:
     tokenizer.hold()
     replies = client.stub.EncodeStream(client.encode_request(np.zeros((1, 4), np.float32)) for _ in range(2000))
-    wait_until(lambda: inside(server)[0] == stream_module.WINDOW_REQUESTS)
+    eventually(lambda: inside(server)[0] == stream_module.WINDOW_REQUESTS)
     threading.Event().wait(0.2)
     assert inside(server)[0] == stream_module.WINDOW_REQUESTS
     tokenizer.release()
     assert len(list(replies)) == 2000
-    assert inside(server) == (0, 0, 0)
+    eventually(lambda: inside(server) == (0, 0, 0))
 
 
 @pytest.mark.parametrize("room", [1, 3])
@@ -176,7 +172,7 @@ def test_a_caller_that_leaves_takes_its_requests_along(server: Any, client: Any,
     call.cancel()
     tokenizer.release()
     assert client.encode(np.zeros((1, 4), np.float32)).shape == (1,)
-    wait_until(lambda: inside(server) == (0, 0, 0))
+    eventually(lambda: inside(server) == (0, 0, 0))
 
 
 def test_the_deadline_of_a_stream_is_that_of_its_requests(client: Any, tokenizer: Any) -> None:
@@ -198,7 +194,7 @@ def test_a_server_that_stops_answers_what_it_has_read(server: Any, client: Any, 
     tokenizer.hold()
     replies = client.stub.EncodeStream(requests())
     tokenizer.wait_entered()
-    wait_until(lambda: inside(server)[0] == 3)
+    eventually(lambda: inside(server)[0] == 3)
     stopped = stop_in_background(server)
     tokenizer.release()
     got, error = status_of(replies)
@@ -230,9 +226,9 @@ def test_a_stream_that_is_opened_while_the_server_stops_is_refused(server: Any, 
     inside_already = client.stub.Encode.future(client.encode_request(np.zeros((1, 4), np.float32)))
     tokenizer.wait_entered()
     stopped = stop_in_background(server)
-    wait_until(lambda: server.app.engine.admission._closed is not None)
+    eventually(lambda: server.app.engine.admission._closed is not None)
     # It says nothing: only by its own end would the server's wait for it end.
-    _, error = status_of(client.stub.EncodeStream(iter(go_on.wait, True), timeout=10))
+    _, error = status_of(client.stub.EncodeStream(iter(go_on.wait, True), timeout=60))
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     tokenizer.release()
     assert list(inside_already.result().shape) == [1]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from support.waiting import eventually
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.rpc.headers import HeaderCache
 
@@ -63,12 +64,10 @@ def test_requests_inside_finish_on_their_own_codebook(pair: Any) -> None:
     first.wait_entered()
     # This one waits in the queue: the device is at work.
     waiting = client.stub.Encode.future(request)
-    while server.app.engine.admission.requests < 2:
-        threading.Event().wait(0.01)
+    eventually(lambda: server.app.engine.admission.requests == 2)
     swap(server, second)
     after = client.stub.Encode.future(request)
-    while server.app.engine.admission.requests < 3:
-        threading.Event().wait(0.01)
+    eventually(lambda: server.app.engine.admission.requests == 3)
     first.release()
     check(inside.result(), first)
     check(waiting.result(), first)
@@ -183,7 +182,12 @@ def test_nothing_holds_a_codebook_that_was_replaced(pair: Any) -> None:
     gone = weakref.ref(passing)
     swap(server, second)
     del passing
-    # The device is idle, the stream still open. What refers to itself in circles may wait for the collector.
-    gc.collect()
-    assert gone() is None
+
+    def is_gone() -> bool:
+        # What refers to itself in circles may wait for the collector.
+        gc.collect()
+        return gone() is None
+
+    # The device is idle, or about to be; the stream is still open.
+    eventually(is_gone)
     requests.put(None)

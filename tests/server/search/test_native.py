@@ -48,6 +48,7 @@ def test_odd_sizes(level, k, d):
     assert torch.equal(dot.search(rows), reference(codes, bias, Objective.DOT).search(rows))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("level", levels())
 @pytest.mark.parametrize("d", [3, 64])
 def test_many_rows_on_many_threads(level, d):
@@ -84,6 +85,7 @@ def test_float64_rows_that_overflow_once_scaled(level, k):
     assert winners.any()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks for a page that must not be read")
 @pytest.mark.parametrize("level", levels())
 def test_no_bound_is_read_that_is_not_there(level):
@@ -109,7 +111,7 @@ rows = torch.randn(9, 3, generator=torch.Generator().manual_seed(1)) * 1e25
 print(searcher.search(rows).tolist())
 """
     command = [sys.executable, "-c", script, level]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=True)
     codes = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
     rows = torch.randn(9, 3, generator=torch.Generator().manual_seed(1)) * 1e25
     assert done.stdout.strip() == str(reference(codes).search(rows).tolist())
@@ -234,7 +236,7 @@ if child == 0:
     os._exit(0 if torch.equal(searcher.search(codes), torch.arange(4096)) else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=250, check=True)
     assert done.stdout == "0\n"
 
 
