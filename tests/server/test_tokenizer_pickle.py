@@ -6,6 +6,7 @@ import copy
 import multiprocessing
 import pickle
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ QUANTIZERS = with_every_kind(
         "projection": lambda: VectorQuantizerWithInputProjection(6, 40, 3, output_dim=5),
     }
 )
+GOLDEN = Path(__file__).parents[1] / "golden"
 LATENTS = np.random.default_rng(0).standard_normal((2, 6, 9, 9)).astype(np.float32) / 40
 
 
@@ -87,3 +89,17 @@ def test_a_closed_one_stays_closed():
     tokenizer.close()
     with pytest.raises(Closed):
         again(tokenizer).encode(LATENTS)
+
+
+def test_tokenizers_that_an_earlier_release_pickled():
+    stored = np.load(GOLDEN / "tokenizer_pickles.npz")
+    names = {name.removesuffix("/pickle") for name in stored.files if name.endswith("/pickle")}
+    kinds = set()
+    for name in names:
+        tokenizer = pickle.loads(stored[f"{name}/pickle"].tobytes())  # noqa: S301
+        kinds.add(tokenizer.info.kind)
+        latents = np.random.default_rng(1).standard_normal((20, tokenizer.info.input_dim)).astype(np.float32)
+        indices = tokenizer.encode(latents)
+        np.testing.assert_array_equal(indices, stored[f"{name}/indices"])
+        np.testing.assert_array_equal(tokenizer.decode(indices), stored[f"{name}/latents"])
+    assert kinds == {"vq", "ema", "gumbel", "vq_projection", "cosine", "dot", "rvq", "fsq", "lfq"}
