@@ -12,13 +12,12 @@ from torch import Tensor
 from vqserve_server.errors import CodebookError, InvalidShape
 from vqserve_server.quantizers.checks import check_finite, check_size
 from vqserve_server.quantizers.dtypes import autocast_off, widen
-from vqserve_server.quantizers.frozen_lookup import FrozenLookup
+from vqserve_server.quantizers.inference.lookup import FrozenLookup
+from vqserve_server.quantizers.objective import SearchProblem
 from vqserve_server.quantizers.projections import moved, project
 from vqserve_server.quantizers.quantizer import Quantizer
-from vqserve_server.quantizers.remap import Remap, UnknownIndex
-from vqserve_server.quantizers.remapped import RemappedModule
+from vqserve_server.quantizers.remap import Remap, RemappedModule, UnknownIndex
 from vqserve_server.quantizers.rows import from_rows, grid_of, grid_of_entries, to_rows
-from vqserve_server.quantizers.search_problem import SearchProblem
 from vqserve_server.quantizers.table import Table
 
 

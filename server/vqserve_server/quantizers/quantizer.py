@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from vqserve.layout import Layout, parse_layout
 from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers.arguments import Argument, written_arguments
-from vqserve_server.quantizers.frozen import FrozenQuantizer
+from vqserve_server.quantizers.inference.base import FrozenQuantizer
 from vqserve_server.quantizers.projections import Projection
 
 if TYPE_CHECKING:
     from vqserve_server.quantizers.abstract import AbstractQuantizer
-    from vqserve_server.quantizers.frozen_scalar import Channel
+    from vqserve_server.quantizers.inference.scalar import Channel
     from vqserve_server.quantizers.residual import ResidualPart
 
 Metric = Literal["l2", "cosine", "dot"]

@@ -24,15 +24,21 @@ from vqserve_server.quantizers.arguments import (
     served,
 )
 from vqserve_server.quantizers.checks import check_finite, checked_indices
-from vqserve_server.quantizers.cosine import CosineQuantizer
-from vqserve_server.quantizers.dot import DotQuantizer
 from vqserve_server.quantizers.dtypes import widen
-from vqserve_server.quantizers.frozen import freeze
-from vqserve_server.quantizers.frozen_residual import FrozenPart, FrozenResidual, check_sums, sum_of_largest
-from vqserve_server.quantizers.projection import VectorQuantizerWithInputProjection
+from vqserve_server.quantizers.inference.base import freeze
+from vqserve_server.quantizers.inference.residual import (
+    MAX_QUANTIZERS,
+    FrozenPart,
+    FrozenResidual,
+    Part,
+    ResidualStructure,
+    check_sums,
+    sum_of_largest,
+)
+from vqserve_server.quantizers.lookup import CosineQuantizer, DotQuantizer
+from vqserve_server.quantizers.projected import VectorQuantizerWithInputProjection
 from vqserve_server.quantizers.projections import ProjectedModule, moved, projection
 from vqserve_server.quantizers.quantizer import Metric, Quantizer
-from vqserve_server.quantizers.residual_structure import MAX_QUANTIZERS, Part, ResidualStructure
 from vqserve_server.quantizers.rows import from_rows, grid_of, layout_of, to_rows
 from vqserve_server.quantizers.vector import VectorQuantizer
 from vqserve_server.validation import check_num_quantizers, check_stages

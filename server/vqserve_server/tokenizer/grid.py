@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from vqserve_server.errors import InvalidOption
-from vqserve_server.quantizers.frozen import FrozenQuantizer
-from vqserve_server.quantizers.narrowing import narrow
+from vqserve_server.quantizers.inference.base import FrozenQuantizer
+from vqserve_server.quantizers.table import narrow
 from vqserve_server.rows import from_rows
 from vqserve_server.tokenizer.arrays import Given
 from vqserve_server.tokenizer.options import Options

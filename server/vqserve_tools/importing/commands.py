@@ -15,7 +15,7 @@ from vqserve_server.codebooks.kinds import KINDS
 from vqserve_server.codebooks.state import USED
 from vqserve_server.console import printable
 from vqserve_server.quantizers.arguments import check_unknown_index
-from vqserve_server.quantizers.fsq import BOUNDS
+from vqserve_server.quantizers.scalar import BOUNDS
 from vqserve_tools.importing.families.options import BIT_ORDERS, DECODES, METRICS, Options
 from vqserve_tools.importing.importer import Import, import_checkpoint
 from vqserve_tools.importing.verification import verify_files

@@ -16,8 +16,8 @@ from torch import Tensor
 from vqserve.layout import grid_shape
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.dtypes import widen
-from vqserve_server.quantizers.frozen_residual import FrozenPart
-from vqserve_server.quantizers.frozen_scalar import Channel
+from vqserve_server.quantizers.inference.residual import FrozenPart
+from vqserve_server.quantizers.inference.scalar import Channel
 from vqserve_server.quantizers.projections import Projection, project
 from vqserve_server.quantizers.residual import ResidualPart
 from vqserve_server.quantizers.rows import from_rows, layout_of, to_rows

@@ -21,7 +21,7 @@ from vqserve_server.quantizers import (
     VectorQuantizer,
     VectorQuantizerWithInputProjection,
 )
-from vqserve_server.quantizers.frozen import freeze, some
+from vqserve_server.quantizers.inference.base import freeze, some
 from vqserve_server.search import Searcher
 
 KINDS = with_every_kind(

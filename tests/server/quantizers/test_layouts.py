@@ -116,7 +116,7 @@ def test_latents_that_are_not_floating_point_are_refused(make, kind, dtype):
     module = make(kind)
     z = torch.zeros(3, module.input_dim, dtype=dtype)
     for verb in (module, module.encode):
-        with pytest.raises(InvalidDtype, match=str(dtype)):
+        with pytest.raises(InvalidDtype, match=str(dtype).removeprefix("torch.")):
             verb(z)
 
 

@@ -10,8 +10,8 @@ from vqserve.layout import Layout
 from vqserve_server.codebooks.kinds import KINDS
 from vqserve_server.errors import ForeignCheckpointError
 from vqserve_server.quantizers.fsq_boundaries import Bound
-from vqserve_server.quantizers.lfq import BitOrder
 from vqserve_server.quantizers.quantizer import Metric
+from vqserve_server.quantizers.scalar import BitOrder
 from vqserve_tools.importing.families.checkpoint import Checkpoint
 
 Decode = Literal["normalized", "raw"]
