@@ -11,9 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve import bfloat16, payload
-from vqserve.refused import not_an_array, not_indices, not_latents
+from vqserve.errors import InvalidDtype
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_client.errors import InvalidArgument
+from vqserve.validation import (
+    LARGEST_VOCABULARY,
+    not_an_array,
+    not_an_index,
+    not_dense,
+    not_indices,
+    not_latents,
+    not_several,
+)
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
@@ -55,8 +63,8 @@ def given_latents(latents: object) -> Given:
     """Return latents as they travel.
 
     Raises:
-        TypeError: for what is neither a numpy array nor a torch tensor.
-        InvalidArgument: for elements that are not float16, bfloat16, float32 or float64.
+        NotAnArray: for what is neither a numpy array nor a torch tensor.
+        InvalidDtype: for elements that are not float16, bfloat16, float32 or float64.
     """
     return _given(latents, "latents", payload.LATENT_DTYPES, not_latents)
 
@@ -65,8 +73,9 @@ def given_indices(indices: object) -> Given:
     """Return indices as they travel.
 
     Raises:
-        TypeError: for what is neither a numpy array nor a torch tensor.
-        InvalidArgument: for elements that are no integers, or that int64 does not hold.
+        NotAnArray: for what is neither a numpy array nor a torch tensor.
+        InvalidDtype: for elements that are no integers.
+        IndexOutOfRange: for one that int64 does not hold.
     """
     return _given(indices, "indices", payload.INDEX_DTYPES, not_indices, _travelling_integers)
 
@@ -75,11 +84,11 @@ def several(items: T, verb: str) -> T:
     """Return what `encode_many` or `decode_many` was given.
 
     Raises:
-        TypeError: it is one array, whose first axis would be taken apart.
+        NotAnArray: it is one array, whose first axis would be taken apart.
     """
     torch = sys.modules.get("torch")
     if isinstance(items, np.ndarray) or (torch is not None and isinstance(items, torch.Tensor)):
-        raise TypeError(f"{verb}_many takes an iterable of arrays, not one: {verb}(x), or {verb}_many([x])")
+        raise not_several(verb)
     return items
 
 
@@ -94,7 +103,7 @@ def _given(
     value: object,
     what: str,
     allowed: frozenset[int],
-    refusal: Callable[[object], str],
+    refusal: Callable[[object], InvalidDtype],
     prepare: Callable[[Array], Array] = lambda array: array,
 ) -> Given:
     torch = sys.modules.get("torch")
@@ -105,15 +114,15 @@ def _given(
         array = prepare(np.asarray(value))
         given, dtype = Given(array, _wire_dtype(array)), array.dtype
     else:
-        raise TypeError(not_an_array(what, value))
+        raise not_an_array(what, value)
     if given.dtype not in allowed:
-        raise InvalidArgument(refusal(dtype))
+        raise refusal(dtype)
     return given
 
 
 def _given_tensor(torch: Any, tensor: Any, what: str, prepare: Callable[[Array], Array]) -> Given:
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        raise TypeError(f"{what} must be a dense torch tensor with values, not {tensor.layout} on {tensor.device}")
+        raise not_dense(what, dtype=tensor.dtype, layout=tensor.layout, device=tensor.device)
     # A lazily negated tensor has no numpy form; its values have.
     plain = tensor.detach().resolve_conj().resolve_neg().cpu()
     if plain.dtype == torch.bfloat16:
@@ -140,8 +149,10 @@ def _travelling_integers(array: Array) -> Array:
     if native in _WIDENED:
         return array.astype(_WIDENED[native])
     if native == np.uint64:
-        if array.size and array.max() > np.iinfo(np.int64).max:
-            raise InvalidArgument(f"indices hold {array.max()}, which no vocabulary has")
+        beyond = array > np.iinfo(np.int64).max
+        if beyond.any():
+            position = tuple(int(i) for i in np.unravel_index(int(beyond.argmax()), array.shape))
+            raise not_an_index(position, int(array[position]), LARGEST_VOCABULARY)
         return array.astype(np.int64)
     return array
 

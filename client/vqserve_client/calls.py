@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -13,16 +12,31 @@ from google.protobuf.message import DecodeError
 from vqserve import payload, wire
 from vqserve.codebook_info import CodebookInfo
 from vqserve.latent_dtype import latent_dtype_name
-from vqserve.layout import Layout, first_channels, indices_shape, latents_shape, parse_layout
+from vqserve.layout import (
+    Layout,
+    first_channels,
+    grid_shape,
+    indices_shape,
+    latents_shape,
+    parse_layout,
+    warn_of_an_image,
+)
 from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve.validation import (
+    check_count,
+    check_indices_shape,
+    check_latents_shape,
+    check_num_quantizers,
+    check_output,
+)
 from vqserve_client.arrays import Array, Given, handed_back, index_store, latent_store, store
 from vqserve_client.catalogue import WIRE_OF_LAYOUT
-from vqserve_client.chunking import Cut, Plan, cut_text, indices_cut, latents_cut, plan, rows_per_message
+from vqserve_client.chunking import Cut, Plan, cut_text, indices_cut, latents_cut, of_whole, plan, rows_per_message
 from vqserve_client.config import ClientConfig
-from vqserve_client.errors import InvalidArgument, MessageTooLarge, ProtocolError
-from vqserve_client.geometry import Geometry, indices_geometry, latents_geometry
+from vqserve_client.errors import InvalidArgument, MessageTooLarge, ProtocolError, VqserveError
 from vqserve_client.pin import Pin
-from vqserve_client.positions import in_whole
+
+Geometry = tuple[tuple[int, ...], Layout]
 
 # The generated stubs want enum classes that exist in the stubs only.
 _EncodeRequest: Any = pb.EncodeRequest
@@ -50,21 +64,33 @@ def options(
     """Return the options of a call.
 
     Raises:
-        InvalidArgument: for a value that is not one of an option's values.
+        InvalidOption: for a value that is not one of an option's values.
     """
-    if output not in _OUTPUTS:
-        raise InvalidArgument(f"output must be 'latents' or 'code_rows', not {output!r}")
-    if num_quantizers is not None and not (_is_integer(num_quantizers) and num_quantizers >= 1):
-        raise InvalidArgument(f"num_quantizers must be an integer, 1 or more, not {num_quantizers!r:.40}")
-    try:
-        wire_dtype = payload.dtype_of_name(latent_dtype_name(dtype))
-        return Options(parse_layout(layout), wire_dtype, _OUTPUTS[output], num_quantizers)
-    except ValueError as error:
-        raise InvalidArgument(str(error)) from None
+    check_output(output)
+    check_count(num_quantizers)
+    wire_dtype = payload.dtype_of_name(latent_dtype_name(dtype))
+    return Options(parse_layout(layout), wire_dtype, _OUTPUTS[output], num_quantizers)
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+def latents_geometry(shape: tuple[int, ...], asked: Options, info: CodebookInfo) -> Geometry:
+    """Return the grid of tokens and the layout of latents of this shape.
+
+    Raises:
+        InvalidShape: the codebook takes no such latents.
+    """
+    layout = check_latents_shape(shape, asked.layout, info=info)
+    warn_of_an_image(shape, asked.layout, info.layout)
+    return grid_shape(shape, layout), layout
+
+
+def indices_geometry(shape: tuple[int, ...], asked: Options, info: CodebookInfo) -> Geometry:
+    """Return the grid of tokens of indices of this shape and the layout of the latents that they decode to.
+
+    Raises:
+        InvalidShape: the codebook decodes no such indices.
+    """
+    layout = check_indices_shape(shape, asked.layout, info=info, num_quantizers=asked.num_quantizers)
+    return grid_shape(shape, layout) if info.has_stages else shape, layout
 
 
 class ArrayCall:
@@ -81,17 +107,21 @@ class ArrayCall:
         self._target = config.target
         self._reply_dtype = self._dtype_of_replies()
         try:
-            self.stages = info.stages(asked.num_quantizers)
+            count = check_num_quantizers(asked.num_quantizers, available=info.num_quantizers)
+            self.stages = count if info.has_stages else None
             self.grid, self.layout = self._geometry()
-        except ValueError as error:
-            raise self._refusal(str(error)) from None
+        except InvalidArgument as error:
+            error.target, error.codebook = config.target, info.name
+            raise
         request_bytes, reply_bytes = self._row_bytes()
         rows = self.rows_within(config.max_message_bytes)
         if rows < 1:
-            raise self._refusal(
+            raise MessageTooLarge(
                 f"one token takes {request_bytes} bytes in the request and {reply_bytes} in the reply, more than a "
                 f"message of {config.max_message_bytes} bytes has room for",
-                MessageTooLarge,
+                target=config.target,
+                codebook=info.name,
+                option="max_message_bytes",
             )
         self.plan: Plan = plan(self.grid, rows)
         self._out: Array | None = None
@@ -188,9 +218,6 @@ class ArrayCall:
             f"the reply to {self.method} does not fit: {text}", target=self._target, codebook=self.info.name
         )
 
-    def _refusal(self, text: str, kind: type[InvalidArgument] = InvalidArgument) -> InvalidArgument:
-        return kind(text, target=self._target, codebook=self.info.name)
-
 
 class EncodeCall(ArrayCall):
     """Latents to indices."""
@@ -202,7 +229,7 @@ class EncodeCall(ArrayCall):
         return payload.index_dtype(self.info.vocab_size)
 
     def _geometry(self) -> Geometry:
-        return latents_geometry(self.given.array.shape, self.asked.layout, self.info)
+        return latents_geometry(self.given.array.shape, self.asked, self.info)
 
     def _row_bytes(self) -> tuple[int, int]:
         index_bytes = payload.itemsize(self._reply_dtype) * (self.stages or 1)
@@ -257,7 +284,7 @@ class DecodeCall(ArrayCall):
 
     def _geometry(self) -> Geometry:
         array = self.given.array
-        grid, layout = indices_geometry(array.shape, self.asked.layout, self.info, stages=self.stages)
+        grid, layout = indices_geometry(array.shape, self.asked, self.info)
         self._used = array if self.stages is None else array[first_channels(self.stages, layout)]
         return grid, layout
 
@@ -304,14 +331,15 @@ class ArrayPart:
         self._cut = cut
         self.method = call.method
 
-    def explain(self, text: str) -> str:
-        """Return an error's text with its position counted in the caller's array."""
+    def explain(self, error: VqserveError) -> VqserveError:
+        """Return an error of the server's with its position counted in the caller's array."""
         if len(self._call.plan) == 1:
-            return text
+            return error
         cut = self._call.given_cut(self._cut)
-        part = f"{self._call.name}{cut_text(cut)}"
-        whole = in_whole(text, array=cut, grid=self._cut)
-        return whole or f"{text}; in the part {part}, from whose start positions count"
+        whole = of_whole(error, array=cut, grid=self._cut)
+        if whole is not error:
+            return whole
+        return error.noted(f"in the part {self._call.name}{cut_text(cut)}, from whose start positions count")
 
     def request(self) -> bytes:
         """Return the message to send."""

@@ -10,8 +10,9 @@ from google.protobuf.message import DecodeError
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout
 from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve.validation import no_codebook
 from vqserve_client.config import is_digest
-from vqserve_client.errors import CodebookNotFound, ProtocolError
+from vqserve_client.errors import ProtocolError, VqserveError
 
 LAYOUT_OF_WIRE = {
     pb.LAYOUT_UNSPECIFIED: None,
@@ -41,9 +42,9 @@ class ListPart:
         """Return the message to send."""
         return pb.ListCodebooksRequest().SerializeToString()
 
-    def explain(self, text: str) -> str:
-        """Return an error's text as it is: there is no array."""
-        return text
+    def explain(self, error: VqserveError) -> VqserveError:
+        """Return an error as it is: there is no array."""
+        return error
 
     def accept(self, reply: bytes) -> None:
         """Take the list, if all of it makes sense."""
@@ -93,9 +94,6 @@ def choose(codebooks: Sequence[CodebookInfo], name: str | None, *, target: str) 
     chosen = [info for info in codebooks if (not info.is_version if name is None else info.name == name)]
     if len(chosen) == 1:
         return chosen[0]
-    served = ", ".join(info.name for info in codebooks) or "nothing"
-    if name is None and chosen:
-        text = f"the server has {len(chosen)} codebooks, say which with codebook=: {served}"
-    else:
-        text = f"no codebook {name!r} is served, only: {served}" if name else "the server has no codebook"
-    raise CodebookNotFound(text, target=target, codebook=name)
+    error = no_codebook(name, [info.name for info in codebooks], num_codebooks=len(chosen))
+    error.target = target
+    raise error

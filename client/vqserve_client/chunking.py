@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from vqserve.errors import VqserveError
 from vqserve.layout import Layout, channel_axis
 from vqserve.payload import ENVELOPE_BYTES
 
@@ -78,3 +79,15 @@ def cut_text(cut: Cut) -> str:
     """Return a cut as Python writes it: [0:1, 16:32, :]."""
     runs = (":" if run == slice(None) else f"{run.start}:{run.stop}" for run in cut)
     return f"[{', '.join(runs)}]"
+
+
+def of_whole(error: VqserveError, *, array: Cut, grid: Cut) -> VqserveError:
+    """Return the error about a part of an array as one about the whole; the same one if it has no position there.
+
+    Args:
+        error: as the server, which has the part only, made it.
+        array: the part, as a cut of the whole array.
+        grid: the part, as a cut of the whole array's tokens.
+    """
+    cut = grid if error.array == "tokens" else array
+    return error.shifted([run.start or 0 for run in cut])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vqserve.errors import InvalidOption
 from vqserve_client.retry import check_timeout
 
 DEFAULT_MAX_MESSAGE_BYTES = 64 << 20
@@ -27,7 +28,9 @@ class ClientConfig:
         if not isinstance(self.target, str):
             raise TypeError(f"target must be a string such as 'localhost:50051', not {type(self.target).__name__}")
         if not _is_target(self.target):
-            raise ValueError(f"target must be HOST:PORT, such as 'localhost:50051', not {self.target!r}")
+            raise InvalidOption(
+                f"{{option}} must be HOST:PORT, such as 'localhost:50051', not {self.target!r}", option="target"
+            )
         check_name("codebook", self.codebook)
         check_digest(self.digest)
         object.__setattr__(self, "timeout", check_timeout(self.timeout))
@@ -49,12 +52,12 @@ def check_name(what: str, name: str | None) -> None:
 
     Raises:
         TypeError: if it is not a string.
-        ValueError: if it is empty.
+        InvalidOption: if it is empty.
     """
     if name is not None and not isinstance(name, str):
         raise TypeError(f"{what} must be a string, not {type(name).__name__}")
     if name == "":
-        raise ValueError(f"{what} must not be empty")
+        raise InvalidOption("{option} must not be empty", option=what)
 
 
 def check_digest(digest: str | None) -> None:
@@ -62,11 +65,13 @@ def check_digest(digest: str | None) -> None:
 
     Raises:
         TypeError: if it is not a string.
-        ValueError: if it is not 64 lower-case hexadecimal digits.
+        InvalidOption: if it is not 64 lower-case hexadecimal digits.
     """
     check_name("digest", digest)
     if digest is not None and not is_digest(digest):
-        raise ValueError(f"digest must be the codebook's 64 lower-case hexadecimal digits, not {digest!r}")
+        raise InvalidOption(
+            f"{{option}} must be the codebook's 64 lower-case hexadecimal digits, not {digest!r}", option="digest"
+        )
 
 
 def is_digest(text: str) -> bool:
@@ -78,4 +83,4 @@ def _check_integer(what: str, value: int, allowed: range) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{what} must be an integer, not {value!r}")
     if value not in allowed:
-        raise ValueError(f"{what} must be from {allowed.start} to {allowed.stop - 1}, not {value}")
+        raise InvalidOption(f"{{option}} must be from {allowed.start} to {allowed.stop - 1}, not {value}", option=what)

@@ -16,9 +16,9 @@ from typing import Any, Protocol, TypeVar
 import grpc
 
 from vqserve_client.channel import Connection
-from vqserve_client.errors import Closed, DeadlineExceeded, ProtocolError
+from vqserve_client.errors import Closed, DeadlineExceeded, ProtocolError, VqserveError
 from vqserve_client.retry import Deadline, RetryPolicy
-from vqserve_client.status import RETRIED, Failure, text_metadata
+from vqserve_client.status import Failure, text_metadata
 from vqserve_client.stream import StreamTicket
 from vqserve_client.unary import Sender
 
@@ -33,8 +33,8 @@ class Part(Protocol):
     def method(self) -> str:
         """Return the name of the RPC."""
 
-    def explain(self, text: str) -> str:
-        """Return the text of an error that the server answered with, in the caller's terms."""
+    def explain(self, error: VqserveError) -> VqserveError:
+        """Return the error that the server answered with as one about the caller's whole array."""
 
     def request(self) -> bytes:
         """Return the message to send."""
@@ -90,7 +90,7 @@ class Exchange:
         """Send the request of every part and hand each its reply.
 
         Raises:
-            VqserveClientError: as soon as one part fails for good; the others are cancelled.
+            VqserveError: as soon as one part fails for good; the others are cancelled.
         """
         running: list[_Running] = []
         upcoming = next(parts, None)
@@ -180,13 +180,11 @@ class Exchange:
         failure = Failure(ticket.code(), ticket.details() or "", text_metadata(ticket.trailing_metadata()))
         if one.failure is None or not (one.failure.is_foreign and failure.is_unsent):
             one.failure = failure
-        retried = failure.error_class in RETRIED
-        delay_s = self._policy.delay_s(one.failures, failure.retry_after_s) if retried else None
+        delay_s = self._policy.delay_s(one.failures, failure.retry_after_s) if failure.is_retried else None
         if delay_s is None or delay_s >= self._deadline.remaining_s():
-            text = one.part.explain(one.failure.text)
-            if one.failures > 1:
-                text = f"{text}; tried {one.failures} times"
-            raise one.failure.error(target=self.target, codebook=one.codebook, request_id=one.request_id, text=text)
+            error = one.failure.error(target=self.target, codebook=one.codebook, request_id=one.request_id)
+            error = one.part.explain(error)
+            raise error if one.failures == 1 else error.noted(f"tried {one.failures} times")
         one.resume_at = time.monotonic() + delay_s
 
     def _closed(self) -> Closed:

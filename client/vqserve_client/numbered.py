@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vqserve_client.errors import VqserveClientError
+from vqserve_client.errors import VqserveError
 from vqserve_client.lane import Lane
 
 
@@ -19,18 +19,16 @@ class Numbered:
         """Add one more array; see Lane.put."""
         try:
             self._lane.put(array)
-        except VqserveClientError as error:
+        except VqserveError as error:
             error.item = self._put
             raise
-        except TypeError as error:
-            raise TypeError(f"{error} (array {self._put}, counting from 0)") from None
         self._put += 1
 
     def take(self) -> Any:
         """Return the next answer in order, or raise its error; see Lane.take."""
         try:
             answer = self._lane.take()
-        except VqserveClientError as error:
+        except VqserveError as error:
             error.item = self._taken
             raise
         self._taken += 1

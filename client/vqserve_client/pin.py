@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vqserve.codebook_info import CodebookInfo
+from vqserve.validation import check_digest
 from vqserve_client.catalogue import choose
-from vqserve_client.errors import CodebookNotFound, DigestChanged, DigestMismatch, VqserveClientError
+from vqserve_client.errors import CodebookNotFound, DigestChanged, DigestMismatch, VqserveError
 
 # How often a call that has no answer yet follows a server that replaces its codebook. On a busy machine it may be
 # replaced several times between the list and the request.
@@ -59,12 +60,8 @@ class Pin:
         """
         if self.info is None:
             info = choose(codebooks, self._codebook, target=self._target)
-            if self._digest is not None and self._digest != info.digest:
-                raise DigestMismatch(
-                    f"digest {self._digest} was pinned, the codebook has {info.digest}",
-                    target=self._target,
-                    codebook=info.name,
-                )
+            if self._digest is not None:
+                self._check(self._digest, info)
             self.info = info
             self._remembered = remembered
         return self.info
@@ -97,10 +94,19 @@ class Pin:
             return
         if isinstance(error, CodebookNotFound):
             raise error
+        if self._digest is not None and isinstance(error, DigestMismatch):
+            raise error
         kind, text = (
             (DigestChanged, f"the codebook no longer has digest {info.digest}")
             if self._digest is None
             else (DigestMismatch, f"digest {self._digest} was pinned, the codebook has another")
         )
-        request_id = error.request_id if isinstance(error, VqserveClientError) else None
+        request_id = error.request_id if isinstance(error, VqserveError) else None
         raise kind(text, target=self._target, codebook=info.name, request_id=request_id) from error
+
+    def _check(self, digest: str, info: CodebookInfo) -> None:
+        try:
+            check_digest(digest, info=info)
+        except DigestMismatch as error:
+            error.target = self._target
+            raise

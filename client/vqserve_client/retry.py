@@ -7,6 +7,8 @@ import random
 import time
 from dataclasses import dataclass
 
+from vqserve.errors import InvalidOption
+
 # Beyond this gRPC's own arithmetic on deadlines is not worth trusting: it is no deadline at all.
 _FOREVER_S = 365 * 86400.0
 
@@ -55,10 +57,11 @@ def check_timeout(timeout_s: float) -> float:
     """Return a timeout that makes sense.
 
     Raises:
-        ValueError: for what is not a positive number of seconds; infinity is one.
+        TypeError: for what is no number.
+        InvalidOption: for what is not a positive number of seconds; infinity is one.
     """
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float):
         raise TypeError(f"timeout must be a number of seconds, not {timeout_s!r}")
     if math.isnan(timeout_s) or timeout_s <= 0:
-        raise ValueError(f"timeout must be above 0 seconds, not {timeout_s}")
+        raise InvalidOption(f"{{option}} must be above 0 seconds, not {timeout_s}", option="timeout")
     return float(timeout_s)

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import grpc
 
+from vqserve.error_wire import REQUEST_ID_KEY
 from vqserve_client.channel import STREAMED, Connection
 from vqserve_client.fork import gate
-from vqserve_client.status import REQUEST_ID_KEY
 from vqserve_client.unary import Ticket, Unary
 
 logger = logging.getLogger(__name__)

@@ -14,15 +14,16 @@ import numpy as np
 
 from vqserve import payload
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import indices_shape, latents_shape, parse_layout
+from vqserve.errors import of_file
+from vqserve.layout import indices_shape, latents_shape
+from vqserve.validation import check_num_quantizers
 from vqserve_client.arrays import Array, given_indices, given_latents, latent_store
+from vqserve_client.calls import Options, indices_geometry, latents_geometry, options
 from vqserve_client.catalogue import choose
-from vqserve_client.chunking import Cut, indices_cut, latents_cut, plan
+from vqserve_client.chunking import Cut, indices_cut, latents_cut, of_whole, plan
 from vqserve_client.client import Client
-from vqserve_client.errors import DigestChanged, DigestMismatch, InvalidArgument, VqserveClientError
-from vqserve_client.geometry import indices_geometry, latents_geometry
+from vqserve_client.errors import DigestChanged, DigestMismatch, InvalidArgument, VqserveError
 from vqserve_client.npy import check_output, new_array, open_array
-from vqserve_client.positions import in_whole
 
 # Small enough that several pieces are under way on both sides at little cost, large enough that calls cost nothing.
 _PIECE_BYTES = 4 << 20
@@ -69,15 +70,15 @@ def encode_file(client: Client, task: Task, progress: Progress) -> Done:
 
     Raises:
         FileError: if a file cannot be used.
-        VqserveClientError: see errors.py.
+        VqserveError: see errors.py.
     """
     check_output(task.target, force=task.force, source=task.source)
     array = open_array(task.source)
     info = _info(client, task)
     stages = _stages(task, info)
-    with _named(task.source):
+    with of_file(task.source):
         item_bytes = payload.itemsize(given_latents(array).dtype)
-        grid, layout = latents_geometry(array.shape, parse_layout(task.layout), info)
+        grid, layout = latents_geometry(array.shape, _asked(task), info)
     dtype = np.dtype(payload.dtype_name(payload.index_dtype(info.vocab_size)))
     cuts = plan(grid, max(1, _PIECE_BYTES // (info.input_dim * item_bytes)))
     shape = indices_shape(grid, stages, layout)
@@ -98,15 +99,15 @@ def decode_file(client: Client, task: Task, progress: Progress) -> Done:
 
     Raises:
         FileError: if a file cannot be used.
-        VqserveClientError: see errors.py.
+        VqserveError: see errors.py.
     """
     check_output(task.target, force=task.force, source=task.source)
     array = open_array(task.source)
     info = _info(client, task)
     stages = _stages(task, info)
-    with _named(task.source):
+    with of_file(task.source):
         given_indices(array[:0] if array.ndim else array)
-        grid, layout = indices_geometry(array.shape, parse_layout(task.layout), info, stages=stages)
+        grid, layout = indices_geometry(array.shape, _asked(task), info)
     width = info.code_dim if task.output == "code_rows" else info.output_dim
     wire = payload.dtype_of_name(task.dtype)
     dtype = latent_store((0,), wire, is_torch=False).dtype
@@ -133,32 +134,25 @@ def _arrays(array: Array, pieces: Iterator[_Piece], pending: deque[_Piece]) -> I
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Have an error about what a file holds name the file."""
-    try:
-        yield
-    except ValueError as error:
-        raise InvalidArgument(f"{path}: {error}") from None
-
-
-@contextlib.contextmanager
 def _whole_file(task: Task, pending: Sequence[_Piece]) -> Iterator[None]:
     """Have an error about a piece, the first one that is pending, name the file and count positions in all of it."""
     try:
         yield
-    except VqserveClientError as error:
+    except InvalidArgument as error:
+        whole = of_whole(error, array=pending[0].source, grid=pending[0].grid) if pending else error
+        raise whole.with_fields(item=None, path=str(task.source)) from None
+    except VqserveError as error:
         error.item = None
-        if isinstance(error, InvalidArgument) and pending:
-            whole = in_whole(error.message, array=pending[0].source, grid=pending[0].grid)
-            error.message = f"{task.source}: {whole or error.message}"
         raise
 
 
+def _asked(task: Task) -> Options:
+    return options(layout=task.layout, dtype=task.dtype, output=task.output, num_quantizers=task.num_quantizers)
+
+
 def _stages(task: Task, info: CodebookInfo) -> int | None:
-    try:
-        return info.stages(task.num_quantizers)
-    except ValueError as error:
-        raise InvalidArgument(str(error), codebook=info.name) from None
+    count = check_num_quantizers(task.num_quantizers, available=info.num_quantizers)
+    return count if info.has_stages else None
 
 
 def _info(client: Client, task: Task) -> CodebookInfo:

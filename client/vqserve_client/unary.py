@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import grpc
 
+from vqserve.error_wire import REQUEST_ID_KEY
 from vqserve_client.channel import Connection
 from vqserve_client.fork import gate
-from vqserve_client.status import REQUEST_ID_KEY
 
 
 class Ticket(Protocol):

@@ -42,7 +42,7 @@ class Admission:
         with self._lock:
             if self._refusal is not None:
                 # A fresh one each time: an exception that is raised collects a traceback.
-                raise type(self._refusal)(*self._refusal.args)
+                raise self._refusal.with_fields()
             if self.requests >= self._config.max_queue_requests:
                 raise self._overloaded("requests")
             if self.requests:
@@ -65,6 +65,4 @@ class Admission:
             raise self._overloaded("bytes")
 
     def _overloaded(self, what: str) -> Overloaded:
-        return Overloaded(
-            f"too many {what} in the server: try again later", retry_after_s=self._retry_after_s(self.rows)
-        )
+        return Overloaded(f"too many {what} in the server", retry_after_s=self._retry_after_s(self.rows))

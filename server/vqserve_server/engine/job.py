@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve.layout import Layout, grid_shape
+from vqserve.validation import beyond_dtype
 from vqserve_server.engine.rows import first_overflow, read_rows, read_tokens, write_rows, write_tokens
-from vqserve_server.errors import Cancelled, DeadlineExpired, InvalidOption, InvalidRequest, TokenBeyondRange
+from vqserve_server.errors import Cancelled, DeadlineExceeded, InvalidArgument
 
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
@@ -159,10 +160,10 @@ class Job(ABC):
         """Copy the results of the rows from `start` on into the reply.
 
         Raises:
-            InvalidRequest: the reply cannot hold them; concerns nobody else's.
+            InvalidArgument: the reply cannot hold them; concerns nobody else's.
         """
 
-    def in_whole(self, error: InvalidRequest, start: int) -> InvalidRequest:
+    def in_whole(self, error: InvalidArgument, start: int) -> InvalidArgument:
         """Return an error about the rows from `start` on as one about the whole request."""
         return error
 
@@ -188,7 +189,7 @@ class Job(ABC):
     def alive(self, now: float) -> bool:
         """Return whether somebody still waits for the job; an expired one is failed here."""
         if self.deadline is not None and self.deadline <= now:
-            self.fail(DeadlineExpired("the deadline passed before the request was computed"))
+            self.fail(DeadlineExceeded("the deadline passed before the request was computed"))
         return self.outcome is None
 
     def finish(self, rows: int, *, started: float, ended: float, batch: tuple[int, int]) -> bool:
@@ -257,11 +258,9 @@ class EncodeJob(Job):
         """Copy the rows [start, stop) into a batch."""
         read_rows(self.source, self._layout, start, stop, into)
 
-    def in_whole(self, error: InvalidRequest, start: int) -> InvalidRequest:
+    def in_whole(self, error: InvalidArgument, start: int) -> InvalidArgument:
         """Return an error about the rows from `start` on, which have no grid, with the token's place in the grid."""
-        if not isinstance(error, TokenBeyondRange):
-            return error
-        return TokenBeyondRange(error.text, start + error.row, grid_shape(self.source.shape, self._layout))
+        return error.placed(grid_shape(self.source.shape, self._layout), start)
 
     def write(self, start: int, results: Array) -> None:
         """Copy the results of the rows from `start` on into the reply."""
@@ -319,8 +318,8 @@ class DecodeJob(Job):
         """
         overflow = first_overflow(results, self.result.dtype)
         if overflow is not None:
-            grid = grid_shape(self.result.shape, self._layout)
-            position = [int(i) for i in np.unravel_index(start + overflow, grid)]
-            name = f"indices{position}" if self.source.ndim == 1 else f"token {position}"
-            raise InvalidOption(f"{name} decodes to a value beyond the wanted type: take a wider one")
+            dtype = "bfloat16" if self.result.dtype == np.uint16 else self.result.dtype.name
+            raise beyond_dtype(start + overflow, dtype, has_stages=self.source.ndim > 1).placed(
+                grid_shape(self.result.shape, self._layout)
+            )
         write_rows(results, self.result, self._layout, start)

@@ -33,7 +33,7 @@ class Pipeline:
         """
         with self._lock:
             if self._closed is not None:
-                raise type(self._closed)(*self._closed.args)
+                raise self._closed.with_fields()
             for job in jobs:
                 self._queue.put(job)
             # Threads that work come back by themselves.

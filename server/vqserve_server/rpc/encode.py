@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
-from vqserve import bfloat16, layout, payload
+from vqserve import layout, payload
 from vqserve.codebook_info import CodebookInfo
+from vqserve.layout import LATENT_RANKS
 from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve.validation import check_latents_shape, check_num_quantizers
 from vqserve_server.engine import EncodeJob, EncodeKey
 from vqserve_server.engine.job import Deliver
 from vqserve_server.errors import InvalidDtype
-from vqserve_server.rpc.messages import check_dtype, check_payload, layout_of
+from vqserve_server.rpc.messages import check_dtype, check_latent_dtype, check_payload, layout_of
 from vqserve_server.rpc.plan import Array, Plan
-from vqserve_server.validation import check_finite, check_latents, check_num_quantizers
-
-_BFLOAT16_EXPONENT = np.uint16(0x7F80)
+from vqserve_server.validation import check_finite
 
 
 class EncodePlan(Plan[pb.EncodeRequest]):
@@ -26,9 +23,9 @@ class EncodePlan(Plan[pb.EncodeRequest]):
     request_type = pb.EncodeRequest
 
     def _read(self, head: pb.EncodeRequest, payload_bytes: int, info: CodebookInfo) -> None:
-        check_dtype("dtype", head.dtype, payload.LATENT_DTYPES)
-        shape = check_payload(payload_bytes, head.dtype, head.shape, range(2, 6))
-        self._layout = check_latents(shape, layout_of(head.layout), info=info)
+        check_latent_dtype(head.dtype)
+        shape = check_payload(payload_bytes, head.dtype, head.shape, "latents", LATENT_RANKS)
+        self._layout = check_latents_shape(shape, layout_of(head.layout), info=info)
         grid = layout.grid_shape(shape, self._layout)
         index_dtype = head.index_dtype or payload.index_dtype(info.vocab_size)
         check_dtype("index_dtype", index_dtype, payload.INDEX_DTYPES)
@@ -49,21 +46,9 @@ class EncodePlan(Plan[pb.EncodeRequest]):
         Raises:
             NonFiniteLatents: names the first NaN or infinity.
         """
-        check_finite_payload(array)
+        check_finite(array)
 
     def job(self, array: Array, *, deliver: Deliver, deadline: float | None) -> EncodeJob:
         """Return what the engine is to do."""
         blank, indices = self._blank_reply()
         return EncodeJob(self._key, array, self._layout, indices, owner=blank, deliver=deliver, deadline=deadline)
-
-
-def check_finite_payload(latents: npt.NDArray[Any]) -> None:
-    """Refuse latents with NaN or infinity; uint16 is bfloat16's bit patterns.
-
-    Raises:
-        NonFiniteLatents: names the first one's position.
-    """
-    if latents.dtype != np.uint16:
-        check_finite(latents)
-    elif ((latents & _BFLOAT16_EXPONENT) == _BFLOAT16_EXPONENT).any():
-        check_finite(bfloat16.widen(latents))

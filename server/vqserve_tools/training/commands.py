@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from vqserve.layout import Layout
 from vqserve_server.codebook_path import add_output
-from vqserve_server.errors import InvalidOption
 from vqserve_tools.training.options import DEFAULT_STEPS, INITIALISATIONS, KINDS, TrainingOptions
 
 if TYPE_CHECKING:
@@ -81,25 +80,20 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> TrainingOptions:
-    try:
-        return TrainingOptions(
-            kind=args.kind,
-            num_codes=args.num_codes,
-            batch_size=args.batch_size,
-            steps=args.steps,
-            epochs=args.epochs,
-            initialisation=args.init,
-            reseed_every=args.reseed_every,
-            seed=args.seed,
-            lr=args.lr,
-            decay=args.decay,
-            beta=args.beta,
-            device=args.device,
-        )
-    except InvalidOption as error:
-        name, _, problem = str(error).partition(" ")
-        flag = f"--{name.replace('_', '-')}" if hasattr(args, name) else name
-        raise InvalidOption(f"{flag} {problem}") from None
+    return TrainingOptions(
+        kind=args.kind,
+        num_codes=args.num_codes,
+        batch_size=args.batch_size,
+        steps=args.steps,
+        epochs=args.epochs,
+        initialisation=args.init,
+        reseed_every=args.reseed_every,
+        seed=args.seed,
+        lr=args.lr,
+        decay=args.decay,
+        beta=args.beta,
+        device=args.device,
+    )
 
 
 def _story(made: TrainedFile, options: TrainingOptions, out: Path) -> str:
