@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 PROTO  := vqserve/v1/tokenizer.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-search soak coverage bench bench-behaviour bench-search check format proto lock image clean
+.PHONY: help setup demo serve test test-fast test-busy test-search test-grpcio soak coverage bench bench-behaviour bench-search check format proto lock image docs docs-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -31,9 +31,34 @@ serve: $(VENV)/.installed  ## serve the demo codebook on localhost:50051
 test: $(VENV)/.installed  ## run all tests
 	$(BIN)/python -m pytest
 
+# For the inner loop: nothing that starts processes, and fewer cases of the largest tests. `ARGS` narrows these two.
+test-fast: $(VENV)/.installed  ## tests within this process, with fewer cases, on all cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not process and not slow' \
+		--search-rows 5000 --wire-cases 5000 $(ARGS)
+
+test-busy: $(VENV)/.installed  ## run all tests while every core has other work
+	$(BIN)/python scripts/busy.py $(ARGS)
+
 ROWS ?= 10000000
 test-search: $(VENV)/.installed  ## compare every search backend with an oracle on ROWS rows
 	$(BIN)/python -m pytest tests/server/search/test_many_rows.py --search-rows $(ROWS) --timeout 0
+
+# The ends of the range that server/vqserve_server/grpcio_release.py says is tested. Everything else comes from
+# constraints.txt but protobuf, which the oldest grpcio-health-checking holds below 7.
+GRPCIO_OLDEST := 1.72.2
+GRPCIO_NEWEST := 1.85.3
+.venv-grpcio-oldest/.installed: GRPCIO := $(GRPCIO_OLDEST)
+.venv-grpcio-newest/.installed: GRPCIO := $(GRPCIO_NEWEST)
+.venv-grpcio-%/.installed: pyproject.toml constraints.txt $(COMPILED) Makefile
+	$(PYTHON) -m venv --clear $(@D)
+	grep -vE '^(grpcio.*|protobuf)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt -e '.[dev]' \
+		$(patsubst %,%==$(GRPCIO),grpcio grpcio-health-checking grpcio-reflection)
+	@touch $@
+
+test-grpcio: .venv-grpcio-oldest/.installed .venv-grpcio-newest/.installed  ## rpc and client tests on the oldest and newest grpcio
+	.venv-grpcio-oldest/bin/python -m pytest tests/server/rpc tests/client
+	.venv-grpcio-newest/bin/python -m pytest tests/server/rpc tests/client
 
 SOAK_SECONDS ?= 600
 soak: $(VENV)/.installed  ## swap codebooks under load for SOAK_SECONDS, one a second
@@ -69,6 +94,7 @@ $(VENV)/.bench-installed: $(VENV)/.installed
 check: $(VENV)/.installed $(PROTO_VENV)/.installed  ## what a change must pass beside the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/typos
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@rm -rf build/proto && mkdir -p build/proto && $(call generate,build/proto)
@@ -102,6 +128,14 @@ BUILDER ?= docker build
 IMAGE_LABELS = --build-arg VERSION=$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' proto/vqserve/__init__.py) \
 	--build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null)
 
+# Material's notice about its successor is no warning about our pages.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.installed  ## build the documentation's site into build/site; any warning fails
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.installed  ## show the site on http://127.0.0.1:8000, built anew when a page changes
+	$(BIN)/mkdocs serve --livereload
+
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(PROTO_VENV) build dist out
+	rm -rf $(VENV) $(PROTO_VENV) .venv-grpcio-* build dist out
 	rm -f server/vqserve_server/search/native/libsearch.so

@@ -21,7 +21,7 @@ from contenders import Echo, Ours
 from serving import CALLERS, RESULTS
 
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_client.bench import Closed, Measurement, Open, Request, Schedule, measure
+from vqserve_bench import Closed, Measurement, Open, Request, Schedule, measure
 
 TINY = Cell("tiny", 1, "encode", "fp32")
 MIB = 1 << 20

@@ -19,8 +19,8 @@ from typing import Self
 from cells import Cell
 from http_load import measure_http
 
+from vqserve_bench import Closed, Request, Schedule, measure
 from vqserve_client import Client, VqserveClientError
-from vqserve_client.bench import Closed, Request, Schedule, measure
 
 HERE = Path(__file__).parent
 PEERS = HERE / "peers"

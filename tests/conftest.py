@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from support.processes import starts_a_process
+
 # Examples are not timed: how long one takes says more about what else the machine does.
 settings.register_profile("vqserve", deadline=None)
 settings.load_profile("vqserve")
@@ -32,6 +34,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Undo what shells do to background jobs: they start them with SIGINT ignored, and so their children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make test-fast` leaves out."""
+    for item in items:
+        if isinstance(item, pytest.Function) and starts_a_process(item):
+            item.add_marker("process")
 
 
 @dataclass

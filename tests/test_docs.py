@@ -195,6 +195,26 @@ def test_the_readme_s_commands(serving, tmp_path, monkeypatch):
     assert (np.load("tokens.npy") == books[0].encode(np.load("latents.npy"))).all()
 
 
+def test_the_first_steps(serving, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    in_python, own_codes = examples("docs/first-steps.md", "python")
+    Path("books").mkdir()
+    run(own_codes)
+    server, indices = None, None
+    for line in commands("docs/first-steps.md"):
+        if line[1] == "serve":
+            paths = find_codebooks(line[2:]).files.values()
+            server = serving(*(Tokenizer.load(path, device="cpu") for path in paths))
+            monkeypatch.setenv("VQSERVE_TARGET", server.target)
+            if indices is None:
+                indices = run(in_python, server.target)["indices"]
+        else:
+            assert COMMANDS[line[0]]([*line[1:], *(["--steps=1"] if line[1] == "train" else [])]) == 0
+    assert (np.load("tokens.npy") == indices).all()
+    mine = Tokenizer.load("books/mine.safetensors", device="cpu")
+    assert (np.load("mine.npy") == mine.encode(np.load("latents.npy"))).all()
+
+
 @pytest.mark.parametrize("page", ["docs/codebooks.md", "docs/training.md"])
 def test_the_commands_that_make_codebooks(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -9,8 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig, check_digest
-from vqserve_client.retry import check_timeout
+from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig, check_digest, check_timeout
 
 LAYOUTS = ("channels_first", "channels_last")
 

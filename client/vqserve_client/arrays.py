@@ -1,9 +1,14 @@
-"""numpy and torch arrays in, the same kind out; torch is never imported, only met when the caller has."""
+"""The caller's arrays: numpy or torch in, the same kind out; what their shape means, and how they are cut.
+
+torch is never imported here: a caller who passes a tensor has imported it.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -11,10 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve import bfloat16, payload
-from vqserve.errors import InvalidDtype
+from vqserve.codebook_info import CodebookInfo
+from vqserve.errors import InvalidDtype, VqserveError
+from vqserve.layout import Layout, channel_axis, grid_shape, warn_of_an_image
+from vqserve.payload import ENVELOPE_BYTES
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import (
     LARGEST_VOCABULARY,
+    check_indices_shape,
+    check_latents_shape,
     not_an_array,
     not_an_index,
     not_dense,
@@ -25,14 +35,17 @@ from vqserve.validation import (
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
+# A part of an array: one slice for each axis.
+Cut = tuple[slice, ...]
+Geometry = tuple[tuple[int, ...], Layout]
 
-# Integers that do not travel, and the ones that hold them.
+# Integers that are not on the wire, and the ones that hold them.
 _WIDENED = {np.dtype(np.int8): np.int32, np.dtype(np.int16): np.int32}
 
 
 @dataclass(frozen=True)
-class Given:
-    """What the caller gave, ready to be cut and sent.
+class ArrayInput:
+    """A caller's array, ready to be cut and sent.
 
     Attributes:
         array: the values, of any strides and byte order; bfloat16 as uint16 bit patterns.
@@ -44,47 +57,42 @@ class Given:
     dtype: int
     device: Any = None
 
-    @property
-    def is_torch(self) -> bool:
-        """Return whether the caller gave a tensor."""
-        return self.device is not None
-
-    def joins(self, other: Given) -> bool:
-        """Return whether both can be one array, along the first axis."""
+    def joins(self, other: ArrayInput) -> bool:
+        """Return whether both can be concatenated along the first axis."""
         mine, theirs = self.array, other.array
         return (
-            (self.dtype, mine.dtype, self.is_torch) == (other.dtype, theirs.dtype, other.is_torch)
+            (self.dtype, mine.dtype, self.device is None) == (other.dtype, theirs.dtype, other.device is None)
             and mine.ndim == theirs.ndim > 0
             and mine.shape[1:] == theirs.shape[1:]
         )
 
 
-def given_latents(latents: object) -> Given:
-    """Return latents as they travel.
+def latents_input(latents: object) -> ArrayInput:
+    """Return latents as they are sent.
 
     Raises:
         NotAnArray: for what is neither a numpy array nor a torch tensor.
         InvalidDtype: for elements that are not float16, bfloat16, float32 or float64.
     """
-    return _given(latents, "latents", payload.LATENT_DTYPES, not_latents)
+    return _array_input(latents, "latents", payload.LATENT_DTYPES, not_latents)
 
 
-def given_indices(indices: object) -> Given:
-    """Return indices as they travel.
+def indices_input(indices: object) -> ArrayInput:
+    """Return indices as they are sent.
 
     Raises:
         NotAnArray: for what is neither a numpy array nor a torch tensor.
         InvalidDtype: for elements that are no integers.
         IndexOutOfRange: for one that int64 does not hold.
     """
-    return _given(indices, "indices", payload.INDEX_DTYPES, not_indices, _travelling_integers)
+    return _array_input(indices, "indices", payload.INDEX_DTYPES, not_indices, _wire_integers)
 
 
-def several(items: T, verb: str) -> T:
-    """Return what `encode_many` or `decode_many` was given.
+def iterable_of_arrays(items: T, verb: str) -> T:
+    """Return the argument of `encode_many` or `decode_many`.
 
     Raises:
-        NotAnArray: it is one array, whose first axis would be taken apart.
+        NotAnArray: it is one array, which would be iterated along its first axis.
     """
     torch = sys.modules.get("torch")
     if isinstance(items, np.ndarray) or (torch is not None and isinstance(items, torch.Tensor)):
@@ -92,47 +100,49 @@ def several(items: T, verb: str) -> T:
     return items
 
 
-def joined(givens: Sequence[Given]) -> Given:
+def joined(inputs: Sequence[ArrayInput]) -> ArrayInput:
     """Return arrays that join as one."""
-    if len(givens) == 1:
-        return givens[0]
-    return replace(givens[0], array=np.concatenate([given.array for given in givens]))
+    return replace(inputs[0], array=np.concatenate([one.array for one in inputs]))
 
 
-def _given(
+def _array_input(
     value: object,
     what: str,
     allowed: frozenset[int],
-    refusal: Callable[[object], InvalidDtype],
-    prepare: Callable[[Array], Array] = lambda array: array,
-) -> Given:
+    wrong_dtype: Callable[[object], InvalidDtype],
+    prepare: Callable[[Array], Array] | None = None,
+) -> ArrayInput:
     torch = sys.modules.get("torch")
     dtype: object
     if torch is not None and isinstance(value, torch.Tensor):
-        given, dtype = _given_tensor(torch, value, what, prepare), value.dtype
+        result, dtype = _tensor_input(torch, value, what, prepare), value.dtype
     elif isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
-        array = prepare(np.asarray(value))
-        given, dtype = Given(array, _wire_dtype(array)), array.dtype
+        array = np.asarray(value)
+        if prepare is not None:
+            array = prepare(array)
+        result, dtype = ArrayInput(array, _wire_dtype(array)), array.dtype
     else:
         raise not_an_array(what, value)
-    if given.dtype not in allowed:
-        raise refusal(dtype)
-    return given
+    if result.dtype not in allowed:
+        raise wrong_dtype(dtype)
+    return result
 
 
-def _given_tensor(torch: Any, tensor: Any, what: str, prepare: Callable[[Array], Array]) -> Given:
+def _tensor_input(torch: Any, tensor: Any, what: str, prepare: Callable[[Array], Array] | None) -> ArrayInput:
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
         raise not_dense(what, dtype=tensor.dtype, layout=tensor.layout, device=tensor.device)
     # A lazily negated tensor has no numpy form; its values have.
     plain = tensor.detach().resolve_conj().resolve_neg().cpu()
     if plain.dtype == torch.bfloat16:
-        return Given(plain.view(torch.int16).numpy().view(np.uint16), pb.DTYPE_BFLOAT16, tensor.device)
+        return ArrayInput(plain.view(torch.int16).numpy().view(np.uint16), pb.DTYPE_BFLOAT16, tensor.device)
     try:
-        array = prepare(plain.numpy())
+        array = plain.numpy()
     except TypeError:
-        # A type that numpy does not have, as float8.
-        return Given(np.empty(0), pb.DTYPE_UNSPECIFIED, tensor.device)
-    return Given(array, _wire_dtype(array), tensor.device)
+        # A type that numpy does not have, such as float8.
+        return ArrayInput(np.empty(0), pb.DTYPE_UNSPECIFIED, tensor.device)
+    if prepare is not None:
+        array = prepare(array)
+    return ArrayInput(array, _wire_dtype(array), tensor.device)
 
 
 def _wire_dtype(array: Array) -> int:
@@ -143,8 +153,8 @@ def _wire_dtype(array: Array) -> int:
         return pb.DTYPE_UNSPECIFIED
 
 
-def _travelling_integers(array: Array) -> Array:
-    """Return integers of a width that does not travel in one that does; anything else as it is."""
+def _wire_integers(array: Array) -> Array:
+    """Return integers that are not on the wire as a type that is; anything else unchanged."""
     native = array.dtype.newbyteorder("=")
     if native in _WIDENED:
         return array.astype(_WIDENED[native])
@@ -157,30 +167,149 @@ def _travelling_integers(array: Array) -> Array:
     return array
 
 
-def index_store(shape: tuple[int, ...], dtype: int, *, is_torch: bool) -> Array:
-    """Return an empty array for indices: int64 for torch, else the type they travel in."""
-    return np.empty(shape, np.int64 if is_torch else np.dtype(payload.dtype_name(dtype)))
+def empty_indices(shape: tuple[int, ...], dtype: int, device: object) -> Array:
+    """Return an empty array for indices: int64 for a torch device, else the type of the wire."""
+    return np.empty(shape, payload.numpy_dtype(dtype) if device is None else np.int64)
 
 
-def latent_store(shape: tuple[int, ...], dtype: int, *, is_torch: bool) -> Array:
-    """Return an empty array for latents; for bfloat16, bit patterns for torch and float32 for numpy."""
+def empty_latents(shape: tuple[int, ...], dtype: int, device: object) -> Array:
+    """Return an empty array for latents; for bfloat16, bit patterns for a torch device and float32 for numpy."""
     if dtype == pb.DTYPE_BFLOAT16:
-        return np.empty(shape, np.uint16 if is_torch else np.float32)
-    return np.empty(shape, np.dtype(payload.dtype_name(dtype)))
+        return np.empty(shape, np.float32 if device is None else np.uint16)
+    return np.empty(shape, payload.numpy_dtype(dtype))
 
 
 def store(part: Array, dtype: int, into: Array) -> None:
-    """Copy the array of one reply to its place, widening bfloat16 where the place is float32."""
+    """Copy the array of one reply to its place; bfloat16 is widened if the place is float32."""
     if dtype == pb.DTYPE_BFLOAT16 and into.dtype == np.float32:
         part = bfloat16.widen(part)
     into[...] = part
 
 
-def handed_back(array: Array, dtype: int, given: Given) -> Any:
-    """Return an assembled array as the caller's kind, on the caller's device."""
-    if not given.is_torch:
+def to_caller(array: Array, dtype: int, device: object) -> Any:
+    """Return a finished array as the caller's kind: numpy, or torch on this device."""
+    if device is None:
         return array
     torch = sys.modules["torch"]
     if dtype == pb.DTYPE_BFLOAT16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(given.device)
-    return torch.from_numpy(array).to(given.device)
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
+    return torch.from_numpy(array).to(device)
+
+
+def latents_geometry(shape: tuple[int, ...], layout: Layout | None, info: CodebookInfo) -> Geometry:
+    """Return the grid of tokens and the layout of latents of this shape.
+
+    Args:
+        shape: of the latents.
+        layout: the caller's; None: the codebook's default.
+        info: the codebook.
+
+    Raises:
+        InvalidShape: the rank or the channel count is not the codebook's.
+    """
+    resolved = check_latents_shape(shape, layout, info=info)
+    warn_of_an_image(shape, layout, info.layout)
+    return grid_shape(shape, resolved), resolved
+
+
+def indices_geometry(
+    shape: tuple[int, ...], layout: Layout | None, info: CodebookInfo, *, stages: int | None
+) -> Geometry:
+    """Return the grid of tokens of indices of this shape and the layout of the latents that they decode to.
+
+    Args:
+        shape: of the indices.
+        layout: the caller's; None: the codebook's default.
+        info: the codebook.
+        stages: how many indices of each token are read; None: one, and there is no axis of stages.
+
+    Raises:
+        InvalidShape: the rank, or the number of indices per token, is not the codebook's.
+    """
+    resolved = check_indices_shape(shape, layout, info=info, num_quantizers=stages)
+    return shape if stages is None else grid_shape(shape, resolved), resolved
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cuts of one grid, in C order; every cut keeps all axes, so layouts and positions stay the same.
+
+    Attributes:
+        grid: the shape that is cut.
+        axis: the axis that is cut into runs; the axes before it are cut into single steps, those after it not at all.
+        step: the longest run on that axis; 0: the grid is one cut.
+    """
+
+    grid: tuple[int, ...]
+    axis: int
+    step: int
+
+    def __len__(self) -> int:
+        if not self.step:
+            return 1
+        return math.prod(self.grid[: self.axis]) * -(-self.grid[self.axis] // self.step)
+
+    def __iter__(self) -> Iterator[Cut]:
+        if not self.step:
+            yield (slice(None),) * len(self.grid)
+            return
+        uncut = (slice(None),) * (len(self.grid) - self.axis - 1)
+        for outer in itertools.product(*(range(length) for length in self.grid[: self.axis])):
+            singles = tuple(slice(i, i + 1) for i in outer)
+            length = self.grid[self.axis]
+            for start in range(0, length, self.step):
+                yield (*singles, slice(start, min(start + self.step, length)), *uncut)
+
+
+def plan(grid: Sequence[int], max_rows: int) -> Plan:
+    """Return the cuts that leave at most `max_rows` tokens (1 or more) in each, the runs of nearly equal length."""
+    grid = tuple(grid)
+    if math.prod(grid) <= max_rows:
+        return Plan(grid, 0, 0)
+    axis, inner = len(grid) - 1, 1
+    while axis > 0 and inner * grid[axis] <= max_rows:
+        inner *= grid[axis]
+        axis -= 1
+    runs = -(-grid[axis] // (max_rows // inner))
+    return Plan(grid, axis, -(-grid[axis] // runs))
+
+
+def latents_cut(cut: Cut, layout: Layout) -> Cut:
+    """Return the cut of the latents that belongs to a cut of the grid: all channels of it."""
+    axis = channel_axis(layout)
+    return (*cut, slice(None)) if axis < 0 else (*cut[:axis], slice(None), *cut[axis:])
+
+
+def indices_cut(cut: Cut, stages: int | None, layout: Layout) -> Cut:
+    """Return the cut of the indices that belongs to a cut of the grid: all stages of it."""
+    return cut if stages is None else latents_cut(cut, layout)
+
+
+def rows_per_message(max_message_bytes: int, name_bytes: int, *row_bytes: int) -> int:
+    """Return how many tokens fit a message, perhaps 0.
+
+    Args:
+        max_message_bytes: of a request or a reply.
+        name_bytes: of the codebook's name.
+        row_bytes: of one token, in the request and in the reply.
+    """
+    payload_bytes = max_message_bytes - ENVELOPE_BYTES - name_bytes
+    return max(0, payload_bytes // max(row_bytes))
+
+
+def cut_text(cut: Cut) -> str:
+    """Return a cut as Python writes it: [0:1, 16:32, :]."""
+    runs = (":" if run == slice(None) else f"{run.start}:{run.stop}" for run in cut)
+    return f"[{', '.join(runs)}]"
+
+
+def of_whole(error: VqserveError, *, array: Cut, grid: Cut) -> VqserveError:
+    """Return the error about a part of an array as one about the whole; the same one if it has no position there.
+
+    Args:
+        error: as the server, which has the part only, made it.
+        array: the part, as a cut of the whole array.
+        grid: the part, as a cut of the whole array's tokens.
+    """
+    cut = grid if error.array == "tokens" else array
+    return error.shifted([run.start or 0 for run in cut])

@@ -9,181 +9,159 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
 from contextlib import closing
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from vqserve.codebook_info import CodebookInfo
-from vqserve_client.arrays import several
-from vqserve_client.calls import Options, options
-from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig
-from vqserve_client.core import DECODE, ENCODE, CallOptions, Core, Operation, Wake
-from vqserve_client.exchange import Steps
-from vqserve_client.lane import Lane
-from vqserve_client.numbered import Numbered
+from vqserve.layout import Layout
+from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
+from vqserve_client.arrays import iterable_of_arrays
+from vqserve_client.config import CallOptions, decode_options, encode_options
+from vqserve_client.core import DECODE, ENCODE, ClientBase, Operation, without_frames
+from vqserve_client.errors import VqserveError
+from vqserve_client.pipeline import Pipeline
+from vqserve_client.requests import Steps
 
 T = TypeVar("T")
 _END = object()
 
 
-class AsyncClient:
+class AsyncClient(ClientBase):
     """A server of codebooks, for asyncio: the methods and options of Client, awaited.
 
     One client serves many tasks and event loops, forked processes, and pickles. The arrays themselves are copied on
     the event loop.
     """
 
-    def __init__(
-        self,
-        target: str = "localhost:50051",
-        *,
-        codebook: str | None = None,
-        digest: str | None = None,
-        timeout: float = 60.0,
-        retries: int = 3,
-        window: int = 4,
-        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
-    ) -> None:
-        self._core = Core(
-            ClientConfig(
-                target=target,
-                codebook=codebook,
-                digest=digest,
-                timeout=timeout,
-                retries=retries,
-                window=window,
-                max_message_bytes=max_message_bytes,
-            )
-        )
-
     async def encode(
         self,
-        latents: Any,
+        latents: ArrayT,
         *,
-        layout: str | None = None,
+        layout: LayoutName | Layout | None = None,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> Any:
+    ) -> ArrayT:
         """Return the indices of latents; see Client.encode."""
-        asked = options(layout=layout, num_quantizers=num_quantizers)
-        return await self._turn(ENCODE, latents, asked, CallOptions(codebook, digest, timeout))
+        options = encode_options(
+            layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
+        )
+        return await self._convert(ENCODE, latents, options)
 
     async def decode(
         self,
-        indices: Any,
+        indices: ArrayT,
         *,
-        layout: str | None = None,
-        dtype: Any = "float32",
-        output: str = "latents",
+        layout: LayoutName | Layout | None = None,
+        dtype: LatentDType = "float32",
+        output: OutputName = "latents",
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> Any:
+    ) -> ArrayT:
         """Return the latents of indices; see Client.decode."""
-        asked = options(layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
-        return await self._turn(DECODE, indices, asked, CallOptions(codebook, digest, timeout))
+        options = decode_options(
+            layout=layout,
+            dtype=dtype,
+            output=output,
+            num_quantizers=num_quantizers,
+            codebook=codebook,
+            digest=digest,
+            timeout=timeout,
+        )
+        return await self._convert(DECODE, indices, options)
 
     def encode_many(
         self,
-        items: Iterable[Any] | AsyncIterable[Any],
+        items: Iterable[ArrayT] | AsyncIterable[ArrayT],
         *,
-        layout: str | None = None,
+        layout: LayoutName | Layout | None = None,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> AsyncGenerator[Any, None]:
+    ) -> AsyncGenerator[ArrayT, None]:
         """Return the indices of each of many arrays, as an async generator; see Client.encode_many."""
-        asked = options(layout=layout, num_quantizers=num_quantizers)
-        return self._many(ENCODE, _source(several(items, "encode")), asked, CallOptions(codebook, digest, timeout))
+        options = encode_options(
+            layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
+        )
+        return self._convert_many(ENCODE, _iterator(iterable_of_arrays(items, "encode")), options)
 
     def decode_many(
         self,
-        items: Iterable[Any] | AsyncIterable[Any],
+        items: Iterable[ArrayT] | AsyncIterable[ArrayT],
         *,
-        layout: str | None = None,
-        dtype: Any = "float32",
-        output: str = "latents",
+        layout: LayoutName | Layout | None = None,
+        dtype: LatentDType = "float32",
+        output: OutputName = "latents",
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> AsyncGenerator[Any, None]:
+    ) -> AsyncGenerator[ArrayT, None]:
         """Return the latents of each of many arrays of indices, as an async generator; see Client.decode_many."""
-        asked = options(layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
-        return self._many(DECODE, _source(several(items, "decode")), asked, CallOptions(codebook, digest, timeout))
+        options = decode_options(
+            layout=layout,
+            dtype=dtype,
+            output=output,
+            num_quantizers=num_quantizers,
+            codebook=codebook,
+            digest=digest,
+            timeout=timeout,
+        )
+        return self._convert_many(DECODE, _iterator(iterable_of_arrays(items, "decode")), options)
 
     async def codebooks(self, *, timeout: float | None = None) -> list[CodebookInfo]:
         """Return what is served, in name order; see Client.codebooks."""
-        return await self._drive(lambda wake: self._core.codebooks(CallOptions(timeout=timeout), wake))
+        options = encode_options(timeout=timeout)
+        waker = _Waker()
+        return await _run(self._core.codebooks(options, waker.wake), waker)
 
     async def close(self) -> None:
-        """Close the connection; calls under way raise Closed. Closing twice is fine."""
+        """Close the connection; calls that run raise Closed. Closing twice is fine."""
         self._core.connection.close()
 
-    @property
-    def target(self) -> str:
-        """Return the server's address."""
-        return self._core.config.target
+    async def _convert(self, operation: Operation, array: ArrayT, options: CallOptions) -> ArrayT:
+        waker = _Waker()
+        result: ArrayT = await _run(self._core.convert_one(operation, array, options, waker.wake), waker)
+        return result
 
-    async def _turn(self, operation: Operation, array: object, asked: Options, call: CallOptions) -> Any:
-        return await self._drive(lambda wake: self._core.turn_one(operation, array, asked, call, wake))
-
-    async def _drive(self, begin: Callable[[Wake], Steps[T]]) -> T:
-        """Do a call's steps, waiting between them."""
-        alarm = _Alarm()
-        with closing(begin(alarm.wake)) as steps:
-            while True:
-                try:
-                    wait_s = next(steps)
-                except StopIteration as stop:
-                    value: T = stop.value
-                    return value
-                await alarm.wait(wait_s)
-
-    async def _many(
-        self, operation: Operation, items: AsyncIterator[Any], asked: Options, call: CallOptions
-    ) -> AsyncGenerator[Any, None]:
-        alarm = _Alarm()
-        pull: asyncio.Task[Any] | None = None
-        with closing(Lane(self._core, operation, asked, call, alarm.wake)) as lane:
-            numbered = Numbered(lane)
+    async def _convert_many(
+        self, operation: Operation, items: AsyncIterator[ArrayT], options: CallOptions
+    ) -> AsyncGenerator[ArrayT, None]:
+        waker = _Waker()
+        upcoming: asyncio.Task[Any] | None = None
+        with closing(Pipeline(self._core, operation, options, waker.wake)) as pipeline:
             try:
-                while not (lane.ended and lane.empty):
-                    if lane.stirred:
-                        lane.advance()
-                    if lane.ready:
-                        answer = numbered.take()
-                        with lane.standstill():
-                            yield answer
-                    elif pull is not None and pull.done():
-                        ended, pull = pull, None
-                        try:
-                            item = ended.result()
-                            if item is _END:
-                                lane.end()
-                            else:
-                                numbered.put(item)
-                        except Exception as error:
-                            # The arrays before it still get their answers, as they would one by one.
-                            lane.end(error)
-                    elif pull is None and not lane.ended and not lane.full:
-                        # A task, so that answers come out while the source makes the next array.
-                        pull = asyncio.ensure_future(_next(items))
-                        pull.add_done_callback(lambda _: alarm.wake())
+                while not (pipeline.ended and pipeline.empty):
+                    if pipeline.is_due:
+                        pipeline.advance()
+                    if pipeline.ready:
+                        result = pipeline.take()
+                        with pipeline.paused():
+                            yield result
+                    elif upcoming is not None and upcoming.done():
+                        ended, upcoming = upcoming, None
+                        _put(pipeline, ended)
+                    elif upcoming is None and not pipeline.ended and not pipeline.full:
+                        # A task, so that results are returned while the source makes the next array.
+                        upcoming = asyncio.ensure_future(_next(items))
+                        upcoming.add_done_callback(lambda _: waker.wake())
                     else:
-                        wait_s = lane.advance()
-                        if not lane.ready:
-                            await alarm.wait(wait_s)
+                        wait_s = pipeline.advance()
+                        if not pipeline.ready:
+                            await waker.wait(wait_s)
+            except VqserveError as error:
+                raise without_frames(error)  # noqa: B904
             finally:
-                if pull is not None:
-                    pull.cancel()
+                if upcoming is not None:
+                    upcoming.cancel()
                     with contextlib.suppress(asyncio.CancelledError, Exception):
-                        await pull
+                        await upcoming
 
     async def __aenter__(self) -> Self:
         return self
@@ -193,17 +171,8 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    def __repr__(self) -> str:
-        return self._core.described(type(self).__name__)
 
-    def __getstate__(self) -> ClientConfig:
-        return self._core.config
-
-    def __setstate__(self, config: ClientConfig) -> None:
-        self._core = Core(config)
-
-
-class _Alarm:
+class _Waker:
     """An event of this event loop that any thread may set."""
 
     def __init__(self) -> None:
@@ -211,7 +180,7 @@ class _Alarm:
         self._event = asyncio.Event()
 
     def wake(self) -> None:
-        # A reply may come after the loop was closed; nobody waits for it any more.
+        # A reply may come after the loop was closed, when nothing waits for it any more.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._event.set)
 
@@ -222,16 +191,43 @@ class _Alarm:
         self._event.clear()
 
 
+async def _run(steps: Steps[T], waker: _Waker) -> T:
+    """Run the steps of a call, waiting between them, and return its result."""
+    with closing(steps):
+        try:
+            while True:
+                wait_s = next(steps)
+                await waker.wait(wait_s)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        except VqserveError as error:
+            raise without_frames(error)  # noqa: B904
+
+
+def _put(pipeline: Pipeline, source: asyncio.Task[Any]) -> None:
+    """Put what a source has given, an array, its end or its error."""
+    try:
+        item = source.result()
+        if item is _END:
+            pipeline.end()
+        else:
+            pipeline.put(item)
+    except Exception as error:
+        # The results of the arrays before it are still returned, as one by one.
+        pipeline.end(error)
+
+
 async def _next(items: AsyncIterator[Any]) -> Any:
     return await anext(items, _END)
 
 
-def _source(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
+def _iterator(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
     if isinstance(items, AsyncIterable):
         return aiter(items)
-    return _lifted(iter(items))
+    return _async_iterator(iter(items))
 
 
-async def _lifted(items: Iterator[Any]) -> AsyncIterator[Any]:
+async def _async_iterator(items: Iterator[Any]) -> AsyncIterator[Any]:
     for item in items:
         yield item

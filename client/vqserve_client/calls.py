@@ -1,219 +1,199 @@
-"""One array's way to the server and back: cut into requests, every reply checked before it is put in its place."""
+"""One array on its way to the server and back: cut into requests, every reply checked before it is stored."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from google.protobuf.message import DecodeError
 
 from vqserve import payload, wire
 from vqserve.codebook_info import CodebookInfo
-from vqserve.latent_dtype import latent_dtype_name
-from vqserve.layout import (
-    Layout,
-    first_channels,
-    grid_shape,
-    indices_shape,
-    latents_shape,
-    parse_layout,
-    warn_of_an_image,
-)
+from vqserve.layout import Layout, first_channels, indices_shape, latents_shape
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve.validation import (
-    check_count,
-    check_indices_shape,
-    check_latents_shape,
-    check_num_quantizers,
-    check_output,
+from vqserve.validation import check_num_quantizers
+from vqserve_client.arrays import (
+    Array,
+    ArrayInput,
+    Cut,
+    cut_text,
+    empty_indices,
+    empty_latents,
+    indices_cut,
+    indices_geometry,
+    latents_cut,
+    latents_geometry,
+    of_whole,
+    plan,
+    rows_per_message,
+    store,
+    to_caller,
 )
-from vqserve_client.arrays import Array, Given, handed_back, index_store, latent_store, store
-from vqserve_client.catalogue import WIRE_OF_LAYOUT
-from vqserve_client.chunking import Cut, Plan, cut_text, indices_cut, latents_cut, of_whole, plan, rows_per_message
-from vqserve_client.config import ClientConfig
+from vqserve_client.catalogue import WIRE_OF_LAYOUT, Pin
+from vqserve_client.config import CallOptions, ClientConfig
 from vqserve_client.errors import InvalidArgument, MessageTooLarge, ProtocolError, VqserveError
-from vqserve_client.pin import Pin
-
-Geometry = tuple[tuple[int, ...], Layout]
+from vqserve_client.requests import Request
 
 # The generated stubs want enum classes that exist in the stubs only.
 _EncodeRequest: Any = pb.EncodeRequest
 _DecodeRequest: Any = pb.DecodeRequest
-_OUTPUTS: dict[str, int] = {"latents": pb.DECODE_OUTPUT_LATENTS, "code_rows": pb.DECODE_OUTPUT_CODE_ROWS}
 
 
-@dataclass(frozen=True)
-class Options:
-    """How an array is to be turned; checked, so that `encode_many` refuses nonsense before it begins."""
+class ArrayCall(ABC):
+    """What encoding and decoding have in common.
 
-    layout: Layout | None = None
-    dtype: int = pb.DTYPE_FLOAT32
-    output: int = pb.DECODE_OUTPUT_LATENTS
-    num_quantizers: int | None = None
-
-
-def options(
-    *,
-    layout: str | None = None,
-    dtype: Any = "float32",
-    output: str = "latents",
-    num_quantizers: int | None = None,
-) -> Options:
-    """Return the options of a call.
-
-    Raises:
-        InvalidOption: for a value that is not one of an option's values.
+    Attributes:
+        grid: shape of the tokens.
+        layout: of the latents.
+        stages: indices per token; None: one, without an axis of stages.
+        array: what is cut and sent.
+        reply_dtype: wire type of replies.
+        row_bytes: of one token, in the request and in the reply.
+        cuts: of the grid, one for each request; None stands for the whole grid.
     """
-    check_output(output)
-    check_count(num_quantizers)
-    wire_dtype = payload.dtype_of_name(latent_dtype_name(dtype))
-    return Options(parse_layout(layout), wire_dtype, _OUTPUTS[output], num_quantizers)
-
-
-def latents_geometry(shape: tuple[int, ...], asked: Options, info: CodebookInfo) -> Geometry:
-    """Return the grid of tokens and the layout of latents of this shape.
-
-    Raises:
-        InvalidShape: the codebook takes no such latents.
-    """
-    layout = check_latents_shape(shape, asked.layout, info=info)
-    warn_of_an_image(shape, asked.layout, info.layout)
-    return grid_shape(shape, layout), layout
-
-
-def indices_geometry(shape: tuple[int, ...], asked: Options, info: CodebookInfo) -> Geometry:
-    """Return the grid of tokens of indices of this shape and the layout of the latents that they decode to.
-
-    Raises:
-        InvalidShape: the codebook decodes no such indices.
-    """
-    layout = check_indices_shape(shape, asked.layout, info=info, num_quantizers=asked.num_quantizers)
-    return grid_shape(shape, layout) if info.has_stages else shape, layout
-
-
-class ArrayCall:
-    """What encoding and decoding have in common."""
 
     method: str
     name: str  # of the caller's array, in errors
+    grid: tuple[int, ...]
+    layout: Layout
+    array: Array
+    reply_dtype: int
+    row_bytes: tuple[int, int]
 
-    def __init__(self, given: Given, info: CodebookInfo, asked: Options, *, pin: Pin, config: ClientConfig) -> None:
-        self.given = given
+    def __init__(
+        self, source: ArrayInput, info: CodebookInfo, options: CallOptions, *, pin: Pin, config: ClientConfig
+    ) -> None:
+        """Check the array against the codebook.
+
+        Raises:
+            InvalidArgument: it does not fit the codebook, or one token does not fit a message.
+        """
+        self.source = source
         self.info = info
-        self.asked = asked
+        self.options = options
         self._pin = pin
         self._target = config.target
-        self._reply_dtype = self._dtype_of_replies()
+        self._out: Array | None = None
         try:
-            count = check_num_quantizers(asked.num_quantizers, available=info.num_quantizers)
+            count = options.num_quantizers
+            count = info.num_quantizers if count is None else check_num_quantizers(count, available=info.num_quantizers)
             self.stages = count if info.has_stages else None
-            self.grid, self.layout = self._geometry()
+            self._measure()
         except InvalidArgument as error:
             error.target, error.codebook = config.target, info.name
             raise
-        request_bytes, reply_bytes = self._row_bytes()
         rows = self.rows_within(config.max_message_bytes)
         if rows < 1:
             raise MessageTooLarge(
-                f"one token takes {request_bytes} bytes in the request and {reply_bytes} in the reply, more than a "
-                f"message of {config.max_message_bytes} bytes has room for",
+                "one token takes {} bytes in the request and {} in the reply, more than a ".format(*self.row_bytes)
+                + f"message of {config.max_message_bytes} bytes has room for",
                 target=config.target,
                 codebook=info.name,
                 option="max_message_bytes",
             )
-        self.plan: Plan = plan(self.grid, rows)
-        self._out: Array | None = None
-
-    def rows_within(self, message_bytes: int) -> int:
-        """Return how many tokens fit messages of that size, the request and the reply; maybe 0."""
-        return rows_per_message(message_bytes, len(self.info.name.encode()), *self._row_bytes())
-
-    def steps_within(self, message_bytes: int) -> int:
-        """Return how many steps of the array's first axis fit such messages; maybe 0."""
-        return self.rows_within(message_bytes) // max(1, math.prod(self.grid[1:]))
+        self.cuts: Iterable[Cut | None] = (None,) if math.prod(self.grid) <= rows else plan(self.grid, rows)
 
     @property
-    def out(self) -> Array:
-        """Return the array that replies are put into, made when the first is due."""
-        if self._out is None:
-            self._out = self._store()
-        return self._out
+    def is_cut(self) -> bool:
+        """Return whether the array goes in several requests."""
+        return self.cuts != (None,)
 
-    def parts(self) -> Iterator[ArrayPart]:
-        """Return the requests, in order."""
-        return (ArrayPart(self, cut) for cut in self.plan)
+    def rows_within(self, message_bytes: int) -> int:
+        """Return how many tokens fit messages of that size, the request and the reply; perhaps 0."""
+        return rows_per_message(message_bytes, len(self.info.name.encode()), *self.row_bytes)
 
-    def results(self, givens: Sequence[Given]) -> list[Any]:
-        """Return what became of each of the caller's arrays, as its own kind.
+    def steps_within(self, message_bytes: int) -> int:
+        """Return how many steps of the array's first axis fit such messages; perhaps 0."""
+        return self.rows_within(message_bytes) // max(1, math.prod(self.grid[1:]))
+
+    def requests(self) -> Iterator[ArrayRequest]:
+        """Yield the requests, in order."""
+        for cut in self.cuts:
+            yield ArrayRequest(self, cut)
+
+    def results(self, inputs: Sequence[ArrayInput]) -> list[Any]:
+        """Return the result for each of the caller's arrays, as its own kind.
 
         Args:
-            givens: what `given` is, or was joined from.
+            inputs: the arrays that `source` is, or was joined from.
         """
-        if len(givens) == 1:
-            return [handed_back(self.out, self._reply_dtype, givens[0])]
-        answers, start = [], 0
-        for given in givens:
-            stop = start + len(given.array)
-            # A copy, so that nobody who keeps, or saves, one answer has all of them with it.
-            answers.append(handed_back(self.out[start:stop].copy(), self._reply_dtype, given))
+        out = self._result()
+        if len(inputs) == 1:
+            return [to_caller(out, self.reply_dtype, self.source.device)]
+        results, start = [], 0
+        for one in inputs:
+            stop = start + len(one.array)
+            # A copy: a caller who keeps, or pickles, one result must not keep all of them.
+            results.append(to_caller(out[start:stop].copy(), self.reply_dtype, one.device))
             start = stop
-        return answers
+        return results
 
-    def request(self, cut: Cut) -> bytes:
+    def message(self, cut: Cut | None) -> bytes:
         """Return the request for one cut of the grid."""
-        part = self._part(cut)
-        data = payload.view(part, self.given.dtype)
+        part = self.array if cut is None else self.array[self.source_cut(cut)]
+        data = payload.view(part, self.source.dtype)
         return wire.message(self._head(part.shape), data, len(data))
 
-    def accept(self, cut: Cut, reply: bytes) -> None:
-        """Check a reply and put it in its place."""
-        raise NotImplementedError
+    def accept(self, cut: Cut | None, reply: bytes) -> None:
+        """Check a reply and store it in its place."""
+        out = self._result()
+        into = out if cut is None else out[self._result_cut(cut)]
+        store(self._checked(reply, into.shape), self.reply_dtype, into)
 
-    def given_cut(self, cut: Cut) -> Cut:
+    @abstractmethod
+    def source_cut(self, cut: Cut) -> Cut:
         """Return the cut of the caller's array that belongs to a cut of the grid."""
-        raise NotImplementedError
 
-    def _part(self, cut: Cut) -> Array:
-        """Return what one request holds of the caller's array."""
-        raise NotImplementedError
+    @abstractmethod
+    def _measure(self) -> None:
+        """Set grid, layout, array, reply_dtype and row_bytes.
 
+        Raises:
+            InvalidShape: the array does not fit the codebook.
+        """
+
+    @abstractmethod
     def _head(self, shape: tuple[int, ...]) -> bytes:
-        """Return what comes before the payload of a request for such a part."""
-        raise NotImplementedError
+        """Return the fields before the payload, of a request for a part of this shape."""
 
-    def _dtype_of_replies(self) -> int:
-        """Return the type of replies on the wire."""
-        raise NotImplementedError
+    @abstractmethod
+    def _checked(self, reply: bytes, shape: tuple[int, ...]) -> Array:
+        """Return the array of a reply, which must have this shape."""
 
-    def _geometry(self) -> Geometry:
-        raise NotImplementedError
+    @abstractmethod
+    def _empty(self) -> Array:
+        """Return an array for the result."""
 
-    def _row_bytes(self) -> tuple[int, int]:
-        raise NotImplementedError
+    @abstractmethod
+    def _result_cut(self, cut: Cut) -> Cut:
+        """Return the cut of the result that belongs to a cut of the grid."""
 
-    def _store(self) -> Array:
-        raise NotImplementedError
+    def _result(self) -> Array:
+        """Return the array that replies are stored in; it is allocated when the first reply comes."""
+        if self._out is None:
+            self._out = self._empty()
+        return self._out
 
-    def _checked(self, kind: Any, raw: bytes, dtype: int, shape: tuple[int, ...]) -> Array:
-        """Return the array of a reply that is what was asked for."""
+    def _reply_array(self, kind: Any, raw: bytes, shape: tuple[int, ...]) -> Array:
+        """Return the array of a reply if its codebook, dtype and shape are those of the request."""
         try:
             reply, data = wire.read(kind, raw)
         except DecodeError:
-            raise self._distrust("it is not a valid message") from None
+            raise self._bad_reply("it is not a valid message") from None
         self._pin.claim(self.info, reply.digest)
-        if reply.dtype != dtype or tuple(reply.shape) != shape:
-            raise self._distrust(
+        if reply.dtype != self.reply_dtype or tuple(reply.shape) != shape:
+            raise self._bad_reply(
                 f"{payload.dtype_name(reply.dtype)} of shape {tuple(reply.shape)[:8]} came back where "
-                f"{payload.dtype_name(dtype)} of shape {shape} was asked for"
+                f"{payload.dtype_name(self.reply_dtype)} of shape {shape} was asked for"
             )
         try:
-            return payload.from_bytes(data, dtype, shape)
+            return payload.from_bytes(data, self.reply_dtype, shape)
         except payload.PayloadError as error:
-            raise self._distrust(str(error)) from error
+            raise self._bad_reply(str(error)) from error
 
-    def _distrust(self, text: str) -> ProtocolError:
+    def _bad_reply(self, text: str) -> ProtocolError:
         return ProtocolError(
             f"the reply to {self.method} does not fit: {text}", target=self._target, codebook=self.info.name
         )
@@ -225,47 +205,42 @@ class EncodeCall(ArrayCall):
     method = "Encode"
     name = "latents"
 
-    def _dtype_of_replies(self) -> int:
-        return payload.index_dtype(self.info.vocab_size)
+    def _measure(self) -> None:
+        self.array = self.source.array
+        self.grid, self.layout = latents_geometry(self.array.shape, self.options.layout, self.info)
+        self.reply_dtype = payload.index_dtype(self.info.vocab_size)
+        index_bytes = payload.itemsize(self.reply_dtype) * (self.stages or 1)
+        self.row_bytes = self.info.input_dim * self.array.itemsize, index_bytes
 
-    def _geometry(self) -> Geometry:
-        return latents_geometry(self.given.array.shape, self.asked, self.info)
-
-    def _row_bytes(self) -> tuple[int, int]:
-        index_bytes = payload.itemsize(self._reply_dtype) * (self.stages or 1)
-        return self.info.input_dim * payload.itemsize(self.given.dtype), index_bytes
-
-    def _store(self) -> Array:
+    def _empty(self) -> Array:
         shape = indices_shape(self.grid, self.stages, self.layout)
-        return index_store(shape, self._reply_dtype, is_torch=self.given.is_torch)
+        return empty_indices(shape, self.reply_dtype, self.source.device)
 
-    def given_cut(self, cut: Cut) -> Cut:
+    def source_cut(self, cut: Cut) -> Cut:
         """Return the cut of the latents that belongs to a cut of the grid."""
         return latents_cut(cut, self.layout)
 
-    def _part(self, cut: Cut) -> Array:
-        return self.given.array[self.given_cut(cut)]
+    def _result_cut(self, cut: Cut) -> Cut:
+        return indices_cut(cut, self.stages, self.layout)
 
     def _head(self, shape: tuple[int, ...]) -> bytes:
         request = _EncodeRequest(
             codebook=self.info.name,
             expected_digest=self.info.digest,
             layout=WIRE_OF_LAYOUT[self.layout],
-            dtype=self.given.dtype,
+            dtype=self.source.dtype,
             shape=shape,
-            index_dtype=self._reply_dtype,
+            index_dtype=self.reply_dtype,
             num_quantizers=self.stages,
         )
         head: bytes = request.SerializeToString()
         return head
 
-    def accept(self, cut: Cut, reply: bytes) -> None:
-        """Check a reply and put it in its place."""
-        into = self.out[indices_cut(cut, self.stages, self.layout)]
-        part = self._checked(pb.EncodeResponse, reply, self._reply_dtype, into.shape)
+    def _checked(self, reply: bytes, shape: tuple[int, ...]) -> Array:
+        part = self._reply_array(pb.EncodeResponse, reply, shape)
         if part.size and part.max() >= self.info.vocab_size:
-            raise self._distrust(f"index {part.max()} in a vocabulary of {self.info.vocab_size}")
-        store(part, self._reply_dtype, into)
+            raise self._bad_reply(f"index {part.max()} in a vocabulary of {self.info.vocab_size}")
+        return part
 
 
 class DecodeCall(ArrayCall):
@@ -274,77 +249,71 @@ class DecodeCall(ArrayCall):
     method = "Decode"
     name = "indices"
 
-    def _dtype_of_replies(self) -> int:
-        return self.asked.dtype
-
     @property
     def _width(self) -> int:
         """Return the channels of a reply."""
-        return self.info.code_dim if self.asked.output == pb.DECODE_OUTPUT_CODE_ROWS else self.info.output_dim
+        code_rows = self.options.output == pb.DECODE_OUTPUT_CODE_ROWS
+        return self.info.code_dim if code_rows else self.info.output_dim
 
-    def _geometry(self) -> Geometry:
-        array = self.given.array
-        grid, layout = indices_geometry(array.shape, self.asked, self.info)
-        self._used = array if self.stages is None else array[first_channels(self.stages, layout)]
-        return grid, layout
+    def _measure(self) -> None:
+        indices = self.source.array
+        self.grid, self.layout = indices_geometry(indices.shape, self.options.layout, self.info, stages=self.stages)
+        self.array = indices if self.stages is None else indices[first_channels(self.stages, self.layout)]
+        self.reply_dtype = self.options.dtype
+        reply_bytes = self._width * payload.itemsize(self.reply_dtype)
+        self.row_bytes = indices.itemsize * (self.stages or 1), reply_bytes
 
-    def _row_bytes(self) -> tuple[int, int]:
-        index_bytes = payload.itemsize(self.given.dtype) * (self.stages or 1)
-        return index_bytes, self._width * payload.itemsize(self._reply_dtype)
-
-    def _store(self) -> Array:
+    def _empty(self) -> Array:
         shape = latents_shape(self.grid, self._width, self.layout)
-        return latent_store(shape, self._reply_dtype, is_torch=self.given.is_torch)
+        return empty_latents(shape, self.reply_dtype, self.source.device)
 
-    def given_cut(self, cut: Cut) -> Cut:
+    def source_cut(self, cut: Cut) -> Cut:
         """Return the cut of the indices that belongs to a cut of the grid."""
         return indices_cut(cut, self.stages, self.layout)
 
-    def _part(self, cut: Cut) -> Array:
-        return self._used[self.given_cut(cut)]
+    def _result_cut(self, cut: Cut) -> Cut:
+        return latents_cut(cut, self.layout)
 
     def _head(self, shape: tuple[int, ...]) -> bytes:
         request = _DecodeRequest(
             codebook=self.info.name,
             expected_digest=self.info.digest,
             layout=WIRE_OF_LAYOUT[self.layout],
-            dtype=self.given.dtype,
+            dtype=self.source.dtype,
             shape=shape,
-            latent_dtype=self._reply_dtype,
-            output=self.asked.output,
+            latent_dtype=self.reply_dtype,
+            output=self.options.output,
             num_quantizers=self.stages,
         )
         head: bytes = request.SerializeToString()
         return head
 
-    def accept(self, cut: Cut, reply: bytes) -> None:
-        """Check a reply and put it in its place."""
-        into = self.out[latents_cut(cut, self.layout)]
-        store(self._checked(pb.DecodeResponse, reply, self._reply_dtype, into.shape), self._reply_dtype, into)
+    def _checked(self, reply: bytes, shape: tuple[int, ...]) -> Array:
+        return self._reply_array(pb.DecodeResponse, reply, shape)
 
 
-class ArrayPart:
-    """One request of an array's call."""
+class ArrayRequest(Request):
+    """The request for one cut of an array's grid."""
 
-    def __init__(self, call: ArrayCall, cut: Cut) -> None:
+    def __init__(self, call: ArrayCall, cut: Cut | None) -> None:
         self._call = call
         self._cut = cut
         self.method = call.method
 
     def explain(self, error: VqserveError) -> VqserveError:
-        """Return an error of the server's with its position counted in the caller's array."""
-        if len(self._call.plan) == 1:
+        """Return an error of the server with its position counted in the caller's array."""
+        if self._cut is None:
             return error
-        cut = self._call.given_cut(self._cut)
+        cut = self._call.source_cut(self._cut)
         whole = of_whole(error, array=cut, grid=self._cut)
         if whole is not error:
             return whole
         return error.noted(f"in the part {self._call.name}{cut_text(cut)}, from whose start positions count")
 
-    def request(self) -> bytes:
+    def message(self) -> bytes:
         """Return the message to send."""
-        return self._call.request(self._cut)
+        return self._call.message(self._cut)
 
     def accept(self, reply: bytes) -> None:
-        """Check the reply and put it in its place."""
+        """Check the reply and store it in its place."""
         self._call.accept(self._cut, reply)

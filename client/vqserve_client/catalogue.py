@@ -1,4 +1,4 @@
-"""What the server says it serves, checked and remembered."""
+"""Which codebook a call is about: the list of the server, checked and remembered, and the entry pinned for a call."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from google.protobuf.message import DecodeError
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve.validation import no_codebook
+from vqserve.validation import no_codebook, wrong_digest
 from vqserve_client.config import is_digest
-from vqserve_client.errors import ProtocolError, VqserveError
+from vqserve_client.errors import CodebookNotFound, DigestChanged, DigestMismatch, ProtocolError, VqserveError
+from vqserve_client.requests import Request
 
 LAYOUT_OF_WIRE = {
     pb.LAYOUT_UNSPECIFIED: None,
@@ -27,10 +28,13 @@ WIRE_OF_LAYOUT = {
 # What the widest index type of the wire's replies, uint32, can name.
 _MOST_INDICES = 1 << 32
 _WIDEST_ROW = 1 << 31
+# How often a call that has no reply yet follows a server that replaces its codebook. On a busy machine it may be
+# replaced several times between the list and the request.
+_MOST_REFRESHES = 10
 
 
-class ListPart:
-    """The request for what is served."""
+class ListRequest(Request):
+    """The request for the codebooks that are served."""
 
     method = "ListCodebooks"
 
@@ -38,16 +42,16 @@ class ListPart:
         self._target = target
         self.codebooks: tuple[CodebookInfo, ...] = ()
 
-    def request(self) -> bytes:
+    def message(self) -> bytes:
         """Return the message to send."""
         return pb.ListCodebooksRequest().SerializeToString()
 
     def explain(self, error: VqserveError) -> VqserveError:
-        """Return an error as it is: there is no array."""
+        """Return an error unchanged: there is no array."""
         return error
 
     def accept(self, reply: bytes) -> None:
-        """Take the list, if all of it makes sense."""
+        """Take the list if all of it is valid."""
         try:
             listed = pb.ListCodebooksResponse.FromString(reply)
         except DecodeError:
@@ -97,3 +101,109 @@ def choose(codebooks: Sequence[CodebookInfo], name: str | None, *, target: str) 
     error = no_codebook(name, [info.name for info in codebooks], num_codebooks=len(chosen))
     error.target = target
     raise error
+
+
+class WrongDigest(Exception):
+    """A reply was made by another codebook than the request named; Pin.reconsider decides what happens."""
+
+
+class Pin:
+    """The one codebook of a call, shared by the items of `encode_many`: all results come from it.
+
+    Every request names the digest in the server's list. Clients remember that list, so it may be out of date: then,
+    and only while there is no reply, the list is requested again.
+
+    Attributes:
+        info: the codebook; None until the list was seen, and again when it proves out of date.
+    """
+
+    def __init__(self, codebook: str | None, digest: str | None, *, target: str) -> None:
+        self.info: CodebookInfo | None = None
+        self._refreshes = 0
+        self._codebook = codebook
+        self._digest = digest
+        self._target = target
+        self._answered = False
+        self._remembered = False
+
+    def choose_remembered(self, codebooks: Sequence[CodebookInfo] | None) -> CodebookInfo | None:
+        """Pin the codebook from a list that an earlier call got; None: the list must be requested.
+
+        Args:
+            codebooks: the list; None: there is none.
+        """
+        if codebooks is None or self._refreshes:
+            return None
+        try:
+            info = self.choose(codebooks)
+        except (CodebookNotFound, DigestMismatch):
+            self._refresh()
+            return None
+        self._remembered = True
+        return info
+
+    def choose(self, codebooks: Sequence[CodebookInfo]) -> CodebookInfo:
+        """Pin the codebook that the caller asked for, unless another item of the call has pinned it.
+
+        Args:
+            codebooks: what is served.
+
+        Raises:
+            CodebookNotFound: it is not there, or none was named and there are several.
+            DigestMismatch: it has another digest than the caller's.
+        """
+        if self.info is None:
+            info = choose(codebooks, self._codebook, target=self._target)
+            if self._digest is not None and self._digest != info.digest:
+                raise wrong_digest(self._digest, info=info).with_fields(target=self._target)
+            self.info = info
+            self._remembered = False
+        return self.info
+
+    def may_be_outdated(self) -> bool:
+        """Return whether the list was remembered and has led to no reply yet; it is then requested again."""
+        if not self._remembered or self._answered or self._refreshes:
+            return False
+        self._refresh()
+        return True
+
+    def claim(self, info: CodebookInfo, digest: str) -> None:
+        """Take a reply with this digest to a request for this codebook.
+
+        Raises:
+            WrongDigest: it is not a reply of the pinned codebook.
+        """
+        if digest != info.digest or self.info is not info:
+            raise WrongDigest
+        self._answered = True
+
+    def reconsider(self, info: CodebookInfo, error: Exception) -> None:
+        """Return if the request that failed may be made again with the next pinned codebook.
+
+        Args:
+            info: the codebook of the request.
+            error: how it failed.
+
+        Raises:
+            VqserveError: the request may not be made again.
+        """
+        if self.info is not info:
+            return
+        # Retry once only for a wrong digest: the server contradicts its own list.
+        most = 1 if isinstance(error, WrongDigest) else _MOST_REFRESHES
+        if not self._answered and self._refreshes < most:
+            self._refresh()
+            return
+        if isinstance(error, CodebookNotFound) or (self._digest is not None and isinstance(error, DigestMismatch)):
+            raise error
+        kind, text = (
+            (DigestChanged, f"the codebook no longer has digest {info.digest}")
+            if self._digest is None
+            else (DigestMismatch, f"digest {self._digest} was pinned, the codebook has another")
+        )
+        request_id = error.request_id if isinstance(error, VqserveError) else None
+        raise kind(text, target=self._target, codebook=info.name, request_id=request_id) from error
+
+    def _refresh(self) -> None:
+        self._refreshes += 1
+        self.info = None

@@ -12,6 +12,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +38,14 @@ from vqserve_client.errors import VqserveError
 from vqserve_client.npy import FileError
 from vqserve_client.transfer import Done, Progress, Task, decode_file, encode_file
 
+# Commands of packages on top of this one, imported on demand: name, help, and a module with `add_arguments` and `run`.
+_TOOLS = {"bench": ("measure a server under load", "vqserve_bench.command")}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 1 on an error, 2 on wrong usage, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    args = _parser(with_bench=words[:1] == ["bench"]).parse_command(words)
+    args = _parser(words[0] if words else "").parse_command(words)
     try:
         with _terminable(), _warnings_of_one_line():
             return int(args.run(args))
@@ -55,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser(*, with_bench: bool) -> Parser:
+def _parser(command: str) -> Parser:
     parser = Parser(prog="vqserve", description="Latents to indices and back, on a vqserve server.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"vqserve {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -64,8 +69,8 @@ def _parser(*, with_bench: bool) -> Parser:
     decode = _command(commands, "decode", "write the latents of a .npy file of indices", _decode)
     _add_files(encode, "latents, float16, float32 or float64 of 2 to 5 axes")
     _add_files(decode, "indices, integers, shaped as encode writes them")
-    for command in (encode, decode):
-        command.add_argument(
+    for files in (encode, decode):
+        files.add_argument(
             "--num-quantizers",
             type=integer(1),
             metavar="N",
@@ -82,12 +87,10 @@ def _parser(*, with_bench: bool) -> Parser:
     status = _command(commands, "status", "say whether the server serves; exit 0 only if it does", _status)
     status.add_argument("--wait", type=seconds, metavar="SECONDS", help="wait so long until it does")
 
-    bench = _command(commands, "bench", "measure a server under load", _bench)
-    if with_bench:
-        # No other command needs it, and it takes a tenth of their time to start.
-        from vqserve_client.bench.arguments import add_bench_arguments  # noqa: PLC0415
-
-        add_bench_arguments(bench)
+    for name, (text, module) in _TOOLS.items():
+        tool = _command(commands, name, text, partial(_run_tool, module))
+        if name == command:
+            import_module(module).add_arguments(tool)
     return parser
 
 
@@ -179,10 +182,8 @@ def _say_why(ask: Callable[[], object]) -> None:
         print(f"vqserve: {_one_line(error)}", file=sys.stderr)
 
 
-def _bench(args: argparse.Namespace) -> int:
-    from vqserve_client.bench.command import bench  # noqa: PLC0415
-
-    return bench(args)
+def _run_tool(module: str, args: argparse.Namespace) -> int:
+    return int(import_module(module).run(args))
 
 
 def _table(codebooks: Sequence[CodebookInfo]) -> str:

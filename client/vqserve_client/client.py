@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 from vqserve.codebook_info import CodebookInfo
-from vqserve_client.arrays import several
-from vqserve_client.calls import Options, options
-from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig
-from vqserve_client.core import DECODE, ENCODE, CallOptions, Core, Operation, Wake
-from vqserve_client.exchange import Steps
-from vqserve_client.interrupts import Bell, SignalsPutOff
-from vqserve_client.lane import Lane
-from vqserve_client.numbered import Numbered
+from vqserve.layout import Layout
+from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
+from vqserve_client.arrays import iterable_of_arrays
+from vqserve_client.config import CallOptions, decode_options, encode_options
+from vqserve_client.core import DECODE, ENCODE, ClientBase, Operation, without_frames
+from vqserve_client.errors import VqserveError
+from vqserve_client.interrupts import SignalsDeferred, Waker
+from vqserve_client.pipeline import Pipeline
+from vqserve_client.requests import Steps
 
 T = TypeVar("T")
 
 
-class Client:
+class Client(ClientBase):
     """A server of codebooks. One client serves many threads, forked processes, and pickles.
 
     Args:
@@ -28,7 +29,7 @@ class Client:
         digest: digest that this codebook must have.
         timeout: seconds for one whole call, its retries and all of its requests; math.inf: no limit.
         retries: how often a request is sent again when the server is overloaded or cannot be reached.
-        window: requests of one call that are under way at once.
+        window: requests of one call that are in flight at once.
         max_message_bytes: largest message, request or reply; larger arrays are cut. The server's must not be smaller.
 
     Raises:
@@ -36,39 +37,16 @@ class Client:
         ValueError: for one with a value that makes no sense.
     """
 
-    def __init__(
-        self,
-        target: str = "localhost:50051",
-        *,
-        codebook: str | None = None,
-        digest: str | None = None,
-        timeout: float = 60.0,
-        retries: int = 3,
-        window: int = 4,
-        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
-    ) -> None:
-        self._core = Core(
-            ClientConfig(
-                target=target,
-                codebook=codebook,
-                digest=digest,
-                timeout=timeout,
-                retries=retries,
-                window=window,
-                max_message_bytes=max_message_bytes,
-            )
-        )
-
     def encode(
         self,
-        latents: Any,
+        latents: ArrayT,
         *,
-        layout: str | None = None,
+        layout: LayoutName | Layout | None = None,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> Any:
+    ) -> ArrayT:
         """Return the indices of latents.
 
         Args:
@@ -86,24 +64,26 @@ class Client:
             torch: int64 on the device of the latents.
 
         Raises:
-            VqserveClientError: see errors.py.
+            VqserveError: see errors.py.
             TypeError: if latents is no array.
         """
-        asked = options(layout=layout, num_quantizers=num_quantizers)
-        return self._turn(ENCODE, latents, asked, CallOptions(codebook, digest, timeout))
+        options = encode_options(
+            layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
+        )
+        return self._convert(ENCODE, latents, options)
 
     def decode(
         self,
-        indices: Any,
+        indices: ArrayT,
         *,
-        layout: str | None = None,
-        dtype: Any = "float32",
-        output: str = "latents",
+        layout: LayoutName | Layout | None = None,
+        dtype: LatentDType = "float32",
+        output: OutputName = "latents",
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> Any:
+    ) -> ArrayT:
         """Return the latents of indices.
 
         Args:
@@ -121,22 +101,30 @@ class Client:
             Latents of the same kind, on the same device, with channels where the layout has them.
 
         Raises:
-            VqserveClientError: see errors.py.
+            VqserveError: see errors.py.
             TypeError: if indices is no array.
         """
-        asked = options(layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
-        return self._turn(DECODE, indices, asked, CallOptions(codebook, digest, timeout))
+        options = decode_options(
+            layout=layout,
+            dtype=dtype,
+            output=output,
+            num_quantizers=num_quantizers,
+            codebook=codebook,
+            digest=digest,
+            timeout=timeout,
+        )
+        return self._convert(DECODE, indices, options)
 
     def encode_many(
         self,
-        items: Iterable[Any],
+        items: Iterable[ArrayT],
         *,
-        layout: str | None = None,
+        layout: LayoutName | Layout | None = None,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> Generator[Any, None, None]:
+    ) -> Generator[ArrayT, None, None]:
         """Return the indices of each of many arrays, lazily and in order, several under way at once.
 
         All come from the codebook of the first. An array must stay as it is until its answer is out. An array that
@@ -153,24 +141,26 @@ class Client:
             timeout: seconds for each array; None: the client's.
 
         Raises:
-            VqserveClientError: see errors.py.
+            VqserveError: see errors.py.
             TypeError: if items is one array, or one of them is none.
         """
-        asked = options(layout=layout, num_quantizers=num_quantizers)
-        return self._many(ENCODE, iter(several(items, "encode")), asked, CallOptions(codebook, digest, timeout))
+        options = encode_options(
+            layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
+        )
+        return self._convert_many(ENCODE, iter(iterable_of_arrays(items, "encode")), options)
 
     def decode_many(
         self,
-        items: Iterable[Any],
+        items: Iterable[ArrayT],
         *,
-        layout: str | None = None,
-        dtype: Any = "float32",
-        output: str = "latents",
+        layout: LayoutName | Layout | None = None,
+        dtype: LatentDType = "float32",
+        output: OutputName = "latents",
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> Generator[Any, None, None]:
+    ) -> Generator[ArrayT, None, None]:
         """Return the latents of each of many arrays of indices; see encode_many and decode.
 
         Args:
@@ -184,81 +174,73 @@ class Client:
             timeout: seconds for each array; None: the client's.
 
         Raises:
-            VqserveClientError: see errors.py.
+            VqserveError: see errors.py.
             TypeError: as for encode_many.
         """
-        asked = options(layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
-        return self._many(DECODE, iter(several(items, "decode")), asked, CallOptions(codebook, digest, timeout))
+        options = decode_options(
+            layout=layout,
+            dtype=dtype,
+            output=output,
+            num_quantizers=num_quantizers,
+            codebook=codebook,
+            digest=digest,
+            timeout=timeout,
+        )
+        return self._convert_many(DECODE, iter(iterable_of_arrays(items, "decode")), options)
 
     def codebooks(self, *, timeout: float | None = None) -> list[CodebookInfo]:
         """Return what is served, in name order.
 
         Raises:
-            VqserveClientError: see errors.py.
+            VqserveError: see errors.py.
         """
-        return self._drive(lambda wake: self._core.codebooks(CallOptions(timeout=timeout), wake))
+        options = encode_options(timeout=timeout)
+        waker = Waker()
+        return _run(self._core.codebooks(options, waker.wake), waker)
 
     def close(self) -> None:
-        """Close the connection; calls under way in other threads raise Closed. Closing twice is fine."""
+        """Close the connection; calls that run in other threads raise Closed. Closing twice is fine."""
         self._core.connection.close()
 
-    @property
-    def target(self) -> str:
-        """Return the server's address."""
-        return self._core.config.target
+    def _convert(self, operation: Operation, array: ArrayT, options: CallOptions) -> ArrayT:
+        waker = Waker()
+        result: ArrayT = _run(self._core.convert_one(operation, array, options, waker.wake), waker)
+        return result
 
-    def _turn(self, operation: Operation, array: object, asked: Options, call: CallOptions) -> Any:
-        return self._drive(lambda wake: self._core.turn_one(operation, array, asked, call, wake))
-
-    def _drive(self, begin: Callable[[Wake], Steps[T]]) -> T:
-        """Do a call's steps, waiting between them."""
-        bell = Bell()
-        steps = begin(bell.ring)
+    def _convert_many(
+        self, operation: Operation, items: Iterator[ArrayT], options: CallOptions
+    ) -> Generator[ArrayT, None, None]:
+        waker = Waker()
+        pipeline = Pipeline(self._core, operation, options, waker.wake)
         try:
-            while True:
-                with SignalsPutOff():
-                    wait_s = next(steps)
-                bell.wait(wait_s)
-        except StopIteration as stop:
-            value: T = stop.value
-            return value
-        finally:
-            with SignalsPutOff():
-                steps.close()
-
-    def _many(
-        self, operation: Operation, items: Iterator[Any], asked: Options, call: CallOptions
-    ) -> Generator[Any, None, None]:
-        bell = Bell()
-        lane = Lane(self._core, operation, asked, call, bell.ring)
-        numbered = Numbered(lane)
-        try:
-            while not (lane.ended and lane.empty):
-                if lane.stirred:
-                    with SignalsPutOff():
-                        lane.advance()
-                if lane.ready:
-                    answer = numbered.take()
-                    with lane.standstill():
-                        yield answer
-                elif not lane.ended and not lane.full:
+            while not (pipeline.ended and pipeline.empty):
+                if pipeline.is_due:
+                    with SignalsDeferred():
+                        pipeline.advance()
+                if pipeline.ready:
+                    result = pipeline.take()
+                    with pipeline.paused():
+                        yield result
+                elif not pipeline.ended and not pipeline.full:
                     try:
-                        with lane.standstill():
+                        with pipeline.paused():
                             item = next(items)
-                        numbered.put(item)
+                        pipeline.put(item)
                     except StopIteration:
-                        lane.end()
+                        pipeline.end()
                     except Exception as error:
-                        # The arrays before it still get their answers, as they would one by one.
-                        lane.end(error)
+                        # The results of the arrays before it are still returned, as one by one.
+                        pipeline.end(error)
                 else:
-                    with SignalsPutOff():
-                        wait_s = lane.advance()
-                    if not lane.ready:
-                        bell.wait(wait_s)
+                    with SignalsDeferred():
+                        wait_s = pipeline.advance()
+                    if not pipeline.ready:
+                        waker.wait(wait_s)
+        except VqserveError as error:
+            raise without_frames(error)  # noqa: B904
         finally:
-            with SignalsPutOff():
-                lane.close()
+            with SignalsDeferred():
+                pipeline.close()
 
     def __enter__(self) -> Self:
         return self
@@ -268,11 +250,20 @@ class Client:
     ) -> None:
         self.close()
 
-    def __repr__(self) -> str:
-        return self._core.described(type(self).__name__)
 
-    def __getstate__(self) -> ClientConfig:
-        return self._core.config
-
-    def __setstate__(self, config: ClientConfig) -> None:
-        self._core = Core(config)
+def _run(steps: Steps[T], waker: Waker) -> T:
+    """Run the steps of a call, waiting between them, and return its result."""
+    try:
+        while True:
+            with SignalsDeferred():
+                wait_s = next(steps)
+            waker.wait(wait_s)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    except BaseException as error:
+        with SignalsDeferred():
+            steps.close()
+        if isinstance(error, VqserveError):
+            raise without_frames(error)  # noqa: B904
+        raise

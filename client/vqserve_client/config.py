@@ -1,15 +1,22 @@
-"""What one client was told, checked once."""
+"""The options of a client and of a call, checked when they are given."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
-from vqserve.errors import InvalidOption
-from vqserve_client.retry import check_timeout
+from vqserve import payload
+from vqserve.latent_dtype import latent_dtype_name
+from vqserve.layout import Layout, parse_layout
+from vqserve.types import LatentDType, LayoutName, OutputName
+from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve.validation import check_count, check_output
+from vqserve_client.errors import InvalidOption
 
 DEFAULT_MAX_MESSAGE_BYTES = 64 << 20
 # Room for the envelope and a row of a small codebook; gRPC takes the limit as a C int.
 _MESSAGE_BYTES = range(1 << 10, 1 << 31)
+_OUTPUTS: dict[str, int] = {"latents": pb.DECODE_OUTPUT_LATENTS, "code_rows": pb.DECODE_OUTPUT_CODE_ROWS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +44,67 @@ class ClientConfig:
         _check_integer("retries", self.retries, range(1 << 31))
         _check_integer("window", self.window, range(1, 1 << 31))
         _check_integer("max_message_bytes", self.max_message_bytes, _MESSAGE_BYTES)
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """The options of one call; for codebook, digest and timeout, None stands for the client's own."""
+
+    codebook: str | None = None
+    digest: str | None = None
+    timeout: float | None = None
+    layout: Layout | None = None
+    num_quantizers: int | None = None
+    dtype: int = pb.DTYPE_FLOAT32
+    output: int = pb.DECODE_OUTPUT_LATENTS
+
+
+def encode_options(
+    *,
+    layout: LayoutName | Layout | None = None,
+    num_quantizers: int | None = None,
+    codebook: str | None = None,
+    digest: str | None = None,
+    timeout: float | None = None,
+) -> CallOptions:
+    """Return the options of an encode call, so that `encode_many` raises before it begins.
+
+    Raises:
+        InvalidOption: an option has none of its values.
+        TypeError: codebook, digest or timeout is of another type.
+    """
+    if codebook is not None:
+        check_name("codebook", codebook)
+    if digest is not None:
+        check_digest(digest)
+    if timeout is not None:
+        check_timeout(timeout)
+    if num_quantizers is not None:
+        check_count(num_quantizers)
+    return CallOptions(codebook, digest, timeout, None if layout is None else parse_layout(layout), num_quantizers)
+
+
+def decode_options(
+    *,
+    layout: LayoutName | Layout | None = None,
+    dtype: LatentDType = "float32",
+    output: OutputName = "latents",
+    num_quantizers: int | None = None,
+    codebook: str | None = None,
+    digest: str | None = None,
+    timeout: float | None = None,
+) -> CallOptions:
+    """Return the options of a decode call; see encode_options.
+
+    Raises:
+        InvalidOption, TypeError: as for encode_options.
+    """
+    check_output(output)
+    wire_dtype = payload.dtype_of_name(latent_dtype_name(dtype))
+    options = encode_options(
+        layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
+    )
+    return replace(options, dtype=wire_dtype, output=_OUTPUTS[output])
 
 
 def _is_target(target: str) -> bool:
@@ -77,6 +145,20 @@ def check_digest(digest: str | None) -> None:
 def is_digest(text: str) -> bool:
     """Return whether a text has a digest's form."""
     return len(text) == 64 and set(text) <= set("0123456789abcdef")
+
+
+def check_timeout(timeout_s: float) -> float:
+    """Return a timeout that makes sense.
+
+    Raises:
+        TypeError: for what is no number.
+        InvalidOption: for what is not a positive number of seconds; infinity is one.
+    """
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float):
+        raise TypeError(f"timeout must be a number of seconds, not {timeout_s!r}")
+    if math.isnan(timeout_s) or timeout_s <= 0:
+        raise InvalidOption(f"{{option}} must be above 0 seconds, not {timeout_s}", option="timeout")
+    return float(timeout_s)
 
 
 def _check_integer(what: str, value: int, allowed: range) -> None:

@@ -1,51 +1,38 @@
-"""What a client does, as steps (see exchange.py): all of it but the waiting."""
+"""All of a client but the waiting: its calls are generators of steps (see requests.py)."""
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vqserve.codebook_info import CodebookInfo
-from vqserve_client.arrays import Given, given_indices, given_latents, joined
-from vqserve_client.calls import ArrayCall, DecodeCall, EncodeCall, Options
-from vqserve_client.catalogue import ListPart
+from vqserve_client.arrays import ArrayInput, indices_input, joined, latents_input
+from vqserve_client.calls import ArrayCall, DecodeCall, EncodeCall
+from vqserve_client.catalogue import ListRequest, Pin, WrongDigest
 from vqserve_client.channel import Connection
-from vqserve_client.config import ClientConfig, check_digest, check_name
-from vqserve_client.errors import CodebookNotFound, DigestMismatch, InvalidArgument
-from vqserve_client.exchange import Budget, Exchange, Steps
-from vqserve_client.pin import Pin, WrongDigest
-from vqserve_client.retry import Deadline, RetryPolicy, check_timeout
-from vqserve_client.unary import Sender, Unary
+from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, CallOptions, ClientConfig
+from vqserve_client.errors import CodebookNotFound, DigestMismatch, InvalidArgument, VqserveError
+from vqserve_client.requests import Deadline, Exchange, RetryPolicy, Steps, Window
+from vqserve_client.transport import Sender, UnarySender
 
 Wake = Callable[[], None]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Operation:
-    """Encode or decode: how the caller's array is read, and what becomes of it."""
+    """Encode or decode: how the caller's array is read, and the class of its call."""
 
-    read: Callable[[object], Given]
+    read: Callable[[object], ArrayInput]
     call: type[ArrayCall]
 
 
-ENCODE = Operation(given_latents, EncodeCall)
-DECODE = Operation(given_indices, DecodeCall)
-
-
-@dataclass(frozen=True)
-class CallOptions:
-    """What may be said on every call, checked; None: the client's own."""
-
-    codebook: str | None = None
-    digest: str | None = None
-    timeout: float | None = None
-
-    def __post_init__(self) -> None:
-        check_name("codebook", self.codebook)
-        check_digest(self.digest)
-        if self.timeout is not None:
-            check_timeout(self.timeout)
+ENCODE = Operation(latents_input, EncodeCall)
+DECODE = Operation(indices_input, DecodeCall)
 
 
 class Core:
@@ -54,102 +41,139 @@ class Core:
     def __init__(self, config: ClientConfig) -> None:
         self.config = config
         self.connection = Connection(config)
+        self._policy = RetryPolicy(config.retries)
         # Replaced as a whole, so that threads need no lock for it.
         self._catalogue: tuple[CodebookInfo, ...] | None = None
 
-    def described(self, kind: str) -> str:
-        """Return the client's repr."""
-        named = "".join(
-            f", {key}={value!r}"
-            for key, value in (("codebook", self.config.codebook), ("digest", self.config.digest))
-            if value is not None
-        )
-        closed = ", closed" if self.connection.closed else ""
-        return f"{kind}({self.config.target!r}{named}, timeout={self.config.timeout:g}{closed})"
-
-    def pin(self, call: CallOptions) -> Pin:
+    def pin(self, options: CallOptions) -> Pin:
         """Return the pin of one call.
 
-        The client's digest belongs to the client's codebook: a call that names another is not held to it.
+        The client's digest belongs to the client's codebook: a call that names another codebook is not checked by it.
         """
-        own_digest = self.config.digest if call.codebook in {None, self.config.codebook} else None
-        return Pin(call.codebook or self.config.codebook, call.digest or own_digest, target=self.config.target)
+        config = self.config
+        own_digest = config.digest if options.codebook in {None, config.codebook} else None
+        return Pin(options.codebook or config.codebook, options.digest or own_digest, target=config.target)
 
-    def deadline(self, call: CallOptions) -> Deadline:
+    def deadline(self, options: CallOptions) -> Deadline:
         """Return the end of a call that begins now."""
-        return Deadline(self.config.timeout if call.timeout is None else call.timeout)
+        return Deadline(self.config.timeout if options.timeout is None else options.timeout)
 
-    def exchange(self, deadline: Deadline, budget: Budget, sender: Sender) -> Exchange:
-        """Return what the requests of one call have in common."""
-        policy = RetryPolicy(self.config.retries)
-        return Exchange(self.connection, policy=policy, deadline=deadline, budget=budget, sender=sender)
+    def codebooks(self, options: CallOptions, wake: Wake) -> Steps[list[CodebookInfo]]:
+        """Request the list of what is served."""
+        sender = UnarySender(self.connection, wake)
+        exchange = self._exchange(self.deadline(options), Window(1), sender)
+        return list((yield from self._list(exchange)))
 
-    def unary(self, wake: Wake) -> Sender:
-        """Return what sends requests as calls of their own."""
-        return Unary(self.connection, wake)
-
-    def codebooks(self, call: CallOptions, wake: Wake) -> Steps[list[CodebookInfo]]:
-        """Ask what is served."""
-        return list((yield from self._listed(self.exchange(self.deadline(call), Budget(1), self.unary(wake)))))
-
-    def turn_one(
-        self, operation: Operation, array: object, asked: Options, call: CallOptions, wake: Wake
-    ) -> Steps[Any]:
+    def convert_one(self, operation: Operation, array: object, options: CallOptions, wake: Wake) -> Steps[Any]:
         """Encode or decode one array, by calls of its own."""
-        answers = yield from self.turn(
+        results = yield from self.convert(
             operation,
             [operation.read(array)],
-            asked,
-            pin=self.pin(call),
-            deadline=self.deadline(call),
-            budget=Budget(self.config.window),
-            sender=self.unary(wake),
+            options,
+            pin=self.pin(options),
+            deadline=self.deadline(options),
+            window=Window(self.config.window),
+            sender=UnarySender(self.connection, wake),
         )
-        return answers[0]
+        return results[0]
 
-    def turn(
+    def convert(
         self,
         operation: Operation,
-        givens: Sequence[Given],
-        asked: Options,
+        inputs: Sequence[ArrayInput],
+        options: CallOptions,
         *,
         pin: Pin,
         deadline: Deadline,
-        budget: Budget,
+        window: Window,
         sender: Sender,
     ) -> Steps[list[Any]]:
         """Encode or decode arrays that join, as one."""
-        given = joined(givens)
-        exchange = self.exchange(deadline, budget, sender)
+        source = inputs[0] if len(inputs) == 1 else joined(inputs)
+        exchange = self._exchange(deadline, window, sender)
         while True:
-            info = yield from self._resolved(pin, exchange)
+            info = pin.info or pin.choose_remembered(self._catalogue)
+            if info is None:
+                info = pin.choose((yield from self._list(exchange)))
             try:
-                call = operation.call(given, info, asked, pin=pin, config=self.config)
+                call = operation.call(source, info, options, pin=pin, config=self.config)
             except InvalidArgument:
-                # Perhaps it fits the codebook that the server has by now.
-                if not pin.doubt():
+                # The array may fit the codebook that the server has now.
+                if not pin.may_be_outdated():
                     raise
                 continue
             try:
-                yield from exchange.run(call.parts(), info.name)
+                yield from exchange.run(call.requests(), info.name)
             except (WrongDigest, DigestMismatch, CodebookNotFound) as error:
                 pin.reconsider(info, error)
             else:
-                return call.results(givens)
+                return call.results(inputs)
 
-    def _listed(self, exchange: Exchange) -> Steps[tuple[CodebookInfo, ...]]:
-        part = ListPart(self.config.target)
-        yield from exchange.run(iter((part,)), None)
-        self._catalogue = part.codebooks
-        return part.codebooks
+    def _exchange(self, deadline: Deadline, window: Window, sender: Sender) -> Exchange:
+        return Exchange(self.connection, policy=self._policy, deadline=deadline, window=window, sender=sender)
 
-    def _resolved(self, pin: Pin, exchange: Exchange) -> Steps[CodebookInfo]:
-        """Return the pin's codebook, from memory if it is there and fits."""
-        if pin.info is not None:
-            return pin.info
-        if self._catalogue is not None and not pin.refreshed:
-            try:
-                return pin.choose(self._catalogue, remembered=True)
-            except (CodebookNotFound, DigestMismatch):
-                pin.refresh()
-        return pin.choose((yield from self._listed(exchange)))
+    def _list(self, exchange: Exchange) -> Steps[tuple[CodebookInfo, ...]]:
+        request = ListRequest(self.config.target)
+        yield from exchange.run(iter((request,)), None)
+        self._catalogue = request.codebooks
+        return request.codebooks
+
+
+class ClientBase:
+    """What the two clients have in common."""
+
+    def __init__(
+        self,
+        target: str = "localhost:50051",
+        *,
+        codebook: str | None = None,
+        digest: str | None = None,
+        timeout: float = 60.0,
+        retries: int = 3,
+        window: int = 4,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        self._core = Core(
+            ClientConfig(
+                target=target,
+                codebook=codebook,
+                digest=digest,
+                timeout=timeout,
+                retries=retries,
+                window=window,
+                max_message_bytes=max_message_bytes,
+            )
+        )
+
+    @property
+    def target(self) -> str:
+        """The server's address."""
+        return self._core.config.target
+
+    def __repr__(self) -> str:
+        config = self._core.config
+        named = "".join(
+            f", {key}={value!r}"
+            for key, value in (("codebook", config.codebook), ("digest", config.digest))
+            if value is not None
+        )
+        closed = ", closed" if self._core.connection.closed else ""
+        return f"{type(self).__name__}({config.target!r}{named}, timeout={config.timeout:g}{closed})"
+
+    def __getstate__(self) -> ClientConfig:
+        return self._core.config
+
+    def __setstate__(self, config: ClientConfig) -> None:
+        self._core = Core(config)
+
+
+def without_frames(error: VqserveError) -> VqserveError:
+    """Return an error without the frames of this package and without its cause, so that its traceback is short.
+
+    The whole traceback is logged at debug level. VQSERVE_TRACEBACK=full leaves the error as it is.
+    """
+    logger.debug("a call failed", exc_info=error)
+    if os.environ.get("VQSERVE_TRACEBACK") == "full":
+        return error
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

@@ -9,7 +9,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from vqserve_client.channel import Connection
-from vqserve_client.retry import Deadline, RetryPolicy
+from vqserve_client.requests import Deadline, RetryPolicy
 from vqserve_client.status import Failure, text_metadata
 
 _Stub: Any = health_pb2_grpc.HealthStub
@@ -21,7 +21,7 @@ def status(connection: Connection, *, timeout_s: float) -> str:
     """Return "SERVING", "NOT_SERVING" or "SERVICE_UNKNOWN".
 
     Raises:
-        VqserveClientError: if the server cannot be asked.
+        VqserveError: if the server cannot be asked.
     """
     try:
         reply = _Stub(connection.channel()).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
@@ -34,7 +34,7 @@ def wait_until_serving(connection: Connection, *, timeout_s: float) -> str:
     """Return "SERVING" as soon as that is so, and else the last status after the time is up, maybe "UNREACHABLE".
 
     Raises:
-        VqserveClientError: if the server cannot be asked, for any other reason than that it is not there yet.
+        VqserveError: if the server cannot be asked, for any other reason than that it is not there yet.
     """
     deadline = Deadline(timeout_s)
     last = UNREACHABLE

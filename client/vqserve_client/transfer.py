@@ -15,12 +15,23 @@ import numpy as np
 from vqserve import payload
 from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import of_file
-from vqserve.layout import indices_shape, latents_shape
+from vqserve.layout import indices_shape, latents_shape, parse_layout
+from vqserve.types import LatentDTypeName, LayoutName, OutputName
 from vqserve.validation import check_num_quantizers
-from vqserve_client.arrays import Array, given_indices, given_latents, latent_store
-from vqserve_client.calls import Options, indices_geometry, latents_geometry, options
+from vqserve_client.arrays import (
+    Array,
+    Cut,
+    empty_latents,
+    indices_cut,
+    indices_geometry,
+    indices_input,
+    latents_cut,
+    latents_geometry,
+    latents_input,
+    of_whole,
+    plan,
+)
 from vqserve_client.catalogue import choose
-from vqserve_client.chunking import Cut, indices_cut, latents_cut, of_whole, plan
 from vqserve_client.client import Client
 from vqserve_client.errors import DigestChanged, DigestMismatch, InvalidArgument, VqserveError
 from vqserve_client.npy import check_output, new_array, open_array
@@ -41,9 +52,9 @@ class Task:
     force: bool = False
     codebook: str | None = None
     digest: str | None = None
-    layout: str | None = None
-    dtype: str = "float32"
-    output: str = "latents"
+    layout: LayoutName | None = None
+    dtype: LatentDTypeName = "float32"
+    output: OutputName = "latents"
     num_quantizers: int | None = None
 
 
@@ -77,8 +88,8 @@ def encode_file(client: Client, task: Task, progress: Progress) -> Done:
     info = _info(client, task)
     stages = _stages(task, info)
     with of_file(task.source):
-        item_bytes = payload.itemsize(given_latents(array).dtype)
-        grid, layout = latents_geometry(array.shape, _asked(task), info)
+        item_bytes = payload.itemsize(latents_input(array).dtype)
+        grid, layout = latents_geometry(array.shape, parse_layout(task.layout), info)
     dtype = np.dtype(payload.dtype_name(payload.index_dtype(info.vocab_size)))
     cuts = plan(grid, max(1, _PIECE_BYTES // (info.input_dim * item_bytes)))
     shape = indices_shape(grid, stages, layout)
@@ -106,11 +117,11 @@ def decode_file(client: Client, task: Task, progress: Progress) -> Done:
     info = _info(client, task)
     stages = _stages(task, info)
     with of_file(task.source):
-        given_indices(array[:0] if array.ndim else array)
-        grid, layout = indices_geometry(array.shape, _asked(task), info)
+        indices_input(array[:0] if array.ndim else array)
+        grid, layout = indices_geometry(array.shape, parse_layout(task.layout), info, stages=stages)
     width = info.code_dim if task.output == "code_rows" else info.output_dim
     wire = payload.dtype_of_name(task.dtype)
-    dtype = latent_store((0,), wire, is_torch=False).dtype
+    dtype = empty_latents((0,), wire, None).dtype
     cuts = plan(grid, max(1, _PIECE_BYTES // (width * dtype.itemsize)))
     shape = latents_shape(grid, width, layout)
     with new_array(task.target, shape, dtype, force=task.force) as out:
@@ -144,10 +155,6 @@ def _whole_file(task: Task, pending: Sequence[_Piece]) -> Iterator[None]:
     except VqserveError as error:
         error.item = None
         raise
-
-
-def _asked(task: Task) -> Options:
-    return options(layout=task.layout, dtype=task.dtype, output=task.output, num_quantizers=task.num_quantizers)
 
 
 def _stages(task: Task, info: CodebookInfo) -> int | None:

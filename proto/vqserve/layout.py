@@ -32,7 +32,7 @@ def parse_layout(layout: str | None) -> Layout | None:
         return Layout(layout)
     except ValueError:
         names = ", ".join(repr(str(known)) for known in Layout)
-        raise InvalidOption(f"{{option}} must be one of {names}, not {layout!r:.40}", option="layout") from None
+        raise InvalidOption(f"{{option}} must be one of {names} or None, not {layout!r:.40}", option="layout") from None
 
 
 def resolve_layout(rank: int, layout: Layout | None, default: Layout | None = None) -> Layout:

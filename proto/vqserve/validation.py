@@ -110,11 +110,16 @@ def check_digest(expected: str, *, info: CodebookInfo) -> None:
         DigestMismatch: names both digests.
     """
     if expected != info.digest:
-        raise DigestMismatch(
-            f"codebook {info.name!r} has digest {info.digest}, not {expected[:_DIGEST_CHARACTERS]!r}",
-            codebook=info.name,
-            digest=info.digest,
-        )
+        raise wrong_digest(expected, info=info)
+
+
+def wrong_digest(expected: str, *, info: CodebookInfo) -> DigestMismatch:
+    """Return the error of a caller who pinned another digest than the codebook has."""
+    return DigestMismatch(
+        f"codebook {info.name!r} has digest {info.digest}, not {expected[:_DIGEST_CHARACTERS]!r}",
+        codebook=info.name,
+        digest=info.digest,
+    )
 
 
 def no_codebook(name: str | None, served: Sequence[str], *, num_codebooks: int) -> CodebookNotFound:
@@ -152,7 +157,7 @@ def check_latents_shape(shape: Sequence[int], layout: str | None, *, info: Codeb
     resolved = resolve_layout(len(shape), parse_layout(layout), info.layout)
     check_channels(shape, resolved, info.input_dim)
     # An empty axis lets the others be as large as they like: the reply would not be addressable.
-    if math.prod(max(length, 1) for length in shape) > _MAX_ELEMENTS:
+    if math.prod([length or 1 for length in shape]) > _MAX_ELEMENTS:
         raise InvalidShape(f"latents of shape {tuple(shape)} are too large", array="latents")
     return resolved
 
@@ -206,7 +211,7 @@ def check_indices_shape(
     """
     wanted = check_num_quantizers(num_quantizers, available=info.num_quantizers)
     check_indices_rank(len(shape), LATENT_RANKS if info.has_stages else INDEX_RANKS)
-    if math.prod(max(length, 1) for length in shape) * max(info.output_dim, info.code_dim) > _MAX_ELEMENTS:
+    if math.prod([length or 1 for length in shape]) * max(info.output_dim, info.code_dim) > _MAX_ELEMENTS:
         raise InvalidShape(f"indices of shape {tuple(shape)} decode to more than can be held", array="indices")
     resolved = resolve_layout(len(shape) + (not info.has_stages), parse_layout(layout), info.layout)
     if info.has_stages:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
@@ -19,7 +19,7 @@ _TAG = PAYLOAD_FIELD << 3 | _LENGTH_DELIMITED
 # As protobuf writes it: a varint of two bytes.
 _PAYLOAD_TAG = bytes((_TAG & 0x7F | 0x80, _TAG >> 7))
 _MAX_VARINT_BYTES = 10
-# Bytes of a counter in a Form, and the greatest that it holds: some nine hours of microseconds.
+# Bytes of a counter in a ReplyTemplate, and the greatest that it holds: some nine hours of microseconds.
 _LEAST_WIDTH = 5
 _MOST = (1 << 7 * _LEAST_WIDTH) - 1
 _ALIGNMENT = 8
@@ -102,48 +102,61 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
-class Form:
-    """Messages with the same head and the same size of payload, written in place.
+class ReplyTemplate:
+    """Messages with the same head and the same size of payload.
 
-    A message is there before its payload is: whoever computes the payload writes it where it is sent from. The last
-    field of the head, a submessage of counters, is filled in at the end; each has a fixed width, which protobuf's
-    varints allow, so chosen that the payload begins at a multiple of eight bytes.
+    The last field of the head is a submessage of counters, whose values are written at the end. Each counter has a
+    fixed width, which protobuf's varints allow, chosen so that the payload begins at a multiple of eight bytes.
     """
 
     def __init__(self, head: bytes, counters_field: int, counters: int, nbytes: int) -> None:
-        """Make the form.
+        """Make the template.
 
         Args:
             head: all fields before the counters.
             counters_field: number of the submessage, below 16.
-            counters: how many it has; they are its fields 1, 2, and so on.
-            nbytes: of the payload.
+            counters: how many it has: its fields 1, 2, and so on.
+            nbytes: size of the payload.
         """
         tag = payload_tag(nbytes)
         widths = [_LEAST_WIDTH] * counters
         for i in range(-(len(head) + 2 + sum(widths) + counters + len(tag)) % _ALIGNMENT):
             widths[i % counters] += 1
         body_bytes = sum(widths) + counters
-        self._before = head + bytes((counters_field << 3 | _LENGTH_DELIMITED, body_bytes))
-        self._after = tag
-        # A counter's tag and its bytes, as one number in which only its value is missing.
-        self._fields = [
+        self.before = head + bytes((counters_field << 3 | _LENGTH_DELIMITED, body_bytes))
+        self.after = tag
+        # The tag and the bytes of a counter, as one number in which only the value is missing.
+        self.fields = [
             (width + 1, int.from_bytes(bytes((number << 3,)) + b"\x80" * (width - 1) + b"\0", "little"))
             for number, width in enumerate(widths, 1)
         ]
-        self.start = len(self._before) + body_bytes + len(tag)
+        self.start = len(self.before) + body_bytes + len(tag)
         self.size = self.start + nbytes
 
-    def blank(self) -> Blank:
-        """Return a message whose payload is to be written, and then its head with `fill`."""
-        # Python's own way to make bytes: they are written before anybody else has them.
-        raw: bytes = _new_bytes(None, self.size)
-        return Blank(raw, (ctypes.c_ubyte * self.size).from_address(id(raw) + bytes.__basicsize__ - 1))
 
-    def fill(self, blank: Blank, counters: Iterable[int]) -> bytes:
-        """Write the head with its counters, non-negative integers, and return the message."""
-        parts = [self._before]
-        for value, (width, field) in zip(counters, self._fields, strict=True):
+class ReplyBuffer:
+    """A message of a template, written in place: first its payload, then its header.
+
+    Whoever computes the payload writes it where it is sent from.
+
+    Attributes:
+        memory: of the whole message; the payload begins at the template's `start`.
+    """
+
+    def __init__(self, template: ReplyTemplate) -> None:
+        # The way in which C code makes bytes: they may be written until other code has them.
+        raw: bytes = _new_bytes(None, template.size)
+        self.memory = (ctypes.c_ubyte * template.size).from_address(id(raw) + bytes.__basicsize__ - 1)
+        # An array in the memory keeps the bytes alive.
+        self.memory.owner = raw  # type: ignore[attr-defined]
+        self._raw = raw
+        self._template = template
+
+    def write_header(self, counters: Iterable[int]) -> bytes:
+        """Write everything before the payload, with these non-negative counters, and return the message."""
+        template = self._template
+        parts = [template.before]
+        for value, (width, field) in zip(counters, template.fields, strict=True):
             value = min(value, _MOST)  # noqa: PLW2901
             spread = (
                 value & 0x7F
@@ -153,16 +166,9 @@ class Form:
                 | (value & 0x7F0000000) << 4
             )
             parts.append((field | spread << 8).to_bytes(width, "little"))
-        parts.append(self._after)
-        ctypes.memmove(blank.memory, b"".join(parts), self.start)
-        return blank.raw
-
-
-class Blank(NamedTuple):
-    """A message in the making: the memory is that of the bytes."""
-
-    raw: bytes
-    memory: ctypes.Array[ctypes.c_ubyte]
+        parts.append(template.after)
+        ctypes.memmove(self.memory, b"".join(parts), template.start)
+        return self._raw
 
 
 def _varint(raw: bytes, position: int) -> tuple[int, int]:

@@ -10,11 +10,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from vqserve_server import hangups, logs
-from vqserve_server.address import address, check, check_unix_socket, is_loopback
+from vqserve_server import console, grpcio_release, signals
 from vqserve_server.config import ServeConfig
 from vqserve_server.engine import Engine
 from vqserve_server.errors import StartError
+from vqserve_server.network import address, check, check_unix_socket, is_loopback
 from vqserve_server.repository import Repository, Rescans
 from vqserve_server.rpc import RpcServer
 from vqserve_server.sources import find_codebooks
@@ -71,7 +71,7 @@ class App:
     def swap(self, tokenizers: Sequence[Tokenizer]) -> None:
         """Serve these from now on: every request gets what was live when it came, whole."""
         self.engine.swap(tokenizers)
-        self._rpc.follow()
+        self._rpc.use_live_set()
 
     async def stop(self) -> bool:
         """Take no more requests, answer those inside, and stop; return whether all were answered in time."""
@@ -121,7 +121,7 @@ async def serve(repository: Repository, config: ServeConfig, *, worker: int | No
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    hangups.hear(loop, on_hangup)
+    signals.hear(loop, on_hangup)
     if worker is not None:
         # The parent's end of the pipe closes when the parent is gone.
         loop.add_reader(sys.stdin.fileno(), on_orphaned)
@@ -155,7 +155,9 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
     Raises:
         VqserveError: the daemon cannot start.
     """
-    logs.set_up(config.log_level, worker=worker)
+    console.set_up(config.log_level, worker=worker)
+    if worker is None:
+        grpcio_release.warn_if_untested()
     find_codebooks(sources).check()
     if worker is None:
         check(config.rpc.host, config.rpc.port)

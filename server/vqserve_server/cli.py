@@ -20,8 +20,8 @@ from vqserve import __version__
 from vqserve.arguments import Parser
 from vqserve.errors import COMMAND_LINE, VqserveError
 from vqserve_server import config as settings
-from vqserve_server import hangups, workers
-from vqserve_server.printable import printable
+from vqserve_server import signals, supervisor
+from vqserve_server.console import printable
 
 # What the extra `server` brings; without it the client still works.
 _EXTRA = frozenset({"grpc_reflection", "torch"})
@@ -104,10 +104,10 @@ def _parser(asked: str, commands: Mapping[str, Command]) -> Parser:
 
 def _serve(args: argparse.Namespace) -> int:
     config = settings.resolve(vars(args), os.environ)
-    worker = os.environ.get(workers.WORKER_VARIABLE)
-    with _ended_by_sigterm(), hangups.kept():
+    worker = os.environ.get(supervisor.WORKER_VARIABLE)
+    with _ended_by_sigterm(), signals.kept():
         if worker is None and config.workers > 1:
-            return workers.run(args.sources, config)
+            return supervisor.run(args.sources, config)
         from vqserve_server import app  # noqa: PLC0415
 
         return app.run(args.sources, config, worker=None if worker is None else int(worker))

@@ -316,7 +316,7 @@ def failing() -> Callable[..., Behaviour]:
 @pytest.fixture
 def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send every array of encode_many in a request of its own, for tests that count or time requests."""
-    monkeypatch.setattr("vqserve_client.lane.MOST_JOINED", 1)
+    monkeypatch.setattr("vqserve_client.pipeline.MOST_JOINED", 1)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vqserve.layout import Layout
 from vqserve_client import MessageTooLarge
-from vqserve_client.chunking import cut_text, latents_cut, plan, rows_per_message
+from vqserve_client.arrays import cut_text, latents_cut, plan, rows_per_message
 
 GRIDS = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)
 

@@ -294,7 +294,7 @@ def test_status(vqserve, healthy):
     assert vqserve("status", "--target", target, "--wait", "9") == (0, "SERVING\n", "")
     servicer.set("", statuses.NOT_SERVING)
     assert vqserve("status", "--target", target) == (1, "NOT_SERVING\n", "")
-    assert vqserve("status", "--target", target, "--wait", "0.2") == (1, "NOT_SERVING\n", "")
+    assert vqserve("status", "--target", target, "--wait", "2") == (1, "NOT_SERVING\n", "")
     code, out, err = vqserve("status", "--target", "127.0.0.1:1")
     assert (code, out) == (1, "")
     assert one_line(err)
@@ -332,7 +332,7 @@ def test_interrupted(tiny, files, number, code):
     # The file is there in the making.
     assert [path for path in source.parent.iterdir() if path.name.endswith(".part")]
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=200)
     assert (process.returncode, out, err) == (code, "", "")
     assert [path.name for path in source.parent.iterdir()] == ["in.npy"]
 
@@ -345,7 +345,7 @@ def test_a_reader_that_has_enough(tiny):
         stdout=write,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
     )
     os.close(write)

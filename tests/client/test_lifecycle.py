@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from vqserve_client import AsyncClient, Client, Closed
-from vqserve_client.interrupts import SignalsPutOff
+from vqserve_client.interrupts import SignalsDeferred
 
 
 def test_use_after_close(tiny, connect, latents):
@@ -138,7 +138,7 @@ FORK = """
 import asyncio, multiprocessing, os, sys, threading
 import numpy as np
 from vqserve_client import AsyncClient, Client, Closed
-from vqserve_client.interrupts import SignalsPutOff
+from vqserve_client.interrupts import SignalsDeferred
 
 target, how = sys.argv[1:]
 latents = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
@@ -201,7 +201,7 @@ def test_fork(tiny, how):
         [sys.executable, "-W", "ignore", "-c", FORK, tiny.target, how],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=200,
         check=False,
     )
     assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
@@ -209,7 +209,7 @@ def test_fork(tiny, how):
 
 def test_a_process_that_ends_without_closing(tiny):
     program = f"from vqserve_client import Client; c = Client({tiny.target!r}); print(c.codebooks()[0].name)"
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "small\n", "")
 
 
@@ -218,7 +218,7 @@ def test_signals_are_put_off_and_then_come():
     reached = []
 
     def step() -> None:
-        with SignalsPutOff():
+        with SignalsDeferred():
             signal.raise_signal(signal.SIGINT)
             reached.append("the end of the step")
 
@@ -242,7 +242,7 @@ def test_ctrl_c_while_handlers_are_put_back_leaves_the_others_theirs(monkeypatch
         return old
 
     def step() -> None:
-        with SignalsPutOff():
+        with SignalsDeferred():
             signal.raise_signal(signal.SIGTERM)
             monkeypatch.setattr(signal, "signal", put_back)
 

@@ -19,7 +19,7 @@ from vqserve_client import (
     ServerError,
     Unavailable,
 )
-from vqserve_client.retry import RetryPolicy
+from vqserve_client.requests import RetryPolicy
 
 
 @pytest.mark.parametrize("code", ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"])
@@ -89,9 +89,11 @@ def test_a_hint_that_makes_no_sense_is_none(tiny, connect, failing, latents, hin
 
 
 def test_a_server_that_hangs(tiny, connect, latents):
+    client = connect(tiny.target)
+    client.codebooks()
     tiny.gate.clear()
     with pytest.raises(DeadlineExceeded, match=r"^the server did not answer in time \(server") as caught:
-        connect(tiny.target).encode(latents(2, 4), timeout=0.2)
+        client.encode(latents(2, 4), timeout=1)
     assert isinstance(caught.value, TimeoutError)
     # The server is told that nobody waits any more.
     assert tiny.cancelled.acquire(timeout=60)

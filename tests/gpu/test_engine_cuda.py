@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from support.engine_jobs import Jobs
 from vqserve_client import Client
 from vqserve_server import Tokenizer
+from vqserve_server.device import DeviceStreams
 from vqserve_server.engine import DecodeKey, EncodeKey, Engine
-from vqserve_server.engine.lane import Lane
+from vqserve_server.engine.batch import Staging
 from vqserve_server.quantizers import VectorQuantizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "server/engine"))
-from engine_jobs import Jobs
 
 JOBS = Jobs()
 pytestmark = [
@@ -42,14 +39,14 @@ def latents(book: Tokenizer, rng: np.random.Generator) -> np.ndarray:
     return drawn
 
 
-def test_staging_is_page_locked_and_each_lane_has_a_stream() -> None:
+def test_staging_is_page_locked_and_each_thread_has_a_stream() -> None:
     book = Tokenizer(quantizer(), device="cuda")
-    one, other = Lane(), Lane()
+    one, other, staging = DeviceStreams(), DeviceStreams(), Staging()
     for key in (EncodeKey(book, np.dtype(np.float32)), DecodeKey(book, "latents", np.dtype(np.float32))):
-        assert torch.from_numpy(one.staging.rows(key, 100)).is_pinned()
+        assert torch.from_numpy(staging.rows(key, 100)).is_pinned()
     streams = []
-    for lane in (one, one, other):
-        with lane.on(book.device):
+    for thread in (one, one, other):
+        with thread.on(book.device):
             streams.append(torch.cuda.current_stream())
     assert streams[0] == streams[1] != streams[2]
     assert torch.cuda.default_stream() not in streams
@@ -87,7 +84,7 @@ def test_codebooks_that_come_under_load_are_there_before_they_are_searched() -> 
             # One after the other: each of the two threads may get some.
             jobs = [JOBS.encode(fresh, rows) for _ in range(4)]
             for job in jobs:
-                engine.submit([job])
+                engine.scheduler.put(job)
             for job in jobs:
                 np.testing.assert_array_equal(JOBS.array(job), on_cpu.encode_rows(rows))
     finally:

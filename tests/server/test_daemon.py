@@ -23,15 +23,16 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from support.waiting import eventually, read_until
 from vqserve import __version__
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1 import tokenizer_pb2_grpc
 from vqserve_client import Client
-from vqserve_server import app, cli, logs
-from vqserve_server.address import is_loopback
+from vqserve_server import app, cli, console
 from vqserve_server.codebooks import save_codebook
 from vqserve_server.config import RpcConfig
 from vqserve_server.errors import StartError
+from vqserve_server.network import is_loopback
 from vqserve_server.quantizers import ResidualQuantizer, VectorQuantizer
 from vqserve_server.tokenizer import Tokenizer
 from vqserve_tools.cli import main
@@ -64,7 +65,7 @@ def run_here(
 ) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """Run `vqserved ARGUMENTS` in this process, which has torch already."""
     on_hangup = signal.getsignal(signal.SIGHUP)
-    monkeypatch.setattr(logs, "set_up", lambda level, worker=None: None)
+    monkeypatch.setattr(console, "set_up", lambda level, worker=None: None)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         code = main(arguments)
@@ -132,9 +133,8 @@ def test_started_with_its_standard_files_closed(folder: Path, tmp_path: Path, nu
     process = subprocess.Popen(["bash", "-c", command, sys.executable, str(folder), str(path)])
     try:
         with Client(f"unix:{path}") as client:
-            while not path.exists():
-                assert process.poll() is None
-                threading.Event().wait(0.05)
+            eventually(lambda: path.exists() or process.poll() is not None)
+            assert process.poll() is None
             assert [book.name for book in client.codebooks()] == ["large", "small"]
         # What native code writes to them goes nowhere, and not to whoever has a connection of that number.
         assert {Path(f"/proc/{process.pid}/fd/{number}").readlink() for number in numbers} == {Path(os.devnull)}
@@ -149,8 +149,8 @@ def test_lines_of_the_log_name_other_packages_only(capsys: pytest.CaptureFixture
     root = logging.getLogger()
     before = root.handlers[:], root.level
     try:
-        logs.set_up("info", worker=1)
-        logging.getLogger("vqserve_server.repository.repository").info("codebook x")
+        console.set_up("info", worker=1)
+        logging.getLogger("vqserve_server.repository.load").info("codebook x")
         logging.getLogger("asyncio").warning("slow")
     finally:
         root.handlers, root.level = before
@@ -361,7 +361,7 @@ def test_the_port_is_free_until_the_codebooks_are_loaded(monkeypatch: pytest.Mon
         raise StartError("enough")
 
     monkeypatch.setattr(app.Repository, "load", load)
-    monkeypatch.setattr(logs, "set_up", lambda level, worker=None: None)
+    monkeypatch.setattr(console, "set_up", lambda level, worker=None: None)
     config = app.ServeConfig(rpc=RpcConfig(port=port))
     with pytest.raises(StartError, match="enough"):
         app.run([str(folder)], config)
@@ -452,8 +452,7 @@ def test_an_idle_daemon_needs_no_time_to_stop(vqserved: Callable[..., Any], fold
 def test_sighup_while_it_stops_changes_nothing(stubborn: Callable[..., Any]) -> None:
     process, _ = stubborn(1, "--drain-seconds", "1")
     process.send_signal(signal.SIGTERM)
-    while "SIGTERM: stopping" not in process.stderr.readline():
-        pass
+    read_until(process.stderr, "SIGTERM: stopping")
     process.send_signal(signal.SIGHUP)
     _, log = process.communicate()
     assert process.returncode == 0
@@ -464,8 +463,7 @@ def test_sighup_while_it_stops_changes_nothing(stubborn: Callable[..., Any]) -> 
 def test_sighup_to_the_very_end_changes_nothing(vqserved: Callable[..., Any], folder: Path, workers: int) -> None:
     process = vqserved(folder, "--workers", workers).process
     process.send_signal(signal.SIGTERM)
-    while " served 0 requests" not in process.stderr.readline():
-        pass
+    read_until(process.stderr, " served 0 requests")
     while process.poll() is None:
         process.send_signal(signal.SIGHUP)
         threading.Event().wait(0.002)
@@ -475,7 +473,7 @@ def test_sighup_to_the_very_end_changes_nothing(vqserved: Callable[..., Any], fo
 def test_sigterm_while_codebooks_are_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(app.Repository, "load", lambda self: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr(logs, "set_up", lambda level, worker=None: None)
+    monkeypatch.setattr(console, "set_up", lambda level, worker=None: None)
     with pytest.raises(SystemExit) as caught:
         cli.main(["serve", str(folder), "--port", "0"])
     assert caught.value.code == 128 + signal.SIGTERM
@@ -485,8 +483,7 @@ def test_sigterm_while_codebooks_are_loaded(monkeypatch: pytest.MonkeyPatch, fol
 def test_a_second_signal_ends_it_at_once(stubborn: Callable[..., Any]) -> None:
     process, _ = stubborn(1, "--drain-seconds", "86400")
     process.send_signal(signal.SIGTERM)
-    while "SIGTERM: stopping" not in process.stderr.readline():
-        pass
+    read_until(process.stderr, "SIGTERM: stopping")
     process.send_signal(signal.SIGTERM)
     process.communicate()
     assert process.returncode == 128 + signal.SIGTERM

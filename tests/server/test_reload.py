@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from support.waiting import eventually, read_until
 from vqserve_client import Client, CodebookNotFound
 from vqserve_client.channel import Connection
 from vqserve_client.config import ClientConfig
@@ -91,7 +91,7 @@ def test_a_half_written_file_is_never_served(
     with Client(daemon.target) as client:
         assert client.codebooks()[0].digest != old.digest
     connection = Connection(ClientConfig(target=daemon.target))
-    assert status(connection, timeout_s=10) == SERVING
+    assert status(connection, timeout_s=60) == SERVING
     connection.close()
 
 
@@ -130,8 +130,7 @@ def test_many_signals_at_once(vqserved: Callable[..., Any], put: Callable[..., A
         last = put(tmp_path / "book.safetensors", seed=seed)
         daemon.process.send_signal(signal.SIGHUP)
     with Client(daemon.target) as client:
-        while client.codebooks()[0].digest != last.digest:
-            threading.Event().wait(0.01)
+        eventually(lambda: client.codebooks()[0].digest == last.digest)
     check(daemon.target, book=last)
     assert daemon.stop(signal.SIGTERM)[0] == 0
 
@@ -146,17 +145,17 @@ def keeps_sighup(pid: int) -> bool:
 
 def test_nothing_that_starts_threads_is_imported_before_the_signal_is_kept() -> None:
     code = "import sys, vqserve_server.cli; print(sorted({'numpy', 'torch', 'grpc'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
     assert done.stdout == "[]\n"
 
 
 def test_a_signal_between_the_loop_and_the_end_is_nobodys() -> None:
     code = (
-        "import asyncio, signal; from vqserve_server import hangups\n"
-        "loop = asyncio.new_event_loop(); hangups.hear(loop, print); loop.close()\n"
+        "import asyncio, signal; from vqserve_server import signals\n"
+        "loop = asyncio.new_event_loop(); signals.hear(loop, print); loop.close()\n"
         "signal.raise_signal(signal.SIGHUP); print('alive')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
     assert (done.stdout, done.stderr) == ("alive\n", "")
 
 
@@ -170,14 +169,12 @@ def test_a_signal_while_it_starts_is_not_lost(put: Callable[..., Any], tmp_path:
         text=True,
     )
     try:
-        while not keeps_sighup(process.pid):
-            threading.Event().wait(0.002)
+        eventually(lambda: keeps_sighup(process.pid))
         process.send_signal(signal.SIGHUP)
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline().startswith("vqserved: ready on ")
-        while " rescanned in " not in process.stderr.readline():
-            pass
+        read_until(process.stderr, " rescanned in ")
     finally:
         process.terminate()
         process.communicate()
@@ -212,8 +209,7 @@ def test_a_worker_that_starts_meanwhile_hears_of_it_when_it_is_ready(
 
     before = workers()
     os.kill(min(before), signal.SIGKILL)
-    while not (started := workers() - before):
-        threading.Event().wait(0.01)
+    started = eventually(lambda: workers() - before)
     # It has just begun: the signal itself would end it.
     book = put(tmp_path / "book.safetensors", seed=1)
     lines = daemon.rescan(workers=2)
@@ -233,8 +229,7 @@ def test_a_signal_while_it_fails_to_start_does_not_swallow_the_reason(tmp_path: 
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not keeps_sighup(process.pid):
-        threading.Event().wait(0.002)
+    eventually(lambda: keeps_sighup(process.pid))
     process.send_signal(signal.SIGHUP)
     _, error = process.communicate()
     assert process.returncode == 1

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vqserve_server.codebooks import codebook_digest, device, load_codebook, save_codebook
+from vqserve_server import device
+from vqserve_server.codebooks import codebook_digest, load_codebook, save_codebook
 from vqserve_server.errors import (
     Closed,
     CodebookError,

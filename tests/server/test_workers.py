@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from support.waiting import eventually, read_until
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client import Client
 from vqserve_client.channel import Connection
@@ -27,8 +28,8 @@ from vqserve_server.codebooks import save_codebook
 from vqserve_server.config import ServeConfig, resolve
 from vqserve_server.errors import StartError
 from vqserve_server.quantizers import VectorQuantizer
+from vqserve_server.supervisor import WORKER_VARIABLE, BackOff, Workers, worker_environment
 from vqserve_server.tokenizer import Tokenizer
-from vqserve_server.workers import WORKER_VARIABLE, BackOff, Workers, worker_environment
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 
@@ -59,9 +60,8 @@ def children(parent: int) -> dict[int, int]:
     return found
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        threading.Event().wait(0.05)
+def all_gone(pids: Iterable[int]) -> bool:
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def answers(target: str, codebook: Path, calls: int = 20) -> None:
@@ -82,7 +82,7 @@ def test_workers_share_a_port_and_stop_together(vqserved: Callable[..., Any], co
     assert sorted(workers) == [0, 1, 2]
     answers(daemon.target, codebook)
     connection = Connection(ClientConfig(target=daemon.target))
-    assert status(connection, timeout_s=10) == SERVING
+    assert status(connection, timeout_s=60) == SERVING
     connection.close()
     code, log = daemon.stop(signal.SIGTERM)
     assert code == 0
@@ -91,7 +91,7 @@ def test_workers_share_a_port_and_stop_together(vqserved: Callable[..., Any], co
     # The kernel spread the connections: no worker had them all.
     assert len(served) == 3
     assert sum("served 0 requests" not in line for line in served) > 1
-    assert not [pid for pid in workers.values() if Path(f"/proc/{pid}").exists()]
+    eventually(lambda: all_gone(workers.values()))
 
 
 def test_a_worker_that_dies_is_started_again_and_the_others_serve_on(
@@ -100,9 +100,9 @@ def test_a_worker_that_dies_is_started_again_and_the_others_serve_on(
     daemon = vqserved(codebook, "--workers", 2)
     before = children(daemon.process.pid)
     os.kill(before[0], signal.SIGKILL)
-    wait_until(lambda: not Path(f"/proc/{before[0]}").exists())
+    eventually(lambda: not Path(f"/proc/{before[0]}").exists())
     answers(daemon.target, codebook, calls=5)
-    wait_until(lambda: children(daemon.process.pid).get(0, before[0]) != before[0])
+    eventually(lambda: children(daemon.process.pid).get(0, before[0]) != before[0])
     assert children(daemon.process.pid)[1] == before[1]
     code, log = daemon.stop(signal.SIGINT)
     assert code == 0
@@ -114,7 +114,7 @@ def test_workers_end_with_their_parent_however_it_ends(vqserved: Callable[..., A
     workers = children(daemon.process.pid)
     daemon.process.kill()
     daemon.process.wait()
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers.values()))
+    eventually(lambda: all_gone(workers.values()))
 
 
 def test_a_worker_that_cannot_start_is_the_parents_error(
@@ -133,7 +133,7 @@ def test_a_worker_for_which_nothing_is_left_is_the_parents_error_too(codebook: P
     # bash and not preexec_fn, which may not be used beside threads.
     command = 'ulimit -n 14; exec "$0" -m vqserve_server serve "$1" --workers 4 --port 0'
     done = subprocess.run(
-        ["bash", "-c", command, sys.executable, str(codebook)], capture_output=True, text=True, check=False, timeout=60
+        ["bash", "-c", command, sys.executable, str(codebook)], capture_output=True, text=True, check=False, timeout=200
     )
     assert done.returncode == 1
     assert done.stdout == ""
@@ -163,12 +163,10 @@ def test_a_worker_for_which_nothing_is_left_is_started_when_there_is(
     lost = children(parent)[0]
     resource.prlimit(parent, resource.RLIMIT_NOFILE, (3, limits[1]))
     os.kill(lost, signal.SIGKILL)
-    while "worker 0 cannot be started: Too many open files" not in daemon.process.stderr.readline():
-        pass
+    read_until(daemon.process.stderr, "worker 0 cannot be started: Too many open files")
     resource.prlimit(parent, resource.RLIMIT_NOFILE, limits)
-    wait_until(lambda: 0 in children(parent))
-    while "worker 0 is ready" not in daemon.process.stderr.readline():
-        pass
+    eventually(lambda: 0 in children(parent))
+    read_until(daemon.process.stderr, "worker 0 is ready")
     answers(daemon.target, codebook)
     assert daemon.stop(signal.SIGTERM)[0] == 0
 
@@ -234,20 +232,19 @@ def test_a_signal_while_workers_start(codebook: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_until(lambda: len(children(process.pid)) == 2)
+    eventually(lambda: len(children(process.pid)) == 2)
     workers = children(process.pid)
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=200)
     assert out == ""
     assert process.returncode == 0
-    assert not [pid for pid in workers.values() if Path(f"/proc/{pid}").exists()]
+    eventually(lambda: all_gone(workers.values()))
 
 
 def test_a_stop_while_a_worker_waits_to_be_started_again(vqserved: Callable[..., Any], codebook: Path) -> None:
     daemon = vqserved(codebook, "--workers", 2)
     os.kill(children(daemon.process.pid)[0], signal.SIGKILL)
-    while "worker 0 ended with -9: starting it again in 0.5 s" not in daemon.process.stderr.readline():
-        pass
+    read_until(daemon.process.stderr, "worker 0 ended with -9: starting it again in 0.5 s")
     assert daemon.stop(signal.SIGTERM)[0] == 0
 
 
@@ -258,7 +255,7 @@ def test_a_worker_that_hangs_does_not_hold_up_a_stop_for_ever(vqserved: Callable
     code, log = daemon.stop(signal.SIGTERM)
     assert code == 1
     assert "workers that have not stopped by now are killed: 1" in log
-    assert not [pid for pid in workers.values() if Path(f"/proc/{pid}").exists()]
+    eventually(lambda: all_gone(workers.values()))
 
 
 # A worker whose device never answers.
@@ -280,7 +277,7 @@ class Stuck:
 app.Repository.load = lambda self: None
 app.Repository.tokenizers = [Stuck()]
 from vqserve_tools.cli import main
-sys.exit(main(["serve", "--port", "0", "--drain-seconds", "2"]))
+sys.exit(main(["serve", "--port", "0", "--drain-seconds", "4"]))
 """
 
 

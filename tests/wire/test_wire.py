@@ -185,16 +185,15 @@ def test_varints_are_protobufs(value):
 
 @pytest.mark.parametrize("name_length", range(12))
 @pytest.mark.parametrize("size", [0, 1, 300, 20000])
-def test_a_form_is_a_message_written_in_place(name_length, size):
+def test_a_reply_is_a_message_written_in_place(name_length, size):
     head = pb.EncodeResponse(digest="d" * name_length, dtype=5, shape=[size])
-    form = wire.Form(head.SerializeToString(), 4, 5, size)
-    assert form.start % 8 == 0
+    template = wire.ReplyTemplate(head.SerializeToString(), 4, 5, size)
+    assert template.start % 8 == 0
     for counters in ((0, 0, 0, 0, 0), (1, 127, 128, 1 << 20, (1 << 35) - 1), (1 << 40, 1 << 60, 5, 1 << 31, 7)):
-        blank = form.blank()
-        payload = np.frombuffer(memoryview(blank.memory), np.uint8, offset=form.start)
+        buffer = wire.ReplyBuffer(template)
+        payload = np.frombuffer(memoryview(buffer.memory), np.uint8, offset=template.start)
         payload[:] = np.arange(size, dtype=np.uint32) % 251
-        raw = form.fill(blank, counters)
-        assert raw is blank.raw
+        raw = buffer.write_header(counters)
         message = pb.EncodeResponse.FromString(raw)
         capped = [min(value, (1 << 35) - 1) for value in counters]
         stats = message.stats
@@ -206,11 +205,21 @@ def test_a_form_is_a_message_written_in_place(name_length, size):
         assert bytes(wire.read(pb.EncodeResponse, raw)[1]) == message.indices
 
 
-def test_messages_of_a_form_share_no_memory():
-    form = wire.Form(b"", 4, 5, 8)
-    one, two = form.blank(), form.blank()
-    one.memory[form.start :] = b"11111111"
-    two.memory[form.start :] = b"22222222"
-    assert form.fill(one, [0] * 5).endswith(b"11111111")
-    assert form.fill(two, [1] * 5).endswith(b"22222222")
-    assert hash(one.raw) != hash(two.raw)
+def test_replies_of_a_template_share_no_memory():
+    template = wire.ReplyTemplate(b"", 4, 5, 8)
+    one, two = wire.ReplyBuffer(template), wire.ReplyBuffer(template)
+    one.memory[template.start :] = b"11111111"
+    two.memory[template.start :] = b"22222222"
+    first, second = one.write_header([0] * 5), two.write_header([1] * 5)
+    assert first.endswith(b"11111111")
+    assert second.endswith(b"22222222")
+    assert hash(first) != hash(second)
+
+
+def test_an_array_in_a_reply_keeps_its_memory():
+    template = wire.ReplyTemplate(b"", 4, 5, 1 << 20)
+    # Nobody but the array has them: were they freed, the next ones would get the same memory.
+    arrays = [np.frombuffer(memoryview(wire.ReplyBuffer(template).memory), np.uint8) for _ in range(50)]
+    for number, array in enumerate(arrays):
+        array[:] = number
+    assert all((array == number).all() for number, array in enumerate(arrays))

@@ -7,7 +7,7 @@ together, a device thread, `Job.outcome`.
 from vqserve_server.engine.admission import Admission
 from vqserve_server.engine.batch import BatchFailed
 from vqserve_server.engine.engine import Engine
-from vqserve_server.engine.job import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, Output, Served
+from vqserve_server.engine.job import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, Output, RequestTiming
 from vqserve_server.engine.live_set import LiveSet
 
 __all__ = [
@@ -21,5 +21,5 @@ __all__ = [
     "Job",
     "LiveSet",
     "Output",
-    "Served",
+    "RequestTiming",
 ]

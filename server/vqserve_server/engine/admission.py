@@ -1,38 +1,92 @@
-"""How much work may be in the server at once."""
+"""How much work may be in the server at once, and how much it has done."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from vqserve_server.config import EngineConfig
 from vqserve_server.errors import Overloaded, VqserveError
 
 
-class Admission:
-    """Counts the requests, rows and bytes between arrival and reply, and refuses what would exceed the limits.
+@dataclass
+class EngineStats:
+    """Counters of the engine. A batch is counted before its requests are answered."""
 
-    A request is counted from when its size is known until its reply is sent, so that the limits bound memory and not
-    merely the queue. One that exceeds a limit all by itself is taken when nothing else is in the server.
+    requests: int = 0
+    batches: int = 0
+    rows: int = 0
+    failed_batches: int = 0
+    largest_batch_requests: int = 0
+    batched_requests: int = 0
+    busy_s: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def count(self, *, requests: int, rows: int, finished: int, seconds: float) -> None:
+        """Count a batch.
+
+        Args:
+            requests: requests that were part of it.
+            rows: rows of it.
+            finished: requests that it completes.
+            seconds: time that a device thread spent on it.
+        """
+        with self._lock:
+            self.batches += 1
+            self.requests += finished
+            self.rows += rows
+            self.batched_requests += requests
+            self.largest_batch_requests = max(self.largest_batch_requests, requests)
+            self.busy_s += seconds
+
+    def count_failed(self) -> None:
+        """Count a batch that failed."""
+        with self._lock:
+            self.failed_batches += 1
+
+    @property
+    def mean_batch_requests(self) -> float:
+        """Requests per batch, a split request counted in each of its batches."""
+        return self.batched_requests / self.batches if self.batches else 0.0
+
+    def retry_after_s(self, rows: int) -> float:
+        """Return how long that many rows will take at the speed so far, from 50 ms to 10 s."""
+        seconds = rows * self.busy_s / self.rows if self.rows else 0.0
+        return min(max(seconds, 0.05), 10.0)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.requests} requests, {self.rows} rows in {self.batches} batches "
+            f"({self.mean_batch_requests:.2f} requests a batch, {self.largest_batch_requests} at most), "
+            f"device busy {self.busy_s:.2f} s, {self.failed_batches} batches failed"
+        )
+
+
+class Admission:
+    """Counts the requests, rows and bytes in the server, and rejects requests that would exceed a limit.
+
+    A request counts from when its size is known until its reply is sent, so the limits bound memory, not only the
+    queue. A request that exceeds a limit alone is accepted when no other is in the server.
     """
 
     def __init__(self, config: EngineConfig, *, retry_after_s: Callable[[int], float]) -> None:
-        """Make the counter; `retry_after_s` estimates from the rows inside when to try again."""
+        """Make the counter; `retry_after_s` estimates the delay before a retry from the rows in the server."""
         self._config = config
         self._retry_after_s = retry_after_s
         self._lock = threading.Lock()
-        self._refusal: VqserveError | None = None
+        self._closed: VqserveError | None = None
         self.requests = 0
         self.rows = 0
         self.bytes = 0
 
-    def close(self, refusal: VqserveError) -> None:
-        """Refuse everything from now on, for this reason; the first reason stays."""
+    def close(self, reason: VqserveError) -> None:
+        """Reject every request from now on with this reason; the first reason stays."""
         with self._lock:
-            self._refusal = self._refusal or refusal
+            self._closed = self._closed or reason
 
     def enter(self, rows: int, nbytes: int) -> None:
-        """Count a request of so many rows, and of so many bytes with its reply.
+        """Count a request: its rows, and the bytes of it and its reply.
 
         Raises:
             Overloaded: a limit would be exceeded.
@@ -40,9 +94,9 @@ class Admission:
             DeviceBroken: the device failed.
         """
         with self._lock:
-            if self._refusal is not None:
-                # A fresh one each time: an exception that is raised collects a traceback.
-                raise self._refusal.with_fields()
+            if self._closed is not None:
+                # A new exception each time: raising one adds a traceback to it.
+                raise self._closed.with_fields()
             if self.requests >= self._config.max_queue_requests:
                 raise self._overloaded("requests")
             if self.requests:
@@ -52,7 +106,7 @@ class Admission:
             self.bytes += nbytes
 
     def leave(self, rows: int, nbytes: int) -> None:
-        """Count out a request that has entered with these numbers."""
+        """Stop counting a request that entered with these numbers."""
         with self._lock:
             self.requests -= 1
             self.rows -= rows

@@ -1,13 +1,41 @@
-"""Rows of several jobs that the device computes together."""
+"""Rows of several jobs that the device computes together, and the memory in which they are put together."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import math
+from typing import Any, NamedTuple
 
-from vqserve_server.engine.job import Deliver, Job, Key
-from vqserve_server.engine.staging import Staging
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vqserve_server.engine.job import Job, Key
 from vqserve_server.errors import InvalidRequest
+
+
+class Staging:
+    """Memory of one device thread for the rows of a batch, kept from one batch to the next.
+
+    The kernel zeroes fresh memory page by page, which takes longer than copying rows into it. For CUDA the memory is
+    page-locked, so that the copy to the device is asynchronous.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[bool, npt.NDArray[np.uint8]] = {}
+
+    def rows(self, key: Key, count: int) -> npt.NDArray[Any]:
+        """Return uninitialized memory for that many rows of a key; the next call reuses it."""
+        shape, dtype = (count, *key.row_shape), key.rows_dtype
+        nbytes = math.prod(shape) * dtype.itemsize
+        is_pinned = key.tokenizer.device.type == "cuda"
+        memory = self._memory.get(is_pinned)
+        if memory is None or memory.nbytes < nbytes:
+            # A power of two, so that it does not grow with every slightly larger batch.
+            memory = torch.empty(1 << (nbytes - 1).bit_length(), dtype=torch.uint8, pin_memory=is_pinned).numpy()
+            self._memory[is_pinned] = memory
+        return memory[:nbytes].view(dtype).reshape(shape)
+
 
 logger = logging.getLogger(__name__)
 
@@ -16,39 +44,33 @@ class BatchFailed(RuntimeError):
     """The computation failed for a reason that is not the caller's; the log has it."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """The rows [start, stop) of a job, at `offset` of a batch."""
+class Part(NamedTuple):
+    """The rows [start, stop) of a job, which are `rows` of its batch."""
 
     job: Job
     start: int
     stop: int
-    offset: int
-
-    @property
-    def rows(self) -> slice:
-        """Where the part is in its batch."""
-        return slice(self.offset, self.offset + self.stop - self.start)
+    rows: slice
 
 
 class Batch:
-    """Parts of jobs with one key: the queue adds them, a device thread does the rest."""
+    """Parts of jobs with one key. The queue adds them; a device thread computes them."""
 
-    def __init__(self, key: Key, capacity: int) -> None:
+    def __init__(self, key: Key) -> None:
         self.key = key
         self.parts: list[Part] = []
         self.rows = 0
-        self._capacity = capacity
 
     @property
-    def room(self) -> int:
-        """Rows that may still be added."""
-        return self._capacity - self.rows
+    def completes(self) -> int:
+        """How many requests it completes: their last rows are in it, and they were not cancelled."""
+        return sum(part.stop == part.job.rows and part.job.outcome is None for part in self.parts)
 
     def add(self, job: Job, rows: int) -> None:
         """Add the next rows of a job."""
-        self.parts.append(Part(job, job.next_row, job.next_row + rows, self.rows))
+        start = job.next_row
         job.next_row += rows
+        self.parts.append(Part(job, start, job.next_row, slice(self.rows, self.rows + rows)))
         self.rows += rows
 
     def compute(self, staging: Staging) -> None:
@@ -69,26 +91,25 @@ class Batch:
                 logger.exception("no memory for a reply of %d rows", part.job.rows)
                 part.job.fail(BatchFailed("the computation failed"))
 
-    def finish(self, *, started: float, ended: float) -> int:
-        """Tell each job that its part is done, and return how many jobs that completed.
+    def finish(self, *, started: float, ended: float) -> None:
+        """Count each part of each job as done, and notify the jobs that are complete.
 
         Args:
             started: when `compute` began, in time.monotonic() seconds.
             ended: when it returned.
         """
-        batch = len(self.parts), self.rows
-        finished: dict[Deliver, list[Job]] = {}
-        for part in self.parts:
-            job = part.job
-            if job.finish(part.stop - part.start, started=started, ended=ended, batch=batch):
-                finished.setdefault(job.deliver, []).append(job)
-        # Together, when all are done: whoever gets its answer competes with this thread.
-        for deliver, jobs in finished.items():
-            deliver(jobs)
-        return sum(map(len, finished.values()))
+        size = len(self.parts), self.rows
+        complete = [
+            part.job
+            for part in self.parts
+            if part.job.finish(part.stop - part.start, started=started, ended=ended, batch=size)
+        ]
+        # Last, when all are finished: the threads of the callers compete with this one.
+        for job in complete:
+            job.notify()
 
-    def refuse(self, error: InvalidRequest) -> None:
-        """Fail its only part's job, which the error is about."""
+    def reject(self, error: InvalidRequest) -> None:
+        """Fail the job of its only part, which the error is about."""
         [part] = self.parts
         part.job.fail(part.job.in_whole(error, part.start))
 
@@ -102,7 +123,7 @@ class Batch:
         return [self._alone(part) for part in self.parts]
 
     def _alone(self, part: Part) -> Batch:
-        alone = Batch(self.key, part.stop - part.start)
-        alone.parts = [Part(part.job, part.start, part.stop, 0)]
+        alone = Batch(self.key)
         alone.rows = part.stop - part.start
+        alone.parts = [part._replace(rows=slice(0, alone.rows))]
         return alone

@@ -6,13 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from vqserve_server.config import EngineConfig
-from vqserve_server.cuda_stream import wait_for_stream
-from vqserve_server.engine.admission import Admission
-from vqserve_server.engine.job import Job
+from vqserve_server.device import wait_for_stream
+from vqserve_server.engine.admission import Admission, EngineStats
 from vqserve_server.engine.live_set import LiveSet
-from vqserve_server.engine.pipeline import Pipeline
-from vqserve_server.engine.queue import JobQueue
-from vqserve_server.engine.stats import EngineStats
+from vqserve_server.engine.scheduler import Scheduler
 from vqserve_server.engine.worker import Worker
 from vqserve_server.errors import DeviceBroken, Draining
 
@@ -47,11 +44,11 @@ class Engine:
         self.live = _live(tokenizers)
         self.stats = EngineStats()
         self._on_broken = on_broken
-        self._admission = Admission(config, retry_after_s=self.stats.retry_after_s)
-        self._pipeline = Pipeline(JobQueue(config))
+        self.admission = Admission(config, retry_after_s=self.stats.retry_after_s)
+        self.scheduler = Scheduler(config)
         if threads is None:
             threads = max((_threads(tokenizer) for tokenizer in tokenizers), default=1)
-        self._worker = Worker(self._pipeline, self.stats, threads=threads, on_broken=self._broken)
+        self._worker = Worker(self.scheduler, self.stats, threads=threads, on_broken=self._broken)
 
     def swap(self, tokenizers: Iterable[Tokenizer]) -> None:
         """Serve these from now on; jobs that were made for others finish with theirs."""
@@ -61,37 +58,9 @@ class Engine:
         """Start the threads."""
         self._worker.start()
 
-    def admit(self, rows: int, nbytes: int) -> None:
-        """Count a request in; `release` counts it out again.
-
-        Raises:
-            Overloaded: a limit would be exceeded.
-            Draining: the server stops.
-            DeviceBroken: the device is lost.
-        """
-        self._admission.enter(rows, nbytes)
-
-    def release(self, rows: int, nbytes: int) -> None:
-        """Count a request out that was admitted."""
-        self._admission.leave(rows, nbytes)
-
-    def submit(self, jobs: Iterable[Job]) -> None:
-        """Queue jobs, to be one batch if they can; each gets its outcome exactly once, whatever happens.
-
-        Raises:
-            Draining: the engine was stopped.
-            DeviceBroken: the device is lost.
-        """
-        self._pipeline.put(jobs)
-
-    def forget(self, job: Job) -> None:
-        """Drop a job that nobody waits for any more."""
-        job.cancel()
-        self._pipeline.discard(job)
-
     def drain(self) -> None:
         """Admit no more requests; those that are inside are served."""
-        self._admission.close(Draining("the server is stopping"))
+        self.admission.close(Draining("the server is stopping"))
 
     def stop(self, timeout_s: float = 10.0) -> bool:
         """Finish what is queued and end the threads.
@@ -104,14 +73,14 @@ class Engine:
         """
         self.drain()
         stopping = Draining("the server is stopping")
-        self._pipeline.close(stopping, drop=False)
+        self.scheduler.close(stopping, drop=False)
         if self._worker.join(timeout_s):
             return True
-        self._pipeline.close(stopping, drop=True)
+        self.scheduler.close(stopping, drop=True)
         return self._worker.join(0.0)
 
     def _broken(self, error: DeviceBroken) -> None:
-        self._admission.close(error)
+        self.admission.close(error)
         self._on_broken()
 
 

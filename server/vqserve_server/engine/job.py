@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from vqserve.layout import Layout, grid_shape
 from vqserve.validation import beyond_dtype
-from vqserve_server.engine.rows import first_overflow, read_rows, read_tokens, write_rows, write_tokens
+from vqserve_server.config import EngineConfig
+from vqserve_server.engine.copy import first_overflow, read_rows, read_tokens, write_rows, write_tokens
 from vqserve_server.errors import Cancelled, DeadlineExceeded, InvalidArgument
 
 if TYPE_CHECKING:
@@ -23,81 +24,91 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Output = Literal["latents", "code_rows"]
 
+_INDEX_DTYPE = np.dtype(np.int64)
+# A batch to decode may have this many times the rows of one to encode: a lookup costs less than a search.
+_DECODED_PER_ENCODED = 4
+# Guards the outcomes of all jobs; it is held for a few operations only.
+_outcomes = threading.Lock()
 
-@dataclass(frozen=True)
-class EncodeKey:
-    """What rows must share to be encoded in one batch."""
+logger = logging.getLogger(__name__)
+
+
+class EncodeKey(NamedTuple):
+    """What rows must share to be encoded in one batch.
+
+    Attributes:
+        tokenizer: the codebook.
+        rows_dtype: float32 or float64, the type of the rows after widening.
+        num_quantizers: indices of a token, as an axis; None: one index, without an axis.
+    """
 
     tokenizer: Tokenizer
-    dtype: np.dtype[Any]  # float32 or float64: the type after widening
-    num_quantizers: int | None = None  # indices that a token gets, as an axis; None: one, without an axis
-    rows_counted_as_one: ClassVar[int] = 1  # against max_batch_rows
-
-    def __hash__(self) -> int:
-        return id(self.tokenizer)
+    rows_dtype: np.dtype[Any]
+    num_quantizers: int | None = None
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of a row and its result."""
-        return self.tokenizer.info.input_dim * self.dtype.itemsize + 8 * (self.num_quantizers or 1)
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row that `compute` takes."""
+        return (self.tokenizer.info.input_dim,)
 
-    @property
-    def rows_dtype(self) -> np.dtype[Any]:
-        """Type of the rows that `compute` takes."""
-        return self.dtype
-
-    def rows_shape(self, rows: int) -> tuple[int, ...]:
-        """Return the shape of that many of them."""
-        return rows, self.tokenizer.info.input_dim
+    def max_rows(self, config: EngineConfig) -> int:
+        """Return how many rows a batch may have."""
+        row_bytes = self.tokenizer.info.input_dim * self.rows_dtype.itemsize + 8 * (self.num_quantizers or 1)
+        return max(1, min(config.max_batch_rows, config.max_batch_bytes // row_bytes))
 
     def compute(self, rows: Array) -> Array:
         """Return the indices of rows (n, C): (n,) or (n, num_quantizers)."""
         return self.tokenizer.encode_rows(rows, num_quantizers=self.num_quantizers)
 
 
-@dataclass(frozen=True)
-class DecodeKey:
-    """What indices must share to be decoded in one batch."""
+class DecodeKey(NamedTuple):
+    """What indices must share to be decoded in one batch.
+
+    Attributes:
+        tokenizer: the codebook.
+        output: latents, or rows of the codebook.
+        dtype: of the reply; uint16 for bfloat16's bit patterns.
+        num_quantizers: indices of a token that are used, as an axis; None: one index, without an axis.
+    """
 
     tokenizer: Tokenizer
     output: Output
-    dtype: np.dtype[Any]  # of the reply, as in DecodeJob
-    num_quantizers: int | None = None  # indices of a token that are used, an axis; None: its one, without an axis
-    rows_counted_as_one: ClassVar[int] = 4  # against max_batch_rows: what is looked up costs less than what is searched
-
-    def __hash__(self) -> int:
-        return id(self.tokenizer)
-
-    @property
-    def channels(self) -> int:
-        """Width of what is returned."""
-        info = self.tokenizer.info
-        return info.code_dim if self.output == "code_rows" else info.output_dim
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a token's indices and its result, which is float64 at most."""
-        return 8 * (self.num_quantizers or 1) + 8 * self.channels
+    dtype: np.dtype[Any]
+    num_quantizers: int | None = None
 
     @property
     def rows_dtype(self) -> np.dtype[Any]:
         """Type of the indices that `compute` takes."""
-        return np.dtype(np.int64)
+        return _INDEX_DTYPE
 
-    def rows_shape(self, rows: int) -> tuple[int, ...]:
-        """Return the shape of the indices of that many tokens."""
-        return (rows,) if self.num_quantizers is None else (rows, self.num_quantizers)
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of the indices of one token."""
+        return () if self.num_quantizers is None else (self.num_quantizers,)
+
+    @property
+    def channels(self) -> int:
+        """Width of a row of the reply."""
+        info = self.tokenizer.info
+        return info.code_dim if self.output == "code_rows" else info.output_dim
+
+    def max_rows(self, config: EngineConfig) -> int:
+        """Return how many tokens a batch may have."""
+        # The result is float64 at most.
+        row_bytes = 8 * (self.num_quantizers or 1) + 8 * self.channels
+        return max(1, min(config.max_batch_rows * _DECODED_PER_ENCODED, config.max_batch_bytes // row_bytes))
 
     def compute(self, indices: Array) -> Array:
         """Return the rows (n, channels) of indices, (n,) or (n, num_quantizers); see `Tokenizer.decode_rows`."""
         return self.tokenizer.decode_rows(indices, output=self.output, dtype=self.dtype)
 
 
+# Equal keys are equal tuples; one for encode never equals one for decode, as their lengths differ.
 Key = EncodeKey | DecodeKey
 
 
-class Served(NamedTuple):
-    """How the time of a finished job went."""
+class RequestTiming(NamedTuple):
+    """Where the time of a finished job went, and the largest batch that it was part of."""
 
     queue_us: int
     compute_us: int
@@ -105,22 +116,20 @@ class Served(NamedTuple):
     batch_rows: int
 
 
-# Told, from whatever thread, of jobs that have just got their outcomes.
-Deliver: TypeAlias = "Callable[[list[Job]], None]"
-
-# Held for a comparison or a sum only, so that one serves all jobs.
-_outcomes = threading.Lock()
-
-
 class Job(ABC):
-    """Rows in, rows out, and an outcome that is set exactly once: by the first who has one.
+    """Rows in, rows out, and an outcome that is set exactly once.
 
-    The queue's lock guards `next_row`. The parts of a job may be computed by several threads at once.
+    The scheduler's lock guards `next_row`. Several threads may compute the parts of a job at once.
 
     Attributes:
-        outcome: None until there is one; an error if the job failed.
-        tag: by which `deliver` knows whose job it is.
-        owner: what the memory of the result belongs to.
+        key: which jobs can share a batch with this one.
+        source: the array that is read.
+        result: the array that is written; it keeps its own memory alive.
+        layout: position of the channels in the latents, and of a token's indices.
+        rows: tokens of the request.
+        deadline: time.monotonic() seconds, or None.
+        next_row: first row that is not part of a batch yet.
+        outcome: None until there is one; an exception if the job failed.
     """
 
     def __init__(
@@ -128,25 +137,24 @@ class Job(ABC):
         key: Key,
         source: Array,
         result: Array,
-        rows: int,
+        layout: Layout,
         *,
-        deadline: float | None,
-        deliver: Deliver,
-        tag: Any,
-        owner: Any,
+        rows: int,
+        on_done: Callable[[], None],
+        deadline: float | None = None,
     ) -> None:
+        """Make the job; `on_done` is called once, on any thread, when the outcome is set (`cancel` apart)."""
         self.key = key
         self.source = source
         self.result = result
+        self.layout = layout
         self.rows = rows
-        self.deadline = deadline  # time.monotonic() seconds
-        self.deliver = deliver
-        self.tag = tag
-        self.owner = owner
-        self.outcome: Served | BaseException | None = None
-        self.next_row = 0  # rows before it are in a batch
-        self.waiting_since = time.monotonic()
-        self.arrived = self.waiting_since
+        self.deadline = deadline
+        self.outcome: RequestTiming | BaseException | None = None
+        self.next_row = 0
+        self.arrived = time.monotonic()
+        self._on_done = on_done
+        self._waiting_since = self.arrived
         self._rows_done = 0
         self._queue_s = self._compute_s = 0.0
         self._batch_requests = self._batch_rows = 0
@@ -160,59 +168,56 @@ class Job(ABC):
         """Copy the results of the rows from `start` on into the reply.
 
         Raises:
-            InvalidArgument: the reply cannot hold them; concerns nobody else's.
+            InvalidArgument: the reply cannot hold them; other jobs of the batch are not affected.
         """
 
     def in_whole(self, error: InvalidArgument, start: int) -> InvalidArgument:
-        """Return an error about the rows from `start` on as one about the whole request."""
+        """Return an error about a row counted from `start` as one about the whole request."""
         return error
 
-    def resolve(self, outcome: Served | BaseException) -> bool:
-        """Set the outcome; False if there was one already."""
-        with _outcomes:
-            if self.outcome is not None:
-                return False
-            self.outcome = outcome
-        return True
+    def notify(self) -> None:
+        """Call `on_done`. It may fail for the caller's connection, which must not end a thread of the engine."""
+        try:
+            self._on_done()
+        except Exception:
+            logger.exception("a reply was not sent")
 
-    def fail(self, error: BaseException) -> bool:
-        """Resolve and deliver the job with an error; False if it had an outcome already."""
-        if not self.resolve(error):
-            return False
-        self.deliver([self])
-        return True
+    def fail(self, error: BaseException) -> None:
+        """Set an error as the outcome, if there is none yet, and notify."""
+        if self._resolve(error):
+            self.notify()
 
     def cancel(self) -> None:
-        """Say that nobody waits for the job any more."""
-        self.resolve(Cancelled("the caller has left"))
+        """Mark the job as cancelled: nobody waits for it, so nobody is notified."""
+        self._resolve(Cancelled("the caller has left"))
 
-    def alive(self, now: float) -> bool:
-        """Return whether somebody still waits for the job; an expired one is failed here."""
+    def is_wanted(self, now: float) -> bool:
+        """Return whether the job still needs its result; one whose deadline has passed is failed here."""
         if self.deadline is not None and self.deadline <= now:
             self.fail(DeadlineExceeded("the deadline passed before the request was computed"))
         return self.outcome is None
 
     def finish(self, rows: int, *, started: float, ended: float, batch: tuple[int, int]) -> bool:
-        """Count a part whose results are written; return whether it was the last one, which resolves the job.
+        """Count a part whose results are written; return whether it was the last one, which sets the outcome.
 
-        Whoever gets True delivers the job, with others of its batch.
+        The batch notifies afterwards.
 
         Args:
-            rows: the part's rows.
-            started: when the device began with its batch, in time.monotonic() seconds.
+            rows: rows of the part.
+            started: when the device began with the batch, in time.monotonic() seconds.
             ended: when it had finished.
-            batch: requests and rows of that batch.
+            batch: requests and rows of the batch.
         """
         with _outcomes:
             self._rows_done += rows
-            self._queue_s += max(started - self.waiting_since, 0.0)
+            self._queue_s += max(started - self._waiting_since, 0.0)
             self._compute_s += ended - started
-            self.waiting_since = ended
+            self._waiting_since = ended
             if batch[1] > self._batch_rows:
                 self._batch_requests, self._batch_rows = batch
             if self._rows_done < self.rows or self.outcome is not None:
                 return False
-            self.outcome = Served(
+            self.outcome = RequestTiming(
                 round(self._queue_s * 1e6),
                 round(self._compute_s * 1e6),
                 self._batch_requests,
@@ -220,95 +225,52 @@ class Job(ABC):
             )
         return True
 
+    def _resolve(self, outcome: BaseException) -> bool:
+        """Set the outcome; return False if there was one already."""
+        with _outcomes:
+            if self.outcome is not None:
+                return False
+            self.outcome = outcome
+        return True
+
 
 class EncodeJob(Job):
-    """Latents to indices."""
+    """Latents to indices.
 
-    def __init__(
-        self,
-        key: EncodeKey,
-        latents: Array,
-        layout: Layout,
-        indices: Array,
-        *,
-        deliver: Deliver,
-        tag: Any = None,
-        owner: Any = None,
-        deadline: float | None = None,
-    ) -> None:
-        """Make the job.
-
-        Args:
-            key: the codebook, and the latents' type after widening.
-            latents: validated; float16, float32, float64, or uint16 for bfloat16's bit patterns.
-            layout: where its channels are.
-            indices: the reply, to be written, of a type that holds the vocabulary: shaped like the grid, or, where the
-                key has a number of quantizers, like the latents with so many indices in the place of the channels.
-            deliver: told when there is an outcome.
-            tag: by which `deliver` knows whose job it is.
-            owner: what the memory of the result belongs to, if it is not the array's own.
-            deadline: time.monotonic() seconds, or None.
-        """
-        rows = indices.size // (key.num_quantizers or 1)
-        super().__init__(key, latents, indices, rows, deadline=deadline, deliver=deliver, tag=tag, owner=owner)
-        self._layout = layout
-        self._flat = indices.reshape(-1)
+    `source` holds checked latents: float16, float32, float64, or uint16 for bfloat16's bit patterns. `result` holds
+    indices in a type that fits the vocabulary: in the shape of the grid, or, if the key has a number of quantizers, in
+    the shape of the latents with a token's indices in place of the channels.
+    """
 
     def read(self, start: int, stop: int, into: Array) -> None:
         """Copy the rows [start, stop) into a batch."""
-        read_rows(self.source, self._layout, start, stop, into)
+        read_rows(self.source, self.layout, start, stop, into)
 
     def in_whole(self, error: InvalidArgument, start: int) -> InvalidArgument:
-        """Return an error about the rows from `start` on, which have no grid, with the token's place in the grid."""
-        return error.placed(grid_shape(self.source.shape, self._layout), start)
+        """Return an error about a row counted from `start` as one that names the token's position in the grid."""
+        return error.placed(grid_shape(self.source.shape, self.layout), start)
 
     def write(self, start: int, results: Array) -> None:
         """Copy the results of the rows from `start` on into the reply."""
         if results.ndim == 1:
-            self._flat[start : start + len(results)] = results
+            self.result.reshape(-1)[start : start + len(results)] = results
         else:
-            write_tokens(results, self.result, self._layout, start)
+            write_tokens(results, self.result, self.layout, start)
 
 
 class DecodeJob(Job):
-    """Indices to latents."""
+    """Indices to latents.
 
-    def __init__(
-        self,
-        key: DecodeKey,
-        indices: Array,
-        latents: Array,
-        layout: Layout,
-        *,
-        deliver: Deliver,
-        tag: Any = None,
-        owner: Any = None,
-        deadline: float | None = None,
-    ) -> None:
-        """Make the job.
-
-        Args:
-            key: the codebook, which of its rows, and the type of the reply.
-            indices: validated; any integer type; shaped like the grid, or, where the key has a number of quantizers,
-                like the latents with so many indices in the place of the channels.
-            latents: the reply, to be written: float16, float32, float64, or uint16 for bfloat16's bit patterns.
-            layout: where its channels are, and the indices of a token.
-            deliver: told when there is an outcome.
-            tag: by which `deliver` knows whose job it is.
-            owner: what the memory of the result belongs to, if it is not the array's own.
-            deadline: time.monotonic() seconds, or None.
-        """
-        source = indices.reshape(-1) if key.num_quantizers is None else indices
-        rows = indices.size // (key.num_quantizers or 1)
-        super().__init__(key, source, latents, rows, deadline=deadline, deliver=deliver, tag=tag, owner=owner)
-        self._layout = layout
+    `source` holds checked indices of any integer type, in one of the shapes of `EncodeJob`'s result. `result` holds
+    latents: float16, float32, float64, or uint16 for bfloat16's bit patterns.
+    """
 
     def read(self, start: int, stop: int, into: Array) -> None:
         """Copy the rows [start, stop) into a batch."""
         if into.ndim == 1:
-            into[:] = self.source[start:stop]
+            into[:] = self.source.reshape(-1)[start:stop]
         else:
-            read_tokens(self.source, self._layout, start, stop, into)
+            read_tokens(self.source, self.layout, start, stop, into)
 
     def write(self, start: int, results: Array) -> None:
         """Copy the results of the rows from `start` on into the reply.
@@ -319,7 +281,6 @@ class DecodeJob(Job):
         overflow = first_overflow(results, self.result.dtype)
         if overflow is not None:
             dtype = "bfloat16" if self.result.dtype == np.uint16 else self.result.dtype.name
-            raise beyond_dtype(start + overflow, dtype, has_stages=self.source.ndim > 1).placed(
-                grid_shape(self.result.shape, self._layout)
-            )
-        write_rows(results, self.result, self._layout, start)
+            error = beyond_dtype(start + overflow, dtype, has_stages=self.key.num_quantizers is not None)
+            raise error.placed(grid_shape(self.result.shape, self.layout))
+        write_rows(results, self.result, self.layout, start)

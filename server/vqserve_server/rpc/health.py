@@ -11,11 +11,9 @@ from collections.abc import Iterable, Mapping
 import grpc
 from grpc_health.v1 import health, health_pb2
 
-from vqserve_server.rpc.call import Call
-from vqserve_server.rpc.failure import fail, no_request
 from vqserve_server.rpc.messages import parse
 from vqserve_server.rpc.status import Status
-from vqserve_server.rpc.transport import Handler
+from vqserve_server.rpc.transport import Call, Handler
 
 _Response = health_pb2.HealthCheckResponse
 
@@ -40,7 +38,7 @@ class Health:
             self._status = _Response.SERVING if serving else _Response.NOT_SERVING
             watchers = list(self._watchers)
         for watcher in watchers:
-            watcher.tell()
+            watcher.notify()
 
     def close(self) -> None:
         """End the watchers' calls."""
@@ -48,7 +46,7 @@ class Health:
             self._is_closed = True
             watchers = list(self._watchers)
         for watcher in watchers:
-            watcher.tell()
+            watcher.notify()
 
     def status(self, service: str) -> int | None:
         """Return the state of a service; None: there will be no more to tell."""
@@ -58,7 +56,7 @@ class Health:
         return status
 
     def _check(self, call: Call) -> None:
-        def received(raw: bytes | None) -> None:
+        def received(raw: bytes) -> None:
             service = _service(call, raw)
             if service is None:
                 return
@@ -70,7 +68,7 @@ class Health:
         call.receive(received)
 
     def _watch(self, call: Call) -> None:
-        def received(raw: bytes | None) -> None:
+        def received(raw: bytes) -> None:
             service = _service(call, raw)
             if service is None:
                 return
@@ -81,10 +79,10 @@ class Health:
                     self._watchers.discard(watcher)
 
             # The caller may be gone already: then nothing would take the watcher out.
-            call.when_over = forget
+            call.on_close = forget
             with self._lock:
                 self._watchers.add(watcher)
-            watcher.tell()
+            watcher.notify()
 
         call.receive(received)
 
@@ -98,9 +96,9 @@ class _Watcher:
         self._service = service
         self._lock = threading.Lock()
         self._is_sending = self._has_ended = False
-        self._told: int | None = None
+        self._last: int | None = None
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         """Send the state if it is another than the last one."""
         with self._lock:
             if self._is_sending or self._has_ended:
@@ -109,23 +107,21 @@ class _Watcher:
             if status is None:
                 self._has_ended = True
                 self._call.end()
-            elif status != self._told:
-                self._told, self._is_sending = status, True
+            elif status != self._last:
+                self._last, self._is_sending = status, True
                 self._call.send(_Response(status=status).SerializeToString(), self._sent)
 
     def _sent(self) -> None:
         with self._lock:
             self._is_sending = False
-        self.tell()
+        self.notify()
 
 
-def _service(call: Call, raw: bytes | None) -> str | None:
+def _service(call: Call, raw: bytes) -> str | None:
     """Return the service that is asked for; None: the call has failed."""
     try:
-        if raw is None:
-            raise no_request()
         name: str = parse(health_pb2.HealthCheckRequest, raw).service
     except Exception as error:
-        fail(call, error)
+        call.fail(error)
         return None
     return name

@@ -1,97 +1,112 @@
-"""One stream of requests: read ahead within a window, answered in order."""
+"""One stream of requests: several are in the server at once, within a window; the replies are in order."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from vqserve_server.errors import Draining, Overloaded
-from vqserve_server.rpc.call import Call
-from vqserve_server.rpc.failure import fail
-from vqserve_server.rpc.requests import Begin, Request, Told
+from vqserve_server.rpc.headers import HeaderCache
+from vqserve_server.rpc.request import Request, Requests
+from vqserve_server.rpc.transport import Call
 
-# Bytes of requests and replies that a stream has in the server; one that is larger all by itself goes alone.
+# Bytes of the requests and replies of a stream in the server; a single larger request is accepted alone.
 WINDOW_BYTES = 16 << 20
-# Requests, however small: a caller that does not read its replies keeps so many places, and the others have the rest.
+# Requests of a stream in the server, however small: a caller that reads no replies leaves capacity for other callers.
 WINDOW_REQUESTS = 64
 
 
-class Stream:
-    """Reads one message after another while the window has room, and sends one reply after another.
+class StreamCall:
+    """Receives message after message while the window has room, and sends reply after reply.
 
-    Of each there is one under way at most: a message is read when the one before it has been begun with, a reply is
-    sent when the one before it has been.
+    At most one message is received, one is started (validated and queued) and one reply is sent at a time.
     """
 
-    def __init__(self, call: Call, begin: Begin, *, when_over: Callable[[Stream], None]) -> None:
-        """Take the call; `when_over` is called with this stream when it has ended."""
+    def __init__(
+        self,
+        call: Call,
+        requests: Requests,
+        headers: HeaderCache[Any],
+        *,
+        on_close: Callable[[StreamCall], None],
+    ) -> None:
+        """Take the call; `on_close` is called with this stream when it has ended."""
+        self.deadline = call.deadline
         self._call = call
-        self._begin = begin
-        self._when_over = when_over
-        # Guards the rest. Nothing is done under it that waits for the engine, which may have news for this stream.
+        self._requests = requests
+        self._headers = headers
+        self._on_close = on_close
+        # Guards the fields below. Never call the engine while holding it: the engine calls `ready`, which takes it too.
         self._lock = threading.Lock()
-        self._open: deque[Request] = deque()  # begun with, and no reply sent
-        self._is_sending = False  # the reply of the first of them
-        self._bytes = 0  # of all of them
-        self._is_beginning = False
-        self._held: bytes | None = None  # a message for which the server had no place
-        self._is_paused = False  # nothing is read, for want of room in the window
-        self._end: Exception | None = None  # why no more is read
+        self._open: deque[Request] = deque()  # accepted, reply not sent
+        self._bytes = 0  # of the open requests and their replies
+        self._is_sending = False  # the reply of the first open request
+        self._starting: bytes | None = None  # the message that is being started
+        self._held: bytes | None = None  # a message for which the server had no capacity
+        self._is_paused = False  # nothing is received until the window has room
+        self._end: Exception | None = None  # why nothing more is received
         self._has_ended = False
-        call.when_over = self._over
-        call.has_work = self._has_work
+        call.on_close = self._closed
+        call.owes_reply = self._owes_reply
 
     def start(self) -> None:
-        """Begin to read."""
-        self._call.receive(self._received)
+        """Receive the first message."""
+        self._receive()
 
     def drain(self) -> None:
-        """Read no more: what was read is answered, then the stream ends."""
+        """Receive no more: requests that were received are answered, then the stream ends."""
         with self._lock:
             self._end = self._end or Draining("the server is stopping")
             self._held = None
-            self._go_on()
+            self._advance()
 
-    def _received(self, raw: bytes | None) -> None:
+    def _receive(self) -> None:
+        self._call.receive(self._received, at_end=self._received_all)
+
+    def _received(self, raw: bytes) -> None:
         with self._lock:
-            if raw is None:
-                self._end = self._end or _AllRead()
-            if raw is None or self._end is not None:
-                self._go_on()
+            if self._end is not None:
+                self._advance()
                 return
-            self._is_beginning = True
-        self._begin_with(raw)
+            self._starting = raw
+        self._requests.start(self, self._headers, raw)
 
-    def _begin_with(self, raw: bytes) -> None:
-        self._begin(raw, self._call, self._begun, lambda error: self._not_begun(raw, error))
-
-    def _begun(self, request: Request) -> Told | None:
+    def _received_all(self) -> None:
         with self._lock:
-            self._is_beginning = False
+            self._end = self._end or _EndOfRequests()
+            self._advance()
+
+    def accepted(self, request: Request) -> bool:
+        """Take over a valid request, and receive the next message; return False if the stream has ended."""
+        with self._lock:
+            self._starting = None
             if self._has_ended:
-                return None
+                return False
             self._open.append(request)
             self._bytes += request.nbytes
             self._is_paused = not self._has_room
-            reads_on = not self._is_paused and self._end is None
-        if reads_on:
-            self._call.receive(self._received)
-        return self._answered
+            receives = not self._is_paused and self._end is None
+        if receives:
+            self._receive()
+        return True
 
-    def _not_begun(self, raw: bytes, error: Exception) -> None:
+    def rejected(self, error: Exception) -> None:
+        """Hold the message until the server has capacity, or end the stream with the error."""
         with self._lock:
-            self._is_beginning = False
-            # Who has requests in the server waits for a place; who has none is told like everybody.
+            raw, self._starting = self._starting, None
+            # A stream with requests in the server waits for capacity; one without is rejected like any other caller.
             if isinstance(error, Overloaded) and self._open and self._end is None:
                 self._held = raw
             else:
                 self._end = self._end or error
-            self._go_on()
+            self._advance()
 
-    def _answered(self) -> None:
+    def ready(self) -> None:
+        """Send the next reply, if it is its turn."""
         with self._lock:
-            self._go_on()
+            self._advance()
 
     def _sent(self) -> None:
         with self._lock:
@@ -101,58 +116,58 @@ class Stream:
             request = self._open.popleft()
             self._bytes -= request.nbytes
             raw, self._held = self._held, None
-            self._is_beginning = raw is not None
-            reads_on = self._is_paused and self._has_room and self._end is None
-            if reads_on:
+            self._starting = raw
+            receives = self._is_paused and self._has_room and self._end is None
+            if receives:
                 self._is_paused = False
-        request.leave()
+        request.release()
         if raw is not None:
-            self._begin_with(raw)
-        elif reads_on:
-            self._call.receive(self._received)
-        self._answered()
+            self._requests.start(self, self._headers, raw)
+        elif receives:
+            self._receive()
+        self.ready()
 
-    def _go_on(self) -> None:
+    def _advance(self) -> None:
         """Send the next reply, or end, if it is time. The lock is held."""
         if self._is_sending or self._has_ended:
             return
         if self._open:
-            if self._open[0].is_answered:
+            if self._open[0].is_ready:
                 self._send(self._open[0])
-        elif self._end is not None and not self._is_beginning:
+        elif self._end is not None and self._starting is None:
             self._has_ended = True
-            if isinstance(self._end, _AllRead):
+            if isinstance(self._end, _EndOfRequests):
                 self._call.end()
             else:
-                fail(self._call, self._end)
+                self._call.fail(self._end)
 
     def _send(self, request: Request) -> None:
         try:
             reply = request.reply()
         except Exception as error:
             self._has_ended = True
-            fail(self._call, error)
+            self._call.fail(error)
         else:
             self._is_sending = True
-            is_followed = len(self._open) > 1 and self._open[1].is_answered
+            is_followed = len(self._open) > 1 and self._open[1].is_ready
             self._call.send(reply, self._sent, is_followed=is_followed)
 
     @property
     def _has_room(self) -> bool:
         return self._bytes <= WINDOW_BYTES and len(self._open) < WINDOW_REQUESTS
 
-    def _has_work(self) -> bool:
+    def _owes_reply(self) -> bool:
         return bool(self._open)
 
-    def _over(self) -> None:
+    def _closed(self) -> None:
         with self._lock:
             self._has_ended = True
             left = list(self._open)
             self._open.clear()
         for request in left:
-            request.leave()
-        self._when_over(self)
+            request.release()
+        self._on_close(self)
 
 
-class _AllRead(Exception):
-    """The caller has sent all that it wants to send."""
+class _EndOfRequests(Exception):
+    """The caller has sent its last request."""

@@ -4,31 +4,187 @@ Both of grpcio's servers stand on this queue, and what they add to it costs more
 each call that waits, the other an event loop that a second thread wakes for each event (decision 0002). Here whoever
 has an answer sends it, from its own thread, and nobody is woken for it.
 
-Nothing but this file and call.py knows of `grpc._cython`. It is not a public interface, but grpcio's own server, which
+Nothing but this file knows of `grpc._cython`. It is not a public interface, but grpcio's own server, which
 is Python, uses it in the same way.
 """
 
 from __future__ import annotations
 
 import logging
+import re
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-from vqserve_server.rpc.call import Call
-from vqserve_server.rpc.failure import fail
-from vqserve_server.rpc.status import Status
+from vqserve_server.engine import BatchFailed
+from vqserve_server.errors import InvalidRequest
+from vqserve_server.rpc.status import Status, status_of
+
+REQUEST_ID_KEY = "vqserve-request-id"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
+# gRPC tells "no deadline" as one that is centuries away.
+_NO_DEADLINE_S = 1e9
+_OK = Status(grpc.StatusCode.OK, "")
+
+
+class Call:
+    """One call. Thread-safe; callbacks run on the transport's thread.
+
+    At most one `receive` and one `send` may be active at a time. After the end of the call all methods do nothing.
+
+    Attributes:
+        method: full name.
+        deadline: time.monotonic() seconds, or None.
+        on_close: called once, when the caller has received everything, or has left.
+        owes_reply: returns whether the server owes a reply, although another message may be received.
+    """
+
+    def __init__(self, event: Any, on_end: Callable[[Call], None]) -> None:
+        """Take the call that an event announces; `on_end` is called with it, before `on_close`."""
+        self._call = event.call
+        self._metadata = event.invocation_metadata
+        self._on_end = on_end
+        self._is_closed = False
+        # Sent together with the first message or the status.
+        self._unsent: tuple[Any, ...] = (cygrpc.SendInitialMetadataOperation((), 0),)
+        # time.monotonic() seconds; None: not active.
+        self._receiving_since: float | None = None
+        self._sending_since: float | None = None
+        self._sent_at = 0.0
+        self._lock = threading.Lock()
+        details = event.call_details
+        self.method: str = details.method.decode("ascii", "backslashreplace")
+        left_s = details.deadline - time.time()
+        self.deadline = None if left_s > _NO_DEADLINE_S else time.monotonic() + left_s
+        self.on_close: Callable[[], None] = _nothing
+        self.owes_reply: Callable[[], bool] = _no
+        # Without the lock: no other thread knows of the call yet.
+        self._call.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(0),), self._closed)
+
+    @property
+    def request_id(self) -> str:
+        """Return the caller's name for the call in logs, or a random one."""
+        for key, value in self._metadata or ():
+            if key == REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
+                return value
+        return secrets.token_hex(8)
+
+    def is_idle(self, before: float) -> bool:
+        """Return whether the call has waited for its caller, to send or to receive, since before that time.
+
+        Args:
+            before: time.monotonic() seconds.
+        """
+        sending, receiving = self._sending_since, self._receiving_since
+        if sending is not None:
+            return sending < before
+        # A caller may wait for a reply before it sends: its time starts with the last reply at the earliest.
+        return receiving is not None and max(receiving, self._sent_at) < before and not self.owes_reply()
+
+    def receive(self, then: Callable[[bytes], None], *, at_end: Callable[[], None] | None = None) -> None:
+        """Receive the next message.
+
+        Args:
+            then: called with the message.
+            at_end: called if there are no more messages; None: one is required, without it the call fails.
+        """
+
+        def received(event: Any) -> None:
+            self._receiving_since = None
+            message: bytes | None = event.batch_operations[0].message()
+            if message is not None:
+                then(message)
+            elif at_end is not None:
+                at_end()
+            else:
+                self.fail(InvalidRequest("the call has no request: send exactly one message"))
+
+        self._receiving_since = time.monotonic()
+        self._start((cygrpc.ReceiveMessageOperation(0),), received)
+
+    def send(self, message: bytes, then: Callable[[], None], *, is_followed: bool = False) -> None:
+        """Send one of several messages; `then` is called when the next may be sent.
+
+        Args:
+            message: the message.
+            then: the callback.
+            is_followed: whether the next message is there already: a small message may then wait for it.
+        """
+
+        def sent(_event: Any) -> None:
+            self._sent_at = time.monotonic()
+            self._sending_since = None
+            then()
+
+        self._sending_since = time.monotonic()
+        initial, self._unsent = self._unsent, ()
+        # Not with the first: until something is written, gRPC holds the initial metadata back too, and calls nobody.
+        flags = cygrpc.WriteFlag.buffer_hint if is_followed and not initial else 0
+        self._start((*initial, cygrpc.SendMessageOperation(message, flags)), sent)
+
+    def end(self, status: Status = _OK, message: bytes | None = None) -> None:
+        """End the call, with a last message if there is one."""
+        initial, self._unsent = self._unsent, ()
+        last = () if message is None else (cygrpc.SendMessageOperation(message, 0),)
+        code, text = status.code.value[0], status.details.encode()
+        trailer = cygrpc.SendStatusFromServerOperation(status.metadata, code, text, 0)
+        self._sending_since = time.monotonic()
+        self._start((*initial, *last, trailer), None)
+
+    def fail(self, error: Exception) -> None:
+        """End the call with the status of an error, and log it."""
+        request_id = self.request_id
+        status = status_of(error, request_id=request_id)
+        if status.code is grpc.StatusCode.INTERNAL:
+            # The engine has logged why a batch failed.
+            is_known = isinstance(error, BatchFailed)
+            logger.error("request %s %s failed", request_id, self.method, exc_info=None if is_known else error)
+        else:
+            logger.debug("request %s %s: %s: %s", request_id, self.method, status.code.name, status.details)
+        self.end(replace(status, metadata=((REQUEST_ID_KEY, request_id), *status.metadata)))
+
+    def abort(self, status: Status) -> None:
+        """End the call at once, whatever is active; the status reaches the caller if it listens."""
+        with self._lock:
+            if not self._is_closed:
+                self._call.cancel(status.code.value[0], status.details)
+
+    def _start(self, operations: Any, tag: Callable[[Any], None] | None) -> None:
+        with self._lock:
+            # A call may end, and the queue may shut down, while its request is validated: gRPC would then abort.
+            if not self._is_closed:
+                # It returns an error if the call has ended, which `_closed` is called for anyway.
+                self._call.start_server_batch(operations, tag)
+
+    def _closed(self, _event: Any) -> None:
+        with self._lock:
+            self._is_closed = True
+        # Break the reference cycle now: these know this call, and the garbage collector would come late.
+        on_close, self.on_close, self.owes_reply = self.on_close, _nothing, _no
+        self._on_end(self)
+        on_close()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _no() -> bool:
+    return False
+
 
 logger = logging.getLogger(__name__)
 
 # Begins to answer a call, and returns at once.
 Handler = Callable[[Call], None]
 # How often calls are looked at that wait for their callers.
-_LOOK_S = 1.0
+_IDLE_CHECK_S = 1.0
 
 
 class Transport:
@@ -76,7 +232,7 @@ class Transport:
     def start(self) -> None:
         """Take calls."""
         self._server.start()
-        self._ask_for_call()
+        self._request_call()
         self._thread.start()
 
     def stop(self, linger_s: float) -> None:
@@ -95,16 +251,16 @@ class Transport:
         self._server.destroy()
 
     def _serve(self) -> None:
-        looks_at = time.monotonic() + _LOOK_S
+        next_check = time.monotonic() + _IDLE_CHECK_S
         while True:
-            event = self._queue.poll(time.time() + _LOOK_S)
+            event = self._queue.poll(time.time() + _IDLE_CHECK_S)
             if event.completion_type == cygrpc.CompletionType.queue_shutdown:
                 return
             try:
-                if event.completion_type != cygrpc.CompletionType.queue_timeout:
+                if event.completion_type != cygrpc.CompletionType.queue_timeout and event.tag is not None:
                     event.tag(event)
-                if time.monotonic() >= looks_at:
-                    looks_at = time.monotonic() + _LOOK_S
+                if time.monotonic() >= next_check:
+                    next_check = time.monotonic() + _IDLE_CHECK_S
                     self._end_idle()
             except Exception:
                 logger.exception("an event of gRPC was not dealt with")
@@ -114,16 +270,16 @@ class Transport:
             if self._stopped.is_set() and not self._calls:
                 self._queue.shutdown()
 
-    def _ask_for_call(self) -> None:
+    def _request_call(self) -> None:
         with self._lock:
             if not self._is_stopping:
                 self._server.request_call(self._queue, self._queue, self._on_call)
 
     def _on_call(self, event: Any) -> None:
-        self._ask_for_call()
+        self._request_call()
         if not event.success:
             return
-        call = Call(event, self._on_end)
+        call = Call(event, self._calls.discard)
         self._calls.add(call)
         handler = self._handlers.get(call.method)
         if handler is None:
@@ -134,10 +290,7 @@ class Transport:
             try:
                 handler(call)
             except Exception as error:
-                fail(call, error)
-
-    def _on_end(self, call: Call) -> None:
-        self._calls.discard(call)
+                call.fail(error)
 
     def _end_idle(self) -> None:
         if not self._idle_s:
@@ -146,7 +299,7 @@ class Transport:
         status = Status(grpc.StatusCode.UNAVAILABLE, f"the call was idle for {self._idle_s:g} s: make another one")
         for call in [call for call in self._calls if call.is_idle(before)]:
             logger.info("%s: %s", call.method, status.details)
-            call.break_off(status)
+            call.abort(status)
 
     def _on_stopped(self, _event: Any) -> None:
         self._stopped.set()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from vqserve_server.cuda_stream import wait_for_stream
+from vqserve_server.device import wait_for_stream
 from vqserve_server.search.searcher import Searcher
 
 

@@ -16,14 +16,13 @@ from vqserve.codebook_info import CodebookInfo
 from vqserve.validation import check_digest, no_codebook
 from vqserve_server.codebooks import codebook_digest, load_codebook
 from vqserve_server.codebooks.conversion import kind_of
-from vqserve_server.codebooks.device import select_device
+from vqserve_server.device import select_device, to_device, to_host
 from vqserve_server.errors import Closed
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.frozen import FrozenQuantizer, freeze
 from vqserve_server.tokenizer.arrays import TORCH_DTYPES, given_indices, given_latents, several, tensor_of
 from vqserve_server.tokenizer.grid import decode_grid, encode_grid
 from vqserve_server.tokenizer.options import Options, Output, options
-from vqserve_server.tokenizer.transfer import to_device, to_host
 
 ArrayOrTensor = TypeVar("ArrayOrTensor", npt.NDArray[Any], Tensor)
 

@@ -13,8 +13,8 @@ from vqserve.layout import Layout
 from vqserve_server.codebook_path import add_output
 from vqserve_server.codebooks.arguments import ARGUMENTS, check_unknown_index
 from vqserve_server.codebooks.codebook_file import check_folder, check_not_read, save_codebook
+from vqserve_server.console import printable
 from vqserve_server.errors import ForeignCheckpointError
-from vqserve_server.printable import printable
 from vqserve_server.quantizers.fsq import BOUNDS
 from vqserve_tools.importing.families.options import BIT_ORDERS, DECODES, METRICS, Options
 from vqserve_tools.importing.importer import Import, import_checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vqserve_server.codebooks import Codebook
-from vqserve_server.codebooks.device import select_device
+from vqserve_server.device import select_device
 from vqserve_server.quantizers import freeze
 from vqserve_tools.inspection.codes import Codes, codebooks_of, count_dead_looking, measure_codes
 from vqserve_tools.inspection.fit import FitTally, check_latents, measure_fit

@@ -7,7 +7,7 @@ import math
 import textwrap
 from collections.abc import Iterator
 
-from vqserve_server.printable import printable
+from vqserve_server.console import printable
 from vqserve_tools.inspection.error import QuantizationError
 from vqserve_tools.inspection.fit import Fit
 from vqserve_tools.inspection.report import CodeFigures, Neighbours, Norms, Report

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqserve_server.codebooks.device import select_device
+from vqserve_server.device import select_device
 from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers import AbstractQuantizer, measure_perplexity
 from vqserve_server.search import prepare

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from vqserve_client.bench import Schedule
+from vqserve_bench import Schedule
 
 # Three windows, if nothing stops it before; no test waits for stability.
 QUICK = Schedule(warmup_s=0.1, window_s=0.1, max_windows=3, stability=1e-9)
@@ -98,7 +98,7 @@ def window() -> Callable[..., Any]:
     """Make a window of one second: window(latencies in s, errors={...})."""
     import numpy as np  # noqa: PLC0415
 
-    from vqserve_client.bench.window import Window  # noqa: PLC0415
+    from vqserve_bench.window import Window  # noqa: PLC0415
 
     def make(*latencies_s: float, seconds: float = 1.0, **fields: Any) -> Window:
         return Window(seconds, np.array(latencies_s), **fields)

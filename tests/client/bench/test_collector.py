@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from vqserve_client.bench.driver import run_loop
+from vqserve_bench.driver import run_loop
 
 
 @pytest.fixture(autouse=True)

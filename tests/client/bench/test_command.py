@@ -178,7 +178,7 @@ def test_interrupted(tiny, tmp_path, number, code, processes):
     while "window 2 of" not in seen and (more := process.stderr.read(1)):
         seen += more
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == code
     assert "Traceback" not in seen + err
     if number == signal.SIGINT:

@@ -8,9 +8,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from vqserve_client.bench import Closed, Open, Request
-from vqserve_client.bench.job import Job
-from vqserve_client.bench.load import gaps, shares
+from vqserve_bench import Closed, Open, Request
+from vqserve_bench.job import Job
+from vqserve_bench.load import gaps, shares
 
 
 def test_gaps_are_exponential_and_seeded():

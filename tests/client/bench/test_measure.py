@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import pytest
 
+from vqserve_bench import Closed, Open, Request, Schedule, encode_stats, measure
+from vqserve_bench.driver import _arrival
+from vqserve_bench.job import Job
+from vqserve_bench.measure import run
+from vqserve_bench.trial import Trial
+from vqserve_bench.window import Recorder, clock
+from vqserve_bench.workload import Workload
 from vqserve_client import Client, DeadlineExceeded, ProtocolError, Unavailable
-from vqserve_client.bench import Closed, Open, Request, Schedule, encode_stats, measure
-from vqserve_client.bench.driver import _arrival
-from vqserve_client.bench.job import Job
-from vqserve_client.bench.measure import run
-from vqserve_client.bench.trial import Trial
-from vqserve_client.bench.window import Recorder, clock
-from vqserve_client.bench.workload import Workload
 from vqserve_client.config import ClientConfig
 
 WAYS = [

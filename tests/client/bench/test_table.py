@@ -9,12 +9,12 @@ from collections import Counter
 import pytest
 
 from vqserve.codebook_info import CodebookInfo
-from vqserve_client.bench import Closed, Open, Schedule
-from vqserve_client.bench.plot import draw_latency, time_spent
-from vqserve_client.bench.report import report, to_json
-from vqserve_client.bench.served import Served
-from vqserve_client.bench.table import Table, number
-from vqserve_client.bench.trial import Trial
+from vqserve_bench import Closed, Open, Schedule
+from vqserve_bench.plot import draw_latency, time_spent
+from vqserve_bench.report import report, to_json
+from vqserve_bench.served import Served
+from vqserve_bench.table import Table, number
+from vqserve_bench.trial import Trial
 
 INFO = CodebookInfo(
     name="x", digest="0" * 64, kind="vq", num_codes=1, vocab_size=1, input_dim=1, code_dim=1, output_dim=1

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vqserve_client.bench import Closed, Latency, Schedule, Server
-from vqserve_client.bench.schedule import agree
-from vqserve_client.bench.served import Served
-from vqserve_client.bench.trial import Trial
-from vqserve_client.bench.window import one_after_the_other, side_by_side
+from vqserve_bench import Closed, Latency, Schedule, Server
+from vqserve_bench.schedule import agree
+from vqserve_bench.served import Served
+from vqserve_bench.trial import Trial
+from vqserve_bench.window import one_after_the_other, side_by_side
 
 
 @pytest.mark.parametrize(

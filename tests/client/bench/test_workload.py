@@ -7,9 +7,9 @@ import pytest
 
 from vqserve import bfloat16, payload, wire
 from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve_bench.served import decode_stats, encode_stats
+from vqserve_bench.workload import Workload
 from vqserve_client import Client, InvalidArgument
-from vqserve_client.bench.served import decode_stats, encode_stats
-from vqserve_client.bench.workload import Workload
 from vqserve_client.config import ClientConfig
 from vqserve_client.npy import FileError
 

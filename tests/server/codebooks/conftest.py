@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from kinds import CASES, make
 
+from kinds import CASES, make
 from vqserve_server.quantizers import Quantizer
 
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from support.engine_jobs import Jobs
 from vqserve.layout import Layout
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine import BatchFailed, EncodeJob, Engine
 from vqserve_server.errors import DeadlineExpired, DeviceBroken, Draining, InvalidOption, NonFiniteLatents, Overloaded
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engine_jobs import Jobs
 
 LAST = Layout.CHANNELS_LAST
 JOBS = Jobs()
@@ -58,7 +54,7 @@ def expected(job: EncodeJob, codes: np.ndarray) -> np.ndarray:
 
 def submit(engine: Engine, *jobs: Any) -> list[Any]:
     for job in jobs:
-        engine.submit([job])
+        engine.scheduler.put(job)
     return list(jobs)
 
 
@@ -109,7 +105,7 @@ def test_decode_in_every_type_and_layout(fake: Callable[..., Any], start: Callab
     for dtype in (np.float16, np.float32, np.float64):
         for layout, shape in ((Layout.CHANNELS_FIRST, (2, 4, 3, 2)), (LAST, (2, 3, 2, 4))):
             job = JOBS.decode(tokenizer, indices, np.empty(shape, dtype), layout, output="code_rows")
-            engine.submit([job])
+            engine.scheduler.put(job)
             want = -tokenizer.codes[indices]
             want = np.moveaxis(want, -1, 1) if layout is Layout.CHANNELS_FIRST else want
             np.testing.assert_array_equal(JOBS.array(job), want.astype(dtype))
@@ -127,7 +123,7 @@ def test_cancelled_and_expired_work_is_never_computed(fake: Callable[..., Any], 
         encode_job(tokenizer, 3, seed=2, deadline=time.monotonic() + 1e-3),
         encode_job(tokenizer, 4, seed=3),
     )
-    engine.forget(cancelled)
+    engine.scheduler.cancel(cancelled)
     threading.Event().wait(2e-3)  # lets the deadline pass, which nothing announces
     tokenizer.release()
     with pytest.raises(DeadlineExpired):
@@ -234,9 +230,9 @@ def test_a_lost_device_resolves_every_future(
             JOBS.result(job)
     broken.wait()
     with pytest.raises(DeviceBroken):
-        engine.submit([encode_job(tokenizer, 1)])
+        engine.scheduler.put(encode_job(tokenizer, 1))
     with pytest.raises(DeviceBroken):
-        engine.admit(0, 1)
+        engine.admission.enter(0, 1)
     assert not other.batches
 
 
@@ -274,13 +270,13 @@ def test_stop_finishes_what_is_queued(fake: Callable[..., Any], start: Callable[
     tokenizer.wait_entered()
     engine.drain()
     with pytest.raises(Draining):
-        engine.admit(0, 1)
+        engine.admission.enter(0, 1)
     tokenizer.release()
     assert engine.stop()
     for job in jobs:
         np.testing.assert_array_equal(JOBS.array(job, timeout=0), expected(job, tokenizer.codes))
     with pytest.raises(Draining):
-        engine.submit([encode_job(tokenizer, 1)])
+        engine.scheduler.put(encode_job(tokenizer, 1))
 
 
 def test_stop_gives_up_on_time(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
@@ -306,44 +302,69 @@ def test_an_idle_device_waits_max_wait_us_for_more(fake: Callable[..., Any], sta
 
 def test_limits(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
     engine = start(fake(), max_queue_requests=3, max_queue_rows=100, max_queue_bytes=2048)
-    engine.admit(60, 1000)
+    engine.admission.enter(60, 1000)
     with pytest.raises(Overloaded, match="bytes"):
-        engine.admit(0, 1500)
+        engine.admission.enter(0, 1500)
     with pytest.raises(Overloaded, match="rows") as caught:
-        engine.admit(60, 100)
+        engine.admission.enter(60, 100)
     assert 0.05 <= caught.value.retry_after_s <= 10
-    engine.admit(1, 100)
-    engine.admit(0, 1)
+    engine.admission.enter(1, 100)
+    engine.admission.enter(0, 1)
     with pytest.raises(Overloaded, match="requests"):
-        engine.admit(0, 1)
+        engine.admission.enter(0, 1)
     for rows, nbytes in ((60, 1000), (1, 100), (0, 1)):
-        engine.release(rows, nbytes)
+        engine.admission.leave(rows, nbytes)
     # What is larger than a limit by itself is served when it is alone, and all that was counted has been given back.
-    engine.admit(1000, 10**6)
+    engine.admission.enter(1000, 10**6)
     with pytest.raises(Overloaded):
-        engine.admit(0, 1)
-    engine.release(1000, 10**6)
-    engine.admit(50, 2000)
-    engine.admit(50, 48)
+        engine.admission.enter(0, 1)
+    engine.admission.leave(1000, 10**6)
+    engine.admission.enter(50, 2000)
+    engine.admission.enter(50, 48)
 
 
-def test_a_finished_batch_is_delivered_at_once(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+def test_replies_are_sent_when_the_whole_batch_is_finished(
+    fake: Callable[..., Any], start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = fake()
     engine = start(tokenizer)
-    deliveries: list[int] = []
-    jobs = [encode_job(tokenizer, 2, seed=seed) for seed in range(5)]
-    plain = jobs[0].deliver
-
-    def deliver(done: list[Any]) -> None:
-        deliveries.append(len(done))
-        plain(done)
-
+    tokenizer.hold()
+    submit(engine, encode_job(tokenizer, 1))
+    tokenizer.wait_entered()
+    jobs = submit(engine, *(encode_job(tokenizer, 2, seed=seed) for seed in range(5)))
+    open_at_notify: list[int] = []
     for job in jobs:
-        job.deliver = deliver
-    engine.submit(jobs)
+
+        def notify(plain: Callable[[], None] = job.notify) -> None:
+            open_at_notify.append(sum(each.outcome is None for each in jobs))
+            # A caller that has its reply finds it counted.
+            assert engine.stats.requests == 6
+            plain()
+
+        monkeypatch.setattr(job, "notify", notify)
+    tokenizer.release()
     for job in jobs:
         np.testing.assert_array_equal(JOBS.array(job), expected(job, tokenizer.codes))
-    assert deliveries == [5]
+    assert open_at_notify == [0] * 5
+
+
+def test_a_batch_is_counted_before_it_is_answered(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+    tokenizer = fake()
+    engine = start(tokenizer)
+    plain, go_on = engine.stats.count, threading.Event()
+
+    def late(**counts: Any) -> None:
+        go_on.wait()
+        plain(**counts)
+
+    engine.stats.count = late  # type: ignore[method-assign]
+    (job,) = submit(engine, encode_job(tokenizer, 2))
+    tokenizer.wait_entered()
+    with pytest.raises(TimeoutError):
+        JOBS.result(job, timeout=0.2)
+    go_on.set()
+    JOBS.result(job)
+    assert (engine.stats.requests, engine.stats.rows) == (1, 2)
 
 
 def test_two_threads_have_two_batches_under_way(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
@@ -455,7 +476,7 @@ def test_no_memory_for_one_reply_is_no_other_s_concern(fake: Callable[..., Any],
     engine = start(tokenizer)
     tokenizer.hold()
     first = JOBS.encode(tokenizer, np.zeros((1, 4), np.float32))
-    engine.submit([first])
+    engine.scheduler.put(first)
     tokenizer.wait_entered()
     jobs = [JOBS.encode(tokenizer, np.zeros((rows, 4), np.float32)) for rows in (2, 3, 4)]
 
@@ -463,7 +484,7 @@ def test_no_memory_for_one_reply_is_no_other_s_concern(fake: Callable[..., Any],
         raise MemoryError
 
     jobs[1].write = no_memory
-    engine.submit(jobs)
+    submit(engine, *jobs)
     tokenizer.release()
     assert len(JOBS.array(first)) == 1
     assert len(JOBS.array(jobs[0])) == 2

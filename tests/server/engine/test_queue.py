@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from support.engine_jobs import Jobs
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine import EncodeJob, Job
-from vqserve_server.engine.queue import JobQueue
+from vqserve_server.engine.scheduler import JobQueue
 from vqserve_server.errors import DeadlineExpired
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engine_jobs import Jobs
 
 JOBS = Jobs()
 
@@ -33,7 +29,7 @@ def queue_of(*jobs: Job, **config: int) -> JobQueue:
 
 
 def taken(queue: JobQueue, now: float = 0.0) -> list[tuple[Any, int, int]] | None:
-    batch = queue.take(now, patient=True)
+    batch = queue.take(now, allow_wait=True)
     return None if batch is None else [(part.job, part.start, part.stop) for part in batch.parts]
 
 
@@ -42,7 +38,7 @@ def test_all_that_waits_is_one_batch(fake: Callable[..., Any]) -> None:
     a, b, c = job(tokenizer, 3), job(tokenizer, 5), job(tokenizer, 1)
     queue = queue_of(a, b, c)
     assert taken(queue) == [(a, 0, 3), (b, 0, 5), (c, 0, 1)]
-    assert not queue
+    assert not queue.waiting
     assert taken(queue) is None
 
 
@@ -69,7 +65,7 @@ def test_a_large_job_is_split_and_lets_small_ones_pass(fake: Callable[..., Any])
     assert taken(queue) == [(large, 0, 4)]
     assert taken(queue) == [(small, 0, 2), (large, 4, 6)]
     assert taken(queue) == [(large, 6, 10)]
-    assert not queue
+    assert not queue.waiting
 
 
 def test_a_job_that_fits_a_batch_is_not_split(fake: Callable[..., Any]) -> None:
@@ -107,7 +103,7 @@ def test_the_rest_of_a_split_job_is_dropped_with_its_caller(fake: Callable[..., 
     assert taken(queue) == [(large, 0, 4)]
     large.cancel()
     assert taken(queue) is None
-    assert not queue
+    assert not queue.waiting
 
 
 def test_discard(fake: Callable[..., Any]) -> None:
@@ -120,16 +116,16 @@ def test_discard(fake: Callable[..., Any]) -> None:
     queue.discard(b)
 
 
-def test_patience_waits_for_a_fuller_batch(fake: Callable[..., Any]) -> None:
+def test_an_idle_device_waits_for_a_fuller_batch(fake: Callable[..., Any]) -> None:
     tokenizer = fake()
     first = job(tokenizer, 2)
     queue = queue_of(first, max_wait_us=1000, max_batch_rows=4)
-    ripe_at = queue.ripe_at()
-    assert ripe_at == pytest.approx(first.arrived + 1e-3)
+    ready_at = queue.ready_at()
+    assert ready_at == pytest.approx(first.arrived + 1e-3)
     assert taken(queue, now=first.arrived) is None
     queue.put(second := job(tokenizer, 2))
     assert taken(queue, now=first.arrived) == [(first, 0, 2), (second, 0, 2)]
-    assert queue.ripe_at() is None
+    assert queue.ready_at() is None
     queue.put(third := job(tokenizer, 1))
     assert taken(queue, now=third.arrived + 2e-3) == [(third, 0, 1)]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vqserve import bfloat16
 from vqserve.layout import Layout
-from vqserve_server.engine.rows import first_overflow, read_rows, write_rows
+from vqserve_server.engine.copy import first_overflow, read_rows, write_rows
 
 FIRST, LAST = Layout.CHANNELS_FIRST, Layout.CHANNELS_LAST
 

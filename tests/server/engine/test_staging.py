@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vqserve_server.engine import DecodeKey, EncodeKey
-from vqserve_server.engine.staging import Staging
+from vqserve_server.engine.batch import Staging
 
 
 def test_it_is_kept_and_grows(fake: Callable[..., Any]) -> None:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support import exact
 from vqserve_server.errors import CodebookError, InvalidOption
 from vqserve_server.quantizers import CosineQuantizer, DotQuantizer, VectorQuantizer, freeze
 from vqserve_server.search import available
-
-sys.path.insert(0, str(Path(__file__).parent))
-import exact
 
 FAST = settings(max_examples=60, derandomize=True, database=None)
 

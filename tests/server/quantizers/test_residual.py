@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support import exact
 from vqserve.layout import Layout
 from vqserve_server.errors import (
     CodebookError,
@@ -22,9 +20,6 @@ from vqserve_server.errors import (
 )
 from vqserve_server.quantizers import ResidualQuantizer, freeze
 from vqserve_server.search import available
-
-sys.path.insert(0, str(Path(__file__).parent))
-import exact
 
 # The arrangements of trained models, small.
 ENCODEC = {"num_quantizers": 4, "n_e": 6, "e_dim": 3}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from fractions import Fraction
-from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -15,12 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support import exact
 from vqserve_server.errors import CodebookError, IndexOutOfRange, InvalidOption, InvalidShape, NonFiniteLatents
 from vqserve_server.quantizers import FiniteScalarQuantizer, LookupFreeQuantizer, freeze
 from vqserve_server.quantizers.fsq_boundaries import boundaries
-
-sys.path.insert(0, str(Path(__file__).parent))
-import exact
 
 FAST = settings(max_examples=150, derandomize=True, database=None)
 BOUNDS = ("atanh", "tan", "symmetric")

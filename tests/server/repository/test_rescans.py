@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from support.waiting import DEADLINE_S
 from vqserve_server.repository import Rescans
 
 
@@ -36,8 +37,9 @@ class SlowRepository:
 
 
 async def until_idle(rescans: Rescans) -> None:
-    while rescans.is_busy:
-        await asyncio.sleep(0.001)
+    async with asyncio.timeout(DEADLINE_S):
+        while rescans.is_busy:
+            await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize("asked_meanwhile", [0, 1, 5])

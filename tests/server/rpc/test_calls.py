@@ -14,12 +14,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from support.waiting import eventually
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_server.rpc.call import Call
-from vqserve_server.rpc.requests import Request
-from vqserve_server.rpc.stream import Stream
-from vqserve_server.rpc.transport import Transport
-from vqserve_server.rpc.unary import Unary
+from vqserve_server.rpc.request import Request, UnaryCall
+from vqserve_server.rpc.stream import StreamCall
+from vqserve_server.rpc.transport import Call, Transport
 
 SERVICE = "vqserve.v1.TokenizerService"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
@@ -53,14 +52,14 @@ def failure(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str]:
 
 
 def raw_stream(client: Any, path: str, requests: Iterator[bytes]) -> list[bytes]:
-    return list(client.channel.stream_stream(path)(requests, timeout=30))
+    return list(client.channel.stream_stream(path)(requests, timeout=60))
 
 
 @pytest.mark.parametrize(
     "path", [f"/{SERVICE}/Encod", "/vqserve.v1.Tokenizer/Encode", "/x", f"/{SERVICE}/" + "x" * 3000]
 )
 def test_a_method_that_is_not_there(client: Any, path: str) -> None:
-    code, text = failure(lambda: client.channel.unary_unary(path)(b"", timeout=30))
+    code, text = failure(lambda: client.channel.unary_unary(path)(b"", timeout=60))
     assert code is grpc.StatusCode.UNIMPLEMENTED
     assert path[:200] in text
 
@@ -90,23 +89,17 @@ def test_a_stream_without_a_request_ends(client: Any, path: str) -> None:
 def test_too_many_calls_are_told_so_and_places_come_free(server: Any, client: Any, health: Any) -> None:
     ends = [threading.Event() for _ in range(4)]
     streams = [client.stub.EncodeStream(iter(end.wait, True)) for end in ends]
-    eventually(lambda: server.app._rpc._calls._active == 4)
-    code, text = failure(lambda: health.Check(health_pb2.HealthCheckRequest(), timeout=30))
+    eventually(lambda: server.app._rpc._service.calls._active == 4)
+    code, text = failure(lambda: health.Check(health_pb2.HealthCheckRequest(), timeout=60))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "too many calls" in text
     ends[0].set()
     assert list(streams[0]) == []
-    eventually(lambda: server.app._rpc._calls._active == 3)
-    assert health.Check(health_pb2.HealthCheckRequest(), timeout=30).status == SERVING
+    eventually(lambda: server.app._rpc._service.calls._active == 3)
+    assert health.Check(health_pb2.HealthCheckRequest(), timeout=60).status == SERVING
     for end, stream in zip(ends[1:], streams[1:], strict=True):
         end.set()
         assert list(stream) == []
-
-
-def eventually(condition: Callable[[], Any]) -> Any:
-    while not (value := condition()):
-        threading.Event().wait(0.01)
-    return value
 
 
 def test_the_health_of_what_is_not_there(health: Any) -> None:
@@ -171,22 +164,22 @@ def test_a_handler_that_fails_ends_its_call_only(transport: Callable[..., Any]) 
 
     _, channel = transport(Fails=fails, Echo=lambda call: call.receive(lambda raw: call.end(message=raw)))
     for _ in range(3):
-        code, text = failure(lambda: channel.unary_unary("/t.T/Fails")(b"", timeout=30))
+        code, text = failure(lambda: channel.unary_unary("/t.T/Fails")(b"", timeout=60))
         assert code is grpc.StatusCode.INTERNAL
         assert "secret" not in text
-        assert channel.unary_unary("/t.T/Echo")(b"abc", timeout=30) == b"abc"
+        assert channel.unary_unary("/t.T/Echo")(b"abc", timeout=60) == b"abc"
 
 
 def test_a_stop_cancels_what_does_not_end(transport: Callable[..., Any]) -> None:
     begun, over = threading.Event(), threading.Event()
 
     def hangs(call: Call) -> None:
-        call.when_over = over.set
+        call.on_close = over.set
         begun.set()
 
     one, channel = transport(Hangs=hangs)
     hanging = channel.unary_unary("/t.T/Hangs").future(b"", timeout=60)
-    assert begun.wait(30)
+    assert begun.wait(60)
     one.stop(0.1)
     assert over.is_set()
     assert hanging.exception().code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
@@ -197,7 +190,7 @@ def test_a_stop_cancels_what_does_not_end(transport: Callable[..., Any]) -> None
 def test_ended_calls_leave_nothing_to_collect(server: Any, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What only the collector can free, a request of 64 MiB among it, would stay for long."""
     kept: list[weakref.ref[Any]] = []
-    for kind in (Call, Unary, Stream, Request):
+    for kind in (Call, UnaryCall, StreamCall, Request):
         plain = kind.__init__
 
         def note(self: Any, *args: Any, plain: Any = plain, **options: Any) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from support.waiting import eventually
 from vqserve import bfloat16
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.quantizers import GumbelQuantizer, VectorQuantizer
@@ -51,17 +52,25 @@ def held(fake: Callable[..., Any], serving: Callable[..., Any], connect: Callabl
             return self.client.stub.Encode.future(self.client.encode_request(latents), timeout=timeout)
 
         def after(self, method: str) -> threading.Event:
-            """An event that is set when the engine's method has returned for the next time."""
+            """An event that is set when the method of the engine or its scheduler has returned for the next time."""
             engine, done = self.server.app.engine, threading.Event()
-            plain = getattr(engine, method)
+            owner = engine if hasattr(engine, method) else engine.scheduler
+            plain = getattr(owner, method)
 
             def wrapped(*args: Any) -> Any:
                 result = plain(*args)
                 done.set()
                 return result
 
-            setattr(engine, method, wrapped)
+            setattr(owner, method, wrapped)
             return done
+
+        def only_first_is_inside(self) -> None:
+            """Wait until the server has let go of all the others: a caller sees the end of a call before it does."""
+            eventually(lambda: self.server.app.engine.admission.requests == 1)
+
+        def none_is_inside(self) -> None:
+            eventually(lambda: self.server.app.engine.admission.requests == 0)
 
         def computed(self) -> set[float]:
             return {float(value) for batch in self.tokenizer.batches for value in batch[:, 0]}
@@ -120,6 +129,7 @@ def test_an_expired_request_is_dropped_before_it_is_computed(held: Any) -> None:
     server = held()
     late = server.send(2, value=7.0, timeout=0.05)
     assert late.exception().code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    server.only_first_is_inside()
     server.tokenizer.release()
     server.first.result()
     server.send(1, value=3.0).result()
@@ -128,7 +138,7 @@ def test_an_expired_request_is_dropped_before_it_is_computed(held: Any) -> None:
 
 def test_a_cancelled_request_is_dropped_before_it_is_computed(held: Any) -> None:
     server = held()
-    submitted, forgotten = server.after("submit"), server.after("forget")
+    submitted, forgotten = server.after("put"), server.after("cancel")
     gone = server.send(2, value=7.0)
     submitted.wait()
     gone.cancel()
@@ -141,7 +151,7 @@ def test_a_cancelled_request_is_dropped_before_it_is_computed(held: Any) -> None
 
 def test_overload_is_refused_at_once_with_a_hint(held: Any) -> None:
     server = held(max_queue_requests=2)
-    submitted = server.after("submit")
+    submitted = server.after("put")
     second = server.send(1)
     submitted.wait()
     error = server.send(1).exception()
@@ -154,6 +164,7 @@ def test_overload_is_refused_at_once_with_a_hint(held: Any) -> None:
     server.tokenizer.release()
     server.first.result()
     second.result()
+    server.none_is_inside()
     server.send(1).result()
 
 
@@ -161,7 +172,7 @@ def test_bytes_are_bounded_too(held: Any) -> None:
     server = held(max_message_bytes=4096, max_queue_bytes=8192)
     large = []
     for _ in range(2):  # 200 rows of 16 bytes and an index each: 3400 bytes
-        submitted = server.after("submit")
+        submitted = server.after("put")
         large.append(server.send(200))
         submitted.wait()
     error = server.send(200).exception()
@@ -202,7 +213,7 @@ def test_a_lost_device_is_unavailable_and_not_serving(held: Any) -> None:
 
 def test_stopping_answers_what_is_inside_and_refuses_the_rest(held: Any) -> None:
     server = held()
-    submitted, draining = server.after("submit"), server.after("drain")
+    submitted, draining = server.after("put"), server.after("drain")
     inside = server.send(3)
     submitted.wait()
     with ThreadPoolExecutor(1) as pool:

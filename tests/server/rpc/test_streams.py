@@ -12,8 +12,10 @@ import grpc
 import numpy as np
 import pytest
 
+from support.waiting import eventually
 from vqserve import payload
 from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve_server.errors import Draining
 from vqserve_server.rpc import stream as stream_module
 
 
@@ -34,13 +36,8 @@ def client(server: Any, connect: Callable[..., Any]) -> Any:
 
 def inside(server: Any) -> tuple[int, int, int]:
     """Requests, rows and bytes that the server has admitted."""
-    admission = server.app.engine._admission
+    admission = server.app.engine.admission
     return admission.requests, admission.rows, admission.bytes
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        threading.Event().wait(0.01)
 
 
 def stop_in_background(server: Any) -> Future[bool]:
@@ -139,24 +136,24 @@ def test_a_stream_reads_no_further_than_its_window(
     tokenizer.hold()
     replies = client.stub.EncodeStream(iter([request] * 40))
     tokenizer.wait_entered()
-    wait_until(lambda: inside(server)[0] == 5)
+    eventually(lambda: inside(server)[0] == 5)
     # It stays so: what gRPC's own flow control lets the client send meanwhile is not in the engine.
     threading.Event().wait(0.2)
     assert inside(server)[0] == 5
     tokenizer.release()
     assert len(list(replies)) == 40
-    assert inside(server) == (0, 0, 0)
+    eventually(lambda: inside(server) == (0, 0, 0))
 
 
 def test_a_stream_leaves_room_for_others_however_small_its_requests(server: Any, client: Any, tokenizer: Any) -> None:
     tokenizer.hold()
     replies = client.stub.EncodeStream(client.encode_request(np.zeros((1, 4), np.float32)) for _ in range(2000))
-    wait_until(lambda: inside(server)[0] == stream_module.WINDOW_REQUESTS)
+    eventually(lambda: inside(server)[0] == stream_module.WINDOW_REQUESTS)
     threading.Event().wait(0.2)
     assert inside(server)[0] == stream_module.WINDOW_REQUESTS
     tokenizer.release()
     assert len(list(replies)) == 2000
-    assert inside(server) == (0, 0, 0)
+    eventually(lambda: inside(server) == (0, 0, 0))
 
 
 @pytest.mark.parametrize("room", [1, 3])
@@ -175,7 +172,7 @@ def test_a_caller_that_leaves_takes_its_requests_along(server: Any, client: Any,
     call.cancel()
     tokenizer.release()
     assert client.encode(np.zeros((1, 4), np.float32)).shape == (1,)
-    wait_until(lambda: inside(server) == (0, 0, 0))
+    eventually(lambda: inside(server) == (0, 0, 0))
 
 
 def test_the_deadline_of_a_stream_is_that_of_its_requests(client: Any, tokenizer: Any) -> None:
@@ -197,7 +194,7 @@ def test_a_server_that_stops_answers_what_it_has_read(server: Any, client: Any, 
     tokenizer.hold()
     replies = client.stub.EncodeStream(requests())
     tokenizer.wait_entered()
-    wait_until(lambda: inside(server)[0] == 3)
+    eventually(lambda: inside(server)[0] == 3)
     stopped = stop_in_background(server)
     tokenizer.release()
     got, error = status_of(replies)
@@ -229,9 +226,9 @@ def test_a_stream_that_is_opened_while_the_server_stops_is_refused(server: Any, 
     inside_already = client.stub.Encode.future(client.encode_request(np.zeros((1, 4), np.float32)))
     tokenizer.wait_entered()
     stopped = stop_in_background(server)
-    wait_until(lambda: server.app.engine._admission._refusal is not None)
+    eventually(lambda: server.app.engine.admission._closed is not None)
     # It says nothing: only by its own end would the server's wait for it end.
-    _, error = status_of(client.stub.EncodeStream(iter(go_on.wait, True), timeout=10))
+    _, error = status_of(client.stub.EncodeStream(iter(go_on.wait, True), timeout=60))
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     tokenizer.release()
     assert list(inside_already.result().shape) == [1]
@@ -245,13 +242,13 @@ class FakeCall:
     deadline = None
     request_id = "one"
     method = "EncodeStream"
-    when_over: Any = None
+    on_close: Any = None
 
     def __init__(self) -> None:
         self.sent: list[tuple[bytes, bool]] = []
         self.ends: list[Any] = []
 
-    def receive(self, then: Any) -> None:
+    def receive(self, then: Any, *, at_end: Any) -> None:
         self.received = then
 
     def send(self, message: bytes, then: Any, *, is_followed: bool) -> None:
@@ -261,67 +258,73 @@ class FakeCall:
     def end(self, status: Any = None, message: Any = None) -> None:
         self.ends.append(status)
 
+    def fail(self, error: Exception) -> None:
+        self.ends.append(error)
+
 
 class FakeRequest:
     nbytes = 5
-    left = 0
+    released = 0
 
-    def __init__(self, *, is_answered: bool = True) -> None:
-        self.is_answered = is_answered
+    def __init__(self, *, is_ready: bool = True) -> None:
+        self.is_ready = is_ready
 
     def reply(self) -> bytes:
         return b"reply"
 
-    def leave(self) -> None:
-        self.left += 1
+    def release(self) -> None:
+        self.released += 1
 
 
-def test_a_stream_that_is_beginning_with_a_request_ends_when_it_has_answered_it() -> None:
-    """The server stops while a thread looks at a large request."""
-    accepted: list[Any] = []
-    call, request, over = FakeCall(), FakeRequest(), []
-    stream = stream_module.Stream(
-        call,
-        lambda raw, call, accept, refuse: accepted.append(accept),
-        when_over=over.append,
-    )
+class FakeRequests:
+    """Notes which messages are started."""
+
+    def __init__(self) -> None:
+        self.started: list[bytes] = []
+
+    def start(self, caller: Any, headers: Any, raw: bytes) -> None:
+        self.started.append(raw)
+
+
+def test_a_stream_that_is_starting_a_request_ends_when_it_has_answered_it() -> None:
+    """The server stops while a thread validates a large request."""
+    call, request, closed = FakeCall(), FakeRequest(), []
+    requests = FakeRequests()
+    stream = stream_module.StreamCall(call, requests, None, on_close=closed.append)
     stream.start()
     call.received(b"request")
+    assert requests.started == [b"request"]
     stream.drain()
     assert not call.ends
-    accepted[0](request)()
+    assert stream.accepted(request)
+    stream.ready()
     assert call.sent == [(b"reply", False)]
     assert not call.ends
     call.taken()
-    (status,) = call.ends
-    assert status.code is grpc.StatusCode.UNAVAILABLE
-    assert request.left == 1
-    call.when_over()
-    assert over == [stream]
-    assert request.left == 1
+    (error,) = call.ends
+    assert isinstance(error, Draining)
+    assert request.released == 1
+    call.on_close()
+    assert closed == [stream]
+    assert request.released == 1
 
 
 def test_replies_that_are_there_together_go_together() -> None:
-    requests = [FakeRequest(is_answered=False) for _ in range(4)]
-    told: list[Any] = []
-    waiting = iter(requests)
+    requests = [FakeRequest(is_ready=False) for _ in range(4)]
     call = FakeCall()
-    stream = stream_module.Stream(
-        call,
-        lambda raw, call, accept, refuse: told.append(accept(next(waiting))),
-        when_over=lambda _: None,
-    )
+    stream = stream_module.StreamCall(call, FakeRequests(), None, on_close=lambda _: None)
     stream.start()
-    for _ in requests:
+    for request in requests:
         call.received(b"request")
+        assert stream.accepted(request)
     # A batch of three; the fourth is still at the device, and must not keep what was written back.
     for request in requests[:3]:
-        request.is_answered = True
-    for tell in told[:3]:
-        tell()
+        request.is_ready = True
+    for _ in range(3):
+        stream.ready()
     for _ in range(3):
         call.taken()
     assert call.sent == [(b"reply", True), (b"reply", True), (b"reply", False)]
-    requests[3].is_answered = True
-    told[3]()
+    requests[3].is_ready = True
+    stream.ready()
     assert [is_followed for _, is_followed in call.sent] == [True, True, False, False]

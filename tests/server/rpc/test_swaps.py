@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from support.waiting import eventually
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_server.rpc.plans import Plans
+from vqserve_server.rpc.headers import HeaderCache
 
 LATENTS = np.random.default_rng(0).standard_normal((5, 4), dtype=np.float32)
 
@@ -63,12 +64,10 @@ def test_requests_inside_finish_on_their_own_codebook(pair: Any) -> None:
     first.wait_entered()
     # This one waits in the queue: the device is at work.
     waiting = client.stub.Encode.future(request)
-    while server.app.engine._admission.requests < 2:
-        threading.Event().wait(0.01)
+    eventually(lambda: server.app.engine.admission.requests == 2)
     swap(server, second)
     after = client.stub.Encode.future(request)
-    while server.app.engine._admission.requests < 3:
-        threading.Event().wait(0.01)
+    eventually(lambda: server.app.engine.admission.requests == 3)
     first.release()
     check(inside.result(), first)
     check(waiting.result(), first)
@@ -78,16 +77,16 @@ def test_requests_inside_finish_on_their_own_codebook(pair: Any) -> None:
 def test_a_head_read_before_a_swap_is_not_kept_for_after_it(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, server, client = pair
     reading, swapped = threading.Event(), threading.Event()
-    plain = Plans.read
+    plain = HeaderCache._parse
 
-    def slow(self: Any, raw: bytes) -> Any:
-        found = plain(self, raw)
+    def slow(self: Any, *args: Any) -> Any:
+        found = plain(self, *args)
         if not reading.is_set():
             reading.set()
             swapped.wait()
         return found
 
-    monkeypatch.setattr(Plans, "read", slow)
+    monkeypatch.setattr(HeaderCache, "_parse", slow)
     # So large that it is read on a thread, while the loop swaps.
     latents = np.tile(LATENTS, (40_000, 1))
     request = client.encode_request(latents)
@@ -183,7 +182,12 @@ def test_nothing_holds_a_codebook_that_was_replaced(pair: Any) -> None:
     gone = weakref.ref(passing)
     swap(server, second)
     del passing
-    # The device is idle, the stream still open. What refers to itself in circles may wait for the collector.
-    gc.collect()
-    assert gone() is None
+
+    def is_gone() -> bool:
+        # What refers to itself in circles may wait for the collector.
+        gc.collect()
+        return gone() is None
+
+    # The device is idle, or about to be; the stream is still open.
+    eventually(is_gone)
     requests.put(None)

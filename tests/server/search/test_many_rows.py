@@ -1,16 +1,11 @@
 """Every backend on many rows: 10^5 by default, as many as `--search-rows` says otherwise."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
+from support.oracle import true_winners
 from vqserve_server.search import available, prepare
-
-sys.path.insert(0, str(Path(__file__).parent))
-from oracle import true_winners
 
 # K, D and the share of the rows: dear shapes get fewer.
 SHAPES = [

@@ -50,7 +50,7 @@ def switched_off():
 @pytest.mark.parametrize("during_search", ["off", "on"])
 def test_codes_and_rows_are_searched_as_stored(backend, during_search):
     command = [sys.executable, "-c", SCRIPT, backend, during_search]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert not done.returncode, done.stderr
 
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from vqserve_tools import cli
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
 from libraries.comparison import compare, import_golden
 from libraries.golden import Golden
 from libraries.near_ties import NoNearTie
 from make_foreign import FOREIGN, MAX_BYTES, MODULE_OF
+from vqserve_tools import cli
 
 FAMILIES = sorted(path.stem for path in FOREIGN.glob("*.npz"))
 

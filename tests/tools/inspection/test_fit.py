@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
+from support.figures import encode, state_of, to_bfloat16, to_float16
 from vqserve.layout import Layout
 from vqserve_server.errors import InvalidShape, NonFiniteLatents
 from vqserve_server.quantizers import CosineQuantizer, VectorQuantizer, VectorQuantizerWithInputProjection
 from vqserve_server.search import SearchCounts, prepare
 from vqserve_tools.inspection import inspect
 from vqserve_tools.latent_file import LatentRows
-
-sys.path.insert(0, str(Path(__file__).parent))
-from figures import encode, state_of, to_bfloat16, to_float16
 
 DTYPES = {"float16": to_float16, "bfloat16": to_bfloat16}
 

@@ -1,0 +1,209 @@
+"""Puts a load on a server from one event loop, and cuts what happens into windows.
+
+Server and generator often share their cores, so this costs as little as it can: bytes in and out, one channel, and
+requests that were made beforehand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import functools
+import gc
+import selectors
+import signal
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+import grpc
+
+from vqserve_bench.job import Job
+from vqserve_bench.load import Closed, Open, gaps
+from vqserve_bench.request import Request
+from vqserve_bench.transport import Send, stream, unary
+from vqserve_bench.window import Recorder, Window, clock, failure
+from vqserve_client.channel import channel_options
+from vqserve_client.errors import DeadlineExceeded
+from vqserve_client.requests import Deadline
+
+# A server that refuses at once would else be asked thousands of times a second, by every caller.
+BACK_OFF_S = 0.1
+
+# Takes a window, of which the first is the warm-up; returns whether there shall be another.
+EachWindow = Callable[[Window], Awaitable[bool]]
+
+
+def run_loop(main: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine to its end, on the one loop that this process has for it."""
+    with _sigterm_after_the_loop(), _old_objects_set_aside():
+        _runner().run(main)
+
+
+@contextlib.contextmanager
+def _old_objects_set_aside() -> Iterator[None]:
+    """Keep the collector from going through all that was there before, torch's modules say: 100 ms of latency."""
+    if gc.get_freeze_count():
+        # The caller has done so, and what is set aside can only come back all at once.
+        yield
+        return
+    gc.collect()
+    try:
+        gc.freeze()
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextlib.contextmanager
+def _sigterm_after_the_loop() -> Iterator[None]:
+    """Let SIGTERM end the loop as Ctrl-C does, by cancelling its task, and only then call its handler.
+
+    What a handler raises inside the loop would end up in any task, or inside gRPC, which reports it as a bug.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came = False
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if came:
+            handler(signal.SIGTERM, None)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+@functools.cache
+def _runner() -> asyncio.Runner:
+    # One for all measurements: gRPC hands what is left of a loop's calls to the next loop, which complains if the one
+    # that they belong to is closed.
+    runner = asyncio.Runner(loop_factory=_new_loop)
+    atexit.register(runner.close)
+    return runner
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    # asyncio's own choice, epoll, waits for whole milliseconds, by which every arrival of an open loop would be late.
+    return asyncio.SelectorEventLoop(selectors.SelectSelector())
+
+
+async def drive(job: Job, each_window: EachWindow, begin: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Put a load on a server until no more windows are wanted.
+
+    Args:
+        job: the load.
+        each_window: takes what happened.
+        begin: is awaited when the server has answered one request, and before the load begins.
+
+    Raises:
+        VqserveClientError: if the server does not answer the first request; failures after that are counted.
+    """
+    async with _sends(job) as sends:
+        order = job.order()
+        await _first_answers(job, sends, next(order).body)
+        if begin is not None:
+            await begin()
+        recorder = Recorder(job.read_stats)
+        async with asyncio.TaskGroup() as group:
+            if isinstance(job.load, Closed):
+                load = group.create_task(_closed(job.load, sends, order, recorder))
+            else:
+                load = group.create_task(_open(job.load, job.seed, sends, order, recorder))
+            await _windows(job, recorder, each_window)
+            load.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _sends(job: Job) -> AsyncIterator[Sequence[Send]]:
+    """Give all ways to the server."""
+    options = channel_options(job.max_message_bytes)
+    async with contextlib.AsyncExitStack() as stack:
+        channels = [
+            await stack.enter_async_context(grpc.aio.insecure_channel(job.target, options=options))
+            for _ in range(job.connections)
+        ]
+        if not job.streams:
+            timeout_s = Deadline(job.timeout_s).grpc_timeout_s()
+            yield [unary(channel, job.method, timeout_s) for channel in channels]
+            return
+        yield [
+            await stack.enter_async_context(stream(channels[i % len(channels)], job.method)) for i in range(job.streams)
+        ]
+
+
+async def _first_answers(job: Job, sends: Sequence[Send], request: bytes) -> None:
+    """Send one request each way, so that all connections are there."""
+    try:
+        async with asyncio.timeout(job.timeout_s):
+            await asyncio.gather(*(send(request) for send in sends))
+    except TimeoutError:
+        raise DeadlineExceeded("the server did not answer in time", target=job.target) from None
+    except grpc.aio.AioRpcError as error:
+        raise failure(error).error(target=job.target, codebook=None, request_id="") from None
+
+
+async def _windows(job: Job, recorder: Recorder, each_window: EachWindow) -> None:
+    length_s = job.schedule.warmup_s
+    while True:
+        # From now on: a loop that is late with large messages would cut a window of almost no length.
+        await asyncio.sleep(length_s)
+        if not await each_window(recorder.cut()):
+            return
+        length_s = job.schedule.window_s
+
+
+async def _closed(load: Closed, sends: Sequence[Send], order: Iterator[Request], recorder: Recorder) -> None:
+    async with asyncio.TaskGroup() as group:
+        for i in range(load.concurrency):
+            group.create_task(_caller(sends[i % len(sends)], order, recorder))
+
+
+async def _caller(send: Send, order: Iterator[Request], recorder: Recorder) -> None:
+    while True:
+        request = next(order)
+        began = clock()
+        try:
+            reply = await send(request.body)
+        except grpc.aio.AioRpcError as error:
+            recorder.failed(error)
+            await asyncio.sleep(BACK_OFF_S)
+        else:
+            recorder.answered(request, reply, clock() - began)
+
+
+async def _open(load: Open, seed: int, sends: Sequence[Send], order: Iterator[Request], recorder: Recorder) -> None:
+    under_way: set[asyncio.Task[None]] = set()
+    due = clock()
+    async with asyncio.TaskGroup() as group:
+        for i, gap in enumerate(gaps(load.rate, seed)):
+            due += gap
+            # Also if it is late already: replies must be read.
+            await asyncio.sleep(max(0.0, due - clock()))
+            if len(under_way) >= load.max_outstanding:
+                recorder.dropped()
+                continue
+            task = group.create_task(_arrival(sends[i % len(sends)], next(order), due, recorder))
+            under_way.add(task)
+            task.add_done_callback(under_way.discard)
+
+
+async def _arrival(send: Send, request: Request, due: float, recorder: Recorder) -> None:
+    """Send a request; its latency counts from when it was due, so that waiting here is not hidden."""
+    try:
+        reply = await send(request.body)
+    except grpc.aio.AioRpcError as error:
+        recorder.failed(error)
+    else:
+        recorder.answered(request, reply, clock() - due)

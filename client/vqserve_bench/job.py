@@ -1,0 +1,68 @@
+"""What one measurement does to a server: what it sends, where, and for how long."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from vqserve_bench.load import Load, shares
+from vqserve_bench.request import Request
+from vqserve_bench.schedule import DEFAULT_SCHEDULE, Schedule
+from vqserve_bench.served import ReadStats
+from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One measurement.
+
+    Attributes:
+        target: HOST:PORT.
+        method: path of the gRPC method, "/package.Service/Method".
+        requests: sent again and again, in an order that the seed decides; each as often as any other.
+        load: how they are sent.
+        schedule: how long.
+        streams: bidirectional calls that they are sent over, at most the requests under way; 0: each is a call.
+        connections: HTTP/2 connections of each process, which requests and streams are spread over.
+        read_stats: reads what a reply tells of the server; None: nothing is read.
+        timeout_s: deadline of each request; streams have none.
+        max_message_bytes: of a request or a reply.
+        seed: of the order and of the times of arrival.
+    """
+
+    target: str
+    method: str
+    requests: tuple[Request, ...]
+    load: Load
+    schedule: Schedule = DEFAULT_SCHEDULE
+    streams: int = 0
+    connections: int = 1
+    read_stats: ReadStats | None = None
+    timeout_s: float = 60.0
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.requests:
+            raise ValueError("there must be at least one request to send")
+        if self.streams < 0:
+            raise ValueError(f"streams must be 0 or more, not {self.streams}")
+        if self.connections < 1:
+            raise ValueError(f"connections must be 1 or more, not {self.connections}")
+
+    def order(self) -> Iterator[Request]:
+        """Yield the requests as they are sent, for ever."""
+        order = list(self.requests)
+        random.Random(self.seed).shuffle(order)  # noqa: S311
+        return itertools.cycle(order)
+
+    def split(self, processes: int) -> tuple[Job, ...]:
+        """Return at most so many jobs that are this one together, with seeds of their own."""
+        streams = shares(self.streams, processes) if self.streams else (0,) * processes
+        loads: Sequence[Load] = self.load.split(len(streams))
+        return tuple(
+            replace(self, load=load, streams=share, seed=self.seed * 1000 + i)
+            for i, (load, share) in enumerate(zip(loads, streams, strict=False))
+        )

@@ -1,0 +1,194 @@
+"""What is sent: requests for a codebook, made before anything is measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vqserve import bfloat16, payload
+from vqserve.codebook_info import CodebookInfo
+from vqserve.errors import of_file
+from vqserve.layout import channel_axis, parse_layout, resolve_layout
+from vqserve.types import LatentDTypeName, LayoutName
+from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve.validation import check_indices_shape, check_latents_shape
+from vqserve_bench.request import Request
+from vqserve_bench.served import ReadStats, decode_stats, encode_stats
+from vqserve_client.arrays import Array, ArrayInput, indices_input, latents_input
+from vqserve_client.calls import DecodeCall, EncodeCall
+from vqserve_client.catalogue import Pin
+from vqserve_client.config import ClientConfig, decode_options, encode_options
+from vqserve_client.errors import InvalidArgument, InvalidShape
+from vqserve_client.npy import open_array
+
+Grid = tuple[int, ...]
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"].full_name
+# Requests of one shape differ in their data, in as many ways as memory allows.
+_VARIANTS = 8
+_MEMORY_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Requests to encode or to decode grids of data.
+
+    Attributes:
+        method: "encode" or "decode".
+        grids: shapes of indices, 1 to 4 axes; each is sent as often as any other.
+        dtype: of the latents, which encode sends and decode receives.
+        layout: of these latents; None: the codebook's default.
+        data: a .npy file of latents to encode, or of indices to decode: items of its first axis from all over it, and
+            again if it has too few; None: data at random, latents of a standard normal distribution or indices of a
+            uniform one.
+        seed: of the random data.
+    """
+
+    method: str
+    grids: tuple[Grid, ...]
+    dtype: LatentDTypeName = "float32"
+    layout: LayoutName | None = None
+    data: Path | None = None
+    seed: int = 0
+
+    def path(self, *, stream: bool) -> str:
+        """Return the path of the gRPC method."""
+        return f"/{_SERVICE}/{self.method.capitalize()}{'Stream' if stream else ''}"
+
+    @property
+    def read_stats(self) -> ReadStats:
+        """Return what reads the replies."""
+        return encode_stats if self.method == "encode" else decode_stats
+
+    def requests(self, info: CodebookInfo, config: ClientConfig) -> tuple[Request, ...]:
+        """Return the requests as the client would send them: they name the codebook's digest.
+
+        Args:
+            info: the codebook.
+            config: the server's address, and how large messages may be.
+
+        Raises:
+            InvalidArgument: if the codebook does not take such a grid, layout or data.
+            MessageTooLarge: if a request or its reply does not fit a message.
+            FileError: if the data cannot be read.
+        """
+        channels = info.input_dim if self.method == "encode" else info.output_dim
+        row_bytes = channels * payload.itemsize(payload.dtype_of_name(self.dtype))
+        for grid in self.grids:
+            # Before any data is made, of which there might be more than memory.
+            if math.prod(grid) * row_bytes > config.max_message_bytes:
+                raise _too_large(grid, info, config)
+        tokens = sum(math.prod(grid) for grid in self.grids)
+        variants = max(1, min(_VARIANTS, _MEMORY_BYTES // (tokens * row_bytes)))
+        make = self._encode if self.method == "encode" else self._decode
+        return tuple(make(info, config, tokens * variants))
+
+    def _encode(self, info: CodebookInfo, config: ClientConfig, tokens: int) -> Iterator[Request]:
+        rows = self._latent_rows(info, tokens)
+        wire = payload.dtype_of_name(self.dtype)
+        for grid, start in self._cuts(tokens):
+            layout = resolve_layout(len(grid) + 1, parse_layout(self.layout), info.layout)
+            latents = np.moveaxis(
+                rows[start : start + math.prod(grid)].reshape(*grid, info.input_dim), -1, channel_axis(layout)
+            )
+            if wire == pb.DTYPE_BFLOAT16:
+                given = ArrayInput(bfloat16.round_bits(latents.astype(np.float32)), wire)
+            else:
+                given = latents_input(latents.astype(self.dtype))
+            options = encode_options(layout=self.layout)
+            yield _request(EncodeCall(given, info, options, pin=_pin(info, config), config=config), grid, config)
+
+    def _decode(self, info: CodebookInfo, config: ClientConfig, tokens: int) -> Iterator[Request]:
+        indices = self._indices(info, tokens)
+        options = decode_options(layout=self.layout, dtype=self.dtype)
+        for grid, start in self._cuts(tokens):
+            given = indices_input(self._in_grid(indices[start : start + math.prod(grid)], grid, info))
+            yield _request(DecodeCall(given, info, options, pin=_pin(info, config), config=config), grid, config)
+
+    def _in_grid(self, tokens: Array, grid: Grid, info: CodebookInfo) -> Array:
+        """Return the indices of tokens, (n,) or with stages (n, q), as a request has them."""
+        if not info.has_stages:
+            return tokens.reshape(grid)
+        layout = resolve_layout(len(grid) + 1, parse_layout(self.layout), info.layout)
+        return np.moveaxis(tokens.reshape(*grid, info.num_quantizers), -1, channel_axis(layout))
+
+    def _cuts(self, tokens: int) -> Iterator[tuple[Grid, int]]:
+        """Yield each grid and where its tokens begin, until so many are used."""
+        start = 0
+        while start < tokens:
+            for grid in self.grids:
+                yield grid, start
+                start += math.prod(grid)
+
+    def _latent_rows(self, info: CodebookInfo, tokens: int) -> Array:
+        """Return latents as rows (tokens, C)."""
+        if self.data is None:
+            rng = np.random.default_rng(self.seed)
+            return rng.standard_normal((tokens, info.input_dim), np.float32)
+        array = open_array(self.data)
+        with of_file(self.data):
+            latents_input(array[:0] if array.ndim else array)
+            layout = check_latents_shape(array.shape, self.layout, info=info)
+        rows = np.moveaxis(_spread(array, tokens * info.input_dim), channel_axis(layout), -1)
+        return self._repeated(rows.reshape(-1, info.input_dim), (tokens, info.input_dim))
+
+    def _indices(self, info: CodebookInfo, tokens: int) -> Array:
+        """Return indices (tokens,), of a residual codebook (tokens, q)."""
+        shape = (tokens, info.num_quantizers) if info.has_stages else (tokens,)
+        smallest = payload.numpy_dtype(payload.index_dtype(info.vocab_size))
+        if self.data is None:
+            return np.random.default_rng(self.seed).integers(info.vocab_size, size=shape).astype(smallest)
+        array = open_array(self.data)
+        with of_file(self.data):
+            indices_input(array[:0] if array.ndim else array)
+        if not info.has_stages:
+            return self._repeated(_spread(array, tokens), shape)
+        with of_file(self.data):
+            layout = check_indices_shape(array.shape, self.layout, info=info)
+        rows = np.moveaxis(_spread(array, math.prod(shape)), channel_axis(layout), -1)
+        return self._repeated(rows.reshape(-1, info.num_quantizers), shape)
+
+    def _repeated(self, array: Array, shape: tuple[int, ...]) -> Array:
+        if not array.size:
+            raise InvalidShape("it holds no tokens", path=self.data)
+        return np.resize(array, shape)
+
+
+def _spread(array: Array, elements: int) -> Array:
+    """Return items of the first axis, evenly from all over it, with so many elements together if there are as many.
+
+    A file may be larger than memory, and sorted.
+    """
+    if not array.ndim or not array.size:
+        return array
+    count = min(len(array), -(-elements * len(array) // array.size))
+    return array[np.arange(count) * len(array) // count]
+
+
+def grid_text(grid: Grid) -> str:
+    """Return a grid as the command line has it: 1x32x32."""
+    return "x".join(map(str, grid))
+
+
+def _pin(info: CodebookInfo, config: ClientConfig) -> Pin:
+    return Pin(info.name, None, target=config.target)
+
+
+def _request(call: EncodeCall | DecodeCall, grid: Grid, config: ClientConfig) -> Request:
+    if call.is_cut:
+        raise _too_large(grid, call.info, config)
+    [request] = call.requests()
+    return Request(request.message(), math.prod(grid))
+
+
+def _too_large(grid: Grid, info: CodebookInfo, config: ClientConfig) -> InvalidArgument:
+    return InvalidArgument(
+        f"a grid of {grid_text(grid)} or its reply does not fit a message of {config.max_message_bytes} bytes: "
+        "take a smaller one, or let both sides take larger messages",
+        target=config.target,
+        codebook=info.name,
+    )

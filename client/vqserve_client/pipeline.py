@@ -1,0 +1,284 @@
+"""Many arrays in flight at once, their results in order: `encode_many` without the waiting.
+
+A request costs the same work whether its array is small or not. So while one is in flight, small arrays that come are
+gathered, and go as one request when they fill it, or when nothing else is in flight. A source that is slower than the
+server never waits for that; one that is faster pays for few requests.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from vqserve_client.arrays import ArrayInput
+from vqserve_client.config import CallOptions
+from vqserve_client.core import Core, Operation, Wake
+from vqserve_client.errors import Closed, InvalidArgument, VqserveError
+from vqserve_client.requests import Deadline, Steps, Window
+from vqserve_client.transport import LARGEST_STREAMED_BYTES, StreamSender
+
+Convert = Callable[[Sequence[ArrayInput]], Steps[list[Any]]]
+
+# Limits of what goes as one: bytes of the request and of the reply, and arrays, because they are taken ahead.
+JOINED_BYTES = LARGEST_STREAMED_BYTES
+MOST_JOINED = 64
+
+
+class Pipeline:
+    """Arrays in a bounded window of calls, all pinned to one codebook and within one window of requests.
+
+    Attributes:
+        ended: whether no more arrays come.
+    """
+
+    def __init__(self, core: Core, operation: Operation, options: CallOptions, wake: Wake) -> None:
+        self._core = core
+        self._operation = operation
+        self._options = options
+        self._wake = wake
+        self._sender = StreamSender(core.connection, self._on_reply)
+        self._pin = core.pin(options)
+        self._size = core.config.window
+        self._window = Window(self._size)
+        self._groups: deque[_Group] = deque()
+        self.ended = False
+        # Whether something has changed since `advance` looked last, and when it must look again in any case.
+        self._changed = False
+        self._due_at = math.inf
+        self._failure: Exception | None = None
+        self._pid = os.getpid()
+        self._num_put = self._num_taken = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Return whether `advance` may have work; to call it costs more than to add an array."""
+        return self._changed or time.monotonic() >= self._due_at
+
+    @property
+    def full(self) -> bool:
+        """Return whether a result must be taken before another array fits."""
+        beyond = len(self._groups) - self._size
+        if beyond < 0:
+            return False
+        last = self._groups[-1]
+        # With a window of one, arrays go one at a time: their source may need each result.
+        return self._size == 1 or beyond > 1 or not last.takes_more or (last.begun and beyond > 0)
+
+    @property
+    def empty(self) -> bool:
+        """Return whether nothing is left to take."""
+        return not self._groups and self._failure is None
+
+    @property
+    def ready(self) -> bool:
+        """Return whether the next result in order, or its error, is there."""
+        return self._groups[0].ready if self._groups else self._failure is not None
+
+    def put(self, array: object) -> None:
+        """Add one more array; `advance` sends it when the window has a place.
+
+        Raises:
+            NotAnArray: it is no array.
+            InvalidDtype: it has elements of a type that is not on the wire.
+        """
+        last = self._groups[-1] if self._groups else None
+        try:
+            source = self._operation.read(array)
+        except VqserveError as error:
+            error.item = self._num_put
+            raise
+        self._num_put += 1
+        if last is None or not last.add(source):
+            deadline = self._core.deadline(self._options)
+            room = self._steps_that_join(source)
+            self._groups.append(_Group(source, deadline, partial(self._convert, deadline), room=room))
+        self._changed = self._changed or self._may_begin(self._groups[-1])
+
+    def advance(self) -> float | None:
+        """Send and receive what can be; return the seconds until the next time (None: until a reply comes).
+
+        Raises:
+            Closed: in a process that was forked after the pipeline began.
+        """
+        self._check_process()
+        # Cleared before looking: a reply that comes meanwhile is seen now or next time.
+        self._changed = False
+        self._due_at = math.inf
+        while True:
+            released = self._window.released
+            waits = []
+            for group in self._groups:
+                if not group.begun and not self._may_begin(group):
+                    break
+                wait_s = group.advance()
+                if wait_s is not None:
+                    waits.append(wait_s)
+                # The first array finds out which codebook is pinned; the others need not request the list too.
+                if self._pin.info is None and not group.done:
+                    break
+            if self._window.released == released:
+                wait_s = min(waits, default=None)
+                if wait_s is not None:
+                    self._due_at = time.monotonic() + wait_s
+                return wait_s
+
+    def end(self, failure: Exception | None = None) -> None:
+        """Take no more arrays; `failure` is raised by `take` after the results of the arrays before it."""
+        self.ended = self._changed = True
+        self._failure = failure
+
+    def take(self) -> Any:
+        """Return the next result in order, or raise its error, whose `item` is the number of the array."""
+        self._check_process()
+        if self._failure is not None and not self._groups:
+            raise self._failure
+        try:
+            result = self._groups[0].take()
+        except VqserveError as error:
+            error.item = self._num_taken
+            raise
+        self._num_taken += 1
+        if self._groups[0].spent:
+            self._groups.popleft()
+        return result
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Pause the deadlines while the caller's code runs: nothing is sent or retried meanwhile."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            for group in self._groups:
+                group.deadline.extend(time.monotonic() - began)
+
+    def close(self) -> None:
+        """Cancel what is in flight."""
+        while self._groups:
+            self._groups.pop().close()
+        if os.getpid() == self._pid:
+            self._sender.close()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise Closed("this generator was begun in another process, before a fork", target=self._core.config.target)
+
+    def _on_reply(self) -> None:
+        self._changed = True
+        self._wake()
+
+    def _may_begin(self, group: _Group) -> bool:
+        """Return whether a group that has not begun should begin now."""
+        if self._window.free <= 0:
+            return False
+        may_grow = group is self._groups[-1] and group.takes_more and not self.ended
+        return not may_grow or self._window.free == self._size
+
+    def _convert(self, deadline: Deadline, inputs: Sequence[ArrayInput]) -> Steps[list[Any]]:
+        return self._core.convert(
+            self._operation,
+            inputs,
+            self._options,
+            pin=self._pin,
+            deadline=deadline,
+            window=self._window,
+            sender=self._sender,
+        )
+
+    def _steps_that_join(self, source: ArrayInput) -> int:
+        """Return how many steps of its first axis this array and those that join it may have together."""
+        info, config = self._pin.info, self._core.config
+        if info is None or source.array.nbytes > JOINED_BYTES:
+            return 0
+        try:
+            call = self._operation.call(source, info, self._options, pin=self._pin, config=config)
+        except InvalidArgument:
+            # It is raised again when the array is converted.
+            return 0
+        return call.steps_within(min(JOINED_BYTES, config.max_message_bytes))
+
+
+class _Group:
+    """Arrays that go as one, until all have their results or one of them has failed.
+
+    Attributes:
+        deadline: of the array that has waited longest.
+        begun: whether they are in flight: no more can be added.
+        done: whether no more results come.
+    """
+
+    def __init__(self, source: ArrayInput, deadline: Deadline, convert: Convert, *, room: int) -> None:
+        self.deadline = deadline
+        self.begun = self.done = False
+        self._inputs = [source]
+        self._convert = convert
+        self._room = room - len(source.array) if source.array.ndim else 0
+        self._steps = self._run()
+        self._results: deque[Any] = deque()
+        self._error: Exception | None = None
+
+    @property
+    def takes_more(self) -> bool:
+        """Return whether there is room for another array like the last, before the group begins."""
+        return len(self._inputs) < MOST_JOINED and 0 < self._room >= len(self._inputs[-1].array)
+
+    @property
+    def ready(self) -> bool:
+        """Return whether there is a result to take, or an error."""
+        return bool(self._results) or self._error is not None
+
+    @property
+    def spent(self) -> bool:
+        """Return whether all results have been taken."""
+        return self.done and not self.ready
+
+    def add(self, source: ArrayInput) -> bool:
+        """Add one more array if it can go with the others; return whether it could."""
+        if self.begun or not self.takes_more or not self._inputs[-1].joins(source) or len(source.array) > self._room:
+            return False
+        self._inputs.append(source)
+        self._room -= len(source.array)
+        return True
+
+    def advance(self) -> float | None:
+        """Send and receive what can be; return the seconds until the next time (None: until a reply comes)."""
+        if self.done:
+            return None
+        self.begun = True
+        try:
+            return next(self._steps)
+        except StopIteration:
+            self.done = True
+        except Exception as error:
+            # Kept until `take`: the results before it come first.
+            self.done = True
+            self._error = error
+        return None
+
+    def take(self) -> Any:
+        """Return the next result, or raise the error."""
+        if self._error is not None and not self._results:
+            raise self._error
+        return self._results.popleft()
+
+    def close(self) -> None:
+        """Cancel what is in flight."""
+        self._steps.close()
+
+    def _run(self) -> Steps[None]:
+        if len(self._inputs) > 1:
+            try:
+                self._results.extend((yield from self._convert(self._inputs)))
+            except InvalidArgument:
+                # One of them is at fault. Alone, its error says what and where, and the others get their results.
+                pass
+            else:
+                return
+        for source in self._inputs:
+            self._results.extend((yield from self._convert([source])))

@@ -1,0 +1,262 @@
+"""Requests and their replies: a bounded window, retries and a deadline, without ever waiting.
+
+A call is a generator of *steps*. It sends what may be sent, takes the replies that have come, and yields how many
+seconds may pass before it must be resumed even if no reply comes (None: no limit). The clients do the waiting:
+client.py with a Waker (interrupts.py), async_client.py with an asyncio.Event. They differ in nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+
+from vqserve_client.channel import Connection
+from vqserve_client.errors import Closed, DeadlineExceeded, ProtocolError, VqserveError
+from vqserve_client.status import Failure, text_metadata
+from vqserve_client.transport import ReplyFuture, Sender, StreamFuture
+
+T = TypeVar("T")
+Steps = Generator[float | None, None, T]
+
+# gRPC's own arithmetic on deadlines is not reliable beyond this: a longer time is sent as no deadline.
+_FOREVER_S = 365 * 86400.0
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Exponential back-off with jitter, or the server's hint where it is longer."""
+
+    retries: int
+    first_delay_s: float = 0.1
+    max_delay_s: float = 5.0
+
+    def delay_s(self, failures: int, hint_s: float | None) -> float | None:
+        """Return the seconds to wait after this number of failures of one request; None: do not retry."""
+        if failures > self.retries:
+            return None
+        # Jitter, so that clients whose requests were rejected together do not come back together.
+        growing_s = self.first_delay_s * 2.0 ** min(failures - 1, 16)
+        delay_s = min(self.max_delay_s, growing_s) * random.uniform(0.5, 1.0)  # noqa: S311
+        if hint_s is None:
+            return delay_s
+        return max(delay_s, hint_s * random.uniform(1.0, 1.25))  # noqa: S311
+
+
+class Deadline:
+    """The end of one call on the monotonic clock."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._expires_at = time.monotonic() + timeout_s
+
+    def extend(self, seconds: float) -> None:
+        """Move the end by a time during which the call was paused."""
+        self._expires_at += seconds
+
+    def remaining_s(self) -> float:
+        """Return the seconds that are left, perhaps negative."""
+        return self._expires_at - time.monotonic()
+
+    def grpc_timeout_s(self) -> float | None:
+        """Return the seconds that are left, as gRPC takes them: None is no limit."""
+        remaining_s = self._expires_at - time.monotonic()
+        return None if remaining_s > _FOREVER_S else remaining_s
+
+
+class Window:
+    """How many more requests of one call may be in flight; the items of `encode_many` share one.
+
+    Attributes:
+        free: how many more may be sent now.
+        released: how many places were ever released: a change means that it is worth looking again.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.free = size
+        self.released = 0
+
+    def take(self) -> None:
+        """Take one place."""
+        self.free -= 1
+
+    def release(self, places: int = 1) -> None:
+        """Release places."""
+        self.free += places
+        self.released += places
+
+
+class Request(ABC):
+    """One request of a call, from before its first attempt until its reply.
+
+    Attributes:
+        method: name of the RPC.
+        request_id: names the request in the server's log.
+        future: of the attempt that is in flight; None between attempts.
+        failures: attempts that failed.
+        failure: the last one; of several that reached no server, the one that says most.
+        resume_at: when the next attempt may be made, on the monotonic clock.
+    """
+
+    method: str
+    request_id = ""
+    future: ReplyFuture | None = None
+    failures = 0
+    failure: Failure | None = None
+    resume_at = 0.0
+
+    @abstractmethod
+    def message(self) -> bytes:
+        """Return the message to send."""
+
+    @abstractmethod
+    def accept(self, reply: bytes) -> None:
+        """Check the reply and store what it holds."""
+
+    @abstractmethod
+    def explain(self, error: VqserveError) -> VqserveError:
+        """Return an error of the server, which has a part of the caller's array, as one about the whole."""
+
+
+class Exchange:
+    """What the requests of one call have in common."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        policy: RetryPolicy,
+        deadline: Deadline,
+        window: Window,
+        sender: Sender,
+    ) -> None:
+        self._connection = connection
+        self._policy = policy
+        self._deadline = deadline
+        self._window = window
+        self._sender = sender
+        self._pid = os.getpid()
+        self._id = secrets.token_hex(8)
+        self._sent = 0
+
+    def run(self, requests: Iterator[Request], codebook: str | None) -> Steps[None]:
+        """Send every request and hand it its reply.
+
+        Raises:
+            VqserveError: as soon as one request fails for good; the others are cancelled.
+        """
+        running: list[Request] = []
+        upcoming = next(requests, None)
+        try:
+            while running or upcoming is not None:
+                while upcoming is not None and self._window.free > 0:
+                    self._sent += 1
+                    self._window.take()
+                    upcoming.request_id = f"{self._id}-{self._sent}"
+                    running.append(upcoming)
+                    upcoming = next(requests, None)
+                wait_s: float | None = None
+                progress = False
+                for request in list(running):
+                    if self._take_reply(request, codebook):
+                        running.remove(request)
+                        self._window.release()
+                        progress = True
+                        continue
+                    due_s = self._send_if_due(request, codebook)
+                    if due_s is not None:
+                        wait_s = due_s if wait_s is None else min(wait_s, due_s)
+                # A place in the window is free again: send the next request before waiting.
+                if not (progress and (upcoming is not None or not running)):
+                    yield wait_s
+        finally:
+            if running:
+                self._window.release(len(running))
+                if os.getpid() == self._pid:
+                    for request in running:
+                        if request.future is not None:
+                            request.future.cancel()
+
+    def _take_reply(self, request: Request, codebook: str | None) -> bool:
+        """Return whether the reply has come; after a failure, set the time of the next attempt or raise."""
+        future = request.future
+        if future is None or not future.done():
+            return False
+        request.future = None
+        if future.code() is not grpc.StatusCode.OK:
+            self._back_off(request, future, codebook)
+            return False
+        try:
+            request.accept(future.result())
+        except ProtocolError as error:
+            error.request_id = request.request_id
+            raise
+        return True
+
+    def _send_if_due(self, request: Request, codebook: str | None) -> float | None:
+        """Send the request if its time has come; return the seconds until it must be looked at again."""
+        if request.future is None:
+            wait_s = request.resume_at - time.monotonic()
+            if wait_s > 0:
+                return wait_s
+            self._send(request, codebook)
+        # gRPC enforces the deadline of a call, but not that of a request on a stream.
+        return self._time_left(request, codebook) if isinstance(request.future, StreamFuture) else None
+
+    def _time_left(self, request: Request, codebook: str | None) -> float | None:
+        left_s = self._deadline.grpc_timeout_s()
+        if left_s is not None and left_s <= 0:
+            raise DeadlineExceeded(
+                "the server did not answer in time",
+                target=self._connection.target,
+                codebook=codebook,
+                request_id=request.request_id,
+            )
+        return left_s
+
+    def _send(self, request: Request, codebook: str | None) -> None:
+        timeout_s = self._deadline.grpc_timeout_s()
+        if timeout_s is not None and timeout_s <= 0:
+            raise DeadlineExceeded(
+                "the time was up before all of the call was sent",
+                target=self._connection.target,
+                codebook=codebook,
+            )
+        message = request.message()
+        try:
+            request.future = self._sender.send(
+                request.method, message, timeout_s=timeout_s, request_id=request.request_id
+            )
+        except ValueError as error:
+            if self._connection.closed:
+                raise self._closed() from error
+            raise
+
+    def _back_off(self, request: Request, future: ReplyFuture, codebook: str | None) -> None:
+        """Set the time of the next attempt, or raise the error if there is none."""
+        if self._connection.closed:
+            raise self._closed()
+        if isinstance(future, StreamFuture) and future.was_skipped:
+            # Not an attempt of this request: the failure was counted for the request that failed.
+            return
+        request.failures += 1
+        failure = Failure(future.code(), future.details() or "", text_metadata(future.trailing_metadata()))
+        if request.failure is None or not (request.failure.is_foreign and failure.is_unsent):
+            request.failure = failure
+        delay_s = self._policy.delay_s(request.failures, failure.retry_after_s) if failure.is_retried else None
+        if delay_s is None or delay_s >= self._deadline.remaining_s():
+            error = request.failure.error(
+                target=self._connection.target, codebook=codebook, request_id=request.request_id
+            )
+            error = request.explain(error)
+            raise error if request.failures == 1 else error.noted(f"tried {request.failures} times")
+        request.resume_at = time.monotonic() + delay_s
+
+    def _closed(self) -> Closed:
+        return Closed("this client was closed during the call", target=self._connection.target)

@@ -1,0 +1,277 @@
+"""How a request reaches the server: as a call of its own, or on a stream that many small requests share.
+
+A stream ends with its first failure. The request that failed gets its status. Those behind it, which the server has not
+looked at, may be sent again on a new stream. To a server without streams they go as calls of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import grpc
+
+from vqserve.error_wire import REQUEST_ID_KEY
+from vqserve_client.channel import STREAMED, Connection, gate
+
+logger = logging.getLogger(__name__)
+
+# Beyond it the bytes take longer than a call (benchmarks/results), and calls of their own use more than one thread.
+LARGEST_STREAMED_BYTES = 256 << 10
+_CUT_OFF = "the stream ended before the request was answered"
+
+
+class ReplyFuture(Protocol):
+    """The outcome of a request that was sent; has the methods of gRPC's futures."""
+
+    def done(self) -> bool:
+        """Return whether there is a reply or a failure."""
+
+    def code(self) -> grpc.StatusCode:
+        """Return OK or how it failed."""
+
+    def details(self) -> str:
+        """Return the text of a failure."""
+
+    def trailing_metadata(self) -> Any:
+        """Return the metadata of the reply or failure."""
+
+    def result(self) -> bytes:
+        """Return the reply."""
+
+    def cancel(self) -> Any:
+        """Cancel the request."""
+
+
+class Sender(Protocol):
+    """Sends requests to the server."""
+
+    def send(self, method: str, message: bytes, *, timeout_s: float | None, request_id: str) -> ReplyFuture:
+        """Send a request; the client is woken when the future is done.
+
+        Raises:
+            Closed: the client was closed.
+            ValueError: the client was closed during this call.
+        """
+
+
+class UnarySender:
+    """Sends each request as a call of its own."""
+
+    def __init__(self, connection: Connection, wake: Callable[[], None]) -> None:
+        self._connection = connection
+        self._wake = wake
+
+    def send(self, method: str, message: bytes, *, timeout_s: float | None, request_id: str) -> ReplyFuture:
+        """Send a request; see Sender."""
+        call = self._connection.method(method)
+        gate.enter()
+        try:
+            future: Any = call.future(message, timeout=timeout_s, metadata=((REQUEST_ID_KEY, request_id),))
+        except BaseException:
+            gate.leave()
+            raise
+        future.add_done_callback(self._on_done)
+        sent: ReplyFuture = future
+        return sent
+
+    def _on_done(self, _future: Any) -> None:
+        gate.leave()
+        self._wake()
+
+
+class StreamSender:
+    """Sends small requests on one stream per method, opened on demand, and large ones as calls of their own."""
+
+    def __init__(self, connection: Connection, wake: Callable[[], None]) -> None:
+        self._connection = connection
+        self._wake = wake
+        self._unary = UnarySender(connection, wake)
+        self._streams: dict[str, _Stream] = {}
+
+    def send(self, method: str, message: bytes, *, timeout_s: float | None, request_id: str) -> ReplyFuture:
+        """Send a request; see Sender. In the server's log a stream has the id of its first request."""
+        streamed = self._connection.has_streams and method in STREAMED and len(message) <= LARGEST_STREAMED_BYTES
+        if not streamed:
+            return self._unary.send(method, message, timeout_s=timeout_s, request_id=request_id)
+        future = StreamFuture(partial(self._unary.send, method, message, timeout_s=timeout_s, request_id=request_id))
+        stream = self._streams.get(method)
+        if stream is None or not stream.send(message, future):
+            first = _Sent(message, future, request_id)
+            self._streams[method] = _Stream(self._connection, method, self._wake, first)
+        return future
+
+    def close(self) -> None:
+        """End the streams; requests without a reply are cancelled."""
+        for stream in self._streams.values():
+            stream.close()
+
+
+class StreamFuture:
+    """The future of a request on a stream. gRPC has no deadline for it.
+
+    Attributes:
+        was_skipped: the stream ended with the failure of an earlier request; the server has not looked at this one.
+    """
+
+    def __init__(self, send_as_call: Callable[[], ReplyFuture]) -> None:
+        """Make the future; `send_as_call` sends the request as a call of its own."""
+        self.was_skipped = False
+        self._send_as_call: Callable[[], ReplyFuture] | None = send_as_call
+        self._outcome: ReplyFuture | _Outcome | None = None
+
+    def resolve(self, reply: bytes) -> None:
+        """Set the reply."""
+        self._outcome, self._send_as_call = _Outcome(grpc.StatusCode.OK, reply=reply), None
+
+    def fail(self, code: grpc.StatusCode, details: str, metadata: Any = (), *, skipped: bool = False) -> None:
+        """Set the failure; `skipped`: it is the failure of an earlier request."""
+        self.was_skipped = skipped
+        self._outcome, self._send_as_call = _Outcome(code, details, metadata), None
+
+    def leave_stream(self) -> None:
+        """Send the request as a call of its own, unless it has its outcome."""
+        if self._send_as_call is not None:
+            self._outcome, self._send_as_call = self._send_as_call(), None
+
+    def done(self) -> bool:
+        """Return whether there is a reply or a failure."""
+        return self._outcome is not None and self._outcome.done()
+
+    def code(self) -> grpc.StatusCode:
+        """Return OK or how it failed; UNKNOWN while it is not done."""
+        return grpc.StatusCode.UNKNOWN if self._outcome is None else self._outcome.code()
+
+    def details(self) -> str:
+        """Return the text of a failure."""
+        return "" if self._outcome is None else self._outcome.details()
+
+    def trailing_metadata(self) -> Any:
+        """Return the metadata of the reply or failure."""
+        return () if self._outcome is None else self._outcome.trailing_metadata()
+
+    def result(self) -> bytes:
+        """Return the reply."""
+        return b"" if self._outcome is None else self._outcome.result()
+
+    def cancel(self) -> None:
+        """Cancel a request that left its stream; one on a stream is cancelled with the whole stream."""
+        if self._outcome is not None:
+            self._outcome.cancel()
+
+
+class _Sent(NamedTuple):
+    message: bytes
+    future: StreamFuture
+    request_id: str
+
+
+class _Outcome(NamedTuple):
+    """A reply or a failure, with the methods of a ReplyFuture that is done."""
+
+    status: grpc.StatusCode
+    text: str = ""
+    metadata: Any = ()
+    reply: bytes = b""
+
+    def done(self) -> bool:
+        return True
+
+    def code(self) -> grpc.StatusCode:
+        return self.status
+
+    def details(self) -> str:
+        return self.text
+
+    def trailing_metadata(self) -> Any:
+        return self.metadata
+
+    def result(self) -> bytes:
+        return self.reply
+
+    def cancel(self) -> None:
+        pass
+
+
+class _Stream:
+    """One streaming call, and the thread that reads its replies."""
+
+    def __init__(self, connection: Connection, method: str, wake: Callable[[], None], first: _Sent) -> None:
+        """Open the stream and send the first request with it; if the call fails, that request fails too."""
+        self._connection = connection
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._ended = False
+        self._futures: deque[StreamFuture] = deque((first.future,))
+        self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._messages.put(first.message)
+        call = connection.stream(method)
+        gate.enter(self.end_sending)
+        try:
+            self._call = call(iter(self._messages.get, None), metadata=((REQUEST_ID_KEY, first.request_id),))
+            threading.Thread(target=self._read, name="vqserve-stream", daemon=True).start()
+        except BaseException:
+            gate.leave(self.end_sending)
+            raise
+
+    def send(self, message: bytes, future: StreamFuture) -> bool:
+        """Send a request; return False if the stream takes no more."""
+        with self._lock:
+            if self._ended:
+                return False
+            self._futures.append(future)
+            self._messages.put(message)
+        return True
+
+    def end_sending(self) -> None:
+        """Take no more requests; the call ends when all are answered."""
+        with self._lock:
+            if not self._ended:
+                self._ended = True
+                self._messages.put(None)
+
+    def close(self) -> None:
+        """End the stream; requests without a reply are cancelled."""
+        self.end_sending()
+        if self._futures:
+            self._call.cancel()
+
+    def _read(self) -> None:
+        failure: tuple[grpc.StatusCode, str, Any] = grpc.StatusCode.UNAVAILABLE, _CUT_OFF, ()
+        try:
+            for reply in self._call:
+                with self._lock:
+                    future = self._futures.popleft()
+                future.resolve(reply)
+                self._wake()
+        except grpc.RpcError:
+            failure = self._call.code(), self._call.details() or "", self._call.trailing_metadata()
+        except IndexError:
+            # A reply without a request: the server is faulty, and no caller waits for this reply.
+            self._call.cancel()
+        finally:
+            self._on_end(failure)
+
+    def _on_end(self, failure: tuple[grpc.StatusCode, str, Any]) -> None:
+        self.end_sending()
+        with self._lock:
+            futures = list(self._futures)
+            self._futures.clear()
+        gate.leave(self.end_sending)
+        if failure[0] is grpc.StatusCode.UNIMPLEMENTED:
+            self._connection.has_streams = False
+        for future in futures:
+            try:
+                if not self._connection.has_streams:
+                    future.leave_stream()
+                    continue
+            except Exception:
+                logger.debug("the client was closed meanwhile", exc_info=True)
+            future.fail(*failure, skipped=future is not futures[0])
+            failure = grpc.StatusCode.UNAVAILABLE, _CUT_OFF, ()
+        self._wake()

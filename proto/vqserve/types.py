@@ -1,0 +1,22 @@
+"""Types of the calls that Client, AsyncClient and Tokenizer share, for type checkers; torch is never imported."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+LayoutName: TypeAlias = Literal["channels_first", "channels_last"]
+OutputName: TypeAlias = Literal["latents", "code_rows"]
+LatentDTypeName: TypeAlias = Literal["float32", "float16", "float64", "bfloat16"]
+
+if TYPE_CHECKING:
+    import torch
+
+    # numpy in, numpy out; torch in, torch out.
+    ArrayT = TypeVar("ArrayT", npt.NDArray[Any], torch.Tensor)
+    LatentDType: TypeAlias = LatentDTypeName | np.dtype[Any] | type[np.floating[Any]] | torch.dtype
+else:
+    ArrayT = TypeVar("ArrayT")
+    LatentDType: TypeAlias = LatentDTypeName | np.dtype[Any] | type[np.floating[Any]]

@@ -1,0 +1,36 @@
+"""Which releases of grpcio the server is tested on: rpc/transport.py uses a part that is not public."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import re
+
+# The first release that is tested, and the first that is not any more. pyproject.toml has the same bounds, and
+# `make test-grpcio` runs the tests on the oldest and the newest release between them.
+OLDEST = "1.72.2"
+BELOW = "1.86"
+
+logger = logging.getLogger(__name__)
+
+
+def is_tested(release: str) -> bool:
+    """Return whether a release, such as "1.85.1" or "1.86.0rc1", is in the tested range."""
+    return _numbers(OLDEST) <= _numbers(release) < _numbers(BELOW)
+
+
+def warn_if_untested() -> None:
+    """Log a warning where the installed grpcio is outside the tested range."""
+    release = importlib.metadata.version("grpcio")
+    if not is_tested(release):
+        logger.warning(
+            "grpcio %s is not tested with this vqserve: install a release from %s up to, but not including, %s",
+            release,
+            OLDEST,
+            BELOW,
+        )
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    match = re.match(r"\d+(\.\d+)*", release)
+    return tuple(int(number) for number in match.group().split(".")) if match else ()

@@ -1,0 +1,284 @@
+"""Request headers: all of a request but its payload. Callers send the same header again and again.
+
+A header is a message without its payload. Only one that is new is parsed and validated; HeaderCache keeps the result.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from vqserve import layout, payload, wire
+from vqserve.codebook_info import CodebookInfo
+from vqserve.layout import LATENT_RANKS, Layout, first_channels
+from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve.validation import (
+    INDEX_RANKS,
+    check_has_output,
+    check_indices_shape,
+    check_latents_shape,
+    check_num_quantizers,
+)
+from vqserve_server.engine import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, LiveSet, Output
+from vqserve_server.errors import InvalidDtype, InvalidOption
+from vqserve_server.rpc.messages import (
+    check_dtype,
+    check_index_dtype,
+    check_latent_dtype,
+    check_payload,
+    check_reply_size,
+    layout_of,
+    read,
+)
+from vqserve_server.validation import check_finite, check_indices
+
+RequestT = TypeVar("RequestT", pb.EncodeRequest, pb.DecodeRequest)
+Array = npt.NDArray[Any]
+
+# Field number of `stats` in both responses, and how many counters it has.
+_STATS_FIELD = 4
+_COUNTERS = len(pb.ServedStats.DESCRIPTOR.fields)
+_OUTPUTS: dict[int, Output] = {
+    pb.DECODE_OUTPUT_UNSPECIFIED: "latents",
+    pb.DECODE_OUTPUT_LATENTS: "latents",
+    pb.DECODE_OUTPUT_CODE_ROWS: "code_rows",
+}
+_MOST_HEADERS = 1024
+# A shape may have very many axes; such a header is not worth keeping.
+_LONGEST_HEADER = 1024
+
+
+class RequestHeader(ABC, Generic[RequestT]):
+    """A validated header. Requests with the same header, byte for byte, share one object.
+
+    Attributes:
+        request_type: the protobuf message.
+        job_type: the engine's job for such a request.
+        payload_bytes: size of the request's payload.
+        rows: tokens that the engine computes.
+        reply_bytes: size of the reply's payload.
+        empty_reply: the whole reply of a request without tokens.
+    """
+
+    request_type: type[RequestT]
+    job_type: ClassVar[type[Job]]
+    rows: int
+    reply_bytes: int
+    empty_reply: bytes
+    _key: EncodeKey | DecodeKey
+    _layout: Layout
+
+    def __init__(self, message: RequestT, payload_bytes: int, *, live: LiveSet, max_message_bytes: int) -> None:
+        """Validate the header of a request with a payload of that size.
+
+        Raises:
+            InvalidArgument: what is wrong with it.
+            CodebookNotFound: no such codebook.
+            DigestMismatch: the caller pinned another digest.
+        """
+        self.payload_bytes = payload_bytes
+        self._tokenizer = live.resolve(message.codebook, message.expected_digest)
+        self._read(message, payload_bytes, self._tokenizer.info)
+        check_reply_size(self.reply_bytes, max_message_bytes)
+
+    def job(
+        self, data: memoryview, *, on_done: Callable[[], None], deadline: float | None
+    ) -> tuple[Job, wire.ReplyBuffer]:
+        """Validate a payload, and return the job that reads it and the reply that the job writes.
+
+        Args:
+            data: the payload.
+            on_done: called once, on any thread, when the job has an outcome.
+            deadline: time.monotonic() seconds, or None.
+
+        Raises:
+            NonFiniteLatents, IndexOutOfRange: names the first offender.
+        """
+        source = self._checked(np.frombuffer(data, self._dtype).reshape(self._shape))
+        reply = wire.ReplyBuffer(self._template)
+        result = np.frombuffer(memoryview(reply.memory), self._reply_dtype, offset=self._template.start)
+        job = self.job_type(
+            self._key,
+            source,
+            result.reshape(self._reply_shape),
+            self._layout,
+            rows=self.rows,
+            on_done=on_done,
+            deadline=deadline,
+        )
+        return job, reply
+
+    @abstractmethod
+    def _read(self, message: RequestT, payload_bytes: int, info: CodebookInfo) -> None:
+        """Validate what the message asks for; set `rows`, `_key`, `_layout`, `_set_request` and `_set_reply`."""
+
+    @abstractmethod
+    def _checked(self, array: Array) -> Array:
+        """Return the part of the payload's array that the engine reads, if its values are valid.
+
+        Raises:
+            InvalidArgument: names the first offender.
+        """
+
+    def _set_request(self, dtype: int, shape: tuple[int, ...]) -> None:
+        """Set what the payload of requests holds."""
+        self._dtype = payload.numpy_dtype(dtype)
+        self._shape = shape
+
+    def _set_reply(
+        self, dtype: int, shape: tuple[int, ...], response: type[pb.EncodeResponse | pb.DecodeResponse]
+    ) -> None:
+        """Set what the payload of replies holds."""
+        self.reply_bytes = payload.nbytes(dtype, shape)
+        self._reply_dtype = payload.numpy_dtype(dtype)
+        self._reply_shape = shape
+        head: Any = response(digest=self._tokenizer.info.digest, dtype=dtype, shape=shape)  # type: ignore[arg-type]
+        self.empty_reply = head.SerializeToString()
+        self._template = wire.ReplyTemplate(self.empty_reply, _STATS_FIELD, _COUNTERS, self.reply_bytes)
+
+
+class EncodeHeader(RequestHeader[pb.EncodeRequest]):
+    """Header of an EncodeRequest: latents to indices."""
+
+    request_type = pb.EncodeRequest
+    job_type = EncodeJob
+
+    def _read(self, message: pb.EncodeRequest, payload_bytes: int, info: CodebookInfo) -> None:
+        check_latent_dtype(message.dtype)
+        shape = check_payload(payload_bytes, message.dtype, message.shape, "latents", LATENT_RANKS)
+        self._layout = check_latents_shape(shape, layout_of(message.layout), info=info)
+        grid = layout.grid_shape(shape, self._layout)
+        index_dtype = message.index_dtype or payload.index_dtype(info.vocab_size)
+        check_dtype("index_dtype", index_dtype, payload.INDEX_DTYPES)
+        if not payload.holds_vocabulary(index_dtype, info.vocab_size):
+            name = payload.dtype_name(index_dtype)
+            raise InvalidDtype(
+                f"{{option}} {name} does not hold the vocabulary of {info.vocab_size} indices", option="index_dtype"
+            )
+        count = check_num_quantizers(message.num_quantizers or None, available=info.num_quantizers)
+        stages = count if info.has_stages else None
+        self.rows = layout.num_rows(grid)
+        self._set_request(message.dtype, shape)
+        self._set_reply(index_dtype, layout.indices_shape(grid, stages, self._layout), pb.EncodeResponse)
+        rows_dtype = np.dtype(np.float64 if message.dtype == pb.DTYPE_FLOAT64 else np.float32)
+        self._key = EncodeKey(self._tokenizer, rows_dtype, stages)
+
+    def _checked(self, array: Array) -> Array:
+        """Return the latents; uint16 is bfloat16's bit patterns.
+
+        Raises:
+            NonFiniteLatents: names the first NaN or infinity.
+        """
+        check_finite(array)
+        return array
+
+
+class DecodeHeader(RequestHeader[pb.DecodeRequest]):
+    """Header of a DecodeRequest: indices to latents."""
+
+    request_type = pb.DecodeRequest
+    job_type = DecodeJob
+
+    def _read(self, message: pb.DecodeRequest, payload_bytes: int, info: CodebookInfo) -> None:
+        check_index_dtype(message.dtype)
+        ranks = LATENT_RANKS if info.has_stages else INDEX_RANKS
+        shape = check_payload(payload_bytes, message.dtype, message.shape, "indices", ranks)
+        count = check_num_quantizers(message.num_quantizers or None, available=info.num_quantizers)
+        self._layout = check_indices_shape(shape, layout_of(message.layout), info=info, num_quantizers=count)
+        latent_dtype = message.latent_dtype or pb.DTYPE_FLOAT32
+        check_dtype("latent_dtype", latent_dtype, payload.LATENT_DTYPES)
+        if message.output not in _OUTPUTS:
+            raise InvalidOption(f"unknown {{option}} {message.output}", option="output")
+        check_has_output(_OUTPUTS[message.output], info=info)
+        dtype = payload.numpy_dtype(latent_dtype)
+        key = self._key = DecodeKey(
+            self._tokenizer, _OUTPUTS[message.output], dtype, count if info.has_stages else None
+        )
+        grid = layout.grid_shape(shape, self._layout) if info.has_stages else shape
+        self.rows = layout.num_rows(grid)
+        self._set_request(message.dtype, shape)
+        latents_shape = layout.latents_shape(grid, key.channels, self._layout)
+        self._set_reply(latent_dtype, latents_shape, pb.DecodeResponse)
+
+    def _checked(self, array: Array) -> Array:
+        """Return the indices; of a residual codebook those that are used.
+
+        Raises:
+            IndexOutOfRange: names the first offender.
+        """
+        count = self._key.num_quantizers
+        used = array if count is None else array[first_channels(count, self._layout)]
+        check_indices(used, decodable=self._tokenizer.decodable)
+        return used
+
+
+class HeaderCache(Generic[RequestT]):
+    """The headers of one method, by their bytes, for the codebooks that are live.
+
+    Thread-safe without a lock: at worst a header is parsed again.
+    """
+
+    def __init__(self, kind: type[RequestHeader[RequestT]], live: LiveSet, *, max_message_bytes: int) -> None:
+        self._kind: type[RequestHeader[RequestT]] = kind
+        self._max_message_bytes = max_message_bytes
+        self._known: _Known[RequestT] = _Known(live)
+
+    def use_live_set(self, live: LiveSet) -> None:
+        """Validate headers against these codebooks from now on.
+
+        A header that is being parsed meanwhile is validated against, and kept with, the codebooks before.
+        """
+        self._known = _Known(live)
+
+    def find(self, raw: bytes) -> tuple[RequestHeader[RequestT], memoryview]:
+        """Return the header and the payload of a request.
+
+        Raises:
+            InvalidArgument: what is wrong with it.
+            CodebookNotFound: no such codebook.
+            DigestMismatch: the caller pinned another digest.
+        """
+        known = self._known
+        start = known.starts.get(len(raw))
+        if start is not None:
+            header = known.by_bytes.get(raw[:start])
+            # A header ends with the payload's length, so messages of equal headers and sizes are equal in form. The
+            # size must be compared: `start` came from another message, and more may follow the payload.
+            if header is not None and header.payload_bytes == len(raw) - start:
+                return header, memoryview(raw)[start:]
+        header, data = self._parse(raw, known.live)
+        start = len(raw) - len(data)
+        # Only if the payload ends the message, and is not a copy made by protobuf.
+        if data.obj is raw and start <= _LONGEST_HEADER:
+            known.add(raw, start, header)
+        return header, data
+
+    def _parse(self, raw: bytes, live: LiveSet) -> tuple[RequestHeader[RequestT], memoryview]:
+        message, data = read(self._kind.request_type, raw)
+        return self._kind(message, len(data), live=live, max_message_bytes=self._max_message_bytes), data
+
+
+class _Known(Generic[RequestT]):
+    """The headers that are known for one live set.
+
+    Attributes:
+        live: the codebooks.
+        by_bytes: headers by their bytes.
+        starts: where the payload begins, by the size of the message: as in the last message of that size.
+    """
+
+    def __init__(self, live: LiveSet) -> None:
+        self.live = live
+        self.by_bytes: dict[bytes, RequestHeader[RequestT]] = {}
+        self.starts: dict[int, int] = {}
+
+    def add(self, raw: bytes, start: int, header: RequestHeader[RequestT]) -> None:
+        if len(self.by_bytes) >= _MOST_HEADERS:
+            self.by_bytes.clear()
+            self.starts.clear()
+        self.by_bytes[raw[:start]] = header
+        self.starts[len(raw)] = start

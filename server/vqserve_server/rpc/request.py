@@ -1,0 +1,198 @@
+"""Requests on their way from the wire to the engine and back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Protocol
+
+from vqserve import wire
+from vqserve_server.engine import Engine, Job
+from vqserve_server.errors import Draining
+from vqserve_server.rpc.headers import HeaderCache, RequestHeader
+from vqserve_server.rpc.transport import Call
+
+# Larger messages are validated by another thread. Validating this much takes half a millisecond; a hand-over costs some
+# of that, and a core.
+_INLINE_BYTES = 2 << 20
+
+# Guards the fields of all unary calls; it is held for a few operations only.
+_fields = threading.Lock()
+
+
+class Caller(Protocol):
+    """What waits for the reply of a request. Its methods may be called on any thread.
+
+    `rejected` is called, or `accepted`, and after that `ready`.
+    """
+
+    @property
+    def deadline(self) -> float | None:
+        """time.monotonic() seconds, or None."""
+
+    def accepted(self, request: Request) -> bool:
+        """Take over a valid request before it is queued; return False if the caller has left."""
+
+    def ready(self) -> None:
+        """React to a request whose `reply` can be called."""
+
+    def rejected(self, error: Exception) -> None:
+        """React to a request that is not valid, or for which the server has no capacity."""
+
+
+class Requests:
+    """Validates requests and queues them."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        # Large payloads are validated here, so that they do not delay small requests.
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="vqserve-payload")
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def start(self, caller: Caller, headers: HeaderCache[Any], raw: bytes, *, received_at: float | None = None) -> None:
+        """Validate a request and queue it, here or, if it is large, on another thread.
+
+        Args:
+            caller: is called back.
+            headers: the headers of its method.
+            raw: the message.
+            received_at: set on the other thread: time.monotonic() seconds.
+        """
+        if received_at is None:
+            received_at = time.monotonic()
+            if len(raw) > _INLINE_BYTES:
+                try:
+                    self._pool.submit(self.start, caller, headers, raw, received_at=received_at)
+                except RuntimeError:
+                    caller.rejected(Draining("the server is stopping"))
+                return
+        try:
+            header, data = headers.find(raw)
+            request = Request(self._engine, header, len(raw) + header.reply_bytes, received_at)
+            try:
+                if header.rows:
+                    request.job, request.buffer = header.job(data, on_done=caller.ready, deadline=caller.deadline)
+            except BaseException:
+                request.release()
+                raise
+        except Exception as error:
+            caller.rejected(error)
+            return
+        if not caller.accepted(request):
+            request.release()
+        elif request.job is None:
+            caller.ready()
+        else:
+            try:
+                self._engine.scheduler.put(request.job)
+            except Exception as error:
+                request.job.fail(error)
+
+
+class Request:
+    """A valid request, counted by the admission until `release`.
+
+    Attributes:
+        nbytes: size of the request and of the payload of its reply.
+        job: None if there is nothing to compute.
+        buffer: the reply that the job writes.
+    """
+
+    job: Job | None = None
+    buffer: wire.ReplyBuffer | None = None
+
+    def __init__(self, engine: Engine, header: RequestHeader[Any], nbytes: int, received_at: float) -> None:
+        """Be admitted.
+
+        Raises:
+            Overloaded, Draining, DeviceBroken: the server accepts no more.
+        """
+        engine.admission.enter(header.rows, nbytes)
+        self.nbytes = nbytes
+        self._engine = engine
+        self._header = header
+        self._received_at = received_at
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `reply` can be called."""
+        return self.job is None or self.job.outcome is not None
+
+    def reply(self) -> bytes:
+        """Return the reply.
+
+        Raises:
+            VqserveError: why the request failed.
+        """
+        if self.job is None or self.buffer is None:
+            return self._header.empty_reply
+        timing = self.job.outcome
+        if timing is None:
+            raise RuntimeError("the request is not answered yet")
+        if isinstance(timing, BaseException):
+            raise timing
+        total_us = round((time.monotonic() - self._received_at) * 1e6)
+        # In the order of the fields of ServedStats.
+        return self.buffer.write_header(
+            (timing.queue_us, timing.compute_us, total_us, timing.batch_requests, timing.batch_rows)
+        )
+
+    def release(self) -> None:
+        """Stop counting the request: its reply is sent, or nobody wants it."""
+        if self.job is not None and self.job.outcome is None:
+            self._engine.scheduler.cancel(self.job)
+        self._engine.admission.leave(self._header.rows, self.nbytes)
+
+
+class UnaryCall:
+    """A call with one request and one reply: receive, start the request, send."""
+
+    def __init__(
+        self, call: Call, requests: Requests, headers: HeaderCache[Any], *, on_close: Callable[[], None]
+    ) -> None:
+        """Wait for the request; `on_close` is called when the call has ended."""
+        self.deadline = call.deadline
+        self._call = call
+        self._on_close = on_close
+        self._request: Request | None = None
+        self._is_closed = False
+        call.on_close = self._closed
+        call.receive(partial(requests.start, self, headers))
+
+    def accepted(self, request: Request) -> bool:
+        """Take over a valid request; return False if the call has ended."""
+        with _fields:
+            if self._is_closed:
+                return False
+            self._request = request
+        return True
+
+    def ready(self) -> None:
+        """Send the reply."""
+        request = self._request
+        if request is None:
+            return
+        try:
+            reply = request.reply()
+        except Exception as error:
+            self._call.fail(error)
+        else:
+            self._call.end(message=reply)
+
+    def rejected(self, error: Exception) -> None:
+        """End the call with the error."""
+        self._call.fail(error)
+
+    def _closed(self) -> None:
+        with _fields:
+            self._is_closed = True
+            request, self._request = self._request, None
+        if request is not None:
+            request.release()
+        self._on_close()

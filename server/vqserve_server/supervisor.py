@@ -1,0 +1,235 @@
+"""Several processes that serve one port: the parent starts, stops and restarts them, and nothing else.
+
+The kernel spreads connections over them (SO_REUSEPORT). Each loads its own codebooks and has its own queue, device
+thread and health; a client stays with one of them for as long as its connection lasts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from vqserve_server import config as settings
+from vqserve_server import console, grpcio_release, signals
+from vqserve_server.config import ServeConfig
+from vqserve_server.errors import StartError
+from vqserve_server.network import is_loopback, reserve
+from vqserve_server.sources import find_codebooks
+
+# Set for a worker, to its number; not one of the settings, which people may set.
+WORKER_VARIABLE = "_VQSERVE_WORKER"
+# What a worker may take to end, beside --drain-seconds, before it is killed.
+_END_S = 5.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class BackOff:
+    """How long to wait before a worker is started again: longer each time, unless it has served for a while."""
+
+    first_s: float = 0.5
+    most_s: float = 60.0
+    steady_s: float = 60.0
+    _next_s: float = 0.0
+
+    def delay_s(self, served_s: float) -> float:
+        """Return the delay after a worker that has lived for so long."""
+        self._next_s = self.first_s if served_s >= self.steady_s or not self._next_s else self._next_s * 2
+        self._next_s = min(self._next_s, self.most_s)
+        return self._next_s
+
+
+def worker_environment(config: ServeConfig, number: int, port: int) -> dict[str, str]:
+    """Return the environment of a worker: its settings, its device, its share of the cores.
+
+    Args:
+        config: the parent's.
+        number: of the worker, from 0.
+        port: that they share.
+    """
+    devices = config.devices.split(",") if config.devices else [config.device]
+    own = replace(
+        config,
+        rpc=replace(config.rpc, port=port),
+        device=devices[number % len(devices)],
+        workers=1,
+        devices="",
+    )
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(settings.ENV_PREFIX)}
+    threads = max(1, len(os.sched_getaffinity(0)) // config.workers)
+    shared = {"OMP_NUM_THREADS": str(threads)} if "OMP_NUM_THREADS" not in plain else {}
+    return plain | shared | settings.environment(own) | {WORKER_VARIABLE: str(number)}
+
+
+class Workers:
+    """The workers of one parent. Belongs to one event loop."""
+
+    def __init__(self, sources: Sequence[str], config: ServeConfig, port: int) -> None:
+        self._sources = list(sources)
+        self._config = config
+        self._port = port
+        self._processes: dict[int, asyncio.subprocess.Process] = {}
+        self._ready: set[int] = set()
+        self._rescans = 0
+        self._stopping = asyncio.Event()
+        self._keepers: list[asyncio.Task[int]] = []
+
+    async def start(self) -> str:
+        """Start all and wait until they are ready; return what one of them says of itself.
+
+        Raises:
+            StartError: one ended before.
+        """
+        lines: list[asyncio.Future[str]] = [
+            asyncio.get_running_loop().create_future() for _ in range(self._config.workers)
+        ]
+        self._keepers = [asyncio.create_task(self._keep(number, line)) for number, line in enumerate(lines)]
+        ready = [await line for line in lines]
+        if not all(ready):
+            await self.stop()
+            raise StartError("a worker did not start; the lines above say why")
+        return ready[0]
+
+    async def stop(self, number: int = signal.SIGTERM) -> bool:
+        """Tell all to stop and wait, for those that hang not for ever; return whether all did as they were told."""
+        self._stopping.set()
+        self.tell(number)
+        _, late = await asyncio.wait(self._keepers, timeout=self._config.drain_seconds + _END_S)
+        if late:
+            logger.warning("workers that have not stopped by now are killed: %d", len(late))
+            self.tell(signal.SIGKILL)
+        # A worker that was still loading ends of the signal.
+        expected = {0, 128 + number, -number}
+        return expected.issuperset(await asyncio.gather(*self._keepers))
+
+    def tell(self, number: int) -> None:
+        """Send a signal to all."""
+        for process in self._processes.values():
+            _send(process, number)
+
+    def rescan(self) -> None:
+        """Have all look at their codebook files again; one that is starting, when it is ready."""
+        self._rescans += 1
+        for number in self._ready:
+            # One that has just died is started again, and looks for itself.
+            _send(self._processes[number], signal.SIGHUP)
+
+    async def _keep(self, number: int, first_line: asyncio.Future[str]) -> int:
+        """Run one worker again and again until all stop; return its last exit code."""
+        back_off = BackOff()
+        while True:
+            started = time.monotonic()
+            code = await self._run(number, first_line)
+            if not first_line.done():
+                first_line.set_result("")
+                return code
+            if self._stopping.is_set():
+                return code
+            delay_s = back_off.delay_s(time.monotonic() - started)
+            logger.warning("worker %d ended with %d: starting it again in %g s", number, code, delay_s)
+            try:
+                await asyncio.wait_for(self._stopping.wait(), delay_s)
+            except TimeoutError:
+                continue
+            # How it ended says nothing of the stop, which it has not seen.
+            return 0
+
+    async def _run(self, number: int, first_line: asyncio.Future[str]) -> int:
+        rescans = self._rescans
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "vqserve_server",
+                "serve",
+                *self._sources,
+                env=worker_environment(self._config, number, self._port),
+                # Ends when the parent does, however that ends: a worker that reads its end stops.
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                # A terminal's Ctrl-C is for the parent, which tells the workers.
+                start_new_session=True,
+            )
+        except (OSError, RuntimeError) as error:
+            # No memory, files, processes or threads (a RuntimeError) are left, and for the next attempt there may be.
+            logger.error("worker %d cannot be started: %s", number, getattr(error, "strerror", None) or error)
+            return 1
+        self._processes[number] = process
+        if self._stopping.is_set():
+            _send(process, signal.SIGTERM)
+        line = (await process.stdout.readline()).decode() if process.stdout is not None else ""
+        if line:
+            logger.info("worker %d is ready (process %d)", number, process.pid)
+            self._ready.add(number)
+            if self._rescans != rescans:
+                # It may have looked before the change that it was to see; before now the signal would have ended it.
+                _send(process, signal.SIGHUP)
+            if not first_line.done():
+                first_line.set_result(line)
+        code = await process.wait()
+        self._ready.discard(number)
+        del self._processes[number]
+        return code
+
+
+def _send(process: asyncio.subprocess.Process, number: int) -> None:
+    # It may have ended, and nobody been told yet.
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(number)
+
+
+async def serve(sources: Sequence[str], config: ServeConfig, port: int) -> int:
+    """Run the workers until a signal says to stop; return the exit code.
+
+    Raises:
+        StartError: they did not all start.
+    """
+    loop = asyncio.get_running_loop()
+    workers = Workers(sources, config, port)
+    stop = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():
+            workers.tell(signal.SIGKILL)
+        logger.info("%s: stopping", signal.Signals(number).name)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    signals.hear(loop, workers.rescan)
+    starting = asyncio.create_task(workers.start())
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+    if not stop.is_set():
+        line = (await starting).rstrip("\n")
+        sys.stdout.write(f"{line}, {config.workers} workers\n")
+        sys.stdout.flush()
+        await stopping
+    starting.cancel()
+    return 0 if await workers.stop() else 1
+
+
+def run(sources: Sequence[str], config: ServeConfig) -> int:
+    """Serve with several processes; return the exit code.
+
+    Raises:
+        VqserveError: the address cannot be had, or a worker does not start.
+    """
+    console.set_up(config.log_level)
+    grpcio_release.warn_if_untested()
+    # What no worker could serve is told once, and by the parent.
+    find_codebooks(sources).check()
+    host, port = config.rpc.host, config.rpc.port
+    reserve(host, port, shared=False).close()
+    if not is_loopback(host):
+        logger.warning("listening on %s without TLS or tokens: anybody who reaches it can use it", host)
+    with reserve(host, port, shared=True) as held:
+        return asyncio.run(serve(sources, config, held.getsockname()[1]))

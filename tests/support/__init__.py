@@ -1,0 +1,1 @@
+"""What several test files import: `pythonpath` in pyproject.toml makes it the package `support`."""
