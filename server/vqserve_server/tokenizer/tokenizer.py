@@ -14,16 +14,16 @@ import torch
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout
 from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
+from vqserve.validation import check_digest, no_codebook
 from vqserve_server.codebooks import codebook_digest, load_codebook
 from vqserve_server.codebooks.conversion import kind_of
 from vqserve_server.device import select_device, to_device, to_host
-from vqserve_server.errors import Closed, UnknownCodebook
+from vqserve_server.errors import Closed
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.frozen import FrozenQuantizer, freeze
 from vqserve_server.tokenizer.arrays import TORCH_DTYPES, given_indices, given_latents, several
 from vqserve_server.tokenizer.grid import decode_grid, encode_grid
 from vqserve_server.tokenizer.options import Options, Output, options
-from vqserve_server.validation import check_digest
 
 
 class Tokenizer:
@@ -140,7 +140,7 @@ class Tokenizer:
             InvalidOption: there is no such layout, or there are not so many quantizers.
             InvalidShape: the rank or the channel count is not the codebook's.
             NonFiniteLatents: names the position of a NaN or an infinity, or of a token whose projection overflows.
-            UnknownCodebook: the codebook has another name.
+            CodebookNotFound: the codebook has another name.
             DigestMismatch: it has another digest.
             Closed: the tokenizer was closed.
         """
@@ -182,7 +182,7 @@ class Tokenizer:
             InvalidOption: there is no such layout, dtype or output, there are not so many quantizers, or a value
                 leaves the dtype's range.
             InvalidShape: the rank, or the number of indices for a token, is not the codebook's.
-            NotAnArray, UnknownCodebook, DigestMismatch, Closed: as in `encode`.
+            NotAnArray, CodebookNotFound, DigestMismatch, Closed: as in `encode`.
         """
         asked = options(info=self.info, layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
         return self._decode(indices, asked, codebook, digest)
@@ -290,7 +290,7 @@ class Tokenizer:
         if frozen is None:
             raise Closed("the tokenizer was closed")
         if codebook is not None and codebook != self.info.name:
-            raise UnknownCodebook(f"no codebook {codebook!r}: this is {self.info.name!r}")
+            raise no_codebook(codebook, [self.info.name], num_codebooks=1)
         if digest is not None:
             check_digest(digest, info=self.info)
         return frozen
