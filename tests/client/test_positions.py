@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from vqserve_client.arrays import of_whole
 
 from vqserve_client import InvalidArgument
+from vqserve_client.arrays import of_whole
 from vqserve_client.cli import main
 from vqserve_server.quantizers import ResidualQuantizer, VectorQuantizer
 from vqserve_server.tokenizer import Tokenizer
