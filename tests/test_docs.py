@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from vqserve_client.cli import main as vqserve
+from vqserve_server.codebook_files import DEMO_PATH, find_codebooks
 from vqserve_server.codebooks import load_codebook
-from vqserve_server.sources import DEMO_PATH, find_codebooks
 from vqserve_server.tokenizer import Tokenizer
 from vqserve_tools.cli import main as vqserved
 

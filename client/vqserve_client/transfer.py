@@ -36,16 +36,16 @@ from vqserve_client.client import Client
 from vqserve_client.errors import DigestChanged, DigestMismatch, InvalidArgument, VqserveError
 from vqserve_client.npy import check_output, new_array, open_array
 
-# Small enough that several pieces are under way on both sides at little cost, large enough that calls cost nothing.
+# Small enough that several pieces in flight need little memory, large enough that calls cost little.
 _PIECE_BYTES = 4 << 20
 
-# Told how many tokens the file has, gives what is to be told how many more are done.
+# Called with the number of tokens of the file; returns a function to call with the number of tokens that are done.
 Progress = Callable[[int], Callable[[int], None]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One file to turn into another."""
+    """One file to convert into another."""
 
     source: Path
     target: Path
@@ -60,7 +60,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Done:
-    """What was written."""
+    """The file that was written."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -69,7 +69,7 @@ class Done:
 
 @dataclass(frozen=True)
 class _Piece:
-    """What goes as one array of `encode_many`, as cuts of the grid of tokens, of the source and of the target."""
+    """One array of `encode_many`, as cuts of the grid of tokens, of the source and of the target."""
 
     grid: Cut
     source: Cut
@@ -80,7 +80,7 @@ def encode_file(client: Client, task: Task, progress: Progress) -> Done:
     """Write the indices of a file of latents.
 
     Raises:
-        FileError: if a file cannot be used.
+        FileError: a file cannot be read or written.
         VqserveError: see errors.py.
     """
     check_output(task.target, force=task.force, source=task.source)
@@ -109,7 +109,7 @@ def decode_file(client: Client, task: Task, progress: Progress) -> Done:
     """Write the latents of a file of indices.
 
     Raises:
-        FileError: if a file cannot be used.
+        FileError: a file cannot be read or written.
         VqserveError: see errors.py.
     """
     check_output(task.target, force=task.force, source=task.source)
@@ -138,7 +138,7 @@ def decode_file(client: Client, task: Task, progress: Progress) -> Done:
 
 
 def _arrays(array: Array, pieces: Iterator[_Piece], pending: deque[_Piece]) -> Iterator[Array]:
-    """Give the pieces of the source, noting where each answer belongs."""
+    """Yield the pieces of the source; `pending` gets the place of each result."""
     for piece in pieces:
         pending.append(piece)
         yield array[piece.source]
@@ -146,7 +146,7 @@ def _arrays(array: Array, pieces: Iterator[_Piece], pending: deque[_Piece]) -> I
 
 @contextlib.contextmanager
 def _whole_file(task: Task, pending: Sequence[_Piece]) -> Iterator[None]:
-    """Have an error about a piece, the first one that is pending, name the file and count positions in all of it."""
+    """In an error about a piece (the first pending one), name the file and count positions in the whole file."""
     try:
         yield
     except InvalidArgument as error:
@@ -170,7 +170,7 @@ def _info(client: Client, task: Task) -> CodebookInfo:
 
 @contextlib.contextmanager
 def _one_codebook(task: Task, info: CodebookInfo) -> Iterator[None]:
-    """Have the error tell that the codebook was replaced, where it was not the user who pinned its digest."""
+    """Raise DigestChanged for a replaced codebook, unless the user pinned its digest."""
     try:
         yield
     except DigestMismatch as error:

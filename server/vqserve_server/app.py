@@ -11,13 +11,13 @@ import sys
 from collections.abc import Sequence
 
 from vqserve_server import console, grpcio_release, signals
+from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
 from vqserve_server.engine import Engine
 from vqserve_server.errors import StartError
 from vqserve_server.network import address, check, check_unix_socket, is_loopback
 from vqserve_server.repository import Repository, Rescans
 from vqserve_server.rpc import RpcServer
-from vqserve_server.sources import find_codebooks
 from vqserve_server.tokenizer import Tokenizer
 
 # An idle device thread needs a moment to end.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -54,33 +56,39 @@ def _seen() -> str:
 
 
 def wait_for_stream(device: torch.device) -> None:
-    """Wait until a device has done what the calling thread's stream gave it; the CPU has when the thread goes on."""
+    """Wait until a device has finished the work of the calling thread's stream; does nothing on the CPU.
+
+    On CUDA no stream waits for another, so one thread must wait before another reads its results.
+    """
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
 
-def to_device(rows: Tensor, device: torch.device) -> Tensor:
-    """Return rows on a device; from page-locked memory they may still be on their way, in the order of the stream.
+def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Return a tensor of an array's values on a device; on the CPU it shares the array's memory where torch can.
 
-    What is read from ordinary memory has been read when this returns.
+    A copy from page-locked memory is asynchronous, in the order of the stream; ordinary memory has been read when this
+    returns.
     """
-    return rows.to(device, non_blocking=True)
+    # torch warns where it shares read-only memory; a copy costs next to nothing beside the search.
+    tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+    return tensor.to(device, non_blocking=True)
 
 
 def to_host(rows: Tensor) -> Tensor:
-    """Return rows in the memory of the host, when all that the current stream was given is done."""
+    """Return rows in host memory, after all work of the current stream."""
     if rows.device.type != "cuda":
         return rows.cpu()
     with torch.cuda.device(rows.device):
-        # Of a pool of torch's: page-locked memory is slow to come by, and several times as fast to copy to.
+        # From torch's pool: page-locked memory is slow to allocate, and several times as fast to copy to.
         host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
         host.copy_(rows, non_blocking=True)
         wait_for_stream(rows.device)
     return host
 
 
-# A CUDA context that has seen an illegal access or an ECC error fails every later call: only a new process helps.
-# Memory that ran out is not of that kind.
+# After an illegal access or an ECC error every later call of the CUDA context fails: only a new process helps. Running
+# out of memory is not of that kind.
 _BROKEN: tuple[type[BaseException], ...] = tuple(
     kind for kind in (getattr(torch, "AcceleratorError", None), torch.cuda.CudaError) if kind is not None
 )
@@ -88,7 +96,7 @@ _MARKS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuBLAS error", "HIP er
 
 
 def is_device_failure(error: BaseException) -> bool:
-    """Return whether an exception from a tokenizer tells of a device that cannot be used any more."""
+    """Return whether an exception from a tokenizer means that the device cannot be used any more."""
     if isinstance(error, torch.OutOfMemoryError):
         return False
     if isinstance(error, _BROKEN):
@@ -98,13 +106,13 @@ def is_device_failure(error: BaseException) -> bool:
 
 
 class DeviceStreams:
-    """The CUDA streams of one thread, one a device."""
+    """The CUDA streams of one thread: one for each device."""
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def on(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the device works for this thread alone."""
+        """Return a context in which the thread's work for a device goes to its own stream; none on the CPU."""
         if device.type != "cuda":
             return contextlib.nullcontext()
         stream = self._streams.get(device)

@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 
 from vqserve_server import config as settings
 from vqserve_server import console, grpcio_release, signals
+from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
 from vqserve_server.errors import StartError
 from vqserve_server.network import is_loopback, reserve
-from vqserve_server.sources import find_codebooks
 
 # Set for a worker, to its number; not one of the settings, which people may set.
 WORKER_VARIABLE = "_VQSERVE_WORKER"

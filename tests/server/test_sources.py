@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vqserve_server.codebook_files import DEMO_PATH, Found, find_codebooks
 from vqserve_server.errors import StartError
-from vqserve_server.sources import DEMO_PATH, Found, find_codebooks
 
 
 def touch(*paths: Path) -> None:

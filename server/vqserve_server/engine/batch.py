@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vqserve_server.engine.job import Job, Key
+from vqserve_server.engine.job import Job, Key, RequestTiming
 from vqserve_server.errors import InvalidRequest
 
 
@@ -61,11 +61,6 @@ class Batch:
         self.parts: list[Part] = []
         self.rows = 0
 
-    @property
-    def completes(self) -> int:
-        """How many requests it completes: their last rows are in it, and they were not cancelled."""
-        return sum(part.stop == part.job.rows and part.job.outcome is None for part in self.parts)
-
     def add(self, job: Job, rows: int) -> None:
         """Add the next rows of a job."""
         start = job.next_row
@@ -85,38 +80,37 @@ class Batch:
             try:
                 part.job.write(part.start, results[part.rows])
             except InvalidRequest as error:
-                part.job.fail(error)
+                part.job.resolve(error)
             except MemoryError:
                 # The other replies have their memory.
                 logger.exception("no memory for a reply of %d rows", part.job.rows)
-                part.job.fail(BatchFailed("the computation failed"))
+                part.job.resolve(BatchFailed("the computation failed"))
 
-    def finish(self, *, started: float, ended: float) -> None:
-        """Count each part of each job as done, and notify the jobs that are complete.
+    def finish(self, *, started: float, ended: float) -> list[tuple[Job, RequestTiming]]:
+        """Count the parts, and return the jobs that are complete, with what to resolve them with.
 
         Args:
             started: when `compute` began, in time.monotonic() seconds.
             ended: when it returned.
         """
-        size = len(self.parts), self.rows
-        complete = [
-            part.job
-            for part in self.parts
-            if part.job.finish(part.stop - part.start, started=started, ended=ended, batch=size)
-        ]
-        # Last, when all are finished: the threads of the callers compete with this one.
-        for job in complete:
-            job.notify()
+        complete = []
+        for part in self.parts:
+            timing = part.job.finish_part(
+                part.stop - part.start, started=started, ended=ended, batch=(len(self.parts), self.rows)
+            )
+            if timing is not None:
+                complete.append((part.job, timing))
+        return complete
 
     def reject(self, error: InvalidRequest) -> None:
         """Fail the job of its only part, which the error is about."""
         [part] = self.parts
-        part.job.fail(part.job.in_whole(error, part.start))
+        part.job.resolve(part.job.in_whole(error, part.start))
 
     def fail(self, error: BaseException) -> None:
         """Fail every job that is part of it."""
         for part in self.parts:
-            part.job.fail(error)
+            part.job.resolve(error)
 
     def split(self) -> list[Batch]:
         """Return one batch for each part, to be computed alone."""

@@ -175,32 +175,32 @@ class Job(ABC):
         """Return an error about a row counted from `start` as one about the whole request."""
         return error
 
-    def notify(self) -> None:
-        """Call `on_done`. It may fail for the caller's connection, which must not end a thread of the engine."""
+    def resolve(self, outcome: RequestTiming | BaseException) -> None:
+        """Set the outcome and call `on_done`, if there is no outcome yet."""
+        with _outcomes:
+            if self.outcome is not None:
+                return
+            self.outcome = outcome
         try:
             self._on_done()
         except Exception:
+            # It may fail for the caller's connection, which must not end a thread of the engine.
             logger.exception("a reply was not sent")
 
-    def fail(self, error: BaseException) -> None:
-        """Set an error as the outcome, if there is none yet, and notify."""
-        if self._resolve(error):
-            self.notify()
-
     def cancel(self) -> None:
-        """Mark the job as cancelled: nobody waits for it, so nobody is notified."""
-        self._resolve(Cancelled("the caller has left"))
+        """Set `Cancelled` as the outcome, if there is none yet; `on_done` is not called: nobody waits for it."""
+        with _outcomes:
+            if self.outcome is None:
+                self.outcome = Cancelled("the caller has left")
 
     def is_wanted(self, now: float) -> bool:
-        """Return whether the job still needs its result; one whose deadline has passed is failed here."""
+        """Return whether the job still needs its result; one whose deadline has passed is resolved here."""
         if self.deadline is not None and self.deadline <= now:
-            self.fail(DeadlineExceeded("the deadline passed before the request was computed"))
+            self.resolve(DeadlineExceeded("the deadline passed before the request was computed"))
         return self.outcome is None
 
-    def finish(self, rows: int, *, started: float, ended: float, batch: tuple[int, int]) -> bool:
-        """Count a part whose results are written; return whether it was the last one, which sets the outcome.
-
-        The batch notifies afterwards.
+    def finish_part(self, rows: int, *, started: float, ended: float, batch: tuple[int, int]) -> RequestTiming | None:
+        """Count a part whose results are written; return what to resolve the job with, if it was the last one.
 
         Args:
             rows: rows of the part.
@@ -216,22 +216,10 @@ class Job(ABC):
             if batch[1] > self._batch_rows:
                 self._batch_requests, self._batch_rows = batch
             if self._rows_done < self.rows or self.outcome is not None:
-                return False
-            self.outcome = RequestTiming(
-                round(self._queue_s * 1e6),
-                round(self._compute_s * 1e6),
-                self._batch_requests,
-                self._batch_rows,
-            )
-        return True
-
-    def _resolve(self, outcome: BaseException) -> bool:
-        """Set the outcome; return False if there was one already."""
-        with _outcomes:
-            if self.outcome is not None:
-                return False
-            self.outcome = outcome
-        return True
+                return None
+        return RequestTiming(
+            round(self._queue_s * 1e6), round(self._compute_s * 1e6), self._batch_requests, self._batch_rows
+        )
 
 
 class EncodeJob(Job):

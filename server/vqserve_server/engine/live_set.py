@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vqserve.codebook_info import VERSION_MARK, CodebookInfo
 from vqserve.validation import check_digest, no_codebook
-from vqserve_server.codebook_path import latest, version_order
+from vqserve_server.codebook_files import latest, version_order
 
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer

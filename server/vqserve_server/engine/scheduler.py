@@ -135,7 +135,7 @@ class Scheduler:
                 jobs += [part.job for batch in self._on_device.values() for part in batch.parts]
             self._changed.notify_all()
         for job in jobs:
-            job.fail(reason)
+            job.resolve(reason)
 
     def next_batch(self) -> Batch | None:
         """Return the next batch as soon as there is one; None: closed, and nothing is left.

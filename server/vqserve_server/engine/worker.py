@@ -62,11 +62,14 @@ class Worker:
             started = time.monotonic()
             batch.compute(staging)
             ended = time.monotonic()
+            complete = batch.finish(started=started, ended=ended)
             # Before the replies: a caller that has one finds its request counted.
             self._stats.count(
-                requests=len(batch.parts), rows=batch.rows, finished=batch.completes, seconds=ended - started
+                requests=len(batch.parts), rows=batch.rows, finished=len(complete), seconds=ended - started
             )
-            batch.finish(started=started, ended=ended)
+            # Last, all together: the threads of the callers compete with this one.
+            for job, timing in complete:
+                job.resolve(timing)
         except Exception as error:
             if is_device_failure(error):
                 raise

@@ -54,7 +54,8 @@ class FrozenLookup(FrozenQuantizer):
     ) -> Tensor:
         """Return the index (n,) of every row's code; see `FrozenQuantizer.encode_rows`."""
         with autocast_off(self.device):
-            rows = project(rows, self._projection)
+            if self._projection is not None:
+                rows = project(rows, self._projection)
             winners = self._searcher.search(rows, None if counts is None else counts[0])
         return winners if self._reported is None else self._reported[winners]
 

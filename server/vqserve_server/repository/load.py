@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vqserve.codebook_info import VERSION_MARK
-from vqserve_server.codebook_path import latest
+from vqserve_server.codebook_files import find_codebooks, latest
 from vqserve_server.codebooks import load_codebook
 from vqserve_server.console import printable
 from vqserve_server.errors import CodebookError, CodebookFileError, VqserveError
-from vqserve_server.sources import find_codebooks
 from vqserve_server.tokenizer import Tokenizer
 
 # Some file systems count seconds, some even two: a file that was touched so recently may be another one by now and look

@@ -92,7 +92,7 @@ class Requests:
             try:
                 self._engine.scheduler.put(request.job)
             except Exception as error:
-                request.job.fail(error)
+                request.job.resolve(error)
 
 
 class Request:

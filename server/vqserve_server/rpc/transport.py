@@ -232,7 +232,7 @@ class Transport:
     def start(self) -> None:
         """Take calls."""
         self._server.start()
-        self._request_call()
+        self._server.request_call(self._queue, self._queue, self._on_call)
         self._thread.start()
 
     def stop(self, linger_s: float) -> None:
@@ -270,13 +270,10 @@ class Transport:
             if self._stopped.is_set() and not self._calls:
                 self._queue.shutdown()
 
-    def _request_call(self) -> None:
+    def _on_call(self, event: Any) -> None:
         with self._lock:
             if not self._is_stopping:
                 self._server.request_call(self._queue, self._queue, self._on_call)
-
-    def _on_call(self, event: Any) -> None:
-        self._request_call()
         if not event.success:
             return
         call = Call(event, self._calls.discard)

@@ -23,6 +23,7 @@ from vqserve.validation import (
     not_several,
 )
 from vqserve.vocabulary import smallest_unsigned
+from vqserve_server.device import to_device
 from vqserve_server.quantizers import checks
 from vqserve_server.tokenizer.options import Options
 from vqserve_server.validation import check_finite, check_indices
@@ -107,7 +108,7 @@ def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Giv
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     check_finite(array)
     flat = np.moveaxis(array, channel_axis(resolved), -1).reshape(-1, info.input_dim)
-    wide = tensor_of(np.ascontiguousarray(flat, np.result_type(flat, np.float32)))
+    wide = to_device(np.ascontiguousarray(flat, np.result_type(flat, np.float32)), torch.device("cpu"))
     return Given(wide, grid_shape(array.shape, resolved), resolved)
 
 
@@ -154,12 +155,6 @@ def _layout_of_indices(shape: Sequence[int], asked: Options, info: CodebookInfo)
 def _used(indices: Indices, layout: Layout, asked: Options, info: CodebookInfo) -> Indices:
     """Return the indices of each token that are asked for."""
     return indices[first_channels(asked.num_quantizers, layout)] if info.has_stages else indices
-
-
-def tensor_of(array: npt.NDArray[Any]) -> Tensor:
-    """Return a tensor of an array's values, sharing its memory where torch can."""
-    # torch cannot share read-only memory without a warning; a copy costs next to nothing beside the search.
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _plain_array(value: object, what: str) -> npt.NDArray[Any]:

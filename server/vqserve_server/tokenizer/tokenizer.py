@@ -6,14 +6,15 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from vqserve.codebook_info import CodebookInfo
+from vqserve.layout import Layout
+from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
 from vqserve.validation import check_digest, check_digest_form, no_codebook
 from vqserve_server.codebooks import codebook_digest, load_codebook
 from vqserve_server.codebooks.conversion import kind_of
@@ -21,11 +22,9 @@ from vqserve_server.device import select_device, to_device, to_host
 from vqserve_server.errors import Closed, VqserveError
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.frozen import FrozenQuantizer, freeze
-from vqserve_server.tokenizer.arrays import TORCH_DTYPES, given_indices, given_latents, several, tensor_of
+from vqserve_server.tokenizer.arrays import TORCH_DTYPES, given_indices, given_latents, several
 from vqserve_server.tokenizer.grid import decode_grid, encode_grid
 from vqserve_server.tokenizer.options import Options, Output, options
-
-ArrayOrTensor = TypeVar("ArrayOrTensor", npt.NDArray[Any], Tensor)
 
 
 class Tokenizer:
@@ -111,14 +110,14 @@ class Tokenizer:
 
     def encode(
         self,
-        latents: ArrayOrTensor,
+        latents: ArrayT,
         *,
-        layout: str | None = None,
+        layout: LayoutName | Layout | None = None,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> ArrayOrTensor:
+    ) -> ArrayT:
         """Return the index of the code that each latent is nearest to (or that scores highest), exactly.
 
         Args:
@@ -151,16 +150,16 @@ class Tokenizer:
 
     def decode(
         self,
-        indices: ArrayOrTensor,
+        indices: ArrayT,
         *,
-        layout: str | None = None,
-        dtype: Any = "float32",
-        output: str = "latents",
+        layout: LayoutName | Layout | None = None,
+        dtype: LatentDType = "float32",
+        output: OutputName = "latents",
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> ArrayOrTensor:
+    ) -> ArrayT:
         """Return what indices stand for.
 
         Args:
@@ -191,30 +190,30 @@ class Tokenizer:
 
     def encode_many(
         self,
-        items: Iterable[ArrayOrTensor],
+        items: Iterable[ArrayT],
         *,
-        layout: str | None = None,
+        layout: LayoutName | Layout | None = None,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> Generator[ArrayOrTensor, None, None]:
+    ) -> Generator[ArrayT, None, None]:
         """Return the indices of each of many arrays, lazily and in order; see `encode`."""
         asked = options(info=self.info, layout=layout, num_quantizers=num_quantizers)
         return _each(several(items, "encode"), lambda item: self._encode(item, asked, codebook, digest))
 
     def decode_many(
         self,
-        items: Iterable[ArrayOrTensor],
+        items: Iterable[ArrayT],
         *,
-        layout: str | None = None,
-        dtype: Any = "float32",
-        output: str = "latents",
+        layout: LayoutName | Layout | None = None,
+        dtype: LatentDType = "float32",
+        output: OutputName = "latents",
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> Generator[ArrayOrTensor, None, None]:
+    ) -> Generator[ArrayT, None, None]:
         """Return the latents of each of many arrays of indices, lazily and in order; see `decode`."""
         asked = options(info=self.info, layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
         return _each(several(items, "decode"), lambda item: self._decode(item, asked, codebook, digest))
@@ -240,7 +239,7 @@ class Tokenizer:
         Returns:
             int64: (n,), of a residual codebook (n, num_quantizers).
         """
-        found = self._open().encode_rows(to_device(tensor_of(rows), self.device), num_quantizers=num_quantizers)
+        found = self._open().encode_rows(to_device(rows, self.device), num_quantizers=num_quantizers)
         return to_host(found).numpy()
 
     def decode_rows(
@@ -258,8 +257,7 @@ class Tokenizer:
             (n, output_dim) or (n, code_dim) of the codebook's own element type, or already rounded to `dtype`.
         """
         wanted = None if dtype is None else TORCH_DTYPES[np.dtype(dtype)]
-        on_device = to_device(tensor_of(indices), self.device)
-        rows = to_host(self._open().decode_rows(on_device, output=output, dtype=wanted))
+        rows = to_host(self._open().decode_rows(to_device(indices, self.device), output=output, dtype=wanted))
         return rows.view(torch.int16).numpy().view(np.uint16) if rows.dtype == torch.bfloat16 else rows.numpy()
 
     def check_itself(self) -> None:
@@ -273,23 +271,19 @@ class Tokenizer:
         self.decode_rows(np.zeros(indices, np.int64))
         self._open().check_itself()
 
-    def _encode(
-        self, latents: ArrayOrTensor, asked: Options, codebook: str | None, digest: str | None
-    ) -> ArrayOrTensor:
+    def _encode(self, latents: ArrayT, asked: Options, codebook: str | None, digest: str | None) -> ArrayT:
         frozen = self._open(codebook, digest)
         with self._named():
             given = given_latents(latents, asked, info=self.info)
             found = encode_grid(frozen, given, asked, has_stages=self.info.has_stages)
-        indices: ArrayOrTensor = given.indices(found, vocab_size=self.info.vocab_size)
+        indices: ArrayT = given.indices(found, vocab_size=self.info.vocab_size)
         return indices
 
-    def _decode(
-        self, indices: ArrayOrTensor, asked: Options, codebook: str | None, digest: str | None
-    ) -> ArrayOrTensor:
+    def _decode(self, indices: ArrayT, asked: Options, codebook: str | None, digest: str | None) -> ArrayT:
         frozen = self._open(codebook, digest)
         with self._named():
             given = given_indices(indices, asked, info=self.info, decodable=self.decodable)
-            latents: ArrayOrTensor = given.latents(decode_grid(frozen, given, asked))
+            latents: ArrayT = given.latents(decode_grid(frozen, given, asked))
         return latents
 
     def _open(self, codebook: str | None = None, digest: str | None = None) -> FrozenQuantizer:
@@ -330,14 +324,12 @@ class Tokenizer:
         )
 
 
-def _each(
-    items: Iterable[ArrayOrTensor], convert: Callable[[ArrayOrTensor], ArrayOrTensor]
-) -> Generator[ArrayOrTensor, None, None]:
+def _each(items: Iterable[ArrayT], convert: Callable[[ArrayT], ArrayT]) -> Generator[ArrayT, None, None]:
     """Return the results of arrays, lazily; an error says which array it is about."""
     # What cannot be iterated is refused here, not at the first answer.
     numbered = enumerate(items)
 
-    def results() -> Generator[ArrayOrTensor, None, None]:
+    def results() -> Generator[ArrayT, None, None]:
         for number, item in numbered:
             try:
                 result = convert(item)

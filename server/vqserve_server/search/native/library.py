@@ -1,4 +1,4 @@
-"""The compiled library: where it is, which of its instruction sets runs here, and its structures."""
+"""The compiled library: loading, choice of the instruction set, and structures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PATH = Path(__file__).with_name("libsearch.so")
 
 
 class CodebookStruct(ctypes.Structure):
-    """A prepared codebook; layout.h says what the fields are."""
+    """A prepared codebook; layout.h documents the fields."""
 
     _fields_ = (
         ("num_codes", ctypes.c_int64),
@@ -43,20 +43,26 @@ class CodebookStruct(ctypes.Structure):
 
 
 class Library:
-    """The functions for one instruction set."""
+    """The functions for one instruction set.
+
+    Attributes:
+        search: vq_search of layout.h; it runs without the interpreter's lock, and returns how many winners are left
+            undecided, as -1, or a negative number if there is no memory.
+        lanes: codes that are compared at once.
+    """
 
     def __init__(self, library: ctypes.CDLL, level: str) -> None:
-        self._search = getattr(library, f"vq_search_{level}")
-        self._search.argtypes = (
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            ctypes.c_int32,
-            ctypes.c_int64,
-            ctypes.c_int32,
-            ctypes.c_void_p,
-            ctypes.c_void_p,
+        self.search = getattr(library, f"vq_search_{level}")
+        self.search.argtypes = (
+            ctypes.c_void_p,  # CodebookStruct
+            ctypes.c_void_p,  # rows (n, dim), contiguous
+            ctypes.c_int32,  # whether they are float64, not float32
+            ctypes.c_int64,  # n
+            ctypes.c_int32,  # threads
+            ctypes.c_void_p,  # winners (n,) int64
+            ctypes.c_void_p,  # two int64 to add to: rows that were rechecked, rows that float64 left open
         )
-        self._search.restype = ctypes.c_int64
+        self.search.restype = ctypes.c_int64
         self._panel_vectors = getattr(library, f"vq_panel_vectors_{level}")
         self._panel_vectors.restype = ctypes.c_int64
         lanes = getattr(library, f"vq_lanes_{level}")
@@ -64,53 +70,26 @@ class Library:
         self.lanes: int = lanes()
 
     def panel_vectors(self, *, is_boxed: bool) -> int:
-        """Return how many vectors of codes a panel has."""
+        """Return the number of vectors of codes in a panel."""
         vectors: int = self._panel_vectors(int(is_boxed))
         return vectors
-
-    def search(
-        self, book: CodebookStruct, rows: torch.Tensor, winners: torch.Tensor, counts: ctypes.Array[ctypes.c_int64]
-    ) -> int:
-        """Search, without the interpreter's lock, and return how many winners are left undecided, as -1.
-
-        Args:
-            book: a prepared codebook.
-            rows: (n, dim) float32 or float64 on the CPU, contiguous.
-            winners: (n,) int64, contiguous.
-            counts: two numbers to add to: rows looked at twice, and rows that float64 left open.
-
-        Raises:
-            MemoryError: there is none for a few rows.
-        """
-        undecided: int = self._search(
-            ctypes.addressof(book),
-            rows.data_ptr(),
-            rows.dtype == torch.float64,
-            rows.shape[0],
-            torch.get_num_threads(),
-            winners.data_ptr(),
-            ctypes.addressof(counts),
-        )
-        if undecided < 0:
-            raise MemoryError("no memory for a search")
-        return undecided
 
 
 @functools.cache
 def levels() -> tuple[str, ...]:
-    """Return the instruction sets that this processor runs, best first; none where the library was not built."""
+    """Return the instruction sets that this processor supports, best first; empty if the library was not built."""
     if not _PATH.exists():
         logger.warning("the compiled search was not built for this platform: torch searches on the CPU, more slowly")
         return ()
     if platform.machine() != "x86_64":
         return ("default",)
     known = ("avx512", "avx2", "default")
-    # Torch's own answer, so that its ATEN_CPU_CAPABILITY lowers both.
+    # Ask torch, so that the variable ATEN_CPU_CAPABILITY lowers the level of torch and of this library.
     best = torch.backends.cpu.get_cpu_capability().lower()
     return known[known.index(best) :] if best in known else ("default",)
 
 
 @functools.cache
 def load(level: str) -> Library:
-    """Return the functions for one of `levels()`."""
+    """Return the functions of one instruction set of `levels()`."""
     return Library(ctypes.CDLL(str(_PATH)), level)

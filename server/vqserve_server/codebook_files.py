@@ -1,31 +1,46 @@
-"""What the daemon is told to serve: files, folders of them and of their versions, names."""
+"""What codebook files are called, and which ones the command line names: files, folders of them and of versions."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vqserve.codebook_info import VERSION_MARK
-from vqserve_server.codebook_path import IMPORTED, NAME, SUFFIX
 from vqserve_server.errors import StartError
 
+SUFFIX = ".safetensors"
+# Files that codebooks are imported from. People put them beside codebooks and expect them to be served.
+IMPORTED = frozenset({".npy", ".npz", ".pt", ".pth", ".ckpt", ".bin", ".th"})
+# A name of a codebook, and so the stem of its file.
+NAME = re.compile(r"[\w+-][\w.+-]{0,127}")
 DEMO_NAME = "demo"
 DEMO_PATH = Path(__file__).parent / "assets" / "demo.safetensors"
-# 03 would be a second name of 3.
+# Without leading zeros: 03 would be a second name of 3.
 _VERSION = re.compile(r"[1-9][0-9]{0,17}", re.ASCII)
+
+
+def version_order(name: str) -> tuple[str, int]:
+    """Return the sort key of a name: versions as numbers, after the name without one."""
+    base, _, version = name.partition(VERSION_MARK)
+    return base, int(version or 0)
+
+
+def latest(names: Iterable[str]) -> dict[str, str]:
+    """Return the latest version of each name, by the name without it: {"book": "book@3"}."""
+    return {version_order(name)[0]: name for name in sorted(names, key=version_order)}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is there but is not served.
+    """A file or folder that is not served.
 
     Attributes:
-        text: which, and why.
-        paths: what is served from there already, or from below, may stay.
-        is_fatal: whether the daemon should not start with it.
+        text: which one, and why.
+        paths: codebooks that are served from these paths, or from below, stay after a reload.
+        is_fatal: whether the daemon does not start with it.
     """
 
     text: str
@@ -35,19 +50,19 @@ class Problem:
 
 @dataclass(frozen=True)
 class Found:
-    """What the sources hold at the moment.
+    """The codebook files of the sources.
 
     Attributes:
-        files: codebook files by the name to serve them under, a version's "book@3"; in the order of the sources, a
-            folder's in name order, versions ascending.
-        problems: what cannot be served.
+        files: by the name to serve them under, of a version "book@3"; in the order of the sources, within a folder in
+            name order, versions ascending.
+        problems: files and folders that are not served.
     """
 
     files: dict[str, Path] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def check(self) -> None:
-        """Refuse to start where a codebook would be missing.
+        """Check that no codebook would be missing.
 
         Raises:
             StartError: nothing is there, a folder cannot be read, a name is none or given twice, or a link leads out of
