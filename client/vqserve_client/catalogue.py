@@ -10,8 +10,7 @@ from google.protobuf.message import DecodeError
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve.validation import no_codebook, wrong_digest
-from vqserve_client.config import is_digest
+from vqserve.validation import is_digest, no_codebook, wrong_digest
 from vqserve_client.errors import CodebookNotFound, DigestChanged, DigestMismatch, ProtocolError, VqserveError
 from vqserve_client.requests import Request
 

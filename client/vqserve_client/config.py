@@ -10,7 +10,7 @@ from vqserve.latent_dtype import latent_dtype_name
 from vqserve.layout import Layout, parse_layout
 from vqserve.types import LatentDType, LayoutName, OutputName
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve.validation import check_count, check_output
+from vqserve.validation import check_count, check_digest_form, check_output
 from vqserve_client.errors import InvalidOption
 
 DEFAULT_MAX_MESSAGE_BYTES = 64 << 20
@@ -136,15 +136,8 @@ def check_digest(digest: str | None) -> None:
         InvalidOption: if it is not 64 lower-case hexadecimal digits.
     """
     check_name("digest", digest)
-    if digest is not None and not is_digest(digest):
-        raise InvalidOption(
-            f"{{option}} must be the codebook's 64 lower-case hexadecimal digits, not {digest!r}", option="digest"
-        )
-
-
-def is_digest(text: str) -> bool:
-    """Return whether a text has a digest's form."""
-    return len(text) == 64 and set(text) <= set("0123456789abcdef")
+    if digest is not None:
+        check_digest_form(digest)
 
 
 def check_timeout(timeout_s: float) -> float:

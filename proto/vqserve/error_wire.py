@@ -7,6 +7,7 @@ fields of the right kind and size are taken.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -140,7 +141,7 @@ def _is_suggestion(value: object) -> bool:
 
 
 def _is_digest(value: object) -> bool:
-    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 _FIELDS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(

@@ -270,13 +270,19 @@ class InvalidOption(InvalidArgument):
 class NonFiniteLatents(InvalidArgument):
     """Latents hold NaN or infinity, or leave float32's range on their way to the codes."""
 
+    hint = "no code stands for it, find out where it comes from"
+
 
 class TokenBeyondRange(NonFiniteLatents):
     """A token leaves float32's range on its way to the codes."""
 
+    hint = "scale the latents down"
+
 
 class IndexOutOfRange(InvalidArgument):
     """An index is not one of the vocabulary."""
+
+    hint = "are the indices of this codebook?"
 
 
 class MessageTooLarge(InvalidArgument):

@@ -103,6 +103,23 @@ def check_has_output(output: str, *, info: CodebookInfo) -> None:
         )
 
 
+def check_digest_form(digest: str) -> None:
+    """Refuse a text that is no digest.
+
+    Raises:
+        InvalidOption: it is not 64 lower-case hexadecimal digits.
+    """
+    if not is_digest(digest):
+        raise InvalidOption(
+            f"{{option}} must be the codebook's 64 lower-case hexadecimal digits, not {digest!r:.80}", option="digest"
+        )
+
+
+def is_digest(text: str) -> bool:
+    """Return whether a text has a digest's form."""
+    return len(text) == _DIGEST_CHARACTERS and set(text) <= set("0123456789abcdef")
+
+
 def check_digest(expected: str, *, info: CodebookInfo) -> None:
     """Refuse a codebook that is not the one that the caller pinned.
 

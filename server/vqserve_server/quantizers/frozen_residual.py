@@ -76,7 +76,7 @@ class FrozenPart:
         if bool(too_large.any()):
             row = int(torch.nonzero(too_large)[0])
             raise TokenBeyondRange(
-                "what the stages leave of {where} may leave the range of float32: scale the latents down",
+                "what the stages leave of {where} may leave the range of float32",
                 array="tokens",
                 row=row,
             )

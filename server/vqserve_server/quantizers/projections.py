@@ -97,9 +97,7 @@ def project(rows: Tensor, projection: Projection | None) -> Tensor:
     finite = torch.isfinite(projected).all(dim=1)
     if not bool(finite.all()):
         row = int(torch.nonzero(~finite)[0])
-        raise TokenBeyondRange(
-            "the projection of {where} leaves the range of float32: scale the latents down", array="tokens", row=row
-        )
+        raise TokenBeyondRange("the projection of {where} leaves the range of float32", array="tokens", row=row)
     return projected
 
 
