@@ -31,9 +31,9 @@ serve: $(VENV)/.installed  ## serve the demo codebook on localhost:50051
 test: $(VENV)/.installed  ## run all tests
 	$(BIN)/python -m pytest
 
-# For the inner loop: nothing that starts processes, and fewer cases of the largest tests. `ARGS` narrows these two.
+# For the inner loop: nothing that starts processes or is long, and fewer cases of the largest tests. `ARGS` narrows these two.
 test-fast: $(VENV)/.installed  ## tests within this process, with fewer cases, on all cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not process and not slow' \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not process and not long and not slow' \
 		--search-rows 5000 --wire-cases 5000 $(ARGS)
 
 test-busy: $(VENV)/.installed  ## run all tests while every core has other work

@@ -1,4 +1,4 @@
-"""What `vqserve bench` can be told."""
+"""The options of `vqserve bench`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GRID = (1, 32, 32)
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Add what `vqserve bench` can be told."""
+    """Add the options of `vqserve bench`."""
     add_codebook(command)
     what = command.add_argument_group("what is sent")
     what.add_argument("--method", choices=("encode", "decode"), default="encode", help="what is measured (encode)")
@@ -29,7 +29,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         type=_grid,
         action="append",
         metavar="BxHxW",
-        help="shape of the indices of a request, batch axis first (1x32x32); several times: as often each",
+        help="shape of the indices of a request, batch axis first (1x32x32); if repeated, each is sent equally often",
     )
     what.add_argument("--dtype", choices=LATENT_DTYPES, default="float32", help="of the latents (float32)")
     what.add_argument(
@@ -44,7 +44,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         type=integer(1),
         nargs="+",
         metavar="N",
-        help="so many requests under way all the time, one number after the other "
+        help="requests in flight at any time; several numbers: one after the other "
         f"({' '.join(map(str, _CONCURRENCIES))})",
     )
     load.add_argument(
@@ -52,14 +52,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         type=_number(0, above=True),
         nargs="+",
         metavar="R",
-        help="so many requests a second, at random times, whether or not the ones before are answered",
+        help="requests per second, at random times, whether or not earlier ones are answered",
     )
     how.add_argument(
         "--max-outstanding",
         type=integer(1),
         default=DEFAULT_MAX_OUTSTANDING,
         metavar="N",
-        help=f"requests that --rate has under way at most; more are dropped ({DEFAULT_MAX_OUTSTANDING})",
+        help=f"requests that --rate may have in flight; more are dropped ({DEFAULT_MAX_OUTSTANDING})",
     )
     how.add_argument(
         "--streams", type=integer(0), default=0, metavar="N", help="over N streams (0: each request is a call)"
@@ -89,18 +89,18 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         type=integer(1),
         default=plan.max_windows,
         metavar="N",
-        help=f"windows after which it ends though they do not ({plan.max_windows})",
+        help=f"windows after which it ends even if they do not agree ({plan.max_windows})",
     )
     long.add_argument(
         "--stability",
         type=_number(0, above=True),
         default=plan.stability * 100,
         metavar="PERCENT",
-        help=f"from their mean, in requests/s and latency, is agreement ({plan.stability * 100:g})",
+        help=f"windows agree within this of their mean, in requests/s and latency ({plan.stability * 100:g})",
     )
 
     out = command.add_argument_group("what is written, beside the table")
-    out.add_argument("--json", type=Path, metavar="FILE", help="everything that is known")
+    out.add_argument("--json", type=Path, metavar="FILE", help="all results as JSON")
     out.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture; needs matplotlib")
     out.add_argument("--force", action="store_true", help="replace these files if they exist")
     add_progress(command, "each window")
@@ -133,7 +133,7 @@ def workload(args: argparse.Namespace) -> Workload:
 
 
 def settings(args: argparse.Namespace) -> dict[str, object]:
-    """Return what was asked for, as JSON can have it."""
+    """Return the options of the command, as JSON values."""
     return {
         "method": args.method,
         "grids": [list(grid) for grid in args.grid or [_GRID]],

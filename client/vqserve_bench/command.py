@@ -1,4 +1,4 @@
-"""`vqserve bench`: measures, and tells what it measured."""
+"""`vqserve bench`: measures a server and prints the results."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ __all__ = ["add_arguments", "run"]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure one load after the other, print a row for each, write what was asked for; return 0.
+    """Measure one load after the other, print a row for each, write the files that were asked for; return 0.
 
     Raises:
         VqserveClientError: if the server does not answer, or any request failed.
         FileError: if a file cannot be read or made, or a plot not be drawn.
-        KeyboardInterrupt: after what was measured by then is told.
+        KeyboardInterrupt: after the results so far are printed and written.
     """
     for path in (args.json, args.plot):
         if path is not None:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
             measurements.append(measured)
             print(table.row(measured), flush=True)
     finally:
-        # What was measured before Ctrl-C, or before the server went away, is kept.
+        # Results from before Ctrl-C, or before the server stopped, are kept.
         if measurements and args.json is not None:
             settings = arguments.settings(args)
             whole = report(measurements, target=args.target, codebook=info, settings=settings, began=began)
@@ -106,7 +106,7 @@ def _measured(jobs: Sequence[Job], *, processes: int, progress: bool) -> Iterato
 
 @contextlib.contextmanager
 def _watching(job: Job, *, shown: bool) -> Iterator[Callable[[Window], None]]:
-    """Give what is to be told of each window, which says nothing unless it is shown."""
+    """Yield a function that takes each window and shows progress, or does nothing."""
     if not shown:
         yield lambda _: None
         return
@@ -115,7 +115,7 @@ def _watching(job: Job, *, shown: bool) -> Iterator[Callable[[Window], None]]:
     form = "{desc}: window {n_fmt} of at most {total_fmt}{postfix}"
     with tqdm(total=job.schedule.max_windows, desc=str(job.load), bar_format=form, leave=False, file=sys.stderr) as bar:
         bar.set_postfix_str("warm-up")
-        # The warm-up counts as none.
+        # The warm-up is not counted.
         numbers = itertools.count()
 
         def watch(window: Window) -> None:

@@ -1,4 +1,4 @@
-"""Puts a load on a server from one event loop, and cuts what happens into windows.
+"""Puts a load on a server from one event loop, and measures it in windows of time.
 
 Server and generator often share their cores, so this costs as little as it can: bytes in and out, one channel, and
 requests that were made beforehand.
@@ -29,10 +29,10 @@ from vqserve_client.channel import channel_options
 from vqserve_client.errors import DeadlineExceeded
 from vqserve_client.requests import Deadline
 
-# A server that refuses at once would else be asked thousands of times a second, by every caller.
+# Without it every caller would send thousands of requests per second to a server that rejects them at once.
 BACK_OFF_S = 0.1
 
-# Takes a window, of which the first is the warm-up; returns whether there shall be another.
+# Takes a window (the first is the warm-up) and returns whether another is wanted.
 EachWindow = Callable[[Window], Awaitable[bool]]
 
 
@@ -44,9 +44,9 @@ def run_loop(main: Coroutine[Any, Any, None]) -> None:
 
 @contextlib.contextmanager
 def _old_objects_set_aside() -> Iterator[None]:
-    """Keep the collector from going through all that was there before, torch's modules say: 100 ms of latency."""
+    """Keep the garbage collector from scanning older objects (such as torch's modules): 100 ms of latency."""
     if gc.get_freeze_count():
-        # The caller has done so, and what is set aside can only come back all at once.
+        # The caller has frozen objects, and unfreeze would release those too.
         yield
         return
     gc.collect()
@@ -61,7 +61,7 @@ def _old_objects_set_aside() -> Iterator[None]:
 def _sigterm_after_the_loop() -> Iterator[None]:
     """Let SIGTERM end the loop as Ctrl-C does, by cancelling its task, and only then call its handler.
 
-    What a handler raises inside the loop would end up in any task, or inside gRPC, which reports it as a bug.
+    An exception of a handler inside the loop would reach any task, or gRPC, which reports it as a bug.
     """
     handler = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
@@ -87,15 +87,15 @@ def _sigterm_after_the_loop() -> Iterator[None]:
 
 @functools.cache
 def _runner() -> asyncio.Runner:
-    # One for all measurements: gRPC hands what is left of a loop's calls to the next loop, which complains if the one
-    # that they belong to is closed.
+    # One for all measurements: gRPC passes unfinished calls of one loop to the next, which fails if the first loop is
+    # closed.
     runner = asyncio.Runner(loop_factory=_new_loop)
     atexit.register(runner.close)
     return runner
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
-    # asyncio's own choice, epoll, waits for whole milliseconds, by which every arrival of an open loop would be late.
+    # asyncio's default, epoll, waits for whole milliseconds: every arrival of an open loop would be late by that.
     return asyncio.SelectorEventLoop(selectors.SelectSelector())
 
 
@@ -104,8 +104,8 @@ async def drive(job: Job, each_window: EachWindow, begin: Callable[[], Awaitable
 
     Args:
         job: the load.
-        each_window: takes what happened.
-        begin: is awaited when the server has answered one request, and before the load begins.
+        each_window: takes each window.
+        begin: awaited after the server has answered one request and before the load begins.
 
     Raises:
         VqserveClientError: if the server does not answer the first request; failures after that are counted.
@@ -127,7 +127,7 @@ async def drive(job: Job, each_window: EachWindow, begin: Callable[[], Awaitable
 
 @contextlib.asynccontextmanager
 async def _sends(job: Job) -> AsyncIterator[Sequence[Send]]:
-    """Give all ways to the server."""
+    """Open the connections or streams; yield one sender for each."""
     options = channel_options(job.max_message_bytes)
     async with contextlib.AsyncExitStack() as stack:
         channels = [
@@ -144,7 +144,7 @@ async def _sends(job: Job) -> AsyncIterator[Sequence[Send]]:
 
 
 async def _first_answers(job: Job, sends: Sequence[Send], request: bytes) -> None:
-    """Send one request each way, so that all connections are there."""
+    """Send one request over each, so that all connections are open."""
     try:
         async with asyncio.timeout(job.timeout_s):
             await asyncio.gather(*(send(request) for send in sends))
@@ -157,7 +157,7 @@ async def _first_answers(job: Job, sends: Sequence[Send], request: bytes) -> Non
 async def _windows(job: Job, recorder: Recorder, each_window: EachWindow) -> None:
     length_s = job.schedule.warmup_s
     while True:
-        # From now on: a loop that is late with large messages would cut a window of almost no length.
+        # Counted from now: a loop that is late with large messages would otherwise get a window of almost no length.
         await asyncio.sleep(length_s)
         if not await each_window(recorder.cut()):
             return
@@ -184,23 +184,23 @@ async def _caller(send: Send, order: Iterator[Request], recorder: Recorder) -> N
 
 
 async def _open(load: Open, seed: int, sends: Sequence[Send], order: Iterator[Request], recorder: Recorder) -> None:
-    under_way: set[asyncio.Task[None]] = set()
+    in_flight: set[asyncio.Task[None]] = set()
     due = clock()
     async with asyncio.TaskGroup() as group:
         for i, gap in enumerate(gaps(load.rate, seed)):
             due += gap
-            # Also if it is late already: replies must be read.
+            # Sleep even when late: replies must be read.
             await asyncio.sleep(max(0.0, due - clock()))
-            if len(under_way) >= load.max_outstanding:
+            if len(in_flight) >= load.max_outstanding:
                 recorder.dropped()
                 continue
             task = group.create_task(_arrival(sends[i % len(sends)], next(order), due, recorder))
-            under_way.add(task)
-            task.add_done_callback(under_way.discard)
+            in_flight.add(task)
+            task.add_done_callback(in_flight.discard)
 
 
 async def _arrival(send: Send, request: Request, due: float, recorder: Recorder) -> None:
-    """Send a request; its latency counts from when it was due, so that waiting here is not hidden."""
+    """Send a request; its latency counts from its due time, so that a delay of the generator is not hidden."""
     try:
         reply = await send(request.body)
     except grpc.aio.AioRpcError as error:

@@ -24,9 +24,9 @@ class Job:
         requests: sent again and again, in an order that the seed decides; each as often as any other.
         load: how they are sent.
         schedule: how long.
-        streams: bidirectional calls that they are sent over, at most the requests under way; 0: each is a call.
+        streams: bidirectional calls that carry them, at most as many as requests in flight; 0: each is a call.
         connections: HTTP/2 connections of each process, which requests and streams are spread over.
-        read_stats: reads what a reply tells of the server; None: nothing is read.
+        read_stats: reads the server's statistics from a reply; None: replies are not read.
         timeout_s: deadline of each request; streams have none.
         max_message_bytes: of a request or a reply.
         seed: of the order and of the times of arrival.
@@ -59,7 +59,7 @@ class Job:
         return itertools.cycle(order)
 
     def split(self, processes: int) -> tuple[Job, ...]:
-        """Return at most so many jobs that are this one together, with seeds of their own."""
+        """Return at most `processes` jobs that add up to this one, each with its own seed."""
         streams = shares(self.streams, processes) if self.streams else (0,) * processes
         loads: Sequence[Load] = self.load.split(len(streams))
         return tuple(

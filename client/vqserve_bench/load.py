@@ -1,4 +1,4 @@
-"""How requests are put on a server: a number of callers who wait, or a rate at which they come."""
+"""Loads: a number of concurrent callers (closed loop), or a rate of arrivals (open loop)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ DEFAULT_MAX_OUTSTANDING = 500
 
 @dataclass(frozen=True)
 class Closed:
-    """Callers who send their next request when they have the reply to the last (a closed loop).
+    """Callers that send their next request when they have the reply to the last (a closed loop).
 
     Attributes:
-        concurrency: requests that are under way at any time.
+        concurrency: requests in flight at any time.
     """
 
     concurrency: int
@@ -30,7 +30,7 @@ class Closed:
         return f"concurrency {self.concurrency}"
 
     def split(self, parts: int) -> tuple[Closed, ...]:
-        """Return at most so many loads that are this one together."""
+        """Return at most `parts` loads that add up to this one."""
         return tuple(Closed(size) for size in shares(self.concurrency, parts))
 
 
@@ -40,7 +40,7 @@ class Open:
 
     Attributes:
         rate: requests a second on average; the gaps between them are exponential, so arrivals are a Poisson process.
-        max_outstanding: requests that may be under way at once; an arrival beyond that is dropped, and counted.
+        max_outstanding: requests that may be in flight at once; an arrival beyond that is dropped and counted.
     """
 
     rate: float
@@ -57,7 +57,7 @@ class Open:
         return f"rate {self.rate:g}/s"
 
     def split(self, parts: int) -> tuple[Open, ...]:
-        """Return at most so many loads that are this one together: independent Poisson processes add up to one."""
+        """Return at most `parts` loads that add up to this one: a sum of Poisson processes is one."""
         limits = shares(self.max_outstanding, parts)
         return tuple(Open(self.rate / len(limits), limit) for limit in limits)
 
@@ -66,13 +66,13 @@ Load: TypeAlias = Closed | Open
 
 
 def shares(total: int, parts: int) -> tuple[int, ...]:
-    """Return a number as a sum of at most so many numbers above 0 that differ by one at most."""
+    """Return at most `parts` positive integers that add up to `total` and differ by at most one."""
     parts = min(parts, total)
     return tuple(total // parts + (i < total % parts) for i in range(parts))
 
 
 def gaps(rate: float, seed: int) -> Iterator[float]:
-    """Yield the seconds between arrivals of a Poisson process of so many a second, for ever."""
+    """Yield the seconds between arrivals of a Poisson process of this rate per second, without end."""
     draw = random.Random(seed).expovariate  # noqa: S311
     while True:
         yield draw(rate)

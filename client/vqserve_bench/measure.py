@@ -34,8 +34,8 @@ def measure(
 ) -> Measurement:
     """Put a load on a gRPC server and return what was measured.
 
-    Not from inside an event loop. With several processes, the caller's main module must be one that may be imported,
-    as multiprocessing wants it.
+    Must not be called inside an event loop. With several processes, the main module of the caller must be importable,
+    as multiprocessing requires.
 
     Args:
         target: HOST:PORT.
@@ -44,10 +44,10 @@ def measure(
         requests: what to send, serialized, each as often as any other; a Request says how many tokens it holds.
         load: Closed(concurrency) or Open(rate).
         schedule: the lengths of warm-up and windows.
-        streams: bidirectional calls that share the requests under way; 0: each request is a call of its own.
+        streams: bidirectional calls that share the requests in flight; 0: each request is a call of its own.
         connections: HTTP/2 connections of each process; a server of several processes needs several.
-        processes: that the load is spread over, at most the requests under way (and the streams, if there are any).
-        read_stats: reads what a reply tells of the server, such as `encode_stats`; None: replies are not read.
+        processes: that share the load, at most as many as requests in flight (and as streams, if there are any).
+        read_stats: reads the server's statistics from a reply, such as `encode_stats`; None: replies are not read.
         timeout: seconds that each request may take; on streams, the first.
         max_message_bytes: largest message, request or reply.
         seed: of the order of the requests and of the times of arrival.
@@ -55,7 +55,7 @@ def measure(
     Raises:
         VqserveClientError: if the server does not answer the first request. Failures after that are counted.
         ChildProcessError: if one of several processes ends.
-        ValueError: for an argument with a value that makes no sense.
+        ValueError: for an invalid argument.
     """
     job = Job(
         target=target,
@@ -76,7 +76,7 @@ def measure(
 
 
 def run(job: Job, trial: Trial, *, processes: int) -> None:
-    """Do a job until a trial has enough windows; raises as `measure` does."""
+    """Run a job until its trial has enough windows; raises the errors of `measure`."""
     if processes < 1:
         raise ValueError(f"processes must be 1 or more, not {processes}")
     jobs = job.split(processes)

@@ -1,4 +1,4 @@
-"""What was measured of one load."""
+"""The result of one load."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Latency:
 
 @dataclass(frozen=True)
 class Server:
-    """What the replies told.
+    """The statistics in the replies.
 
     Attributes:
-        queue_ms: that a request waited for the device, on average.
-        compute_ms: that the device worked on its batches, on average.
+        queue_ms: time that a request waited for the device, on average.
+        compute_ms: time that the device worked on its batches, on average.
         total_ms: from its arrival to its reply, on average.
         batch_requests: requests in a batch, on average over batches.
         batch_rows: rows in a batch, on average over batches.
@@ -59,21 +59,21 @@ class Measurement:
     """One load, measured over its last windows.
 
     Attributes:
-        load: what was put on the server.
+        load: the load.
         stable: whether these windows agree.
-        windows: all that there were, in order; the last three are what is measured.
-        seconds: that these three lasted, or as many as there were.
-        requests: that were answered in that time.
-        requests_per_s: the same, a second.
+        windows: all windows, in order; the last three are reported.
+        seconds: length of these three, or of all if there were fewer.
+        requests: answered in that time.
+        requests_per_s: answered per second.
         tokens_per_s: of these requests.
         mb_per_s: megabytes (10^6 bytes) of these requests and their replies.
         latency_ms: None if nothing was answered.
-        server: None if the replies told nothing.
+        server: None if the replies have no statistics.
         errors: requests that failed, by the name of their status, the warm-up and all windows included.
-        error_texts: what the first of each kind said.
-        dropped: arrivals that found max_outstanding requests under way, the warm-up and all windows included.
-        busy: part of the time that the generator's event loop computed, of several the busiest; near 1 it measures
-            itself.
+        error_texts: text of the first error of each kind.
+        dropped: arrivals while max_outstanding requests were in flight, the warm-up and all windows included.
+        busy: part of the time that the event loop of the generator (of several: the busiest) used the CPU; near 1 the
+            result measures the generator.
     """
 
     load: Load
@@ -93,13 +93,13 @@ class Measurement:
 
     @classmethod
     def of(cls, load: Load, warmup: Sequence[Window], windows: Sequence[Window], *, stable: bool) -> Measurement:
-        """Return what windows say.
+        """Return the result of windows.
 
         Args:
-            load: what was put on the server.
-            warmup: what came before.
-            windows: all of them; there may be none.
-            stable: whether the last agree.
+            load: the load.
+            warmup: windows before the first one that counts.
+            windows: all that count; may be empty.
+            stable: whether the last ones agree.
         """
         last = one_after_the_other(windows[-REPORTED:])
         everything = one_after_the_other([*warmup, *windows])

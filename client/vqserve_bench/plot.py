@@ -31,11 +31,11 @@ def draw(measurements: Sequence[Measurement], path: Path, *, title: str) -> None
     """Draw latency over throughput, and where the time of an average request went.
 
     Args:
-        measurements: one a load; those that measured nothing are left out.
+        measurements: one per load; those without replies are left out.
         path: of the file to make or replace.
         title: of the picture.
     """
-    # Without pyplot: no window, nothing global.
+    # Not pyplot: it opens windows and has global state.
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     shown = [measured for measured in measurements if measured.latency_ms is not None]

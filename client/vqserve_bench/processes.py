@@ -18,7 +18,7 @@ from vqserve_client.errors import VqserveClientError
 
 
 def run_in_processes(jobs: Sequence[Job], trial: Trial) -> None:
-    """Do each job in a process of its own, all at once, until the trial has enough windows.
+    """Run each job in a process of its own, all at once, until the trial has enough windows.
 
     Raises:
         VqserveClientError: if the server does not answer.
@@ -28,83 +28,83 @@ def run_in_processes(jobs: Sequence[Job], trial: Trial) -> None:
     context = multiprocessing.get_context("spawn")
     workers: list[_Worker] = []
     try:
-        with _interrupts_put_off():
+        with _interrupts_blocked():
             for job in jobs:
                 workers.append(_Worker(context, job))  # noqa: PERF401
-        # All have reached the server before any begins, and each cuts its windows at the same times from there.
+        # All have reached the server before any begins; from there their windows begin and end at the same times.
         for worker in workers:
             worker.receive()
-        going = True
-        while going:
+        wanted = True
+        while wanted:
             for worker in workers:
-                worker.go_on()
-            going = trial.add(side_by_side([worker.receive() for worker in workers]))
+                worker.resume()
+            wanted = trial.add(side_by_side([worker.receive() for worker in workers]))
     finally:
         for worker in workers:
             worker.stop()
 
 
 class _Worker:
-    """A process that does a job, as its parent sees it."""
+    """A process that runs a job, seen from its parent."""
 
     def __init__(self, context: Any, job: Job) -> None:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_work, args=(job, theirs), daemon=True)
         self._process.start()
-        # So that its end is noticed.
+        # Otherwise `receive` would not see that the process has ended.
         theirs.close()
 
     def receive(self) -> Any:
-        """Return what it sends next: None when it has begun, then windows."""
+        """Return its next message: None when it has begun, then windows."""
         try:
             message = self._pipe.recv()
         except (EOFError, ConnectionError):
             self._process.join()
             raise ChildProcessError(
                 f"a process of the load generator ended with exit code {self._process.exitcode}: is there enough "
-                "memory for so many?"
+                "memory for that many?"
             ) from None
         if isinstance(message, VqserveClientError):
             raise message
         return message
 
-    def go_on(self) -> None:
-        """Answer what it sent: it shall go on."""
-        # If it is gone, `receive` says so.
+    def resume(self) -> None:
+        """Let it run until its next message."""
+        # If it has ended, `receive` raises.
         with contextlib.suppress(ConnectionError):
             self._pipe.send(True)
 
     def stop(self) -> None:
-        """End it."""
+        """End the process."""
         self._process.terminate()
         self._process.join()
         self._pipe.close()
 
 
 def _work(job: Job, pipe: Connection) -> None:
-    """Do a job, in a process of its own."""
+    """Run a job in this process and send its windows to the parent."""
 
-    async def tell(message: Window | None) -> bool:
-        """Send something and return the answer, False if the parent is gone."""
+    async def send(message: Window | None) -> bool:
+        """Send a message and return whether the parent wants more; False if the parent has ended."""
         try:
             pipe.send(message)
-            # In a thread, since the load goes on meanwhile.
+            # In a thread, because the load continues meanwhile.
             return bool(await asyncio.to_thread(pipe.recv))
         except (EOFError, ConnectionError):
             return False
 
     async def begin() -> None:
-        await tell(None)
+        await send(None)
 
     try:
-        run_loop(drive(job, tell, begin))
+        run_loop(drive(job, send, begin))
     except VqserveClientError as error:
         pipe.send(error)
 
 
 @contextlib.contextmanager
-def _interrupts_put_off() -> Iterator[None]:
-    """Block Ctrl-C here, and for good in what is started meanwhile: it is the parent's to end its children."""
+def _interrupts_blocked() -> Iterator[None]:
+    """Block Ctrl-C here, and in processes that are started meanwhile: their parent ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,4 +1,4 @@
-"""All that is known of a run, as JSON."""
+"""A run as JSON, with all of its results."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from vqserve import __version__
 from vqserve.codebook_info import CodebookInfo
 from vqserve_bench.measurement import Measurement
 
-# Raised when a field changes its meaning or goes; new ones may come.
+# Increased when a field changes its meaning or is removed; fields may be added without it.
 FORMAT = 1
 
 
 def report(
     measurements: Sequence[Measurement], *, target: str, codebook: CodebookInfo, settings: Mapping[str, Any], began: str
 ) -> dict[str, Any]:
-    """Return a run as JSON has it; what is not known is null.
+    """Return a run as a JSON object; unknown values are null.
 
     Args:
-        measurements: one a load; the fields are those of Measurement.
+        measurements: one per load; the fields are those of Measurement.
         target: HOST:PORT.
-        codebook: what was measured.
-        settings: what was asked for.
-        began: when, as ISO 8601.
+        codebook: the codebook.
+        settings: the options of the command.
+        began: start of the run, as ISO 8601.
     """
     return {
         "format": FORMAT,
@@ -56,7 +56,7 @@ def to_json(run: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value with null for NaN, which JSON has not."""
+    """Return a value with null for NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, tuple | list):

@@ -10,7 +10,7 @@ class Request(NamedTuple):
 
     Attributes:
         body: the message.
-        tokens: how many it holds; 0 where there is no such thing.
+        tokens: how many it holds; 0 if the method has no tokens.
     """
 
     body: bytes

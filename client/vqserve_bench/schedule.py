@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vqserve_bench.window import Window
 
-# As many windows must agree, and are what is reported.
+# This many windows must agree; they are reported.
 REPORTED = 3
 
 
@@ -19,7 +19,7 @@ class Schedule:
     Attributes:
         warmup_s: seconds of load before the first window.
         window_s: seconds of one window.
-        max_windows: windows after which it ends though they do not agree.
+        max_windows: windows after which the run ends even if they do not agree.
         stability: how far the last three may be from their mean, as a part of it.
     """
 
@@ -52,6 +52,6 @@ DEFAULT_SCHEDULE = Schedule()
 
 
 def agree(values: Sequence[float], within: float) -> bool:
-    """Return whether no value is further from their mean than that part of it; NaN agrees with nothing."""
+    """Return whether each value is within this part of their mean; NaN never is."""
     mean = sum(values) / len(values)
     return all(abs(value - mean) <= within * mean for value in values)

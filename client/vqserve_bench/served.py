@@ -1,4 +1,4 @@
-"""What a server tells in its replies about the time it took."""
+"""The statistics of a server in its replies."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from google.protobuf.message import DecodeError
 from vqserve import wire
 from vqserve.v1 import tokenizer_pb2 as pb
 
-# Up to here protobuf copies a payload in less time than it takes to find out where it begins.
+# Up to this size protobuf copies a payload faster than this code finds its beginning.
 _COPIED_BYTES = 64 << 10
 
 
 class Stats(Protocol):
-    """What is told of one request, as vqserve.v1.ServedStats, whose comments say what each is."""
+    """The statistics of one request; vqserve.v1.ServedStats documents the fields."""
 
     @property
     def queue_us(self) -> int: ...  # noqa: D102
@@ -30,7 +30,7 @@ class Stats(Protocol):
     def batch_rows(self) -> int: ...  # noqa: D102
 
 
-# Reads a reply; None: it tells nothing. A function of a module, since it goes to other processes.
+# Reads a reply; returns None if it has no statistics. Must be a function of a module, because it is pickled.
 ReadStats = Callable[[bytes], Stats | None]
 
 
@@ -38,7 +38,8 @@ ReadStats = Callable[[bytes], Stats | None]
 class Served:
     """Sums over replies, times in microseconds.
 
-    A request tells how many shared its batch. Summed up as its part of one batch, `batches` is how many there were.
+    A reply has the number of requests in its batch. Each request counts as its part of a batch, so that `batches` is
+    the number of batches.
     """
 
     replies: int = 0
@@ -49,7 +50,7 @@ class Served:
     rows: float = 0.0
 
     def add(self, stats: Stats) -> None:
-        """Add what one reply tells."""
+        """Add the statistics of one reply."""
         self.replies += 1
         self.queue_us += stats.queue_us
         self.compute_us += stats.compute_us

@@ -17,7 +17,7 @@ _GROUPS = (
     ("", ("errors",)),
 )
 _NARROWEST = 6
-# Above it a generator's event loop has hardly time to wait, so that it measures itself.
+# Above it the event loop hardly waits: the result measures the generator.
 _BUSY = 0.9
 
 
@@ -36,15 +36,15 @@ class Table:
         return f"{'  '.join(titles).rstrip()}\n{self._line('load', [list(names) for _, names in _GROUPS])}"
 
     def row(self, measured: Measurement) -> str:
-        """Return the line of one measurement, with what a reader must know of it at the end."""
+        """Return the line of one measurement, with its remarks at the end."""
         rates = (measured.requests_per_s, measured.tokens_per_s, measured.mb_per_s) if measured.windows else [None] * 3
         # Their fields are in the columns' order; the table leaves the largest latency out.
         latency = astuple(measured.latency_ms)[:5] if measured.latency_ms else [None] * 5
         server = astuple(measured.server) if measured.server else [None] * 5
         numbers = [[number(value) for value in group] for group in (rates, latency, server[:3], server[3:])]
-        said = remarks(measured)
-        notes = f"  {', '.join(said)}" if said else ""
-        return self._line(str(measured.load), [*numbers, [str(sum(measured.errors.values()))]]) + notes
+        notes = ", ".join(remarks(measured))
+        line = self._line(str(measured.load), [*numbers, [str(sum(measured.errors.values()))]])
+        return f"{line}  {notes}" if notes else line
 
     def _line(self, first: str, groups: Sequence[Sequence[str]]) -> str:
         padded = [
@@ -55,13 +55,13 @@ class Table:
 
 
 def remarks(measured: Measurement) -> list[str]:
-    """Return what a reader of the numbers must know."""
-    said = [] if measured.stable else ["not stable"]
+    """Return remarks that qualify the numbers."""
+    notes = [] if measured.stable else ["not stable"]
     if measured.dropped:
-        said.append(f"{measured.dropped} dropped")
+        notes.append(f"{measured.dropped} dropped")
     if measured.busy > _BUSY:
-        said.append(f"generator busy {measured.busy:.0%}")
-    return said
+        notes.append(f"generator busy {measured.busy:.0%}")
+    return notes
 
 
 def number(value: float | None) -> str:

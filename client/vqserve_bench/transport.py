@@ -1,4 +1,4 @@
-"""How a request gets to the server and its reply back: as a call of its own, or over a stream."""
+"""How a request reaches the server: as a call of its own, or over a stream."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Send = Callable[[bytes], Awaitable[bytes]]
 
 
 def unary(channel: grpc.aio.Channel, method: str, timeout_s: float | None) -> Send:
-    """Return what sends each request as a call of its own; raises grpc.aio.AioRpcError.
+    """Return a function that sends each request as a call of its own and raises grpc.aio.AioRpcError.
 
     Args:
         channel: to the server.
@@ -27,7 +27,7 @@ def unary(channel: grpc.aio.Channel, method: str, timeout_s: float | None) -> Se
 
 @contextlib.asynccontextmanager
 async def stream(channel: grpc.aio.Channel, method: str) -> AsyncIterator[Send]:
-    """Give what sends requests over one stream, whose replies come in order; raises grpc.aio.AioRpcError.
+    """Yield a function that sends requests over one stream and raises grpc.aio.AioRpcError.
 
     Args:
         channel: to the server.
@@ -41,7 +41,7 @@ async def stream(channel: grpc.aio.Channel, method: str) -> AsyncIterator[Send]:
 
 
 class _Stream:
-    """One stream at a time, opened when there is something to send; if it fails, the next request opens another."""
+    """One stream at a time, opened on demand; if it fails, the next request opens another."""
 
     def __init__(self, method: Any) -> None:
         self._method = method
@@ -59,13 +59,13 @@ class _Stream:
                 self._call = self._method()
                 self._reader = asyncio.create_task(self._read(self._call))
             self._waiting.append(reply)
-            # Whoever reads the stream learns why it ended, and tells all that wait.
+            # The reader of the stream gets its status, and fails all requests that wait.
             with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 await self._call.write(request)
         return await reply
 
     async def close(self) -> None:
-        """Hang up; what waits is left alone."""
+        """Cancel the call; requests that wait get no reply."""
         if self._call is not None:
             self._call.cancel()
         if self._reader is not None:

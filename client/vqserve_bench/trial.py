@@ -14,9 +14,9 @@ class Trial:
     """Collects windows until they agree.
 
     Args:
-        load: what is measured.
+        load: the load.
         schedule: when windows agree, and how many there are at most.
-        watch: is told of every window, the warm-up first.
+        watch: called with every window, the warm-up first.
     """
 
     def __init__(self, load: Load, schedule: Schedule, watch: Callable[[Window], None] = lambda _: None) -> None:
@@ -27,10 +27,10 @@ class Trial:
         self.windows: list[Window] = []
 
     def add(self, window: Window) -> bool:
-        """Take a window, of which the first is the warm-up; return whether there shall be another."""
+        """Take a window (the first is the warm-up); return whether another is wanted."""
         (self.windows if self._warmup else self._warmup).append(window)
         self._watch(window)
-        # Nothing but failures: there is nothing to measure.
+        # Only failures: there is nothing to measure.
         failing = bool(window.errors) and not window.requests
         return not (failing or self.is_stable or len(self.windows) >= self._schedule.max_windows)
 
@@ -40,5 +40,5 @@ class Trial:
         return self._schedule.is_stable(self.windows)
 
     def measurement(self) -> Measurement:
-        """Return what the last windows say; errors and drops of all of it, the warm-up included."""
+        """Return the result of the last windows, with errors and drops of all, the warm-up included."""
         return Measurement.of(self.load, self._warmup, self.windows, stable=self.is_stable)

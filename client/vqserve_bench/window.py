@@ -28,11 +28,11 @@ class Window:
         latencies_s: of the requests that were answered in it, in the order of the replies.
         tokens: of these requests.
         bytes: of these requests and their replies.
-        served: what the replies told.
+        served: sums of the statistics in the replies.
         errors: requests that failed, by the name of their status.
-        error_texts: what the first of each kind said.
-        dropped: arrivals for which there was no room.
-        busy_s: seconds that the generator's event loop computed; of several, the busiest's.
+        error_texts: text of the first error of each kind.
+        dropped: arrivals beyond max_outstanding.
+        busy_s: CPU seconds of the generator's event loop; of several, of the busiest.
     """
 
     seconds: float
@@ -52,22 +52,22 @@ class Window:
 
     @property
     def requests_per_s(self) -> float:
-        """Return how many were answered a second."""
+        """Return requests answered per second."""
         return self.requests / self.seconds
 
     @property
     def mean_latency_s(self) -> float:
-        """Return their mean latency; NaN: there was none."""
+        """Return the mean latency; NaN if no request was answered."""
         return float(self.latencies_s.mean()) if self.requests else float("nan")
 
 
 def side_by_side(windows: Sequence[Window]) -> Window:
-    """Return what several generators saw in the same span of time."""
+    """Return the sum of the windows of several generators over the same span of time."""
     return _joined(windows, sum(window.seconds for window in windows) / len(windows), max(w.busy_s for w in windows))
 
 
 def one_after_the_other(windows: Sequence[Window]) -> Window:
-    """Return what happened in several spans of time."""
+    """Return the sum of consecutive windows."""
     return _joined(windows, sum(window.seconds for window in windows), sum(window.busy_s for window in windows))
 
 
@@ -90,7 +90,7 @@ def _joined(windows: Sequence[Window], seconds: float, busy_s: float) -> Window:
 
 
 class Recorder:
-    """Notes what happens, as cheaply as it can, in one event loop's thread."""
+    """Counts replies and failures in the thread of one event loop, at little cost."""
 
     def __init__(self, read_stats: ReadStats | None) -> None:
         self._read_stats = read_stats
@@ -108,7 +108,7 @@ class Recorder:
         self._dropped = 0
 
     def answered(self, request: Request, reply: bytes, latency_s: float) -> None:
-        """Note a reply."""
+        """Count a reply."""
         self._latencies.append(latency_s)
         self._tokens += request.tokens
         self._bytes += len(request.body) + len(reply)
@@ -116,14 +116,14 @@ class Recorder:
             self._served.add(stats)
 
     def failed(self, error: grpc.aio.AioRpcError) -> None:
-        """Note a request that failed."""
+        """Count a request that failed."""
         name = error.code().name
         self._errors[name] += 1
         if name not in self._texts:
             self._texts[name] = failure(error).text
 
     def dropped(self) -> None:
-        """Note an arrival for which there was no room."""
+        """Count an arrival beyond max_outstanding."""
         self._dropped += 1
 
     def cut(self) -> Window:
@@ -144,5 +144,5 @@ class Recorder:
 
 
 def failure(error: grpc.aio.AioRpcError) -> Failure:
-    """Return a failed call in the words that the client has for it."""
+    """Return the failure of a call as the client describes it."""
     return Failure(error.code(), error.details() or "", text_metadata(error.trailing_metadata()))

@@ -1,4 +1,4 @@
-"""What is sent: requests for a codebook, made before anything is measured."""
+"""The requests of a benchmark, made before anything is measured."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vqserve_client.npy import open_array
 Grid = tuple[int, ...]
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"].full_name
-# Requests of one shape differ in their data, in as many ways as memory allows.
+# Requests of one shape have different data: this many variants, or as many as memory allows.
 _VARIANTS = 8
 _MEMORY_BYTES = 64 << 20
 
@@ -40,9 +40,8 @@ class Workload:
         grids: shapes of indices, 1 to 4 axes; each is sent as often as any other.
         dtype: of the latents, which encode sends and decode receives.
         layout: of these latents; None: the codebook's default.
-        data: a .npy file of latents to encode, or of indices to decode: items of its first axis from all over it, and
-            again if it has too few; None: data at random, latents of a standard normal distribution or indices of a
-            uniform one.
+        data: a .npy file of latents to encode, or of indices to decode. Items are taken evenly from its first axis,
+            several times if it has too few. None: random latents (standard normal) or indices (uniform).
         seed: of the random data.
     """
 
@@ -59,7 +58,7 @@ class Workload:
 
     @property
     def read_stats(self) -> ReadStats:
-        """Return what reads the replies."""
+        """Return the function that reads the statistics of a reply."""
         return encode_stats if self.method == "encode" else decode_stats
 
     def requests(self, info: CodebookInfo, config: ClientConfig) -> tuple[Request, ...]:
@@ -94,18 +93,18 @@ class Workload:
                 rows[start : start + math.prod(grid)].reshape(*grid, info.input_dim), -1, channel_axis(layout)
             )
             if wire == pb.DTYPE_BFLOAT16:
-                given = ArrayInput(bfloat16.round_bits(latents.astype(np.float32)), wire)
+                source = ArrayInput(bfloat16.round_bits(latents.astype(np.float32)), wire)
             else:
-                given = latents_input(latents.astype(self.dtype))
+                source = latents_input(latents.astype(self.dtype))
             options = encode_options(layout=self.layout)
-            yield _request(EncodeCall(given, info, options, pin=_pin(info, config), config=config), grid, config)
+            yield _request(EncodeCall(source, info, options, pin=_pin(info, config), config=config), grid, config)
 
     def _decode(self, info: CodebookInfo, config: ClientConfig, tokens: int) -> Iterator[Request]:
         indices = self._indices(info, tokens)
         options = decode_options(layout=self.layout, dtype=self.dtype)
         for grid, start in self._cuts(tokens):
-            given = indices_input(self._in_grid(indices[start : start + math.prod(grid)], grid, info))
-            yield _request(DecodeCall(given, info, options, pin=_pin(info, config), config=config), grid, config)
+            source = indices_input(self._in_grid(indices[start : start + math.prod(grid)], grid, info))
+            yield _request(DecodeCall(source, info, options, pin=_pin(info, config), config=config), grid, config)
 
     def _in_grid(self, tokens: Array, grid: Grid, info: CodebookInfo) -> Array:
         """Return the indices of tokens, (n,) or with stages (n, q), as a request has them."""
@@ -115,7 +114,7 @@ class Workload:
         return np.moveaxis(tokens.reshape(*grid, info.num_quantizers), -1, channel_axis(layout))
 
     def _cuts(self, tokens: int) -> Iterator[tuple[Grid, int]]:
-        """Yield each grid and where its tokens begin, until so many are used."""
+        """Yield each grid and where its tokens begin, until `tokens` are used."""
         start = 0
         while start < tokens:
             for grid in self.grids:
@@ -165,9 +164,9 @@ class Workload:
 
 
 def _spread(array: Array, elements: int) -> Array:
-    """Return items of the first axis, evenly from all over it, with so many elements together if there are as many.
+    """Return items spaced evenly over the first axis, with `elements` elements in all if there are that many.
 
-    A file may be larger than memory, and sorted.
+    Evenly, because a file may be larger than memory, and sorted.
     """
     if not array.ndim or not array.size:
         return array
@@ -176,7 +175,7 @@ def _spread(array: Array, elements: int) -> Array:
 
 
 def grid_text(grid: Grid) -> str:
-    """Return a grid as the command line has it: 1x32x32."""
+    """Return a grid as the command line takes it: 1x32x32."""
     return "x".join(map(str, grid))
 
 

@@ -1,4 +1,4 @@
-"""What the words of the command line may be, and options that several commands have."""
+"""Parsers of single values on the command line, and options that several commands share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAYOUTS = ("channels_first", "channels_last")
 
 
 def add_connection(command: argparse.ArgumentParser) -> None:
-    """Add which server is called, and how long a call may take."""
+    """Add the options for the server's address and the time of a call."""
     command.add_argument(
         "--target",
         metavar="HOST:PORT",
@@ -29,7 +29,7 @@ def add_connection(command: argparse.ArgumentParser) -> None:
 
 
 def add_codebook(command: argparse.ArgumentParser) -> None:
-    """Add which codebook is meant, and how its latents lie."""
+    """Add the options for the codebook and its layout."""
     command.add_argument(
         "--codebook",
         metavar="NAME",
@@ -41,7 +41,7 @@ def add_codebook(command: argparse.ArgumentParser) -> None:
 
 
 def add_message_limit(command: argparse._ActionsContainer) -> None:
-    """Add how large a message may be."""
+    """Add the option for the largest message."""
     command.add_argument(
         "--max-message-bytes",
         type=integer(1 << 10),
@@ -52,7 +52,7 @@ def add_message_limit(command: argparse._ActionsContainer) -> None:
 
 
 def add_retries(command: argparse.ArgumentParser) -> None:
-    """Add how often a request is sent again."""
+    """Add the option for retries."""
     command.add_argument(
         "--retries",
         type=integer(0),
@@ -63,7 +63,7 @@ def add_retries(command: argparse.ArgumentParser) -> None:
 
 
 def add_progress(command: argparse.ArgumentParser, what: str) -> None:
-    """Add whether progress is shown."""
+    """Add the option that shows progress."""
     command.add_argument(
         "--progress",
         action=argparse.BooleanOptionalAction,
@@ -73,7 +73,7 @@ def add_progress(command: argparse.ArgumentParser, what: str) -> None:
 
 
 def integer(least: int) -> Callable[[str], int]:
-    """Return what reads an integer, `least` or more."""
+    """Return a parser of integers that are at least `least`."""
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < least:

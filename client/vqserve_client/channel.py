@@ -18,60 +18,60 @@ from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client.config import ClientConfig
 from vqserve_client.errors import Closed
 
-# A server that hangs must not keep the process from forking for ever; then the child is on its own.
+# A server that hangs must not block a fork forever; after this time the child may crash.
 LONGEST_WAIT_S = 10.0
 
 
 class ForkGate:
-    """Counts the requests of this process that are under way, and is shut while it forks."""
+    """Counts the requests of this process that are in flight; closed while the process forks."""
 
     def __init__(self) -> None:
         self._reset()
 
     def _reset(self) -> None:
         self._changed = threading.Condition()
-        self._under_way = 0
-        self._retire: set[Callable[[], None]] = set()
-        self._shut = False
+        self._in_flight = 0
+        self._enders: set[Callable[[], None]] = set()
+        self._closed = False
 
-    def enter(self, retire: Callable[[], None] | None = None) -> None:
-        """Begin a request, after a fork that is going on.
+    def enter(self, end_sending: Callable[[], None] | None = None) -> None:
+        """Begin a request; wait while the process forks.
 
         Args:
-            retire: for a call that has no end of its own: asks it to end soon.
+            end_sending: for a stream, which may stay open: asks it to end soon.
         """
         with self._changed:
-            self._changed.wait_for(lambda: not self._shut)
-            self._under_way += 1
-            if retire is not None:
-                self._retire.add(retire)
+            self._changed.wait_for(lambda: not self._closed)
+            self._in_flight += 1
+            if end_sending is not None:
+                self._enders.add(end_sending)
 
-    def leave(self, retire: Callable[[], None] | None = None) -> None:
-        """End a request that has entered with the same argument."""
+    def leave(self, end_sending: Callable[[], None] | None = None) -> None:
+        """End a request that entered with the same argument."""
         with self._changed:
-            self._under_way -= 1
-            if retire is not None:
-                self._retire.discard(retire)
+            self._in_flight -= 1
+            if end_sending is not None:
+                self._enders.discard(end_sending)
             self._changed.notify_all()
 
     def before_fork(self) -> None:
-        """Shut the gate and wait until nothing is under way."""
+        """Close the gate and wait until no request is in flight."""
         with self._changed:
             # One fork at a time.
-            self._changed.wait_for(lambda: not self._shut)
-            self._shut = True
-            for retire in self._retire:
-                retire()
-            self._changed.wait_for(lambda: self._under_way == 0, LONGEST_WAIT_S)
+            self._changed.wait_for(lambda: not self._closed)
+            self._closed = True
+            for end_sending in self._enders:
+                end_sending()
+            self._changed.wait_for(lambda: self._in_flight == 0, LONGEST_WAIT_S)
 
     def after_fork_in_parent(self) -> None:
         """Open the gate."""
         with self._changed:
-            self._shut = False
+            self._closed = False
             self._changed.notify_all()
 
     def after_fork_in_child(self) -> None:
-        """Begin anew: the threads that were inside do not exist here."""
+        """Reset: the threads of the requests do not exist in the child."""
         self._reset()
 
 
@@ -88,11 +88,12 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
     return [
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
-        # A connection of its own for every channel: a forked child must not find its parent's socket in a shared pool.
+        # A separate connection for every channel: a forked child must not use its parent's socket from a shared pool.
         ("grpc.use_local_subchannel_pool", 1),
-        # During calls, as often as a gRPC server allows unless it was told otherwise; more often, and it hangs up.
+        # During calls, as often as gRPC servers allow by default; a server closes the connection of a client that pings
+        # more often.
         ("grpc.keepalive_time_ms", 300_000),
-        # What is called keepalive_timeout_ms changes nothing: gRPC waits for the answer as for any other ping's.
+        # keepalive_timeout_ms has no effect: gRPC waits for the answer to any ping for this time.
         ("grpc.http2.ping_timeout_ms", 20_000),
         # gRPC's default of a second would make every retry of this client fail on the same lost connection.
         ("grpc.initial_reconnect_backoff_ms", 100),
@@ -103,13 +104,13 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
 # The methods by name, as gRPC calls them. Messages are bytes here: calls.py reads and writes them.
 _SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"]
 _METHODS = tuple(method.name for method in _SERVICE.methods if not method.client_streaming)
-# Those that have a streaming form, and what it adds to their names.
+# The methods that have a streaming form, and the suffix of its name.
 _STREAM = "Stream"
 STREAMED = frozenset(method.name.removesuffix(_STREAM) for method in _SERVICE.methods if method.client_streaming)
 
 
 class Connection:
-    """The channel of one client in whatever process it is used.
+    """The channel of one client, in each process that uses it.
 
     Attributes:
         closed: whether `close` was called.
@@ -135,7 +136,7 @@ class Connection:
         Raises:
             Closed: after `close`.
         """
-        return self._opened()[1][name]
+        return (self._open or self._opened())[1][name]
 
     def stream(self, name: str) -> Any:
         """Return the streaming form of a method, from an iterator of bytes to one.
@@ -154,7 +155,7 @@ class Connection:
         return self._opened()[0]
 
     def close(self) -> None:
-        """Close the channel, if this process opened one; calls under way fail."""
+        """Close the channel, if this process opened one; calls that run fail."""
         with self._lock:
             self.closed = True
             opened, self._open = self._open, None
@@ -179,10 +180,10 @@ class Connection:
         return opened
 
     def after_fork_in_child(self) -> None:
-        """Forget the parent's channel, and a lock that one of its threads may have held."""
+        """Drop the parent's channel, and a lock that one of its threads may have held."""
         self._lock = threading.Lock()
         if self._open is not None:
-            # Kept, not dropped: its destructor would speak to threads and sockets that are the parent's.
+            # Kept, not dropped: its destructor would use threads and sockets of the parent.
             _inherited.append(self._open)
             self._open = None
 

@@ -41,7 +41,7 @@ from vqserve_client.transfer import Done, Progress, Task, decode_file, encode_fi
 # Commands of packages on top of this one, imported on demand: name, help, and a module with `add_arguments` and `run`.
 _TOOLS = {"bench": ("measure a server under load", "vqserve_bench.command")}
 
-# Of the SDK, in errors: codebook=, layout="channels_last".
+# Options of the SDK in error texts: codebook=, layout="channels_last".
 _OPTION = re.compile(r'\b(codebook|digest|layout|max_message_bytes|num_quantizers|timeout)=(?:"(\w+)")?')
 
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read the output has enough; nothing may be written to it at exit either.
+        # The reader of the output has closed it; nothing may be written to it at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (VqserveClientError, FileError, TypeError, ValueError, OSError, MemoryError) as error:
@@ -85,10 +85,10 @@ def _parser(command: str) -> Parser:
     decode.add_argument("--output", choices=("latents", "code_rows"), default="latents", help="what to write")
 
     codebooks = _command(commands, "codebooks", "list what is served", _codebooks)
-    codebooks.add_argument("--json", action="store_true", help="as JSON, with everything that is known")
+    codebooks.add_argument("--json", action="store_true", help="as JSON, with all fields")
 
     status = _command(commands, "status", "say whether the server serves; exit 0 only if it does", _status)
-    status.add_argument("--wait", type=seconds, metavar="SECONDS", help="wait so long until it does")
+    status.add_argument("--wait", type=seconds, metavar="SECONDS", help="wait at most this long until it does")
 
     for name, (text, module) in _TOOLS.items():
         tool = _command(commands, name, text, partial(_run_tool, module))
@@ -116,14 +116,14 @@ def _add_files(command: argparse.ArgumentParser, what: str) -> None:
 
 
 def _encode(args: argparse.Namespace) -> int:
-    return _turned(args, encode_file, _task(args))
+    return _convert(args, encode_file, _task(args))
 
 
 def _decode(args: argparse.Namespace) -> int:
-    return _turned(args, decode_file, _task(args, dtype=args.dtype, output=args.output))
+    return _convert(args, decode_file, _task(args, dtype=args.dtype, output=args.output))
 
 
-def _turned(args: argparse.Namespace, turn: Callable[[Client, Task, Progress], Done], task: Task) -> int:
+def _convert(args: argparse.Namespace, convert: Callable[[Client, Task, Progress], Done], task: Task) -> int:
     shown = args.progress and not args.quiet
     with (
         Client(
@@ -131,11 +131,11 @@ def _turned(args: argparse.Namespace, turn: Callable[[Client, Task, Progress], D
         ) as client,
         _bar(shown=shown) as progress,
     ):
-        done = turn(client, task, progress)
+        done = convert(client, task, progress)
     if not args.quiet:
         shape = "x".join(map(str, done.shape))
-        story = f"{shape} {done.dtype}, codebook {done.info.name}, digest {done.info.digest}"
-        print(_printable(f"wrote {task.target}: {story}"), file=sys.stderr)
+        summary = f"{shape} {done.dtype}, codebook {done.info.name}, digest {done.info.digest}"
+        print(_printable(f"wrote {task.target}: {summary}"), file=sys.stderr)
     return 0
 
 
@@ -160,7 +160,7 @@ def _codebooks(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    # Not needed by anything else, and slow to import.
+    # Only this command needs it, and it is slow to import.
     from vqserve_client import health  # noqa: PLC0415
     from vqserve_client.channel import Connection  # noqa: PLC0415
 
@@ -171,14 +171,14 @@ def _status(args: argparse.Namespace) -> int:
         else:
             status = health.wait_until_serving(connection, timeout_s=args.wait)
             if status == health.UNREACHABLE:
-                _say_why(lambda: health.status(connection, timeout_s=args.timeout))
+                _print_reason(lambda: health.status(connection, timeout_s=args.timeout))
     finally:
         connection.close()
     print(status, flush=True)
     return 0 if status == health.SERVING else 1
 
 
-def _say_why(ask: Callable[[], object]) -> None:
+def _print_reason(ask: Callable[[], object]) -> None:
     try:
         ask()
     except VqserveClientError as error:
@@ -205,7 +205,7 @@ def _table(codebooks: Sequence[CodebookInfo]) -> str:
         )
         for info in codebooks
     ]
-    # A name comes from the server: nothing in it may drive the terminal.
+    # A name comes from the server: it must not send control characters to the terminal.
     cells = [[_printable(cell) for cell in row] for row in (heads, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
@@ -215,7 +215,7 @@ def _table(codebooks: Sequence[CodebookInfo]) -> str:
 
 @contextlib.contextmanager
 def _bar(*, shown: bool) -> Iterator[Progress]:
-    """Give a progress bar, which says nothing unless it is shown."""
+    """Yield a function that begins a progress bar, or one that shows nothing."""
     if not shown:
         yield lambda _: lambda _: None
         return
@@ -236,7 +236,7 @@ def _bar(*, shown: bool) -> Iterator[Progress]:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the program as an error would, so that no half-written file is left."""
+    """Let SIGTERM end the program like an error, so that no half-written file is left."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -253,7 +253,7 @@ def _terminable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _warnings_of_one_line() -> Iterator[None]:
-    """Show the SDK's warnings as its errors are shown."""
+    """Print the SDK's warnings as its errors are printed."""
 
     def show(message: Warning | str, *_: object) -> None:
         print(f"vqserve: warning: {_in_flags(str(message))}", file=sys.stderr)

@@ -28,13 +28,13 @@ class Client(ClientBase):
         codebook: name of the codebook for calls that name none; None: the server's only one.
         digest: digest that this codebook must have.
         timeout: seconds for one whole call, its retries and all of its requests; math.inf: no limit.
-        retries: how often a request is sent again when the server is overloaded or cannot be reached.
+        retries: how many times a request is sent again if the server is overloaded or cannot be reached.
         window: requests of one call that are in flight at once.
         max_message_bytes: largest message, request or reply; larger arrays are cut. The server's must not be smaller.
 
     Raises:
         TypeError: for an option of the wrong type.
-        ValueError: for one with a value that makes no sense.
+        ValueError: for an option with an invalid value.
     """
 
     def encode(
@@ -65,7 +65,7 @@ class Client(ClientBase):
 
         Raises:
             VqserveClientError: see errors.py.
-            TypeError: if latents is no array.
+            TypeError: latents is not an array.
         """
         options = encode_options(
             layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
@@ -102,7 +102,7 @@ class Client(ClientBase):
 
         Raises:
             VqserveClientError: see errors.py.
-            TypeError: if indices is no array.
+            TypeError: indices is not an array.
         """
         options = decode_options(
             layout=layout,
@@ -125,15 +125,15 @@ class Client(ClientBase):
         digest: str | None = None,
         timeout: float | None = None,
     ) -> Generator[ArrayT, None, None]:
-        """Return the indices of each of many arrays, lazily and in order, several under way at once.
+        """Return the indices of each of many arrays, lazily and in order, several requests in flight at once.
 
-        All come from the codebook of the first. An array must stay as it is until its answer is out. An array that
-        fails raises in its turn, and ends it all; so does closing the generator. `timeout` is for each array; its
-        clock stands still while the caller does not ask for the next.
+        All results come from the codebook of the first. Do not change an array before its result is returned. An array
+        that fails raises after the results before it, and ends the generator; closing the generator ends it too.
+        `timeout` is for each array; its clock stops while the caller does not ask for the next result.
 
         Args:
-            items: arrays as for encode. At most `window` are taken ahead, or, of small ones, what fits so many requests
-                and two more: up to 256 KiB and 64 arrays go as one. With a window of 1 it is one array at a time.
+            items: arrays as for encode. At most `window` are taken ahead; of small ones as many as `window` + 2
+                requests hold, up to 256 KiB and 64 arrays each. With a window of 1 it is one array at a time.
             layout: as for encode.
             num_quantizers: as for encode.
             codebook: as for encode.
@@ -142,7 +142,7 @@ class Client(ClientBase):
 
         Raises:
             VqserveClientError: see errors.py.
-            TypeError: if items is one array, or one of them is none.
+            TypeError: items is one array, or an item is not an array.
         """
         options = encode_options(
             layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout

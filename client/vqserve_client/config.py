@@ -149,10 +149,11 @@ def is_digest(text: str) -> bool:
 
 
 def check_timeout(timeout_s: float) -> float:
-    """Return a timeout that makes sense.
+    """Return a timeout, checked.
 
     Raises:
-        ValueError: for what is not a positive number of seconds; infinity is one.
+        TypeError: it is not a number.
+        ValueError: it is not above 0; infinity is.
     """
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float):
         raise TypeError(f"timeout must be a number of seconds, not {timeout_s!r}")

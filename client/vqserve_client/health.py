@@ -21,7 +21,7 @@ def status(connection: Connection, *, timeout_s: float) -> str:
     """Return "SERVING", "NOT_SERVING" or "SERVICE_UNKNOWN".
 
     Raises:
-        VqserveClientError: if the server cannot be asked.
+        VqserveClientError: the server does not answer.
     """
     try:
         reply = _Stub(connection.channel()).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
@@ -31,10 +31,10 @@ def status(connection: Connection, *, timeout_s: float) -> str:
 
 
 def wait_until_serving(connection: Connection, *, timeout_s: float) -> str:
-    """Return "SERVING" as soon as that is so, and else the last status after the time is up, maybe "UNREACHABLE".
+    """Return "SERVING" as soon as the server reports it; after the time is up, the last status or "UNREACHABLE".
 
     Raises:
-        VqserveClientError: if the server cannot be asked, for any other reason than that it is not there yet.
+        VqserveClientError: the request fails for another reason than that the server is not running.
     """
     deadline = Deadline(timeout_s)
     last = UNREACHABLE
@@ -42,7 +42,7 @@ def wait_until_serving(connection: Connection, *, timeout_s: float) -> str:
     interruptions = 0
     while (remaining_s := deadline.remaining_s()) > 0:
         try:
-            # Watch reports every change, and gRPC waits until there is a server to ask: nothing here polls.
+            # Watch reports every change, and gRPC waits until the server is there: nothing here polls.
             stub = _Stub(connection.channel())
             for reply in stub.Watch(health_pb2.HealthCheckRequest(), timeout=remaining_s, wait_for_ready=True):
                 last = str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
@@ -51,7 +51,7 @@ def wait_until_serving(connection: Connection, *, timeout_s: float) -> str:
         except grpc.RpcError as error:
             failure = _failure(error)
             if failure.code is grpc.StatusCode.UNAVAILABLE:
-                # The server went away while it was watched: wait for the next.
+                # The server stopped while it was watched: wait for the next one.
                 pass
             elif failure.code is not grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise failure.error(target=connection.target, codebook=None, request_id="") from error

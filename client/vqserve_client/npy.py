@@ -1,4 +1,4 @@
-"""`.npy` files larger than memory, in and out."""
+"""Reading and writing `.npy` files larger than memory."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class FileError(Exception):
 
 
 def open_array(path: Path) -> Array:
-    """Return the array in a file, mapped, not read; nothing in it is executed.
+    """Return the array in a file, memory-mapped; no pickle is loaded.
 
     Raises:
-        FileError: if it is no such file.
+        FileError: it cannot be read as a .npy file.
     """
     try:
         with path.open("rb") as file:
@@ -42,7 +42,7 @@ def _mapped(path: Path) -> Array:
     try:
         mapped: Array = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError:
-        # There is nothing to map in an array without elements, but it can be read.
+        # An array without elements cannot be mapped, but it can be read.
         whole: Array = np.load(path, allow_pickle=False)
         if whole.size:
             raise
@@ -51,20 +51,20 @@ def _mapped(path: Path) -> Array:
 
 
 def check_output(path: Path, *, force: bool, source: Path | None = None) -> None:
-    """Check that a file may be made.
+    """Check that a file may be written.
 
     Args:
         path: of the file.
-        force: whether one that exists may be replaced.
-        source: another file, which is read and never replaced.
+        force: whether an existing file may be replaced.
+        source: the input file, which is never replaced.
 
     Raises:
-        FileError: if it exists and `force` is false, or is the source, or its folder does not exist.
+        FileError: it exists and `force` is false, it is the source, or its folder does not exist.
     """
     if path.is_dir():
         raise FileError(f"{path} is a folder")
     if path.exists() and not path.is_file():
-        # The file would take its place, and root would have no /dev/null any more.
+        # The new file would replace it: root would lose /dev/null.
         raise FileError(f"{path} is a device or a pipe: name a file")
     if source is not None and source.exists() and path.exists() and path.samefile(source):
         raise FileError(f"{path} is what is read: name another file to write")
@@ -76,10 +76,10 @@ def check_output(path: Path, *, force: bool, source: Path | None = None) -> None
 
 @contextlib.contextmanager
 def new_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, force: bool) -> Iterator[Array]:
-    """Give a mapped array to fill, which becomes the file only when all went well.
+    """Yield a mapped array to fill; it becomes the file only if the block ends without an error.
 
     Raises:
-        FileError: if it cannot be made.
+        FileError: it cannot be written.
     """
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
@@ -89,7 +89,7 @@ def new_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, force
         with _named(path):
             if isinstance(array, np.memmap):
                 array.flush()
-            # Somebody else may have made it meanwhile.
+            # Another process may have made it meanwhile.
             check_output(path, force=force)
             draft.replace(path)
     finally:
@@ -106,13 +106,13 @@ def _named(path: Path) -> Iterator[None]:
 
 def _created(draft: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     if 0 in shape:
-        # There is nothing to map.
+        # An array without elements cannot be mapped.
         empty: Array = np.empty(shape, dtype)
         with draft.open("wb") as file:
             np.save(file, empty, allow_pickle=False)
         return empty
     mapped: Array = np.lib.format.open_memmap(draft, mode="w+", dtype=dtype, shape=shape)
-    # Now, because a full disk under a mapped file is no error later but the end of the process.
+    # Allocated now: a full disk under a mapped file would later kill the process without an error.
     with draft.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, draft.stat().st_size)
     return mapped

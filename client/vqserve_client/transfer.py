@@ -34,16 +34,16 @@ from vqserve_client.errors import DigestChanged, DigestMismatch, InvalidArgument
 from vqserve_client.npy import check_output, new_array, open_array
 from vqserve_client.positions import in_whole
 
-# Small enough that several pieces are under way on both sides at little cost, large enough that calls cost nothing.
+# Small enough that several pieces in flight need little memory, large enough that calls cost little.
 _PIECE_BYTES = 4 << 20
 
-# Told how many tokens the file has, gives what is to be told how many more are done.
+# Called with the number of tokens of the file; returns a function to call with the number of tokens that are done.
 Progress = Callable[[int], Callable[[int], None]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One file to turn into another."""
+    """One file to convert into another."""
 
     source: Path
     target: Path
@@ -58,7 +58,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Done:
-    """What was written."""
+    """The file that was written."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -67,7 +67,7 @@ class Done:
 
 @dataclass(frozen=True)
 class _Piece:
-    """What goes as one array of `encode_many`, as cuts of the grid of tokens, of the source and of the target."""
+    """One array of `encode_many`, as cuts of the grid of tokens, of the source and of the target."""
 
     grid: Cut
     source: Cut
@@ -78,7 +78,7 @@ def encode_file(client: Client, task: Task, progress: Progress) -> Done:
     """Write the indices of a file of latents.
 
     Raises:
-        FileError: if a file cannot be used.
+        FileError: a file cannot be read or written.
         VqserveClientError: see errors.py.
     """
     check_output(task.target, force=task.force, source=task.source)
@@ -107,7 +107,7 @@ def decode_file(client: Client, task: Task, progress: Progress) -> Done:
     """Write the latents of a file of indices.
 
     Raises:
-        FileError: if a file cannot be used.
+        FileError: a file cannot be read or written.
         VqserveClientError: see errors.py.
     """
     check_output(task.target, force=task.force, source=task.source)
@@ -136,7 +136,7 @@ def decode_file(client: Client, task: Task, progress: Progress) -> Done:
 
 
 def _arrays(array: Array, pieces: Iterator[_Piece], pending: deque[_Piece]) -> Iterator[Array]:
-    """Give the pieces of the source, noting where each answer belongs."""
+    """Yield the pieces of the source; `pending` gets the place of each result."""
     for piece in pieces:
         pending.append(piece)
         yield array[piece.source]
@@ -144,7 +144,7 @@ def _arrays(array: Array, pieces: Iterator[_Piece], pending: deque[_Piece]) -> I
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Have an error about what a file holds name the file."""
+    """Add the file's name to an error about its contents."""
     try:
         yield
     except ValueError as error:
@@ -153,7 +153,7 @@ def _named(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _whole_file(task: Task, pending: Sequence[_Piece]) -> Iterator[None]:
-    """Have an error about a piece, the first one that is pending, name the file and count positions in all of it."""
+    """In an error about a piece (the first pending one), name the file and count positions in the whole file."""
     try:
         yield
     except VqserveClientError as error:
@@ -179,7 +179,7 @@ def _info(client: Client, task: Task) -> CodebookInfo:
 
 @contextlib.contextmanager
 def _one_codebook(task: Task, info: CodebookInfo) -> Iterator[None]:
-    """Have the error tell that the codebook was replaced, where it was not the user who pinned its digest."""
+    """Raise DigestChanged for a replaced codebook, unless the user pinned its digest."""
     try:
         yield
     except DigestMismatch as error:

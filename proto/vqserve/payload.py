@@ -121,11 +121,12 @@ def check(size: int, dtype: int, shape: Sequence[int]) -> None:
     if dtype not in _NUMPY:
         raise PayloadError(f"dtype must be set: got {dtype_name(dtype)}")
     # Python's integers cannot overflow, whatever the sender claims.
-    expected = nbytes(dtype, shape)
+    element_bytes = _NUMPY[dtype].itemsize
+    expected = math.prod(shape) * element_bytes
     if expected != size:
         raise PayloadError(f"shape {tuple(shape)} of {dtype_name(dtype)} is {expected} bytes, the payload has {size}")
     # An axis of zero lets the others be as large as they like.
-    if len(shape) > _MOST_AXES or math.prod(max(length, 1) for length in shape) * itemsize(dtype) > _LARGEST_ARRAY:
+    if len(shape) > _MOST_AXES or math.prod(max(length, 1) for length in shape) * element_bytes > _LARGEST_ARRAY:
         raise PayloadError(f"shape {tuple(shape)} is too large for an array")
 
 

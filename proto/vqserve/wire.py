@@ -19,6 +19,8 @@ _TAG = PAYLOAD_FIELD << 3 | _LENGTH_DELIMITED
 # As protobuf writes it: a varint of two bytes.
 _PAYLOAD_TAG = bytes((_TAG & 0x7F | 0x80, _TAG >> 7))
 _MAX_VARINT_BYTES = 10
+# Of values of fixed width, by wire type.
+_FIXED_BYTES = {1: 8, 5: 4}
 # Bytes of a counter in a ReplyTemplate, and the greatest that it holds: some nine hours of microseconds.
 _LEAST_WIDTH = 5
 _MOST = (1 << 7 * _LEAST_WIDTH) - 1
@@ -38,40 +40,48 @@ def read(kind: type[MessageT], raw: bytes) -> tuple[MessageT, memoryview]:
     Raises:
         google.protobuf.message.DecodeError: the bytes are no such message.
     """
-    start = payload_start(raw)
-    if start is None:
+    span = payload_span(raw)
+    if span is None:
         message = kind.FromString(raw)
         name = kind.DESCRIPTOR.fields_by_number[PAYLOAD_FIELD].name
         payload: bytes = getattr(message, name)
         message.ClearField(name)
         return message, memoryview(payload)
-    return kind.FromString(raw[: start - len(payload_tag(len(raw) - start))]), memoryview(raw)[start:]
+    head_bytes, start = span
+    return kind.FromString(raw[:head_bytes]), memoryview(raw)[start:]
 
 
-def payload_start(raw: bytes) -> int | None:
-    """Return where the payload of a message begins, if it is the message's last field and no other one comes twice.
+def payload_span(raw: bytes) -> tuple[int, int] | None:
+    """Return where the head of a message ends and where its payload begins, if the payload is the last field.
 
-    What comes before it, without the payload's tag and length, may be anything: whether it is a valid message is for
-    protobuf to say. None: there is no payload, or it is not last.
+    None: there is no payload, it is not last, or it comes twice. The head may be anything: protobuf decides whether it
+    is a valid message.
     """
     position, size = 0, len(raw)
     while position < size:
         if raw[position : position + 2] == _PAYLOAD_TAG:
             length, start = _varint(raw, position + 2)
-            # A length in more bytes than it needs is protobuf's to judge.
-            is_plain = start - position == 2 + len(varint(length))
-            return start if is_plain and start + length == size else None
-        tag, position = _varint(raw, position)
+            # A length in more bytes than it needs, which ends in a zero byte, is left to protobuf.
+            if start + length == size and (raw[start - 1] or start == position + 3):
+                return position, start
+            return None
+        # Most tags and values have one byte: they are read here, without a call.
+        tag = raw[position]
+        if tag < 0x80:
+            position += 1
+        else:
+            tag, position = _varint(raw, position)
         kind = tag & 7
-        if kind == 0:
-            _, position = _varint(raw, position)
-        elif kind == 1:
-            position += 8
-        elif kind == 2:
-            length, position = _varint(raw, position)
-            position += length
-        elif kind == 5:
-            position += 4
+        if kind in {0, 2}:
+            value = raw[position] if position < size else 0x80
+            if value < 0x80:
+                position += 1
+            else:
+                value, position = _varint(raw, position)
+            if kind == 2:
+                position += value
+        elif kind in _FIXED_BYTES:
+            position += _FIXED_BYTES[kind]
         else:
             return None
         # The payload's tag in more bytes than it needs, which protobuf reads as well.

@@ -1,11 +1,14 @@
-"""The option of the tools that names the codebook file to write."""
+"""The file that a tool writes: its option on the command line, and whether it may be written."""
 
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from vqserve_server.codebook_files import IMPORTED, NAME, SUFFIX
+from vqserve_server.errors import InvalidOption
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +22,33 @@ def add_output(parser: argparse.ArgumentParser) -> None:
         help="the codebook file to write; its name must end so",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
+
+
+def check_output(path: Path, *, force: bool, sources: Iterable[Path | None] = ()) -> None:
+    """Check that a file can be written, before the work whose result it will hold.
+
+    Args:
+        path: file to write.
+        force: whether an existing file may be replaced.
+        sources: files that the tool reads; None is skipped.
+
+    Raises:
+        InvalidOption: `path` is a folder, its folder does not exist, it is one of the sources, or it exists and `force`
+            is false.
+        PermissionError: this user cannot write into the folder.
+    """
+    if not path.parent.is_dir():
+        raise InvalidOption(f"there is no folder {path.parent}: make it first")
+    if path.is_dir():
+        raise InvalidOption(f"{path} is a folder: name a file in it")
+    for source in sources:
+        if source is not None and source.exists() and path.exists() and path.samefile(source):
+            raise InvalidOption(f"{path} is what is read: name another file to write")
+    if path.exists() and not force:
+        raise InvalidOption(f"{path} is there already: pass --force to replace it")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        hint = "let it, or name another folder or user"
+        raise PermissionError(f"user {os.geteuid()} cannot write into the folder {path.parent}: {hint}")
 
 
 def _new_codebook_path(text: str) -> Path:

@@ -186,6 +186,7 @@ def test_retries_and_a_list_out_of_date_inside_a_window(tiny, connect, failing, 
         assert (answer == tiny.codes["small"].encode(item)).all()
 
 
+@pytest.mark.usefixtures("apart")
 def test_retries_end_in_their_turn(tiny, connect, failing, latents):
     client = connect(tiny.target, retries=0, window=2)
     full = failing("RESOURCE_EXHAUSTED")
@@ -202,6 +203,7 @@ def test_retries_end_in_their_turn(tiny, connect, failing, latents):
         next(generator)
 
 
+@pytest.mark.long
 def test_a_consumer_may_take_its_time(tiny, connect, latents):
     """The clock of an item stands still while its caller does something else: here longer than the timeout."""
     client = connect(tiny.target, max_message_bytes=1024, window=2)

@@ -170,7 +170,7 @@ def test_it_writes_what_protobuf_writes(kind, size):
     message, data = wire.read(kind, raw)
     assert message == head
     assert data == payload
-    assert wire.payload_start(raw) == len(raw) - size
+    assert wire.payload_span(raw) == (len(raw) - size - len(wire.payload_tag(size)), len(raw) - size)
 
 
 def test_a_payload_is_a_view_of_its_message():

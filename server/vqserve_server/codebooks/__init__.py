@@ -2,11 +2,9 @@
 
 from vqserve_server.codebooks.codebook_file import (
     Codebook,
-    check_folder,
-    check_not_read,
     codebook_digest,
     load_codebook,
     save_codebook,
 )
 
-__all__ = ["Codebook", "check_folder", "check_not_read", "codebook_digest", "load_codebook", "save_codebook"]
+__all__ = ["Codebook", "codebook_digest", "load_codebook", "save_codebook"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from vqserve_server.codebooks.conversion import build, state_of
 from vqserve_server.codebooks.digest import canonical_json
 from vqserve_server.codebooks.safetensors_file import ContainerError, read_header, read_tensor, unique_names, write_file
 from vqserve_server.codebooks.state import CodebookState, StateError, canonical_names, check_claims, check_values
-from vqserve_server.errors import CodebookError, CodebookFileError, InvalidOption
+from vqserve_server.errors import CodebookError, CodebookFileError
 from vqserve_server.quantizers import Quantizer
 
 FORMAT_VERSION = "1"
@@ -68,32 +67,6 @@ def codebook_digest(quantizer: Quantizer) -> str:
         CodebookError: the quantizer cannot be kept in a file.
     """
     return state_of(quantizer).digest()
-
-
-def check_folder(path: Path) -> None:
-    """Find out whether a file can be written where `path` says, before the work whose outcome it is to hold.
-
-    Raises:
-        PermissionError: this user may not write into its folder, or the file system is read-only.
-    """
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        hint = "let it, or name another folder or user"
-        raise PermissionError(f"user {os.geteuid()} cannot write into the folder {path.parent}: {hint}")
-
-
-def check_not_read(output: Path, *sources: Path | None) -> None:
-    """Refuse to write a file that is read as well, under whatever name.
-
-    Args:
-        output: the file to write.
-        sources: files that are read.
-
-    Raises:
-        InvalidOption: it is one of them.
-    """
-    for source in sources:
-        if source is not None and source.exists() and output.exists() and output.samefile(source):
-            raise InvalidOption(f"{output} is what is read: name another file to write")
 
 
 def save_codebook(quantizer: Quantizer, path: str | Path, *, provenance: Mapping[str, object] | None = None) -> str:

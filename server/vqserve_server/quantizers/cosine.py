@@ -12,7 +12,7 @@ from vqserve_server.quantizers.dtypes import widen
 from vqserve_server.quantizers.lookup import LookupQuantizer
 from vqserve_server.quantizers.search_problem import SearchProblem
 from vqserve_server.search import Objective
-from vqserve_server.search.normalising import normalise
+from vqserve_server.search.rounding import normalise
 
 
 class CosineQuantizer(LookupQuantizer):

@@ -10,7 +10,7 @@ from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers.checks import check_size
 from vqserve_server.quantizers.frozen_scalar import Channel
 from vqserve_server.quantizers.scalar import ScalarQuantizer
-from vqserve_server.search.normalising import round_inverse_root
+from vqserve_server.search.rounding import round_inverse_root
 
 BitOrder = Literal["big", "little"]
 MAX_BITS = 32

@@ -1,7 +1,7 @@
-"""Nearest code and greatest score, exactly (docs/exact-search.md).
+"""Exact search for the nearest code or the greatest score (docs/exact-search.md).
 
-`prepare` turns a codebook into a `Searcher` once; the searcher then maps rows to indices. Whatever the backend, the
-answer is the code that wins in exact arithmetic on the given numbers, the lowest index among equals.
+`prepare` makes a `Searcher` from a codebook; the searcher then maps rows to indices. With every backend the result is
+the code that wins in exact arithmetic on the given numbers, the lowest index among equals.
 """
 
 from vqserve_server.search.backends import available, prepare

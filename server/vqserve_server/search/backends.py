@@ -1,4 +1,4 @@
-"""The backends by name, and the choice among them."""
+"""The search backends by name, and the choice of one."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ import torch
 from torch import Tensor
 
 from vqserve_server.errors import InvalidOption
-from vqserve_server.search import fused, native
-from vqserve_server.search.duplicates import MergedSearcher, first_of_equals
-from vqserve_server.search.searcher import Objective, Searcher
-from vqserve_server.search.subnormals import kept
+from vqserve_server.search import native, triton
+from vqserve_server.search.denormals import denormals_enabled
+from vqserve_server.search.searcher import MergedSearcher, Objective, Searcher, first_of_equals
 from vqserve_server.search.tiled import TiledSearcher
 
 
 def available(device: torch.device | str) -> tuple[str, ...]:
-    """Return the names of the backends that run on this device, the preferred one first."""
+    """Return the names of the backends that run on this device, in order of preference."""
     device = torch.device(device)
     names = ["torch", "reference"]
-    if fused.is_available(device):
+    if triton.is_available(device):
         names.insert(0 if device.type == "cuda" else 2, "triton")
     if device.type == "cpu" and native.levels():
         names.insert(0, "native")
     return tuple(names)
 
 
-@kept()
+@denormals_enabled()
 def prepare(
     codes: Tensor,
     *,
@@ -34,16 +33,17 @@ def prepare(
     bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Searcher:
-    """Prepare a codebook for search on the device that it is on.
+    """Prepare a codebook for search on the device that holds it.
 
     Args:
-        codes: (K, D) float32 or float64, finite. Later changes of it may or may not be seen: prepare again.
-        objective: what the winning code is best at.
+        codes: (K, D) float32 or float64, finite. A searcher may or may not see later changes: after a change, prepare
+            the codebook again.
+        objective: quantity by which the winning code is chosen.
         bias: (K,) of the codes' dtype, added to the scores of DOT; None: zero.
         backend: one of `available(codes.device)`, or "auto".
 
     Raises:
-        InvalidOption: for a backend that does not run on this device, or cannot take this codebook.
+        InvalidOption: the backend does not run on this device, or does not support this codebook.
     """
     names = available(codes.device)
     if backend not in ("auto", *names):
@@ -54,16 +54,17 @@ def prepare(
     if backend not in ("auto", *able):
         raise InvalidOption(f"search backend {backend!r} can't take this codebook: choose one of {', '.join(able)}")
     chosen = able[0] if backend == "auto" else backend
-    kept = first_of_equals(codes, bias)
-    if kept is None:
+    firsts = first_of_equals(codes, bias)
+    if firsts is None:
         return _build(chosen, codes, bias, objective)
-    return MergedSearcher(_build(chosen, codes[kept], None if bias is None else bias[kept], objective), kept)
+    distinct = _build(chosen, codes[firsts], None if bias is None else bias[firsts], objective)
+    return MergedSearcher(distinct, firsts)
 
 
 def _fits(backend: str, codes: Tensor, bias: Tensor | None, objective: Objective) -> bool:
     if backend == "native":
         return native.fits(codes, bias, objective)
-    return backend != "triton" or fused.fits(codes)
+    return backend != "triton" or triton.fits(codes)
 
 
 def _build(backend: str, codes: Tensor, bias: Tensor | None, objective: Objective) -> Searcher:
@@ -73,7 +74,7 @@ def _build(backend: str, codes: Tensor, bias: Tensor | None, objective: Objectiv
         case "native":
             return native.NativeSearcher(codes, bias, objective, fallback=reference)
         case "triton":
-            return fused.FusedSearcher(codes, bias, objective, fallback=tiled)
+            return triton.TritonSearcher(codes, bias, objective, fallback=tiled)
         case "torch":
             return tiled()
         case _:

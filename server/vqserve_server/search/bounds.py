@@ -1,4 +1,4 @@
-"""Scores and how far they can be off (docs/exact-search.md derives the bounds)."""
+"""Error bounds of computed scores (docs/exact-search.md derives them)."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vqserve_server.search.denormals import to_float64
 from vqserve_server.search.searcher import Objective
-from vqserve_server.search.subnormals import widened
 
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 SMALLEST_SUBNORMAL = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
-# Products below this may be flushed to zero.
+# Smaller products may be flushed to zero.
 _TINY = {torch.float32: 2.0**-124, torch.float64: 2.0**-1000}
 # Sums up to this do not overflow, errors included.
 _LARGEST_SUM = {torch.float32: 2.0**125, torch.float64: 2.0**1020}
-# Bounds are rounded to the scores' type; this is far more than that takes away.
+# Bounds are rounded to the scores' type; this factor is far more than that rounding.
 _SLACK = 1.0 + 2.0**-20
-# Bytes of what is widened at once.
+# Bytes of one chunk in float64.
 _CHUNK_BYTES = 1 << 22
 
 
 def gamma(operations: int, dtype: torch.dtype) -> float:
-    """Return Higham's gamma_n = n u / (1 - n u), the relative error of n roundings in any order.
+    """Return Higham's gamma_n = n u / (1 - n u), a bound on the relative error of n roundings in any order.
 
     Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., lemma 3.1.
     """
@@ -35,12 +35,12 @@ def gamma(operations: int, dtype: torch.dtype) -> float:
 
 def norms_above(vectors: Tensor) -> Tensor:
     """Return (n,) float64 upper bounds of the Euclidean norms of (n, D) vectors, computed in float64."""
-    # D squarings, D - 1 additions and a square root, each with a relative error; the last factor covers the product.
+    # D squarings, D - 1 additions and a square root each add a relative error, and so does the final product.
     safety = 1.0 + gamma(vectors.shape[1] + 4, torch.float64)
-    # Squares that underflow lose at most sqrt(D * 2^-1074) of the norm.
+    # Squares that underflow reduce the norm by at most sqrt(D * 2^-1074).
     lost = vectors.shape[1] * 2.0**-537
     chunks = _chunks(vectors)
-    return torch.cat([torch.linalg.vector_norm(widened(chunk), dim=1) for chunk in chunks]) * safety + lost
+    return torch.cat([torch.linalg.vector_norm(to_float64(chunk), dim=1) for chunk in chunks]) * safety + lost
 
 
 def row_norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -50,13 +50,13 @@ def row_norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class ScoreBounds:
-    """Scores z . a + offset, to be greatest, each within slope * |z| + base of its exact value.
+    """The winner has the greatest score z . a + offset; a score's error is at most slope * |z| + base.
 
     Attributes:
         offset: (K,) -|a|^2 / 2 for L2, b for DOT.
-        slope: (K,).
-        base: (K,).
-        longest_row: the greatest |z| for which no partial sum overflows; the bound holds up to it.
+        slope: (K,) error of the score per unit of |z|.
+        base: (K,) error of the score at |z| = 0.
+        longest_row: greatest |z| for which no partial sum overflows; the bound holds up to it.
     """
 
     offset: Tensor
@@ -66,16 +66,15 @@ class ScoreBounds:
 
     @classmethod
     def of(cls, codes: Tensor, bias: Tensor | None, objective: Objective, dtype: torch.dtype) -> ScoreBounds:
-        """Return those of a codebook (K, D) for scores that are computed in `dtype`, in any order of summation."""
+        """Return the bounds of a codebook (K, D) for scores computed in `dtype`, summed in any order."""
         num_codes, dim = codes.shape
         if objective is Objective.L2:
-            offset = -0.5 * torch.cat([widened(chunk).square().sum(dim=1) for chunk in _chunks(codes)])
+            offset = -0.5 * torch.cat([to_float64(chunk).square().sum(dim=1) for chunk in _chunks(codes)])
         elif bias is not None:
-            offset = widened(bias.detach())
+            offset = to_float64(bias.detach())
         else:
             offset = torch.zeros(num_codes, dtype=torch.float64, device=codes.device)
-        # Row and code are rounded, multiplied and added; the offset is rounded, and so are the bound and the sums
-        # with it.
+        # Rounded are: row, code, their products and sums, the offset, the bound, and the sums of score and bound.
         relative = gamma(2 * dim + 24, dtype)
         tiny = (2 * dim + 24) * _TINY[dtype]
         norms = norms_above(codes)
@@ -84,8 +83,8 @@ class ScoreBounds:
             offset=offset.to(dtype),
             slope=((relative * norms + tiny) * _SLACK).to(dtype),
             base=((relative * offset.abs() + tiny * (1 + norms)) * _SLACK).to(dtype),
-            # No partial sum exceeds |z||a| + |offset|, in whatever order it is summed. Below zero, so that no row is
-            # short enough, where codes or offsets themselves are beyond `dtype`.
+            # In any order of summation no partial sum exceeds |z||a| + |offset|. The result is negative, so that no row
+            # is short enough, if codes or offsets themselves exceed the range of `dtype`.
             longest_row=(_LARGEST_SUM[dtype] - max(float(offset.abs().max()), longest)) / max(longest, 2.0**-100),
         )
 

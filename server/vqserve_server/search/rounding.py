@@ -1,7 +1,7 @@
 """Values that are computed exactly and rounded once to float32, the same on every device.
 
-Float64 first; an element whose float64 error straddles a rounding boundary is computed in twice that precision, and
-what that leaves open with rationals.
+Each element is computed in float64 first. If its error interval contains a rounding boundary, the element is computed
+again in twice that precision, and if that does not decide either, with rationals.
 """
 
 from __future__ import annotations
@@ -15,22 +15,26 @@ import torch
 from torch import Tensor
 
 from vqserve_server.search.bounds import SMALLEST_SUBNORMAL, gamma, norms_above
-from vqserve_server.search.expansion import sum_of_products, two_sum
-from vqserve_server.search.subnormals import kept, widened
+from vqserve_server.search.denormals import denormals_enabled, to_float64
+from vqserve_server.search.exact import sum_of_products, two_sum
 
 Float64s = npt.NDArray[np.float64]
 Float32s = npt.NDArray[np.float32]
 
-# Elements of a tile of rows or of outputs: 8 MiB in float64.
+# Elements of one tile of rows or of outputs: 8 MiB in float64.
 _TILE_ELEMENTS = 1 << 20
 _ELEMENTS_PER_CHUNK = 1 << 18
 _ABOVE_FLOAT32 = np.float64(2.0**128)
 _SAFE_FROM_FLUSHING = 2.0**-125
-# A sum of squares within these neither overflowed nor lost a square that matters to underflow.
+# A sum of squares between these did not overflow, and no square that matters underflowed.
 _SAFE_SQUARES = (2.0**-900, 2.0**1000)
+# Elements that `normalise` works on at once.
+_NORMALISED_PER_CHUNK = 1 << 20
+# An absolute error above that of any float64 underflow, and far below float32's smallest number.
+_LOST = 2.0**-1000
 
 
-@kept()
+@denormals_enabled()
 def affine(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return rows @ weight.T + bias, each element the exact value rounded once to float32.
 
@@ -40,7 +44,7 @@ def affine(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias: (D,) or None.
 
     Returns:
-        (n, D) float32 on the rows' device; zero is +0.0, and what leaves float32's range is infinite.
+        (n, D) float32 on the rows' device; zero is +0.0, and values beyond float32's range are infinite.
     """
     products = _AffineElements(weight, bias)
     out = torch.empty(rows.shape[0], weight.shape[0], dtype=torch.float32, device=rows.device)
@@ -52,13 +56,13 @@ def affine(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _AffineElements:
-    """One affine map: its elements in float64 with error bounds, and beyond."""
+    """Affine map in float64 with error bounds; elements that these do not decide are computed again exactly."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = weight.detach()
         self._bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach()
-        self._wide_weight = widened(self._weight)
-        self._wide_bias = widened(self._bias)
+        self._wide_weight = to_float64(self._weight)
+        self._wide_bias = to_float64(self._bias)
         relative = gamma(weight.shape[1] + 16, torch.float64)
         self._error_per_norm = relative * norms_above(weight)
         self._error_constant = (
@@ -66,14 +70,14 @@ class _AffineElements:
         )
 
     def rounded(self, rows: Tensor) -> Tensor:
-        wide = widened(rows)
+        wide = to_float64(rows)
         values = torch.addmm(self._wide_bias, wide, self._wide_weight.T)
         error = torch.addmm(self._error_constant, norms_above(wide)[:, None], self._error_per_norm[None, :])
         below, above = (values - error).to(torch.float32), (values + error).to(torch.float32)
-        # Adding zero turns -0.0 into 0.0, whose sign no float64 bound can settle.
+        # Adding zero turns -0.0 into 0.0: no float64 bound could decide the sign of a zero.
         out = values.to(torch.float32) + 0.0
         is_open = ~(below == above)
-        # Subnormal results are rounded by numpy: torch's threads may have such numbers switched off.
+        # numpy rounds subnormal results, because torch's threads may flush them to zero.
         size = values.abs_()
         is_open |= (size < _SAFE_FROM_FLUSHING) & (error.add_(size) >= SMALLEST_SUBNORMAL[torch.float32] / 4)
         if bool(is_open.any()):
@@ -86,7 +90,7 @@ class _AffineElements:
         step = max(1, _ELEMENTS_PER_CHUNK // (rows.shape[1] + 1))
         for chunk in torch.split(where, step):
             i, j = chunk.T
-            x = torch.cat([widened(rows[i]), self._wide_bias[j][:, None]], dim=1).cpu().numpy()
+            x = torch.cat([to_float64(rows[i]), self._wide_bias[j][:, None]], dim=1).cpu().numpy()
             y = torch.cat([self._wide_weight[j], self._wide_weight.new_ones(j.numel(), 1)], dim=1).cpu().numpy()
             settled.append(self._settle_chunk(x, y, rows.dtype))
         return np.concatenate(settled)
@@ -96,7 +100,7 @@ class _AffineElements:
         value = sum_of_products(x, y, exact_products=exact_products)
         with np.errstate(invalid="ignore", over="ignore"):
             out = round_to_float32(value.hi, value.lo)
-            # One step outwards covers the rounding of the sum itself.
+            # nextafter moves each end outwards by one step, which covers the rounding of lo -+ error.
             below = round_to_float32(*two_sum(value.hi, np.nextafter(value.lo - value.error, -np.inf)))
             above = round_to_float32(*two_sum(value.hi, np.nextafter(value.lo + value.error, np.inf)))
         for m in np.nonzero((value.error > 0) & ~(below == above))[0]:
@@ -107,15 +111,15 @@ class _AffineElements:
 
 
 def round_to_float32(hi: Float64s, lo: Float64s) -> Float32s:
-    """Return hi + lo rounded once to float32, to nearest even; lo is small beside a float32's spacing at hi."""
+    """Return hi + lo rounded once to float32, to nearest even; lo is much smaller than float32's spacing at hi."""
     with np.errstate(over="ignore"):
         nearest = hi.astype(np.float32)
-    # Rounding to infinity is rounding to the number that would follow float32's largest.
+    # Rounding to infinity means rounding to 2^128, the number that would follow float32's largest.
     back = np.where(np.isinf(nearest), np.copysign(_ABOVE_FLOAT32, nearest), nearest.astype(np.float64))
     rest = hi - back
     neighbour = np.nextafter(nearest, np.where(rest > 0, np.float32(np.inf), np.float32(-np.inf)), dtype=np.float32)
     beyond = np.where(np.isinf(neighbour), np.copysign(_ABOVE_FLOAT32, neighbour), neighbour.astype(np.float64))
-    # hi is half-way between two float32 numbers, so that it was rounded to even: lo decides.
+    # Where hi is half-way between two float32 numbers, astype rounded it to even, but the sign of lo decides.
     is_tie = (rest != 0) & (2.0 * rest == beyond - back) & (np.sign(lo) == np.sign(rest)) & np.isfinite(hi)
     return np.where(is_tie, neighbour, nearest)
 
@@ -131,7 +135,7 @@ def round_fraction(value: Fraction) -> np.float32:
     return np.float32(round_to_float32(np.array([hi]), np.array([lo]))[0])
 
 
-@kept()
+@denormals_enabled()
 def weight_norm(v: Tensor, g: Tensor) -> Tensor:
     """Return g * v / |v| with the norm taken per column, each element the exact value rounded once to float32.
 
@@ -142,7 +146,7 @@ def weight_norm(v: Tensor, g: Tensor) -> Tensor:
         g: (1, D).
 
     Returns:
-        (K, D) float32 on v's device; a column of zeros gives NaN, as dividing by its norm does.
+        (K, D) float32 on v's device; a column of zeros gives NaN, as division by its norm does.
     """
     directions, scales = v.detach().cpu().numpy(), g.detach().cpu().numpy()[0]
     columns = [_normalised_column(directions[:, k], scales[k]) for k in range(directions.shape[1])]
@@ -153,12 +157,12 @@ def _normalised_column(v: npt.NDArray[np.floating], g: np.floating) -> Float32s:
     wide, scale = v.astype(np.float64), float(g)
     with np.errstate(all="ignore"):
         if v.dtype == np.float32:
-            # The squares are exact in float64 and fsum rounds once.
+            # Squares of float32 numbers are exact in float64, and fsum rounds once.
             sum_of_squares, rounding = math.fsum(wide * wide), 2.0**-53
         else:
             sum_of_squares, rounding = float(np.sum(wide * wide)), gamma(2 * v.size, torch.float64)
         values = scale * wide / np.sqrt(sum_of_squares)
-        # The root halves the sum's relative error; root, product and quotient round once each.
+        # The root halves the relative error of the sum; root, product and quotient are each rounded once.
         error = np.abs(values) * (rounding + 8 * 2.0**-53) + 2.0**-1070
         if not _SAFE_SQUARES[0] < sum_of_squares < _SAFE_SQUARES[1]:
             error[:] = np.inf
@@ -176,7 +180,7 @@ def _normalised_column(v: npt.NDArray[np.floating], g: np.floating) -> Float32s:
 
 def round_quotient(numerator: Fraction, square: Fraction) -> np.float32:
     """Return numerator / sqrt(square) rounded once to float32."""
-    # The root of the squared quotient to 2^-200 relatively; whether that is below or above the exact value is known.
+    # The root of the squared quotient to a relative 2^-200, rounded down; `exact` says whether it is the exact value.
     target = numerator * numerator / square
     if target == 0:
         return np.float32(0.0)
@@ -185,6 +189,47 @@ def round_quotient(numerator: Fraction, square: Fraction) -> np.float32:
     scaled = (target.numerator << shift) // target.denominator
     root = math.isqrt(scaled)
     exact = root * root == scaled and (target.numerator << shift) % target.denominator == 0
-    # A sticky half keeps an inexact root off every rounding boundary.
+    # For an inexact root add half a unit (a sticky bit), so that it never lies on a rounding boundary.
     value = Fraction(2 * root + (0 if exact else 1), 2 << (shift // 2))
     return round_fraction(value if numerator > 0 else -value)
+
+
+def normalise(rows: Tensor) -> Tensor:
+    """Return rows / |row|, each element the exact value rounded once to float32, to nearest even.
+
+    Args:
+        rows: (n, D) float32 or float64, finite.
+
+    Returns:
+        (n, D) float32 on the rows' device; zero is +0.0, and a row of zeros stays zero.
+    """
+    values = rows.detach().cpu().numpy()
+    out = np.empty(values.shape, np.float32)
+    step = max(1, _NORMALISED_PER_CHUNK // values.shape[1])
+    for start in range(0, values.shape[0], step):
+        chunk = slice(start, start + step)
+        out[chunk] = _normalised(values[chunk].astype(np.float64))
+    return torch.from_numpy(out).to(rows.device)
+
+
+def _normalised(rows: npt.NDArray[np.float64]) -> Float32s:
+    # Scaling by a power of two does not change the quotient, and keeps the squares within float64's range.
+    _, exponents = np.frexp(np.abs(rows).max(axis=1, keepdims=True))
+    scaled = np.ldexp(rows, -exponents)
+    norms = np.sqrt(np.square(scaled).sum(axis=1, keepdims=True))
+    quotients = scaled / np.where(norms > 0, norms, 1.0)
+    # Rounded are: D squares, D sums, a root, which halves the relative error so far, and a quotient.
+    error = np.abs(quotients) * gamma(rows.shape[1] + 8, torch.float64) + _LOST
+    below, above = (quotients - error).astype(np.float32), (quotients + error).astype(np.float32)
+    out: Float32s = quotients.astype(np.float32) + np.float32(0.0)
+    for row in np.nonzero(~(below == above).all(axis=1))[0]:
+        exact = [Fraction(x) for x in scaled[row].tolist()]
+        square = sum((x * x for x in exact), Fraction(0))
+        for column in np.nonzero(~(below[row] == above[row]))[0]:
+            out[row, column] = round_quotient(exact[column], square)
+    return out
+
+
+def round_inverse_root(count: int) -> np.float32:
+    """Return 1 / sqrt(count) rounded once to float32."""
+    return round_quotient(Fraction(1), Fraction(count))

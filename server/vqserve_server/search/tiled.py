@@ -1,4 +1,4 @@
-"""Search with torch's matrix product in tiles, on any device: in float32, or in float64 as the reference."""
+"""Search by torch's matrix product, tile by tile, on any device: in float32, or in float64 as the reference."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ import torch
 from torch import Tensor
 
 from vqserve_server.search.bounds import ScoreBounds, row_norms
-from vqserve_server.search.on_demand import OnDemand
-from vqserve_server.search.searcher import Objective, SearchCounts, Searcher
-from vqserve_server.search.settle import Arbiter
-from vqserve_server.search.subnormals import kept, widen_into, widened
+from vqserve_server.search.denormals import copy_as_float64, denormals_enabled, to_float64
+from vqserve_server.search.exact import Arbiter
+from vqserve_server.search.searcher import Objective, OnDemand, SearchCounts, Searcher
 
-# Bytes of a (rows, codes) tile, of which a handful live at once, and of the codes of one tile.
+# Bytes of one (rows, codes) tile, and of the codes of one tile. About five tiles are in memory at once.
 _TILE_BYTES = 1 << 22
 _CODES_BYTES = 1 << 22
-# A row with more codes than this within the bound is searched by other means, as is one whose sums may overflow.
+# A row goes to the fallback if more codes than this are within the bound, or if its sums may overflow.
 _CROWD = 64
 
 
 @dataclass(frozen=True, eq=False)
 class _Workspace:
-    """The memory of one search, the same for all tiles: made anew for each, it grew with their number."""
+    """Buffers of one search, reused for all tiles: with new buffers for each tile, memory grew with their number."""
 
     codes: Tensor
     scores: Tensor
@@ -34,7 +33,7 @@ class _Workspace:
 
     @classmethod
     def of(cls, rows: int, num_codes: int, codes: Tensor, dtype: torch.dtype) -> _Workspace:
-        """Return room for tiles of that many rows and codes."""
+        """Allocate buffers for tiles of `rows` rows and `num_codes` codes."""
         scores, errors, lower = torch.empty(3, rows, num_codes, dtype=dtype, device=codes.device)
         return cls(
             codes=torch.empty(num_codes, codes.shape[1], dtype=dtype, device=codes.device),
@@ -46,7 +45,7 @@ class _Workspace:
 
 
 class TiledSearcher(Searcher):
-    """Every score with its error bound; codes within the bound of the best are settled by the arbiter."""
+    """Computes every score with an error bound; the arbiter decides among the codes within the bound of the best."""
 
     def __init__(
         self,
@@ -57,15 +56,16 @@ class TiledSearcher(Searcher):
         dtype: torch.dtype,
         fallback: Callable[[], Searcher] | None = None,
     ) -> None:
-        """Take a codebook on any device.
+        """Prepare a codebook on any device.
 
         Args:
             codes: (K, D) float32 or float64.
             bias: (K,), added to the scores of DOT.
-            objective: what the winning code is best at.
-            dtype: of the scores, float32 or float64.
-            fallback: makes a searcher in float64 for rows that are near to very many codes, and for all rows while the
-                process allows TensorFloat-32 or the like; None, for float64: the arbiter sees to them.
+            objective: quantity by which the winning code is chosen.
+            dtype: type of the scores, float32 or float64.
+            fallback: factory of a float64 searcher. It decides rows that are near very many codes, and all rows while
+                the process allows TensorFloat-32 or another reduced precision. None, for float64: the arbiter decides
+                them.
         """
         self.backend = "reference" if dtype == torch.float64 else "torch"
         self._dtype = dtype
@@ -78,7 +78,7 @@ class TiledSearcher(Searcher):
         self._tile_codes = max(1, min(num_codes, _CODES_BYTES // (dim * itemsize), _TILE_BYTES // itemsize))
         self._tile_rows = max(1, _TILE_BYTES // (self._tile_codes * itemsize))
 
-    @kept()
+    @denormals_enabled()
     def search(self, rows: Tensor, counts: SearchCounts | None = None) -> Tensor:
         """Return the winning code of every row; see `Searcher.search`."""
         if self._dtype == torch.float32 and self._fallback is not None and _may_be_reduced(rows.device):
@@ -92,9 +92,10 @@ class TiledSearcher(Searcher):
         return winners
 
     def _search_tile(self, rows: Tensor, space: _Workspace, counts: SearchCounts) -> Tensor:
-        # The bounds of float32 have room for what may happen to subnormal numbers; those of float64 would be useless.
+        # The float32 bounds allow for numbers that are flushed to zero. Float64 bounds that did would be too wide, so
+        # the conversion to float64 is exact instead.
         is_wide = self._dtype == torch.float64
-        bounds, narrow = self._bounds, widened(rows) if is_wide else rows.to(torch.float32)
+        bounds, narrow = self._bounds, to_float64(rows) if is_wide else rows.to(torch.float32)
         norms = row_norms(narrow if is_wide else rows, self._dtype)[:, None]
         too_long = ~(norms[:, 0] <= bounds.longest_row)
         best = torch.full((rows.shape[0],), -torch.inf, dtype=self._dtype, device=rows.device)
@@ -104,12 +105,12 @@ class TiledSearcher(Searcher):
         for start in range(0, self._codes.shape[0], self._tile_codes):
             window = slice(start, start + self._tile_codes)
             own = slice(0, rows.shape[0]), slice(0, bounds.offset[window].shape[0])
-            codes = (widen_into if is_wide else Tensor.copy_)(space.codes[own[1]], self._codes[window])
+            codes = (copy_as_float64 if is_wide else Tensor.copy_)(space.codes[own[1]], self._codes[window])
             scores = torch.addmm(bounds.offset[window], narrow, codes.T, out=space.scores[own])
             error = torch.addmm(bounds.base[window], norms, bounds.slope[None, window], out=space.errors[own])
             lower, place = torch.sub(scores, error, out=space.lower[own]).max(dim=1)
             winners = torch.where(lower > best, place + start, winners)
-            # A bound that overflowed is a NaN here, which stays: the row keeps all its codes.
+            # A bound that overflowed is NaN here and stays NaN, so that the row keeps all its codes as candidates.
             best = torch.maximum(best, lower)
             upper = scores.add_(error)
             could_win = torch.lt(upper, best[:, None], out=space.could_win[own]).logical_not_()
@@ -120,32 +121,32 @@ class TiledSearcher(Searcher):
         row, code, bound = (torch.cat(parts) for parts in zip(*found, strict=True))
         is_real = torch.isfinite(rows).all(dim=1)
         crowded = ((near > _CROWD) | too_long) & is_real
-        kept = ~(bound < best[row]) & ~crowded[row]
-        settled = self._settle(rows, winners, row[kept], code[kept], is_real)
+        is_candidate = ~(bound < best[row]) & ~crowded[row]
+        settled = self._settle(rows, winners, row[is_candidate], code[is_candidate], is_real)
         left = int(crowded.sum())
         if left:
             winners[crowded] = self._search_crowded(rows[crowded])
-        # The arbiter begins where float64 ends.
+        # The arbiter decides what float64 cannot, so the same rows count twice.
         counts.add(rows=rows.shape[0], rechecked=settled + left, arbitrated=settled + left)
         return winners
 
     def _settle(self, rows: Tensor, winners: Tensor, row: Tensor, code: Tensor, is_real: Tensor) -> int:
-        """Settle the rows that have several (row, code) pairs, and return how many they are."""
+        """Decide the rows that have several (row, code) pairs; return the number of these rows."""
         is_open = (torch.bincount(row, minlength=rows.shape[0]) > 1) & is_real
         open_rows = torch.nonzero(is_open)[:, 0]
         if not open_rows.numel():
             return 0
-        kept = is_open[row]
+        is_pair = is_open[row]
         position = torch.cumsum(is_open, 0) - 1
-        pair_row, by_row = torch.sort(position[row[kept]], stable=True)
+        pair_row, by_row = torch.sort(position[row[is_pair]], stable=True)
         settled = self._arbiter.settle(
-            rows[open_rows].cpu().numpy(), pair_row.cpu().numpy(), code[kept][by_row].cpu().numpy()
+            rows[open_rows].cpu().numpy(), pair_row.cpu().numpy(), code[is_pair][by_row].cpu().numpy()
         )
         winners[open_rows] = torch.from_numpy(settled).to(rows.device)
         return open_rows.numel()
 
     def _search_crowded(self, rows: Tensor) -> Tensor:
-        # Rows that are near to very many codes are often all the same: zeros, say.
+        # Rows that are near very many codes are often equal, for example all zeros: search each distinct row once.
         distinct, inverse = torch.unique(rows, dim=0, return_inverse=True)
         if self._fallback is not None:
             return self._fallback().search(distinct)[inverse]
@@ -156,9 +157,9 @@ class TiledSearcher(Searcher):
 
 
 def _may_be_reduced(device: torch.device) -> bool:
-    """Return whether the process lets float32 products be computed with fewer bits, outside the bounds.
+    """Return whether torch may compute float32 products with fewer bits, so that the bounds do not hold.
 
-    Both of torch's ways of allowing it are asked: the older one raises when the newer one was used.
+    torch has two settings for this, and both are read: the older one raises when the newer one was used.
     """
     try:
         if torch.get_float32_matmul_precision() != "highest":

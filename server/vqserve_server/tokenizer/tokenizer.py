@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from vqserve.codebook_info import CodebookInfo
+from vqserve.layout import Layout
+from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
 from vqserve_server.codebooks import codebook_digest, load_codebook
 from vqserve_server.codebooks.conversion import kind_of
 from vqserve_server.device import select_device, to_device, to_host
@@ -23,8 +24,6 @@ from vqserve_server.tokenizer.arrays import TORCH_DTYPES, given_indices, given_l
 from vqserve_server.tokenizer.grid import decode_grid, encode_grid
 from vqserve_server.tokenizer.options import Options, Output, options
 from vqserve_server.validation import check_digest
-
-ArrayOrTensor = TypeVar("ArrayOrTensor", npt.NDArray[Any], Tensor)
 
 
 class Tokenizer:
@@ -110,14 +109,14 @@ class Tokenizer:
 
     def encode(
         self,
-        latents: ArrayOrTensor,
+        latents: ArrayT,
         *,
-        layout: str | None = None,
+        layout: LayoutName | Layout | None = None,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> ArrayOrTensor:
+    ) -> ArrayT:
         """Return the index of the code that each latent is nearest to (or that scores highest), exactly.
 
         Args:
@@ -150,16 +149,16 @@ class Tokenizer:
 
     def decode(
         self,
-        indices: ArrayOrTensor,
+        indices: ArrayT,
         *,
-        layout: str | None = None,
-        dtype: Any = "float32",
-        output: str = "latents",
+        layout: LayoutName | Layout | None = None,
+        dtype: LatentDType = "float32",
+        output: OutputName = "latents",
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> ArrayOrTensor:
+    ) -> ArrayT:
         """Return what indices stand for.
 
         Args:
@@ -190,14 +189,14 @@ class Tokenizer:
 
     def encode_many(
         self,
-        items: Iterable[ArrayOrTensor],
+        items: Iterable[ArrayT],
         *,
-        layout: str | None = None,
+        layout: LayoutName | Layout | None = None,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> Generator[ArrayOrTensor, None, None]:
+    ) -> Generator[ArrayT, None, None]:
         """Return the indices of each of many arrays, lazily and in order; see `encode`."""
         asked = options(info=self.info, layout=layout, num_quantizers=num_quantizers)
         # What cannot be iterated is refused here, not at the first answer.
@@ -205,16 +204,16 @@ class Tokenizer:
 
     def decode_many(
         self,
-        items: Iterable[ArrayOrTensor],
+        items: Iterable[ArrayT],
         *,
-        layout: str | None = None,
-        dtype: Any = "float32",
-        output: str = "latents",
+        layout: LayoutName | Layout | None = None,
+        dtype: LatentDType = "float32",
+        output: OutputName = "latents",
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> Generator[ArrayOrTensor, None, None]:
+    ) -> Generator[ArrayT, None, None]:
         """Return the latents of each of many arrays of indices, lazily and in order; see `decode`."""
         asked = options(info=self.info, layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
         return (self._decode(item, asked, codebook, digest) for item in iter(several(items, "decode")))
@@ -272,21 +271,17 @@ class Tokenizer:
         self.decode_rows(np.zeros(indices, np.int64))
         self._open().check_itself()
 
-    def _encode(
-        self, latents: ArrayOrTensor, asked: Options, codebook: str | None, digest: str | None
-    ) -> ArrayOrTensor:
+    def _encode(self, latents: ArrayT, asked: Options, codebook: str | None, digest: str | None) -> ArrayT:
         frozen = self._open(codebook, digest)
         given = given_latents(latents, asked, info=self.info)
         found = encode_grid(frozen, given, asked, has_stages=self.info.has_stages)
-        indices: ArrayOrTensor = given.indices(found, vocab_size=self.info.vocab_size)
+        indices: ArrayT = given.indices(found, vocab_size=self.info.vocab_size)
         return indices
 
-    def _decode(
-        self, indices: ArrayOrTensor, asked: Options, codebook: str | None, digest: str | None
-    ) -> ArrayOrTensor:
+    def _decode(self, indices: ArrayT, asked: Options, codebook: str | None, digest: str | None) -> ArrayT:
         frozen = self._open(codebook, digest)
         given = given_indices(indices, asked, info=self.info, decodable=self.decodable)
-        latents: ArrayOrTensor = given.latents(decode_grid(frozen, given, asked))
+        latents: ArrayT = given.latents(decode_grid(frozen, given, asked))
         return latents
 
     def _open(self, codebook: str | None = None, digest: str | None = None) -> FrozenQuantizer:

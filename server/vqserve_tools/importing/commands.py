@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 from vqserve.codebook_info import of_stages
 from vqserve.layout import Layout
 from vqserve_server.codebooks.arguments import ARGUMENTS, check_unknown_index
-from vqserve_server.codebooks.codebook_file import check_folder, check_not_read, save_codebook
+from vqserve_server.codebooks.codebook_file import save_codebook
 from vqserve_server.console import printable
-from vqserve_server.errors import ForeignCheckpointError
 from vqserve_server.quantizers.fsq import BOUNDS
 from vqserve_tools.importing.families.options import BIT_ORDERS, DECODES, METRICS, Options
 from vqserve_tools.importing.importer import Import, import_checkpoint
 from vqserve_tools.importing.verification import verify_files
-from vqserve_tools.output import add_output
+from vqserve_tools.output import add_output, check_output
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -82,18 +81,12 @@ def run_import(args: argparse.Namespace) -> int:
     """Write the codebook file of a foreign checkpoint and say what was taken; return the exit status.
 
     Raises:
-        CodebookError: the checkpoint cannot be imported, or does not give the indices that it should.
+        InvalidOption: OUT cannot be written or would replace a file.
+        CodebookError: the checkpoint cannot be imported, or does not give the expected indices.
         OSError: the file cannot be written.
     """
     output: Path = args.out
-    if not output.parent.is_dir():
-        raise ForeignCheckpointError(f"there is no folder {output.parent}: make it first")
-    if output.is_dir():
-        raise ForeignCheckpointError(f"{output} is a folder: name a file")
-    check_not_read(output, args.source, *(args.verify or ()))
-    if output.exists() and not args.force:
-        raise ForeignCheckpointError(f"{output} is there already: pass --force to replace it")
-    check_folder(output)
+    check_output(output, force=args.force, sources=(args.source, *(args.verify or ())))
     options = Options(
         keys=tuple(args.key),
         prefix=args.prefix,

@@ -15,7 +15,7 @@ from vqserve_server.codebooks.safetensors_file import dtype_name
 from vqserve_server.codebooks.state import CodebookState, StateError, canonical_names, check_claims, check_values
 from vqserve_server.errors import ForeignCheckpointError
 from vqserve_server.quantizers import AbstractQuantizer, Quantizer, ResidualQuantizer
-from vqserve_server.search.duplicates import first_of_equals
+from vqserve_server.search.searcher import first_of_equals
 from vqserve_tools.importing.families import FAMILIES, Family, bare, fsq, lfq, taming
 from vqserve_tools.importing.families.checkpoint import Checkpoint, listed, places_of, shape_text
 from vqserve_tools.importing.families.family import Reading

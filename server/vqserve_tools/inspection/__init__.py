@@ -3,7 +3,6 @@
 `inspect` measures; what it returns has a report for people and for programs, and can be drawn. One figure a file.
 """
 
-from vqserve_tools.inspection.inspection import Inspection, inspect
-from vqserve_tools.inspection.report import Report
+from vqserve_tools.inspection.inspection import Inspection, Report, inspect
 
 __all__ = ["Inspection", "Report", "inspect"]

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve.codebook_info import of_stages
-from vqserve_server.codebooks import check_not_read
 from vqserve_server.errors import InvalidOption
 from vqserve_tools.inspection.error import ErrorTally
+from vqserve_tools.inspection.fit import UsageTally
 from vqserve_tools.inspection.inspection import Inspection
-from vqserve_tools.inspection.usage import UsageTally
+from vqserve_tools.output import check_output
 
 _BINS = 60
 Floats = npt.NDArray[np.float64]
@@ -32,13 +32,7 @@ def check_plot(path: Path, *, force: bool, sources: Sequence[Path | None] = ()) 
     Raises:
         InvalidOption: there is a file already, or it is a source, there is no such folder, or matplotlib is missing.
     """
-    check_not_read(path, *sources)
-    if path.is_dir():
-        raise InvalidOption(f"{path} is a folder: name a file in it")
-    if path.exists() and not force:
-        raise InvalidOption(f"{path} is there already: pass --force to replace it")
-    if not path.parent.is_dir():
-        raise InvalidOption(f"there is no folder {path.parent}: make it first")
+    check_output(path, force=force, sources=sources)
     try:
         import matplotlib.figure  # noqa: F401, PLC0415
     except ImportError:

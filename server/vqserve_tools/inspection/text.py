@@ -9,10 +9,9 @@ from collections.abc import Iterator
 
 from vqserve_server.console import printable
 from vqserve_tools.inspection.error import QuantizationError
-from vqserve_tools.inspection.fit import Fit
-from vqserve_tools.inspection.report import CodeFigures, Neighbours, Norms, Report
+from vqserve_tools.inspection.fit import Fit, Usage, UsageBin
+from vqserve_tools.inspection.inspection import CodeFigures, Neighbours, Norms, Report
 from vqserve_tools.inspection.rounding import Changed
-from vqserve_tools.inspection.usage import Usage, UsageBin
 
 # The longest argument's name fits; a provenance's may be of any length.
 _NAME_COLUMNS = 32

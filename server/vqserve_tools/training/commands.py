@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from vqserve.layout import Layout
 from vqserve_server.errors import InvalidOption
+from vqserve_tools.flags import add_flags, from_flags
 from vqserve_tools.output import add_output
-from vqserve_tools.training.options import DEFAULT_STEPS, INITIALISATIONS, KINDS, TrainingOptions
+from vqserve_tools.training.options import TrainingOptions
 
 if TYPE_CHECKING:
     from vqserve_tools.training.job import TrainedFile
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 def add_train_parser(subparsers: Subparsers) -> None:
     """Register `train`; its parser's `run` takes the arguments and returns the exit status."""
-    defaults = TrainingOptions()
     parser = subparsers.add_parser(
         "train",
         help="train a codebook on latents",
@@ -40,28 +40,7 @@ def add_train_parser(subparsers: Subparsers) -> None:
         choices=[str(layout) for layout in Layout],
         help="where the channels of LATENTS are (default: second axis of 4 and 5, last of 2 and 3)",
     )
-    parser.add_argument("--kind", choices=KINDS, default=defaults.kind, help="running averages, or gradient descent")
-    parser.add_argument("--num-codes", type=int, default=defaults.num_codes, metavar="K", help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, metavar="ROWS", help="rows a step (default: 4 K, at least 8192)")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, metavar="N", help=f"how many batches (default: {DEFAULT_STEPS})")
-    length.add_argument("--epochs", type=float, metavar="N", help="how many passes over LATENTS, instead")
-    parser.add_argument(
-        "--init", choices=INITIALISATIONS, default=defaults.initialisation, help="where codes start (%(default)s)"
-    )
-    parser.add_argument(
-        "--reseed-every",
-        type=int,
-        metavar="STEPS",
-        help="steps between two moves of dead codes; 0: none (default: when a code had 32 chances, at least 20)",
-    )
-    parser.add_argument(
-        "--lr", type=float, metavar="STEP", help="Adam's, for vq (default: a fifth of a typical first error)"
-    )
-    parser.add_argument("--decay", type=float, default=defaults.decay, help="of the averages, for ema (%(default)s)")
-    parser.add_argument("--beta", type=float, default=defaults.beta, help="commitment weight to keep (%(default)s)")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="of every random choice (%(default)s)")
-    parser.add_argument("--device", default=defaults.device, metavar="auto|cpu|cuda[:N]", help="where to compute")
+    add_flags(parser, TrainingOptions)
     parser.set_defaults(run=run_train)
 
 
@@ -82,20 +61,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 def _options(args: argparse.Namespace) -> TrainingOptions:
     try:
-        return TrainingOptions(
-            kind=args.kind,
-            num_codes=args.num_codes,
-            batch_size=args.batch_size,
-            steps=args.steps,
-            epochs=args.epochs,
-            initialisation=args.init,
-            reseed_every=args.reseed_every,
-            seed=args.seed,
-            lr=args.lr,
-            decay=args.decay,
-            beta=args.beta,
-            device=args.device,
-        )
+        return from_flags(TrainingOptions, args)
     except InvalidOption as error:
         name, _, problem = str(error).partition(" ")
         flag = f"--{name.replace('_', '-')}" if hasattr(args, name) else name

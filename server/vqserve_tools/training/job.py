@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import vqserve
-from vqserve_server.codebooks import check_folder, check_not_read, save_codebook
-from vqserve_server.errors import InvalidOption
+from vqserve_server.codebooks import save_codebook
 from vqserve_tools.latent_file import LatentRows, naming
+from vqserve_tools.output import check_output
 from vqserve_tools.training.options import TrainingOptions
 from vqserve_tools.training.trainer import Trained, train
 
@@ -51,12 +51,7 @@ def train_file(
         InvalidRequest: the latents or options cannot be used; nothing was written.
         OSError: a file cannot be read or written.
     """
-    check_not_read(out, latents)
-    if out.exists() and not force:
-        raise InvalidOption(f"{out} is there already: pass --force to replace it")
-    if not out.parent.is_dir():
-        raise InvalidOption(f"{out.parent}, where {out.name} is to be written, is no folder")
-    check_folder(out)
+    check_output(out, force=force, sources=[latents])
     rows = LatentRows.open(latents, layout)
     if progress and layout is None and rows.array.ndim > 2:
         # Before the training: who sees the wrong number need not wait for its end.

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from vqserve_server.errors import InvalidOption
+from vqserve_tools.flags import option
 
 KINDS = ("ema", "vq")
 INITIALISATIONS = ("kmeans++", "sample")
@@ -39,18 +40,29 @@ class TrainingOptions:
         device: "auto", "cpu" or "cuda".
     """
 
-    kind: str = "ema"
-    num_codes: int = 1024
-    batch_size: int | None = None
-    steps: int | None = None
-    epochs: float | None = None
-    initialisation: str = "kmeans++"
-    reseed_every: int | None = None
-    seed: int = 0
-    lr: float | None = None
-    decay: float = 0.99
-    beta: float = 0.25
-    device: str = "auto"
+    kind: str = option("ema", "running averages, or gradient descent", choices=KINDS)
+    num_codes: int = option(1024, "default: %(default)s", type=int, metavar="K")
+    batch_size: int | None = option(None, "rows a step (default: 4 K, at least 8192)", type=int, metavar="ROWS")
+    steps: int | None = option(
+        None, f"how many batches (default: {DEFAULT_STEPS})", group="length", type=int, metavar="N"
+    )
+    epochs: float | None = option(
+        None, "how many passes over LATENTS, instead", group="length", type=float, metavar="N"
+    )
+    initialisation: str = option("kmeans++", "where codes start (%(default)s)", flag="--init", choices=INITIALISATIONS)
+    reseed_every: int | None = option(
+        None,
+        "steps between two moves of dead codes; 0: none (default: when a code had 32 chances, at least 20)",
+        type=int,
+        metavar="STEPS",
+    )
+    seed: int = option(0, "of every random choice (%(default)s)", type=int)
+    lr: float | None = option(
+        None, "Adam's, for vq (default: a fifth of a typical first error)", type=float, metavar="STEP"
+    )
+    decay: float = option(0.99, "of the averages, for ema (%(default)s)", type=float)
+    beta: float = option(0.25, "commitment weight to keep (%(default)s)", type=float)
+    device: str = option("auto", "where to compute", metavar="auto|cpu|cuda[:N]")
 
     def __post_init__(self) -> None:
         _require("kind", self.kind, self.kind in KINDS, f"one of {', '.join(KINDS)}")

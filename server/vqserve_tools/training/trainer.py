@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,18 +18,31 @@ from vqserve_server.quantizers import AbstractQuantizer, measure_perplexity
 from vqserve_server.search import prepare
 from vqserve_tools.latent_file import LatentRows
 from vqserve_tools.progress import Progress, progress_of
-from vqserve_tools.training.evaluation import Quality, measure_quality
 from vqserve_tools.training.initialisation import initial_codes
-from vqserve_tools.training.learners import AdamLearner, EmaLearner, Learner
+from vqserve_tools.training.learners import AdamLearner, CodeUsage, EmaLearner, Learner, draw_seeds
 from vqserve_tools.training.options import TrainingOptions, TrainingPlan
-from vqserve_tools.training.reseeding import CodeUsage, draw_seeds
-from vqserve_tools.training.sampling import shuffled_batches
 
 # Codes that were moved need the rest of the training to settle.
 _RESEED_SHARE = 0.8
 _LR_SHARE = 0.2
 _STEPS_PER_REPORT = 16
 _ROWS_FOR_LR = 1 << 16
+_ROWS_AT_ONCE = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Figures over all rows.
+
+    Attributes:
+        mean_squared_error: mean of (decoded - latent)^2 over all elements.
+        perplexity: exp of the entropy of the codes' shares: K if all are used alike, 1 if one takes all.
+        used_codes: codes that at least one row has.
+    """
+
+    mean_squared_error: float
+    perplexity: float
+    used_codes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +89,35 @@ def train(rows: LatentRows, options: TrainingOptions, *, progress: bool = False)
             raise InvalidOption("the training diverged: the codebook holds NaN or infinity; a smaller --lr may help")
         quality = measure_quality(quantizer, rows, device=device, progress=progress)
     return Trained(quantizer=quantizer.cpu(), quality=quality, plan=plan, codes_reseeded=codes_reseeded)
+
+
+@torch.no_grad()
+def measure_quality(
+    quantizer: AbstractQuantizer, rows: LatentRows, *, device: torch.device, progress: bool = False
+) -> Quality:
+    """Encode and decode all rows.
+
+    Args:
+        quantizer: on `device`.
+        rows: finite latents, at least one.
+        device: where to compute.
+        progress: tell on stderr how far it is.
+    """
+    counts = np.zeros(quantizer.num_codes, np.int64)
+    squares = 0.0
+    with progress_of("measuring", len(rows), "row", shown=progress) as told:
+        for chunk in rows.chunks(_ROWS_AT_ONCE):
+            latents = torch.from_numpy(chunk).to(device)
+            ids = quantizer.encode(latents)
+            squares += float((quantizer.decode(ids) - latents).double().square().sum())
+            counts += np.bincount(ids.cpu().numpy(), minlength=quantizer.num_codes)
+            told.update(len(chunk))
+    shares = counts[counts > 0] / len(rows)
+    return Quality(
+        mean_squared_error=squares / (len(rows) * rows.dim),
+        perplexity=float(np.exp(-(shares * np.log(shares)).sum())),
+        used_codes=int((counts > 0).sum()),
+    )
 
 
 def _run(
@@ -149,3 +192,20 @@ def _repeatable(device: torch.device) -> Iterator[torch.device]:
             yield device
         finally:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def shuffled_batches(
+    num_rows: int, batch_size: int, steps: int, rng: np.random.Generator
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield `steps` batches of row positions: one random permutation of all rows after the other, cut evenly.
+
+    Positions in a batch ascend, which is kind to a mapped file.
+    """
+    order, start = rng.permutation(num_rows), 0
+    for _ in range(steps):
+        batch = order[start : start + batch_size]
+        start += batch_size
+        if len(batch) < batch_size:
+            order, start = rng.permutation(num_rows), batch_size - len(batch)
+            batch = np.concatenate([batch, order[:start]])
+        yield np.sort(batch)

@@ -92,6 +92,7 @@ def test_counts_add_up(echo, quick, streams):
     assert echo.streams == streams
 
 
+@pytest.mark.long
 def test_one_after_the_other(echo, caplog):
     """What is left of one measurement's calls does not show up in the next."""
     schedule = Schedule(warmup_s=0.02, window_s=0.02, max_windows=1)

@@ -91,6 +91,7 @@ def test_replies_that_nobody_takes_are_given_up(server: Any, client: Any, leave:
     assert client.decode(np.zeros(5, np.uint8)).shape == (5, 4)
 
 
+@pytest.mark.long
 def test_what_the_server_itself_is_late_with_is_not_idle(
     tokenizer: Any, serving: Callable[..., Any], connect: Callable[..., Any], leave: threading.Event
 ) -> None:
@@ -129,6 +130,7 @@ def test_requests_do_not_hide_a_reply_that_nobody_takes(server: Any, client: Any
     assert ending_of(call)[0] is grpc.StatusCode.UNAVAILABLE
 
 
+@pytest.mark.long
 def test_a_caller_who_says_something_now_and_then_stays(
     tokenizer: Any, serving: Callable[..., Any], connect: Callable[..., Any]
 ) -> None:
@@ -173,6 +175,7 @@ def test_places_come_free(serving: Callable[..., Any], connect: Callable[..., An
     leave.set()
 
 
+@pytest.mark.long
 def test_the_sdk_does_not_notice(server: Any, tokenizer: Any) -> None:
     def slowly() -> Iterator[np.ndarray]:
         for seed in range(6):

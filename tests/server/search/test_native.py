@@ -48,6 +48,7 @@ def test_odd_sizes(level, k, d):
     assert torch.equal(dot.search(rows), reference(codes, bias, Objective.DOT).search(rows))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("level", levels())
 @pytest.mark.parametrize("d", [3, 64])
 def test_many_rows_on_many_threads(level, d):
@@ -84,6 +85,7 @@ def test_float64_rows_that_overflow_once_scaled(level, k):
     assert winners.any()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks for a page that must not be read")
 @pytest.mark.parametrize("level", levels())
 def test_no_bound_is_read_that_is_not_there(level):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vqserve_server.search.normalising import normalise
+from vqserve_server.search.rounding import normalise
 
 
 def is_rounded_once(got: np.float32, x: float, row: list[float]) -> bool:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vqserve_server.search.expansion import sum_of_products
+from vqserve_server.search.exact import sum_of_products
 from vqserve_server.search.rounding import affine, round_fraction, round_to_float32, weight_norm
 
 F32_MAX = float(np.finfo(np.float32).max)

@@ -182,6 +182,7 @@ def test_partial_sums_that_overflow_and_would_cancel(objective, codes, row):
     check(torch.tensor([row, [1.0, 2.0]]), torch.tensor(codes), objective=objective)
 
 
+@pytest.mark.long
 def test_wide_rows_whose_scores_overflow_here_and_there():
     g = torch.Generator().manual_seed(1)
     codes = torch.randn(64, 256, generator=g)

@@ -120,6 +120,7 @@ def test_a_description_that_is_too_long(refused, tmp_path):
     refused(source, "'archive/data.pkl' has 17825792 bytes, more than the description of any model")
 
 
+@pytest.mark.long
 def test_a_description_of_the_older_format_that_is_too_long(refused, imported, tmp_path):
     # As torch writes it: a number, a protocol, the system, the description.
     source = tmp_path / "long.pt"
@@ -345,6 +346,7 @@ def test_a_header_of_100_mib(refused, tmp_path, is_there):
     refused(source, "claims a header of 104857600 bytes (at most 16777216 are read)", "--key", "a")
 
 
+@pytest.mark.long
 def test_the_longest_header_that_is_read(imported, tmp_path):
     # As many tensors as fit, none of them of any size: what JSON makes of it is bounded.
     entry = '"%07d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vqserve_tools.inspection import neighbours
-from vqserve_tools.inspection.neighbours import draw_codes, nearest_other
+from vqserve_tools.inspection import codes as module
+from vqserve_tools.inspection.codes import draw_codes, nearest_other
 from vqserve_tools.progress import progress_of
 
 
@@ -51,7 +51,7 @@ def test_one_code_has_no_other():
 def test_drawn_codes_are_held_against_all(monkeypatch):
     codes = torch.randn(1000, 5, generator=torch.Generator().manual_seed(0))
     assert torch.equal(draw_codes(1000, 5), torch.arange(1000))
-    monkeypatch.setattr(neighbours, "_MOST_PRODUCTS", 1000 * 5 * 530)
+    monkeypatch.setattr(module, "_MOST_PRODUCTS", 1000 * 5 * 530)
     drawn = draw_codes(1000, 5)
     assert drawn.numel() == 530 == drawn.unique().numel()
     assert torch.equal(drawn, drawn.sort().values)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqserve_tools.inspection.spread import Spread
+from vqserve_tools.inspection.error import Spread
 
 
 @given(

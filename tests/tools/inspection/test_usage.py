@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqserve_tools.inspection import usage
-from vqserve_tools.inspection.usage import Usage, UsageTally
+from vqserve_tools.inspection import fit
+from vqserve_tools.inspection.fit import Usage, UsageTally
 
 
 def test_figures():
@@ -36,7 +36,7 @@ def test_one_code_for_all_tells_nothing_and_even_use_tells_all():
 @given(pieces=st.lists(st.lists(st.integers(0, 9), max_size=20), max_size=6))
 def test_tokens_are_counted_piece_by_piece(is_dense, pieces):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(usage, "_MOST_PENDING", 7)
+        patched.setattr(fit, "_MOST_PENDING", 7)
         tally = UsageTally(10 if is_dense else 1 << 32)
         for piece in pieces:
             tally.add(np.array(piece, np.int64))

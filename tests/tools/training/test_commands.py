@@ -194,7 +194,7 @@ def test_a_missing_file_or_folder_is_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert "none.npy" in lines[0]
-    assert "is no folder" in lines[1]
+    assert "there is no folder" in lines[1]
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_training(

@@ -9,8 +9,8 @@ from scipy.spatial.distance import cdist
 
 from vqserve_server.errors import InvalidShape
 from vqserve_tools.latent_file import LatentRows
-from vqserve_tools.training.initialisation import initial_codes
-from vqserve_tools.training.sampling import choose_weighted, shuffled_batches
+from vqserve_tools.training.initialisation import choose_weighted, initial_codes
+from vqserve_tools.training.trainer import shuffled_batches
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vqserve_server.quantizers import EMAVectorQuantizer, VectorQuantizer
-from vqserve_tools.training.reseeding import CodeUsage, draw_seeds, place_ema_codes, place_vq_codes
+from vqserve_tools.training.learners import CodeUsage, draw_seeds, place_ema_codes, place_vq_codes
 
 
 def ema_at(codes: torch.Tensor, tokens_per_step: float) -> EMAVectorQuantizer:

@@ -1,4 +1,4 @@
-"""The CPU's search in compiled code: search.c and its headers, and what Python tells them."""
+"""Search on the CPU in compiled code: search.c with its headers, and their Python side."""
 
 from vqserve_server.search.native.codebook import fits
 from vqserve_server.search.native.library import levels

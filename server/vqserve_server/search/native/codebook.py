@@ -1,4 +1,4 @@
-"""A codebook as the compiled search wants it: reordered, scaled, in panels, with its error bounds."""
+"""A codebook in the form of the compiled search: reordered, scaled, in panels, with error bounds."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ Float32s = npt.NDArray[np.float32]
 Float64s = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-# Widths up to which blocks of neighbouring codes are skipped by their boxes. In higher dimensions nearly every box is
-# in reach of every row.
+# Up to this dimension codes get bounding boxes, by which a search skips whole blocks. In higher dimensions nearly every
+# box is near every row.
 MAX_BOXED_DIM = 12
 _LEAST_BOXED_CODES = 256
-# Components in a block of panels without boxes: a block is where the running minima are updated, which takes as long
-# as some 10 components of a panel.
+# Components in a block of panels without boxes. The running minima are updated once per block, which takes as long as
+# about 10 components of a panel.
 _UNBOXED_COMPONENTS = 64
 _ALIGNMENT = 64
-# DOT is not scaled: codes up to this size leave room for rows.
+# Scores of DOT are not scaled: with codes up to this size products with rows do not overflow.
 _LARGEST_UNSCALED = 2.0**40
-# Float32 holds sums up to this, errors included, with room to spare.
+# Sums up to this, errors included, do not overflow float32.
 _LARGEST_SUM = 2.0**125
 
 
 def fits(codes: Tensor, bias: Tensor | None, objective: Objective) -> bool:
-    """Return whether the compiled search takes a codebook: float32, and for DOT of ordinary magnitudes."""
+    """Return whether the compiled search supports a codebook: float32, D <= 1024, and for DOT not too large numbers."""
     if codes.dtype != torch.float32 or codes.shape[1] > 1024 or codes.device.type != "cpu":
         return False
     if bias is not None and (bias.dtype != torch.float32 or float(bias.abs().max()) > _LARGEST_UNSCALED**2):
@@ -44,7 +44,7 @@ class NativeCodebook:
     """Holds the arrays that `struct` points to."""
 
     def __init__(self, codes: Tensor, bias: Tensor | None, objective: Objective, library: Library) -> None:
-        """Take codes (K, D) and, for DOT, bias (K,), that fit."""
+        """Prepare codes (K, D) and, for DOT, bias (K,), that `fits` accepts."""
         array = codes.detach().numpy()
         num_codes, dim = array.shape
         boxed = objective is Objective.L2 and dim <= MAX_BOXED_DIM and num_codes >= _LEAST_BOXED_CODES
@@ -59,14 +59,14 @@ class NativeCodebook:
 
         largest = float(np.abs(array).max())
         scale = 2.0 ** -math.floor(math.log2(largest)) if objective is Objective.L2 and largest > 0 else 1.0
-        # Codes of float32's smallest numbers stay subnormal: they are searched with wide bounds.
+        # The smallest codes stay subnormal even when scaled: they are searched with wide bounds.
         scale = min(max(scale, 2.0**-126), 2.0**126)
         scaled = self.codes * np.float32(scale)
         narrow = _bounds(scaled, self.bias, objective, torch.float32)
         panels = -(-num_codes // width)
         blocks = -(-panels // block)
         self.panel = _panels(scaled, -narrow.offset.numpy(), panels, width)
-        # Rows so far away that squared distances overflow visit every box, those too that only fill the last group up.
+        # If squared distances overflow, a row visits every box, also the padding of the last group.
         visited = -(-blocks // lanes) * lanes
         self.error_slope = _block_max(narrow.slope.numpy(), visited, block * width)
         self.error_base = _block_max(narrow.base.numpy(), visited, block * width)
@@ -109,7 +109,7 @@ def _bounds(codes: Float32s, bias: Float32s | None, objective: Objective, dtype:
 
 
 def _panels(codes: Float32s, offset: Float32s, panels: int, width: int) -> Float32s:
-    """Return (panels, D + 1, width): offsets, then components; what is padded never wins."""
+    """Return (panels, D + 1, width): offsets, then components. The padding has an infinite offset and never wins."""
     num_codes, dim = codes.shape
     slots = np.zeros((panels * width, dim + 1), np.float32)
     slots[:, 0] = np.inf
@@ -126,7 +126,7 @@ def _block_max(values: Float32s, blocks: int, slots: int) -> Float32s:
 
 
 def _boxes(low: Float32s, high: Float32s, lanes: int) -> tuple[Float32s, Float32s, Float32s]:
-    """Return (groups, D, 2, lanes) boxes from their (n, D) sides, and the sides of the box around each group."""
+    """Return (groups, D, 2, lanes) boxes made from (n, D) sides, and the sides of the box around each group."""
     groups = -(-len(low) // lanes)
     sides = []
     for side, beyond in ((low, np.inf), (high, -np.inf)):
@@ -138,7 +138,7 @@ def _boxes(low: Float32s, high: Float32s, lanes: int) -> tuple[Float32s, Float32
 
 
 def _aligned(array: Float32s) -> Float32s:
-    """Return a copy in C order that starts at a multiple of a vector's size."""
+    """Return a copy in C order whose address is a multiple of _ALIGNMENT bytes."""
     buffer = np.empty(array.size + _ALIGNMENT // 4, np.float32)
     start = -buffer.ctypes.data % _ALIGNMENT // 4
     copy = buffer[start : start + array.size].reshape(array.shape)
@@ -147,14 +147,14 @@ def _aligned(array: Float32s) -> Float32s:
 
 
 def _by_norm(codes: Float32s) -> Ints:
-    """Return an order in which the codes of a block have similar norms, so that their bounds are tight."""
+    """Return the order of codes by norm: similar norms in a block give tight bounds."""
     return np.argsort(np.square(codes.astype(np.float64)).sum(axis=1), kind="stable")
 
 
 def _neighbours_together(codes: Float32s, leaf: int, lanes: int) -> Ints:
-    """Return an order in which each run of `leaf` codes is a leaf of a k-d tree: halves by the widest side.
+    """Return the order of codes in a k-d tree that is split at the widest side: each run of `leaf` codes is a leaf.
 
-    Runs of `lanes` leaves are subtrees too.
+    Each run of `lanes` leaves is a subtree.
     """
     leaves: list[Ints] = []
     pending = [np.arange(len(codes))]

@@ -1,4 +1,4 @@
-"""The compiled library: where it is, which of its instruction sets runs here, and its structures."""
+"""The compiled library: loading, choice of the instruction set, and structures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PATH = Path(__file__).with_name("libsearch.so")
 
 
 class CodebookStruct(ctypes.Structure):
-    """A prepared codebook; layout.h says what the fields are."""
+    """A prepared codebook; layout.h documents the fields."""
 
     _fields_ = (
         ("num_codes", ctypes.c_int64),
@@ -72,26 +72,26 @@ class Library:
         self.lanes: int = lanes()
 
     def panel_vectors(self, *, is_boxed: bool) -> int:
-        """Return how many vectors of codes a panel has."""
+        """Return the number of vectors of codes in a panel."""
         vectors: int = self._panel_vectors(int(is_boxed))
         return vectors
 
 
 @functools.cache
 def levels() -> tuple[str, ...]:
-    """Return the instruction sets that this processor runs, best first; none where the library was not built."""
+    """Return the instruction sets that this processor supports, best first; empty if the library was not built."""
     if not _PATH.exists():
         logger.warning(event("search_not_compiled", slower="torch searches on the CPU"))
         return ()
     if platform.machine() != "x86_64":
         return ("default",)
     known = ("avx512", "avx2", "default")
-    # Torch's own answer, so that its ATEN_CPU_CAPABILITY lowers both.
+    # Ask torch, so that the variable ATEN_CPU_CAPABILITY lowers the level of torch and of this library.
     best = torch.backends.cpu.get_cpu_capability().lower()
     return known[known.index(best) :] if best in known else ("default",)
 
 
 @functools.cache
 def load(level: str) -> Library:
-    """Return the functions for one of `levels()`."""
+    """Return the functions of one instruction set of `levels()`."""
     return Library(ctypes.CDLL(str(_PATH)), level)

@@ -1,4 +1,4 @@
-"""The searcher over the compiled library."""
+"""The searcher that calls the compiled library."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from torch import Tensor
 from vqserve_server.errors import InvalidRequest
 from vqserve_server.search.native.codebook import NativeCodebook
 from vqserve_server.search.native.library import levels, load
-from vqserve_server.search.on_demand import OnDemand
-from vqserve_server.search.searcher import Objective, SearchCounts, Searcher
+from vqserve_server.search.searcher import Objective, OnDemand, SearchCounts, Searcher
 
 _TwoCounts = ctypes.c_int64 * 2
 
 
 class NativeSearcher(Searcher):
-    """float32 with error bounds, then float64 and twice float64, all in compiled code."""
+    """Searches in float32 with error bounds, then in float64 and in twice float64, all in compiled code."""
 
     backend = "native"
 
@@ -31,13 +30,14 @@ class NativeSearcher(Searcher):
         fallback: Callable[[], Searcher],
         level: str | None = None,
     ) -> None:
-        """Take a codebook that `fits`.
+        """Prepare a codebook that `fits`.
 
         Args:
             codes: (K, D) float32 on the CPU.
             bias: (K,) float32, for DOT.
-            objective: what the winning code is best at.
-            fallback: makes the searcher for rows that float32 cannot take: far too large, or near to too many codes.
+            objective: quantity by which the winning code is chosen.
+            fallback: factory of the searcher for rows that this one cannot decide: very large rows, and rows that are
+                near too many codes.
             level: instruction set, one of `levels()`; None: the best.
         """
         self._library = load(level or levels()[0])
@@ -53,7 +53,7 @@ class NativeSearcher(Searcher):
                 f"rows must be (n, {self._dim}) float32 or float64 on the CPU, not {tuple(rows.shape)} {rows.dtype} "
                 f"on {rows.device}"
             )
-        # What compiled code reads is memory: a tensor may be one that torch has yet to negate.
+        # Compiled code reads memory, so a negation that torch has postponed must be carried out first.
         rows = rows.detach().resolve_neg().contiguous()
         winners = torch.empty(rows.shape[0], dtype=torch.int64, device="cpu")
         looked_at_twice = _TwoCounts()

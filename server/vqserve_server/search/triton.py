@@ -1,4 +1,4 @@
-"""Search on CUDA in one Triton kernel: scores, bounds, winner and runner-up never leave the registers."""
+"""Search on CUDA by one Triton kernel, which keeps scores, bounds, winner and runner-up in registers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ import torch
 from torch import Tensor
 
 from vqserve_server.search.bounds import ScoreBounds, row_norms
-from vqserve_server.search.on_demand import OnDemand
-from vqserve_server.search.searcher import Objective, SearchCounts, Searcher
+from vqserve_server.search.searcher import Objective, OnDemand, SearchCounts, Searcher
 
 _BLOCK_ROWS = 64
 _BLOCK_CODES = 64
-# Components are multiplied in blocks of at most this many; tl.dot wants at least 16.
+# Most components of one block; tl.dot needs at least 16.
 _MAX_BLOCK_DIM = 64
-# The kernel counts in 32 bits, up to a block beyond the end: larger codebooks do not fit, and more rows are cut.
+# The kernel indexes in 32 bits, up to one block beyond the end: larger codebooks do not fit, and more rows are split.
 _MOST_ELEMENTS = 2**31 - 2**10
 
 
 def is_available(device: torch.device) -> bool:
-    """Return whether Triton is installed and runs there: on CUDA, or anywhere with TRITON_INTERPRET=1.
+    """Return whether Triton is installed and runs on the device: CUDA, or any device with TRITON_INTERPRET=1.
 
-    On CUDA it compiles a launcher at run time, so that a machine without a C compiler has no Triton.
+    On CUDA, Triton compiles a launcher at run time, so it needs a C compiler.
     """
     if importlib.util.find_spec("triton") is None:
         return False
@@ -36,25 +35,25 @@ def is_available(device: torch.device) -> bool:
 
 
 def fits(codes: Tensor) -> bool:
-    """Return whether the kernel takes a codebook: float32, and not too large."""
+    """Return whether the kernel supports a codebook: float32, and not too large."""
     return codes.dtype == torch.float32 and codes.numel() <= _MOST_ELEMENTS
 
 
-class FusedSearcher(Searcher):
-    """float32 with error bounds in one pass; rows within the bound of a second code go to the fallback."""
+class TritonSearcher(Searcher):
+    """Searches in float32 with error bounds in one pass; undecided rows go to the fallback."""
 
     backend = "triton"
 
     def __init__(
         self, codes: Tensor, bias: Tensor | None, objective: Objective, *, fallback: Callable[[], Searcher]
     ) -> None:
-        """Take a codebook that `fits`.
+        """Prepare a codebook that `fits`.
 
         Args:
             codes: (K, D) float32.
             bias: (K,) float32, for DOT.
-            objective: what the winning code is best at.
-            fallback: makes the searcher for rows that the bound leaves open.
+            objective: quantity by which the winning code is chosen.
+            fallback: factory of the searcher for rows that float32 cannot decide.
         """
         self._codes = codes.detach().contiguous()
         self._bounds = ScoreBounds.of(codes, bias, objective, torch.float32)
@@ -81,10 +80,10 @@ class FusedSearcher(Searcher):
         return winners
 
     def _search_part(self, rows: Tensor, norms: Tensor, winners: Tensor, is_open: Tensor) -> None:
-        from vqserve_server.search.fused_kernel import nearest  # noqa: PLC0415
+        from vqserve_server.search.triton_kernel import nearest  # noqa: PLC0415
 
         count, dim = rows.shape
-        # Triton launches on the current device, whatever the tensors': nothing else makes that cuda:1.
+        # Triton launches on the current device, which may differ from the tensors' device.
         with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
             nearest[-(-count // _BLOCK_ROWS),](
                 rows.detach().resolve_neg().float().contiguous(),

@@ -1,4 +1,4 @@
-"""The Triton kernel of fused.py; importing it needs Triton."""
+"""The Triton kernel of triton.py; this module needs Triton at import."""
 
 import triton
 import triton.language as tl
@@ -21,7 +21,7 @@ def nearest(  # noqa: PLR0917
     BLOCK_CODES: tl.constexpr,  # noqa: N803
     BLOCK_DIM: tl.constexpr,  # noqa: N803
 ):
-    """For BLOCK_ROWS rows: the code of greatest upper bound, and whether another's reaches its lower bound."""
+    """Find, for BLOCK_ROWS rows, the code of greatest upper bound; mark rows where another code could win."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = row < count
     norm = tl.load(norms + row, mask=is_row, other=0.0)
@@ -36,12 +36,12 @@ def nearest(  # noqa: PLR0917
             k = begin + tl.arange(0, BLOCK_DIM)
             z = tl.load(rows + row[:, None] * dim + k[None, :], mask=is_row[:, None] & (k < dim)[None, :], other=0.0)
             a = tl.load(codes + code[None, :] * dim + k[:, None], mask=is_code[None, :] & (k < dim)[:, None], other=0.0)
-            # "ieee": TensorFloat-32 would be outside the bound.
+            # TensorFloat-32 would exceed the error bound.
             score += tl.dot(z, a, input_precision="ieee")
         error = norm[:, None] * tl.load(slope + code, mask=is_code, other=0.0)[None, :]
         error += tl.load(base + code, mask=is_code, other=0.0)[None, :]
         upper = score + tl.load(offset + code, mask=is_code, other=float("-inf"))[None, :] + error
-        # A bound that overflowed is a NaN: as infinity it leaves the row open.
+        # A bound that overflowed is NaN; infinity instead leaves the row undecided.
         upper = tl.where(upper == upper, upper, float("inf"))  # noqa: PLR0124
         best = tl.max(upper, axis=1)
         place = tl.argmax(upper, axis=1)
@@ -50,7 +50,7 @@ def nearest(  # noqa: PLR0917
         winner = tl.where(best > first, start + place, winner)
         first = tl.maximum(first, best)
     error = norm * tl.load(slope + winner, mask=is_row, other=0.0) + tl.load(base + winner, mask=is_row, other=0.0)
-    # The winner's lower bound; what it was rounded by is within the bounds' slack.
+    # first - 2 * error is the winner's lower bound; the slack of the bounds covers its rounding.
     settled = second < first - 2 * error
     tl.store(winners + row, winner.to(tl.int64), mask=is_row)
     tl.store(is_open + row, (~settled).to(tl.int8), mask=is_row)
