@@ -105,7 +105,7 @@ def _parser(asked: str, commands: Mapping[str, Command]) -> Parser:
 def _serve(args: argparse.Namespace) -> int:
     config = settings.resolve(vars(args), os.environ)
     worker = os.environ.get(supervisor.WORKER_VARIABLE)
-    with _ended_by_sigterm(), signals.kept():
+    with _ended_by_sigterm(), signals.sighup_blocked():
         if worker is None and config.workers > 1:
             return supervisor.run(args.sources, config)
         from vqserve_server import app  # noqa: PLC0415

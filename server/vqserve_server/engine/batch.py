@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vqserve_server.console import event
 from vqserve_server.engine.job import Job, Key, RequestTiming
 from vqserve_server.errors import InvalidArgument
 
@@ -83,7 +84,7 @@ class Batch:
                 part.job.resolve(error)
             except MemoryError:
                 # The other replies have their memory.
-                logger.exception("no memory for a reply of %d rows", part.job.rows)
+                logger.exception(event("reply_memory_failed", rows=part.job.rows))
                 part.job.resolve(BatchFailed("the computation failed"))
 
     def finish(self, *, started: float, ended: float) -> list[tuple[Job, RequestTiming]]:

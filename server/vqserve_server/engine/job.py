@@ -15,6 +15,7 @@ import numpy.typing as npt
 from vqserve.layout import Layout, grid_shape
 from vqserve.validation import beyond_dtype
 from vqserve_server.config import EngineConfig
+from vqserve_server.console import event
 from vqserve_server.engine.copy import first_overflow, read_rows, read_tokens, write_rows, write_tokens
 from vqserve_server.errors import Cancelled, DeadlineExceeded, InvalidArgument
 
@@ -185,7 +186,7 @@ class Job(ABC):
             self._on_done()
         except Exception:
             # It may fail for the caller's connection, which must not end a thread of the engine.
-            logger.exception("a reply was not sent")
+            logger.exception(event("reply_failed"))
 
     def cancel(self) -> None:
         """Set `Cancelled` as the outcome, if there is none yet; `on_done` is not called: nobody waits for it."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from vqserve_server.console import event
 from vqserve_server.device import DeviceStreams, is_device_failure, wait_for_stream
 from vqserve_server.engine.admission import EngineStats
 from vqserve_server.engine.batch import Batch, BatchFailed, Staging
@@ -77,7 +78,7 @@ class Worker:
             wait_for_stream(batch.key.tokenizer.device)
             if not isinstance(error, InvalidArgument):
                 self._stats.count_failed()
-                logger.exception("a batch of %d requests failed", len(batch.parts))
+                logger.exception(event("batch_failed", requests=len(batch.parts)))
                 batch.fail(BatchFailed("the computation failed"))
             # Only what depends on the codebook's weights shows this late: a projection that leaves float32's range.
             elif len(batch.parts) == 1:
@@ -87,7 +88,7 @@ class Worker:
                     self._serve(alone, staging)
 
     def _break(self, error: BaseException) -> None:
-        logger.critical("the device failed: no more requests are served", exc_info=error)
+        logger.critical(event("device_failed"), exc_info=error)
         broken = DeviceBroken("the device failed")
         self._scheduler.close(broken, drop=True)
         self._on_broken(broken)
