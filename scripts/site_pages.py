@@ -88,6 +88,6 @@ def _with_help(match: re.Match[str]) -> str:
     command, *words = match[1].split()
     program = Path(sys.executable).with_name(command)
     ran = subprocess.run(  # noqa: S603
-        [program, *words], env={**os.environ, "COLUMNS": "82"}, capture_output=True, check=True, text=True
+        [program, *words], env={**os.environ, "COLUMNS": "82"}, stdout=subprocess.PIPE, check=True, text=True
     )
     return f"{match[0]}\n{ran.stdout.rstrip()}"

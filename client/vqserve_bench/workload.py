@@ -93,18 +93,18 @@ class Workload:
                 rows[start : start + math.prod(grid)].reshape(*grid, info.input_dim), -1, channel_axis(layout)
             )
             if wire == pb.DTYPE_BFLOAT16:
-                given = ArrayInput(bfloat16.round_bits(latents.astype(np.float32)), wire)
+                source = ArrayInput(bfloat16.round_bits(latents.astype(np.float32)), wire)
             else:
-                given = latents_input(latents.astype(self.dtype))
+                source = latents_input(latents.astype(self.dtype))
             options = encode_options(layout=self.layout)
-            yield _request(EncodeCall(given, info, options, pin=_pin(info, config), config=config), grid, config)
+            yield _request(EncodeCall(source, info, options, pin=_pin(info, config), config=config), grid, config)
 
     def _decode(self, info: CodebookInfo, config: ClientConfig, tokens: int) -> Iterator[Request]:
         indices = self._indices(info, tokens)
         options = decode_options(layout=self.layout, dtype=self.dtype)
         for grid, start in self._cuts(tokens):
-            given = indices_input(self._in_grid(indices[start : start + math.prod(grid)], grid, info))
-            yield _request(DecodeCall(given, info, options, pin=_pin(info, config), config=config), grid, config)
+            source = indices_input(self._in_grid(indices[start : start + math.prod(grid)], grid, info))
+            yield _request(DecodeCall(source, info, options, pin=_pin(info, config), config=config), grid, config)
 
     def _in_grid(self, tokens: Array, grid: Grid, info: CodebookInfo) -> Array:
         """Return the indices of tokens, (n,) or with stages (n, q), as a request has them."""

@@ -130,8 +130,8 @@ class HeldServer:
             for name in ("encode_rows", "decode_rows"):
                 monkeypatch.setattr(tokenizer, name, partial(self._compute, getattr(tokenizer, name)))
         self.server = serving(*tokenizers)
-        engine = self.server.app.engine
-        monkeypatch.setattr(engine, "submit", partial(self._submit, engine.submit))
+        scheduler = self.server.app.engine.scheduler
+        monkeypatch.setattr(scheduler, "put", partial(self._put, scheduler.put))
 
     def together(self, first, calls):
         """Return the answers of calls that all wait while the device is at work on the first one."""
@@ -153,10 +153,9 @@ class HeldServer:
         self._gate.wait()
         return plain(*args, **options)
 
-    def _submit(self, plain, jobs):
-        jobs = list(jobs)
-        plain(jobs)
-        self._submitted.release(len(jobs))
+    def _put(self, plain, job):
+        plain(job)
+        self._submitted.release()
 
 
 def mixed_latents(seed, channels):
