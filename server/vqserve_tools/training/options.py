@@ -54,8 +54,8 @@ class TrainingOptions:
     )
     reseed_every: int | None = option(
         None,
-        "steps between two searches for dead codes, which are moved; 0: no search (default: until a code of average use "
-        "had 32 rows, at least 20)",
+        "steps between two searches for dead codes, which are moved; 0: no search (default: a code of average use has "
+        "32 rows in them, at least 20)",
         type=int,
         metavar="STEPS",
     )
