@@ -22,12 +22,12 @@ from vqserve_tools.output import add_output, check_output
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-# More names than a screen holds are shown by module.
+# If more names than this were left, they are listed by module.
 _MAX_LINES = 20
 
 
 def add_import_parser(subparsers: Subparsers) -> None:
-    """Register `import`; its parser's `run` takes the arguments and returns the exit status."""
+    """Add the parser of `import`; its default `run` takes the parsed arguments and returns the exit status."""
     parser = subparsers.add_parser(
         "import",
         help="make a codebook file from a foreign checkpoint or an array of codes",
@@ -78,7 +78,7 @@ def add_import_parser(subparsers: Subparsers) -> None:
 
 
 def run_import(args: argparse.Namespace) -> int:
-    """Write the codebook file of a foreign checkpoint and say what was taken; return the exit status.
+    """Write the codebook file of a foreign checkpoint and list what was taken; return the exit status.
 
     Raises:
         InvalidOption: OUT cannot be written or would replace a file.
@@ -128,7 +128,7 @@ def _story(result: Import) -> list[str]:
 
 
 def _left(result: Import) -> list[str]:
-    """Return a line for every array that was left; where they are many, for every module beside the quantizer."""
+    """Return a line for every array that was left; if there are many, for every module beside the quantizer."""
     if len(result.left) <= _MAX_LINES:
         return list(result.left)
     outside = result.place.removesuffix(".").rpartition(".")[0]
