@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from vqserve.layout import Layout
+from vqserve_server.codebooks.arguments import ARGUMENTS, check_unknown_index
 from vqserve_server.errors import ForeignCheckpointError
+from vqserve_server.quantizers.fsq import BOUNDS
 from vqserve_server.quantizers.fsq_boundaries import Bound
 from vqserve_server.quantizers.lfq import BitOrder
 from vqserve_server.quantizers.residual_structure import Metric
+from vqserve_tools.flags import option
 from vqserve_tools.importing.families.checkpoint import Checkpoint
 
 Decode = Literal["normalized", "raw"]
@@ -28,6 +32,22 @@ _KINDS: Mapping[str, frozenset[str]] = {
     "metric": frozenset({"vq", "ema", "vq_projection", "cosine", "dot", "rvq"}),
     "decode": frozenset({"cosine", "rvq"}),
 }
+
+
+def _levels(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(level) for level in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of integers, as 8,8,8,5,5,5") from None
+
+
+def _unknown_index(text: str) -> str | int:
+    try:
+        value = text if text in {"random", "extra"} else int(text)
+        check_unknown_index(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither random, extra nor an integer in [0, 2^32)") from None
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +69,36 @@ class Options:
         unknown_index: index that is reported for an id outside the checkpoint's remap.
     """
 
-    keys: tuple[str, ...] = ()
-    prefix: str = ""
-    kind: str | None = None
-    metric: Metric | None = None
-    decode: Decode | None = None
-    levels: tuple[int, ...] | None = None
-    bound: Bound | None = None
-    bits: int | None = None
-    bit_order: BitOrder | None = None
-    spherical: bool = False
-    layout: Layout | None = None
-    unknown_index: str | int = "random"
+    keys: tuple[str, ...] = option(
+        (),
+        "name of the array that is the codebook, (K, D); several in the order of a residual codebook's stages",
+        flag="--key",
+        group="place",
+        action="append",
+        metavar="KEY",
+    )
+    prefix: str = option("", "prefix of the quantizer in the checkpoint, for example first_stage_model.", group="place")
+    kind: str | None = option(None, "kind of the quantizer, if the keys do not determine it", choices=tuple(ARGUMENTS))
+    metric: Metric | None = option(
+        None, "metric of the search, if the checkpoint does not determine it", choices=METRICS
+    )
+    decode: Decode | None = option(
+        None, "whether a cosine codebook decodes to rows of length one or to stored rows", choices=DECODES
+    )
+    levels: tuple[int, ...] | None = option(
+        None, "levels of --kind fsq, for example 8,8,8,5,5,5", type=_levels, metavar="L,L,..."
+    )
+    bound: Bound | None = option(None, "bound of --kind fsq (default: atanh)", choices=BOUNDS)
+    bits: int | None = option(None, "number of bits of --kind lfq", type=int, metavar="N")
+    bit_order: BitOrder | None = option(None, "bit order of --kind lfq (default: big)", choices=BIT_ORDERS)
+    spherical: bool = option(False, "codes of --kind lfq have length one", action="store_true")
+    layout: Layout | None = option(None, "default layout of latents", type=Layout, choices=tuple(Layout))
+    unknown_index: str | int = option(
+        "random",
+        "index that is reported for a code outside the checkpoint's remap (default: random)",
+        type=_unknown_index,
+        metavar="random|extra|N",
+    )
 
     def check_use(self, kind: str) -> None:
         """Check that all given options have a meaning for the kind of the quantizer.
