@@ -15,11 +15,7 @@ import torch
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout
 from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
-<<<<<<< HEAD
-from vqserve.validation import check_digest, no_codebook
-=======
 from vqserve.validation import check_digest, check_digest_form, no_codebook
->>>>>>> errors
 from vqserve_server.codebooks import codebook_digest, load_codebook
 from vqserve_server.codebooks.conversion import kind_of
 from vqserve_server.device import select_device, to_device, to_host

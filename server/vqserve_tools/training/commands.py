@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def add_train_parser(subparsers: Subparsers) -> None:
-    """Register `train`; its parser's `run` takes the arguments and returns the exit status."""
+    """Add the parser of `train`; its default `run` takes the parsed arguments and returns the exit status."""
     parser = subparsers.add_parser(
         "train",
         help="train a codebook on latents",
@@ -32,19 +32,19 @@ def add_train_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--quiet",
         action="store_true",
-        help="show no progress (else a bar on a terminal, and elsewhere a line every ten seconds)",
+        help="show no progress (default: a bar on a terminal, otherwise a line every ten seconds)",
     )
     parser.add_argument(
         "--layout",
         choices=[str(layout) for layout in Layout],
-        help="where the channels of LATENTS are (default: second axis of 4 and 5, last of 2 and 3)",
+        help="position of the channels in LATENTS (default: the second of 4 or 5 axes, the last of 2 or 3)",
     )
     add_flags(parser, TrainingOptions)
     parser.set_defaults(run=run_train)
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """Train, write the codebook file and say how good it is; return the exit status.
+    """Train, write the codebook file and print its quality; return the exit status.
 
     Raises:
         InvalidArgument: the latents or options cannot be used.
