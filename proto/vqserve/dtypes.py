@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from vqserve.errors import InvalidOption
+
 LatentDTypeName: TypeAlias = Literal["float32", "float16", "float64", "bfloat16"]
 
 
@@ -129,7 +131,7 @@ def latent_dtype_name(dtype: object) -> str:
         dtype: a name, a numpy scalar type or dtype (of this machine's byte order), or a torch dtype.
 
     Raises:
-        ValueError: latents cannot have it; lists those that they can.
+        InvalidOption: latents cannot have it; lists those that they can.
     """
     torch = sys.modules.get("torch")
     name: object = dtype
@@ -142,7 +144,9 @@ def latent_dtype_name(dtype: object) -> str:
     if isinstance(name, str) and name in LATENT_NAMES:
         return name
     known = ", ".join(repr(known) for known in LATENT_NAMES)
-    raise ValueError(f"dtype must be one of {known} or numpy's or torch's type of that name, not {dtype!r}")
+    raise InvalidOption(
+        f"{{option}} must be one of {known} or numpy's or torch's type of that name, not {dtype!r:.60}", option="dtype"
+    )
 
 
 def smallest_unsigned(vocab_size: int) -> np.dtype[Any]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from vqserve.layout import Layout, parse_layout
-from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers.arguments import Argument, written_arguments
 from vqserve_server.quantizers.inference.base import FrozenQuantizer
 from vqserve_server.quantizers.projections import Projection
@@ -66,10 +65,7 @@ class Quantizer(nn.Module, ABC):
 
     @layout.setter
     def layout(self, layout: str | None) -> None:
-        try:
-            self._layout = parse_layout(layout)
-        except ValueError as error:
-            raise InvalidOption(str(error)) from None
+        self._layout = parse_layout(layout)
 
     @property
     def decodable(self) -> int:

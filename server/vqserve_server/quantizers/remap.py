@@ -135,7 +135,7 @@ class RemappedModule(nn.Module):
 
     def __init__(self, num_codes: int, remap: Remap | None, unknown_index: UnknownIndex) -> None:
         super().__init__()
-        check_size("the number of codes", num_codes)
+        check_size("num_codes", num_codes)
         self.num_codes = int(num_codes)
         self.remap: Remap | None = remap
         self._unknown = checked_unknown(unknown_index)

@@ -9,7 +9,9 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
+from vqserve.errors import rows_placed
 from vqserve.layout import Layout, grid_shape
+from vqserve.validation import check_num_quantizers, check_stages
 from vqserve_server.quantizers.abstract import AbstractQuantizer
 from vqserve_server.quantizers.arguments import (
     CODE_DIM,
@@ -41,7 +43,6 @@ from vqserve_server.quantizers.projections import ProjectedModule, moved, projec
 from vqserve_server.quantizers.quantizer import Metric, Quantizer
 from vqserve_server.quantizers.rows import from_rows, grid_of, layout_of, to_rows
 from vqserve_server.quantizers.vector import VectorQuantizer
-from vqserve_server.validation import check_num_quantizers, check_stages
 
 
 class ResidualPart(ProjectedModule):
@@ -196,7 +197,8 @@ class ResidualQuantizer(Quantizer):
         grid = grid_of(z, self.input_dim, self.layout)
         check_finite(z)
         rows = widen(to_rows(z, self.layout))
-        indices = freeze(self, device=z.device).encode_rows(rows, num_quantizers=count, grid=grid)
+        with rows_placed(grid):
+            indices = freeze(self, device=z.device).encode_rows(rows, num_quantizers=count)
         return from_rows(indices, grid, self.layout)
 
     @torch.no_grad()

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from vqserve.dtypes import LATENTS, of_torch
-from vqserve.layout import Layout, channel_axis, grid_shape, num_rows, resolve_layout
-from vqserve.refused import not_latents
+from vqserve.layout import Layout, grid_shape, num_rows, resolve_layout
+from vqserve.validation import check_channels, not_latents
 from vqserve_server import rows as token_rows
-from vqserve_server.errors import InvalidDtype, InvalidShape
+from vqserve_server.errors import InvalidShape
 
 
 def layout_of(rank: int, default: Layout | None = None) -> Layout:
@@ -23,10 +23,7 @@ def layout_of(rank: int, default: Layout | None = None) -> Layout:
     Raises:
         InvalidShape: for any other rank.
     """
-    try:
-        return resolve_layout(rank, None, default)
-    except ValueError as error:
-        raise InvalidShape(str(error)) from None
+    return resolve_layout(rank, None, default)
 
 
 def grid_of(z: Tensor, channels: int, default: Layout | None = None) -> tuple[int, ...]:
@@ -43,11 +40,9 @@ def grid_of(z: Tensor, channels: int, default: Layout | None = None) -> tuple[in
     """
     shape = tuple(z.shape)
     if of_torch(z.dtype) not in LATENTS:
-        raise InvalidDtype(not_latents(z.dtype))
+        raise not_latents(z.dtype)
     layout = layout_of(z.ndim, default)
-    found = shape[channel_axis(layout)]
-    if found != channels:
-        raise InvalidShape(f"latents of shape {shape} have {found} channels in layout {layout}, expected {channels}")
+    check_channels(shape, layout, channels)
     return grid_shape(shape, layout)
 
 
