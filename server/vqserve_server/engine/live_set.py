@@ -14,7 +14,7 @@ from vqserve_server.validation import check_digest
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
 
-# What an error quotes of a name that a stranger sent.
+# An error quotes at most this much of a name that a caller sent.
 _QUOTED_CHARACTERS = 80
 
 
@@ -32,7 +32,7 @@ class LiveSet:
         return len(self._by_name)
 
     def infos(self) -> list[CodebookInfo]:
-        """Return what is served under each name, in name order, versions as numbers."""
+        """Return the codebook of each name, in name order, versions as numbers."""
         return [replace(self._by_name[name].info, name=name) for name in self._names()]
 
     def resolve(self, name: str, expected_digest: str = "") -> Tokenizer:

@@ -64,7 +64,7 @@ def layout_of(number: int) -> Layout | None:
 
 
 def check_dtype(field: str, dtype: int, allowed: frozenset[int]) -> None:
-    """Refuse an element type that a field cannot have.
+    """Check that a field may have an element type.
 
     Raises:
         InvalidDtype: names the field and the types that it can have.
@@ -75,12 +75,12 @@ def check_dtype(field: str, dtype: int, allowed: frozenset[int]) -> None:
 
 
 def check_payload(nbytes: int, dtype: int, shape: Sequence[int], ranks: range) -> tuple[int, ...]:
-    """Return the shape that a request claims, if its payload of so many bytes has it.
+    """Return the shape that a request claims, if its payload of `nbytes` bytes has it.
 
     Raises:
         InvalidShape: the shape has too few or too many axes, or is not the payload's.
     """
-    # First the rank: a shape may have millions of axes, and the texts below show it.
+    # First the rank: a shape may have millions of axes, and the error texts below show it.
     if len(shape) not in ranks:
         raise InvalidShape(f"the shape must have {ranks[0]} to {ranks[-1]} axes, not {len(shape)}")
     try:
@@ -91,7 +91,7 @@ def check_payload(nbytes: int, dtype: int, shape: Sequence[int], ranks: range) -
 
 
 def check_reply_size(nbytes: int, limit: int) -> None:
-    """Refuse a request whose reply would not fit a message, before anything is computed.
+    """Check that a reply fits into a message, before anything is computed.
 
     Raises:
         InvalidRequest: names both sizes.
