@@ -101,7 +101,7 @@ class Admission:
         with self._lock:
             if self._closed is not None:
                 # A new exception each time: raising one adds a traceback to it.
-                raise type(self._closed)(*self._closed.args)
+                raise self._closed.with_fields()
             if self.requests >= self._config.max_queue_requests:
                 raise self._overloaded("requests")
             if self.requests:
@@ -124,6 +124,4 @@ class Admission:
             raise self._overloaded("bytes")
 
     def _overloaded(self, what: str) -> Overloaded:
-        return Overloaded(
-            f"too many {what} in the server: try again later", retry_after_s=self._retry_after_s(self.rows)
-        )
+        return Overloaded(f"too many {what} in the server", retry_after_s=self._retry_after_s(self.rows))

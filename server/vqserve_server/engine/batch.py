@@ -12,7 +12,7 @@ import torch
 
 from vqserve_server.console import event
 from vqserve_server.engine.job import Job, Key, RequestTiming
-from vqserve_server.errors import InvalidRequest
+from vqserve_server.errors import InvalidArgument
 
 
 class Staging:
@@ -80,7 +80,7 @@ class Batch:
         for part in self.parts:
             try:
                 part.job.write(part.start, results[part.rows])
-            except InvalidRequest as error:
+            except InvalidArgument as error:
                 part.job.resolve(error)
             except MemoryError:
                 # The other replies have their memory.
@@ -103,7 +103,7 @@ class Batch:
                 complete.append((part.job, timing))
         return complete
 
-    def reject(self, error: InvalidRequest) -> None:
+    def reject(self, error: InvalidArgument) -> None:
         """Fail the job of its only part, which the error is about."""
         [part] = self.parts
         part.job.resolve(part.job.in_whole(error, part.start))

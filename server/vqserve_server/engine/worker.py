@@ -12,7 +12,7 @@ from vqserve_server.device import DeviceStreams, is_device_failure, wait_for_str
 from vqserve_server.engine.admission import EngineStats
 from vqserve_server.engine.batch import Batch, BatchFailed, Staging
 from vqserve_server.engine.scheduler import Scheduler
-from vqserve_server.errors import DeviceBroken, InvalidRequest
+from vqserve_server.errors import DeviceBroken, InvalidArgument
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Worker:
                 raise
             # Kernels of the failed batch may still read its codebook, which may be freed after this.
             wait_for_stream(batch.key.tokenizer.device)
-            if not isinstance(error, InvalidRequest):
+            if not isinstance(error, InvalidArgument):
                 self._stats.count_failed()
                 logger.exception(event("batch_failed", requests=len(batch.parts)))
                 batch.fail(BatchFailed("the computation failed"))

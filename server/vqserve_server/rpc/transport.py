@@ -24,7 +24,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from vqserve_server.console import event
 from vqserve_server.engine import BatchFailed
-from vqserve_server.errors import InvalidRequest
+from vqserve_server.errors import InvalidArgument
 from vqserve_server.rpc.status import Status, status_of
 
 REQUEST_ID_KEY = "vqserve-request-id"
@@ -104,7 +104,7 @@ class Call:
             elif at_end is not None:
                 at_end()
             else:
-                self.fail(InvalidRequest("the call has no request: send exactly one message"))
+                self.fail(InvalidArgument("the call has no request: send exactly one message"))
 
         self._receiving_since = time.monotonic()
         self._start((cygrpc.ReceiveMessageOperation(0),), received)
