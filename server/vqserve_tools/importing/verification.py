@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vqserve_server.errors import ForeignCheckpointError, InvalidRequest
+from vqserve_server.errors import ForeignCheckpointError, InvalidArgument
 from vqserve_server.quantizers import Quantizer
 from vqserve_tools.importing.foreign import UNNAMED, open_foreign
 from vqserve_tools.importing.near_ties import near_ties
@@ -88,7 +88,7 @@ def verify(
     z = torch.from_numpy(np.ascontiguousarray(latents, latents.dtype.newbyteorder("=")))
     try:
         ours = quantizer.encode(z)
-    except InvalidRequest as error:
+    except InvalidArgument as error:
         raise ForeignCheckpointError(f"--verify: {names[0]}: {error}") from None
     if indices.dtype.kind not in "iu":
         raise ForeignCheckpointError(f"--verify: {names[1]} is {indices.dtype}: indices are integers")

@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vqserve.errors import of_file
 from vqserve.layout import Layout
 from vqserve_server.codebooks import load_codebook
 from vqserve_server.errors import InvalidOption
 from vqserve_tools.inspection.inspection import inspect
 from vqserve_tools.inspection.plot import check_plot, draw
 from vqserve_tools.inspection.text import as_text
-from vqserve_tools.latent_file import LatentRows, naming
+from vqserve_tools.latent_file import LatentRows
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -51,11 +52,11 @@ def run_inspect(args: argparse.Namespace) -> int:
 
     Raises:
         CodebookError: the file is not a codebook file, or it cannot be served.
-        InvalidRequest: the latents or options cannot be used.
+        InvalidArgument: the latents or options cannot be used.
         OSError: a file cannot be read or written.
     """
     if args.layout is not None and args.latents is None:
-        raise InvalidOption("--layout says where the channels of LATENTS are: give --latents too")
+        raise InvalidOption("{option} says where the channels of LATENTS are: give --latents too", option="layout")
     if args.plot is not None:
         check_plot(args.plot, force=args.force, sources=(args.file, args.latents))
     codebook = load_codebook(args.file)
@@ -63,7 +64,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     if args.latents is not None:
         latents = LatentRows.open(args.latents, args.layout, default=codebook.quantizer.layout, keeps_float64=True)
     # Without a terminal, stderr has errors only, for programs that read it.
-    with naming(args.latents):
+    with of_file(args.latents):
         inspection = inspect(codebook, latents, progress=sys.stderr.isatty())
     if args.plot is not None:
         draw(inspection, args.plot)

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vqserve.layout import wrong_channels
-from vqserve_server.errors import InvalidShape, TokenBeyondRange
+from vqserve.errors import rows_placed
+from vqserve.validation import check_channels
+from vqserve_server.errors import InvalidShape
 from vqserve_server.quantizers import AbstractQuantizer, FrozenQuantizer, GumbelQuantizer, Quantizer, freeze
 from vqserve_server.search import SearchCounts
 from vqserve_tools.inspection.comparison import Comparison, is_comparable
@@ -260,10 +261,9 @@ def check_latents(rows: LatentRows, quantizer: Quantizer) -> None:
         InvalidShape: another channel count, or no tokens.
         NonFiniteLatents: NaN or infinity; names the first one's position.
     """
-    if rows.dim != quantizer.input_dim:
-        raise InvalidShape(wrong_channels(rows.array.shape, rows.layout, quantizer.input_dim))
+    check_channels(rows.array.shape, rows.layout, quantizer.input_dim)
     if len(rows) == 0:
-        raise InvalidShape(f"latents of shape {rows.array.shape} hold no tokens")
+        raise InvalidShape(f"latents of shape {rows.array.shape} hold no tokens", array="latents")
     rows.check_finite()
 
 
@@ -281,10 +281,8 @@ def measure_fit(tally: FitTally, rows: LatentRows, *, progress: bool = False) ->
     done = 0
     with progress_of("encoding", len(rows), "token", shown=progress) as bar:
         for chunk in rows.chunks(tally.rows_at_once):
-            try:
+            with rows_placed(rows.grid, done):
                 tally.add(chunk)
-            except TokenBeyondRange as error:
-                raise TokenBeyondRange(error.text, done + error.row, rows.grid) from None
             done += len(chunk)
             bar.update(len(chunk))
     return tally.fit(rows)

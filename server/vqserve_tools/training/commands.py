@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqserve.layout import Layout
-from vqserve_server.errors import InvalidOption
 from vqserve_tools.flags import add_flags, from_flags
 from vqserve_tools.output import add_output
 from vqserve_tools.training.options import TrainingOptions
@@ -48,7 +47,7 @@ def run_train(args: argparse.Namespace) -> int:
     """Train, write the codebook file and print its quality; return the exit status.
 
     Raises:
-        InvalidRequest: the latents or options cannot be used.
+        InvalidArgument: the latents or options cannot be used.
         OSError: a file cannot be read or written.
     """
     options = _options(args)
@@ -60,12 +59,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> TrainingOptions:
-    try:
-        return from_flags(TrainingOptions, args)
-    except InvalidOption as error:
-        name, _, problem = str(error).partition(" ")
-        flag = f"--{name.replace('_', '-')}" if hasattr(args, name) else name
-        raise InvalidOption(f"{flag} {problem}") from None
+    return from_flags(TrainingOptions, args)
 
 
 def _story(made: TrainedFile, options: TrainingOptions, out: Path) -> str:

@@ -51,13 +51,14 @@ def initial_codes(
         InvalidShape: fewer rows, or fewer distinct rows, than codes.
     """
     if len(rows) < num_codes:
-        raise InvalidShape(f"{len(rows)} rows are too few for {num_codes} codes")
+        raise InvalidShape(f"{len(rows)} rows are too few for {num_codes} codes", array="latents")
     samples = min(len(rows), max(_SAMPLES_PER_CODE * num_codes, _LEAST_SAMPLES))
     drawn = rows.take(np.sort(rng.choice(len(rows), samples, replace=False, shuffle=False)))
     candidates, counts = np.unique(drawn, axis=0, return_counts=True)
     if len(candidates) < num_codes:
         raise InvalidShape(
-            f"{samples} rows with {len(candidates)} distinct among them are too few for {num_codes} codes"
+            f"{samples} rows with {len(candidates)} distinct among them are too few for {num_codes} codes",
+            array="latents",
         )
     weights = counts.astype(np.float64)
     if method == "sample":

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import vqserve
+from vqserve.errors import of_file
 from vqserve_server.codebooks import save_codebook
-from vqserve_tools.latent_file import LatentRows, naming
+from vqserve_tools.latent_file import LatentRows
 from vqserve_tools.output import check_output
 from vqserve_tools.training.options import TrainingOptions
 from vqserve_tools.training.trainer import Trained, train
@@ -48,7 +49,7 @@ def train_file(
         notes: further entries for the provenance of the codebook, about the origin of the latents.
 
     Raises:
-        InvalidRequest: the latents or options cannot be used; nothing was written.
+        InvalidArgument: the latents or options cannot be used; nothing was written.
         OSError: a file cannot be read or written.
     """
     check_output(out, force=force, sources=[latents])
@@ -56,7 +57,7 @@ def train_file(
     if progress and layout is None and rows.array.ndim > 2:
         # Shown before the training, so that a user who sees a wrong number of channels need not wait for the end.
         sys.stderr.write(f"latents {rows.array.shape} read {rows.layout.replace('_', ' ')}: {rows.dim} channels\n")
-    with naming(latents):
+    with of_file(latents):
         trained = train(rows, options, progress=progress)
     with latents.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()

@@ -82,7 +82,7 @@ class TrainingOptions:
             value = getattr(self, name)
             _require(name, value, value is None or 0 < value < math.inf, "a finite number above 0")
         if self.steps is not None and self.epochs is not None:
-            raise InvalidOption("give steps or epochs, not both")
+            raise InvalidOption("give {steps=} or {epochs=}, not both")
 
     def plan(self, num_rows: int) -> TrainingPlan:
         """Return the batch size and the step counts for latents with `num_rows` rows."""
@@ -108,4 +108,4 @@ class TrainingPlan:
 
 def _require(name: str, value: object, holds: bool, what: str) -> None:
     if not holds:
-        raise InvalidOption(f"{name} must be {what}, not {value!r}")
+        raise InvalidOption(f"{{option}} must be {what}, not {value!r}", option=name)

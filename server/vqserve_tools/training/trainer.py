@@ -87,7 +87,7 @@ def train(rows: LatentRows, options: TrainingOptions, *, progress: bool = False)
         codes_reseeded = _run(learner, rows, plan, rng=rng, device=device, progress=progress)
         quantizer = learner.quantizer.eval()
         if not torch.isfinite(quantizer.code_rows()).all():
-            raise InvalidOption("the training diverged: the codebook holds NaN or infinity; a smaller --lr may help")
+            raise InvalidOption("the training diverged: the codebook holds NaN or infinity; a smaller {lr=} may help")
         quality = measure_quality(quantizer, rows, device=device, progress=progress)
     return Trained(quantizer=quantizer.cpu(), quality=quality, plan=plan, codes_reseeded=codes_reseeded)
 
