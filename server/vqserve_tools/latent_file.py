@@ -42,8 +42,8 @@ class LatentRows:
         Args:
             array: float16, float32 or float64, 2 to 5 axes.
             layout: "channels_first", "channels_last" or None, the default.
-            default: layout for 3 to 5 axes if `layout` is None; None: channels first for 4 and 5 axes, last for 3. Arrays
-                of two axes have the channels last.
+            default: layout for 3 to 5 axes if `layout` is None; None: channels first for 4 and 5 axes, last for 3.
+                In arrays of two axes the channels are always last.
             keeps_float64: whether rows of a float64 array stay float64; otherwise all rows are float32.
 
         Raises:
