@@ -27,6 +27,11 @@ def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
     return odd.view(torch.float32).to(dtype)
 
 
+def is_finite(values: Tensor) -> Tensor:
+    """Return where values are finite, bool of their shape; of 8-bit types too, on which torch does not compute."""
+    return torch.isfinite(values if values.itemsize > 1 else values.float())
+
+
 class Table:
     """Rows (n, width) of one type on one device, which never change.
 
@@ -71,6 +76,6 @@ class Table:
         if dtype not in self._narrowed:
             narrowed = narrow(self.rows, dtype)
             # The look waits for the device, so that other threads, on streams of their own, find what they read.
-            self._narrowed[dtype] = narrowed if bool(torch.isfinite(narrowed).all()) else None
+            self._narrowed[dtype] = narrowed if bool(is_finite(narrowed).all()) else None
         rounded = self._narrowed[dtype]
         return self.rows if rounded is None else rounded

@@ -89,14 +89,15 @@ def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Giv
     """
     if isinstance(latents, Tensor):
         _check_dense(latents, "latents")
-        if dtypes.of_torch(latents.dtype) not in dtypes.LATENTS:
+        dtype = dtypes.of_torch(latents.dtype)
+        if dtype is None or dtype not in dtypes.LATENTS:
             raise not_latents(latents.dtype)
         resolved = _layout(latents.shape, asked, info)
-        plain = latents.detach()
-        checks.check_finite(plain)
-        rows = to_rows(plain, resolved)
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
-        return Given(wide, grid_shape(latents.shape, resolved), resolved, latents.device)
+        wide = latents.detach().to(getattr(torch, dtype.computed.name))
+        checks.check_finite(wide)
+        return Given(
+            to_rows(wide, resolved).contiguous(), grid_shape(latents.shape, resolved), resolved, latents.device
+        )
     array = _plain_array(latents, "latents")
     if dtypes.of_numpy(array.dtype) not in dtypes.LATENTS:
         raise not_latents(array.dtype)

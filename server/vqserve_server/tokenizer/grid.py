@@ -8,7 +8,7 @@ from torch import Tensor
 from vqserve.errors import rows_placed
 from vqserve.validation import beyond_dtype
 from vqserve_server.quantizers.inference.base import FrozenQuantizer
-from vqserve_server.quantizers.table import narrow
+from vqserve_server.quantizers.table import is_finite, narrow
 from vqserve_server.rows import from_rows
 from vqserve_server.tokenizer.arrays import Given
 from vqserve_server.tokenizer.options import Options
@@ -43,7 +43,7 @@ def decode_grid(frozen: FrozenQuantizer, indices: Given, asked: Options) -> Tens
     rows = frozen.decode_rows(indices.tokens.to(frozen.device), output=asked.output, dtype=asked.dtype)
     narrowed = narrow(rows, asked.dtype)
     if narrowed.dtype.itemsize < rows.dtype.itemsize:
-        overflowed = ~torch.isfinite(narrowed).all(dim=1)
+        overflowed = ~is_finite(narrowed).all(dim=1)
         if bool(overflowed.any()):
             row, dtype = int(torch.nonzero(overflowed)[0, 0]), str(asked.dtype).removeprefix("torch.")
             raise beyond_dtype(row, dtype, has_stages=indices.tokens.ndim > 1).placed(indices.grid)
