@@ -111,7 +111,7 @@ class Daemon:
         assert self.process.stderr is not None
         self.process.send_signal(signal.SIGHUP)
         lines: list[str] = []
-        while sum(" rescanned in " in line for line in lines) < workers:
+        while sum(" reload_done " in line for line in lines) < workers:
             line = self.process.stderr.readline()
             if not line:
                 pytest.fail(f"the daemon has ended: {''.join(lines)}")

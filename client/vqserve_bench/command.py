@@ -25,7 +25,7 @@ from vqserve_bench.workload import Workload, grid_text
 from vqserve_client.catalogue import Pin
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig
-from vqserve_client.errors import VqserveClientError
+from vqserve_client.errors import VqserveError
 from vqserve_client.npy import check_output
 
 __all__ = ["add_arguments", "run"]
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure one load after the other, print a row for each, write the files that were asked for; return 0.
 
     Raises:
-        VqserveClientError: if the server does not answer, or any request failed.
+        VqserveError: if the server does not answer, or any request failed.
         FileError: if a file cannot be read or made, or a plot not be drawn.
         KeyboardInterrupt: after the results so far are printed and written.
     """
@@ -142,4 +142,4 @@ def _check_errors(measurements: Sequence[Measurement], target: str) -> None:
         texts = {**measured.error_texts, **texts}
     if errors:
         each = "; ".join(f"{count} {name} ({texts[name]})" for name, count in errors.most_common())
-        raise VqserveClientError(f"{sum(errors.values())} requests failed: {each}", target=target)
+        raise VqserveError(f"{sum(errors.values())} requests failed: {each}", target=target)

@@ -108,7 +108,7 @@ async def drive(job: Job, each_window: EachWindow, begin: Callable[[], Awaitable
         begin: awaited after the server has answered one request and before the load begins.
 
     Raises:
-        VqserveClientError: if the server does not answer the first request; failures after that are counted.
+        VqserveError: if the server does not answer the first request; failures after that are counted.
     """
     async with _sends(job) as sends:
         order = job.order()

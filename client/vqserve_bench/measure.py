@@ -53,7 +53,7 @@ def measure(
         seed: of the order of the requests and of the times of arrival.
 
     Raises:
-        VqserveClientError: if the server does not answer the first request. Failures after that are counted.
+        VqserveError: if the server does not answer the first request. Failures after that are counted.
         ChildProcessError: if one of several processes ends.
         ValueError: for an invalid argument.
     """

@@ -14,14 +14,14 @@ from vqserve_bench.driver import drive, run_loop
 from vqserve_bench.job import Job
 from vqserve_bench.trial import Trial
 from vqserve_bench.window import Window, side_by_side
-from vqserve_client.errors import VqserveClientError
+from vqserve_client.errors import VqserveError
 
 
 def run_in_processes(jobs: Sequence[Job], trial: Trial) -> None:
     """Run each job in a process of its own, all at once, until the trial has enough windows.
 
     Raises:
-        VqserveClientError: if the server does not answer.
+        VqserveError: if the server does not answer.
         ChildProcessError: if a process ends.
     """
     # Not forked: gRPC's asyncio channels do not survive that.
@@ -64,7 +64,7 @@ class _Worker:
                 f"a process of the load generator ended with exit code {self._process.exitcode}: is there enough "
                 "memory for that many?"
             ) from None
-        if isinstance(message, VqserveClientError):
+        if isinstance(message, VqserveError):
             raise message
         return message
 
@@ -98,7 +98,7 @@ def _work(job: Job, pipe: Connection) -> None:
 
     try:
         run_loop(drive(job, send, begin))
-    except VqserveClientError as error:
+    except VqserveError as error:
         pipe.send(error)
 
 

@@ -11,16 +11,18 @@ import numpy as np
 
 from vqserve import bfloat16, payload
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import channel_axis, parse_layout, resolve_layout, wrong_channels, wrong_stages
+from vqserve.errors import of_file
+from vqserve.layout import channel_axis, parse_layout, resolve_layout
 from vqserve.types import LatentDTypeName, LayoutName
 from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve.validation import check_indices_shape, check_latents_shape
 from vqserve_bench.request import Request
 from vqserve_bench.served import ReadStats, decode_stats, encode_stats
 from vqserve_client.arrays import Array, ArrayInput, indices_input, latents_input
 from vqserve_client.calls import DecodeCall, EncodeCall
 from vqserve_client.catalogue import Pin
 from vqserve_client.config import ClientConfig, decode_options, encode_options
-from vqserve_client.errors import InvalidArgument
+from vqserve_client.errors import InvalidArgument, InvalidShape
 from vqserve_client.npy import open_array
 
 Grid = tuple[int, ...]
@@ -127,13 +129,9 @@ class Workload:
             rng = np.random.default_rng(self.seed)
             return rng.standard_normal((tokens, info.input_dim), np.float32)
         array = open_array(self.data)
-        latents_input(array[:0] if array.ndim else array)
-        try:
-            layout = resolve_layout(array.ndim, parse_layout(self.layout), info.layout)
-        except ValueError as error:
-            raise InvalidArgument(f"{self.data}: {error}") from None
-        if array.shape[channel_axis(layout)] != info.input_dim:
-            raise InvalidArgument(f"{self.data}: {wrong_channels(array.shape, layout, info.input_dim)}")
+        with of_file(self.data):
+            latents_input(array[:0] if array.ndim else array)
+            layout = check_latents_shape(array.shape, self.layout, info=info)
         rows = np.moveaxis(_spread(array, tokens * info.input_dim), channel_axis(layout), -1)
         return self._repeated(rows.reshape(-1, info.input_dim), (tokens, info.input_dim))
 
@@ -144,22 +142,18 @@ class Workload:
         if self.data is None:
             return np.random.default_rng(self.seed).integers(info.vocab_size, size=shape).astype(smallest)
         array = open_array(self.data)
-        indices_input(array[:0] if array.ndim else array)
+        with of_file(self.data):
+            indices_input(array[:0] if array.ndim else array)
         if not info.has_stages:
             return self._repeated(_spread(array, tokens), shape)
-        try:
-            layout = resolve_layout(array.ndim, parse_layout(self.layout), info.layout)
-        except ValueError as error:
-            raise InvalidArgument(f"{self.data}: {error}") from None
-        if array.shape[channel_axis(layout)] != info.num_quantizers:
-            found = wrong_stages(array.shape, layout, wanted=info.num_quantizers, available=info.num_quantizers)
-            raise InvalidArgument(f"{self.data}: {found}")
+        with of_file(self.data):
+            layout = check_indices_shape(array.shape, self.layout, info=info)
         rows = np.moveaxis(_spread(array, math.prod(shape)), channel_axis(layout), -1)
         return self._repeated(rows.reshape(-1, info.num_quantizers), shape)
 
     def _repeated(self, array: Array, shape: tuple[int, ...]) -> Array:
         if not array.size:
-            raise InvalidArgument(f"{self.data} holds no tokens")
+            raise InvalidShape("it holds no tokens", path=self.data)
         return np.resize(array, shape)
 
 

@@ -17,19 +17,21 @@ import numpy.typing as npt
 
 from vqserve import bfloat16, payload
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import (
-    Layout,
-    channel_axis,
-    grid_shape,
-    resolve_layout,
-    warn_of_an_image,
-    wrong_channels,
-    wrong_stages,
-)
+from vqserve.errors import InvalidDtype, VqserveError
+from vqserve.layout import Layout, channel_axis, grid_shape, warn_of_an_image
 from vqserve.payload import ENVELOPE_BYTES
-from vqserve.refused import not_an_array, not_indices, not_latents
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_client.errors import InvalidArgument
+from vqserve.validation import (
+    LARGEST_VOCABULARY,
+    check_indices_shape,
+    check_latents_shape,
+    not_an_array,
+    not_an_index,
+    not_dense,
+    not_indices,
+    not_latents,
+    not_several,
+)
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
@@ -69,8 +71,8 @@ def latents_input(latents: object) -> ArrayInput:
     """Return latents as they are sent.
 
     Raises:
-        TypeError: for what is neither a numpy array nor a torch tensor.
-        InvalidArgument: for elements that are not float16, bfloat16, float32 or float64.
+        NotAnArray: for what is neither a numpy array nor a torch tensor.
+        InvalidDtype: for elements that are not float16, bfloat16, float32 or float64.
     """
     return _array_input(latents, "latents", payload.LATENT_DTYPES, not_latents)
 
@@ -79,8 +81,9 @@ def indices_input(indices: object) -> ArrayInput:
     """Return indices as they are sent.
 
     Raises:
-        TypeError: for what is neither a numpy array nor a torch tensor.
-        InvalidArgument: for elements that are no integers, or that int64 does not hold.
+        NotAnArray: for what is neither a numpy array nor a torch tensor.
+        InvalidDtype: for elements that are no integers.
+        IndexOutOfRange: for one that int64 does not hold.
     """
     return _array_input(indices, "indices", payload.INDEX_DTYPES, not_indices, _wire_integers)
 
@@ -89,11 +92,11 @@ def iterable_of_arrays(items: T, verb: str) -> T:
     """Return the argument of `encode_many` or `decode_many`.
 
     Raises:
-        TypeError: it is one array, which would be iterated along its first axis.
+        NotAnArray: it is one array, which would be iterated along its first axis.
     """
     torch = sys.modules.get("torch")
     if isinstance(items, np.ndarray) or (torch is not None and isinstance(items, torch.Tensor)):
-        raise TypeError(f"{verb}_many takes an iterable of arrays, not one: {verb}(x), or {verb}_many([x])")
+        raise not_several(verb)
     return items
 
 
@@ -106,7 +109,7 @@ def _array_input(
     value: object,
     what: str,
     allowed: frozenset[int],
-    explain: Callable[[object], str],
+    wrong_dtype: Callable[[object], InvalidDtype],
     prepare: Callable[[Array], Array] | None = None,
 ) -> ArrayInput:
     torch = sys.modules.get("torch")
@@ -119,15 +122,15 @@ def _array_input(
             array = prepare(array)
         result, dtype = ArrayInput(array, _wire_dtype(array)), array.dtype
     else:
-        raise TypeError(not_an_array(what, value))
+        raise not_an_array(what, value)
     if result.dtype not in allowed:
-        raise InvalidArgument(explain(dtype))
+        raise wrong_dtype(dtype)
     return result
 
 
 def _tensor_input(torch: Any, tensor: Any, what: str, prepare: Callable[[Array], Array] | None) -> ArrayInput:
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        raise TypeError(f"{what} must be a dense torch tensor with values, not {tensor.layout} on {tensor.device}")
+        raise not_dense(what, dtype=tensor.dtype, layout=tensor.layout, device=tensor.device)
     # A lazily negated tensor has no numpy form; its values have.
     plain = tensor.detach().resolve_conj().resolve_neg().cpu()
     if plain.dtype == torch.bfloat16:
@@ -156,8 +159,10 @@ def _wire_integers(array: Array) -> Array:
     if native in _WIDENED:
         return array.astype(_WIDENED[native])
     if native == np.uint64:
-        if array.size and array.max() > np.iinfo(np.int64).max:
-            raise InvalidArgument(f"indices hold {array.max()}, which no vocabulary has")
+        beyond = array > np.iinfo(np.int64).max
+        if beyond.any():
+            position = tuple(int(i) for i in np.unravel_index(int(beyond.argmax()), array.shape))
+            raise not_an_index(position, int(array[position]), LARGEST_VOCABULARY)
         return array.astype(np.int64)
     return array
 
@@ -200,11 +205,9 @@ def latents_geometry(shape: tuple[int, ...], layout: Layout | None, info: Codebo
         info: the codebook.
 
     Raises:
-        ValueError: the rank or the channel count is not the codebook's.
+        InvalidShape: the rank or the channel count is not the codebook's.
     """
-    resolved = resolve_layout(len(shape), layout, info.layout)
-    if shape[channel_axis(resolved)] != info.input_dim:
-        raise ValueError(wrong_channels(shape, resolved, info.input_dim))
+    resolved = check_latents_shape(shape, layout, info=info)
     warn_of_an_image(shape, layout, info.layout)
     return grid_shape(shape, resolved), resolved
 
@@ -221,17 +224,10 @@ def indices_geometry(
         stages: how many indices of each token are read; None: one, and there is no axis of stages.
 
     Raises:
-        ValueError: the rank, or the number of indices per token, is not the codebook's.
+        InvalidShape: the rank, or the number of indices per token, is not the codebook's.
     """
-    fewest, most = (1, 4) if stages is None else (2, 5)
-    if not fewest <= len(shape) <= most:
-        raise ValueError(f"indices must have {fewest} to {most} axes, not {len(shape)}")
-    if stages is None:
-        return shape, resolve_layout(len(shape) + 1, layout, info.layout)
-    resolved = resolve_layout(len(shape), layout, info.layout)
-    if not stages <= shape[channel_axis(resolved)] <= info.num_quantizers:
-        raise ValueError(wrong_stages(shape, resolved, wanted=stages, available=info.num_quantizers))
-    return grid_shape(shape, resolved), resolved
+    resolved = check_indices_shape(shape, layout, info=info, num_quantizers=stages)
+    return shape if stages is None else grid_shape(shape, resolved), resolved
 
 
 @dataclass(frozen=True)
@@ -305,3 +301,15 @@ def cut_text(cut: Cut) -> str:
     """Return a cut as Python writes it: [0:1, 16:32, :]."""
     runs = (":" if run == slice(None) else f"{run.start}:{run.stop}" for run in cut)
     return f"[{', '.join(runs)}]"
+
+
+def of_whole(error: VqserveError, *, array: Cut, grid: Cut) -> VqserveError:
+    """Return the error about a part of an array as one about the whole; the same one if it has no position there.
+
+    Args:
+        error: as the server, which has the part only, made it.
+        array: the part, as a cut of the whole array.
+        grid: the part, as a cut of the whole array's tokens.
+    """
+    cut = grid if error.array == "tokens" else array
+    return error.shifted([run.start or 0 for run in cut])

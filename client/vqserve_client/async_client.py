@@ -20,7 +20,7 @@ from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
 from vqserve_client.arrays import iterable_of_arrays
 from vqserve_client.config import CallOptions, decode_options, encode_options
 from vqserve_client.core import DECODE, ENCODE, ClientBase, Operation, without_frames
-from vqserve_client.errors import VqserveClientError
+from vqserve_client.errors import VqserveError
 from vqserve_client.pipeline import Pipeline
 from vqserve_client.requests import Steps
 
@@ -155,7 +155,7 @@ class AsyncClient(ClientBase):
                         wait_s = pipeline.advance()
                         if not pipeline.ready:
                             await waker.wait(wait_s)
-            except VqserveClientError as error:
+            except VqserveError as error:
                 raise without_frames(error)  # noqa: B904
             finally:
                 if upcoming is not None:
@@ -201,7 +201,7 @@ async def _run(steps: Steps[T], waker: _Waker) -> T:
         except StopIteration as stop:
             result: T = stop.value
             return result
-        except VqserveClientError as error:
+        except VqserveError as error:
             raise without_frames(error)  # noqa: B904
 
 

@@ -13,6 +13,7 @@ from vqserve import payload, wire
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout, first_channels, indices_shape, latents_shape
 from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve.validation import check_num_quantizers
 from vqserve_client.arrays import (
     Array,
     ArrayInput,
@@ -24,6 +25,7 @@ from vqserve_client.arrays import (
     indices_geometry,
     latents_cut,
     latents_geometry,
+    of_whole,
     plan,
     rows_per_message,
     store,
@@ -31,8 +33,7 @@ from vqserve_client.arrays import (
 )
 from vqserve_client.catalogue import WIRE_OF_LAYOUT, Pin
 from vqserve_client.config import CallOptions, ClientConfig
-from vqserve_client.errors import InvalidArgument, MessageTooLarge, ProtocolError
-from vqserve_client.positions import in_whole
+from vqserve_client.errors import InvalidArgument, MessageTooLarge, ProtocolError, VqserveError
 from vqserve_client.requests import Request
 
 # The generated stubs want enum classes that exist in the stubs only.
@@ -76,16 +77,21 @@ class ArrayCall(ABC):
         self._target = config.target
         self._out: Array | None = None
         try:
-            self.stages = info.stages(options.num_quantizers)
+            count = options.num_quantizers
+            count = info.num_quantizers if count is None else check_num_quantizers(count, available=info.num_quantizers)
+            self.stages = count if info.has_stages else None
             self._measure()
-        except ValueError as error:
-            raise self._invalid(str(error)) from None
+        except InvalidArgument as error:
+            error.target, error.codebook = config.target, info.name
+            raise
         rows = self.rows_within(config.max_message_bytes)
         if rows < 1:
-            raise self._invalid(
+            raise MessageTooLarge(
                 "one token takes {} bytes in the request and {} in the reply, more than a ".format(*self.row_bytes)
                 + f"message of {config.max_message_bytes} bytes has room for",
-                MessageTooLarge,
+                target=config.target,
+                codebook=info.name,
+                option="max_message_bytes",
             )
         self.cuts: Iterable[Cut | None] = (None,) if math.prod(self.grid) <= rows else plan(self.grid, rows)
 
@@ -139,7 +145,7 @@ class ArrayCall(ABC):
         """Set grid, layout, array, reply_dtype and row_bytes.
 
         Raises:
-            ValueError: the array does not fit the codebook.
+            InvalidShape: the array does not fit the codebook.
         """
 
     @abstractmethod
@@ -179,9 +185,6 @@ class ArrayCall(ABC):
         return ProtocolError(
             f"the reply to {self.method} does not fit: {text}", target=self._target, codebook=self.info.name
         )
-
-    def _invalid(self, text: str, kind: type[InvalidArgument] = InvalidArgument) -> InvalidArgument:
-        return kind(text, target=self._target, codebook=self.info.name)
 
 
 class EncodeCall(ArrayCall):
@@ -289,14 +292,15 @@ class ArrayRequest(Request):
         self._cut = cut
         self.method = call.method
 
-    def explain(self, text: str) -> str:
-        """Return an error's text with its position counted in the caller's array."""
+    def explain(self, error: VqserveError) -> VqserveError:
+        """Return an error of the server with its position counted in the caller's array."""
         if self._cut is None:
-            return text
+            return error
         cut = self._call.source_cut(self._cut)
-        part = f"{self._call.name}{cut_text(cut)}"
-        whole = in_whole(text, array=cut, grid=self._cut)
-        return whole or f"{text}; in the part {part}, from whose start positions count"
+        whole = of_whole(error, array=cut, grid=self._cut)
+        if whole is not error:
+            return whole
+        return error.noted(f"in the part {self._call.name}{cut_text(cut)}, from whose start positions count")
 
     def message(self) -> bytes:
         """Return the message to send."""

@@ -10,8 +10,8 @@ from google.protobuf.message import DecodeError
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_client.config import is_digest
-from vqserve_client.errors import CodebookNotFound, DigestChanged, DigestMismatch, ProtocolError, VqserveClientError
+from vqserve.validation import is_digest, no_codebook, wrong_digest
+from vqserve_client.errors import CodebookNotFound, DigestChanged, DigestMismatch, ProtocolError, VqserveError
 from vqserve_client.requests import Request
 
 LAYOUT_OF_WIRE = {
@@ -45,9 +45,9 @@ class ListRequest(Request):
         """Return the message to send."""
         return pb.ListCodebooksRequest().SerializeToString()
 
-    def explain(self, text: str) -> str:
-        """Return an error's text unchanged: there is no array."""
-        return text
+    def explain(self, error: VqserveError) -> VqserveError:
+        """Return an error unchanged: there is no array."""
+        return error
 
     def accept(self, reply: bytes) -> None:
         """Take the list if all of it is valid."""
@@ -97,12 +97,9 @@ def choose(codebooks: Sequence[CodebookInfo], name: str | None, *, target: str) 
     chosen = [info for info in codebooks if (not info.is_version if name is None else info.name == name)]
     if len(chosen) == 1:
         return chosen[0]
-    served = ", ".join(info.name for info in codebooks) or "nothing"
-    if name is None and chosen:
-        text = f"the server has {len(chosen)} codebooks, say which with codebook=: {served}"
-    else:
-        text = f"no codebook {name!r} is served, only: {served}" if name else "the server has no codebook"
-    raise CodebookNotFound(text, target=target, codebook=name)
+    error = no_codebook(name, [info.name for info in codebooks], num_codebooks=len(chosen))
+    error.target = target
+    raise error
 
 
 class WrongDigest(Exception):
@@ -157,11 +154,7 @@ class Pin:
         if self.info is None:
             info = choose(codebooks, self._codebook, target=self._target)
             if self._digest is not None and self._digest != info.digest:
-                raise DigestMismatch(
-                    f"digest {self._digest} was pinned, the codebook has {info.digest}",
-                    target=self._target,
-                    codebook=info.name,
-                )
+                raise wrong_digest(self._digest, info=info).with_fields(target=self._target)
             self.info = info
             self._remembered = False
         return self.info
@@ -191,7 +184,7 @@ class Pin:
             error: how it failed.
 
         Raises:
-            VqserveClientError: the request may not be made again.
+            VqserveError: the request may not be made again.
         """
         if self.info is not info:
             return
@@ -200,14 +193,14 @@ class Pin:
         if not self._answered and self._refreshes < most:
             self._refresh()
             return
-        if isinstance(error, CodebookNotFound):
+        if isinstance(error, CodebookNotFound) or (self._digest is not None and isinstance(error, DigestMismatch)):
             raise error
         kind, text = (
             (DigestChanged, f"the codebook no longer has digest {info.digest}")
             if self._digest is None
             else (DigestMismatch, f"digest {self._digest} was pinned, the codebook has another")
         )
-        request_id = error.request_id if isinstance(error, VqserveClientError) else None
+        request_id = error.request_id if isinstance(error, VqserveError) else None
         raise kind(text, target=self._target, codebook=info.name, request_id=request_id) from error
 
     def _refresh(self) -> None:

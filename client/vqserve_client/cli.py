@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -21,6 +20,7 @@ from typing import Any
 from vqserve import __version__
 from vqserve.arguments import Parser
 from vqserve.codebook_info import CodebookInfo
+from vqserve.errors import COMMAND_LINE, LayoutWarning
 from vqserve.latent_dtype import LATENT_DTYPES
 from vqserve_client.arguments import (
     add_codebook,
@@ -34,15 +34,12 @@ from vqserve_client.arguments import (
 )
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig
-from vqserve_client.errors import VqserveClientError
+from vqserve_client.errors import VqserveError
 from vqserve_client.npy import FileError
 from vqserve_client.transfer import Done, Progress, Task, decode_file, encode_file
 
 # Commands of packages on top of this one, imported on demand: name, help, and a module with `add_arguments` and `run`.
 _TOOLS = {"bench": ("measure a server under load", "vqserve_bench.command")}
-
-# Options of the SDK in error texts: codebook=, layout="channels_last".
-_OPTION = re.compile(r'\b(codebook|digest|layout|max_message_bytes|num_quantizers|timeout)=(?:"(\w+)")?')
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of the output has closed it; nothing may be written to it at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (VqserveClientError, FileError, TypeError, ValueError, OSError, MemoryError) as error:
+    except (VqserveError, FileError, TypeError, ValueError, OSError, MemoryError) as error:
         print(f"vqserve: error: {_one_line(error)}", file=sys.stderr)
         return 1
 
@@ -181,7 +178,7 @@ def _status(args: argparse.Namespace) -> int:
 def _print_reason(ask: Callable[[], object]) -> None:
     try:
         ask()
-    except VqserveClientError as error:
+    except VqserveError as error:
         print(f"vqserve: {_one_line(error)}", file=sys.stderr)
 
 
@@ -256,7 +253,8 @@ def _warnings_of_one_line() -> Iterator[None]:
     """Print the SDK's warnings as its errors are printed."""
 
     def show(message: Warning | str, *_: object) -> None:
-        print(f"vqserve: warning: {_in_flags(str(message))}", file=sys.stderr)
+        text = message.text(COMMAND_LINE) if isinstance(message, LayoutWarning) else str(message)
+        print(f"vqserve: warning: {_printable(text)}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]
@@ -266,16 +264,8 @@ def _warnings_of_one_line() -> Iterator[None]:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "out of memory"
-    return _in_flags(str(error)) or type(error).__name__
-
-
-def _in_flags(text: str) -> str:
-    return _printable(_OPTION.sub(_flag, " ".join(text.split())))
-
-
-def _flag(option: re.Match[str]) -> str:
-    name, value = option.groups()
-    return f"--{name.replace('_', '-')}{f' {value}' if value else ''}"
+    text = error.text(COMMAND_LINE) if isinstance(error, VqserveError) else str(error)
+    return _printable(" ".join(text.split())) or type(error).__name__
 
 
 def _printable(text: str) -> str:

@@ -12,7 +12,7 @@ from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
 from vqserve_client.arrays import iterable_of_arrays
 from vqserve_client.config import CallOptions, decode_options, encode_options
 from vqserve_client.core import DECODE, ENCODE, ClientBase, Operation, without_frames
-from vqserve_client.errors import VqserveClientError
+from vqserve_client.errors import VqserveError
 from vqserve_client.interrupts import SignalsDeferred, Waker
 from vqserve_client.pipeline import Pipeline
 from vqserve_client.requests import Steps
@@ -64,7 +64,7 @@ class Client(ClientBase):
             torch: int64 on the device of the latents.
 
         Raises:
-            VqserveClientError: see errors.py.
+            VqserveError: see errors.py.
             TypeError: latents is not an array.
         """
         options = encode_options(
@@ -101,7 +101,7 @@ class Client(ClientBase):
             Latents of the same kind, on the same device, with channels where the layout has them.
 
         Raises:
-            VqserveClientError: see errors.py.
+            VqserveError: see errors.py.
             TypeError: indices is not an array.
         """
         options = decode_options(
@@ -141,7 +141,7 @@ class Client(ClientBase):
             timeout: seconds for each array; None: the client's.
 
         Raises:
-            VqserveClientError: see errors.py.
+            VqserveError: see errors.py.
             TypeError: items is one array, or an item is not an array.
         """
         options = encode_options(
@@ -174,7 +174,7 @@ class Client(ClientBase):
             timeout: seconds for each array; None: the client's.
 
         Raises:
-            VqserveClientError: see errors.py.
+            VqserveError: see errors.py.
             TypeError: as for encode_many.
         """
         options = decode_options(
@@ -192,7 +192,7 @@ class Client(ClientBase):
         """Return what is served, in name order.
 
         Raises:
-            VqserveClientError: see errors.py.
+            VqserveError: see errors.py.
         """
         options = encode_options(timeout=timeout)
         waker = Waker()
@@ -236,7 +236,7 @@ class Client(ClientBase):
                         wait_s = pipeline.advance()
                     if not pipeline.ready:
                         waker.wait(wait_s)
-        except VqserveClientError as error:
+        except VqserveError as error:
             raise without_frames(error)  # noqa: B904
         finally:
             with SignalsDeferred():
@@ -264,6 +264,6 @@ def _run(steps: Steps[T], waker: Waker) -> T:
     except BaseException as error:
         with SignalsDeferred():
             steps.close()
-        if isinstance(error, VqserveClientError):
+        if isinstance(error, VqserveError):
             raise without_frames(error)  # noqa: B904
         raise

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from numbers import Integral
 
 from vqserve import payload
 from vqserve.latent_dtype import latent_dtype_name
 from vqserve.layout import Layout, parse_layout
 from vqserve.types import LatentDType, LayoutName, OutputName
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_client.errors import InvalidArgument
+from vqserve.validation import check_count, check_digest_form, check_output
+from vqserve_client.errors import InvalidOption
 
 DEFAULT_MAX_MESSAGE_BYTES = 64 << 20
 # Room for the envelope and a row of a small codebook; gRPC takes the limit as a C int.
@@ -35,7 +35,9 @@ class ClientConfig:
         if not isinstance(self.target, str):
             raise TypeError(f"target must be a string such as 'localhost:50051', not {type(self.target).__name__}")
         if not _is_target(self.target):
-            raise ValueError(f"target must be HOST:PORT, such as 'localhost:50051', not {self.target!r}")
+            raise InvalidOption(
+                f"{{option}} must be HOST:PORT, such as 'localhost:50051', not {self.target!r}", option="target"
+            )
         check_name("codebook", self.codebook)
         check_digest(self.digest)
         object.__setattr__(self, "timeout", check_timeout(self.timeout))
@@ -68,8 +70,8 @@ def encode_options(
     """Return the options of an encode call, so that `encode_many` raises before it begins.
 
     Raises:
-        InvalidArgument: there is no such layout, or num_quantizers is no positive integer.
-        TypeError, ValueError: codebook, digest or timeout is not valid.
+        InvalidOption: an option has none of its values.
+        TypeError: codebook, digest or timeout is of another type.
     """
     if codebook is not None:
         check_name("codebook", codebook)
@@ -78,8 +80,8 @@ def encode_options(
     if timeout is not None:
         check_timeout(timeout)
     if num_quantizers is not None:
-        _check_num_quantizers(num_quantizers)
-    return CallOptions(codebook, digest, timeout, None if layout is None else _layout(layout), num_quantizers)
+        check_count(num_quantizers)
+    return CallOptions(codebook, digest, timeout, None if layout is None else parse_layout(layout), num_quantizers)
 
 
 def decode_options(
@@ -95,15 +97,10 @@ def decode_options(
     """Return the options of a decode call; see encode_options.
 
     Raises:
-        InvalidArgument: also if there is no such dtype or output.
-        TypeError, ValueError: as for encode_options.
+        InvalidOption, TypeError: as for encode_options.
     """
-    if output not in _OUTPUTS:
-        raise InvalidArgument(f"output must be 'latents' or 'code_rows', not {output!r}")
-    try:
-        wire_dtype = payload.dtype_of_name(latent_dtype_name(dtype))
-    except ValueError as error:
-        raise InvalidArgument(str(error)) from None
+    check_output(output)
+    wire_dtype = payload.dtype_of_name(latent_dtype_name(dtype))
     options = encode_options(
         layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
     )
@@ -123,12 +120,12 @@ def check_name(what: str, name: str | None) -> None:
 
     Raises:
         TypeError: if it is not a string.
-        ValueError: if it is empty.
+        InvalidOption: if it is empty.
     """
     if name is not None and not isinstance(name, str):
         raise TypeError(f"{what} must be a string, not {type(name).__name__}")
     if name == "":
-        raise ValueError(f"{what} must not be empty")
+        raise InvalidOption("{option} must not be empty", option=what)
 
 
 def check_digest(digest: str | None) -> None:
@@ -136,16 +133,11 @@ def check_digest(digest: str | None) -> None:
 
     Raises:
         TypeError: if it is not a string.
-        ValueError: if it is not 64 lower-case hexadecimal digits.
+        InvalidOption: if it is not 64 lower-case hexadecimal digits.
     """
     check_name("digest", digest)
-    if digest is not None and not is_digest(digest):
-        raise ValueError(f"digest must be the codebook's 64 lower-case hexadecimal digits, not {digest!r}")
-
-
-def is_digest(text: str) -> bool:
-    """Return whether a text has a digest's form."""
-    return len(text) == 64 and set(text) <= set("0123456789abcdef")
+    if digest is not None:
+        check_digest_form(digest)
 
 
 def check_timeout(timeout_s: float) -> float:
@@ -153,12 +145,12 @@ def check_timeout(timeout_s: float) -> float:
 
     Raises:
         TypeError: it is not a number.
-        ValueError: it is not above 0; infinity is.
+        InvalidOption: it is not above 0; infinity is.
     """
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float):
         raise TypeError(f"timeout must be a number of seconds, not {timeout_s!r}")
     if math.isnan(timeout_s) or timeout_s <= 0:
-        raise ValueError(f"timeout must be above 0 seconds, not {timeout_s}")
+        raise InvalidOption(f"{{option}} must be above 0 seconds, not {timeout_s}", option="timeout")
     return float(timeout_s)
 
 
@@ -166,16 +158,4 @@ def _check_integer(what: str, value: int, allowed: range) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{what} must be an integer, not {value!r}")
     if value not in allowed:
-        raise ValueError(f"{what} must be from {allowed.start} to {allowed.stop - 1}, not {value}")
-
-
-def _layout(layout: str) -> Layout | None:
-    try:
-        return parse_layout(layout)
-    except ValueError as error:
-        raise InvalidArgument(str(error)) from None
-
-
-def _check_num_quantizers(value: int) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise InvalidArgument(f"num_quantizers must be an integer, 1 or more, not {value!r:.40}")
+        raise InvalidOption(f"{{option}} must be from {allowed.start} to {allowed.stop - 1}, not {value}", option=what)

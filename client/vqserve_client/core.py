@@ -14,7 +14,7 @@ from vqserve_client.calls import ArrayCall, DecodeCall, EncodeCall
 from vqserve_client.catalogue import ListRequest, Pin, WrongDigest
 from vqserve_client.channel import Connection
 from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, CallOptions, ClientConfig
-from vqserve_client.errors import CodebookNotFound, DigestMismatch, InvalidArgument, VqserveClientError
+from vqserve_client.errors import CodebookNotFound, DigestMismatch, InvalidArgument, VqserveError
 from vqserve_client.requests import Deadline, Exchange, RetryPolicy, Steps, Window
 from vqserve_client.transport import Sender, UnarySender
 
@@ -169,7 +169,7 @@ class ClientBase:
         self._core = Core(config)
 
 
-def without_frames(error: VqserveClientError) -> VqserveClientError:
+def without_frames(error: VqserveError) -> VqserveError:
     """Return an error without the frames of this package and without its cause, so that its traceback is short.
 
     The whole traceback is logged at debug level. VQSERVE_TRACEBACK=full leaves the error as it is.

@@ -21,7 +21,7 @@ def status(connection: Connection, *, timeout_s: float) -> str:
     """Return "SERVING", "NOT_SERVING" or "SERVICE_UNKNOWN".
 
     Raises:
-        VqserveClientError: the server does not answer.
+        VqserveError: the server does not answer.
     """
     try:
         reply = _Stub(connection.channel()).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
@@ -34,7 +34,7 @@ def wait_until_serving(connection: Connection, *, timeout_s: float) -> str:
     """Return "SERVING" as soon as the server reports it; after the time is up, the last status or "UNREACHABLE".
 
     Raises:
-        VqserveClientError: the request fails for another reason than that the server is not running.
+        VqserveError: the request fails for another reason than that the server is not running.
     """
     deadline = Deadline(timeout_s)
     last = UNREACHABLE

@@ -19,7 +19,7 @@ from typing import Any
 from vqserve_client.arrays import ArrayInput
 from vqserve_client.config import CallOptions
 from vqserve_client.core import Core, Operation, Wake
-from vqserve_client.errors import Closed, InvalidArgument, VqserveClientError
+from vqserve_client.errors import Closed, InvalidArgument, VqserveError
 from vqserve_client.requests import Deadline, Steps, Window
 from vqserve_client.transport import LARGEST_STREAMED_BYTES, StreamSender
 
@@ -84,17 +84,15 @@ class Pipeline:
         """Add one more array; `advance` sends it when the window has a place.
 
         Raises:
-            TypeError: it is no array.
-            InvalidArgument: it has elements of a type that is not on the wire.
+            NotAnArray: it is no array.
+            InvalidDtype: it has elements of a type that is not on the wire.
         """
         last = self._groups[-1] if self._groups else None
         try:
             source = self._operation.read(array)
-        except VqserveClientError as error:
+        except VqserveError as error:
             error.item = self._num_put
             raise
-        except TypeError as error:
-            raise TypeError(f"{error} (array {self._num_put}, counting from 0)") from None
         self._num_put += 1
         if last is None or not last.add(source):
             deadline = self._core.deadline(self._options)
@@ -142,7 +140,7 @@ class Pipeline:
             raise self._failure
         try:
             result = self._groups[0].take()
-        except VqserveClientError as error:
+        except VqserveError as error:
             error.item = self._num_taken
             raise
         self._num_taken += 1

@@ -19,8 +19,8 @@ from typing import TypeVar
 import grpc
 
 from vqserve_client.channel import Connection
-from vqserve_client.errors import Closed, DeadlineExceeded, ProtocolError
-from vqserve_client.status import RETRIED, Failure, text_metadata
+from vqserve_client.errors import Closed, DeadlineExceeded, ProtocolError, VqserveError
+from vqserve_client.status import Failure, text_metadata
 from vqserve_client.transport import ReplyFuture, Sender, StreamFuture
 
 T = TypeVar("T")
@@ -120,8 +120,8 @@ class Request(ABC):
         """Check the reply and store what it holds."""
 
     @abstractmethod
-    def explain(self, text: str) -> str:
-        """Return the text of an error of the server, in terms of the caller's array."""
+    def explain(self, error: VqserveError) -> VqserveError:
+        """Return an error of the server, which has a part of the caller's array, as one about the whole."""
 
 
 class Exchange:
@@ -149,7 +149,7 @@ class Exchange:
         """Send every request and hand it its reply.
 
         Raises:
-            VqserveClientError: as soon as one request fails for good; the others are cancelled.
+            VqserveError: as soon as one request fails for good; the others are cancelled.
         """
         running: list[Request] = []
         upcoming = next(requests, None)
@@ -247,15 +247,13 @@ class Exchange:
         failure = Failure(future.code(), future.details() or "", text_metadata(future.trailing_metadata()))
         if request.failure is None or not (request.failure.is_foreign and failure.is_unsent):
             request.failure = failure
-        retried = failure.error_class in RETRIED
-        delay_s = self._policy.delay_s(request.failures, failure.retry_after_s) if retried else None
+        delay_s = self._policy.delay_s(request.failures, failure.retry_after_s) if failure.is_retried else None
         if delay_s is None or delay_s >= self._deadline.remaining_s():
-            text = request.explain(request.failure.text)
-            if request.failures > 1:
-                text = f"{text}; tried {request.failures} times"
-            raise request.failure.error(
-                target=self._connection.target, codebook=codebook, request_id=request.request_id, text=text
+            error = request.failure.error(
+                target=self._connection.target, codebook=codebook, request_id=request.request_id
             )
+            error = request.explain(error)
+            raise error if request.failures == 1 else error.noted(f"tried {request.failures} times")
         request.resume_at = time.monotonic() + delay_s
 
     def _closed(self) -> Closed:

@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 import grpc
 
+from vqserve.error_wire import ERROR_KEY, REQUEST_ID_KEY, RETRY_AFTER_KEY, RETRY_PUSHBACK_KEY, read
 from vqserve_client.errors import (
     AccessDenied,
     Cancelled,
@@ -23,13 +24,10 @@ from vqserve_client.errors import (
     ProtocolError,
     ServerError,
     Unavailable,
-    VqserveClientError,
+    VqserveError,
 )
 
-REQUEST_ID_KEY = "vqserve-request-id"
-RETRY_AFTER_KEY = "vqserve-retry-after-ms"
-
-ERROR_OF_CODE: Mapping[grpc.StatusCode, type[VqserveClientError]] = MappingProxyType(
+ERROR_OF_CODE: Mapping[grpc.StatusCode, type[VqserveError]] = MappingProxyType(
     {
         grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
         grpc.StatusCode.OUT_OF_RANGE: InvalidArgument,
@@ -60,7 +58,7 @@ _LOST_CONNECTION = re.compile(r"Stream removed|Socket closed|recvmsg:|sendmsg:|G
 # What is safe and useful to send again: nothing was computed, or computing it again gives the same answer.
 # A server that stops cancels the calls that reach it before their callers have heard so; our own cancels do not come
 # here.
-RETRIED: frozenset[type[VqserveClientError]] = frozenset({Overloaded, Unavailable, Cancelled})
+RETRIED: tuple[type[VqserveError], ...] = (Overloaded, Unavailable, Cancelled)
 
 
 @dataclass(frozen=True)
@@ -74,10 +72,11 @@ class Failure:
     @property
     def retry_after_s(self) -> float | None:
         """Return the server's hint in seconds; None if there is none that makes sense."""
-        with contextlib.suppress(KeyError, ValueError):
-            seconds = float(self.metadata[RETRY_AFTER_KEY]) / 1000
-            if math.isfinite(seconds) and seconds >= 0:
-                return seconds
+        for key in (RETRY_PUSHBACK_KEY, RETRY_AFTER_KEY):
+            with contextlib.suppress(KeyError, ValueError):
+                seconds = float(self.metadata[key]) / 1000
+                if math.isfinite(seconds) and seconds >= 0:
+                    return seconds
         return None
 
     @property
@@ -105,7 +104,12 @@ class Failure:
         return _printable(self.details) or f"{self.code.name} without a text"
 
     @property
-    def error_class(self) -> type[VqserveClientError]:
+    def is_retried(self) -> bool:
+        """Return whether the request is worth sending again."""
+        return issubclass(self.error_class, RETRIED)
+
+    @property
+    def error_class(self) -> type[VqserveError]:
         """Return the class of error that this failure is.
 
         gRPC itself reports a message over the limit with the code of a full queue; only its text tells them apart.
@@ -114,21 +118,16 @@ class Failure:
             return MessageTooLarge
         return ERROR_OF_CODE.get(self.code, ServerError)
 
-    def error(
-        self, *, target: str, codebook: str | None, request_id: str, text: str | None = None
-    ) -> VqserveClientError:
-        """Return the error to raise; `text` is `self.text` in the caller's terms, if it takes others."""
-        error = self.error_class(
-            text or self.text,
-            code=self.code.name,
-            target=target,
-            codebook=codebook,
-            # No log has a request that reached no server.
-            request_id=None if self.is_unsent else self.metadata.get(REQUEST_ID_KEY, request_id),
-        )
+    def error(self, *, target: str, codebook: str | None, request_id: str) -> VqserveError:
+        """Return the error: the server's own, with all its fields, where it sent one that can be read."""
+        error = read(self.metadata.get(ERROR_KEY), code=self.code.name) or self.error_class(code=self.code.name)
+        error.target = target
+        error.codebook = codebook or error.codebook
+        # No log has a request that reached no server.
+        error.request_id = None if self.is_unsent else _printable(self.metadata.get(REQUEST_ID_KEY, request_id))
         if isinstance(error, Overloaded):
             error.retry_after_s = self.retry_after_s
-        return error
+        return error if error.template else error.with_fields(template=self.text)
 
 
 def _cause(details: str) -> str:

@@ -14,8 +14,10 @@ import numpy as np
 
 from vqserve import payload
 from vqserve.codebook_info import CodebookInfo
+from vqserve.errors import of_file
 from vqserve.layout import indices_shape, latents_shape, parse_layout
 from vqserve.types import LatentDTypeName, LayoutName, OutputName
+from vqserve.validation import check_num_quantizers
 from vqserve_client.arrays import (
     Array,
     Cut,
@@ -26,13 +28,13 @@ from vqserve_client.arrays import (
     latents_cut,
     latents_geometry,
     latents_input,
+    of_whole,
     plan,
 )
 from vqserve_client.catalogue import choose
 from vqserve_client.client import Client
-from vqserve_client.errors import DigestChanged, DigestMismatch, InvalidArgument, VqserveClientError
+from vqserve_client.errors import DigestChanged, DigestMismatch, InvalidArgument, VqserveError
 from vqserve_client.npy import check_output, new_array, open_array
-from vqserve_client.positions import in_whole
 
 # Small enough that several pieces in flight need little memory, large enough that calls cost little.
 _PIECE_BYTES = 4 << 20
@@ -79,13 +81,13 @@ def encode_file(client: Client, task: Task, progress: Progress) -> Done:
 
     Raises:
         FileError: a file cannot be read or written.
-        VqserveClientError: see errors.py.
+        VqserveError: see errors.py.
     """
     check_output(task.target, force=task.force, source=task.source)
     array = open_array(task.source)
     info = _info(client, task)
     stages = _stages(task, info)
-    with _named(task.source):
+    with of_file(task.source):
         item_bytes = payload.itemsize(latents_input(array).dtype)
         grid, layout = latents_geometry(array.shape, parse_layout(task.layout), info)
     dtype = np.dtype(payload.dtype_name(payload.index_dtype(info.vocab_size)))
@@ -108,13 +110,13 @@ def decode_file(client: Client, task: Task, progress: Progress) -> Done:
 
     Raises:
         FileError: a file cannot be read or written.
-        VqserveClientError: see errors.py.
+        VqserveError: see errors.py.
     """
     check_output(task.target, force=task.force, source=task.source)
     array = open_array(task.source)
     info = _info(client, task)
     stages = _stages(task, info)
-    with _named(task.source):
+    with of_file(task.source):
         indices_input(array[:0] if array.ndim else array)
         grid, layout = indices_geometry(array.shape, parse_layout(task.layout), info, stages=stages)
     width = info.code_dim if task.output == "code_rows" else info.output_dim
@@ -143,32 +145,21 @@ def _arrays(array: Array, pieces: Iterator[_Piece], pending: deque[_Piece]) -> I
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Add the file's name to an error about its contents."""
-    try:
-        yield
-    except ValueError as error:
-        raise InvalidArgument(f"{path}: {error}") from None
-
-
-@contextlib.contextmanager
 def _whole_file(task: Task, pending: Sequence[_Piece]) -> Iterator[None]:
     """In an error about a piece (the first pending one), name the file and count positions in the whole file."""
     try:
         yield
-    except VqserveClientError as error:
+    except InvalidArgument as error:
+        whole = of_whole(error, array=pending[0].source, grid=pending[0].grid) if pending else error
+        raise whole.with_fields(item=None, path=str(task.source)) from None
+    except VqserveError as error:
         error.item = None
-        if isinstance(error, InvalidArgument) and pending:
-            whole = in_whole(error.message, array=pending[0].source, grid=pending[0].grid)
-            error.message = f"{task.source}: {whole or error.message}"
         raise
 
 
 def _stages(task: Task, info: CodebookInfo) -> int | None:
-    try:
-        return info.stages(task.num_quantizers)
-    except ValueError as error:
-        raise InvalidArgument(str(error), codebook=info.name) from None
+    count = check_num_quantizers(task.num_quantizers, available=info.num_quantizers)
+    return count if info.has_stages else None
 
 
 def _info(client: Client, task: Task) -> CodebookInfo:

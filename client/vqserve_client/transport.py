@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, Protocol
 
 import grpc
 
+from vqserve.error_wire import REQUEST_ID_KEY
 from vqserve_client.channel import STREAMED, Connection, gate
-from vqserve_client.status import REQUEST_ID_KEY
 
 logger = logging.getLogger(__name__)
 

@@ -57,27 +57,7 @@ class CodebookInfo:
         """Whether indices have an axis more, of a token's `num_quantizers` indices, in the place of the channels."""
         return self.kind == "rvq" or self.num_quantizers > 1
 
-    def stages(self, asked: int | None) -> int | None:
-        """Return how many indices of each token are meant; None: its one, without an axis of them.
-
-        Args:
-            asked: how many the caller wants, 1 or more; None: all.
-
-        Raises:
-            ValueError: there are not so many.
-        """
-        if asked is not None and asked > self.num_quantizers:
-            raise ValueError(wrong_count(asked, self.num_quantizers))
-        return (asked or self.num_quantizers) if self.has_stages else None
-
 
 def of_stages(num_quantizers: int, count: object) -> str:
     """Return "8 stages of 1024"."""
     return f"{num_quantizers} stage{'s' if num_quantizers > 1 else ''} of {count}"
-
-
-def wrong_count(asked: object, available: int) -> str:
-    """Return what to tell whoever asked for another number of indices for a token than 1 to `available`."""
-    if available == 1:
-        return f"num_quantizers must be 1, not {asked!r:.40}: a token of this codebook has one index"
-    return f"num_quantizers must be an integer in [1, {available}], not {asked!r:.40}"

@@ -6,6 +6,8 @@ import sys
 
 import numpy as np
 
+from vqserve.errors import InvalidOption
+
 LATENT_DTYPES = ("float32", "float16", "float64", "bfloat16")
 
 
@@ -16,7 +18,7 @@ def latent_dtype_name(dtype: object) -> str:
         dtype: a name, a numpy scalar type or dtype (of this machine's byte order), or a torch dtype.
 
     Raises:
-        ValueError: it is none that latents can have; lists those.
+        InvalidOption: it is none that latents can have; lists those.
     """
     # Never imported here: who passes a torch dtype has torch.
     torch = sys.modules.get("torch")
@@ -30,4 +32,6 @@ def latent_dtype_name(dtype: object) -> str:
     if isinstance(name, str) and name in LATENT_DTYPES:
         return name
     known = ", ".join(repr(known) for known in LATENT_DTYPES)
-    raise ValueError(f"dtype must be one of {known} or numpy's or torch's type of that name, not {dtype!r}")
+    raise InvalidOption(
+        f"{{option}} must be one of {known} or numpy's or torch's type of that name, not {dtype!r:.60}", option="dtype"
+    )

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from enum import StrEnum
 from types import EllipsisType
 
+from vqserve.errors import InvalidOption, InvalidShape, LayoutWarning
+
 LATENT_RANKS = (2, 3, 4, 5)
 
 
@@ -22,7 +24,7 @@ def parse_layout(layout: str | None) -> Layout | None:
     """Return the layout of that name; None (the codebook's default) stays None.
 
     Raises:
-        ValueError: for any other name.
+        InvalidOption: for any other name.
     """
     if layout is None:
         return None
@@ -30,7 +32,7 @@ def parse_layout(layout: str | None) -> Layout | None:
         return Layout(layout)
     except ValueError:
         names = ", ".join(repr(str(known)) for known in Layout)
-        raise ValueError(f"layout must be one of {names} or None, not {layout!r}") from None
+        raise InvalidOption(f"{{option}} must be one of {names} or None, not {layout!r:.40}", option="layout") from None
 
 
 def resolve_layout(rank: int, layout: Layout | None, default: Layout | None = None) -> Layout:
@@ -42,13 +44,15 @@ def resolve_layout(rank: int, layout: Layout | None, default: Layout | None = No
         default: the codebook's default; None: channels first for 4 and 5 axes, last for 2 and 3.
 
     Raises:
-        ValueError: for another rank, and for channels first on 2 axes, which have no batch axis before the channels.
+        InvalidShape: for another rank, and for channels first on 2 axes, which have no batch axis before the channels.
     """
     if rank not in LATENT_RANKS:
-        raise ValueError(f"latents must have 2 to 5 axes, not {rank}")
+        raise wrong_rank("latents", LATENT_RANKS, rank)
     if rank == 2:
         if layout is Layout.CHANNELS_FIRST:
-            raise ValueError("latents of 2 axes are (n, C): channels_first needs at least 3 axes")
+            raise InvalidShape(
+                "latents of 2 axes are (n, C): channels_first needs at least 3 axes", array="latents", option="layout"
+            )
         return Layout.CHANNELS_LAST
     if layout is not None:
         return layout
@@ -67,10 +71,18 @@ def warn_of_an_image(shape: Sequence[int], layout: Layout | None, default: Layou
     """
     if len(shape) == 3 and shape[0] == shape[2] and layout is None and default is None:
         warnings.warn(
-            f"latents of shape {tuple(shape)} are read as (b, s, C); if they are one image, (C, h, w), give "
-            f'latents[None]; if not, layout="{Layout.CHANNELS_LAST}" says so',
+            LayoutWarning(
+                f"latents of shape {tuple(shape)} are read as (b, s, C); if they are one image, (C, h, w), give "
+                "latents[None]; if not, {suggestion} says so",
+                {"layout": str(Layout.CHANNELS_LAST)},
+            ),
             stacklevel=2,
         )
+
+
+def wrong_rank(array: str, ranks: Sequence[int], rank: int) -> InvalidShape:
+    """Return the error of an array with another number of axes than `ranks`, which are ascending."""
+    return InvalidShape(f"{array} must have {ranks[0]} to {ranks[-1]} axes, not {rank}", array=array)
 
 
 def channel_axis(layout: Layout) -> int:
@@ -81,44 +93,6 @@ def channel_axis(layout: Layout) -> int:
 def first_channels(count: int, layout: Layout) -> tuple[EllipsisType | slice, ...]:
     """Return by what an array of this layout is cut to its first channels."""
     return (slice(None), slice(count)) if layout is Layout.CHANNELS_FIRST else (..., slice(count))
-
-
-def wrong_channels(shape: Sequence[int], layout: Layout, channels: int) -> str:
-    """Return what to tell whoever gave latents of this shape to a codebook of so many channels.
-
-    Args:
-        shape: of the latents, whose channel axis has another length than `channels`.
-        layout: how the shape was read.
-        channels: what the codebook takes.
-    """
-    found = shape[channel_axis(layout)]
-    text = f"latents of shape {tuple(shape)} have {found} channels in layout {layout}, the codebook takes {channels}"
-    other = Layout.CHANNELS_FIRST if layout is Layout.CHANNELS_LAST else Layout.CHANNELS_LAST
-    # Latents of two axes have their channels last.
-    if len(shape) > 2 and shape[channel_axis(other)] == channels:
-        return f'{text}: should it be layout="{other}"?'
-    if len(shape) in (3, 4) and shape[0] == channels:
-        return f"{text}: without a batch axis? latents[None] has one"
-    return text
-
-
-def wrong_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available: int) -> str:
-    """Return what to tell whoever gave indices of this shape, with an axis of stages that does not fit.
-
-    Args:
-        shape: of the indices, which have the rank of their latents.
-        layout: how the shape was read.
-        wanted: indices per token that decode is to read.
-        available: that the codebook has.
-    """
-    found = shape[channel_axis(layout)]
-    which = str(available) if wanted == available else f"{wanted} to {available}"
-    hint = ""
-    if layout is Layout.CHANNELS_FIRST and wanted <= shape[0] <= available:
-        hint = ": are they (n_q, b, ...)? swapaxes(0, 1) first"
-    elif found < wanted == available:
-        hint = ": say num_quantizers= to decode fewer"
-    return f"indices of shape {tuple(shape)} have {found} for a token in layout {layout}, expected {which}{hint}"
 
 
 def grid_shape(latents_shape: Sequence[int], layout: Layout) -> tuple[int, ...]:

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from vqserve_server import console, grpcio_release, signals
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
+from vqserve_server.console import event
 from vqserve_server.engine import Engine
 from vqserve_server.errors import StartError
-from vqserve_server.network import address, check, check_unix_socket, is_loopback
-from vqserve_server.repository import Repository, Rescans
+from vqserve_server.network import address, check, check_unix_socket, warn_if_open
+from vqserve_server.repository import Reloader, Repository
 from vqserve_server.rpc import RpcServer
 from vqserve_server.tokenizer import Tokenizer
 
@@ -65,7 +66,7 @@ class App:
             rpc = self._config.rpc
             raise StartError(f"cannot listen on {address(rpc.host, rpc.port)}") from None
         if self._config.rpc.unix_socket:
-            logger.info("listening on unix:%s too", self._config.rpc.unix_socket)
+            logger.info(event("listening", address=f"unix:{self._config.rpc.unix_socket}"))
         return port
 
     def swap(self, tokenizers: Sequence[Tokenizer]) -> None:
@@ -81,24 +82,24 @@ class App:
         finished = await asyncio.to_thread(self._rpc.stop, self._config.drain_seconds)
         left_s = max(deadline - self._loop.time(), _IDLE_END_S)
         stopped = await asyncio.to_thread(self.engine.stop, left_s)
-        logger.info("served %s", self.engine.stats)
+        logger.info(event("served", **self.engine.stats.summary()))
         return finished and stopped
 
     def _on_broken(self) -> None:
-        def tell() -> None:
+        def stop_serving() -> None:
             self._rpc.not_serving()
             self.broken.set()
 
-        self._loop.call_soon_threadsafe(tell)
+        self._loop.call_soon_threadsafe(stop_serving)
 
 
 async def serve(repository: Repository, config: ServeConfig, *, worker: int | None = None) -> int:
     """Serve until a signal says to stop or the device is lost; return the exit code.
 
-    SIGHUP has the repository rescanned; until it is awaited here it may be blocked, and then is not lost.
+    SIGHUP reloads the repository. One that came during the start is handled as soon as this waits for it.
     """
     app = App(repository.tokenizers, config, shares_port=worker is not None)
-    rescans = Rescans(repository, lambda: app.swap(repository.tokenizers))
+    reloader = Reloader(repository, lambda: app.swap(repository.tokenizers))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -106,22 +107,22 @@ async def serve(repository: Repository, config: ServeConfig, *, worker: int | No
         if stop.is_set():
             # As process 1 of a container a signal's default action would be to ignore it.
             os._exit(128 + number)
-        logger.info("%s: stopping", signal.Signals(number).name)
+        logger.info(event("stopping", signal=signal.Signals(number).name))
         stop.set()
 
-    def on_hangup() -> None:
+    def on_reload() -> None:
         if not stop.is_set():
-            rescans.ask()
+            reloader.request()
 
     def on_orphaned() -> None:
         # Once: a pipe at its end stays readable.
         loop.remove_reader(sys.stdin.fileno())
-        logger.info("the parent is gone: stopping")
+        logger.info(event("stopping", reason="the parent process has ended"))
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    signals.hear(loop, on_hangup)
+    signals.on_sighup(loop, on_reload)
     if worker is not None:
         # The parent's end of the pipe closes when the parent is gone.
         loop.add_reader(sys.stdin.fileno(), on_orphaned)
@@ -137,8 +138,8 @@ async def serve(repository: Repository, config: ServeConfig, *, worker: int | No
     in_time = await app.stop()
     code = 1 if app.broken.is_set() else 0
     if not in_time:
-        logger.warning("not all requests were answered within --drain-seconds %g", config.drain_seconds)
-    if not in_time or rescans.is_busy:
+        logger.warning(event("drain_expired", drain_seconds=config.drain_seconds))
+    if not in_time or reloader.is_busy:
         # A thread that computes cannot be stopped, and the interpreter's own end may trip over it.
         _exit_now(code)
     return code
@@ -163,8 +164,7 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
         check(config.rpc.host, config.rpc.port)
         if config.rpc.unix_socket:
             check_unix_socket(config.rpc.unix_socket)
-        if not is_loopback(config.rpc.host):
-            logger.warning("listening on %s without TLS or tokens: anybody who reaches it can use it", config.rpc.host)
+        warn_if_open(config.rpc.host)
     repository = Repository(sources, device=config.device, search=config.search)
     repository.load()
     # What there is now stays: a collection after a swap need not look at it.

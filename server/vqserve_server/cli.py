@@ -9,7 +9,6 @@ import argparse
 import importlib
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,15 +18,13 @@ from types import MappingProxyType
 
 from vqserve import __version__
 from vqserve.arguments import Parser
+from vqserve.errors import COMMAND_LINE, VqserveError
 from vqserve_server import config as settings
 from vqserve_server import signals, supervisor
 from vqserve_server.console import printable
-from vqserve_server.errors import VqserveError
 
 # What the extra `server` brings; without it the client still works.
 _EXTRA = frozenset({"grpc_reflection", "torch"})
-# As the library says it, in errors.
-_LAYOUT = re.compile(r'\blayout="(\w+)"')
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,9 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = NO
         args = _parser(arguments[0] if arguments else "", commands).parse_command(arguments, _spaced_levels)
         run: Callable[[argparse.Namespace], int] = args.run
         return run(args)
-    except (VqserveError, settings.ConfigError, OSError) as error:
+    except VqserveError as error:
+        return _complain(error.text(COMMAND_LINE))
+    except (settings.ConfigError, OSError) as error:
         return _complain(str(error))
     except KeyboardInterrupt:
         return 130
@@ -106,7 +105,7 @@ def _parser(asked: str, commands: Mapping[str, Command]) -> Parser:
 def _serve(args: argparse.Namespace) -> int:
     config = settings.resolve(vars(args), os.environ)
     worker = os.environ.get(supervisor.WORKER_VARIABLE)
-    with _ended_by_sigterm(), signals.kept():
+    with _ended_by_sigterm(), signals.sighup_blocked():
         if worker is None and config.workers > 1:
             return supervisor.run(args.sources, config)
         from vqserve_server import app  # noqa: PLC0415
@@ -137,6 +136,6 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 def _complain(text: str) -> int:
     # Names of files, and in them, are text of any kind.
-    line = printable(_LAYOUT.sub(r"--layout \1", " ".join(text.split())))
+    line = printable(" ".join(text.split()))
     print(f"vqserved: error: {line}", file=sys.stderr)
     return 1

@@ -87,7 +87,7 @@ def find_codebooks(sources: Sequence[str]) -> Found:
 
     Args:
         sources: paths of files or folders, or NAME=FILE; none: the demo codebook. A folder holds files
-            (`book.safetensors`) and folders of versions (`book/3.safetensors`); what begins with a dot is passed over.
+            (`book.safetensors`) and folders of versions (`book/3.safetensors`); what begins with a dot is skipped.
     """
     found = Found()
     claims: dict[str, list[_Claim]] = {}
@@ -151,7 +151,7 @@ def _look_at(child: Path, root: Path) -> Iterator[_Claim | Problem]:
     is_folder = child.is_dir()
     if not is_folder and not child.name.endswith(SUFFIX):
         if child.suffix.lower() in IMPORTED:
-            text = f"{child} is passed over: it is no *{SUFFIX} file; `vqserved import` makes one of it"
+            text = f"{child} is skipped: it is no *{SUFFIX} file; `vqserved import` makes one of it"
             yield Problem(text, (child,), is_fatal=False)
         return
     if not _is_inside(child, root):
@@ -173,7 +173,7 @@ def _versions(folder: Path, root: Path) -> Iterator[_Claim | Problem]:
     candidates = [child for child in children if child.name.endswith(SUFFIX)]
     for child in candidates:
         if not _VERSION.fullmatch(child.stem):
-            text = f"{child} is passed over: a version's name is its number, as in 3{SUFFIX}, without zeros before it"
+            text = f"{child} is skipped: a version's name is its number, as in 3{SUFFIX}, without zeros before it"
             yield Problem(text, (child,), is_fatal=False)
         elif not _is_inside(child, root):
             yield _led_out(child)
@@ -184,7 +184,7 @@ def _versions(folder: Path, root: Path) -> Iterator[_Claim | Problem]:
         yield _Claim(name, folder, {f"{name}{VERSION_MARK}{version}": files[version] for version in sorted(files)})
     elif not candidates:
         # Not its path: what was served from there is gone.
-        yield Problem(f"{folder} is passed over: it holds no N{SUFFIX}", is_fatal=False)
+        yield Problem(f"{folder} is skipped: it holds no N{SUFFIX}", is_fatal=False)
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -6,6 +6,8 @@ import importlib.metadata
 import logging
 import re
 
+from vqserve_server.console import event
+
 # The first release that is tested, and the first that is not any more. pyproject.toml has the same bounds, and
 # `make test-grpcio` runs the tests on the oldest and the newest release between them.
 OLDEST = "1.72.2"
@@ -23,12 +25,7 @@ def warn_if_untested() -> None:
     """Log a warning where the installed grpcio is outside the tested range."""
     release = importlib.metadata.version("grpcio")
     if not is_tested(release):
-        logger.warning(
-            "grpcio %s is not tested with this vqserve: install a release from %s up to, but not including, %s",
-            release,
-            OLDEST,
-            BELOW,
-        )
+        logger.warning(event("grpcio_untested", release=release, tested=f"{OLDEST} to below {BELOW}"))
 
 
 def _numbers(release: str) -> tuple[int, ...]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import socket
 from pathlib import Path
 
+from vqserve_server.console import event
 from vqserve_server.errors import StartError
+
+logger = logging.getLogger(__name__)
 
 # gRPC reads its targets as URIs, in which these do not stand for themselves.
 _URI_MARKS = "%?#"
@@ -24,6 +28,12 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def warn_if_open(host: str) -> None:
+    """Log a warning if other machines reach a host: there is neither TLS nor authentication."""
+    if not is_loopback(host):
+        logger.warning(event("listening_openly", host=host, risk="no TLS, no tokens: every caller is served"))
 
 
 def reserve(host: str, port: int, *, shared: bool) -> socket.socket:

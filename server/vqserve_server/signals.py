@@ -1,4 +1,4 @@
-"""SIGHUP, which asks for a rescan, and whose default would be to end the process."""
+"""SIGHUP, which asks for a reload, and whose default action would end the process."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def kept() -> Iterator[None]:
-    """Keep those that come until whoever serves hears of them, and drop those that come later.
+def sighup_blocked() -> Iterator[None]:
+    """Block SIGHUP until `on_sighup` installs a handler; ignore it after the block ends.
 
-    No thread may run yet that was not started by this one: it would take the signal, as numpy's threads do.
+    Only threads that start within the block may run: another thread, such as numpy's, would get the signal.
     """
-    # Blocked, it waits: for this thread and for those that it starts.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield
     finally:
-        # Or one would end the process before it has said why it ends, or as if it had failed.
+        # Or a late SIGHUP would end the process before it prints an error, or with an exit code of failure.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def hear(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    """Have the loop call back for each from now on, and for one that was kept; a loop that is closed hears none."""
+def on_sighup(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """Make the loop call back for each SIGHUP, also for one that was blocked; not after the loop is closed."""
 
-    def heard(*_: object) -> None:
+    def handle(*_: object) -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(call)
 
-    # Not by the loop's own handlers: it takes them away when it is closed, and the default is back.
-    signal.signal(signal.SIGHUP, heard)
+    # Not a handler of the loop: the loop removes it when it is closed, which restores the default action.
+    signal.signal(signal.SIGHUP, handle)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})

@@ -20,8 +20,9 @@ from vqserve_server import config as settings
 from vqserve_server import console, grpcio_release, signals
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
+from vqserve_server.console import event
 from vqserve_server.errors import StartError
-from vqserve_server.network import is_loopback, reserve
+from vqserve_server.network import reserve, warn_if_open
 
 # Set for a worker, to its number; not one of the settings, which people may set.
 WORKER_VARIABLE = "_VQSERVE_WORKER"
@@ -78,7 +79,7 @@ class Workers:
         self._port = port
         self._processes: dict[int, asyncio.subprocess.Process] = {}
         self._ready: set[int] = set()
-        self._rescans = 0
+        self._reloads = 0
         self._stopping = asyncio.Event()
         self._keepers: list[asyncio.Task[int]] = []
 
@@ -101,23 +102,23 @@ class Workers:
     async def stop(self, number: int = signal.SIGTERM) -> bool:
         """Tell all to stop and wait, for those that hang not for ever; return whether all did as they were told."""
         self._stopping.set()
-        self.tell(number)
+        self.send(number)
         _, late = await asyncio.wait(self._keepers, timeout=self._config.drain_seconds + _END_S)
         if late:
-            logger.warning("workers that have not stopped by now are killed: %d", len(late))
-            self.tell(signal.SIGKILL)
+            logger.warning(event("workers_killed", count=len(late)))
+            self.send(signal.SIGKILL)
         # A worker that was still loading ends of the signal.
         expected = {0, 128 + number, -number}
         return expected.issuperset(await asyncio.gather(*self._keepers))
 
-    def tell(self, number: int) -> None:
+    def send(self, number: int) -> None:
         """Send a signal to all."""
         for process in self._processes.values():
             _send(process, number)
 
-    def rescan(self) -> None:
-        """Have all look at their codebook files again; one that is starting, when it is ready."""
-        self._rescans += 1
+    def reload(self) -> None:
+        """Make all workers reload their codebooks; one that is starting, when it is ready."""
+        self._reloads += 1
         for number in self._ready:
             # One that has just died is started again, and looks for itself.
             _send(self._processes[number], signal.SIGHUP)
@@ -134,7 +135,7 @@ class Workers:
             if self._stopping.is_set():
                 return code
             delay_s = back_off.delay_s(time.monotonic() - started)
-            logger.warning("worker %d ended with %d: starting it again in %g s", number, code, delay_s)
+            logger.warning(event("worker_ended", number=number, code=code, restart_s=delay_s))
             try:
                 await asyncio.wait_for(self._stopping.wait(), delay_s)
             except TimeoutError:
@@ -143,7 +144,7 @@ class Workers:
             return 0
 
     async def _run(self, number: int, first_line: asyncio.Future[str]) -> int:
-        rescans = self._rescans
+        reloads = self._reloads
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -160,16 +161,17 @@ class Workers:
             )
         except (OSError, RuntimeError) as error:
             # No memory, files, processes or threads (a RuntimeError) are left, and for the next attempt there may be.
-            logger.error("worker %d cannot be started: %s", number, getattr(error, "strerror", None) or error)
+            reason = getattr(error, "strerror", None) or error
+            logger.error(event("worker_not_started", number=number, error=reason))
             return 1
         self._processes[number] = process
         if self._stopping.is_set():
             _send(process, signal.SIGTERM)
         line = (await process.stdout.readline()).decode() if process.stdout is not None else ""
         if line:
-            logger.info("worker %d is ready (process %d)", number, process.pid)
+            logger.info(event("worker_ready", number=number, pid=process.pid))
             self._ready.add(number)
-            if self._rescans != rescans:
+            if self._reloads != reloads:
                 # It may have looked before the change that it was to see; before now the signal would have ended it.
                 _send(process, signal.SIGHUP)
             if not first_line.done():
@@ -198,13 +200,13 @@ async def serve(sources: Sequence[str], config: ServeConfig, port: int) -> int:
 
     def on_signal(number: int) -> None:
         if stop.is_set():
-            workers.tell(signal.SIGKILL)
-        logger.info("%s: stopping", signal.Signals(number).name)
+            workers.send(signal.SIGKILL)
+        logger.info(event("stopping", signal=signal.Signals(number).name))
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    signals.hear(loop, workers.rescan)
+    signals.on_sighup(loop, workers.reload)
     starting = asyncio.create_task(workers.start())
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -229,7 +231,6 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     find_codebooks(sources).check()
     host, port = config.rpc.host, config.rpc.port
     reserve(host, port, shared=False).close()
-    if not is_loopback(host):
-        logger.warning("listening on %s without TLS or tokens: anybody who reaches it can use it", host)
+    warn_if_open(host)
     with reserve(host, port, shared=True) as held:
         return asyncio.run(serve(sources, config, held.getsockname()[1]))

@@ -1,4 +1,4 @@
-"""`vqserved`: the daemon's command line with the tools beside `serve`."""
+"""`vqserved`: the command line of the server, with the commands of the tools."""
 
 from __future__ import annotations
 

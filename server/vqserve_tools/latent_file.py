@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from vqserve.errors import of_file
 from vqserve.layout import Layout, channel_axis, parse_layout, resolve_layout
-from vqserve_server.errors import InvalidDtype, InvalidOption, InvalidShape, NonFiniteLatents
+from vqserve.validation import not_finite, not_latents
+from vqserve_server.errors import InvalidOption, InvalidShape
 from vqserve_server.validation import first_non_finite
 
 _CHUNK_BYTES = 1 << 26
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Put the name of the file that latents come from in front of what is wrong with them."""
-    try:
-        yield
-    except (InvalidDtype, InvalidShape) as error:
-        raise type(error)(f"{path}: {error}") from None
-    except NonFiniteLatents as error:
-        # Not its own type: one that names a token is made of more than a text.
-        raise NonFiniteLatents(f"{path}: {error}") from None
 
 
 class LatentRows:
@@ -62,23 +51,16 @@ class LatentRows:
             InvalidShape: wrong rank for latents or for the layout, or no channels.
         """
         if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-            raise InvalidDtype(
-                f"latents must be float16, float32 or float64, not {array.dtype}: see .astype(numpy.float32)"
-            )
-        try:
-            asked = parse_layout(layout)
-        except ValueError as error:
-            raise InvalidOption(str(error)) from None
-        try:
-            self.layout = resolve_layout(array.ndim, asked, default)
-        except ValueError as error:
-            raise InvalidShape(str(error)) from None
+            raise not_latents(array.dtype)
+        self.layout = resolve_layout(array.ndim, parse_layout(layout), default)
         self.array = array
         self.dtype = np.dtype(np.float64 if keeps_float64 and array.dtype.itemsize == 8 else np.float32)
         self._rows_last = np.moveaxis(array, channel_axis(self.layout), -1)
         self.dim = self._rows_last.shape[-1]
         if self.dim == 0:
-            raise InvalidShape(f"latents of shape {array.shape} have no channels in layout {self.layout}")
+            raise InvalidShape(
+                f"latents of shape {array.shape} have no channels in layout {self.layout}", array="latents"
+            )
 
     @classmethod
     def open(
@@ -89,7 +71,7 @@ class LatentRows:
         Raises:
             OSError: the file cannot be read.
             InvalidOption: it is no .npy file of numbers.
-            InvalidRequest: as the constructor.
+            InvalidArgument: as the constructor.
         """
         # Opening a pipe would wait for a writer.
         if path.exists() and not path.is_file():
@@ -105,7 +87,7 @@ class LatentRows:
             raise
         except ValueError as error:
             raise InvalidOption(f"{path} is not a .npy file of numbers: {error}") from None
-        with naming(path):
+        with of_file(path):
             return cls(array, layout, default=default, keeps_float64=keeps_float64)
 
     @property
@@ -141,7 +123,6 @@ class LatentRows:
             with np.errstate(over="ignore"):
                 position = first_non_finite(chunk.astype(self.dtype, copy=False))
             if position is not None:
-                named = [start + position[0], *position[1:]]
                 value = float(chunk[position])
-                beyond = ", beyond float32's range" if math.isfinite(value) else ""
-                raise NonFiniteLatents(f"latents{named} is {value}{beyond}")
+                whole = [start + position[0], *position[1:]]
+                raise not_finite(whole, value, as_float32=math.isfinite(value))

@@ -1,4 +1,4 @@
-"""How far a task is, on stderr: a bar on a terminal, and else, for a log, a line now and then."""
+"""Progress of a task on stderr: a bar on a terminal, otherwise (in a log) a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ _SECONDS_PER_LINE = 10.0
 
 
 class Progress(Protocol):
-    """What is told of one task."""
+    """Receives the progress of one task."""
 
     def update(self, count: int = 1, /) -> object:
-        """Say that so many more are done."""
+        """Add `count` finished units."""
 
     def set_postfix_str(self, text: str, /) -> None:
-        """Say how it goes; shown behind the count."""
+        """Set the text that is shown after the count."""
 
 
 @contextmanager
 def progress_of(what: str, total: int, unit: str, *, shown: bool, is_main: bool = False) -> Iterator[Progress]:
-    """Give what is to be told of a task.
+    """Show the progress of a task while the `with` lasts.
 
     Args:
-        what: the task, such as "training".
-        total: how many units it has.
-        unit: what is counted, such as "step".
-        shown: whether anything is told.
-        is_main: whether the end is worth a line even if all of it took no time.
+        what: name of the task, such as "training".
+        total: number of units.
+        unit: name of a unit, such as "step".
+        shown: whether to show progress at all.
+        is_main: whether to show the end even if the task was too short for a line.
     """
     if shown and not sys.stderr.isatty():
         lines = _Lines(what, total, f"{unit}s")
@@ -45,7 +45,7 @@ def progress_of(what: str, total: int, unit: str, *, shown: bool, is_main: bool 
 
 
 class _Lines:
-    """Progress as lines, so many seconds apart."""
+    """Progress as lines, at least _SECONDS_PER_LINE apart."""
 
     def __init__(self, what: str, total: int, units: str) -> None:
         self._what = what
@@ -53,22 +53,22 @@ class _Lines:
         self._units = units
         self._done = 0
         self._note = ""
-        self._told_at = time.monotonic()
-        self._told = 0
+        self._shown_at = time.monotonic()
+        self._shown = 0
 
     def update(self, count: int = 1, /) -> None:
         self._done += count
-        if time.monotonic() - self._told_at >= _SECONDS_PER_LINE:
-            self._tell()
+        if time.monotonic() - self._shown_at >= _SECONDS_PER_LINE:
+            self._show()
 
     def set_postfix_str(self, text: str, /) -> None:
         self._note = f", {text}"
 
     def end(self) -> None:
-        if self._told != self._done:
-            self._tell()
+        if self._shown != self._done:
+            self._show()
 
-    def _tell(self) -> None:
-        self._told_at, self._told = time.monotonic(), self._done
+    def _show(self) -> None:
+        self._shown_at, self._shown = time.monotonic(), self._done
         sys.stderr.write(f"{self._what}: {self._done} of {self._total} {self._units}{self._note}\n")
         sys.stderr.flush()

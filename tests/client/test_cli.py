@@ -124,7 +124,7 @@ def test_errors_name_flags_where_the_sdk_names_options(vqserve, tiny, serve_tiny
     source, middle, _ = files
     two = serve_tiny(codes("a"), codes("b"))
     _, _, err = vqserve("encode", source, "-o", middle, "--target", two.target)
-    assert "the server has 2 codebooks, say which with --codebook: a, b (server" in err
+    assert "2 codebooks are served, say which with --codebook: a, b (server" in err
     assert "lists what is served" not in err
     tiny.script.append(failing("RESOURCE_EXHAUSTED", "Received message larger than max (9 vs. 4)"))
     assert "--max-message-bytes must be what both sides take" in vqserve("encode", source, "-o", middle)[2]
@@ -195,7 +195,7 @@ def test_errors_are_one_line_and_leave_nothing_behind(vqserve, tiny, failing, fi
     assert "is a folder" in vqserve("encode", source, "-o", tmp_path)[2]
     assert "is the name of a folder" in vqserve("encode", source, "-o", f"{tmp_path}/new/")[2]
     assert "no codebook 'x' is served" in vqserve("encode", source, "-o", middle, "--codebook", "x")[2]
-    assert "was pinned" in vqserve("encode", source, "-o", middle, "--digest", "0" * 64)[2]
+    assert "codebook 'small' has digest" in vqserve("encode", source, "-o", middle, "--digest", "0" * 64)[2]
     tiny.script.append(failing("INTERNAL", "line\nline\x1b[31m"))
     code, _, err = vqserve("encode", source, "-o", middle)
     assert code == 1

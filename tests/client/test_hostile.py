@@ -150,7 +150,7 @@ def test_a_pinned_digest(tiny, connect, lying, latents):
     digest = tiny.codes["small"].info.digest
     assert connect(tiny.target, digest=digest).encode(latents(5, 4)).shape == (5,)
     for client, options in ((connect(tiny.target, digest=OTHER), {}), (connect(tiny.target), {"digest": OTHER})):
-        with pytest.raises(DigestMismatch, match=f"{OTHER} was pinned, the codebook has {digest}"):
+        with pytest.raises(DigestMismatch, match=f"codebook 'small' has digest {digest}, not '{OTHER}'"):
             client.encode(latents(5, 4), **options)
     assert len(tiny.requests) == 1
     client = connect(tiny.target, digest=digest)

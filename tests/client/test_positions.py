@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from vqserve_client import InvalidArgument
+from vqserve_client.arrays import of_whole
 from vqserve_client.cli import main
-from vqserve_client.positions import in_whole
 from vqserve_server.quantizers import ResidualQuantizer, VectorQuantizer
 from vqserve_server.tokenizer import Tokenizer
 
@@ -98,18 +98,19 @@ def test_the_shape_of_a_file_is_the_file_s(serving, books, latents, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("text", "whole"),
+    ("array", "position", "whole"),
     [
-        ("latents[0, 1, 2] is nan", "latents[3, 1, 12] is nan"),
-        ("the projection of token [0, 2] leaves float32", "the projection of token [3, 12] leaves float32"),
-        ("indices[0, 1, 2] decodes to a value [4]", "indices[3, 1, 12] decodes to a value [4]"),
-        ("latents[0, 1] is nan", None),
-        ("something else", None),
+        ("latents", (0, 1, 2), "latents[3, 1, 12]"),
+        ("tokens", (0, 2), "token [3, 12]"),
+        ("indices", (0, 1, 2), "indices[3, 1, 12]"),
+        ("latents", (0, 1), "latents[0, 1]"),
+        ("latents", None, "latents"),
     ],
 )
-def test_positions_in_texts(text, whole):
-    array = (slice(3, 4), slice(None), slice(10, 20))
-    assert in_whole(text, array=array, grid=(array[0], array[2])) == whole
+def test_positions_of_parts(array, position, whole):
+    cut = (slice(3, 4), slice(None), slice(10, 20))
+    error = InvalidArgument("{where} is wrong [0, 1, 2]", array=array, position=position)
+    assert of_whole(error, array=cut, grid=(cut[0], cut[2])).message == f"{whole} is wrong [0, 1, 2]"
 
 
 def test_the_array_of_many_that_failed(serving, books, connect, latents):

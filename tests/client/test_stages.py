@@ -160,7 +160,7 @@ def test_more_stages_than_there_are(serving, latents, tokenizer, tmp_path, capsy
     np.save(tmp_path / "in.npy", latents(3, 6))
     arguments = ["encode", str(tmp_path / "in.npy"), "-o", str(tmp_path / "out.npy"), "--num-quantizers", "6"]
     assert main([*arguments, "--target", serving(tokenizer).target]) == 1
-    assert "num_quantizers must be an integer in [1, 5], not 6" in capsys.readouterr().err
+    assert "--num-quantizers must be an integer in [1, 5], not 6" in capsys.readouterr().err
 
 
 def test_a_codebook_without_stages(serving, connect, latents):

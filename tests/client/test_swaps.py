@@ -153,7 +153,7 @@ def test_a_pinned_digest_holds_across_the_swap(books: Books, connect: Any, laten
     np.testing.assert_array_equal(pinned.encode(array), books.first.encode(array))
     second = books.swap()
     for _ in range(2):
-        with pytest.raises(DigestMismatch, match=f"{books.first.digest} was pinned, the codebook has {second.digest}"):
+        with pytest.raises(DigestMismatch, match=f"has digest {second.digest}, not '{books.first.digest}'"):
             pinned.encode(array)
     books.swap(seed=1)
     np.testing.assert_array_equal(pinned.encode(array), books.first.encode(array))
@@ -222,7 +222,7 @@ def test_a_file_is_all_of_one_codebook(
     error = capsys.readouterr().err
     assert error.startswith("vqserve: error: ")
     assert len(error.splitlines()) == 1
-    assert (f"digest {digest} was pinned" if pinned else f"the codebook no longer has digest {digest}") in error
+    assert (f"not '{digest}'" if pinned else f"the codebook no longer has digest {digest}") in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["books", "in.npy"]
     if not pinned:
         assert main(arguments) == 0

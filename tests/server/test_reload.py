@@ -52,15 +52,17 @@ def test_a_folder_is_rescanned_on_sighup(vqserved: Callable[..., Any], put: Call
         assert [info.name for info in client.codebooks()] == ["book", "book@1", "flat"]
     lines = daemon.rescan()
     check(daemon.target, flat=flat, book=two, book_v1=one, book_v2=two)
-    assert told(lines, "rescanned in ")[0].endswith(": 2 loaded, 1 unchanged, 0 removed, 0 refused")
+    assert "loaded=2 unchanged=1 removed=0 rejected=0 skipped=0" in told(lines, "reload_done ")[0]
     for name, book in (("flat", flat), ("book@2", two)):
-        assert told(lines, f"codebook {name}: ")[-1].endswith(f"search {book.search} on cpu, digest {book.digest[:12]}")
+        assert told(lines, f"codebook_loaded name={name} ")[-1].endswith(
+            f"search={book.search} device=cpu digest={book.digest[:12]}"
+        )
 
     (tmp_path / "book" / "2.safetensors").unlink()
     (tmp_path / "flat.safetensors").unlink()
     lines = daemon.rescan()
     check(daemon.target, book=one, book_v1=one)
-    assert len(told(lines, "no longer served")) == 2
+    assert len(told(lines, "codebook_removed ")) == 2
     with Client(daemon.target) as client, pytest.raises(CodebookNotFound, match="'flat'"):
         client.encode(LATENTS, codebook="flat")
 
@@ -82,7 +84,7 @@ def test_a_half_written_file_is_never_served(
         for start in range(0, len(content), len(content) // 3):
             lines = daemon.rescan()
             [warning] = told(lines, "WARNING")
-            assert f"codebook book not loaded from {path}, digest {old.digest[:12]} stays: " in warning
+            assert f"codebook_rejected name=book path={path} kept={old.digest[:12]} error=" in warning
             check(daemon.target, book=old)
             file.write(content[start : start + len(content) // 3])
             file.flush()
@@ -152,7 +154,7 @@ def test_nothing_that_starts_threads_is_imported_before_the_signal_is_kept() -> 
 def test_a_signal_between_the_loop_and_the_end_is_nobodys() -> None:
     code = (
         "import asyncio, signal; from vqserve_server import signals\n"
-        "loop = asyncio.new_event_loop(); signals.hear(loop, print); loop.close()\n"
+        "loop = asyncio.new_event_loop(); signals.on_sighup(loop, print); loop.close()\n"
         "signal.raise_signal(signal.SIGHUP); print('alive')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
@@ -174,7 +176,7 @@ def test_a_signal_while_it_starts_is_not_lost(put: Callable[..., Any], tmp_path:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline().startswith("vqserved: ready on ")
-        read_until(process.stderr, " rescanned in ")
+        read_until(process.stderr, " reload_done ")
     finally:
         process.terminate()
         process.communicate()
@@ -190,7 +192,7 @@ def test_the_parent_passes_it_on_to_its_workers(
     for seed in (1, 2):
         book = put(tmp_path / "book.safetensors", seed=seed)
         lines = daemon.rescan(workers=2)
-        assert {line.partition(" worker ")[2][:1] for line in told(lines, "rescanned in ")} == {"0", "1"}
+        assert {line.partition(" worker=")[2][:1] for line in told(lines, "reload_done ")} == {"0", "1"}
         for _ in range(8):
             check(daemon.target, book=book)
     assert daemon.stop(signal.SIGTERM)[0] == 0
@@ -213,7 +215,7 @@ def test_a_worker_that_starts_meanwhile_hears_of_it_when_it_is_ready(
     # It has just begun: the signal itself would end it.
     book = put(tmp_path / "book.safetensors", seed=1)
     lines = daemon.rescan(workers=2)
-    assert {line.partition(" worker ")[2][:1] for line in told(lines, "rescanned in ")} == {"0", "1"}
+    assert {line.partition(" worker=")[2][:1] for line in told(lines, "reload_done ")} == {"0", "1"}
     assert workers() & started == started
     for _ in range(8):
         check(daemon.target, book=book)

@@ -58,7 +58,7 @@ def test_what_is_no_version_is_passed_over_aloud(tmp_path: Path, name: str) -> N
     found.check()
     assert list(found.files) == ["book@3"]
     [text] = texts(found, is_fatal=False)
-    assert f"{name}.safetensors is passed over" in text
+    assert f"{name}.safetensors is skipped" in text
 
 
 def test_what_begins_with_a_dot_is_passed_over(tmp_path: Path) -> None:
@@ -74,9 +74,9 @@ def test_a_folder_without_versions_is_passed_over_aloud(tmp_path: Path) -> None:
     found = find_codebooks([str(tmp_path)])
     found.check()
     assert list(found.files) == ["book"]
-    texts_of = {name: f"{tmp_path / name} is passed over: it holds no N.safetensors" for name in ("notes", "sub")}
+    texts_of = {name: f"{tmp_path / name} is skipped: it holds no N.safetensors" for name in ("notes", "sub")}
     named, *others = texts(found, is_fatal=False)
-    assert named.startswith(f"{tmp_path / 'named' / 'v3.safetensors'} is passed over: ")
+    assert named.startswith(f"{tmp_path / 'named' / 'v3.safetensors'} is skipped: ")
     assert others == list(texts_of.values())
 
 
@@ -98,7 +98,7 @@ def test_a_checkpoint_among_codebooks_is_told(tmp_path: Path) -> None:
     assert list(found.files) == ["book"]
     assert texts(found) == []
     assert texts(found, is_fatal=False) == [
-        f"{tmp_path / name} is passed over: it is no *.safetensors file; `vqserved import` makes one of it"
+        f"{tmp_path / name} is skipped: it is no *.safetensors file; `vqserved import` makes one of it"
         for name in ("codes.npy", "vqgan.ckpt")
     ]
 

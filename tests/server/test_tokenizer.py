@@ -261,7 +261,7 @@ def test_shapes_and_options_are_checked(tokenizer):
         tokenizer.decode(torch.zeros(2, dtype=torch.int64), layout="last")
     with pytest.raises(InvalidOption, match="dtype must be one of 'float32'"):
         tokenizer.decode(torch.zeros(2, dtype=torch.int64), dtype="float8")
-    with pytest.raises(InvalidOption, match="output must be one of latents"):
+    with pytest.raises(InvalidOption, match="output must be one of 'latents'"):
         tokenizer.decode(torch.zeros(2, dtype=torch.int64), output="rows")
     with pytest.raises(InvalidOption, match="dtype must be one of 'float32'"):
         tokenizer.decode(np.zeros(2, np.int64), dtype=np.int8)
@@ -453,7 +453,7 @@ def test_codebook_and_digest_are_held_against_the_info(tokenizer):
     indices = tokenizer.encode(latents, **fits)
     assert torch.equal(tokenizer.decode(indices, **fits), tokenizer.decode(indices))
     for options, error, text in (
-        ({"codebook": "other"}, UnknownCodebook, "no codebook 'other': this is 'plain'"),
+        ({"codebook": "other"}, UnknownCodebook, "no codebook 'other' is served, only: plain"),
         ({"digest": "0" * 64}, DigestMismatch, "'plain' has digest"),
     ):
         for call, array in ((tokenizer.encode, latents), (tokenizer.decode, indices)):

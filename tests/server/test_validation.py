@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout
+from vqserve.validation import check_has_output, check_indices_shape, check_latents_shape
 from vqserve_server import validation
 from vqserve_server.errors import IndexOutOfRange, InvalidDtype, InvalidOption, InvalidShape, NonFiniteLatents
 
@@ -33,36 +34,36 @@ INFO = CodebookInfo(
     ],
 )
 def test_layout_of_latents(shape, layout, expected):
-    assert validation.check_latents(shape, layout, info=INFO) is expected
+    assert check_latents_shape(shape, layout, info=INFO) is expected
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (4,) * 6, (2, 5), (2, 3, 3, 4), (2, 4, 3)])
 def test_shapes_that_are_refused_name_what_is_wrong(shape):
     with pytest.raises(InvalidShape, match=r"channels|axes"):
-        validation.check_latents(shape, None, info=INFO)
+        check_latents_shape(shape, None, info=INFO)
 
 
 def test_two_axes_have_no_channels_first():
     with pytest.raises(InvalidShape, match="at least 3 axes"):
-        validation.check_latents((4, 4), "channels_first", info=INFO)
+        check_latents_shape((4, 4), "channels_first", info=INFO)
 
 
 def test_unknown_layout_names_the_known_ones():
     with pytest.raises(InvalidOption, match="channels_last"):
-        validation.check_latents((2, 4), "nchw", info=INFO)
+        check_latents_shape((2, 4), "nchw", info=INFO)
 
 
 def test_sizes_that_overflow_are_refused_also_beside_an_empty_axis():
     with pytest.raises(InvalidShape, match="too large"):
-        validation.check_latents((0, 4, 1 << 31, 1 << 31), None, info=INFO)
+        check_latents_shape((0, 4, 1 << 31, 1 << 31), None, info=INFO)
     with pytest.raises(InvalidShape, match="more than can be held"):
-        validation.check_indices_shape((0, 1 << 31, 1 << 31), None, info=INFO)
+        check_indices_shape((0, 1 << 31, 1 << 31), None, info=INFO)
 
 
 @pytest.mark.parametrize("rank", [0, 5])
 def test_ranks_of_indices(rank):
     with pytest.raises(InvalidShape, match="1 to 4 axes"):
-        validation.check_indices_shape((1,) * rank, None, info=INFO)
+        check_indices_shape((1,) * rank, None, info=INFO)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4", ">f2"])
@@ -124,7 +125,7 @@ def test_other_types_are_no_indices(dtype):
 
 def test_infos_layout_is_the_default():
     info = CodebookInfo(**{**vars(INFO), "layout": Layout.CHANNELS_FIRST})
-    assert validation.check_latents((2, 4, 3), None, info=info) is Layout.CHANNELS_FIRST
+    assert check_latents_shape((2, 4, 3), None, info=info) is Layout.CHANNELS_FIRST
 
 
 RESIDUAL = replace(INFO, kind="rvq", num_quantizers=5, layout=Layout.CHANNELS_FIRST)
@@ -142,7 +143,7 @@ RESIDUAL = replace(INFO, kind="rvq", num_quantizers=5, layout=Layout.CHANNELS_FI
     ],
 )
 def test_indices_with_stages(shape, layout, count, expected):
-    assert validation.check_indices_shape(shape, layout, info=RESIDUAL, num_quantizers=count) is expected
+    assert check_indices_shape(shape, layout, info=RESIDUAL, num_quantizers=count) is expected
 
 
 @pytest.mark.parametrize(
@@ -159,14 +160,14 @@ def test_indices_with_stages(shape, layout, count, expected):
 )
 def test_indices_without_their_stages(shape, count, match):
     with pytest.raises(InvalidShape, match=match):
-        validation.check_indices_shape(shape, None, info=RESIDUAL, num_quantizers=count)
+        check_indices_shape(shape, None, info=RESIDUAL, num_quantizers=count)
 
 
 def test_code_rows_of_stages():
-    validation.check_output("latents", info=RESIDUAL)
-    validation.check_output("code_rows", info=INFO)
+    check_has_output("latents", info=RESIDUAL)
+    check_has_output("code_rows", info=INFO)
     with pytest.raises(InvalidOption, match="'c' has stages"):
-        validation.check_output("code_rows", info=RESIDUAL)
+        check_has_output("code_rows", info=RESIDUAL)
 
 
 def test_a_kind_that_is_not_known_here_has_stages_if_it_has_several_indices():

@@ -86,11 +86,11 @@ def test_workers_share_a_port_and_stop_together(vqserved: Callable[..., Any], co
     connection.close()
     code, log = daemon.stop(signal.SIGTERM)
     assert code == 0
-    assert log.count("INFO worker 1 served") == 1
     served = [line for line in log.splitlines() if " served " in line]
+    assert sum(line.endswith(" worker=1") for line in served) == 1
     # The kernel spread the connections: no worker had them all.
     assert len(served) == 3
-    assert sum("served 0 requests" not in line for line in served) > 1
+    assert sum("served requests=0 " not in line for line in served) > 1
     eventually(lambda: all_gone(workers.values()))
 
 
@@ -106,7 +106,7 @@ def test_a_worker_that_dies_is_started_again_and_the_others_serve_on(
     assert children(daemon.process.pid)[1] == before[1]
     code, log = daemon.stop(signal.SIGINT)
     assert code == 0
-    assert "worker 0 ended with -9: starting it again in 0.5 s" in log
+    assert "worker_ended number=0 code=-9 restart_s=0.5" in log
 
 
 def test_workers_end_with_their_parent_however_it_ends(vqserved: Callable[..., Any], codebook: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_worker_for_which_nothing_is_left_is_the_parents_error_too(codebook: P
     )
     assert done.returncode == 1
     assert done.stdout == ""
-    assert "cannot be started: Too many open files" in done.stderr
+    assert 'error="Too many open files"' in done.stderr
     assert done.stderr.splitlines()[-1].startswith("vqserved: error: a worker did not start")
 
 
@@ -151,7 +151,7 @@ def test_a_worker_for_which_no_thread_is_left_is_the_parents_error_too(
     monkeypatch.setattr(asyncio, "create_subprocess_exec", no_thread)
     with pytest.raises(StartError, match="a worker did not start"):
         asyncio.run(Workers([str(codebook)], ServeConfig(workers=2), 0).start())
-    assert "worker 1 cannot be started: can't start new thread" in caplog.text
+    assert 'worker_not_started number=1 error="can\'t start new thread"' in caplog.text
 
 
 def test_a_worker_for_which_nothing_is_left_is_started_when_there_is(
@@ -163,10 +163,10 @@ def test_a_worker_for_which_nothing_is_left_is_started_when_there_is(
     lost = children(parent)[0]
     resource.prlimit(parent, resource.RLIMIT_NOFILE, (3, limits[1]))
     os.kill(lost, signal.SIGKILL)
-    read_until(daemon.process.stderr, "worker 0 cannot be started: Too many open files")
+    read_until(daemon.process.stderr, 'worker_not_started number=0 error="Too many open files"')
     resource.prlimit(parent, resource.RLIMIT_NOFILE, limits)
     eventually(lambda: 0 in children(parent))
-    read_until(daemon.process.stderr, "worker 0 is ready")
+    read_until(daemon.process.stderr, "worker_ready number=0")
     answers(daemon.target, codebook)
     assert daemon.stop(signal.SIGTERM)[0] == 0
 
@@ -244,7 +244,7 @@ def test_a_signal_while_workers_start(codebook: Path) -> None:
 def test_a_stop_while_a_worker_waits_to_be_started_again(vqserved: Callable[..., Any], codebook: Path) -> None:
     daemon = vqserved(codebook, "--workers", 2)
     os.kill(children(daemon.process.pid)[0], signal.SIGKILL)
-    read_until(daemon.process.stderr, "worker 0 ended with -9: starting it again in 0.5 s")
+    read_until(daemon.process.stderr, "worker_ended number=0 code=-9 restart_s=0.5")
     assert daemon.stop(signal.SIGTERM)[0] == 0
 
 
@@ -254,7 +254,7 @@ def test_a_worker_that_hangs_does_not_hold_up_a_stop_for_ever(vqserved: Callable
     os.kill(workers[0], signal.SIGSTOP)
     code, log = daemon.stop(signal.SIGTERM)
     assert code == 1
-    assert "workers that have not stopped by now are killed: 1" in log
+    assert "workers_killed count=1" in log
     eventually(lambda: all_gone(workers.values()))
 
 

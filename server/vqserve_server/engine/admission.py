@@ -55,12 +55,17 @@ class EngineStats:
         seconds = rows * self.busy_s / self.rows if self.rows else 0.0
         return min(max(seconds, 0.05), 10.0)
 
-    def __str__(self) -> str:
-        return (
-            f"{self.requests} requests, {self.rows} rows in {self.batches} batches "
-            f"({self.mean_batch_requests:.2f} requests a batch, {self.largest_batch_requests} at most), "
-            f"device busy {self.busy_s:.2f} s, {self.failed_batches} batches failed"
-        )
+    def summary(self) -> dict[str, float]:
+        """Return the counters by name, for the log."""
+        return {
+            "requests": self.requests,
+            "rows": self.rows,
+            "batches": self.batches,
+            "mean_batch_requests": self.mean_batch_requests,
+            "largest_batch_requests": self.largest_batch_requests,
+            "busy_s": self.busy_s,
+            "failed_batches": self.failed_batches,
+        }
 
 
 class Admission:
@@ -96,7 +101,7 @@ class Admission:
         with self._lock:
             if self._closed is not None:
                 # A new exception each time: raising one adds a traceback to it.
-                raise type(self._closed)(*self._closed.args)
+                raise self._closed.with_fields()
             if self.requests >= self._config.max_queue_requests:
                 raise self._overloaded("requests")
             if self.requests:
@@ -119,6 +124,4 @@ class Admission:
             raise self._overloaded("bytes")
 
     def _overloaded(self, what: str) -> Overloaded:
-        return Overloaded(
-            f"too many {what} in the server: try again later", retry_after_s=self._retry_after_s(self.rows)
-        )
+        return Overloaded(f"too many {what} in the server", retry_after_s=self._retry_after_s(self.rows))

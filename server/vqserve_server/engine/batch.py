@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vqserve_server.console import event
 from vqserve_server.engine.job import Job, Key, RequestTiming
-from vqserve_server.errors import InvalidRequest
+from vqserve_server.errors import InvalidArgument
 
 
 class Staging:
@@ -79,11 +80,11 @@ class Batch:
         for part in self.parts:
             try:
                 part.job.write(part.start, results[part.rows])
-            except InvalidRequest as error:
+            except InvalidArgument as error:
                 part.job.resolve(error)
             except MemoryError:
                 # The other replies have their memory.
-                logger.exception("no memory for a reply of %d rows", part.job.rows)
+                logger.exception(event("reply_memory_failed", rows=part.job.rows))
                 part.job.resolve(BatchFailed("the computation failed"))
 
     def finish(self, *, started: float, ended: float) -> list[tuple[Job, RequestTiming]]:
@@ -102,7 +103,7 @@ class Batch:
                 complete.append((part.job, timing))
         return complete
 
-    def reject(self, error: InvalidRequest) -> None:
+    def reject(self, error: InvalidArgument) -> None:
         """Fail the job of its only part, which the error is about."""
         [part] = self.parts
         part.job.resolve(part.job.in_whole(error, part.start))

@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve.layout import Layout, grid_shape
+from vqserve.validation import beyond_dtype
 from vqserve_server.config import EngineConfig
+from vqserve_server.console import event
 from vqserve_server.engine.copy import first_overflow, read_rows, read_tokens, write_rows, write_tokens
-from vqserve_server.errors import Cancelled, DeadlineExpired, InvalidOption, InvalidRequest, TokenBeyondRange
+from vqserve_server.errors import Cancelled, DeadlineExceeded, InvalidArgument
 
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
@@ -167,10 +169,10 @@ class Job(ABC):
         """Copy the results of the rows from `start` on into the reply.
 
         Raises:
-            InvalidRequest: the reply cannot hold them; other jobs of the batch are not affected.
+            InvalidArgument: the reply cannot hold them; other jobs of the batch are not affected.
         """
 
-    def in_whole(self, error: InvalidRequest, start: int) -> InvalidRequest:
+    def in_whole(self, error: InvalidArgument, start: int) -> InvalidArgument:
         """Return an error about a row counted from `start` as one about the whole request."""
         return error
 
@@ -184,7 +186,7 @@ class Job(ABC):
             self._on_done()
         except Exception:
             # It may fail for the caller's connection, which must not end a thread of the engine.
-            logger.exception("a reply was not sent")
+            logger.exception(event("reply_failed"))
 
     def cancel(self) -> None:
         """Set `Cancelled` as the outcome, if there is none yet; `on_done` is not called: nobody waits for it."""
@@ -195,7 +197,7 @@ class Job(ABC):
     def is_wanted(self, now: float) -> bool:
         """Return whether the job still needs its result; one whose deadline has passed is resolved here."""
         if self.deadline is not None and self.deadline <= now:
-            self.resolve(DeadlineExpired("the deadline passed before the request was computed"))
+            self.resolve(DeadlineExceeded("the deadline passed before the request was computed"))
         return self.outcome is None
 
     def finish_part(self, rows: int, *, started: float, ended: float, batch: tuple[int, int]) -> RequestTiming | None:
@@ -233,11 +235,9 @@ class EncodeJob(Job):
         """Copy the rows [start, stop) into a batch."""
         read_rows(self.source, self.layout, start, stop, into)
 
-    def in_whole(self, error: InvalidRequest, start: int) -> InvalidRequest:
+    def in_whole(self, error: InvalidArgument, start: int) -> InvalidArgument:
         """Return an error about a row counted from `start` as one that names the token's position in the grid."""
-        if not isinstance(error, TokenBeyondRange):
-            return error
-        return TokenBeyondRange(error.text, start + error.row, grid_shape(self.source.shape, self.layout))
+        return error.placed(grid_shape(self.source.shape, self.layout), start)
 
     def write(self, start: int, results: Array) -> None:
         """Copy the results of the rows from `start` on into the reply."""
@@ -269,8 +269,7 @@ class DecodeJob(Job):
         """
         overflow = first_overflow(results, self.result.dtype)
         if overflow is not None:
-            grid = grid_shape(self.result.shape, self.layout)
-            position = [int(i) for i in np.unravel_index(start + overflow, grid)]
-            name = f"indices{position}" if self.key.num_quantizers is None else f"token {position}"
-            raise InvalidOption(f"{name} decodes to a value beyond the wanted type: take a wider one")
+            dtype = "bfloat16" if self.result.dtype == np.uint16 else self.result.dtype.name
+            error = beyond_dtype(start + overflow, dtype, has_stages=self.key.num_quantizers is not None)
+            raise error.placed(grid_shape(self.result.shape, self.layout))
         write_rows(results, self.result, self.layout, start)

@@ -7,15 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vqserve.codebook_info import VERSION_MARK, CodebookInfo
+from vqserve.validation import check_digest, no_codebook
 from vqserve_server.codebook_files import latest, version_order
-from vqserve_server.errors import UnknownCodebook
-from vqserve_server.validation import check_digest
 
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
-
-# What an error quotes of a name that a stranger sent.
-_QUOTED_CHARACTERS = 80
 
 
 class LiveSet:
@@ -39,18 +35,14 @@ class LiveSet:
         """Return the tokenizer of that name; for no name the only one, of several versions the latest.
 
         Raises:
-            UnknownCodebook: there is none of that name, or no name was given and there is not just one.
+            CodebookNotFound: there is none of that name, or no name was given and there is not just one.
             DigestMismatch: it has another digest than the caller expects ("": any will do).
         """
-        if name:
-            tokenizer = self._by_name.get(name)
-            problem = f"no codebook {name[:_QUOTED_CHARACTERS]!r}"
-        else:
-            bases = [base for base in self._by_name if VERSION_MARK not in base]
-            tokenizer = self._by_name[bases[0]] if len(bases) == 1 else None
-            problem = "the request names no codebook"
+        bases = [base for base in self._by_name if VERSION_MARK not in base]
+        asked = name or (bases[0] if len(bases) == 1 else "")
+        tokenizer = self._by_name.get(asked)
         if tokenizer is None:
-            raise UnknownCodebook(f"{problem}; served here: {', '.join(self._names()) or 'nothing'}")
+            raise no_codebook(name, self._names(), num_codebooks=len(bases))
         if expected_digest:
             check_digest(expected_digest, info=tokenizer.info)
         return tokenizer

@@ -114,7 +114,7 @@ class Scheduler:
         """
         with self._changed:
             if self._closed is not None:
-                raise type(self._closed)(*self._closed.args)
+                raise self._closed.with_fields()
             self._queue.put(job)
             # A thread that computes comes back without being woken.
             self._changed.notify()

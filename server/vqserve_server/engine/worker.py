@@ -7,11 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 
+from vqserve_server.console import event
 from vqserve_server.device import DeviceStreams, is_device_failure, wait_for_stream
 from vqserve_server.engine.admission import EngineStats
 from vqserve_server.engine.batch import Batch, BatchFailed, Staging
 from vqserve_server.engine.scheduler import Scheduler
-from vqserve_server.errors import DeviceBroken, InvalidRequest
+from vqserve_server.errors import DeviceBroken, InvalidArgument
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +76,9 @@ class Worker:
                 raise
             # Kernels of the failed batch may still read its codebook, which may be freed after this.
             wait_for_stream(batch.key.tokenizer.device)
-            if not isinstance(error, InvalidRequest):
+            if not isinstance(error, InvalidArgument):
                 self._stats.count_failed()
-                logger.exception("a batch of %d requests failed", len(batch.parts))
+                logger.exception(event("batch_failed", requests=len(batch.parts)))
                 batch.fail(BatchFailed("the computation failed"))
             # Only what depends on the codebook's weights shows this late: a projection that leaves float32's range.
             elif len(batch.parts) == 1:
@@ -87,7 +88,7 @@ class Worker:
                     self._serve(alone, staging)
 
     def _break(self, error: BaseException) -> None:
-        logger.critical("the device failed: no more requests are served", exc_info=error)
+        logger.critical(event("device_failed"), exc_info=error)
         broken = DeviceBroken("the device failed")
         self._scheduler.close(broken, drop=True)
         self._on_broken(broken)

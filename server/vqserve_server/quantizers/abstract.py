@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vqserve_server.errors import CodebookError, InvalidShape
+from vqserve.errors import rows_placed
+from vqserve.validation import check_indices_rank
+from vqserve_server.errors import CodebookError
 from vqserve_server.quantizers.checks import check_finite, check_size
 from vqserve_server.quantizers.dtypes import autocast_off, widen
 from vqserve_server.quantizers.frozen_lookup import FrozenLookup
@@ -70,8 +72,8 @@ class AbstractQuantizer(RemappedModule, Quantizer):
             OSError: the remap's file cannot be read.
         """
         super().__init__(num_codes, remap, unknown_index)
-        check_size("the number of input channels", input_dim)
-        check_size("the width of a code", code_dim)
+        check_size("input_dim", input_dim)
+        check_size("code_dim", code_dim)
         self.input_dim = int(input_dim)
         self.code_dim = self.output_dim = int(code_dim)
         self.loss_key = loss_key
@@ -135,7 +137,9 @@ class AbstractQuantizer(RemappedModule, Quantizer):
             if rows.shape[0] == 0:
                 return rows.new_empty(grid, dtype=torch.int64)
             problem = self.search_problem()
-            winners = problem.prepare().search(self._projected(rows, grid))
+            with rows_placed(grid):
+                projected = project(rows, self.input_projection())
+            winners = problem.prepare().search(projected)
             return (self.reported(winners) if problem.reports_full_ids else winners).reshape(grid)
 
     @torch.no_grad()
@@ -153,8 +157,7 @@ class AbstractQuantizer(RemappedModule, Quantizer):
             InvalidDtype: they are not integers.
             IndexOutOfRange: one is out of range; names the position.
         """
-        if not 1 <= indices.ndim <= 4:
-            raise InvalidShape(f"indices of shape {tuple(indices.shape)} must have 1 to 4 axes")
+        check_indices_rank(indices.ndim)
         ids = self.unmap_to_all(indices).reshape(-1)
         with autocast_off(indices.device):
             codes = self.code_rows()
@@ -207,9 +210,6 @@ class AbstractQuantizer(RemappedModule, Quantizer):
             _code_rows=served_rows,
             _latents=served_rows if latents is code_rows else Table(latents.to(device)),
         )
-
-    def _projected(self, rows: Tensor, grid: Sequence[int]) -> Tensor:
-        return project(rows, self.input_projection(), grid=grid)
 
     def _straight_through(self, z: Tensor, z_q: Tensor, dtype: torch.dtype) -> Tensor:
         # The value of z_q with the gradient of z (van den Oord et al. 2017, section 3.2).

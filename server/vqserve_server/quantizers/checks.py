@@ -7,7 +7,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from vqserve_server.errors import IndexOutOfRange, InvalidDtype, InvalidOption, NonFiniteLatents
+from vqserve.validation import not_an_index, not_finite, not_indices
+from vqserve_server.errors import InvalidOption
 
 _INTEGER_DTYPES = (
     torch.uint8,
@@ -30,7 +31,7 @@ def check_finite(z: Tensor) -> None:
     finite = torch.isfinite(z)
     if not bool(finite.all()):
         position = torch.nonzero(~finite)[0].tolist()
-        raise NonFiniteLatents(f"latents{position} is {float(z[tuple(position)])}")
+        raise not_finite(position, float(z[tuple(position)]))
 
 
 def check_integers(indices: Tensor) -> None:
@@ -40,7 +41,7 @@ def check_integers(indices: Tensor) -> None:
         InvalidDtype: for floating point, complex and bool.
     """
     if indices.dtype not in _INTEGER_DTYPES:
-        raise InvalidDtype(f"indices must be integers, not {indices.dtype}")
+        raise not_indices(indices.dtype)
 
 
 def checked_indices(indices: Tensor, bound: int) -> Tensor:
@@ -51,20 +52,22 @@ def checked_indices(indices: Tensor, bound: int) -> Tensor:
         IndexOutOfRange: names the first offender's position, its value and the range.
     """
     check_integers(indices)
-    # A uint64 beyond int64 turns negative here, so that it is refused too.
+    # A uint64 beyond int64 turns negative here, so that it is refused too, and named by its own value.
     wide = indices.to(torch.int64)
-    outside = (wide < 0) | (wide >= bound)
-    if bool(outside.any()):
-        position = torch.nonzero(outside)[0].tolist()
-        raise IndexOutOfRange(f"indices{position} is {indices[tuple(position)].item()}, not in [0, {bound})")
+    if not wide.numel():
+        return wide
+    low, high = torch.aminmax(wide)
+    if low < 0 or high >= bound:
+        position = torch.nonzero((wide < 0) | (wide >= bound))[0].tolist()
+        raise not_an_index(position, int(indices[tuple(position)].item()), bound)
     return wide
 
 
-def check_size(name: str, value: int) -> None:
+def check_size(name: str, value: object) -> None:
     """Refuse a size of a module that is not a positive integer.
 
     Raises:
         InvalidOption: names the argument.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise InvalidOption(f"{name} must be a positive integer, not {value!r}")
+        raise InvalidOption(f"{{option}} must be a positive integer, not {value!r:.40}", option=name)

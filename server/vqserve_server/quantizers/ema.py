@@ -49,7 +49,7 @@ class EMAVectorQuantizer(AbstractQuantizer):
             loss_key: the key of the loss in `info`.
 
         Raises:
-            InvalidRequest: an argument or the remap is not valid; see `AbstractQuantizer`.
+            InvalidArgument: an argument or the remap is not valid; see `AbstractQuantizer`.
         """
         super().__init__(
             num_codes=n_embed,

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers.dtypes import autocast_off
 from vqserve_server.search import SearchCounts
 
@@ -61,7 +60,6 @@ class FrozenQuantizer(ABC):
         rows: Tensor,
         *,
         num_quantizers: int | None = None,
-        grid: Sequence[int] | None = None,
         counts: Sequence[SearchCounts] | None = None,
     ) -> Tensor:
         """Return the indices of every row, the same as the quantizer's `encode`.
@@ -69,14 +67,13 @@ class FrozenQuantizer(ABC):
         Args:
             rows: (n, C) float32 or float64 on the device, finite.
             num_quantizers: how many of a residual quantizer's indices to give, in [1, all]; None: all.
-            grid: shape of the n tokens, by which an error names one; None: (n,).
             counts: what the search of each of a token's indices adds to, for those who measure.
 
         Returns:
             int64 on the device: (n,), of a residual quantizer (n, num_quantizers).
 
         Raises:
-            NonFiniteLatents: a token leaves float32's range on its way to the codes; names the first.
+            TokenBeyondRange: a token leaves float32's range on its way to the codes; its `row` is the first such.
         """
 
     @abstractmethod
@@ -104,16 +101,6 @@ class FrozenQuantizer(ABC):
         Raises:
             CodebookError: one was not found there: this codebook would give wrong tokens on this machine.
         """
-
-
-def check_output(output: str) -> None:
-    """Refuse what decode cannot give.
-
-    Raises:
-        InvalidOption: the output is neither "latents" nor "code_rows".
-    """
-    if output not in ("latents", "code_rows"):
-        raise InvalidOption(f"output must be 'latents' or 'code_rows', not {output!r}")
 
 
 def some(count: int, device: torch.device) -> Tensor:

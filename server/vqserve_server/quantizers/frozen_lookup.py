@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqserve.validation import check_output
 from vqserve_server.errors import CodebookError
 from vqserve_server.quantizers.dtypes import autocast_off
-from vqserve_server.quantizers.frozen import FrozenQuantizer, Output, check_output, some
+from vqserve_server.quantizers.frozen import FrozenQuantizer, Output, some
 from vqserve_server.quantizers.projections import project
 from vqserve_server.quantizers.search_problem import SearchProblem
 from vqserve_server.quantizers.table import Table
@@ -49,13 +50,12 @@ class FrozenLookup(FrozenQuantizer):
         rows: Tensor,
         *,
         num_quantizers: int | None = None,
-        grid: Sequence[int] | None = None,
         counts: Sequence[SearchCounts] | None = None,
     ) -> Tensor:
         """Return the index (n,) of every row's code; see `FrozenQuantizer.encode_rows`."""
         with autocast_off(self.device):
             if self._projection is not None:
-                rows = project(rows, self._projection, grid=grid)
+                rows = project(rows, self._projection)
             winners = self._searcher.search(rows, None if counts is None else counts[0])
         return winners if self._reported is None else self._reported[winners]
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vqserve.validation import check_output
 from vqserve_server.errors import CodebookError, InvalidOption, TokenBeyondRange
 from vqserve_server.quantizers.dtypes import autocast_off, widen, widened
-from vqserve_server.quantizers.frozen import FrozenQuantizer, Output, check_output
+from vqserve_server.quantizers.frozen import FrozenQuantizer, Output
 from vqserve_server.quantizers.frozen_lookup import FrozenLookup
 from vqserve_server.quantizers.projections import Projection, largest_projected, project
 from vqserve_server.quantizers.residual_structure import Part
@@ -39,9 +40,7 @@ class FrozenPart:
     output_projection: Projection | None
     largest: float
 
-    def encode(
-        self, rows: Tensor, out: Tensor, grid: Sequence[int], counts: Sequence[SearchCounts] | None = None
-    ) -> None:
+    def encode(self, rows: Tensor, out: Tensor, counts: Sequence[SearchCounts] | None = None) -> None:
         """Write the indices of rows (n, C) to their places in `out` (n, q), as far as it has them.
 
         The search of each adds to the `counts` of its place.
@@ -50,11 +49,11 @@ class FrozenPart:
         if count == 0:
             return
         residual = rows[:, self.part.start : self.part.stop].contiguous()
-        residual = project(residual, self.projection, grid=grid)
-        self._check_range(residual, grid)
+        residual = project(residual, self.projection)
+        self._check_range(residual)
         for number, stage in enumerate(self.stages[:count]):
             place = self.part.places[number]
-            indices = stage.encode_rows(residual, grid=grid, counts=None if counts is None else [counts[place]])
+            indices = stage.encode_rows(residual, counts=None if counts is None else [counts[place]])
             out[:, place] = indices
             if number + 1 < count:
                 # One float32 subtraction (float64 where the latents or the codes are): defined, not approximated.
@@ -71,12 +70,16 @@ class FrozenPart:
             total = total + stages[number].decode_rows(indices[:, places[number]])
         return total if self.output_projection is None else affine(total, *self.output_projection)
 
-    def _check_range(self, rows: Tensor, grid: Sequence[int]) -> None:
+    def _check_range(self, rows: Tensor) -> None:
         limit = torch.finfo(torch.promote_types(rows.dtype, self.stages[0].weight_dtype)).max
         too_large = ~(rows.abs().amax(dim=1).double() < limit / _ROOM - self.largest)
         if bool(too_large.any()):
             row = int(torch.nonzero(too_large)[0])
-            raise TokenBeyondRange("what the stages leave of {token} may leave the range of float32", row, grid)
+            raise TokenBeyondRange(
+                "what the stages leave of {where} may leave the range of float32",
+                array="tokens",
+                row=row,
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,7 +100,6 @@ class FrozenResidual(FrozenQuantizer):
         rows: Tensor,
         *,
         num_quantizers: int | None = None,
-        grid: Sequence[int] | None = None,
         counts: Sequence[SearchCounts] | None = None,
     ) -> Tensor:
         """Return the indices (n, num_quantizers) of every row; see `FrozenQuantizer.encode_rows`."""
@@ -105,7 +107,7 @@ class FrozenResidual(FrozenQuantizer):
         out = torch.empty(rows.shape[0], count, dtype=torch.int64, device=rows.device)
         with autocast_off(self.device):
             for part in self._parts:
-                part.encode(rows, out, rows.shape[:1] if grid is None else grid, counts)
+                part.encode(rows, out, counts)
         return out
 
     @torch.no_grad()
@@ -113,7 +115,9 @@ class FrozenResidual(FrozenQuantizer):
         """Return the row of every token's first q indices (n, q), in order; see `FrozenQuantizer.decode_rows`."""
         check_output(output)
         if output == "code_rows":
-            raise InvalidOption("a residual codebook has a code row for each index, and none for a token: take latents")
+            raise InvalidOption(
+                "a residual codebook has a code row for each index, and none for a token: take latents", option="output"
+            )
         with autocast_off(self.device):
             rows = [part.decode(indices) for part in self._parts]
             return (self._added(rows) if self._are_added else self._side_by_side(rows, len(indices))).to(

@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vqserve.validation import check_output
 from vqserve_server.errors import CodebookError, InvalidOption
 from vqserve_server.quantizers.dtypes import autocast_off
-from vqserve_server.quantizers.frozen import FrozenQuantizer, Output, check_output, some
+from vqserve_server.quantizers.frozen import FrozenQuantizer, Output, some
 from vqserve_server.quantizers.projections import Projection, largest_projected, moved, project
 from vqserve_server.search import SearchCounts, available
 from vqserve_server.search.rounding import affine
@@ -105,12 +106,11 @@ class FrozenScalar(FrozenQuantizer):
         rows: Tensor,
         *,
         num_quantizers: int | None = None,
-        grid: Sequence[int] | None = None,
         counts: Sequence[SearchCounts] | None = None,
     ) -> Tensor:
         """Return the index (n,) of every row, of which nothing is counted; see `FrozenQuantizer.encode_rows`."""
         with autocast_off(self.device):
-            rows = project(rows, self._projection, grid=grid)
+            rows = project(rows, self._projection)
         return self._indices(rows)
 
     def _indices(self, rows: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class LookupQuantizer(ProjectedModule, AbstractQuantizer):
             unknown_index: "random", "extra" or an integer: what an id outside the remap is reported as.
 
         Raises:
-            InvalidRequest: an argument or the remap is not valid; see `AbstractQuantizer`.
+            InvalidArgument: an argument or the remap is not valid; see `AbstractQuantizer`.
         """
         super().__init__(num_codes=n_e, input_dim=e_dim, code_dim=e_dim, remap=remap, unknown_index=unknown_index)
         self.n_e = self.num_codes

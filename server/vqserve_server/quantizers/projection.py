@@ -50,7 +50,7 @@ class VectorQuantizerWithInputProjection(ProjectedModule, VectorQuantizer):
             **kwargs: further arguments of `VectorQuantizer`.
 
         Raises:
-            InvalidRequest: an argument or the remap is not valid; see `AbstractQuantizer`.
+            InvalidArgument: an argument or the remap is not valid; see `AbstractQuantizer`.
         """
         super().__init__(n_codes, codebook_dim, beta, **kwargs)
         check_size("input_dim", input_dim)

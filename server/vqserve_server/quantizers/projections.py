@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
@@ -82,16 +81,15 @@ def moved(projection: Projection | None, device: torch.device) -> Projection | N
     return None if projection is None else (projection[0].to(device), projection[1].to(device))
 
 
-def project(rows: Tensor, projection: Projection | None, *, grid: Sequence[int] | None = None) -> Tensor:
+def project(rows: Tensor, projection: Projection | None) -> Tensor:
     """Return rows (N, C) @ weight.T + bias, (N, D) float32, each element the exact value rounded once.
 
     Args:
         rows: (N, C) float32 or float64, finite.
         projection: weight (D, C) and bias (D,), finite; None is the identity, which rounds nothing.
-        grid: shape of the N tokens, to name one; None: (N,).
 
     Raises:
-        NonFiniteLatents: a token's projection leaves float32's range; names the token.
+        TokenBeyondRange: a token's projection leaves float32's range; its `row` is the first such.
     """
     if projection is None:
         return rows
@@ -99,9 +97,7 @@ def project(rows: Tensor, projection: Projection | None, *, grid: Sequence[int] 
     finite = torch.isfinite(projected).all(dim=1)
     if not bool(finite.all()):
         row = int(torch.nonzero(~finite)[0])
-        raise TokenBeyondRange(
-            "the projection of {token} leaves the range of float32", row, rows.shape[:1] if grid is None else grid
-        )
+        raise TokenBeyondRange("the projection of {where} leaves the range of float32", array="tokens", row=row)
     return projected
 
 

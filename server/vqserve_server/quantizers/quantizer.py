@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from vqserve.layout import Layout, parse_layout
-from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers.frozen import FrozenQuantizer
 
 
@@ -47,10 +46,7 @@ class Quantizer(nn.Module, ABC):
 
     @layout.setter
     def layout(self, layout: str | None) -> None:
-        try:
-            self._layout = parse_layout(layout)
-        except ValueError as error:
-            raise InvalidOption(str(error)) from None
+        self._layout = parse_layout(layout)
 
     @property
     def decodable(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqserve_server.errors import InvalidRequest
+from vqserve_server.errors import InvalidArgument
 from vqserve_server.quantizers.checks import check_size, checked_indices
 from vqserve_server.quantizers.remap import (
     Remap,
@@ -43,7 +43,7 @@ class RemappedModule(nn.Module):
 
     def __init__(self, num_codes: int, remap: Remap | None, unknown_index: UnknownIndex) -> None:
         super().__init__()
-        check_size("the number of codes", num_codes)
+        check_size("num_codes", num_codes)
         self.num_codes = int(num_codes)
         self.remap: Remap | None = remap
         self._unknown = checked_unknown(unknown_index)
@@ -142,7 +142,7 @@ class RemappedModule(nn.Module):
         if isinstance(given, Tensor):
             try:
                 used = checked_used(given, self.num_codes)
-            except InvalidRequest as error:
+            except InvalidArgument as error:
                 error_msgs: list[str] = args[-1]
                 error_msgs.append(f"{prefix}used: {error}")
                 return

@@ -7,7 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from vqserve.errors import rows_placed
 from vqserve.layout import Layout, channel_axis
+from vqserve.validation import check_num_quantizers, check_stages
 from vqserve_server.quantizers.abstract import AbstractQuantizer
 from vqserve_server.quantizers.checks import check_finite, checked_indices
 from vqserve_server.quantizers.cosine import CosineQuantizer
@@ -21,7 +23,6 @@ from vqserve_server.quantizers.quantizer import Quantizer
 from vqserve_server.quantizers.residual_structure import Metric, Part, ResidualStructure
 from vqserve_server.quantizers.rows import from_rows, grid_of, layout_of, to_rows
 from vqserve_server.quantizers.vector import VectorQuantizer
-from vqserve_server.validation import check_num_quantizers, check_stages
 
 
 class ResidualPart(ProjectedModule):
@@ -152,7 +153,8 @@ class ResidualQuantizer(Quantizer):
         grid = grid_of(z, self.input_dim, self.layout)
         check_finite(z)
         rows = widen(to_rows(z, self.layout))
-        indices = freeze(self, device=z.device).encode_rows(rows, num_quantizers=count, grid=grid)
+        with rows_placed(grid):
+            indices = freeze(self, device=z.device).encode_rows(rows, num_quantizers=count)
         return from_rows(indices, grid, self.layout)
 
     @torch.no_grad()

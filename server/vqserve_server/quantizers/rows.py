@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vqserve.layout import Layout, channel_axis, grid_shape, num_rows, resolve_layout
-from vqserve_server.errors import InvalidDtype, InvalidShape
+from vqserve.validation import check_channels, not_latents
+from vqserve_server.errors import InvalidShape
 
 _LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -23,10 +24,7 @@ def layout_of(rank: int, default: Layout | None = None) -> Layout:
     Raises:
         InvalidShape: for any other rank.
     """
-    try:
-        return resolve_layout(rank, None, default)
-    except ValueError as error:
-        raise InvalidShape(str(error)) from None
+    return resolve_layout(rank, None, default)
 
 
 def grid_of(z: Tensor, channels: int, default: Layout | None = None) -> tuple[int, ...]:
@@ -43,11 +41,9 @@ def grid_of(z: Tensor, channels: int, default: Layout | None = None) -> tuple[in
     """
     shape = tuple(z.shape)
     if z.dtype not in _LATENT_DTYPES:
-        raise InvalidDtype(f"latents must be float16, bfloat16, float32 or float64, not {z.dtype}")
+        raise not_latents(z.dtype)
     layout = layout_of(z.ndim, default)
-    found = shape[channel_axis(layout)]
-    if found != channels:
-        raise InvalidShape(f"latents of shape {shape} have {found} channels in layout {layout}, expected {channels}")
+    check_channels(shape, layout, channels)
     return grid_shape(shape, layout)
 
 

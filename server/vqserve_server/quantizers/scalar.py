@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqserve_server.errors import InvalidOption, InvalidShape
+from vqserve.errors import rows_placed
+from vqserve.validation import check_indices_rank
+from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers.checks import check_finite, checked_indices
 from vqserve_server.quantizers.dtypes import widen
 from vqserve_server.quantizers.frozen import freeze
@@ -78,7 +80,8 @@ class ScalarQuantizer(ProjectedModule, Quantizer):
         grid = grid_of(z, self.input_dim, self.layout)
         check_finite(z)
         rows = widen(to_rows(z, self.layout))
-        return freeze(self, device=z.device).encode_rows(rows, grid=grid).reshape(grid)
+        with rows_placed(grid):
+            return freeze(self, device=z.device).encode_rows(rows).reshape(grid)
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
@@ -95,8 +98,7 @@ class ScalarQuantizer(ProjectedModule, Quantizer):
             InvalidDtype: they are not integers.
             IndexOutOfRange: one is out of range; names the position.
         """
-        if not 1 <= indices.ndim <= 4:
-            raise InvalidShape(f"indices of shape {tuple(indices.shape)} must have 1 to 4 axes")
+        check_indices_rank(indices.ndim)
         ids = checked_indices(indices, self.num_codes).reshape(-1)
         return from_rows(freeze(self, device=ids.device).decode_rows(ids), indices.shape, self.layout)
 

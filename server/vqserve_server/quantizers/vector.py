@@ -52,7 +52,7 @@ class VectorQuantizer(AbstractQuantizer):
             loss_key: the key of the loss in `info`.
 
         Raises:
-            InvalidRequest: an argument or the remap is not valid; see `AbstractQuantizer`.
+            InvalidArgument: an argument or the remap is not valid; see `AbstractQuantizer`.
         """
         super().__init__(
             num_codes=n_e, input_dim=e_dim, code_dim=e_dim, remap=remap, unknown_index=unknown_index, loss_key=loss_key

@@ -1,4 +1,4 @@
-"""What the command line's sources hold, as tokenizers."""
+"""The codebook files that the command line names, loaded as tokenizers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from pathlib import Path
 from vqserve.codebook_info import VERSION_MARK
 from vqserve_server.codebook_files import find_codebooks, latest
 from vqserve_server.codebooks import load_codebook
-from vqserve_server.console import printable
+from vqserve_server.console import event
 from vqserve_server.errors import CodebookError, CodebookFileError, VqserveError
 from vqserve_server.tokenizer import Tokenizer
 
-# Some file systems count seconds, some even two: a file that was touched so recently may be another one by now and look
-# the same.
+# Resolution of the times of some file systems: a file that changed this recently may change again unnoticed.
 _CLOCK_S = 2.0
 
 logger = logging.getLogger(__name__)
 
-# Device, inode, size, times of change: of a file that was not touched they stay.
+# Device, inode, size, times of change: they stay the same while a file does not change.
 Stamp = tuple[int, ...]
 
 
@@ -31,8 +30,8 @@ class Entry:
 
     Attributes:
         path: where it was found.
-        stamp: by which it is known again; None: it has to be read to know.
-        tokenizer: what serves it.
+        stamp: identifies the file's content without reading it; None: it must be read.
+        tokenizer: serves it.
     """
 
     path: Path
@@ -41,30 +40,26 @@ class Entry:
 
     @property
     def title(self) -> str:
-        """What tells it from others that a name without a version may stand for: "book@3", or its file's name."""
+        """Distinguishes it from other versions of its name: "book@3", or the name of its file."""
         return self.tokenizer.name if VERSION_MARK in self.tokenizer.name else self.path.name
 
 
 @dataclass
-class Tally:
-    """What a rescan did, in codebooks."""
+class ReloadCounts:
+    """How many codebooks a reload loaded, kept, removed, rejected (their files are bad) and skipped."""
 
     loaded: int = 0
     unchanged: int = 0
     removed: int = 0
-    refused: int = 0
-    passed_over: int = 0
-
-    def __str__(self) -> str:
-        over = f", {self.passed_over} passed over" if self.passed_over else ""
-        return f"{self.loaded} loaded, {self.unchanged} unchanged, {self.removed} removed, {self.refused} refused{over}"
+    rejected: int = 0
+    skipped: int = 0
 
 
 class Repository:
-    """Loads codebooks and knows what it has loaded. Belongs to one thread at a time.
+    """Loads codebooks, and reloads those whose files have changed. Used by one thread at a time.
 
-    A codebook counts as loaded when its file was read and found whole, its tables are on the device, and it has
-    encoded, decoded and found its own codes.
+    A codebook is loaded when its file was read and is complete, its tables are on the device, and it has encoded,
+    decoded and found its own codes.
     """
 
     def __init__(self, sources: Sequence[str], *, device: str = "auto", search: str = "auto") -> None:
@@ -82,7 +77,7 @@ class Repository:
 
     @property
     def tokenizers(self) -> list[Tokenizer]:
-        """What is fit to serve, under names as "book" and, of versions, "book@3"."""
+        """The codebooks to serve; their names are "book" or, of versions, "book@3"."""
         return [entry.tokenizer for entry in self._entries.values()]
 
     def load(self) -> None:
@@ -94,7 +89,7 @@ class Repository:
         found = find_codebooks(self._sources)
         found.check()
         for problem in found.problems:
-            logger.warning("%s", printable(problem.text))
+            logger.warning(event("codebook_skipped", problem=problem.text))
         for name, path in found.files.items():
             try:
                 self._entries[name] = self._load(name, path)
@@ -104,58 +99,59 @@ class Repository:
                 rest = text.removeprefix(path.name)
                 raise CodebookFileError(f"{path}: {text}" if rest == text else f"{path}{rest}") from None
 
-    def rescan(self) -> Tally:
-        """Look at the disk again and take over what has changed.
+    def reload(self) -> ReloadCounts:
+        """Load the files that have changed, and drop those that are gone.
 
-        A file that cannot be served is told in the log, and what was loaded under its name stays. A file that is gone
-        is dropped, unless the command line itself names it.
+        A file that cannot be served is logged, and the codebook of its name stays. So does one whose file is gone if
+        the command line names that file.
         """
         found = find_codebooks(self._sources)
         entries: dict[str, Entry] = {}
-        tally = Tally()
+        counts = ReloadCounts()
         for problem in found.problems:
             kept = {name: entry for name, entry in self._entries.items() if _is_below(entry.path, problem.paths)}
             if problem.is_fatal:
-                tally.refused += 1
+                counts.rejected += 1
             else:
-                tally.passed_over += 1
-            logger.warning("%s%s", printable(problem.text), f" ({_names(kept)})" if kept else "")
+                counts.skipped += 1
+            fields = {"kept": ",".join(kept)} if kept else {}
+            logger.warning(event("codebook_skipped", problem=problem.text, **fields))
             entries.update(kept)
         for name, path in found.files.items():
-            entry = self._renewed(name, path, tally)
+            entry = self._renewed(name, path, counts)
             if entry is not None:
                 entries[name] = entry
         for name in sorted(self._entries.keys() - entries.keys()):
-            tally.removed += 1
-            logger.info("codebook %s is gone from the disk: no longer served", name)
+            counts.removed += 1
+            logger.info(event("codebook_removed", name=name))
         before, after = latest(self._entries), latest(entries)
         for name in sorted(before.keys() & after.keys()):
             was, now = self._entries[before[name]], entries[after[name]]
             if was.title != now.title:
                 digest = now.tokenizer.digest[:12]
-                logger.info("codebook %s is now %s (was %s), digest %s", name, now.title, was.title, digest)
+                logger.info(event("codebook_version", name=name, now=now.title, was=was.title, digest=digest))
         self._entries = entries
-        return tally
+        return counts
 
-    def _renewed(self, name: str, path: Path, tally: Tally) -> Entry | None:
-        """Return what is to be served under a name from now on: the file's codebook, else the one before it, if any."""
+    def _renewed(self, name: str, path: Path, counts: ReloadCounts) -> Entry | None:
+        """Return the codebook of a file, or, if it cannot be loaded, the one before it, if any."""
         before = self._entries.get(name)
         try:
             entry = self._load(name, path, before)
         except Exception as error:
-            tally.refused += 1
-            stays = f"digest {before.tokenizer.digest[:12]} stays" if before is not None else "it is not served"
-            logger.warning("codebook %s not loaded from %s, %s: %s", name, path, stays, _reason(error))
+            counts.rejected += 1
+            kept = "nothing" if before is None else before.tokenizer.digest[:12]
+            logger.warning(event("codebook_rejected", name=name, path=path, kept=kept, error=_reason(error)))
             return before
         if before is not None and entry.tokenizer is before.tokenizer:
-            tally.unchanged += 1
+            counts.unchanged += 1
         else:
-            tally.loaded += 1
+            counts.loaded += 1
         return entry
 
     def _load(self, name: str, path: Path, before: Entry | None = None) -> Entry:
-        """Return the codebook in a file, fit to serve; the one before it if it is still the same."""
-        # Before the file is read: what changes later shows in the next rescan.
+        """Return the codebook of a file, checked; the one before it if it is still the same."""
+        # Before the file is read: a later change shows in the next reload.
         stamp = _stamp(path)
         if before is not None and stamp is not None and (before.path, before.stamp) == (path, stamp):
             return before
@@ -166,13 +162,15 @@ class Repository:
         tokenizer.check_itself()
         info = tokenizer.info
         logger.info(
-            "codebook %s: %s, %s, search %s on %s, digest %s",
-            name,
-            info.kind,
-            info.size,
-            tokenizer.search,
-            tokenizer.device,
-            info.digest[:12],
+            event(
+                "codebook_loaded",
+                name=name,
+                kind=info.kind,
+                size=info.size,
+                search=tokenizer.search,
+                device=tokenizer.device,
+                digest=info.digest[:12],
+            )
         )
         return Entry(path, stamp, tokenizer)
 
@@ -181,7 +179,7 @@ def _stamp(path: Path) -> Stamp | None:
     try:
         status = path.stat()
     except OSError:
-        # Whoever reads it will say why not.
+        # Reading it will fail with the reason.
         return None
     if max(status.st_mtime, status.st_ctime) > time.time() - _CLOCK_S:
         return None
@@ -190,10 +188,6 @@ def _stamp(path: Path) -> Stamp | None:
 
 def _is_below(path: Path, folders: Sequence[Path]) -> bool:
     return any(path.is_relative_to(folder) for folder in folders)
-
-
-def _names(entries: dict[str, Entry]) -> str:
-    return f"{', '.join(entries)} {'stays' if len(entries) == 1 else 'stay'}"
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Rescans one after the other, off the event loop, and memory of replaced codebooks given back."""
+"""Reloads the repository on a thread, one reload after the other, and frees the memory of replaced codebooks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import logging
 import time
 from collections.abc import Callable
 
+from vqserve_server.console import event
 from vqserve_server.repository.load import Repository
 
 
-def give_back() -> None:
-    """Free what refers to itself in circles, and give free memory back to the system.
+def free_memory() -> None:
+    """Free reference cycles, and return free memory to the system.
 
-    The traceback of a refused request is such a circle, and holds the codebook that refused it. glibc keeps tables that
-    were freed in the middle of its heaps, and after a hundred swaps there are many such holes.
+    The traceback of a rejected request is a cycle that keeps its codebook. glibc keeps freed tables in the middle of
+    its heaps, and a hundred reloads leave many such holes.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -27,38 +28,38 @@ def give_back() -> None:
 logger = logging.getLogger(__name__)
 
 
-class Rescans:
-    """Rescans a repository when asked, and says when that is done. Belongs to one event loop."""
+class Reloader:
+    """Reloads a repository when asked. Belongs to one event loop."""
 
     def __init__(self, repository: Repository, on_done: Callable[[], None]) -> None:
-        """Do nothing yet; `on_done` is called, on the loop, after every rescan."""
+        """Do nothing yet; `on_done` is called, on the loop, after every reload."""
         self._repository = repository
         self._on_done = on_done
-        self._is_wanted = False
+        self._is_requested = False
         self._task: asyncio.Task[None] | None = None
 
     @property
     def is_busy(self) -> bool:
-        """Whether a rescan goes on."""
+        """Whether a reload is running."""
         return self._task is not None
 
-    def ask(self) -> None:
-        """Have the repository rescanned: now, or, as the rescan that goes on may have missed something, once more."""
-        self._is_wanted = True
+    def request(self) -> None:
+        """Start a reload, or one more after the reload that is running, which may have missed a change."""
+        self._is_requested = True
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
-        while self._is_wanted:
-            self._is_wanted = False
-            began = time.monotonic()
+        while self._is_requested:
+            self._is_requested = False
+            started = time.monotonic()
             try:
-                tally = await asyncio.to_thread(self._repository.rescan)
+                counts = await asyncio.to_thread(self._repository.reload)
                 self._on_done()
-                await asyncio.to_thread(give_back)
+                await asyncio.to_thread(free_memory)
             except Exception:
-                # What was live stays so.
-                logger.exception("the rescan failed")
+                # The codebooks that were live stay live.
+                logger.exception(event("reload_failed"))
             else:
-                logger.info("rescanned in %.2f s: %s", time.monotonic() - began, tally)
+                logger.info(event("reload_done", seconds=time.monotonic() - started, **vars(counts)))
         self._task = None

@@ -12,21 +12,29 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from vqserve import bfloat16, layout, payload, wire
+from vqserve import layout, payload, wire
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import Layout, first_channels
+from vqserve.layout import LATENT_RANKS, Layout, first_channels
 from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve.validation import (
+    INDEX_RANKS,
+    check_has_output,
+    check_indices_shape,
+    check_latents_shape,
+    check_num_quantizers,
+)
 from vqserve_server.engine import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, LiveSet, Output
 from vqserve_server.errors import InvalidDtype, InvalidOption
-from vqserve_server.rpc.messages import check_dtype, check_payload, check_reply_size, layout_of, read
-from vqserve_server.validation import (
-    check_finite,
-    check_indices,
-    check_indices_shape,
-    check_latents,
-    check_num_quantizers,
-    check_output,
+from vqserve_server.rpc.messages import (
+    check_dtype,
+    check_index_dtype,
+    check_latent_dtype,
+    check_payload,
+    check_reply_size,
+    layout_of,
+    read,
 )
+from vqserve_server.validation import check_finite, check_indices
 
 RequestT = TypeVar("RequestT", pb.EncodeRequest, pb.DecodeRequest)
 Array = npt.NDArray[Any]
@@ -34,7 +42,6 @@ Array = npt.NDArray[Any]
 # Field number of `stats` in both responses, and how many counters it has.
 _STATS_FIELD = 4
 _COUNTERS = len(pb.ServedStats.DESCRIPTOR.fields)
-_BFLOAT16_EXPONENT = np.uint16(0x7F80)
 _OUTPUTS: dict[int, Output] = {
     pb.DECODE_OUTPUT_UNSPECIFIED: "latents",
     pb.DECODE_OUTPUT_LATENTS: "latents",
@@ -69,8 +76,8 @@ class RequestHeader(ABC, Generic[RequestT]):
         """Validate the header of a request with a payload of that size.
 
         Raises:
-            InvalidRequest: what is wrong with it.
-            UnknownCodebook: no such codebook.
+            InvalidArgument: what is wrong with it.
+            CodebookNotFound: no such codebook.
             DigestMismatch: the caller pinned another digest.
         """
         self.payload_bytes = payload_bytes
@@ -114,7 +121,7 @@ class RequestHeader(ABC, Generic[RequestT]):
         """Return the part of the payload's array that the engine reads, if its values are valid.
 
         Raises:
-            InvalidRequest: names the first offender.
+            InvalidArgument: names the first offender.
         """
 
     def _set_request(self, dtype: int, shape: tuple[int, ...]) -> None:
@@ -141,15 +148,17 @@ class EncodeHeader(RequestHeader[pb.EncodeRequest]):
     job_type = EncodeJob
 
     def _read(self, message: pb.EncodeRequest, payload_bytes: int, info: CodebookInfo) -> None:
-        check_dtype("dtype", message.dtype, payload.LATENT_DTYPES)
-        shape = check_payload(payload_bytes, message.dtype, message.shape, range(2, 6))
-        self._layout = check_latents(shape, layout_of(message.layout), info=info)
+        check_latent_dtype(message.dtype)
+        shape = check_payload(payload_bytes, message.dtype, message.shape, "latents", LATENT_RANKS)
+        self._layout = check_latents_shape(shape, layout_of(message.layout), info=info)
         grid = layout.grid_shape(shape, self._layout)
         index_dtype = message.index_dtype or payload.index_dtype(info.vocab_size)
         check_dtype("index_dtype", index_dtype, payload.INDEX_DTYPES)
         if not payload.holds_vocabulary(index_dtype, info.vocab_size):
             name = payload.dtype_name(index_dtype)
-            raise InvalidDtype(f"index_dtype {name} does not hold the vocabulary of {info.vocab_size} indices")
+            raise InvalidDtype(
+                f"{{option}} {name} does not hold the vocabulary of {info.vocab_size} indices", option="index_dtype"
+            )
         count = check_num_quantizers(message.num_quantizers or None, available=info.num_quantizers)
         stages = count if info.has_stages else None
         self.rows = layout.num_rows(grid)
@@ -164,10 +173,7 @@ class EncodeHeader(RequestHeader[pb.EncodeRequest]):
         Raises:
             NonFiniteLatents: names the first NaN or infinity.
         """
-        if array.dtype != np.uint16:
-            check_finite(array)
-        elif ((array & _BFLOAT16_EXPONENT) == _BFLOAT16_EXPONENT).any():
-            check_finite(bfloat16.widen(array))
+        check_finite(array)
         return array
 
 
@@ -178,17 +184,16 @@ class DecodeHeader(RequestHeader[pb.DecodeRequest]):
     job_type = DecodeJob
 
     def _read(self, message: pb.DecodeRequest, payload_bytes: int, info: CodebookInfo) -> None:
-        check_dtype("dtype", message.dtype, payload.INDEX_DTYPES)
-        shape = check_payload(
-            payload_bytes, message.dtype, message.shape, range(2, 6) if info.has_stages else range(1, 5)
-        )
+        check_index_dtype(message.dtype)
+        ranks = LATENT_RANKS if info.has_stages else INDEX_RANKS
+        shape = check_payload(payload_bytes, message.dtype, message.shape, "indices", ranks)
         count = check_num_quantizers(message.num_quantizers or None, available=info.num_quantizers)
         self._layout = check_indices_shape(shape, layout_of(message.layout), info=info, num_quantizers=count)
         latent_dtype = message.latent_dtype or pb.DTYPE_FLOAT32
         check_dtype("latent_dtype", latent_dtype, payload.LATENT_DTYPES)
         if message.output not in _OUTPUTS:
-            raise InvalidOption(f"unknown output {message.output}")
-        check_output(_OUTPUTS[message.output], info=info)
+            raise InvalidOption(f"unknown {{option}} {message.output}", option="output")
+        check_has_output(_OUTPUTS[message.output], info=info)
         dtype = payload.numpy_dtype(latent_dtype)
         key = self._key = DecodeKey(
             self._tokenizer, _OUTPUTS[message.output], dtype, count if info.has_stages else None
@@ -233,8 +238,8 @@ class HeaderCache(Generic[RequestT]):
         """Return the header and the payload of a request.
 
         Raises:
-            InvalidRequest: what is wrong with it.
-            UnknownCodebook: no such codebook.
+            InvalidArgument: what is wrong with it.
+            CodebookNotFound: no such codebook.
             DigestMismatch: the caller pinned another digest.
         """
         known = self._known

@@ -9,9 +9,10 @@ from google.protobuf.message import DecodeError, Message
 
 from vqserve import payload, wire
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import Layout
+from vqserve.errors import InvalidArgument, InvalidDtype, InvalidOption, InvalidShape, MessageTooLarge
+from vqserve.layout import Layout, wrong_rank
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_server.errors import InvalidDtype, InvalidOption, InvalidRequest, InvalidShape
+from vqserve.validation import not_indices, not_latents
 
 _LAYOUTS: dict[int, Layout | None] = {
     pb.LAYOUT_UNSPECIFIED: None,
@@ -27,7 +28,7 @@ def parse(kind: type[MessageT], raw: bytes) -> MessageT:
     """Return the message in some bytes.
 
     Raises:
-        InvalidRequest: they are not such a message.
+        InvalidArgument: they are not such a message.
     """
     try:
         return kind.FromString(raw)
@@ -39,7 +40,7 @@ def read(kind: type[MessageT], raw: bytes) -> tuple[MessageT, memoryview]:
     """Return the message in some bytes without its payload, and the payload.
 
     Raises:
-        InvalidRequest: they are not such a message.
+        InvalidArgument: they are not such a message.
     """
     try:
         return wire.read(kind, raw)
@@ -47,8 +48,8 @@ def read(kind: type[MessageT], raw: bytes) -> tuple[MessageT, memoryview]:
         raise _not_valid(kind) from None
 
 
-def _not_valid(kind: type[Message]) -> InvalidRequest:
-    return InvalidRequest(f"the request is not a valid {kind.DESCRIPTOR.name}")
+def _not_valid(kind: type[Message]) -> InvalidArgument:
+    return InvalidArgument(f"the request is not a valid {kind.DESCRIPTOR.name}")
 
 
 def layout_of(number: int) -> Layout | None:
@@ -60,7 +61,7 @@ def layout_of(number: int) -> Layout | None:
     try:
         return _LAYOUTS[number]
     except KeyError:
-        raise InvalidOption(f"unknown layout {number}") from None
+        raise InvalidOption(f"unknown {{option}} {number}", option="layout") from None
 
 
 def check_dtype(field: str, dtype: int, allowed: frozenset[int]) -> None:
@@ -71,22 +72,51 @@ def check_dtype(field: str, dtype: int, allowed: frozenset[int]) -> None:
     """
     if dtype not in allowed:
         names = ", ".join(payload.dtype_name(known) for known in sorted(allowed))
-        raise InvalidDtype(f"{field} must be one of {names}, not {payload.dtype_name(dtype)}")
+        raise InvalidDtype(f"{{option}} must be one of {names}, not {payload.dtype_name(dtype)}", option=field)
 
 
-def check_payload(nbytes: int, dtype: int, shape: Sequence[int], ranks: range) -> tuple[int, ...]:
+def check_latent_dtype(dtype: int) -> None:
+    """Refuse latents of another element type than latents have.
+
+    Raises:
+        InvalidDtype: as the SDK words it, where it is a type at all.
+    """
+    if dtype in payload.INDEX_DTYPES:
+        raise not_latents(payload.dtype_name(dtype))
+    check_dtype("dtype", dtype, payload.LATENT_DTYPES)
+
+
+def check_index_dtype(dtype: int) -> None:
+    """Refuse indices of another element type than indices have.
+
+    Raises:
+        InvalidDtype: as the SDK words it, where it is a type at all.
+    """
+    if dtype in payload.LATENT_DTYPES:
+        raise not_indices(payload.dtype_name(dtype))
+    check_dtype("dtype", dtype, payload.INDEX_DTYPES)
+
+
+def check_payload(nbytes: int, dtype: int, shape: Sequence[int], array: str, ranks: Sequence[int]) -> tuple[int, ...]:
     """Return the shape that a request claims, if its payload of so many bytes has it.
+
+    Args:
+        nbytes: of the payload.
+        dtype: of its elements.
+        shape: as claimed.
+        array: what it is, "latents" or "indices".
+        ranks: numbers of axes that it may have, ascending.
 
     Raises:
         InvalidShape: the shape has too few or too many axes, or is not the payload's.
     """
     # First the rank: a shape may have millions of axes, and the texts below show it.
     if len(shape) not in ranks:
-        raise InvalidShape(f"the shape must have {ranks[0]} to {ranks[-1]} axes, not {len(shape)}")
+        raise wrong_rank(array, ranks, len(shape))
     try:
         payload.check(nbytes, dtype, shape)
     except payload.PayloadError as error:
-        raise InvalidShape(str(error)) from None
+        raise InvalidShape(str(error), array=array) from None
     return tuple(shape)
 
 
@@ -94,11 +124,13 @@ def check_reply_size(nbytes: int, limit: int) -> None:
     """Refuse a request whose reply would not fit a message, before anything is computed.
 
     Raises:
-        InvalidRequest: names both sizes.
+        MessageTooLarge: names both sizes.
     """
     room = limit - payload.ENVELOPE_BYTES
     if nbytes > room:
-        raise InvalidRequest(f"the reply would be {nbytes} bytes and a message holds {room}: send fewer tokens at once")
+        raise MessageTooLarge(
+            f"the reply would be {nbytes} bytes and a message holds {room}: send fewer tokens at once"
+        )
 
 
 def codebook_message(info: CodebookInfo) -> pb.CodebookInfo:

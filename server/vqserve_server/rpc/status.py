@@ -1,4 +1,4 @@
-"""The one table from domain errors to gRPC statuses (docs/operations.md shows it)."""
+"""The one table from errors to gRPC statuses (docs/errors.md shows it), and what a failed call is told."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from math import ceil
 
 import grpc
 
-from vqserve_server import errors
+from vqserve import errors
+from vqserve.error_wire import ERROR_KEY, RETRY_AFTER_KEY, RETRY_PUSHBACK_KEY, written
+from vqserve.errors import PYTHON, VqserveError
 
-RETRY_AFTER_KEY = "vqserve-retry-after-ms"
-
-# The nearest entry of an error's class and its bases counts.
+# The nearest entry of an error's class and its bases counts. INTERNAL: the text is the server's own business.
 STATUS_CODES: dict[type[BaseException], grpc.StatusCode] = {
-    errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.UnknownCodebook: grpc.StatusCode.NOT_FOUND,
+    errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.CodebookNotFound: grpc.StatusCode.NOT_FOUND,
     errors.DigestMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    errors.DeadlineExpired: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.Cancelled: grpc.StatusCode.CANCELLED,
-    errors.Draining: grpc.StatusCode.UNAVAILABLE,
-    errors.DeviceBroken: grpc.StatusCode.UNAVAILABLE,
+    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.CodebookError: grpc.StatusCode.INTERNAL,
 }
 # HTTP/2 headers carry the text, and their size is limited; escapes make one character of ASCII three.
@@ -39,11 +38,18 @@ class Status:
 def status_of(error: BaseException, *, request_id: str) -> Status:
     """Return the status of an error; of an unexpected one the text is fixed, so that nothing of the server leaks."""
     code = next((STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES), grpc.StatusCode.INTERNAL)
-    if code is grpc.StatusCode.INTERNAL:
+    if code is grpc.StatusCode.INTERNAL or not isinstance(error, VqserveError):
         return Status(code, f"internal error; the server's log has it under request {request_id}")
-    details = str(error).encode("ascii", "backslashreplace").decode("ascii")
+    # The caller knows which call it was, and no file of the server is its business.
+    shown = error.with_fields(path=None, target=None, codebook=None, request_id=None, item=None).text(PYTHON)
+    details = shown.encode("ascii", "backslashreplace").decode("ascii")
     if len(details) > _MAX_DETAILS:
         details = details[: _MAX_DETAILS - 3] + "..."
-    if isinstance(error, errors.Overloaded):
-        return Status(code, details, ((RETRY_AFTER_KEY, str(ceil(error.retry_after_s * 1000))),))
-    return Status(code, details)
+    metadata = []
+    entry = written(error)
+    if entry is not None:
+        metadata.append((ERROR_KEY, entry))
+    if isinstance(error, errors.Overloaded) and error.retry_after_s is not None:
+        milliseconds = str(ceil(error.retry_after_s * 1000))
+        metadata += [(RETRY_PUSHBACK_KEY, milliseconds), (RETRY_AFTER_KEY, milliseconds)]
+    return Status(code, details, tuple(metadata))

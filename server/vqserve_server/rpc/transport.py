@@ -22,8 +22,9 @@ from typing import Any
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
+from vqserve_server.console import event
 from vqserve_server.engine import BatchFailed
-from vqserve_server.errors import InvalidRequest
+from vqserve_server.errors import InvalidArgument
 from vqserve_server.rpc.status import Status, status_of
 
 REQUEST_ID_KEY = "vqserve-request-id"
@@ -103,7 +104,7 @@ class Call:
             elif at_end is not None:
                 at_end()
             else:
-                self.fail(InvalidRequest("the call has no request: send exactly one message"))
+                self.fail(InvalidArgument("the call has no request: send exactly one message"))
 
         self._receiving_since = time.monotonic()
         self._start((cygrpc.ReceiveMessageOperation(0),), received)
@@ -144,9 +145,11 @@ class Call:
         if status.code is grpc.StatusCode.INTERNAL:
             # The engine has logged why a batch failed.
             is_known = isinstance(error, BatchFailed)
-            logger.error("request %s %s failed", request_id, self.method, exc_info=None if is_known else error)
+            line = event("request_failed", request_id=request_id, method=self.method)
+            logger.error(line, exc_info=None if is_known else error)
         else:
-            logger.debug("request %s %s: %s: %s", request_id, self.method, status.code.name, status.details)
+            fields = {"status": status.code.name, "details": status.details}
+            logger.debug(event("request_rejected", request_id=request_id, method=self.method, **fields))
         self.end(replace(status, metadata=((REQUEST_ID_KEY, request_id), *status.metadata)))
 
     def abort(self, status: Status) -> None:
@@ -253,20 +256,20 @@ class Transport:
     def _serve(self) -> None:
         next_check = time.monotonic() + _IDLE_CHECK_S
         while True:
-            event = self._queue.poll(time.time() + _IDLE_CHECK_S)
-            if event.completion_type == cygrpc.CompletionType.queue_shutdown:
+            completed = self._queue.poll(time.time() + _IDLE_CHECK_S)
+            if completed.completion_type == cygrpc.CompletionType.queue_shutdown:
                 return
             try:
-                if event.completion_type != cygrpc.CompletionType.queue_timeout and event.tag is not None:
-                    event.tag(event)
+                if completed.completion_type != cygrpc.CompletionType.queue_timeout and completed.tag is not None:
+                    completed.tag(completed)
                 if time.monotonic() >= next_check:
                     next_check = time.monotonic() + _IDLE_CHECK_S
                     self._end_idle()
             except Exception:
-                logger.exception("an event of gRPC was not dealt with")
-            # An event holds its call, and with it a connection.
-            del event
-            # Not before each call has been told that it is over: from then on nothing is done with it.
+                logger.exception(event("grpc_event_failed"))
+            # It keeps its call, and with it a connection.
+            del completed
+            # Only after `_closed` of every call: from then on nothing is started for it.
             if self._stopped.is_set() and not self._calls:
                 self._queue.shutdown()
 
@@ -295,7 +298,7 @@ class Transport:
         before = time.monotonic() - self._idle_s
         status = Status(grpc.StatusCode.UNAVAILABLE, f"the call was idle for {self._idle_s:g} s: make another one")
         for call in [call for call in self._calls if call.is_idle(before)]:
-            logger.info("%s: %s", call.method, status.details)
+            logger.info(event("call_idle", method=call.method, seconds=self._idle_s))
             call.abort(status)
 
     def _on_stopped(self, _event: Any) -> None:

@@ -13,12 +13,20 @@ from torch import Tensor
 
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout, channel_axis, first_channels, grid_shape, num_rows, warn_of_an_image
-from vqserve.refused import not_an_array, not_indices, not_latents
+from vqserve.validation import (
+    check_indices_shape,
+    check_latents_shape,
+    not_an_array,
+    not_dense,
+    not_indices,
+    not_latents,
+    not_several,
+)
 from vqserve.vocabulary import smallest_unsigned
 from vqserve_server.device import to_device
-from vqserve_server.errors import InvalidDtype, NonFiniteLatents, NotAnArray
+from vqserve_server.quantizers import checks
 from vqserve_server.tokenizer.options import Options
-from vqserve_server.validation import check_finite, check_indices, check_indices_shape, check_latents
+from vqserve_server.validation import check_finite, check_indices
 
 T = TypeVar("T")
 Indices = TypeVar("Indices", npt.NDArray[Any], Tensor)
@@ -70,7 +78,7 @@ def several(items: T, verb: str) -> T:
         NotAnArray: it is one array, whose first axis would be taken apart.
     """
     if isinstance(items, np.ndarray | Tensor):
-        raise NotAnArray(f"{verb}_many takes an iterable of arrays, not one: {verb}(x), or {verb}_many([x])")
+        raise not_several(verb)
     return items
 
 
@@ -86,16 +94,16 @@ def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Giv
     if isinstance(latents, Tensor):
         _check_dense(latents, "latents")
         if latents.dtype not in _LATENT_DTYPES:
-            raise InvalidDtype(not_latents(latents.dtype))
+            raise not_latents(latents.dtype)
         resolved = _layout(latents.shape, asked, info)
         plain = latents.detach()
-        _check_finite_tensor(plain)
+        checks.check_finite(plain)
         rows = plain.movedim(channel_axis(resolved), -1).reshape(-1, info.input_dim)
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
         return Given(wide, grid_shape(latents.shape, resolved), resolved, latents.device)
     array = _plain_array(latents, "latents")
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-        raise InvalidDtype(not_latents(array.dtype))
+        raise not_latents(array.dtype)
     resolved = _layout(array.shape, asked, info)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     check_finite(array)
@@ -105,7 +113,7 @@ def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Giv
 
 
 def _layout(shape: Sequence[int], asked: Options, info: CodebookInfo) -> Layout:
-    resolved = check_latents(shape, asked.layout, info=info)
+    resolved = check_latents_shape(shape, asked.layout, info=info)
     warn_of_an_image(shape, asked.layout, info.layout)
     return resolved
 
@@ -121,12 +129,14 @@ def given_indices(indices: object, asked: Options, *, info: CodebookInfo, decoda
     """
     if isinstance(indices, Tensor):
         _check_dense(indices, "indices")
-        if indices.is_complex() or indices.is_floating_point() or indices.dtype == torch.bool:
-            raise InvalidDtype(not_indices(indices.dtype))
+        checks.check_integers(indices)
         layout = _layout_of_indices(indices.shape, asked, info)
-        ids, device = _checked_ids(_used(indices.detach(), layout, asked, info), decodable), indices.device
+        used_ids = _used(indices.detach(), layout, asked, info)
+        ids, device = checks.checked_indices(used_ids, decodable), indices.device
     else:
         array = _plain_array(indices, "indices")
+        if array.dtype.kind not in "iu":
+            raise not_indices(array.dtype)
         layout = _layout_of_indices(array.shape, asked, info)
         used = _used(array, layout, asked, info)
         check_indices(used, decodable=decodable)
@@ -150,30 +160,10 @@ def _used(indices: Indices, layout: Layout, asked: Options, info: CodebookInfo) 
 def _plain_array(value: object, what: str) -> npt.NDArray[Any]:
     # A masked array's mask would be lost.
     if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
-        raise NotAnArray(not_an_array(what, value))
+        raise not_an_array(what, value)
     return np.asarray(value)
 
 
 def _check_dense(tensor: Tensor, what: str) -> None:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        raise NotAnArray(
-            f"{what} must be a dense torch tensor with values, not {tensor.dtype} {tensor.layout} on {tensor.device}"
-        )
-
-
-def _check_finite_tensor(latents: Tensor) -> None:
-    finite = torch.isfinite(latents)
-    if not bool(finite.all()):
-        position = torch.nonzero(~finite)[0].tolist()
-        raise NonFiniteLatents(f"latents{position} is {float(latents[tuple(position)])}")
-
-
-def _checked_ids(indices: Tensor, decodable: int) -> Tensor:
-    # An unsigned 64-bit index beyond the signed range wraps to a negative one here: out of range all the same, and
-    # named by its own value below.
-    ids = indices.to(torch.int64)
-    if ids.numel():
-        low, high = torch.aminmax(ids)
-        if low < 0 or high >= decodable:
-            check_indices(indices.cpu().numpy(), decodable=decodable)
-    return ids
+        raise not_dense(what, dtype=tensor.dtype, layout=tensor.layout, device=tensor.device)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from vqserve.errors import rows_placed
 from vqserve.layout import channel_axis
-from vqserve_server.errors import InvalidOption
+from vqserve.validation import beyond_dtype
 from vqserve_server.quantizers.frozen import FrozenQuantizer
 from vqserve_server.quantizers.narrowing import narrow
 from vqserve_server.tokenizer.arrays import Given
@@ -27,7 +27,8 @@ def encode_grid(frozen: FrozenQuantizer, latents: Given, asked: Options, *, has_
         NonFiniteLatents: names a token that leaves float32's range on its way to the codes.
     """
     rows = latents.tokens.to(frozen.device)
-    indices = frozen.encode_rows(rows, num_quantizers=asked.num_quantizers, grid=latents.grid)
+    with rows_placed(latents.grid):
+        indices = frozen.encode_rows(rows, num_quantizers=asked.num_quantizers)
     if not has_stages:
         return indices.reshape(latents.grid)
     in_grid = indices.reshape(*latents.grid, asked.num_quantizers)
@@ -45,9 +46,7 @@ def decode_grid(frozen: FrozenQuantizer, indices: Given, asked: Options) -> Tens
     if narrowed.dtype.itemsize < rows.dtype.itemsize:
         overflowed = ~torch.isfinite(narrowed).all(dim=1)
         if bool(overflowed.any()):
-            position = [int(i) for i in np.unravel_index(int(torch.nonzero(overflowed)[0, 0]), indices.grid)]
-            name = f"indices{position}" if indices.tokens.ndim == 1 else f"token {position}"
-            dtype = str(asked.dtype).removeprefix("torch.")
-            raise InvalidOption(f"{name} decodes to a value beyond the range of {dtype}: take a wider dtype")
+            row, dtype = int(torch.nonzero(overflowed)[0, 0]), str(asked.dtype).removeprefix("torch.")
+            raise beyond_dtype(row, dtype, has_stages=indices.tokens.ndim > 1).placed(indices.grid)
     latents = narrowed.reshape(*indices.grid, rows.shape[1])
     return latents.movedim(-1, channel_axis(indices.layout)).contiguous()

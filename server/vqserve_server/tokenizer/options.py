@@ -10,12 +10,9 @@ import torch
 from vqserve.codebook_info import CodebookInfo
 from vqserve.latent_dtype import latent_dtype_name
 from vqserve.layout import Layout, parse_layout
-from vqserve_server.errors import InvalidOption
-from vqserve_server.validation import check_num_quantizers, check_output
+from vqserve.validation import check_has_output, check_num_quantizers, check_output
 
 Output = Literal["latents", "code_rows"]
-
-_OUTPUTS: dict[str, Output] = {"latents": "latents", "code_rows": "code_rows"}
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,8 @@ def options(
     Raises:
         InvalidOption: a value is not one of an option's values, or the codebook cannot give it.
     """
-    if output not in _OUTPUTS:
-        raise InvalidOption(f"output must be one of {', '.join(_OUTPUTS)}, not {output!r}")
-    check_output(output, info=info)
+    check_output(output)
+    check_has_output(output, info=info)
     count = check_num_quantizers(num_quantizers, available=info.num_quantizers)
-    try:
-        return Options(parse_layout(layout), getattr(torch, latent_dtype_name(dtype)), _OUTPUTS[output], count)
-    except ValueError as error:
-        raise InvalidOption(str(error)) from None
+    wanted: Output = "code_rows" if output == "code_rows" else "latents"
+    return Options(parse_layout(layout), getattr(torch, latent_dtype_name(dtype)), wanted, count)

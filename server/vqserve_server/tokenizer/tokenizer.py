@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,16 +15,16 @@ import torch
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout
 from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
+from vqserve.validation import check_digest, check_digest_form, no_codebook
 from vqserve_server.codebooks import codebook_digest, load_codebook
 from vqserve_server.codebooks.conversion import kind_of
 from vqserve_server.device import select_device, to_device, to_host
-from vqserve_server.errors import Closed, UnknownCodebook
+from vqserve_server.errors import Closed, VqserveError
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.frozen import FrozenQuantizer, freeze
 from vqserve_server.tokenizer.arrays import TORCH_DTYPES, given_indices, given_latents, several
 from vqserve_server.tokenizer.grid import decode_grid, encode_grid
 from vqserve_server.tokenizer.options import Options, Output, options
-from vqserve_server.validation import check_digest
 
 
 class Tokenizer:
@@ -140,7 +141,7 @@ class Tokenizer:
             InvalidOption: there is no such layout, or there are not so many quantizers.
             InvalidShape: the rank or the channel count is not the codebook's.
             NonFiniteLatents: names the position of a NaN or an infinity, or of a token whose projection overflows.
-            UnknownCodebook: the codebook has another name.
+            CodebookNotFound: the codebook has another name.
             DigestMismatch: it has another digest.
             Closed: the tokenizer was closed.
         """
@@ -182,7 +183,7 @@ class Tokenizer:
             InvalidOption: there is no such layout, dtype or output, there are not so many quantizers, or a value
                 leaves the dtype's range.
             InvalidShape: the rank, or the number of indices for a token, is not the codebook's.
-            NotAnArray, UnknownCodebook, DigestMismatch, Closed: as in `encode`.
+            NotAnArray, CodebookNotFound, DigestMismatch, Closed: as in `encode`.
         """
         asked = options(info=self.info, layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
         return self._decode(indices, asked, codebook, digest)
@@ -199,8 +200,7 @@ class Tokenizer:
     ) -> Generator[ArrayT, None, None]:
         """Return the indices of each of many arrays, lazily and in order; see `encode`."""
         asked = options(info=self.info, layout=layout, num_quantizers=num_quantizers)
-        # What cannot be iterated is refused here, not at the first answer.
-        return (self._encode(item, asked, codebook, digest) for item in iter(several(items, "encode")))
+        return _each(several(items, "encode"), lambda item: self._encode(item, asked, codebook, digest))
 
     def decode_many(
         self,
@@ -216,7 +216,7 @@ class Tokenizer:
     ) -> Generator[ArrayT, None, None]:
         """Return the latents of each of many arrays of indices, lazily and in order; see `decode`."""
         asked = options(info=self.info, layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
-        return (self._decode(item, asked, codebook, digest) for item in iter(several(items, "decode")))
+        return _each(several(items, "decode"), lambda item: self._decode(item, asked, codebook, digest))
 
     def codebooks(self, *, timeout: float | None = None) -> list[CodebookInfo]:
         """Return what there is: the one codebook."""
@@ -273,15 +273,17 @@ class Tokenizer:
 
     def _encode(self, latents: ArrayT, asked: Options, codebook: str | None, digest: str | None) -> ArrayT:
         frozen = self._open(codebook, digest)
-        given = given_latents(latents, asked, info=self.info)
-        found = encode_grid(frozen, given, asked, has_stages=self.info.has_stages)
+        with self._named():
+            given = given_latents(latents, asked, info=self.info)
+            found = encode_grid(frozen, given, asked, has_stages=self.info.has_stages)
         indices: ArrayT = given.indices(found, vocab_size=self.info.vocab_size)
         return indices
 
     def _decode(self, indices: ArrayT, asked: Options, codebook: str | None, digest: str | None) -> ArrayT:
         frozen = self._open(codebook, digest)
-        given = given_indices(indices, asked, info=self.info, decodable=self.decodable)
-        latents: ArrayT = given.latents(decode_grid(frozen, given, asked))
+        with self._named():
+            given = given_indices(indices, asked, info=self.info, decodable=self.decodable)
+            latents: ArrayT = given.latents(decode_grid(frozen, given, asked))
         return latents
 
     def _open(self, codebook: str | None = None, digest: str | None = None) -> FrozenQuantizer:
@@ -290,10 +292,20 @@ class Tokenizer:
         if frozen is None:
             raise Closed("the tokenizer was closed")
         if codebook is not None and codebook != self.info.name:
-            raise UnknownCodebook(f"no codebook {codebook!r}: this is {self.info.name!r}")
+            raise no_codebook(codebook, [self.info.name], num_codebooks=1)
         if digest is not None:
+            check_digest_form(digest)
             check_digest(digest, info=self.info)
         return frozen
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Let errors leave the block with the codebook's name, as they do in the SDK."""
+        try:
+            yield
+        except VqserveError as error:
+            error.codebook = self.info.name
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -310,3 +322,20 @@ class Tokenizer:
             f"Tokenizer({info.name!r}, kind={info.kind!r}, num_codes={info.num_codes}, code_dim={info.code_dim}, "
             f"digest={info.digest[:12]!r}, device={str(self.device)!r}, search={self.search!r}{closed})"
         )
+
+
+def _each(items: Iterable[ArrayT], convert: Callable[[ArrayT], ArrayT]) -> Generator[ArrayT, None, None]:
+    """Return the results of arrays, lazily; an error says which array it is about."""
+    # What cannot be iterated is refused here, not at the first answer.
+    numbered = enumerate(items)
+
+    def results() -> Generator[ArrayT, None, None]:
+        for number, item in numbered:
+            try:
+                result = convert(item)
+            except VqserveError as error:
+                error.item = number
+                raise
+            yield result
+
+    return results()

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqserve.codebook_info import of_stages
-from vqserve.layout import Layout
-from vqserve_server.codebooks.arguments import ARGUMENTS, check_unknown_index
 from vqserve_server.codebooks.codebook_file import save_codebook
 from vqserve_server.console import printable
-from vqserve_server.quantizers.fsq import BOUNDS
-from vqserve_tools.importing.families.options import BIT_ORDERS, DECODES, METRICS, Options
+from vqserve_tools.flags import add_flags, from_flags
+from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.importer import Import, import_checkpoint
 from vqserve_tools.importing.verification import verify_files
 from vqserve_tools.output import add_output, check_output
@@ -22,12 +20,12 @@ from vqserve_tools.output import add_output, check_output
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-# More names than a screen holds are shown by module.
+# If more names than this were left, they are listed by module.
 _MAX_LINES = 20
 
 
 def add_import_parser(subparsers: Subparsers) -> None:
-    """Register `import`; its parser's `run` takes the arguments and returns the exit status."""
+    """Add the parser of `import`; its default `run` takes the parsed arguments and returns the exit status."""
     parser = subparsers.add_parser(
         "import",
         help="make a codebook file from a foreign checkpoint or an array of codes",
@@ -38,47 +36,22 @@ def add_import_parser(subparsers: Subparsers) -> None:
         type=Path,
         nargs="?",
         metavar="SRC",
-        help=".npy, .npz, .safetensors or a torch file; --kind fsq and --kind lfq can do without",
+        help=".npy, .npz, .safetensors or a torch file; not needed for --kind fsq and --kind lfq",
     )
     add_output(parser)
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--key",
-        action="append",
-        default=[],
-        help="name of the array that is the codebook, (K, D); several in the order of a residual codebook's stages",
-    )
-    where.add_argument("--prefix", default="", help="where the quantizer is in the checkpoint, as first_stage_model.")
-    parser.add_argument("--kind", choices=tuple(ARGUMENTS), help="what is to be made, where the keys leave it open")
-    parser.add_argument("--metric", choices=METRICS, help="how codes are searched, where the checkpoint cannot say so")
-    parser.add_argument(
-        "--decode", choices=DECODES, help="whether a cosine codebook decodes to rows of length one or as stored"
-    )
-    parser.add_argument("--levels", type=_levels, metavar="L,L,...", help="of --kind fsq, as 8,8,8,5,5,5")
-    parser.add_argument("--bound", choices=BOUNDS, help="of --kind fsq (default: atanh)")
-    parser.add_argument("--bits", type=int, metavar="N", help="of --kind lfq")
-    parser.add_argument("--bit-order", choices=BIT_ORDERS, help="of --kind lfq (default: big)")
-    parser.add_argument("--spherical", action="store_true", help="of --kind lfq: codes have length one")
-    parser.add_argument("--layout", type=Layout, choices=tuple(Layout), help="of latents where a call does not say")
-    parser.add_argument(
-        "--unknown-index",
-        type=_unknown_index,
-        default="random",
-        metavar="random|extra|N",
-        help="what a code outside the checkpoint's remap is reported as (default: random)",
-    )
+    add_flags(parser, Options)
     parser.add_argument(
         "--verify",
         type=Path,
         nargs=2,
         metavar=("LATENTS.npy", "INDICES.npy"),
-        help="latents and the indices that the model's own code gave them: compared before OUT is written",
+        help="latents, and their indices from the model's own code: compared before OUT is written",
     )
     parser.set_defaults(run=run_import)
 
 
 def run_import(args: argparse.Namespace) -> int:
-    """Write the codebook file of a foreign checkpoint and say what was taken; return the exit status.
+    """Write the codebook file of a foreign checkpoint and list what was taken; return the exit status.
 
     Raises:
         InvalidOption: OUT cannot be written or would replace a file.
@@ -87,20 +60,7 @@ def run_import(args: argparse.Namespace) -> int:
     """
     output: Path = args.out
     check_output(output, force=args.force, sources=(args.source, *(args.verify or ())))
-    options = Options(
-        keys=tuple(args.key),
-        prefix=args.prefix,
-        kind=args.kind,
-        metric=args.metric,
-        decode=args.decode,
-        levels=args.levels,
-        bound=args.bound,
-        bits=args.bits,
-        bit_order=args.bit_order,
-        spherical=args.spherical,
-        layout=args.layout,
-        unknown_index=args.unknown_index,
-    )
+    options = from_flags(Options, args)
     result = import_checkpoint(args.source, options)
     verified = None if args.verify is None else verify_files(result.quantizer, *args.verify)
     digest = save_codebook(result.quantizer, output, provenance=result.provenance)
@@ -128,7 +88,7 @@ def _story(result: Import) -> list[str]:
 
 
 def _left(result: Import) -> list[str]:
-    """Return a line for every array that was left; where they are many, for every module beside the quantizer."""
+    """Return a line for every array that was left; if there are many, for every module beside the quantizer."""
     if len(result.left) <= _MAX_LINES:
         return list(result.left)
     outside = result.place.removesuffix(".").rpartition(".")[0]
@@ -144,19 +104,3 @@ def _by_module(names: Sequence[str], outside: str) -> dict[str, int]:
         module, dot, _ = name.removeprefix(shared).partition(".")
         counts.setdefault(f"{shared}{module}{'.*' if dot else ''}", []).append(name)
     return {module if len(inner) > 1 else inner[0]: len(inner) for module, inner in counts.items()}
-
-
-def _levels(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(level) for level in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of integers, as 8,8,8,5,5,5") from None
-
-
-def _unknown_index(text: str) -> str | int:
-    try:
-        value = text if text in {"random", "extra"} else int(text)
-        check_unknown_index(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither random, extra nor an integer in [0, 2^32)") from None
-    return value

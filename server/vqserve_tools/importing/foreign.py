@@ -1,7 +1,7 @@
-"""Foreign containers (.npy, .npz, .safetensors, torch's) as named arrays, read without running or trusting them.
+"""Reading of untrusted files (.npy, .npz, .safetensors, torch files) as named arrays.
 
-No pickle is ever run: numpy's files are read with allow_pickle=False and torch's with weights_only=True. Whatever a
-file claims is compared with what it holds, or with a limit, before memory is taken for it.
+No pickle is ever run: numpy files are read with allow_pickle=False, torch files with weights_only=True. Every size that
+a file claims is compared with the size of its data, or with a limit, before memory is allocated.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from vqserve_server.codebooks.safetensors_file import (
 )
 from vqserve_server.errors import ForeignCheckpointError
 
-# Four times the largest codebook that is known (2^18 codes of width 256 are 256 MiB), with room for a wider one.
+# Far more than the largest known codebook: 2^18 codes of width 256 are 256 MiB.
 MAX_ARRAY_BYTES = 4 << 30
-# The name of the only array of a file that names none.
+# Name of the only array of a file without names.
 UNNAMED = ""
-# A header of numpy's is a line of text.
+# A header of a .npy file is one line of text.
 _MAX_NPY_HEADER_BYTES = 1 << 16
-# What parts of an archive may unpack to; beyond it they must be as large as a hundredth of what they become. Trained
-# numbers hardly shrink at all.
+# Members of an archive may unpack to this size; a larger total is allowed up to this compression ratio. Trained numbers
+# hardly compress.
 _MAX_UNPACKED_BYTES = 64 << 20
 _MAX_RATIO = 100
-# torch's description of thousands of tensors stays below 2 MiB. Read, each byte can become an object of 64.
+# The pickle of thousands of tensors is below 2 MiB. Each of its bytes can become an object of 64 bytes.
 _MAX_PICKLE_BYTES = 16 << 20
-# Entries of nested dictionaries: a model has thousands, and a few that hold each other can pretend to be billions.
+# Entries of nested dictionaries. A model has thousands; dictionaries that contain each other can look like billions.
 _MAX_ENTRIES = 1 << 17
 _MAX_NAME_CHARACTERS = 4096
-# What zipfile unpacks in pieces. Of bzip2 and LZMA it unpacks a whole piece of the file at once, whatever that becomes.
+# Compressions that zipfile unpacks in pieces of limited size. With bzip2 and LZMA a small piece can unpack to any size.
 _COMPRESSIONS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
-# What ends an archive with 64-bit offsets: its end record of 56 bytes, where that is in 20, and the 22 that all have.
+# The end of an archive with 64-bit offsets: end record (56 bytes), its locator (20), and the common end record (22).
 _ENDS_BYTES = 56 + 20 + 22
 
 _TORCH_SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin", ".th"})
@@ -62,17 +62,17 @@ _TORCHSCRIPT = (
     "torch.save(model.state_dict(), 'weights.pt') (Cosmos has none to save: leave SRC out and pass --kind fsq --levels)"
 )
 _LONG_NAME = f"a name in it has more than {_MAX_NAME_CHARACTERS} characters: it is no model's state dict"
-# How torch names the object that it refuses.
+# The object that torch refuses, in the text of its error.
 _REFUSED = re.compile(r"GLOBAL (\S+)")
 
 
 @dataclass(frozen=True)
 class ForeignArray:
-    """An array in a file, not read yet.
+    """An array in a file that is not read yet.
 
     Attributes:
         shape: lengths of the axes.
-        dtype: the element type's name: "float32", "bfloat16" and so on.
+        dtype: name of the element type: "float32", "bfloat16" and so on.
         read: returns the array; bfloat16 comes widened to float32, which is exact.
     """
 
@@ -83,13 +83,13 @@ class ForeignArray:
 
 @contextmanager
 def open_foreign(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
-    """Open a file and give its arrays by name, valid inside the `with`.
+    """Open a file and yield its arrays by name; they are valid inside the `with`.
 
-    Nested dictionaries give dotted names; what is no array is left out. One `state_dict` or `model` around everything
-    that matters is taken off.
+    Nested dictionaries give dotted names; values that are not arrays are left out. A `state_dict` or `model` around the
+    whole model is removed from the names.
 
     Raises:
-        ForeignCheckpointError: the file cannot be read without trusting it, or not at all; one line that says why.
+        ForeignCheckpointError: the file cannot be read, or not without trusting it; the error says why in one line.
     """
     suffix = path.suffix.lower()
     readers = {".npy": _open_npy, ".npz": _open_npz, ".safetensors": _open_safetensors}
@@ -115,7 +115,7 @@ def open_foreign(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
         raise ForeignCheckpointError(f"{path.name}: it claims more memory than this machine has") from None
     except pickle.UnpicklingError as error:
         raise ForeignCheckpointError(f"{path.name}: {_refusal(error)}") from None
-    # The parsers of numpy, zipfile and torch raise what they like on a damaged file.
+    # On a damaged file the parsers of numpy, zipfile and torch raise exceptions of many types.
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ForeignCheckpointError(f"{path.name}: it cannot be read: {reason}") from error
@@ -144,12 +144,12 @@ def _open_npz(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
 
 def _npz_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, taken: Counter[str]) -> ForeignArray:
     label = f"{path.name}: {member.filename}"
-    # Only the array's header is unpacked here. What follows it must be as long as the directory says.
+    # Only the header of the array is unpacked here; the length of the data must match the archive's directory.
     with archive.open(member) as stream:
         shape, dtype = _npy_claims(label, stream, member.file_size)
 
     def read() -> npt.NDArray[Any]:
-        # Together: very many small ones are a bomb too.
+        # All members count together: many small members can be a zip bomb too.
         taken.update(unpacked=member.file_size, packed=member.compress_size)
         if taken["unpacked"] > max(_MAX_UNPACKED_BYTES, _MAX_RATIO * taken["packed"]):
             raise ForeignCheckpointError(
@@ -163,12 +163,12 @@ def _npz_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, t
 
 
 def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuse names that would leave a folder, links, and members that cannot be unpacked piece by piece.
+    """Check that members have safe, unique names, are no links, and can be unpacked in pieces.
 
-    Nothing is unpacked to disk, but whoever made such names is hostile.
+    Nothing is unpacked to disk, but an archive with names outside its folder is hostile.
 
     Raises:
-        ForeignCheckpointError: names the first.
+        ForeignCheckpointError: a member fails; the error names the first one.
     """
     names = set()
     for member in archive.infolist():
@@ -187,7 +187,7 @@ def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
 
 
 def _npy_claims(label: str, stream: IO[bytes], size: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Return shape and type from a .npy header, which must be those of an array that fills `size` bytes with it."""
+    """Return shape and type from a .npy header; header and array together must have `size` bytes."""
     try:
         version = np.lib.format.read_magic(stream)
     except ValueError:
@@ -197,7 +197,7 @@ def _npy_claims(label: str, stream: IO[bytes], size: int) -> tuple[tuple[int, ..
     start = stream.tell()
     length = int.from_bytes(stream.read(2 if version == (1, 0) else 4), "little")
     if length > _MAX_NPY_HEADER_BYTES:
-        # numpy would read it whole before it looked at its length.
+        # numpy would read the whole header before it checks the length.
         raise ForeignCheckpointError(f"{label} claims a header of {length} bytes: it is no array that numpy wrote")
     stream.seek(start)
     if version == (1, 0):
@@ -206,9 +206,9 @@ def _npy_claims(label: str, stream: IO[bytes], size: int) -> tuple[tuple[int, ..
         shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
     if dtype.hasobject:
         raise ForeignCheckpointError(f"{label} holds Python objects, which are not loaded")
-    # Python's integers cannot overflow, whatever the header claims.
+    # The header can claim any size; Python integers do not overflow.
     claimed, held = math.prod(shape) * dtype.itemsize, size - stream.tell()
-    # An axis of zero lets the others be as long as they like: numpy refuses what it cannot address, with a warning.
+    # With an axis of length zero the other axes can have any length: numpy warns and fails if it cannot address them.
     if claimed != held or min(shape, default=0) < 0 or max(shape, default=0) >= 1 << 62:
         raise ForeignCheckpointError(f"{label} claims {claimed} bytes for shape {shape} and has {held}")
     return shape, dtype
@@ -243,7 +243,7 @@ def _open_safetensors(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
 
         header = read_header(file)
         if "vqserve.format" in header.metadata:
-            # Its arguments are in its metadata, which an import would leave behind.
+            # The arguments of a codebook are in the metadata, which an import does not read.
             raise ForeignCheckpointError(f"{path.name}: it is a codebook file of vqserve already: serve it as it is")
         yield {
             name: ForeignArray(entry.shape, _safetensors_dtype(entry.dtype), reader(name, entry))
@@ -258,9 +258,9 @@ def _safetensors_dtype(name: str) -> str:
 
 
 class _OlderTorchFile(io.BufferedReader):
-    """A file of torch's older format, whose description is between tensors and of no length that it says.
+    """A file of torch's older format, which does not give the lengths of the pickles between its tensors.
 
-    Descriptions are read by `read` and `readline`, tensors past them.
+    torch reads pickles by `read` and `readline`, which are limited here, and tensors by other means.
     """
 
     def __init__(self, path: Path) -> None:
@@ -288,7 +288,7 @@ def _open_torch(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         _check_torch_archive(path)
-    # Only the zip format can be mapped; the older one is read at once.
+    # Only the zip format can be memory-mapped; the older format is read at once.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if is_zip:
@@ -310,16 +310,16 @@ def _open_torch(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
 
 
 def _check_torch_archive(path: Path) -> None:
-    """Refuse an archive that torch.save cannot have written, before torch unpacks any of it.
+    """Check that torch.save can have written an archive, before torch unpacks any of it.
 
     Raises:
-        ForeignCheckpointError: a program, a compressed member, or a description of a size that no model has.
+        ForeignCheckpointError: the archive is a program, has a compressed member, or a pickle larger than any model's.
     """
     with zipfile.ZipFile(path) as archive:
         _check_directory(path)
         _check_members(path, archive)
         for member in archive.infolist():
-            # torch finds a member whatever its case.
+            # torch ignores the case of member names.
             name = member.filename.rpartition("/")[2].lower()
             if name == "constants.pkl" or "/code/" in member.filename.lower():
                 raise ForeignCheckpointError(f"{path.name}: {_TORCHSCRIPT}")
@@ -335,12 +335,12 @@ def _check_torch_archive(path: Path) -> None:
 
 
 def _check_directory(path: Path) -> None:
-    """Refuse an archive in which torch could find another directory than zipfile, whose members nobody has checked.
+    """Check that torch finds the same directory of an archive as zipfile, because zipfile checked the members.
 
-    torch goes where the end of the file says, zipfile to what is right in front of that end.
+    torch uses the offset in the end record; zipfile uses the directory directly before the end record.
 
     Raises:
-        ForeignCheckpointError: the two places differ, or something follows the end.
+        ForeignCheckpointError: the two directories differ, or data follows the end record.
     """
     with path.open("rb") as file:
         length = file.seek(0, io.SEEK_END)
@@ -369,14 +369,14 @@ def _refusal(error: pickle.UnpicklingError) -> str:
 
 
 def _unwrap(path: Path, content: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    # Where there is a choice the names keep their full length: with tensors beside it, with both wrappers, or with
-    # another copy of the same model, such as its moving average.
+    # Names stay complete if the wrapper is ambiguous: beside tensors, with both wrappers, or beside another copy of the
+    # same model, such as its moving average.
     inner = [name for name in _WRAPPERS if isinstance(content.get(name), Mapping)]
     if len(inner) != 1 or any(isinstance(value, torch.Tensor) for value in content.values()):
         return content
     model = content[inner[0]]
     others = {name: value for name, value in content.items() if name != inner[0] and isinstance(value, Mapping)}
-    # The copy may be wrapped more deeply than the model is.
+    # The copy may have more wrappers than the model.
     if any(ending in model for name, _ in _flatten(path, others) for ending in _endings(name)):
         return content
     return _unwrap(path, model)
@@ -389,10 +389,10 @@ def _endings(name: str) -> Iterator[str]:
 
 
 def _flatten(path: Path, content: Mapping[Any, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Give the tensors of nested dictionaries by dotted names.
+    """Yield the tensors of nested dictionaries with dotted names.
 
     Raises:
-        ForeignCheckpointError: they are nested so that they never end, or nearly.
+        ForeignCheckpointError: the dictionaries contain each other, so that their entries never end or nearly so.
     """
     todo: list[tuple[str, Mapping[Any, Any]]] = [("", content)]
     entries = 0
@@ -402,7 +402,7 @@ def _flatten(path: Path, content: Mapping[Any, Any]) -> Iterator[tuple[str, torc
         if entries > _MAX_ENTRIES or len(prefix) > _MAX_NAME_CHARACTERS:
             raise ForeignCheckpointError(f"{path.name}: its dictionaries hold each other: it is no model's state dict")
         for name, value in mapping.items():
-            # Of any other key the text may be of any length, and so may a number's.
+            # Keys of other types are skipped: their text can have any length.
             if not isinstance(name, (str, int)) or not isinstance(value, (torch.Tensor, Mapping)):
                 continue
             if isinstance(name, str) and len(name) > _MAX_NAME_CHARACTERS:
@@ -419,11 +419,11 @@ def _torch_array(path: Path, name: str, tensor: torch.Tensor) -> ForeignArray:
             raise ForeignCheckpointError(f"{path.name}: {name} is not a dense tensor with values")
         size = tensor.numel() * tensor.element_size()
         _check_size(f"{path.name}: {name}", size)
-        # With strides of zero a tensor can claim any size.
+        # A tensor with strides of zero can claim any size.
         if size > tensor.untyped_storage().nbytes():
             raise ForeignCheckpointError(f"{path.name}: {name} claims {size} bytes, more than the file has for it")
         plain = tensor.detach()
-        # Copied out of the mapped file, which may change or vanish.
+        # Copied, because the mapped file may change or vanish.
         return (plain.to(torch.float32) if plain.dtype == torch.bfloat16 else plain).clone().numpy()
 
     return ForeignArray(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), read)

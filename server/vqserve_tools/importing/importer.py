@@ -1,4 +1,4 @@
-"""Foreign checkpoints to quantizers, where nothing has to be guessed."""
+"""Import of foreign checkpoints as quantizers, without guesses."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.taming import CODES, WRAPPERS
 from vqserve_tools.importing.foreign import UNNAMED, ForeignArray, open_foreign
 
-# Kinds that need no checkpoint, and the readers of what one may hold of them.
+# Readers of the kinds that need no checkpoint; a checkpoint may have projections of them.
 _WITHOUT_CODES = {"fsq": fsq.read, "lfq": lfq.read}
-# The convolution between an autoencoder's encoder and its quantizer, beside which it is.
+# The convolution between the encoder and the quantizer of an autoencoder; it lies beside the quantizer.
 _BEFORE = "quant_conv"
-# The ends by which a codebook shows itself in a model's state dict.
+# Endings of names that indicate a codebook in the state dict of a model.
 _ENDINGS = (*CODES, "embed.weight")
 
 
 @dataclass(frozen=True)
 class Import:
-    """What an import took, what it left, and the quantizer that it made.
+    """Result of an import: the quantizer, and the arrays that were taken and left.
 
     Attributes:
         quantizer: on the CPU, in eval mode.
-        family: whose checkpoint it was, for people.
+        family: name of the checkpoint's family, for messages.
         kind: of the quantizer.
         arguments: of its constructor.
         taken: names in the checkpoint, with shape and element type.
         left: the other names in the checkpoint.
-        place: the prefix under which the quantizer was found.
-        notes: what else a person should know.
+        place: prefix of the quantizer in the checkpoint.
+        notes: further information for the user.
         provenance: for `save_codebook`.
     """
 
@@ -59,14 +59,15 @@ class Import:
 
 
 def import_checkpoint(source: str | Path | None, options: Options | None = None) -> Import:
-    """Make a quantizer of a foreign checkpoint.
+    """Make a quantizer from a foreign checkpoint.
 
     Args:
-        source: .npy, .npz, .safetensors, or a torch file (.pt, .pth, .ckpt, .bin, .th); None: options say all.
-        options: what keys do not tell; None: nothing was said.
+        source: .npy, .npz, .safetensors, or a torch file (.pt, .pth, .ckpt, .bin, .th); None: `options` describe the
+            whole quantizer.
+        options: facts that the checkpoint does not contain; None: none.
 
     Raises:
-        ForeignCheckpointError: one line with the reason and the way out.
+        ForeignCheckpointError: the import fails; one line with the reason and a remedy.
     """
     options = options or Options()
     path = None if source is None else Path(source)
@@ -115,7 +116,7 @@ def _opened(path: Path | None, options: Options) -> Iterator[Checkpoint]:
 
 
 def _read(checkpoint: Checkpoint, options: Options) -> tuple[str, Reading]:
-    """Return the place of the quantizer and what its family makes of it."""
+    """Return the prefix of the quantizer and its reading by the family."""
     unnamed = UNNAMED in checkpoint.arrays
     if unnamed and (options.keys or options.prefix):
         raise checkpoint.refusal("it holds one array without a name: leave --key and --prefix out")
@@ -137,7 +138,7 @@ def _read(checkpoint: Checkpoint, options: Options) -> tuple[str, Reading]:
 
 
 def _wrapper(names: Mapping[str, ForeignArray]) -> str:
-    """Return what wrappers of a model have put in front of all names."""
+    """Return the prefix that wrappers of a model added to all names."""
     prefix = ""
     while inner := next((name for name in WRAPPERS if names and all(n.startswith(prefix + name) for n in names)), ""):
         prefix += inner
@@ -145,10 +146,10 @@ def _wrapper(names: Mapping[str, ForeignArray]) -> str:
 
 
 def _found(checkpoint: Checkpoint) -> tuple[Family, str]:
-    """Return the family whose keys there are, and the place below the prefix.
+    """Return the family of the quantizer, and its place below the prefix.
 
     Raises:
-        ForeignCheckpointError: there are none, or those of several quantizers.
+        ForeignCheckpointError: the checkpoint has no quantizer, or several.
     """
     names = checkpoint.names()
     found: dict[str, Family] = {}
@@ -156,7 +157,7 @@ def _found(checkpoint: Checkpoint) -> tuple[Family, str]:
         for place in sorted(family.places(names)):
             found.setdefault(place, family)
     if len(found) > 1 and found.get("") is taming.FAMILY:
-        # A quantizer at the root shares it with nothing else: there it is a language model's embedding.
+        # Beside other quantizers, these names at the root are the embedding of a language model, not a codebook.
         del found[""]
     if len(found) > 1:
         choices = [f"--prefix {checkpoint.prefix}{place} ({family.name})" for place, family in found.items()]
@@ -169,7 +170,7 @@ def _found(checkpoint: Checkpoint) -> tuple[Family, str]:
 
 
 def _candidates(arrays: Mapping[str, ForeignArray]) -> str:
-    """Return what --prefix or --key could name, in one line."""
+    """Return suggestions for --prefix or --key, in one line."""
     prefixes = {place for ending in _ENDINGS for place in places_of(arrays, ending)} - {""}
     if prefixes:
         return f"try --prefix {listed(sorted(prefixes))}, or --key with the name of the codebook's array"

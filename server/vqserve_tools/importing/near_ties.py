@@ -1,8 +1,8 @@
-"""Indices that differ from ours by no more than float32 can tell.
+"""Near-ties: indices that differ from ours by no more than float32 rounding explains.
 
-Libraries search in float32, where two codes that are nearly as close change places by rounding. Ours is the exact
-winner; theirs is excused if, in float64, it loses by less than their arithmetic may have lost on the way: that of the
-search, and of projections and residuals before it.
+Libraries search in float32, where rounding can swap two codes at nearly the same distance. Our index is the exact
+winner. Another index is accepted if its float64 gap to the winner is below the float32 error bound of the search and of
+the projections and residuals before it.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from vqserve_server.quantizers.rows import layout_of, to_rows
 from vqserve_server.quantizers.scalar import ScalarQuantizer
 from vqserve_server.search import Objective
 
-# What float32 may lose of a sum of products whose parts are of size 1, with room for some hundred terms.
+# Error bound of a float32 sum of products whose factors have norm 1, for up to some hundred terms.
 _LOSS = 2.0**-20
-# Of more differences than these the first ones are looked at: they are no near-ties.
+# At most this many differences are examined; if there are more, most of them are no near-ties.
 _MAX_DIFFERENCES = 1 << 14
 
 
 @torch.no_grad()
 def near_ties(quantizer: Quantizer, z: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
-    """Return which of their indices differ from ours and are excused.
+    """Return which of their indices differ from ours and are accepted as near-ties.
 
-    An index of a later stage is excused, too, if the first that differs in its chain is: their residual was another.
+    An index of a later stage is also accepted if the first index that differs in its chain is accepted: after that
+    index their residual differs from ours.
 
     Args:
-        quantizer: whose exact indices are `ours`.
-        z: the latents.
-        ours: int64, as `Quantizer.encode` returns them.
-        theirs: int64 of the same shape, of any value.
+        quantizer: quantizer of the exact indices `ours`.
+        z: latents.
+        ours: int64 indices from `Quantizer.encode`.
+        theirs: int64 indices of the same shape, with any values.
 
     Returns:
-        bool of the same shape.
+        bool of the same shape, true for accepted near-ties.
     """
     rows = widen(to_rows(z, quantizer.layout))
     if not isinstance(quantizer, ResidualQuantizer):
@@ -63,7 +64,7 @@ def near_ties(quantizer: Quantizer, z: Tensor, ours: Tensor, theirs: Tensor) -> 
 
 
 def _single(quantizer: nn.Module, rows: Tensor, noise: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
-    """Return which indices (n,) of rows (n, C) are excused; `noise` (n,) is how far off theirs may have been."""
+    """Return which indices (n,) of rows (n, C) are accepted; `noise` (n,) bounds the error of their rows."""
     projection = quantizer.input_projection() if isinstance(quantizer, ProjectedModule) else None
     z, noise = _projected(rows, noise, projection)
     if isinstance(quantizer, ScalarQuantizer):
@@ -78,7 +79,7 @@ def _single(quantizer: nn.Module, rows: Tensor, noise: Tensor, ours: Tensor, the
     z, longest = z.double(), torch.maximum(winner.norm(dim=1), other.norm(dim=1))
     if problem.objective is Objective.L2:
         gap = (z - other).square().sum(dim=1) - (z - winner).square().sum(dim=1)
-        # Expanded, as it is computed in float32: squares of the lengths, not of the distance.
+        # float32 searches compute the expanded form, so the error grows with the squared norms, not the distance.
         lost = _LOSS * (z.norm(dim=1) + longest).square() + 2 * noise * (winner - other).norm(dim=1)
     else:
         gap = (z * (winner - other)).sum(dim=1)
@@ -96,7 +97,7 @@ def _scalar(quantizer: ScalarQuantizer, z: Tensor, noise: Tensor, ours: Tensor, 
     for number, channel in enumerate(quantizer.channels()):
         levels = len(channel.values)
         there = (theirs // channel.weight) % levels
-        # tanh is flat at the outer levels: there float32 loses more of its argument, the more levels there are.
+        # tanh is flat at the outer levels: there the error in its argument grows with the number of levels.
         x = z[:, number].double()
         room = _LOSS * (x.abs() + levels) + noise
         jumps = torch.from_numpy(channel.boundaries)
@@ -106,7 +107,7 @@ def _scalar(quantizer: ScalarQuantizer, z: Tensor, noise: Tensor, ours: Tensor, 
 
 
 def _stages(module: ResidualPart, rows: Tensor, ours: Tensor, theirs: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Give the place of every stage, and which of its indices (n,) are excused."""
+    """Yield the position of every stage, and which of its indices (n,) are accepted."""
     frozen: FrozenPart = module.frozen(torch.device("cpu"), "auto")
     residual = rows[:, module.part.start : module.part.stop]
     residual, noise = _projected(residual, rows.new_zeros(len(rows), dtype=torch.float64), frozen.projection)
@@ -119,14 +120,14 @@ def _stages(module: ResidualPart, rows: Tensor, ours: Tensor, theirs: Tensor) ->
         yield place, follows & (mine != yours)
         decoded = table.decode_rows(mine)
         residual = residual - decoded
-        # A row of projected codes is rounded, and so is the difference.
+        # Both the decoded row and the difference are rounded.
         noise = noise + _LOSS * decoded.double().norm(dim=1)
 
 
 def _projected(rows: Tensor, noise: Tensor, projection: Projection | None) -> tuple[Tensor, Tensor]:
     if projection is None:
         return rows, noise
-    # Frobenius' norm bounds what the projection makes of a length.
+    # The Frobenius norm bounds the factor by which the projection scales a norm.
     largest = projection[0].double().norm()
     noise = largest * (noise + _LOSS * rows.double().norm(dim=1)) + _LOSS * projection[1].double().norm()
     return project(rows.contiguous(), projection), noise

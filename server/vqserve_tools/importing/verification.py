@@ -1,4 +1,4 @@
-"""A quantizer beside latents and the indices that somebody else's code gave them."""
+"""Verification of an import: our indices of latents against the indices of the model's own code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vqserve_server.errors import ForeignCheckpointError, InvalidRequest
+from vqserve_server.errors import ForeignCheckpointError, InvalidArgument
 from vqserve_server.quantizers import Quantizer
 from vqserve_tools.importing.foreign import UNNAMED, open_foreign
 from vqserve_tools.importing.near_ties import near_ties
@@ -18,14 +18,14 @@ from vqserve_tools.importing.near_ties import near_ties
 
 @dataclass(frozen=True)
 class Verification:
-    """How many indices agree.
+    """Result of a comparison of indices.
 
     Attributes:
-        total: indices compared.
-        different: of them, those that differ.
-        near_ties: of those, the ones that float32 cannot tell apart, or that follow from such a one in an earlier
-            stage.
-        first: the first difference that is none, or else the first, for people; "" if there is none at all.
+        total: number of compared indices.
+        different: number of indices that differ.
+        near_ties: number of differing indices that float32 cannot decide, or that follow from such an index in an
+            earlier stage.
+        first: text about the first difference, if possible one that is not a near-tie; "" without differences.
     """
 
     total: int
@@ -47,15 +47,15 @@ class Verification:
 
 
 def verify_files(quantizer: Quantizer, latents: Path, indices: Path) -> Verification:
-    """Compare what a quantizer makes of latents with the indices beside them.
+    """Compare a quantizer's indices of latents with the expected indices.
 
     Args:
-        quantizer: with its layout set.
-        latents: a .npy file of 2 to 5 axes.
-        indices: a .npy file with the shape of `Quantizer.encode`'s result.
+        quantizer: quantizer with its layout set.
+        latents: .npy file of 2 to 5 axes.
+        indices: .npy file with the shape of `Quantizer.encode`'s result.
 
     Raises:
-        ForeignCheckpointError: a file cannot be read, does not fit, or holds other indices than near-ties explain.
+        ForeignCheckpointError: a file cannot be read or does not fit, or indices differ by more than near-ties.
     """
     outcome = verify(quantizer, _array(latents), _array(indices), names=(latents.name, indices.name))
     if not outcome.holds:
@@ -72,23 +72,23 @@ def verify(
     *,
     names: tuple[str, str] = ("latents", "indices"),
 ) -> Verification:
-    """Compare what a quantizer makes of latents with given indices.
+    """Compare a quantizer's indices of latents with the expected indices.
 
     Args:
-        quantizer: with its layout set.
-        latents: floating-point numbers, of 2 to 5 axes.
+        quantizer: quantizer with its layout set.
+        latents: floating-point numbers, 2 to 5 axes.
         indices: integers, with the shape of `Quantizer.encode`'s result.
-        names: what a message calls the two.
+        names: names of the two arrays in error messages.
 
     Raises:
-        ForeignCheckpointError: they do not fit the quantizer or each other.
+        ForeignCheckpointError: the arrays do not fit the quantizer or each other.
     """
     if latents.dtype.kind != "f" or latents.dtype.itemsize > 8:
         raise ForeignCheckpointError(f"--verify: {names[0]} is {latents.dtype}: latents are floating-point numbers")
     z = torch.from_numpy(np.ascontiguousarray(latents, latents.dtype.newbyteorder("=")))
     try:
         ours = quantizer.encode(z)
-    except InvalidRequest as error:
+    except InvalidArgument as error:
         raise ForeignCheckpointError(f"--verify: {names[0]}: {error}") from None
     if indices.dtype.kind not in "iu":
         raise ForeignCheckpointError(f"--verify: {names[1]} is {indices.dtype}: indices are integers")
@@ -102,8 +102,8 @@ def verify(
     if not different:
         return Verification(ours.numel(), 0, 0, "")
     near = near_ties(quantizer, z, ours, theirs)
-    told = differs & ~near if bool((differs & ~near).any()) else differs
-    position = torch.nonzero(told)[0].tolist()
+    shown = differs & ~near if bool((differs & ~near).any()) else differs
+    position = torch.nonzero(shown)[0].tolist()
     first = f"{position} is {int(ours[tuple(position)])} here and {int(theirs[tuple(position)])} there"
     return Verification(ours.numel(), different, int((differs & near).sum()), first)
 

@@ -1,6 +1,6 @@
-"""What a person wants to know of a codebook before serving it, and of how it fits their latents (docs/inspecting.md).
+"""Inspection of a codebook before it is served, and of its fit to latents (docs/inspecting.md).
 
-`inspect` measures; what it returns has a report for people and for programs, and can be drawn. One figure a file.
+`inspect` measures a codebook. The report of the result is printed as text or JSON, and its figures can be drawn.
 """
 
 from vqserve_tools.inspection.inspection import Inspection, Report, inspect

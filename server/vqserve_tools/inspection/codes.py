@@ -1,4 +1,4 @@
-"""The codes of one codebook: lengths, distances, duplicates."""
+"""Measurements of the codes of a codebook: norms, distances, duplicates, dead codes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from vqserve_server.quantizers import AbstractQuantizer, CosineQuantizer, Quanti
 from vqserve_server.search import prepare
 from vqserve_tools.progress import Progress, progress_of
 
-# Tokens a batch, on the EMA's average. A code that is met once in some hundred batches lies above.
+# Tokens per batch in the running average. A code that gets one token in about a hundred batches has more.
 _DEAD_CLUSTER_SIZE = 0.01
 _ELEMENTS_PER_CHUNK = 1 << 22
-# Of so few codes each is compared with each.
+# Up to this number of codes, every pair is compared.
 _FEW = 256
-# What may be computed, some ten seconds on two cores; where all codes would take more, some are drawn. Products of the
-# searches, and elements that are prepared for one search after the other.
+# Limits of the work, about ten seconds on two cores: products in all searches, and elements that are prepared for them.
+# If all codes would exceed a limit, a sample of them is measured.
 _MOST_PRODUCTS = 1 << 39
 _MOST_ELEMENTS = 1 << 22
 # Kinds whose codes start within [-1/K, 1/K].
@@ -31,13 +31,13 @@ _UNIFORM_AT_FIRST = frozenset({"vq", "vq_projection"})
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """What was measured of one codebook.
+    """Measurements of one codebook.
 
     Attributes:
-        norms: (K,) Euclidean lengths of the code rows.
-        neighbours: (S,) distances from the codes that were drawn, all if they are few enough, to the nearest other
-            one; infinite where there is no other.
-        duplicates: codes that equal an earlier one.
+        norms: (K,) Euclidean norms of the code rows.
+        neighbours: (S,) distance from each sampled code to the nearest other code; infinite if there is no other code.
+            All codes are sampled unless there are too many.
+        duplicates: number of codes that equal an earlier code.
     """
 
     norms: npt.NDArray[np.float64]
@@ -54,34 +54,34 @@ def codebooks_of(quantizer: Quantizer) -> list[AbstractQuantizer]:
 
 @torch.no_grad()
 def measure_codes(codebooks: Sequence[AbstractQuantizer], *, progress: bool = False) -> list[Codes]:
-    """Return what there is to know of each codebook; on the CPU.
+    """Measure each codebook, on the CPU.
 
     Args:
-        codebooks: with finite codes.
-        progress: tell on stderr how far it is.
+        codebooks: codebooks with finite codes.
+        progress: whether to show progress on stderr.
     """
     rows = [codebook.code_rows() for codebook in codebooks]
     drawn = [draw_codes(*codes.shape) for codes in rows]
     measured = []
-    with progress_of("measuring codes", sum(map(len, drawn)), "code", shown=progress) as told:
+    with progress_of("measuring codes", sum(map(len, drawn)), "code", shown=progress) as bar:
         for codebook, codes, chosen in zip(codebooks, rows, drawn, strict=True):
             # How long a code is makes no difference to a cosine.
             points = codebook.search_problem().codes if isinstance(codebook, CosineQuantizer) else codes
-            distances = nearest_other(points, chosen, told)
+            distances = nearest_other(points, chosen, bar)
             measured.append(Codes(_norms(codes.numpy()), distances, count_duplicates(codes.numpy())))
     return measured
 
 
 def count_duplicates(codes: npt.NDArray[np.floating[Any]]) -> int:
-    """Return how many rows equal an earlier one, zeros of either sign being equal."""
-    # Sorted as bytes, which must then be equal where the numbers are.
+    """Return the number of rows that equal an earlier row; -0.0 equals 0.0."""
+    # The rows are compared as bytes. Adding zero turns -0.0 into 0.0, so that equal numbers have equal bytes.
     plain = np.ascontiguousarray(codes + codes.dtype.type(0))
     rows = plain.view(np.dtype((np.void, plain.shape[1] * plain.itemsize))).reshape(-1)
     return int(rows.size - np.unique(rows).size)
 
 
 def count_dead_looking(codebook: Codebook) -> tuple[int | None, str]:
-    """Return how many codes training seems never to have moved or met, None where nothing tells, and how it is told."""
+    """Return the number of codes that training seems never to have used, or None if unknown; and the criterion."""
     quantizer = codebook.quantizer
     if codebook.kind == "ema":
         cluster_size = quantizer.state_dict()["embedding.cluster_size"].numpy()
@@ -91,16 +91,16 @@ def count_dead_looking(codebook: Codebook) -> tuple[int | None, str]:
     if codebook.arguments["embedding_weight_norm"]:
         return None, "a weight-normed codebook starts normal: nothing tells"
     codes = quantizer.code_rows().numpy()
-    # As the initialiser rounds it.
+    # Rounded as the initialiser rounds it.
     bound = codes.dtype.type(1 / codes.shape[0])
     inside = sum(int(np.count_nonzero(np.abs(chunk).max(axis=1) <= bound)) for chunk in _chunks(codes))
     return inside, "still within the initial range [-1/K, 1/K]"
 
 
 def draw_codes(num_codes: int, dim: int) -> Tensor:
-    """Return which codes of a codebook (K, D) are to be measured, ascending (S,): all, unless that takes too long.
+    """Return the codes of a codebook (K, D) to measure, ascending (S,): all, or a sample if all take too long.
 
-    The same ones every time.
+    The sample is the same in every call.
     """
     affordable = max(_FEW, min(_MOST_PRODUCTS // (num_codes * dim), _MOST_ELEMENTS // dim))
     if num_codes <= affordable:
@@ -109,19 +109,19 @@ def draw_codes(num_codes: int, dim: int) -> Tensor:
     return torch.from_numpy(np.sort(drawn))
 
 
-def nearest_other(codes: Tensor, drawn: Tensor, told: Progress) -> npt.NDArray[np.float64]:
-    """Return the distances from codes to their nearest other one: zero where a code has an equal.
+def nearest_other(codes: Tensor, drawn: Tensor, bar: Progress) -> npt.NDArray[np.float64]:
+    """Return the distance from each sampled code to the nearest other code; zero for a duplicate.
 
-    Found by the exact search, of which a code is to be kept from finding itself: the drawn codes search all others,
-    and then each half of them the other half, each quarter the other quarter of its half, and so on.
+    This uses the exact search, which must not find the code itself. So the sampled codes search all codes outside the
+    sample; then each half of the sample searches the other half, each quarter the other quarter of its half, and so on.
 
     Args:
         codes: (K, D) float32 or float64 on the CPU, finite.
         drawn: (S,) ascending positions of the codes to measure.
-        told: of the codes that are done.
+        bar: receives the number of finished codes.
 
     Returns:
-        (S,) Euclidean, of the nearest of all K - 1 others; infinite where there is no other.
+        (S,) Euclidean distance to the nearest of all K - 1 other codes; infinite if there is none.
     """
     rows = codes[drawn]
     squares = torch.full((len(rows),), torch.inf, dtype=torch.float64)
@@ -129,20 +129,20 @@ def nearest_other(codes: Tensor, drawn: Tensor, told: Progress) -> npt.NDArray[n
         is_other = torch.ones(len(codes), dtype=torch.bool)
         is_other[drawn] = False
         squares = _to_nearest(rows, codes[is_other])
-    return torch.minimum(squares, _among(rows, told)).sqrt().numpy()
+    return torch.minimum(squares, _among(rows, bar)).sqrt().numpy()
 
 
-def _among(rows: Tensor, told: Progress) -> Tensor:
-    """Return the squared distance of each row (n, D) to the nearest other one (n,)."""
+def _among(rows: Tensor, bar: Progress) -> Tensor:
+    """Return the squared distance (n,) of each row (n, D) to the nearest other row."""
     if len(rows) <= _FEW:
         wide = rows.double()
-        # From the differences: products would cancel.
+        # Computed from differences, because products would cancel.
         distances = torch.cdist(wide, wide, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
-        told.update(len(rows))
+        bar.update(len(rows))
         return distances.amin(dim=1).square()
     half = len(rows) // 2
     left, right = rows[:half], rows[half:]
-    inside = torch.cat([_among(left, told), _among(right, told)])
+    inside = torch.cat([_among(left, bar), _among(right, bar)])
     across = torch.cat([_to_nearest(left, right), _to_nearest(right, left)])
     return torch.minimum(inside, across)
 
@@ -152,7 +152,7 @@ def _to_nearest(rows: Tensor, codes: Tensor) -> Tensor:
     winners = prepare(codes).search(rows)
     step = max(1, _ELEMENTS_PER_CHUNK // rows.shape[1])
     chunks = zip(torch.split(rows, step), torch.split(winners, step), strict=True)
-    return torch.cat([(some.double() - codes[won].double()).square().sum(dim=1) for some, won in chunks])
+    return torch.cat([(part.double() - codes[won].double()).square().sum(dim=1) for part, won in chunks])
 
 
 def _norms(codes: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

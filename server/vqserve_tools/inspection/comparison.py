@@ -1,4 +1,4 @@
-"""What decoded latents are held against: not every quantizer gives back what it was given."""
+"""The space in which tokens and codes are compared; not every kind decodes to approximations of its latents."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Comparison:
         self.name = _name(quantizer, is_projected=inner is not None, is_projected_back=outer is not None)
 
     def wanted(self, rows: Tensor) -> Tensor:
-        """Return what tokens stand for, (n, width) float64.
+        """Return the exact values of tokens in this space, (n, width) float64.
 
         Args:
             rows: (n, C) float32 or float64 on the device, finite.
 
         Raises:
-            NonFiniteLatents: the projection leaves float32's range.
+            NonFiniteLatents: the projection overflows float32.
         """
         if self.name == "latents":
             return rows.double()
@@ -53,10 +53,10 @@ class Comparison:
         return searched.double()
 
     def found(self, indices: Tensor) -> Tensor:
-        """Return what indices make of them, (n, width) float64.
+        """Return the decoded values of indices in this space, (n, width) float64.
 
         Args:
-            indices: int64 as `encode_rows` returned them, or the first q of each token.
+            indices: int64 indices from `encode_rows`, or the first q of each token.
         """
         if self.name == "latents":
             return self._frozen.decode_rows(indices).double()

@@ -1,4 +1,4 @@
-"""How much quantization takes away."""
+"""Quantization error of tokens, and percentiles of many values in a fixed amount of memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 Floats = npt.NDArray[np.float64]
 
-# A bin is all values with the same sign, exponent and leading 14 bits as a float32: less than 2^-14 wide, relatively.
+# A bin holds the values with equal sign, exponent and leading 14 bits as float32: its relative width is below 2^-14.
 _DROPPED_BITS = 9
 _LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distances:
-    """Euclidean distances between tokens and what their indices stand for, percentiles within 2^-14 of theirs."""
+    """Euclidean distances between tokens and their decoded values; percentiles have a relative error below 2^-14."""
 
     p50: float
     p90: float
@@ -29,13 +29,13 @@ class Distances:
 
 @dataclass(frozen=True, kw_only=True)
 class StagesError:
-    """What the first indices of a token leave.
+    """Quantization error with only the first indices of each token.
 
     Attributes:
-        num_quantizers: how many of them.
+        num_quantizers: number of indices used.
         mean_squared: mean of (decoded - latent)^2 over all elements.
-        relative: that, of the latents' variance; None where they have none.
-        snr_db: -10 log10(relative); None where nothing is left, or there is no variance.
+        relative: mean_squared divided by the variance of the latents; None if the variance is zero.
+        snr_db: -10 log10(relative); None if the error or the variance is zero.
     """
 
     num_quantizers: int
@@ -46,14 +46,14 @@ class StagesError:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationError:
-    """What all indices of a token leave.
+    """Quantization error with all indices of each token.
 
     Attributes:
-        compared: what was held against the codes, `Comparison.name`.
-        variance: of what was compared, around each channel's own mean, over all elements.
+        compared: what the codes were compared with, `Comparison.name`.
+        variance: variance of the compared values around the mean of their channel, over all elements.
         mean_squared, relative, snr_db: as in `StagesError`.
-        distance: over tokens.
-        by_stages: with fewer of a residual codebook's indices, and with all; empty for other kinds.
+        distance: distances of the tokens.
+        by_stages: errors with some and with all indices of a residual codebook; empty for other kinds.
     """
 
     compared: str
@@ -66,10 +66,15 @@ class QuantizationError:
 
 
 class ErrorTally:
-    """Sums over tokens, in float64."""
+    """Accumulates the quantization error of tokens, in float64."""
 
     def __init__(self, compared: str, stages: Sequence[int]) -> None:
-        """Take what is compared, and the numbers of indices with which it is, ascending, the last of them all."""
+        """Start with no tokens.
+
+        Args:
+            compared: what the codes are compared with, `Comparison.name`.
+            stages: numbers of indices to decode with, ascending; the last is the number of all indices.
+        """
         self._compared = compared
         self.stages = tuple(stages)
         self._squares = np.zeros(len(self.stages))
@@ -82,18 +87,18 @@ class ErrorTally:
         """Add tokens.
 
         Args:
-            wanted: (n, width) float64.
-            found: the same, with each of `stages`.
+            wanted: (n, width) float64, the exact values.
+            found: for each number of `stages`, the decoded values, (n, width) float64.
         """
         self._add_moments(wanted.cpu().numpy())
         self._elements += wanted.numel()
         squares = [(decoded - wanted).square().sum(dim=1) for decoded in found]
         self._squares += np.array([float(of_tokens.sum()) for of_tokens in squares])
-        # With all indices.
+        # The last entry is the error with all indices.
         self.distances.add(squares[-1].sqrt().cpu().numpy())
 
     def error(self) -> QuantizationError:
-        """Return the figures; there must be tokens."""
+        """Return the error of all tokens; there must be at least one."""
         variance = float(self._around.sum()) / self._elements
         stages = [
             self._stage(count, squares, variance) for count, squares in zip(self.stages, self._squares, strict=True)
@@ -118,10 +123,10 @@ class ErrorTally:
         return StagesError(num_quantizers=count, mean_squared=mean_squared, relative=relative, snr_db=snr_db)
 
     def _add_moments(self, rows: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> None:
-        # A sum of squares less the square of a sum would cancel: Chan, Golub, LeVeque, "Updating formulae and a
-        # pairwise algorithm for computing sample variances", 1979.
+        # The difference of a sum of squares and a squared sum would cancel. Source: Chan, Golub, LeVeque, "Updating
+        # formulae and a pairwise algorithm for computing sample variances", 1979.
         total = self._tokens + len(rows)
-        # Latents beyond 1e154 leave float64 here: the figures are then reported as none.
+        # The squares of latents above 1e154 overflow float64; the report then has no such figure.
         with np.errstate(over="ignore", invalid="ignore"):
             mean = rows.mean(axis=0)
             step = mean - self._mean
@@ -132,20 +137,20 @@ class ErrorTally:
 
 
 def stages_to_compare(num_quantizers: int) -> list[int]:
-    """Return 1, 2, 4 and so on, and all: decoding with each number of stages would take the square of their number."""
+    """Return 1, 2, 4 and so on, and the number of all stages: decoding with every number would take quadratic time."""
     powers = [1 << k for k in range(num_quantizers.bit_length()) if 1 << k < num_quantizers]
     return [*powers, num_quantizers]
 
 
 class Spread:
-    """Counts values that are not negative in some four million bins."""
+    """Histogram of values that are not negative, with about four million bins."""
 
     def __init__(self) -> None:
         self._counts = np.zeros(1 << (31 - _DROPPED_BITS), np.int64)
         self.max = 0.0
 
     def add(self, values: Floats) -> None:
-        """Count values (n,); those beyond float32's range as its largest."""
+        """Count values (n,); values beyond float32's range count as its largest number."""
         if values.size:
             self.max = max(self.max, float(values.max()))
             bits = np.minimum(values, _LARGEST).astype(np.float32).view(np.uint32)
@@ -153,18 +158,18 @@ class Spread:
             self._counts[bins] += counts
 
     def percentile(self, percent: float) -> float:
-        """Return the value that `percent` of the values do not exceed, within 2^-14 of it; there must be values."""
+        """Return a percentile, with a relative error below 2^-14; there must be at least one value."""
         up_to = np.cumsum(self._counts)
         place = np.searchsorted(up_to, max(1, math.ceil(percent / 100 * int(up_to[-1]))))
         return min(self.max, float(_middles(np.array([place]))[0]))
 
     def values_and_counts(self) -> tuple[Floats, npt.NDArray[np.int64]]:
-        """Return a value for each bin that has any, ascending, and how many it has."""
+        """Return, ascending, a value for each bin that is not empty, and its number of values."""
         places = np.nonzero(self._counts)[0]
         return _middles(places), self._counts[places]
 
 
 def _middles(bins: npt.NDArray[np.int64]) -> Floats:
     bits = (bins.astype(np.uint32) << _DROPPED_BITS) + np.uint32(1 << (_DROPPED_BITS - 1))
-    # The first bin is that of zero.
+    # The first bin holds zero.
     return np.where(bins == 0, 0.0, bits.view(np.float32).astype(np.float64))

@@ -1,4 +1,4 @@
-"""How a codebook fits latents."""
+"""Fit of a codebook to latents: usage of the codes, quantization error, effect of rounding."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vqserve.layout import wrong_channels
-from vqserve_server.errors import InvalidShape, TokenBeyondRange
+from vqserve.errors import rows_placed
+from vqserve.validation import check_channels
+from vqserve_server.errors import InvalidShape
 from vqserve_server.quantizers import AbstractQuantizer, FrozenQuantizer, GumbelQuantizer, Quantizer, freeze
 from vqserve_server.search import SearchCounts
 from vqserve_tools.inspection.comparison import Comparison, is_comparable
@@ -24,14 +25,14 @@ Ints = npt.NDArray[np.int64]
 
 _ELEMENTS_AT_ONCE = 1 << 22
 _MOST_ROWS_AT_ONCE = 1 << 16
-# Up to so many codes there is a counter for each; a grid of values can have 2^32, of which tokens meet few.
+# Up to this number of codes each code has a counter. Scalar quantizers can have 2^32 codes, most of them unused.
 _MOST_COUNTERS = 1 << 22
 _MOST_PENDING = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class UsageBin:
-    """How many codes have from `least` to `most` tokens each."""
+    """Number of codes that have `least` to `most` tokens."""
 
     least: int
     most: int
@@ -40,17 +41,17 @@ class UsageBin:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """How the tokens are spread over the codes.
+    """Distribution of the tokens over the codes.
 
     Attributes:
-        codes: that a token can have.
-        used: codes that at least one token has.
-        dead: the others.
-        bits: entropy of the codes' shares: what a token tells, log2 of the codes at most.
-        perplexity: 2^bits, of how many evenly used codes that is.
+        codes: number of codes that a token can have.
+        used: number of codes that at least one token has.
+        dead: number of the other codes.
+        bits: entropy of the distribution, at most log2(codes).
+        perplexity: 2^bits, the number of equally used codes with the same entropy.
         share: perplexity / codes.
-        largest_share: of the tokens, those of the most used code.
-        histogram: codes by their number of tokens: 0, 1, 2 to 3, 4 to 7 and so on, up to the most used code's.
+        largest_share: fraction of the tokens that have the most used code.
+        histogram: codes by number of tokens: 0, 1, 2 to 3, 4 to 7 and so on, up to the most used code.
     """
 
     codes: int
@@ -64,9 +65,9 @@ class Usage:
 
     @classmethod
     def of(cls, counts: Ints, num_codes: int) -> Usage:
-        """Return the figures of the counts of all used codes, of which there is at least one."""
+        """Return the figures from the token counts of all used codes; there must be at least one."""
         shares = counts / counts.sum()
-        # One code that has all tokens would have -0.
+        # abs: with one used code the sum is -0.
         bits = float(abs((shares * np.log2(shares)).sum()))
         exponents = np.bincount(np.frexp(counts)[1] - 1)
         dead = num_codes - counts.size
@@ -87,7 +88,7 @@ class UsageTally:
     """Counts tokens by code."""
 
     def __init__(self, num_ids: int) -> None:
-        """Take the exclusive bound of the ids."""
+        """Start with no tokens; all ids are below `num_ids`."""
         self._dense = np.zeros(num_ids, np.int64) if num_ids <= _MOST_COUNTERS else None
         self._ids = self._counts = np.empty(0, np.int64)
         self._pending: list[Ints] = []
@@ -98,12 +99,12 @@ class UsageTally:
             np.add.at(self._dense, ids, 1)
             return
         self._pending.append(ids)
-        # As many as there are already: each is sorted a few times at most.
+        # Merge when as many ids are pending as are known, so that each id is sorted only a few times.
         if sum(map(len, self._pending)) >= max(_MOST_PENDING, self._ids.size):
             self._merge()
 
     def counts(self) -> Ints:
-        """Return the numbers of tokens of the codes that have any, in the order of their ids."""
+        """Return the token counts of the used codes, in the order of their ids."""
         if self._dense is not None:
             return self._dense[self._dense > 0]
         self._merge()
@@ -120,13 +121,13 @@ class UsageTally:
 
 @dataclass(frozen=True, kw_only=True)
 class Latents:
-    """What was read.
+    """Description of the latents.
 
     Attributes:
-        shape: of the array.
-        dtype: of its elements.
-        layout: of the array.
-        tokens: how many there are.
+        shape: shape of the array.
+        dtype: element type of the array.
+        layout: layout of the array.
+        tokens: number of tokens.
     """
 
     shape: tuple[int, ...]
@@ -137,12 +138,12 @@ class Latents:
 
 @dataclass(frozen=True, kw_only=True)
 class Rechecked:
-    """What the exact search did for one of a token's indices.
+    """Precision that the exact search needed, for one index position of the tokens.
 
     Attributes:
-        rows: that were searched.
-        float64: that the fast pass left open.
-        beyond_float64: that float64 left open as well.
+        rows: number of rows searched.
+        float64: number of rows that the fast pass could not decide.
+        beyond_float64: number of rows that float64 could not decide either.
     """
 
     rows: int
@@ -152,17 +153,18 @@ class Rechecked:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A codebook's figures on latents, all of them about codes, whatever a remap reports for them.
+    """Figures of a codebook on latents. All are about the full codes, not about the ids of a remap.
 
     Attributes:
-        latents: what was read.
-        device: where they were encoded.
-        backend: by which search; "none" where nothing is searched.
-        usage: of the codes, for each of a token's indices.
-        rechecked: by the search, for each of a token's indices; empty where nothing is searched.
-        outside_remap: tokens whose code is not in the remap; None without one, and where codes outside do not compete.
-        error: what quantization takes away; None where codes do not approximate latents.
-        rounded: what rounding to "float16" and "bfloat16" would change.
+        latents: description of the latents.
+        device: device of the computation.
+        backend: search backend; "none" if the kind needs no search.
+        usage: usage of the codes, for each index position.
+        rechecked: precision that the search needed, for each index position; empty if the kind needs no search.
+        outside_remap: number of tokens whose code is not in the remap; None if there is no remap, or if codes outside
+            the remap cannot win.
+        error: quantization error; None if codes do not approximate latents.
+        rounded: changes caused by rounding, for "float16" and "bfloat16".
     """
 
     latents: Latents
@@ -176,16 +178,16 @@ class Fit:
 
 
 class FitTally:
-    """Encodes latents, piece by piece, and keeps count.
+    """Encodes latents chunk by chunk, and accumulates the figures.
 
     Attributes:
-        rows_at_once: how many tokens make a piece.
-        usage: of the codes, for each of a token's indices.
-        error: what quantization takes away; None where codes do not approximate latents.
+        rows_at_once: number of tokens of a chunk.
+        usage: usage of the codes, for each index position.
+        error: quantization error; None if codes do not approximate latents.
     """
 
     def __init__(self, quantizer: Quantizer, frozen: FrozenQuantizer) -> None:
-        """Take a quantizer and its frozen form."""
+        """Start with no tokens, for a quantizer and its frozen form."""
         self._in_remap: npt.NDArray[np.bool_] | None = None
         # Under a remap of a Gumbel quantizer only the codes in it compete, and their positions name them.
         if isinstance(quantizer, AbstractQuantizer) and not isinstance(quantizer, GumbelQuantizer):
@@ -214,7 +216,7 @@ class FitTally:
             chunk: (n, C) float32 or float64, finite.
 
         Raises:
-            NonFiniteLatents: a token leaves float32's range on its way to the codes.
+            NonFiniteLatents: the projection of a token overflows float32.
         """
         rows = torch.from_numpy(chunk).to(self._frozen.device)
         found = self._frozen.encode_rows(rows, counts=self._searches)
@@ -231,7 +233,7 @@ class FitTally:
             rounding.add(rows, indices)
 
     def fit(self, rows: LatentRows) -> Fit:
-        """Return the figures of these latents, of which all were added."""
+        """Return the figures of these latents, after all of them were added."""
         frozen = self._frozen
         is_searched = frozen.search_backend != "none"
         return Fit(
@@ -253,16 +255,15 @@ class FitTally:
 
 
 def check_latents(rows: LatentRows, quantizer: Quantizer) -> None:
-    """Refuse latents that the quantizer does not take, in one pass over them.
+    """Check that the quantizer can encode these latents, in one pass over them.
 
     Raises:
         InvalidShape: another channel count, or no tokens.
         NonFiniteLatents: NaN or infinity; names the first one's position.
     """
-    if rows.dim != quantizer.input_dim:
-        raise InvalidShape(wrong_channels(rows.array.shape, rows.layout, quantizer.input_dim))
+    check_channels(rows.array.shape, rows.layout, quantizer.input_dim)
     if len(rows) == 0:
-        raise InvalidShape(f"latents of shape {rows.array.shape} hold no tokens")
+        raise InvalidShape(f"latents of shape {rows.array.shape} hold no tokens", array="latents")
     rows.check_finite()
 
 
@@ -270,22 +271,20 @@ def measure_fit(tally: FitTally, rows: LatentRows, *, progress: bool = False) ->
     """Add all rows, and return the figures.
 
     Args:
-        tally: that nothing was added to.
-        rows: that `check_latents` lets pass.
-        progress: tell on stderr how far it is.
+        tally: new tally without tokens.
+        rows: latents that passed `check_latents`.
+        progress: whether to show progress on stderr.
 
     Raises:
         TokenBeyondRange: a token leaves float32's range on its way to the codes; names it.
     """
     done = 0
-    with progress_of("encoding", len(rows), "token", shown=progress) as told:
+    with progress_of("encoding", len(rows), "token", shown=progress) as bar:
         for chunk in rows.chunks(tally.rows_at_once):
-            try:
+            with rows_placed(rows.grid, done):
                 tally.add(chunk)
-            except TokenBeyondRange as error:
-                raise TokenBeyondRange(error.text, done + error.row, rows.grid) from None
             done += len(chunk)
-            told.update(len(chunk))
+            bar.update(len(chunk))
     return tally.fit(rows)
 
 
@@ -301,7 +300,7 @@ def _without_remap(quantizer: AbstractQuantizer) -> tuple[AbstractQuantizer, npt
 
 
 def _count_codes(quantizer: Quantizer) -> int:
-    """Return how many codes a token can have."""
+    """Return the number of codes that a token can have."""
     if isinstance(quantizer, GumbelQuantizer) and quantizer.used is not None:
         return int(torch.unique(quantizer.used).numel())
     return quantizer.num_codes

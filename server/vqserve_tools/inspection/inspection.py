@@ -1,4 +1,4 @@
-"""All that is measured of a codebook."""
+"""Inspection of a codebook: the measurements, and the report with all figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vqserve_tools.inspection.codes import Codes, codebooks_of, count_dead_looki
 from vqserve_tools.inspection.fit import Fit, FitTally, check_latents, measure_fit
 from vqserve_tools.latent_file import LatentRows
 
-# Raised when a field changes its meaning or goes; new ones may come.
+# Version of the JSON report: increased when a field is removed or changes its meaning, not when one is added.
 FORMAT = 1
 
 
@@ -31,11 +31,11 @@ class Norms:
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbours:
-    """Euclidean distances from codes to their nearest other one, of its codebook.
+    """Euclidean distances from codes to the nearest other code of their codebook.
 
     Attributes:
-        min, median, max: of the distances.
-        codes: how many were measured: all, unless that takes too long.
+        min, median, max: figures of the distances.
+        codes: number of measured codes: all codes, or a sample if all take too long.
     """
 
     min: float
@@ -46,12 +46,12 @@ class Neighbours:
 
 @dataclass(frozen=True, kw_only=True)
 class CodeFigures:
-    """The codes of one codebook, or of all stages'.
+    """Figures of the codes of one codebook, or of all stages together.
 
     Attributes:
-        norms: of the code rows, as decode gives them.
-        neighbours: None where there is no other code. Cosine codes are scaled to length one.
-        duplicates: codes that equal an earlier one of their codebook: encode never gives them.
+        norms: norms of the code rows that decode returns.
+        neighbours: distances between codes, for cosine codes between their directions; None if there is only one code.
+        duplicates: number of codes that equal an earlier code of their codebook; encode never returns them.
     """
 
     norms: Norms
@@ -60,7 +60,7 @@ class CodeFigures:
 
     @classmethod
     def of(cls, measured: Sequence[Codes]) -> CodeFigures:
-        """Return the figures of codebooks together, at least one."""
+        """Return the figures of at least one codebook, taken together."""
         norms = np.concatenate([codes.norms for codes in measured])
         distances = np.concatenate([codes.neighbours for codes in measured])
         distances = distances[np.isfinite(distances)]
@@ -80,29 +80,29 @@ class CodeFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A codebook in numbers.
+    """All figures of a codebook.
 
     Attributes:
         kind: "vq", "ema" and so on.
-        digest: lower-case hexadecimal SHA-256 of what encode and decode read.
-        num_codes: K (of each stage, if there are several).
+        digest: lower-case hexadecimal SHA-256 of the data that encode and decode use.
+        num_codes: number of codes K; of each stage, if there are several.
         vocab_size: indices lie in [0, vocab_size).
         num_quantizers: indices per token.
-        layout: of latents where a call does not say; None: by the number of axes.
-        input_dim: channels that encode takes.
-        code_dim: D.
-        output_dim: channels that decode returns.
+        layout: default layout of latents; None: it depends on the number of axes.
+        input_dim: channels of the latents that encode takes.
+        code_dim: width D of a code.
+        output_dim: channels of the latents that decode returns.
         dtype: element type of the codebook.
-        arguments: of the quantizer's constructor.
-        provenance: where the codebook came from, as its writer told it.
-        norms: of the codes, those of all stages; None where codes are computed and not kept.
-        neighbours: likewise; None too where there is no other code.
-        duplicates: codes that equal an earlier one of their stage: encode never gives them.
-        stages: of each of a token's indices' codebooks; empty unless there are several.
-        dead_looking: codes that training seems never to have moved or met; None where nothing tells.
-        dead_looking_means: what `dead_looking` counts.
-        search: the search backend chosen, by device type.
-        fit: how the codebook fits latents; None where there are none.
+        arguments: arguments of the quantizer's constructor.
+        provenance: origin of the codebook, as written into its file.
+        norms: norms of the codes of all stages; None if codes are computed and not stored.
+        neighbours: distances between the codes of all stages; None if there is only one code, or as for `norms`.
+        duplicates: number of codes that equal an earlier code of their stage; encode never returns them.
+        stages: figures of each stage; empty if there is only one.
+        dead_looking: number of codes that training seems never to have used; None if unknown.
+        dead_looking_means: criterion of `dead_looking`.
+        search: chosen search backend, by device type.
+        fit: fit to latents; None without latents.
     """
 
     kind: str
@@ -127,19 +127,19 @@ class Report:
     fit: Fit | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON; None stands for what is not finite."""
+        """Return plain data for JSON; None stands for a number that is not finite."""
         plain: dict[str, Any] = _plain({"format": FORMAT, **asdict(self)})
         return plain
 
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """A report and what was counted for it.
+    """A report and the measurements behind it.
 
     Attributes:
-        report: the figures.
-        codes: of each codebook, one for each of a token's indices; empty where codes are computed.
-        tally: of the tokens; None without latents.
+        report: all figures.
+        codes: measurements of each stage's codebook; empty if codes are computed.
+        tally: counts over the tokens; None without latents.
     """
 
     report: Report
@@ -148,17 +148,17 @@ class Inspection:
 
 
 def inspect(codebook: Codebook, latents: LatentRows | None = None, *, progress: bool = False) -> Inspection:
-    """Measure a codebook; memory is bounded by a few times the codebook's own, however many latents there are.
+    """Measure a codebook; the memory used is a few times that of the codebook, and independent of the latents.
 
     Args:
-        codebook: of a file.
-        latents: to encode and decode, on the preferred device; None: only the codebook itself is looked at.
-        progress: tell on stderr how far it is.
+        codebook: codebook from a file.
+        latents: latents to encode and decode, on the preferred device; None: only the codebook itself is measured.
+        progress: whether to show progress on stderr.
 
     Raises:
         CodebookError: the codebook cannot be served.
         InvalidShape: the latents have another channel count, or no tokens.
-        NonFiniteLatents: they hold NaN or infinity, or leave float32's range on their way to the codes.
+        NonFiniteLatents: the latents hold NaN or infinity, or their projection overflows float32.
     """
     quantizer = codebook.quantizer
     if latents is not None:

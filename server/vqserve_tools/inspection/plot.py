@@ -1,4 +1,4 @@
-"""An inspection as a picture."""
+"""Plots of an inspection."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ Floats = npt.NDArray[np.float64]
 
 
 def check_plot(path: Path, *, force: bool, sources: Sequence[Path | None] = ()) -> None:
-    """Check, before anything is measured, that a plot can be drawn and written.
+    """Check, before the measurements, that a plot can be drawn and written.
 
     Args:
-        path: of the plot.
-        force: whether a file that is there may be replaced.
-        sources: files that are read.
+        path: PNG file to write.
+        force: whether an existing file may be replaced.
+        sources: files that the inspection reads.
 
     Raises:
-        InvalidOption: there is a file already, or it is a source, there is no such folder, or matplotlib is missing.
+        InvalidOption: the file exists or is a source, its folder does not exist, or matplotlib is missing.
+        PermissionError: this user cannot write into the folder.
     """
     check_output(path, force=force, sources=sources)
     try:
@@ -40,17 +41,17 @@ def check_plot(path: Path, *, force: bool, sources: Sequence[Path | None] = ()) 
 
 
 def draw(inspection: Inspection, path: Path) -> None:
-    """Draw what there is: norms and distances of codes, and with latents usage and errors.
+    """Draw norms and distances of the codes and, with latents, usage and errors.
 
     Args:
-        inspection: of a codebook that keeps codes, or on latents.
-        path: of the PNG file to make or replace.
+        inspection: inspection of a codebook with stored codes, or with latents.
+        path: PNG file to write or replace.
 
     Raises:
         InvalidOption: there is nothing to draw.
         OSError: the file cannot be written.
     """
-    # Without pyplot: no window, nothing global.
+    # pyplot would open windows and change global state.
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     report, tally = inspection.report, inspection.tally
@@ -69,7 +70,7 @@ def draw(inspection: Inspection, path: Path) -> None:
         raise InvalidOption(f"codes of kind {report.kind} are computed: without latents there is nothing to draw")
     columns, rows = min(2, len(panels)), (len(panels) + 1) // 2
     figure: Any = Figure(figsize=(5.5 * columns, 4 * rows), layout="constrained")
-    # Nothing that a file says of itself: matplotlib would read it as markup.
+    # The title has no text from the file: matplotlib would interpret it as markup.
     codes = of_stages(report.num_quantizers, report.num_codes) if report.stages else report.num_codes
     figure.suptitle(f"{report.kind}, {codes} x {report.code_dim}, digest {report.digest[:16]}")
     for place, paint in enumerate(panels, 1):
@@ -86,7 +87,7 @@ def _draw_histogram(
     counted: str,
     weights: npt.NDArray[np.int64] | None = None,
 ) -> None:
-    """Draw values; of several stages on top of each other, each in its own colour."""
+    """Draw a histogram of values; several stages are stacked, each in its own colour."""
     axes.set(title=title, xlabel=of, ylabel=counted)
     axes.grid(alpha=0.3)
     finite = [one[np.isfinite(one)] for one in values]
@@ -94,7 +95,7 @@ def _draw_histogram(
     if together.size == 0:
         return
     low, high = float(together.min()), float(together.max())
-    # Lengths of a mixed codebook, from 0.1 to 4000, would all be in the first bin of an even scale.
+    # With a linear scale, nearly all norms of a codebook with norms from 0.1 to 4000 would be in the first bin.
     if low > 0 and high > 100 * np.median(together):
         axes.set_xscale("log")
         edges = np.geomspace(low, high, _BINS + 1)
@@ -116,7 +117,7 @@ def _stage_colour(number: int, count: int) -> Any:
 
 
 def _stage_label(number: int, count: int) -> str:
-    """Return the label of the first and the last of several; matplotlib leaves out what begins with "_"."""
+    """Return the label of the first and of the last stage; matplotlib omits the others, which begin with "_"."""
     return f"index {number + 1}" if number in (0, count - 1) and count > 1 else "_"
 
 

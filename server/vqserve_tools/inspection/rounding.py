@@ -1,4 +1,4 @@
-"""How many tokens would change if latents or codebook were kept in half precision."""
+"""Tokens that would change if latents or codebook were stored in half precision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vqserve_server.errors import CodebookError, NonFiniteLatents
 from vqserve_server.quantizers import FrozenQuantizer, Quantizer, freeze
 from vqserve_server.quantizers.narrowing import narrow
 
-# What is rounded: the fields of `Rounded`.
+# The cases that are compared: the fields of `Rounded`.
 _WHAT = ("latents", "codebook", "both")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -22,10 +22,10 @@ class Changed:
     """Tokens that would change.
 
     Attributes:
-        tokens: that get another index, any of them.
-        share: of all tokens.
-        indices: how many of each of a token's indices change.
-        lost: tokens that cannot be encoded any more, counted among the others: a number left the type's range.
+        tokens: number of tokens of which at least one index changes.
+        share: `tokens` as a fraction of all tokens.
+        indices: for each index position of a token, the number of tokens whose index changes.
+        lost: number of tokens that cannot be encoded any more because a number overflows; `tokens` includes them.
     """
 
     tokens: int
@@ -36,12 +36,12 @@ class Changed:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounded:
-    """What rounding to one type changes, the search being exact all the same.
+    """Changes caused by rounding to one type; the search stays exact.
 
     Attributes:
-        latents: if the latents are rounded.
-        codebook: if all that the codebook's file stores is rounded; None: it leaves the type's range.
-        both: if both are.
+        latents: changes if the latents are rounded.
+        codebook: changes if all tensors of the codebook file are rounded; None: a rounded number would overflow.
+        both: changes if both are rounded; None as for `codebook`.
     """
 
     latents: Changed
@@ -50,10 +50,10 @@ class Rounded:
 
 
 class RoundingTally:
-    """Encodes tokens with what is rounded, and counts the changes."""
+    """Encodes tokens with rounded latents and codebooks, and counts the changes."""
 
     def __init__(self, quantizer: Quantizer, frozen: FrozenQuantizer, dtype: torch.dtype) -> None:
-        """Take a quantizer, its frozen form and the type to round to."""
+        """Start with no tokens, for a quantizer, its frozen form and the type to round to."""
         self._frozen = frozen
         self._rounded = _round(quantizer, frozen, dtype)
         self._dtype = dtype
@@ -65,32 +65,32 @@ class RoundingTally:
 
         Args:
             rows: (n, C) float32 or float64 on the device, finite.
-            indices: (n, q) int64, what they are encoded as.
+            indices: (n, q) int64, indices of the unrounded rows.
         """
         narrowed = narrow(rows, self._dtype).to(rows.dtype)
         if torch.equal(narrowed, rows):
             narrowed = rows
         self._tokens += len(rows)
-        # What nothing was rounded of is not encoded again.
+        # If rounding changed neither codebook nor rows, the indices are known.
         known = {(id(self._frozen), id(rows)): indices}
-        given = {
+        inputs = {
             "latents": (self._frozen, narrowed),
             "codebook": (self._rounded, rows),
             "both": (self._rounded, narrowed),
         }
-        for name, (frozen, some) in given.items():
+        for name, (frozen, latents) in inputs.items():
             if frozen is None:
                 continue
-            key = id(frozen), id(some)
+            key = id(frozen), id(latents)
             if key not in known:
-                known[key] = _indices(frozen, some)
+                known[key] = _indices(frozen, latents)
             is_changed = known[key] != indices
             lost = known[key][:, 0] < 0
             counts = torch.cat([is_changed.any(dim=1, keepdim=True), lost[:, None], is_changed], dim=1)
             self._changed[name] += counts.sum(dim=0).cpu()
 
     def rounded(self) -> Rounded:
-        """Return the figures; there must be tokens."""
+        """Return the changes; there must be at least one token."""
         latents, codebook, both = (self._figures(name) for name in _WHAT)
         if self._rounded is None:
             return Rounded(latents=latents, codebook=None, both=None)
@@ -102,7 +102,7 @@ class RoundingTally:
 
 
 def _round(quantizer: Quantizer, frozen: FrozenQuantizer, dtype: torch.dtype) -> FrozenQuantizer | None:
-    """Return the frozen form of a quantizer of which all parameters are rounded: the same one if they are already."""
+    """Return the frozen form with rounded parameters; `frozen` if rounding changes none; None if one overflows."""
     rounded = copy.deepcopy(quantizer)
     is_same = True
     for parameter in rounded.parameters():
@@ -118,7 +118,7 @@ def _round(quantizer: Quantizer, frozen: FrozenQuantizer, dtype: torch.dtype) ->
 
 
 def _indices(frozen: FrozenQuantizer, rows: Tensor) -> Tensor:
-    """Return the indices (n, q) of rows (n, C), -1 for those that cannot be encoded."""
+    """Return the indices (n, q) of rows (n, C); -1 for a row that cannot be encoded."""
     found = torch.full((len(rows), frozen.num_quantizers), -1, dtype=torch.int64, device=rows.device)
     is_finite = torch.isfinite(rows).all(dim=1)
     if not bool(is_finite.all()):
@@ -129,6 +129,6 @@ def _indices(frozen: FrozenQuantizer, rows: Tensor) -> Tensor:
     except NonFiniteLatents:
         if len(rows) == 1:
             return found
-    # Some row leaves float32's range on its way to the codes: few do, at the end of that range.
+    # The projection of at least one row overflows float32. Such rows are rare, so bisection finds them quickly.
     half = len(rows) // 2
     return torch.cat([_indices(frozen, rows[:half]), _indices(frozen, rows[half:])])

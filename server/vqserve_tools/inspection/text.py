@@ -1,4 +1,4 @@
-"""A report as lines for people."""
+"""A report as text lines."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from vqserve_tools.inspection.fit import Fit, Usage, UsageBin
 from vqserve_tools.inspection.inspection import CodeFigures, Neighbours, Norms, Report
 from vqserve_tools.inspection.rounding import Changed
 
-# The longest argument's name fits; a provenance's may be of any length.
+# The longest name of an argument fits; names in the provenance can have any length.
 _NAME_COLUMNS = 32
 _LEAST_VALUE_COLUMNS = 20
-# Of `_stage`; medians.
+# Head of the columns of `_stage`, which are medians.
 _STAGE_HEAD = f"{'norm':>9} {'neighbour':>9} {'duplicates':>10}"
 _Line = tuple[str, str]
 
 
 def as_text(report: Report, columns: int = 120) -> str:
-    """Return lines of about so many columns; what the file says of itself is cut to one each, JSON has all of it."""
+    """Return the report in lines of about `columns` characters.
+
+    Each argument and each entry of the provenance is cut to one line; the JSON report has them in full.
+    """
     figures = [*_figures(report), *(() if report.fit is None else _fit(report, report.fit))]
     width = max(len(name) for name, _ in figures)
     left = max(columns - width - 2, _LEAST_VALUE_COLUMNS)
@@ -40,12 +43,12 @@ def as_text(report: Report, columns: int = 120) -> str:
 
 
 def _plain(value: object) -> str:
-    """Return text as it is, and anything else as the file has it."""
+    """Return text unchanged, and other values as JSON, as in the file."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _wrapped(name: str, value: str, width: int, columns: int) -> list[str]:
-    # A digest is left whole on a terminal of any width.
+    # A digest is never broken, even if the terminal is narrower.
     parts = textwrap.wrap(value, columns, break_long_words=False, break_on_hyphens=False)
     return [f"{first:{width}}  {part}" for first, part in zip([name, *[""] * len(parts)], parts, strict=False)]
 

@@ -1,1 +1,1 @@
-"""Training a codebook on latents (docs/training.md). Nothing here imports torch until a training begins."""
+"""Training a codebook on latents (docs/training.md). Importing `commands` does not import torch."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqserve.layout import Layout
-from vqserve_server.errors import InvalidOption
 from vqserve_tools.flags import add_flags, from_flags
 from vqserve_tools.output import add_output
 from vqserve_tools.training.options import TrainingOptions
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def add_train_parser(subparsers: Subparsers) -> None:
-    """Register `train`; its parser's `run` takes the arguments and returns the exit status."""
+    """Add the parser of `train`; its default `run` takes the parsed arguments and returns the exit status."""
     parser = subparsers.add_parser(
         "train",
         help="train a codebook on latents",
@@ -33,22 +32,22 @@ def add_train_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--quiet",
         action="store_true",
-        help="show no progress (else a bar on a terminal, and elsewhere a line every ten seconds)",
+        help="show no progress (default: a bar on a terminal, otherwise a line every ten seconds)",
     )
     parser.add_argument(
         "--layout",
         choices=[str(layout) for layout in Layout],
-        help="where the channels of LATENTS are (default: second axis of 4 and 5, last of 2 and 3)",
+        help="position of the channels in LATENTS (default: the second of 4 or 5 axes, the last of 2 or 3)",
     )
     add_flags(parser, TrainingOptions)
     parser.set_defaults(run=run_train)
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """Train, write the codebook file and say how good it is; return the exit status.
+    """Train, write the codebook file and print its quality; return the exit status.
 
     Raises:
-        InvalidRequest: the latents or options cannot be used.
+        InvalidArgument: the latents or options cannot be used.
         OSError: a file cannot be read or written.
     """
     options = _options(args)
@@ -60,12 +59,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> TrainingOptions:
-    try:
-        return from_flags(TrainingOptions, args)
-    except InvalidOption as error:
-        name, _, problem = str(error).partition(" ")
-        flag = f"--{name.replace('_', '-')}" if hasattr(args, name) else name
-        raise InvalidOption(f"{flag} {problem}") from None
+    return from_flags(TrainingOptions, args)
 
 
 def _story(made: TrainedFile, options: TrainingOptions, out: Path) -> str:

@@ -1,8 +1,8 @@
-"""The codes that a training starts from: distinct rows of the latents.
+"""The first codes of a training: distinct rows of the latents.
 
-Draws of points that spread over a set take each point in proportion to its squared distance from what is there already:
-Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", 2007; several points a round once there are
-many, as Bahmani et al. do in "Scalable k-means++", 2012.
+`draw_spread` draws points that spread over a set, each with a probability in proportion to its squared distance from
+the points drawn before: Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", 2007. Once there are
+many points it draws several in a round, as Bahmani et al. do in "Scalable k-means++", 2012.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from vqserve_server.errors import InvalidShape
 from vqserve_tools.latent_file import LatentRows
 from vqserve_tools.progress import progress_of
 
-# So many rows for each code are looked at: more cost time and hardly change where the codes lie.
+# Rows that are sampled for each code: more rows cost time and hardly change the positions of the codes.
 _SAMPLES_PER_CODE = 16
 _LEAST_SAMPLES = 1 << 15
-# The first points are drawn one by one. Later a round draws one for each 64 there are, and its distances are one matrix
-# product: so few seldom fall into one gap, and those that do are moved by re-seeding.
+# The first points are drawn one by one. Later a round draws one point for each 64 drawn before, and computes its
+# distances by one matrix product. Two points of a round seldom fall into one gap; if they do, reseeding moves them.
 _DRAWN_SINGLY = 512
 _ROUND_SHARE = 64
 _DISTANCES_AT_ONCE = 1 << 24
-# Points that rounding puts at distance 0 are still distinct: they stay in the draw, behind all others.
+# Distinct points whose distance is rounded to 0 can still be drawn, after all others.
 _LEAST = np.finfo(np.float64).tiny ** 0.5
-# What is farther than this, in units of the set's own extent, is as good as nowhere.
+# Limit of squared distances, in units of the set's extent, so that they do not overflow.
 _FAR = 1e30
 
 
@@ -39,32 +39,33 @@ def initial_codes(
     """Return `num_codes` distinct rows, (K, D) float32.
 
     Args:
-        rows: the latents, finite.
-        num_codes: K.
+        rows: latents, finite.
+        num_codes: number of codes K.
         method: "sample" (uniform over the rows) or "kmeans++" (each next row in proportion to its squared distance
-            from the nearest one chosen so far).
-        rng: fixes the choice.
-        device: computes the distances.
-        progress: tell on stderr how far it is.
+            from the nearest row chosen so far).
+        rng: generator of all random choices.
+        device: device that computes the distances.
+        progress: whether to show progress on stderr.
 
     Raises:
         InvalidShape: fewer rows, or fewer distinct rows, than codes.
     """
     if len(rows) < num_codes:
-        raise InvalidShape(f"{len(rows)} rows are too few for {num_codes} codes")
+        raise InvalidShape(f"{len(rows)} rows are too few for {num_codes} codes", array="latents")
     samples = min(len(rows), max(_SAMPLES_PER_CODE * num_codes, _LEAST_SAMPLES))
     drawn = rows.take(np.sort(rng.choice(len(rows), samples, replace=False, shuffle=False)))
     candidates, counts = np.unique(drawn, axis=0, return_counts=True)
     if len(candidates) < num_codes:
         raise InvalidShape(
-            f"{samples} rows with {len(candidates)} distinct among them are too few for {num_codes} codes"
+            f"{samples} rows with {len(candidates)} distinct among them are too few for {num_codes} codes",
+            array="latents",
         )
     weights = counts.astype(np.float64)
     if method == "sample":
         return candidates[choose_weighted(weights, num_codes, rng)]
-    with progress_of("k-means++", num_codes, "code", shown=progress) as told:
+    with progress_of("k-means++", num_codes, "code", shown=progress) as bar:
         points = torch.from_numpy(candidates).to(device)
-        return candidates[draw_spread(points, weights, num_codes, rng=rng, on_round=told.update)]
+        return candidates[draw_spread(points, weights, num_codes, rng=rng, on_round=bar.update)]
 
 
 def draw_spread(
@@ -80,16 +81,17 @@ def draw_spread(
 
     Args:
         points: (n, D) float32, distinct.
-        weights: (n,) how often each point is there; one of weight 0 is never drawn.
-        count: how many, at most the number of positive weights.
-        rng: fixes the choice.
-        nearest: (n,) squared distance to what is there already; None: nothing is, and the first is drawn by weight.
-        on_round: called with the number of points drawn in each round.
+        weights: (n,) number of copies of each point; a point of weight 0 is never drawn.
+        count: number of points to draw, at most the number of positive weights.
+        rng: generator of all random choices.
+        nearest: (n,) squared distances to the existing points; None: there are none, and the first point is drawn by
+            weight alone.
+        on_round: called after each round with the number of points drawn in it.
 
     Returns:
-        (count,) positions in the order drawn.
+        (count,) positions in the order in which they were drawn.
     """
-    # Centred, the expansion |x|^2 - 2 x.c + |c|^2 loses least; scaled, it does not overflow.
+    # Centring reduces the cancellation in |x|^2 - 2 x.c + |c|^2; scaling prevents overflow.
     points = points.double() - points.double().mean(dim=0)
     scale = float(points.abs().max()) or 1.0
     points = (points / scale).float()
@@ -125,15 +127,15 @@ def _lower_distances(nearest: Tensor, points: Tensor, codes: Tensor) -> None:
 
 
 def choose_weighted(weights: npt.NDArray[np.float64], count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Draw distinct positions, each draw in proportion to the weights that are left.
+    """Draw distinct positions, each with a probability in proportion to its weight among those that are left.
 
-    The smallest of exponential variables divided by their weights fall out in just that order (Efraimidis and
-    Spirakis, "Weighted random sampling with a reservoir", 2006).
+    Exponential variables divided by the weights have this distribution when they are sorted (Efraimidis and Spirakis,
+    "Weighted random sampling with a reservoir", 2006).
 
     Args:
         weights: (n,), at least 0; a position of weight 0 is never drawn.
-        count: how many, at most the number of positive weights.
-        rng: drawn from n times, whatever the weights.
+        count: number of positions, at most the number of positive weights.
+        rng: generator; n numbers are drawn from it, independent of the weights.
 
     Returns:
         (count,) positions in ascending order.

@@ -1,4 +1,4 @@
-"""A training from file to file: what `vqserved train` does."""
+"""Training from a latents file to a codebook file: the work of `vqserved train`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import vqserve
+from vqserve.errors import of_file
 from vqserve_server.codebooks import save_codebook
-from vqserve_tools.latent_file import LatentRows, naming
+from vqserve_tools.latent_file import LatentRows
 from vqserve_tools.output import check_output
 from vqserve_tools.training.options import TrainingOptions
 from vqserve_tools.training.trainer import Trained, train
@@ -18,7 +19,7 @@ from vqserve_tools.training.trainer import Trained, train
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedFile:
-    """A codebook file that was just made: the training's outcome and the file's digest."""
+    """Result of `train_file`: the trained codebook and the digest of its file."""
 
     trained: Trained
     digest: str
@@ -36,27 +37,27 @@ def train_file(
 ) -> TrainedFile:
     """Train a codebook on a .npy file and write it.
 
-    The same latents, options and notes give the same bytes, on one machine's CPU.
+    On the CPU of one machine the same latents, options and notes give the same bytes.
 
     Args:
-        latents: float16, float32 or float64, 2 to 5 axes; mapped, not loaded.
-        out: the codebook file.
-        options: how to train.
-        layout: of the latents; None: channels first for 4 and 5 axes, last for 2 and 3.
-        force: replace `out` where it exists.
-        progress: tell on stderr how far it is, and how the latents were read where that was not said.
-        notes: more to say about where the latents came from; kept with the codebook's provenance.
+        latents: .npy file, float16, float32 or float64, 2 to 5 axes; it is mapped, not loaded.
+        out: codebook file to write.
+        options: options of the training.
+        layout: layout of the latents; None: channels first for 4 and 5 axes, last for 2 and 3.
+        force: whether to replace an existing `out`.
+        progress: whether to show progress on stderr, and, without `layout`, the layout in which the latents were read.
+        notes: further entries for the provenance of the codebook, about the origin of the latents.
 
     Raises:
-        InvalidRequest: the latents or options cannot be used; nothing was written.
+        InvalidArgument: the latents or options cannot be used; nothing was written.
         OSError: a file cannot be read or written.
     """
     check_output(out, force=force, sources=[latents])
     rows = LatentRows.open(latents, layout)
     if progress and layout is None and rows.array.ndim > 2:
-        # Before the training: who sees the wrong number need not wait for its end.
+        # Shown before the training, so that a user who sees a wrong number of channels need not wait for the end.
         sys.stderr.write(f"latents {rows.array.shape} read {rows.layout.replace('_', ' ')}: {rows.dim} channels\n")
-    with naming(latents):
+    with of_file(latents):
         trained = train(rows, options, progress=progress)
     with latents.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()

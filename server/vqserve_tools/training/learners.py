@@ -1,8 +1,8 @@
-"""The two ways in which a codebook learns from a batch: running averages, and gradient descent.
+"""Two ways to train a codebook on batches: running averages, and gradient descent; and the reseeding of dead codes.
 
-Dead codes are found here too, and moved to rows of the batch without a jump. A code is dead when no row chose it since
-the last look, over a span in which a code of average use has 32 of them. Its new place is a row of the batch, drawn by
-k-means++: where codes are missing, and no two in one gap.
+A code is dead if no row of the last `reseed_every` steps chose it; in this time a code of average use gets 32 rows. A
+dead code is moved to a row of the batch. k-means++ draws this row: it favours regions with few codes, and seldom puts
+two codes into one gap. The state of the optimizer or of the averages is set so that the code stays there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vqserve_tools.training.options import TrainingOptions
 
 
 class Learner(ABC):
-    """A quantizer with what changes it."""
+    """A quantizer and its update rule."""
 
     quantizer: AbstractQuantizer
 
@@ -29,10 +29,10 @@ class Learner(ABC):
 
         Args:
             batch: (n, D) float32.
-            done: how much of the training lies behind, in [0, 1).
+            done: finished part of the training, in [0, 1).
 
         Returns:
-            z_q (n, D), and the ids (n,), by the codes before the step.
+            z_q (n, D) and ids (n,), computed with the codes before the step.
         """
 
     @abstractmethod
@@ -41,7 +41,7 @@ class Learner(ABC):
 
 
 class EmaLearner(Learner):
-    """Learns in the quantizer's own forward."""
+    """Running averages, which the quantizer updates in its forward."""
 
     def __init__(self, codes: Tensor, options: TrainingOptions, batch_size: int) -> None:
         num_codes, dim = codes.shape
@@ -63,7 +63,7 @@ class EmaLearner(Learner):
 
 
 class AdamLearner(Learner):
-    """Descends the codebook loss; the step size falls to zero in a straight line, so that the codes come to rest."""
+    """Gradient descent of the codebook loss; the learning rate falls linearly to zero, so that the codes settle."""
 
     def __init__(self, codes: Tensor, options: TrainingOptions, lr: float) -> None:
         num_codes, dim = codes.shape
@@ -89,32 +89,32 @@ class AdamLearner(Learner):
 
 
 class CodeUsage:
-    """Which codes were chosen since the last look."""
+    """Records which codes were chosen since the last search for dead codes."""
 
     def __init__(self, num_codes: int, device: torch.device) -> None:
         self._used = torch.zeros(num_codes, dtype=torch.bool, device=device)
 
     def add(self, ids: Tensor) -> None:
-        """Count the full ids of a batch, (n,) int64."""
+        """Record the full ids of a batch, (n,) int64."""
         self._used[ids] = True
 
     def take_dead(self) -> Tensor:
-        """Return the ids that nobody chose, (m,) int64, and look afresh from now on."""
+        """Return the ids that no row chose, (m,) int64, and start a new record."""
         dead = (~self._used).nonzero().squeeze(1)
         self._used.zero_()
         return dead
 
 
 def draw_seeds(batch: Tensor, z_q: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-    """Return at most `count` distinct rows of the batch, (m, D), spread over where it is quantized badly.
+    """Return at most `count` distinct rows of the batch, (m, D), spread over the rows with a large error.
 
     Args:
         batch: (n, D) float32.
-        z_q: (n, D), what the batch was quantized to.
-        count: how many are wanted; fewer come where fewer distinct rows have an error.
-        rng: fixes the choice.
+        z_q: (n, D) quantized batch.
+        count: number of rows; fewer are returned if fewer distinct rows have an error.
+        rng: generator of all random choices.
     """
-    # Equal rows would make equal codes, of which one would be dead for ever.
+    # Equal rows would make equal codes, and all but the first of them would stay dead.
     rows, owner, counts = torch.unique(batch, dim=0, return_inverse=True, return_counts=True)
     errors = (z_q.detach() - batch).double().square().sum(dim=1)
     nearest = errors.new_zeros(len(rows)).index_copy_(0, owner, errors)
@@ -126,18 +126,19 @@ def draw_seeds(batch: Tensor, z_q: Tensor, count: int, rng: np.random.Generator)
 
 @torch.no_grad()
 def place_ema_codes(quantizer: EMAVectorQuantizer, ids: Tensor, rows: Tensor, tokens_per_step: float) -> None:
-    """Put codes at these rows with averages that agree with them, as if each had long had its share of the tokens.
+    """Move codes to these rows, and set their averages as if each code had had average use for a long time.
 
-    The update computes weight = embed_avg / smoothed(cluster_size). So cluster_size is what a code of average use has
-    in the long run, tokens_per_step / K, and embed_avg is the row times it. A step in which no token comes scales both
-    by `decay` and leaves the weight where it is; n tokens with mean m move it by the share of m in the average,
-    n (1 - decay) / (cluster_size decay + n (1 - decay)). (At a cluster_size of 0 the first step would divide by eps.)
+    The update computes weight = embed_avg / smoothed(cluster_size). So cluster_size becomes tokens_per_step / K, the
+    long-run value of a code of average use, and embed_avg becomes the row times cluster_size. A step without a token of
+    the code scales both by `decay` and does not change the weight; n tokens with mean m move the weight towards m by
+    the fraction n (1 - decay) / (cluster_size decay + n (1 - decay)). With a cluster_size of 0 the first step would
+    divide by eps.
 
     Args:
-        quantizer: changed in place.
+        quantizer: quantizer to change in place.
         ids: (m,) codes to move.
-        rows: (m, D) where to.
-        tokens_per_step: rows in a batch.
+        rows: (m, D) new positions.
+        tokens_per_step: rows of a batch.
     """
     embedding = quantizer.embedding
     share = tokens_per_step / quantizer.num_tokens
@@ -150,13 +151,13 @@ def place_ema_codes(quantizer: EMAVectorQuantizer, ids: Tensor, rows: Tensor, to
 def place_vq_codes(
     quantizer: VectorQuantizer, ids: Tensor, rows: Tensor, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Put codes at these rows and let Adam forget where it was taking them.
+    """Move codes to these rows, and reset Adam's moments of these codes.
 
     Args:
-        quantizer: changed in place.
+        quantizer: quantizer to change in place.
         ids: (m,) codes to move.
-        rows: (m, D) where to.
-        optimizer: its running moments of these codes become zero.
+        rows: (m, D) new positions.
+        optimizer: optimizer whose moments of these codes become zero; None: there is none yet.
     """
     weight = quantizer.embedding.weight
     weight[ids] = rows

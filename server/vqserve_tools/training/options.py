@@ -1,4 +1,4 @@
-"""What a training can be told."""
+"""Options of a training."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from vqserve_tools.flags import option
 KINDS = ("ema", "vq")
 INITIALISATIONS = ("kmeans++", "sample")
 DEFAULT_STEPS = 1000
-# Each step should show most codes a few rows, or the codebook follows the noise of its batches.
+# In each step most codes should get a few rows, or the codebook follows the noise of its batches.
 _ROWS_PER_CODE = 4
 _LEAST_BATCH = 8192
-# A code that had 32 chances and took none is not merely unlucky: exp(-32) is 1e-14.
+# A code of average use gets no row in 32 chances with probability exp(-32), about 1e-14: such a code is dead.
 _CHANCES_PER_CODE = 32
 _LEAST_RESEED_STEPS = 20
 
@@ -26,43 +26,46 @@ class TrainingOptions:
     Attributes:
         kind: "ema" (EMAVectorQuantizer) or "vq" (VectorQuantizer with Adam).
         num_codes: K, rows of the codebook.
-        batch_size: rows a step; None: 4 for each code, at least 8192; never more rows than there are.
-        steps: how many; None: `epochs`, or 1000.
-        epochs: passes over the latents, instead of `steps`.
+        batch_size: rows of a step; None: 4 for each code, at least 8192. Never more than the rows of the latents.
+        steps: number of steps; None: from `epochs`, or 1000.
+        epochs: number of passes over the latents, instead of `steps`.
         initialisation: "kmeans++" or "sample" (rows drawn uniformly).
-        reseed_every: steps between two searches for dead codes; 0: never; None: so many that a code
-            of average use has 32 rows in them, at least 20.
-        seed: of every random choice.
-        lr: Adam's first step in units of the latents (kind "vq"); None: a fifth of the median row's distance from its
-            first code, per element.
-        decay: of the running averages (kind "ema").
-        beta: weight of the commitment loss, kept in the codebook file; it does not change what is learnt here.
+        reseed_every: steps between two searches for dead codes; 0: no search; None: the steps in which a code of
+            average use gets 32 rows, at least 20.
+        seed: seed of all random choices.
+        lr: first learning rate of Adam, in units of the latents (kind "vq"); None: a fifth of the median row's distance
+            from its first code, per element.
+        decay: decay of the running averages (kind "ema").
+        beta: weight of the commitment loss. It is stored in the codebook file and has no effect on this training.
         device: "auto", "cpu" or "cuda".
     """
 
-    kind: str = option("ema", "running averages, or gradient descent", choices=KINDS)
-    num_codes: int = option(1024, "default: %(default)s", type=int, metavar="K")
-    batch_size: int | None = option(None, "rows a step (default: 4 K, at least 8192)", type=int, metavar="ROWS")
+    kind: str = option("ema", "ema: running averages; vq: gradient descent", choices=KINDS)
+    num_codes: int = option(1024, "number of codes (default: %(default)s)", type=int, metavar="K")
+    batch_size: int | None = option(None, "rows of a step (default: 4 K, at least 8192)", type=int, metavar="ROWS")
     steps: int | None = option(
-        None, f"how many batches (default: {DEFAULT_STEPS})", group="length", type=int, metavar="N"
+        None, f"number of batches (default: {DEFAULT_STEPS})", group="length", type=int, metavar="N"
     )
     epochs: float | None = option(
-        None, "how many passes over LATENTS, instead", group="length", type=float, metavar="N"
+        None, "number of passes over LATENTS, instead of --steps", group="length", type=float, metavar="N"
     )
-    initialisation: str = option("kmeans++", "where codes start (%(default)s)", flag="--init", choices=INITIALISATIONS)
+    initialisation: str = option(
+        "kmeans++", "how the first codes are drawn (default: %(default)s)", flag="--init", choices=INITIALISATIONS
+    )
     reseed_every: int | None = option(
         None,
-        "steps between two moves of dead codes; 0: none (default: when a code had 32 chances, at least 20)",
+        "steps between two searches for dead codes, which are moved; 0: no search (default: a code of average use has "
+        "32 rows in them, at least 20)",
         type=int,
         metavar="STEPS",
     )
-    seed: int = option(0, "of every random choice (%(default)s)", type=int)
+    seed: int = option(0, "seed of all random choices (default: %(default)s)", type=int)
     lr: float | None = option(
-        None, "Adam's, for vq (default: a fifth of a typical first error)", type=float, metavar="STEP"
+        None, "learning rate of Adam, for vq (default: a fifth of a typical first error)", type=float, metavar="STEP"
     )
-    decay: float = option(0.99, "of the averages, for ema (%(default)s)", type=float)
-    beta: float = option(0.25, "commitment weight to keep (%(default)s)", type=float)
-    device: str = option("auto", "where to compute", metavar="auto|cpu|cuda[:N]")
+    decay: float = option(0.99, "decay of the averages, for ema (default: %(default)s)", type=float)
+    beta: float = option(0.25, "weight of the commitment loss to store (default: %(default)s)", type=float)
+    device: str = option("auto", "device of the computation (default: %(default)s)", metavar="auto|cpu|cuda[:N]")
 
     def __post_init__(self) -> None:
         _require("kind", self.kind, self.kind in KINDS, f"one of {', '.join(KINDS)}")
@@ -79,10 +82,10 @@ class TrainingOptions:
             value = getattr(self, name)
             _require(name, value, value is None or 0 < value < math.inf, "a finite number above 0")
         if self.steps is not None and self.epochs is not None:
-            raise InvalidOption("give steps or epochs, not both")
+            raise InvalidOption("give {steps=} or {epochs=}, not both")
 
     def plan(self, num_rows: int) -> TrainingPlan:
-        """Return the numbers that follow from these options for so many rows."""
+        """Return the batch size and the step counts for latents with `num_rows` rows."""
         batch = self.batch_size or max(_ROWS_PER_CODE * self.num_codes, _LEAST_BATCH)
         batch = max(1, min(batch, num_rows))
         steps = self.steps or DEFAULT_STEPS
@@ -96,7 +99,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The sizes of one training: rows a step, steps, and steps between two searches for dead codes (0: none)."""
+    """Sizes of one training: rows of a step, steps, and steps between two searches for dead codes (0: no search)."""
 
     batch_size: int
     steps: int
@@ -105,4 +108,4 @@ class TrainingPlan:
 
 def _require(name: str, value: object, holds: bool, what: str) -> None:
     if not holds:
-        raise InvalidOption(f"{name} must be {what}, not {value!r}")
+        raise InvalidOption(f"{{option}} must be {what}, not {value!r}", option=name)

@@ -22,7 +22,7 @@ from vqserve_tools.training.initialisation import initial_codes
 from vqserve_tools.training.learners import AdamLearner, CodeUsage, EmaLearner, Learner, draw_seeds
 from vqserve_tools.training.options import TrainingOptions, TrainingPlan
 
-# Codes that were moved need the rest of the training to settle.
+# Reseeding ends after this part of the training, so that moved codes can settle.
 _RESEED_SHARE = 0.8
 _LR_SHARE = 0.2
 _STEPS_PER_REPORT = 16
@@ -32,12 +32,12 @@ _ROWS_AT_ONCE = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Figures over all rows.
+    """Quality of a codebook on all rows of the latents.
 
     Attributes:
         mean_squared_error: mean of (decoded - latent)^2 over all elements.
-        perplexity: exp of the entropy of the codes' shares: K if all are used alike, 1 if one takes all.
-        used_codes: codes that at least one row has.
+        perplexity: exp of the entropy of code usage: K if all codes are used equally, 1 if one code has all rows.
+        used_codes: number of codes that at least one row has.
     """
 
     mean_squared_error: float
@@ -50,10 +50,10 @@ class Trained:
     """A trained codebook.
 
     Attributes:
-        quantizer: on the CPU, in eval mode.
-        quality: over all rows of the latents.
-        plan: the batch size and steps that were used.
-        codes_reseeded: how often a dead code was moved.
+        quantizer: quantizer on the CPU, in eval mode.
+        quality: quality on all rows of the latents.
+        plan: batch size and step counts of the training.
+        codes_reseeded: number of moves of dead codes.
     """
 
     quantizer: AbstractQuantizer
@@ -66,14 +66,15 @@ def train(rows: LatentRows, options: TrainingOptions, *, progress: bool = False)
     """Train a codebook on latents.
 
     Args:
-        rows: the latents.
-        options: how; the same options and rows give the same codebook, bit for bit, on one machine's CPU.
-        progress: tell on stderr how far it is, with error and perplexity.
+        rows: latents.
+        options: options of the training. On the CPU of one machine the same options and rows give the same codebook,
+            bit for bit.
+        progress: whether to show progress on stderr, with error and perplexity.
 
     Raises:
-        NonFiniteLatents: the latents hold NaN or infinity; names the position.
+        NonFiniteLatents: the latents hold NaN or infinity; the error names the position.
         InvalidShape: fewer rows, or fewer distinct rows, than codes.
-        InvalidOption: no such device, or the learning rate made the codebook infinite.
+        InvalidOption: the device does not exist, or the training diverged.
     """
     rows.check_finite()
     plan = options.plan(len(rows))
@@ -86,7 +87,7 @@ def train(rows: LatentRows, options: TrainingOptions, *, progress: bool = False)
         codes_reseeded = _run(learner, rows, plan, rng=rng, device=device, progress=progress)
         quantizer = learner.quantizer.eval()
         if not torch.isfinite(quantizer.code_rows()).all():
-            raise InvalidOption("the training diverged: the codebook holds NaN or infinity; a smaller --lr may help")
+            raise InvalidOption("the training diverged: the codebook holds NaN or infinity; a smaller {lr=} may help")
         quality = measure_quality(quantizer, rows, device=device, progress=progress)
     return Trained(quantizer=quantizer.cpu(), quality=quality, plan=plan, codes_reseeded=codes_reseeded)
 
@@ -95,23 +96,23 @@ def train(rows: LatentRows, options: TrainingOptions, *, progress: bool = False)
 def measure_quality(
     quantizer: AbstractQuantizer, rows: LatentRows, *, device: torch.device, progress: bool = False
 ) -> Quality:
-    """Encode and decode all rows.
+    """Encode and decode all rows, and return the quality.
 
     Args:
-        quantizer: on `device`.
-        rows: finite latents, at least one.
-        device: where to compute.
-        progress: tell on stderr how far it is.
+        quantizer: quantizer on `device`.
+        rows: finite latents, at least one row.
+        device: device of the computation.
+        progress: whether to show progress on stderr.
     """
     counts = np.zeros(quantizer.num_codes, np.int64)
     squares = 0.0
-    with progress_of("measuring", len(rows), "row", shown=progress) as told:
+    with progress_of("measuring", len(rows), "row", shown=progress) as bar:
         for chunk in rows.chunks(_ROWS_AT_ONCE):
             latents = torch.from_numpy(chunk).to(device)
             ids = quantizer.encode(latents)
             squares += float((quantizer.decode(ids) - latents).double().square().sum())
             counts += np.bincount(ids.cpu().numpy(), minlength=quantizer.num_codes)
-            told.update(len(chunk))
+            bar.update(len(chunk))
     shares = counts[counts > 0] / len(rows)
     return Quality(
         mean_squared_error=squares / (len(rows) * rows.dim),
@@ -129,11 +130,11 @@ def _run(
     device: torch.device,
     progress: bool,
 ) -> int:
-    """Take all steps; return how often a dead code was moved."""
+    """Run all steps; return the number of moves of dead codes."""
     num_codes = learner.quantizer.num_codes
     usage = CodeUsage(num_codes, device)
     codes_reseeded = 0
-    with progress_of("training", plan.steps, "step", shown=progress, is_main=True) as told:
+    with progress_of("training", plan.steps, "step", shown=progress, is_main=True) as bar:
         for step, positions in enumerate(shuffled_batches(len(rows), plan.batch_size, plan.steps, rng)):
             batch = torch.from_numpy(rows.take(positions)).to(device)
             z_q, ids = learner.step(batch, step / plan.steps)
@@ -144,8 +145,8 @@ def _run(
                 learner.place(dead[: len(seeds)], seeds)
                 codes_reseeded += len(seeds)
             if progress and (step % _STEPS_PER_REPORT == 0 or step + 1 == plan.steps):
-                _report(told, (z_q - batch).square().mean(), ids, num_codes, codes_reseeded)
-            told.update()
+                _report(bar, (z_q - batch).square().mean(), ids, num_codes, codes_reseeded)
+            bar.update()
     return codes_reseeded
 
 
@@ -154,9 +155,9 @@ def _reseeds_after(step: int, plan: TrainingPlan) -> bool:
     return plan.reseed_every > 0 and done % plan.reseed_every == 0 and done <= _RESEED_SHARE * plan.steps
 
 
-def _report(told: Progress, mean_squared_error: Tensor, ids: Tensor, num_codes: int, codes_reseeded: int) -> None:
+def _report(bar: Progress, mean_squared_error: Tensor, ids: Tensor, num_codes: int, codes_reseeded: int) -> None:
     perplexity, _ = measure_perplexity(ids, num_codes)
-    told.set_postfix_str(
+    bar.set_postfix_str(
         f"mean squared error {float(mean_squared_error):.4g}, perplexity {float(perplexity):.1f}, "
         f"reseeded {codes_reseeded}"
     )
@@ -169,9 +170,9 @@ def _learner(codes: Tensor, rows: LatentRows, options: TrainingOptions, plan: Tr
 
 
 def _typical_error(rows: LatentRows, codes: Tensor) -> float:
-    """Return the root of the squared error, per element, of the median row: the scale on which codes have to move.
+    """Return the root mean squared error per element of the median row: the typical distance that codes must move.
 
-    A deviation of the latents would be the wrong scale where there are many codes, or a few rows far out.
+    The standard deviation of the latents is too large for this if there are many codes, or a few outliers.
     """
     count = min(len(rows), _ROWS_FOR_LR)
     spread = torch.from_numpy(rows.take(np.linspace(0, len(rows) - 1, count).astype(np.int64))).to(codes.device)
@@ -181,7 +182,7 @@ def _typical_error(rows: LatentRows, codes: Tensor) -> float:
 
 @contextmanager
 def _repeatable(device: torch.device) -> Iterator[torch.device]:
-    """Ask CUDA for kernels that add in a fixed order; leave torch's random state and settings as they were."""
+    """Make CUDA use kernels that add in a fixed order; at the end, restore torch's random state and settings."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -197,9 +198,9 @@ def _repeatable(device: torch.device) -> Iterator[torch.device]:
 def shuffled_batches(
     num_rows: int, batch_size: int, steps: int, rng: np.random.Generator
 ) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield `steps` batches of row positions: one random permutation of all rows after the other, cut evenly.
+    """Yield `steps` batches of row positions, cut from one random permutation of all rows after another.
 
-    Positions in a batch ascend, which is kind to a mapped file.
+    Positions in a batch ascend, so that a mapped file is read in order.
     """
     order, start = rng.permutation(num_rows), 0
     for _ in range(steps):

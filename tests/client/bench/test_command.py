@@ -98,7 +98,7 @@ def test_requests_that_fail_are_an_error(bench, tiny, failing, tmp_path):
 def test_errors_before_anything_is_measured(bench, tiny, failing, tmp_path, monkeypatch):
     for arguments, text in (
         (["--codebook", "x"], "no codebook 'x' is served"),
-        (["--digest", "0" * 64], "was pinned"),
+        (["--digest", "0" * 64], f"not '{'0' * 64}'"),
         (["--grid", "9999x9999"], "does not fit a message"),
         (["--data", tmp_path / "missing.npy"], "missing.npy: there is no such file"),
         (["--json", tmp_path / "nowhere" / "x.json"], "no folder"),

@@ -83,7 +83,7 @@ def test_data_that_cannot_be(make, tmp_path, latents):
     encode = {"method": "encode", "grids": ((1, 4),)}
     with pytest.raises(InvalidArgument, match=r"wide\.npy: .*5 channels"):
         make(**encode, data=tmp_path / "wide.npy")
-    with pytest.raises(InvalidArgument, match=r"none\.npy holds no tokens"):
+    with pytest.raises(InvalidArgument, match=r"none\.npy: it holds no tokens"):
         make(**encode, data=tmp_path / "none.npy")
     with pytest.raises(InvalidArgument, match="float32"):
         make(**encode, data=tmp_path / "indices.npy")

@@ -100,7 +100,9 @@ def test_a_wrong_channel_count_is_refused_and_named_with_the_right_one(make, lat
     axis = 1 if rank >= 4 else rank - 1
     wrong = torch.cat([z, z], dim=axis)
     for verb in (module, module.encode):
-        with pytest.raises(InvalidShape, match=f"{2 * module.input_dim} channels.*expected {module.input_dim}"):
+        with pytest.raises(
+            InvalidShape, match=f"{2 * module.input_dim} channels.*the codebook takes {module.input_dim}"
+        ):
             verb(wrong)
 
 
@@ -116,7 +118,7 @@ def test_latents_that_are_not_floating_point_are_refused(make, kind, dtype):
     module = make(kind)
     z = torch.zeros(3, module.input_dim, dtype=dtype)
     for verb in (module, module.encode):
-        with pytest.raises(InvalidDtype, match=str(dtype)):
+        with pytest.raises(InvalidDtype, match=str(dtype).removeprefix("torch.")):
             verb(z)
 
 
@@ -140,7 +142,7 @@ def test_indices_of_any_integer_type(make, kind, dtype):
 def test_indices_that_are_not_integers_are_refused(make, kind, dtype):
     module = make(kind)
     for verb in (module.decode, module.get_codebook_entry, module.remap_to_used, module.unmap_to_all):
-        with pytest.raises(InvalidDtype, match=str(dtype)):
+        with pytest.raises(InvalidDtype, match=str(dtype).removeprefix("torch.")):
             verb(torch.zeros(3, dtype=dtype))
 
 

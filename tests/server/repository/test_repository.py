@@ -15,7 +15,7 @@ from vqserve_server.codebooks import load_codebook, save_codebook
 from vqserve_server.errors import CodebookError, CodebookFileError
 from vqserve_server.repository import Repository
 from vqserve_server.repository import load as load_module
-from vqserve_server.repository.load import Tally
+from vqserve_server.repository.load import ReloadCounts
 from vqserve_server.tokenizer import Tokenizer
 
 
@@ -57,9 +57,8 @@ def test_what_is_passed_over_is_not_refused(tmp_path: Path, put: Callable[..., A
     repo = loaded(tmp_path)
     put(tmp_path / "book" / "v2.safetensors")
     (tmp_path / "codes.npy").touch()
-    tally = repo.rescan()
-    assert tally == Tally(loaded=0, unchanged=1, passed_over=2)
-    assert str(tally) == "0 loaded, 1 unchanged, 0 removed, 0 refused, 2 passed over"
+    tally = repo.reload()
+    assert tally == ReloadCounts(loaded=0, unchanged=1, skipped=2)
 
 
 def test_a_rescan_takes_what_is_new_and_drops_what_is_gone(
@@ -73,15 +72,15 @@ def test_a_rescan_takes_what_is_new_and_drops_what_is_gone(
     new = put(tmp_path / "book" / "2.safetensors", seed=3)
     (tmp_path / "gone.safetensors").unlink()
     log.clear()
-    assert repo.rescan() == Tally(loaded=1, unchanged=2, removed=1)
+    assert repo.reload() == ReloadCounts(loaded=1, unchanged=2, removed=1)
     assert served(repo) == {"book@1": old.digest, "book@2": new.digest, "same": same.digest}
     after = {tokenizer.name: tokenizer for tokenizer in repo.tokenizers}
     assert after["same"] is before["same"]
     assert after["book@1"] is before["book@1"]
     assert sorted(record.getMessage() for record in log.records) == [
-        f"codebook book is now book@2 (was book@1), digest {new.digest[:12]}",
-        f"codebook book@2: vq, 40 x 4, search {new.search} on cpu, digest {new.digest[:12]}",
-        "codebook gone is gone from the disk: no longer served",
+        f'codebook_loaded name=book@2 kind=vq size="40 x 4" search={new.search} device=cpu digest={new.digest[:12]}',
+        "codebook_removed name=gone",
+        f"codebook_version name=book now=book@2 was=book@1 digest={new.digest[:12]}",
     ]
 
 
@@ -90,19 +89,19 @@ def test_what_a_name_without_a_version_stands_for_is_told_when_it_changes(
 ) -> None:
     def rescanned() -> list[str]:
         log.clear()
-        repo.rescan()
-        return [text for record in log.records if " is now " in (text := record.getMessage())]
+        repo.reload()
+        return [text for record in log.records if "codebook_version" in (text := record.getMessage())]
 
     digests = {version: put(tmp_path / f"img/{version}.safetensors", seed=version).digest[:12] for version in (9, 10)}
     put(tmp_path / "other/1.safetensors", seed=3)
     repo = loaded(tmp_path)
     assert rescanned() == []
     (tmp_path / "img/10.safetensors").rename(tmp_path / "aside")
-    assert rescanned() == [f"codebook img is now img@9 (was img@10), digest {digests[9]}"]
+    assert rescanned() == [f"codebook_version name=img now=img@9 was=img@10 digest={digests[9]}"]
     put(tmp_path / "img/8.safetensors", seed=8)
     assert rescanned() == []
     (tmp_path / "aside").rename(tmp_path / "img/10.safetensors")
-    assert rescanned() == [f"codebook img is now img@10 (was img@9), digest {digests[10]}"]
+    assert rescanned() == [f"codebook_version name=img now=img@10 was=img@9 digest={digests[10]}"]
     shutil.rmtree(tmp_path / "img")
     assert rescanned() == []
 
@@ -114,9 +113,9 @@ def test_a_folder_whose_last_version_is_gone_is_passed_over(
     put(tmp_path / "other.safetensors", seed=1)
     repo = loaded(tmp_path)
     (tmp_path / "img" / "1.safetensors").unlink()
-    assert repo.rescan() == Tally(unchanged=1, removed=1, passed_over=1)
+    assert repo.reload() == ReloadCounts(unchanged=1, removed=1, skipped=1)
     assert list(served(repo)) == ["other"]
-    assert warnings(log) == [f"{tmp_path / 'img'} is passed over: it holds no N.safetensors"]
+    assert warnings(log) == [f'codebook_skipped problem="{tmp_path / "img"} is skipped: it holds no N.safetensors"']
 
 
 def test_a_file_that_was_not_touched_is_not_read(
@@ -127,10 +126,10 @@ def test_a_file_that_was_not_touched_is_not_read(
     monkeypatch.setattr(load_module, "_CLOCK_S", 0.0)
     repo = loaded(tmp_path)
     assert reads == ["a", "b"]
-    assert repo.rescan() == Tally(unchanged=2)
+    assert repo.reload() == ReloadCounts(unchanged=2)
     assert reads == ["a", "b"]
     put(tmp_path / "b.safetensors", seed=1)
-    assert repo.rescan() == Tally(loaded=1, unchanged=1)
+    assert repo.reload() == ReloadCounts(loaded=1, unchanged=1)
     assert reads == ["a", "b", "b"]
 
 
@@ -141,7 +140,7 @@ def test_a_file_that_was_touched_just_now_is_read_again(
     put(tmp_path / "a.safetensors")
     repo = loaded(tmp_path)
     [before] = repo.tokenizers
-    assert repo.rescan() == Tally(unchanged=1)
+    assert repo.reload() == ReloadCounts(unchanged=1)
     assert reads == ["a", "a"]
     assert repo.tokenizers == [before]
 
@@ -153,12 +152,12 @@ def test_the_same_codebook_in_another_file_is_not_prepared_again(tmp_path: Path,
     [before] = repo.tokenizers
     quantizer = load_codebook(path).quantizer
     save_codebook(quantizer, path, provenance={"saved": "again"})
-    assert repo.rescan() == Tally(unchanged=1)
+    assert repo.reload() == ReloadCounts(unchanged=1)
     assert repo.tokenizers == [before]
     # The default layout is part of what is served, and so of the digest.
     quantizer.layout = "channels_first"
     save_codebook(quantizer, path)
-    assert repo.rescan() == Tally(loaded=1)
+    assert repo.reload() == ReloadCounts(loaded=1)
     [after] = repo.tokenizers
     assert (after.digest != before.digest, str(after.info.layout)) == (True, "channels_first")
 
@@ -188,17 +187,19 @@ def test_a_file_that_is_not_whole_is_never_served(
         path.write_bytes(content)
         (tmp_path / "other.safetensors").write_bytes(content)
         log.clear()
-        assert repo.rescan() == Tally(refused=2)
+        assert repo.reload() == ReloadCounts(rejected=2)
         assert repo.tokenizers == before
         first, second = warnings(log)
         assert first.startswith(
-            f"codebook book not loaded from {path}, digest {old.digest[:12]} stays: codebook 'book' "
+            f"codebook_rejected name=book path={path} kept={old.digest[:12]} error=\"codebook 'book' "
         )
-        assert second.startswith(f"codebook other not loaded from {tmp_path / 'other.safetensors'}, it is not served: ")
+        assert second.startswith(
+            f"codebook_rejected name=other path={tmp_path / 'other.safetensors'} kept=nothing error="
+        )
         assert "\n" not in first + second
     path.write_bytes(new_bytes)
     (tmp_path / "other.safetensors").unlink()
-    assert repo.rescan() == Tally(loaded=1)
+    assert repo.reload() == ReloadCounts(loaded=1)
     assert served(repo) == {"book": load_codebook(path).digest}
 
 
@@ -206,7 +207,7 @@ def test_a_damaged_version_leaves_the_one_before_it_the_latest(tmp_path: Path, p
     one = put(tmp_path / "book" / "1.safetensors")
     repo = loaded(tmp_path)
     (tmp_path / "book" / "2.safetensors").write_bytes(b"half")
-    assert repo.rescan() == Tally(unchanged=1, refused=1)
+    assert repo.reload() == ReloadCounts(unchanged=1, rejected=1)
     assert served(repo) == {"book@1": one.digest}
 
 
@@ -237,11 +238,12 @@ def test_a_link_out_of_the_folder_does_not_replace_a_codebook(
     repo = loaded(tmp_path / "books")
     path.unlink()
     path.symlink_to(outside)
-    assert repo.rescan() == Tally(refused=1)
+    assert repo.reload() == ReloadCounts(rejected=1)
     assert served(repo) == {"book": old.digest}
     [warning] = warnings(log)
     assert warning == (
-        f"{path} is a link out of its folder: put the file itself there, or name it (NAME=PATH) (book stays)"
+        f'codebook_skipped problem="{path} is a link out of its folder: put the file itself there, or name it '
+        '(NAME=PATH)" kept=book'
     )
 
 
@@ -251,7 +253,7 @@ def test_a_name_of_several_lines_is_one_line_of_the_log(
     put(tmp_path / "book.safetensors")
     repo = loaded(tmp_path)
     put(tmp_path / "a\nINFO all is well\x1b[2J.safetensors")
-    assert repo.rescan() == Tally(unchanged=1, refused=1)
+    assert repo.reload() == ReloadCounts(unchanged=1, rejected=1)
     [warning] = warnings(log)
     assert "a\\nINFO all is well\\x1b[2J.safetensors: " in warning
     assert warning.isprintable()
@@ -268,25 +270,25 @@ def test_a_folder_that_vanishes_keeps_what_came_from_it(
     repo = loaded(tmp_path / "a", tmp_path / "named.safetensors")
     (tmp_path / "a").rename(tmp_path / "elsewhere")
     (tmp_path / "named.safetensors").rename(tmp_path / "aside")
-    assert repo.rescan() == Tally(refused=2)
+    assert repo.reload() == ReloadCounts(rejected=2)
     assert served(repo) == digests
     assert warnings(log) == [
-        f"no such file or folder: {tmp_path / 'a'} (book@1, flat stay)",
-        f"no such file or folder: {tmp_path / 'named.safetensors'} (named stays)",
+        f'codebook_skipped problem="no such file or folder: {tmp_path / "a"}" kept=book@1,flat',
+        f'codebook_skipped problem="no such file or folder: {tmp_path / "named.safetensors"}" kept=named',
     ]
     (tmp_path / "elsewhere").rename(tmp_path / "a")
     (tmp_path / "aside").rename(tmp_path / "named.safetensors")
-    assert repo.rescan() == Tally(unchanged=3)
+    assert repo.reload() == ReloadCounts(unchanged=3)
 
 
 def test_an_emptied_folder_is_served_empty(tmp_path: Path, put: Callable[..., Any]) -> None:
     put(tmp_path / "book.safetensors")
     repo = loaded(tmp_path)
     (tmp_path / "book.safetensors").unlink()
-    assert repo.rescan() == Tally(removed=1, refused=1)
+    assert repo.reload() == ReloadCounts(removed=1, rejected=1)
     assert repo.tokenizers == []
     put(tmp_path / "book.safetensors", seed=1)
-    assert repo.rescan() == Tally(loaded=1)
+    assert repo.reload() == ReloadCounts(loaded=1)
 
 
 def test_a_second_claim_to_a_name_changes_nothing(
@@ -295,12 +297,12 @@ def test_a_second_claim_to_a_name_changes_nothing(
     old = put(tmp_path / "book.safetensors")
     repo = loaded(tmp_path)
     put(tmp_path / "book" / "1.safetensors", seed=1)
-    assert repo.rescan() == Tally(refused=1)
+    assert repo.reload() == ReloadCounts(rejected=1)
     assert served(repo) == {"book": old.digest}
     assert "two codebooks are named 'book'" in warnings(log)[0]
-    assert warnings(log)[0].endswith("(book stays)")
+    assert warnings(log)[0].endswith(" kept=book")
     (tmp_path / "book.safetensors").unlink()
-    assert repo.rescan() == Tally(loaded=1, removed=1)
+    assert repo.reload() == ReloadCounts(loaded=1, removed=1)
     assert list(served(repo)) == ["book@1"]
 
 
@@ -327,9 +329,9 @@ def test_what_fails_its_own_check_is_not_served(
 
     monkeypatch.setattr(Tokenizer, "check_itself", fail)
     put(tmp_path / "book.safetensors", seed=1)
-    assert repo.rescan() == Tally(refused=1)
+    assert repo.reload() == ReloadCounts(rejected=1)
     assert served(repo) == {"book": old.digest}
-    assert warnings(log)[0].endswith(f"digest {old.digest[:12]} stays: {reason}")
+    assert warnings(log)[0].endswith(f'kept={old.digest[:12]} error="{reason}"')
 
 
 def test_a_file_may_move_and_become_a_version(
@@ -339,6 +341,6 @@ def test_a_file_may_move_and_become_a_version(
     repo = loaded(tmp_path)
     (tmp_path / "book").mkdir()
     shutil.move(tmp_path / "book.safetensors", tmp_path / "book" / "1.safetensors")
-    assert repo.rescan() == Tally(loaded=1, removed=1)
+    assert repo.reload() == ReloadCounts(loaded=1, removed=1)
     assert served(repo) == {"book@1": book.digest}
-    assert f"codebook book is now book@1 (was book.safetensors), digest {book.digest[:12]}" in log.messages
+    assert f"codebook_version name=book now=book@1 was=book.safetensors digest={book.digest[:12]}" in log.messages

@@ -1,4 +1,4 @@
-"""Rescans asked for while one goes on: one more, and no two at once."""
+"""Reloads that are requested while one runs: one more, and never two at once."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from support.waiting import DEADLINE_S
-from vqserve_server.repository import Rescans
+from vqserve_server.repository import Reloader
+from vqserve_server.repository.load import ReloadCounts
 
 
 class SlowRepository:
-    """Rescans for as long as the test likes; the first one fails if it is told to."""
+    """Reloads for as long as the test likes; the first one fails if it is told to."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.entered = threading.Semaphore(0)
@@ -23,7 +24,7 @@ class SlowRepository:
         self.at_once = 0
         self._error = error
 
-    def rescan(self) -> Any:
+    def reload(self) -> Any:
         self.at_once += 1
         assert self.at_once == 1
         self.rescans += 1
@@ -33,10 +34,10 @@ class SlowRepository:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-        return f"number {self.rescans}"
+        return ReloadCounts(loaded=self.rescans)
 
 
-async def until_idle(rescans: Rescans) -> None:
+async def until_idle(rescans: Reloader) -> None:
     async with asyncio.timeout(DEADLINE_S):
         while rescans.is_busy:
             await asyncio.sleep(0.001)
@@ -46,11 +47,11 @@ async def until_idle(rescans: Rescans) -> None:
 def test_asked_for_while_one_goes_on(asked_meanwhile: int) -> None:
     async def run() -> tuple[int, int]:
         repository, done = SlowRepository(), []
-        rescans = Rescans(repository, lambda: done.append(repository.rescans))  # type: ignore[arg-type]
-        rescans.ask()
+        rescans = Reloader(repository, lambda: done.append(repository.rescans))  # type: ignore[arg-type]
+        rescans.request()
         await asyncio.to_thread(repository.entered.acquire)
         for _ in range(asked_meanwhile):
-            rescans.ask()
+            rescans.request()
         assert done == []
         repository.gate.release()
         repository.gate.release()
@@ -66,14 +67,14 @@ def test_a_rescan_that_fails_is_told_and_the_next_one_works(caplog: pytest.LogCa
 
     async def run() -> list[int]:
         repository, done = SlowRepository(RuntimeError("the disk is on fire")), []
-        rescans = Rescans(repository, lambda: done.append(repository.rescans))  # type: ignore[arg-type]
+        rescans = Reloader(repository, lambda: done.append(repository.rescans))  # type: ignore[arg-type]
         for _ in range(2):
-            rescans.ask()
+            rescans.request()
             repository.gate.release()
             await until_idle(rescans)
         return done
 
     assert asyncio.run(run()) == [2]
-    assert "the rescan failed" in caplog.text
+    assert "reload_failed" in caplog.text
     assert "the disk is on fire" in caplog.text
-    assert "number 2" in caplog.records[-1].getMessage()
+    assert " loaded=2 " in caplog.records[-1].getMessage()

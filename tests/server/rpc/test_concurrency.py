@@ -156,8 +156,11 @@ def test_overload_is_refused_at_once_with_a_hint(held: Any) -> None:
     submitted.wait()
     error = server.send(1).exception()
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert error.details() == "too many requests in the server: try again later"
-    assert 50 <= int(dict(error.trailing_metadata())["vqserve-retry-after-ms"]) <= 10_000
+    assert error.details() == "too many requests in the server: try again later, or with fewer requests at once"
+    metadata = dict(error.trailing_metadata())
+    assert 50 <= int(metadata["grpc-retry-pushback-ms"]) <= 10_000
+    # Of clients from before the standard key.
+    assert metadata["vqserve-retry-after-ms"] == metadata["grpc-retry-pushback-ms"]
     server.tokenizer.release()
     server.first.result()
     second.result()
@@ -174,7 +177,7 @@ def test_bytes_are_bounded_too(held: Any) -> None:
         submitted.wait()
     error = server.send(200).exception()
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert error.details() == "too many bytes in the server: try again later"
+    assert error.details() == "too many bytes in the server: try again later, or with fewer requests at once"
     server.tokenizer.release()
     assert [len(call.result().indices) for call in large] == [200, 200]
 
@@ -218,7 +221,7 @@ def test_stopping_answers_what_is_inside_and_refuses_the_rest(held: Any) -> None
         draining.wait()
         error = server.send(1).exception()
         assert error.code() is grpc.StatusCode.UNAVAILABLE
-        assert error.details() == "the server is stopping"
+        assert error.details().startswith("the server is stopping: try again")
         server.tokenizer.release()
         assert tuple(server.first.result().shape) == (1,)
         assert tuple(inside.result().shape) == (3,)

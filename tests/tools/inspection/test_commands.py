@@ -145,7 +145,8 @@ def test_a_token_beyond_float32_is_named_with_its_file(tmp_path, capsys):
     np.save(latents, array)
     status, _, err = run(capsys, path, "--latents", latents)
     assert status == 1
-    assert err == f"vqserved: error: {latents}: the projection of token [3, 1, 0] leaves the range of float32\n"
+    found = f"{latents}: the projection of token [3, 1, 0] leaves the range of float32"
+    assert err == f"vqserved: error: {found}: scale the latents down\n"
 
 
 def test_a_plot_is_not_replaced_unasked(files, tmp_path, capsys):

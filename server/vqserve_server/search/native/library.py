@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from vqserve_server.console import event
+
 logger = logging.getLogger(__name__)
 
 _PATH = Path(__file__).with_name("libsearch.so")
@@ -79,7 +81,7 @@ class Library:
 def levels() -> tuple[str, ...]:
     """Return the instruction sets that this processor supports, best first; empty if the library was not built."""
     if not _PATH.exists():
-        logger.warning("the compiled search was not built for this platform: torch searches on the CPU, more slowly")
+        logger.warning(event("search_not_compiled", slower="torch searches on the CPU"))
         return ()
     if platform.machine() != "x86_64":
         return ("default",)

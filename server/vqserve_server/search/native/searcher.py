@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vqserve_server.errors import InvalidRequest
+from vqserve_server.errors import InvalidArgument
 from vqserve_server.search.native.codebook import NativeCodebook
 from vqserve_server.search.native.library import levels, load
 from vqserve_server.search.searcher import Objective, OnDemand, SearchCounts, Searcher
@@ -49,7 +49,7 @@ class NativeSearcher(Searcher):
         """Return the winning code of every row; see `Searcher.search`."""
         is_fit = rows.dim() == 2 and rows.shape[1] == self._dim and rows.dtype in (torch.float32, torch.float64)
         if not is_fit or rows.device.type != "cpu":
-            raise InvalidRequest(
+            raise InvalidArgument(
                 f"rows must be (n, {self._dim}) float32 or float64 on the CPU, not {tuple(rows.shape)} {rows.dtype} "
                 f"on {rows.device}"
             )

@@ -1,12 +1,12 @@
-"""The families of foreign checkpoints, in the order in which a file is held against them.
+"""The families of foreign checkpoints (docs/codebooks.md lists them).
 
-One module a family (docs/codebooks.md lists them): which keys it is known by, and what becomes of its arrays.
+Each family has one module. It defines the keys by which the family is recognised, and how its arrays are read.
 """
 
 from vqserve_tools.importing.families import dac, encodec, gumbel, lfq, llamagen, lucidrains, mimi, simvq, taming
 from vqserve_tools.importing.families.family import Family
 
-# The distinctive keys first, the ambiguous ones last.
+# A checkpoint is compared with the families in this order: distinctive keys first, ambiguous keys last.
 FAMILIES: tuple[Family, ...] = (
     mimi.FAMILY,
     dac.FAMILY,

@@ -1,4 +1,4 @@
-"""Arrays that a person names: a codebook (K, D), or the stages of a residual one."""
+"""Arrays named by the user: a codebook (K, D), or the stages of a residual codebook."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _WHY = "some models search by distance, some by cosine, some by dot product"
 
 
 def read(checkpoint: Checkpoint, options: Options) -> Reading:
-    """Return the codebook of the arrays that were named, or of the only one of a file that names none.
+    """Return the codebook of the arrays in `options.keys`, or of the only array of a file without names.
 
     Raises:
-        ForeignCheckpointError: there is no such array, it is no codebook, or nobody said how it is searched.
+        ForeignCheckpointError: an array is missing or is not a codebook, or the metric was not given.
     """
     metric = options.asked_metric(checkpoint, "an array of codes", _WHY)
     decode_normalized = options.asked_decode(checkpoint, "an array of codes", metric)
     keys = options.keys or (UNNAMED,)
     for key in keys:
-        _tell_of_columns(checkpoint, key)
+        _check_orientation(checkpoint, key)
     if options.kind == "rvq" or len(keys) > 1:
         chain = Chain([Stage(codes) for codes in _stages(checkpoint, keys)])
         return residual(checkpoint, "arrays of codes", [chain], metric, decode_normalized=decode_normalized)
@@ -32,11 +32,11 @@ def read(checkpoint: Checkpoint, options: Options) -> Reading:
     return single("an array of codes", Stage(codes), metric, decode_normalized=decode_normalized)
 
 
-def _tell_of_columns(checkpoint: Checkpoint, key: str) -> None:
-    """Refuse codes that are columns, and say where they may be: some models keep them so (the first VQ-VAEs).
+def _check_orientation(checkpoint: Checkpoint, key: str) -> None:
+    """Check that codes are rows, not columns as in the first VQ-VAEs; add a note if both are possible.
 
     Raises:
-        ForeignCheckpointError: there is a count beside them for each column.
+        ForeignCheckpointError: the checkpoint has a count for each column, so the codes are columns.
     """
     shape = checkpoint.shape(key)
     if len(shape) < 2 or shape[-1] <= shape[-2]:

@@ -1,4 +1,4 @@
-"""The arrays under one prefix of a foreign file, and what has been taken of them."""
+"""The arrays under one prefix of a foreign file, and the record of arrays that were taken."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from vqserve_tools.importing.foreign import ForeignArray
 
 @dataclass
 class Ledger:
-    """What a reader took of a file.
+    """Record of what a reader took from a file.
 
     Attributes:
-        taken: names in the file, with shape and element type.
-        notes: what else a person should know.
+        taken: shape and element type of each taken array, by its name in the file.
+        notes: further information for the user.
     """
 
     taken: dict[str, str] = field(default_factory=dict)
@@ -28,13 +28,13 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Arrays by the names that they have below a prefix.
+    """View of the arrays of a file under a prefix.
 
     Attributes:
-        file: the file's name, for messages.
-        arrays: all of the file's, by their full names.
-        prefix: what the names begin with; "" or ending in a dot.
-        ledger: what has been taken, shared by the views of one file.
+        file: name of the file, for messages.
+        arrays: all arrays of the file, by full name.
+        prefix: prefix of the names in this view; "" or ending in a dot.
+        ledger: record of the taken arrays, shared by all views of one file.
     """
 
     file: str
@@ -43,11 +43,11 @@ class Checkpoint:
     ledger: Ledger = field(default_factory=Ledger)
 
     def at(self, place: str) -> Checkpoint:
-        """Return the view of what is below `place`."""
+        """Return the view of the arrays below `place`."""
         return Checkpoint(self.file, self.arrays, self.prefix + place, self.ledger)
 
     def names(self) -> dict[str, ForeignArray]:
-        """Return the arrays below the prefix, by what follows it."""
+        """Return the arrays below the prefix, by the rest of their name."""
         return {
             name.removeprefix(self.prefix): array for name, array in self.arrays.items() if name.startswith(self.prefix)
         }
@@ -60,22 +60,22 @@ class Checkpoint:
         return self.arrays[f"{self.prefix}{name}"].shape
 
     def refusal(self, text: str) -> ForeignCheckpointError:
-        """Return the error that says what is wrong with the file."""
+        """Return an error about the file."""
         return ForeignCheckpointError(f"{self.file}: {text}")
 
     def note(self, text: str) -> None:
-        """Tell a person."""
+        """Add information for the user."""
         self.ledger.notes.append(text)
 
     def check_known(self, names: Iterable[str], modules: Iterable[str] | None = None) -> None:
-        """Refuse arrays that no reader knows: they may change what is computed.
+        """Check that the reader knows all arrays; an unknown array may change the results of the model.
 
         Args:
-            names: that are known.
-            modules: first components of the names that are looked at; None: all.
+            names: known names.
+            modules: first components of the names to check; None: all names.
 
         Raises:
-            ForeignCheckpointError: names the first that is not known.
+            ForeignCheckpointError: an array is not known; the error names the first one.
         """
         within = None if modules is None else set(modules)
         looked_at = {name for name in self.names() if within is None or name.partition(".")[0] in within}
@@ -87,15 +87,15 @@ class Checkpoint:
             )
 
     def floats(self, name: str, *, rank: int | None = None, what: str = "") -> npt.NDArray[np.float32]:
-        """Take an array of floating-point numbers, as float32.
+        """Take an array of floating-point numbers, converted to float32.
 
         Args:
-            name: below the prefix.
-            rank: how many axes it must have.
-            what: what an array of another rank should be.
+            name: name below the prefix.
+            rank: required number of axes; None: any.
+            what: description of the expected shape, for error messages.
 
         Raises:
-            ForeignCheckpointError: it is missing, of another rank or type, not finite, or beyond float32's range.
+            ForeignCheckpointError: the array is missing, has another rank or type, is not finite, or overflows float32.
         """
         full, array = self._entry(name, rank, what)
         values = array.read()
@@ -119,14 +119,14 @@ class Checkpoint:
         return narrowed
 
     def integers(self, name: str, what: str) -> npt.NDArray[np.int64]:
-        """Take a list of integers, as int64: what is beyond it wraps to a number below zero.
+        """Take an array of integers with one axis, as int64; unsigned numbers beyond int64 become negative.
 
         Args:
-            name: below the prefix.
-            what: it is, for messages.
+            name: name below the prefix.
+            what: description of the array, for error messages.
 
         Raises:
-            ForeignCheckpointError: it is missing, has not one axis, or holds other numbers.
+            ForeignCheckpointError: the array is missing, has another number of axes, or holds other numbers.
         """
         full, array = self._entry(name, 1, f"{what} has one axis")
         values = array.read()
@@ -157,11 +157,11 @@ def shape_text(shape: tuple[int, ...]) -> str:
 
 
 def listed(names: Iterable[str], limit: int = 12) -> str:
-    """Return names in one line, a long list cut short."""
+    """Return names in one line; a list longer than `limit` is cut."""
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def places_of(arrays: Iterable[str], ending: str) -> set[str]:
-    """Return what stands before `ending`, a whole component or several, in the names that end so."""
+    """Return the prefixes of the names that end in `ending`, where `ending` is one or more whole components."""
     return {name.removesuffix(ending) for name in arrays if name == ending or name.endswith(f".{ending}")}

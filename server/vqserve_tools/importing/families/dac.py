@@ -1,6 +1,6 @@
-"""DAC: every stage projects the residual to a narrow space, searches by cosine and projects the raw row back.
+"""DAC: every stage projects the residual to a narrow space, searches by cosine and projects the stored row back.
 
-The original file has weight norm, transformers' has plain weights (Kumar et al. 2023, arXiv:2306.06546).
+Original files have weight norm, files of transformers have plain weights (Kumar et al. 2023, arXiv:2306.06546).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
     known = {f"quantizers.{number}.{name}" for number in range(len(views)) for name in stage_names}
     checkpoint.check_known(known, modules=["quantizers"])
     if "quantizers.0.in_proj.parametrizations.weight.original0" in checkpoint:
-        # Neither of DAC's own files has weight norm under these names.
+        # No DAC file, original or of transformers, has weight norm under these names.
         checkpoint.note(
             "SNAC has these keys too, and stages at different rates: it cannot be served as one codebook, and would "
             "give wrong tokens"

@@ -1,6 +1,6 @@
-"""EnCodec, and what shares its keys: SpeechTokenizer, WavTokenizer; transformers' names too.
+"""EnCodec, and models with its keys: SpeechTokenizer, WavTokenizer; in original files and in files of transformers.
 
-Residual, by distance (Defossez et al. 2022, arXiv:2210.13438).
+A residual quantizer that searches by distance (Defossez et al. 2022, arXiv:2210.13438).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Chain, Stage, residual
 from vqserve_tools.importing.foreign import ForeignArray
 
-# The original's name of a stage's codebook, and transformers'.
+# The codebook of a stage is named _codebook in original files, codebook in files of transformers.
 _ANCHOR = re.compile(r"((?:.*\.)?)layers\.\d+\.(_codebook|codebook)\.embed")
 _BUFFERS = ("inited", "cluster_size", "embed", "embed_avg")
 _LAYERS = ("project_in", "project_out")
@@ -23,7 +23,7 @@ _LAYERS = ("project_in", "project_out")
 
 def _places(arrays: Mapping[str, ForeignArray]) -> set[str]:
     found = ((match, arrays[name]) for name in arrays if (match := _ANCHOR.fullmatch(name)))
-    # vector-quantize-pytorch once kept two axes too, under another name of what says whether k-means was run.
+    # Older files of vector-quantize-pytorch also have two axes; they have `initted` instead of `inited`.
     return {
         match[1]
         for match, array in found

@@ -1,4 +1,4 @@
-"""What a family of checkpoints is to the importer."""
+"""The interface of a family of checkpoints."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Reading:
-    """What a family makes of a checkpoint.
+    """A quantizer as a family reads it from a checkpoint.
 
     Attributes:
-        family: for people: "DAC".
-        kind: of our quantizer.
-        arguments: of its constructor, those that are known.
-        tensors: of its state dict: float32, `used` int64.
+        family: name of the family for messages, such as "DAC".
+        kind: kind of the quantizer.
+        arguments: known arguments of the quantizer's constructor.
+        tensors: state dict of the quantizer, float32; `used` is int64.
     """
 
     family: str
@@ -35,12 +35,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class Family:
-    """A group of checkpoints that have their keys in common.
+    """A group of checkpoints with the same keys.
 
     Attributes:
-        name: for people.
-        places: returns the prefixes under which these names hold a quantizer of the family, each "" or ending in a dot.
-        read: returns the quantizer of a checkpoint that begins at such a place.
+        name: name for messages.
+        places: function that returns the prefixes of the family's quantizers, each "" or ending in a dot.
+        read: function that reads the quantizer of a checkpoint at such a prefix.
     """
 
     name: str

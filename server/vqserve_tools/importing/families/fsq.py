@@ -1,4 +1,4 @@
-"""Finite scalar quantization: levels that no file holds, and perhaps projections that one does."""
+"""Finite scalar quantization: levels from the options, and optional projections from a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from vqserve_tools.importing.families.options import Options
 
 
 def read(checkpoint: Checkpoint, options: Options) -> Reading:
-    """Return the quantizer that the options describe, with the projections of a checkpoint, if it has any.
+    """Return the quantizer of the options, with the projections of the checkpoint if it has any.
 
     Raises:
-        ForeignCheckpointError: the levels were not said, or the checkpoint holds what is not held here.
+        ForeignCheckpointError: the levels were not given, or the checkpoint has a layer that is not supported.
     """
     if options.levels is None:
         raise ForeignCheckpointError(

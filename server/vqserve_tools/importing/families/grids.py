@@ -1,4 +1,4 @@
-"""Projections around quantizers that have no codebook."""
+"""Projections of quantizers without a codebook."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _ROTATION = "orthogonal_rot"
 
 
 def projections_to(checkpoint: Checkpoint, width: int) -> tuple[dict[str, int | None], dict[str, Floats]]:
-    """Take the projections to so many channels and back, if there are any.
+    """Take the projections to `width` channels and back, if the checkpoint has them.
 
     Returns:
         The arguments `input_dim` and `output_dim`, and the tensors.
 
     Raises:
-        ForeignCheckpointError: there are several, or something beside them that is not held here.
+        ForeignCheckpointError: the checkpoint has several such projections, or a layer that is not supported.
     """
     arrays = checkpoint.names()
     places = sorted(

@@ -18,7 +18,7 @@ def _places(arrays: Mapping[str, ForeignArray]) -> set[str]:
 
 
 def _fits(arrays: Mapping[str, ForeignArray], place: str) -> bool:
-    # The names alone are everybody's: patch embeddings have them too.
+    # The names alone are not enough: patch embeddings have them too.
     codes, projection = arrays[f"{place}{_CODES}"], arrays.get(f"{place}{_PROJECTION}")
     return (
         projection is not None

@@ -1,4 +1,4 @@
-"""Linear layers as checkpoints keep them: plain, as convolutions of one element, weight-normed, without a bias."""
+"""Linear layers of checkpoints: plain, as 1x1 convolutions, with weight norm, or without a bias."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from vqserve_server.search import rounding
 from vqserve_tools.importing.families.checkpoint import Checkpoint, shape_text
 from vqserve_tools.importing.families.family import Floats
 
-# torch's names of weight norm's norms and directions, the older ones first.
+# torch's names of the norms and directions of weight norm; the older pair first.
 _NORMED = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1"))
-# All names that a layer can have.
+# All names of arrays that a layer can have.
 LAYER_NAMES = frozenset({"weight", "bias", *(name for pair in _NORMED for name in pair)})
 
 
 @dataclass(frozen=True)
 class Layer:
-    """weight (outputs, inputs) and bias (outputs,)."""
+    """A linear layer: weight (outputs, inputs) and bias (outputs,)."""
 
     weight: Floats
     bias: Floats
 
     @property
     def inputs(self) -> int:
-        """Channels that it takes."""
+        """Number of input channels."""
         return int(self.weight.shape[1])
 
     @property
     def outputs(self) -> int:
-        """Channels that it gives."""
+        """Number of output channels."""
         return int(self.weight.shape[0])
 
 
@@ -44,12 +44,12 @@ def has_layer(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def read_layer(checkpoint: Checkpoint, name: str) -> Layer:
-    """Take a layer; a missing bias is one of zeros, and weight norm is resolved, exactly and rounded once.
+    """Take a layer. A missing bias becomes zeros; weight norm is computed exactly and rounded once.
 
-    Weight norm of a layer has a norm for every output (torch's dim=0).
+    Weight norm has a norm for every output (torch's dim=0).
 
     Raises:
-        ForeignCheckpointError: it is missing, damaged, or no linear map of single elements.
+        ForeignCheckpointError: the layer is missing or damaged, or is a convolution over several elements.
     """
     normed = next((pair for pair in _NORMED if f"{name}.{pair[1]}" in checkpoint), None)
     if normed is None:
@@ -64,10 +64,10 @@ def read_layer(checkpoint: Checkpoint, name: str) -> Layer:
 
 
 def read_pair(checkpoint: Checkpoint, names: tuple[str, str]) -> tuple[Layer | None, Layer | None]:
-    """Take the layers before and behind codes, if they are there.
+    """Take the projections before and after the codes, or return (None, None) if the checkpoint has neither.
 
     Raises:
-        ForeignCheckpointError: only one of them is there.
+        ForeignCheckpointError: the checkpoint has only one of them.
     """
     there = [has_layer(checkpoint, name) for name in names]
     if not any(there):
@@ -76,7 +76,7 @@ def read_pair(checkpoint: Checkpoint, names: tuple[str, str]) -> tuple[Layer | N
 
 
 def numbered(checkpoint: Checkpoint, module: str, names: Iterable[str]) -> list[Checkpoint]:
-    """Return the views of `module.0.`, `module.1.` and so on, as many as the names have.
+    """Return the views of `module.0.`, `module.1.` and so on, up to the greatest number in the names.
 
     Raises:
         ForeignCheckpointError: a number is missing.
@@ -112,7 +112,7 @@ def _weight_norm(checkpoint: Checkpoint, norm: str, direction: str) -> Floats:
         )
     if not np.abs(v).max(axis=1, initial=0).all():
         raise checkpoint.refusal(f"{checkpoint.prefix}{direction} has an output of zeros, which has no direction")
-    # The rounding takes a norm per column.
+    # rounding.weight_norm takes one norm per column.
     columns = torch.from_numpy(np.ascontiguousarray(v.T)), torch.from_numpy(g.reshape(1, -1))
     weight = rounding.weight_norm(*columns).numpy().T
     return np.ascontiguousarray(weight)

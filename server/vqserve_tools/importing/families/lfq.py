@@ -1,7 +1,7 @@
-"""Lookup-free quantization: bits that a mask of powers of two may tell, and perhaps projections.
+"""Lookup-free quantization: bits from a mask or from the options, and optional projections.
 
-Its mask is the one sign that a checkpoint of vector-quantize-pytorch (most significant bit first) or Open-MAGVIT2
-(least significant first) can have; often there is none.
+The mask of powers of two is the only sign of this quantizer in checkpoints of vector-quantize-pytorch (most significant
+bit first) and Open-MAGVIT2 (least significant bit first); many have none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAMES = frozenset({_MASK} | layer_names(("project_in", "project_out")))
 
 
 def _places(arrays: Mapping[str, ForeignArray]) -> set[str]:
-    # Masks of all sorts bear the name: only one that is alone with projections is taken for what it may be.
+    # Many modules have an array named mask: it counts only if nothing but projections is beside it.
     return {
         place
         for place in places_of(arrays, _MASK)
@@ -39,7 +39,7 @@ def read(checkpoint: Checkpoint, options: Options) -> Reading:
     """Return the quantizer that options and checkpoint describe.
 
     Raises:
-        ForeignCheckpointError: the bits are not known, or the checkpoint says otherwise than the options.
+        ForeignCheckpointError: the number of bits is not known, or the checkpoint contradicts the options.
     """
     masks = [place for place in places_of(checkpoint.names(), _MASK) if _is_mask(checkpoint.names()[f"{place}{_MASK}"])]
     bits, order = _read_mask(checkpoint.at(masks[0])) if len(masks) == 1 else (None, None)

@@ -1,7 +1,7 @@
-"""LlamaGen, and who took its quantizer over: MaskGIT-pytorch, Janus. Known by the buffer that counts codes in use.
+"""LlamaGen, and models with its quantizer: MaskGIT-pytorch, Janus. A buffer that counts used codes identifies them.
 
-Its published models search by cosine and decode to normalised rows; a flag of the constructor, which no file holds,
-can say otherwise (Sun et al. 2024, arXiv:2406.06525).
+The published models search by cosine and decode to normalised rows. A flag of the constructor can change this, and no
+file contains it (Sun et al. 2024, arXiv:2406.06525).
 """
 
 from __future__ import annotations

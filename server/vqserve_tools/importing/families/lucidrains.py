@@ -1,7 +1,6 @@
 """vector-quantize-pytorch by lucidrains: VectorQuantize, ResidualVQ, GroupedResidualVQ.
 
-Its cosine codebooks have the same keys as those that are searched by distance, so the metric is asked for. It decodes
-to rows as they are stored, for both.
+Cosine codebooks and distance codebooks have the same keys, so the metric must be given. Both decode to stored rows.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def _vector_quantize(checkpoint: Checkpoint, metric: Metric) -> Reading:
         return single(family, Stage(heads[0], *layers), metric)
     if has_layer(checkpoint, "project_in"):
         raise checkpoint.refusal(f"its {len(heads)} heads share one projection, which is not held here")
-    # Heads with codebooks of their own cut the channels as groups do.
+    # Heads with own codebooks divide the channels like groups.
     return residual(checkpoint, family, [Chain([Stage(codes)]) for codes in heads], metric, are_groups=True)
 
 
@@ -77,7 +76,7 @@ def _chain(checkpoint: Checkpoint) -> Chain:
 def _heads(checkpoint: Checkpoint) -> list[Floats]:
     embed = checkpoint.floats("_codebook.embed")
     if embed.ndim == 2:
-        # Before it had heads.
+        # Older versions had no axis of heads.
         embed = embed[None]
     if embed.ndim != 3 or len(embed) == 0:
         raise checkpoint.refusal(

@@ -1,6 +1,6 @@
-"""Mimi: a semantic and an acoustic residual quantizer of one input, as moshi and as transformers keep them.
+"""Mimi: a semantic and an acoustic residual quantizer of the same input, in files of moshi and of transformers.
 
-Their codebooks are not in the file, but the averages that they are quotients of (Defossez et al. 2024,
+The file has no codes; it has running averages, and the codes are their quotients (Defossez et al. 2024,
 arXiv:2410.00037).
 """
 
@@ -17,7 +17,7 @@ from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Chain, Stage, residual
 from vqserve_tools.importing.foreign import ForeignArray
 
-# First and rest, and where their stages and codebooks are: moshi's, then transformers'.
+# The two parts, and the names of their stages and codebooks: in moshi, then in transformers.
 _MODULES = (
     (("rvq_first", "rvq_rest"), "vq.layers", "_codebook"),
     (
@@ -28,7 +28,7 @@ _MODULES = (
 )
 _SUMS = ("embedding_sum", "embed_sum")
 _AVERAGES = (*_SUMS, "cluster_usage", "_initialized", "initialized")
-# As float32, in which both libraries compare.
+# float32, because both libraries compare in float32.
 _LEAST_USAGE = np.float32(1e-5)
 
 
@@ -69,7 +69,7 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
 
 
 def _codes(checkpoint: Checkpoint) -> Floats:
-    """Return sums / max(usage, 1e-5), each the float32 quotient, as the libraries compute it."""
+    """Return sums / max(usage, 1e-5) in float32, as the libraries compute it."""
     sums_name = next((name for name in _SUMS if name in checkpoint), _SUMS[0])
     sums = checkpoint.floats(sums_name, rank=2, what="it should be (K, D)")
     usage = checkpoint.floats("cluster_usage", rank=1, what="it should be (K,)")

@@ -1,16 +1,20 @@
-"""What a person says of a checkpoint that its keys do not."""
+"""Options of an import: facts about a quantizer that its checkpoint does not contain."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from vqserve.layout import Layout
+from vqserve_server.codebooks.arguments import ARGUMENTS, check_unknown_index
 from vqserve_server.errors import ForeignCheckpointError
+from vqserve_server.quantizers.fsq import BOUNDS
 from vqserve_server.quantizers.fsq_boundaries import Bound
 from vqserve_server.quantizers.lfq import BitOrder
 from vqserve_server.quantizers.residual_structure import Metric
+from vqserve_tools.flags import option
 from vqserve_tools.importing.families.checkpoint import Checkpoint
 
 Decode = Literal["normalized", "raw"]
@@ -30,43 +34,77 @@ _KINDS: Mapping[str, frozenset[str]] = {
 }
 
 
+def _levels(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(level) for level in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of integers, as 8,8,8,5,5,5") from None
+
+
+def _unknown_index(text: str) -> str | int:
+    try:
+        value = text if text in {"random", "extra"} else int(text)
+        check_unknown_index(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither random, extra nor an integer in [0, 2^32)") from None
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """None, or what stands for it, where nothing was said.
+    """Options of an import; the defaults mean that an option was not given.
 
     Attributes:
-        keys: names of the arrays that are the codebook, of a residual one in the order of its stages.
-        prefix: where in the checkpoint the quantizer is.
-        kind: of the quantizer that is to be made.
-        metric: how codes are searched.
-        decode: whether a cosine codebook decodes to rows of length one or as they are stored.
-        levels: of finite scalar quantization.
-        bound: of finite scalar quantization.
-        bits: of lookup-free quantization.
-        bit_order: of lookup-free quantization.
-        spherical: lookup-free quantization decodes to codes of length one.
-        layout: of latents where a call does not say.
-        unknown_index: what an id outside the checkpoint's remap is reported as.
+        keys: names of the codebook arrays; for a residual codebook in the order of its stages.
+        prefix: prefix of the quantizer in the checkpoint.
+        kind: kind of the quantizer.
+        metric: metric of the search.
+        decode: whether a cosine codebook decodes to rows of length one ("normalized") or to stored rows ("raw").
+        levels: levels of finite scalar quantization.
+        bound: bound of finite scalar quantization.
+        bits: number of bits of lookup-free quantization.
+        bit_order: bit order of lookup-free quantization.
+        spherical: whether lookup-free quantization decodes to codes of length one.
+        layout: default layout of latents.
+        unknown_index: index that is reported for an id outside the checkpoint's remap.
     """
 
-    keys: tuple[str, ...] = ()
-    prefix: str = ""
-    kind: str | None = None
-    metric: Metric | None = None
-    decode: Decode | None = None
-    levels: tuple[int, ...] | None = None
-    bound: Bound | None = None
-    bits: int | None = None
-    bit_order: BitOrder | None = None
-    spherical: bool = False
-    layout: Layout | None = None
-    unknown_index: str | int = "random"
+    keys: tuple[str, ...] = option(
+        (),
+        "name of the array that is the codebook, (K, D); several in the order of a residual codebook's stages",
+        flag="--key",
+        group="place",
+        action="append",
+        metavar="KEY",
+    )
+    prefix: str = option("", "prefix of the quantizer in the checkpoint, for example first_stage_model.", group="place")
+    kind: str | None = option(None, "kind of the quantizer, if the keys do not determine it", choices=tuple(ARGUMENTS))
+    metric: Metric | None = option(
+        None, "metric of the search, if the checkpoint does not determine it", choices=METRICS
+    )
+    decode: Decode | None = option(
+        None, "whether a cosine codebook decodes to rows of length one or to stored rows", choices=DECODES
+    )
+    levels: tuple[int, ...] | None = option(
+        None, "levels of --kind fsq, for example 8,8,8,5,5,5", type=_levels, metavar="L,L,..."
+    )
+    bound: Bound | None = option(None, "bound of --kind fsq (default: atanh)", choices=BOUNDS)
+    bits: int | None = option(None, "number of bits of --kind lfq", type=int, metavar="N")
+    bit_order: BitOrder | None = option(None, "bit order of --kind lfq (default: big)", choices=BIT_ORDERS)
+    spherical: bool = option(False, "codes of --kind lfq have length one", action="store_true")
+    layout: Layout | None = option(None, "default layout of latents", type=Layout, choices=tuple(Layout))
+    unknown_index: str | int = option(
+        "random",
+        "index that is reported for a code outside the checkpoint's remap (default: random)",
+        type=_unknown_index,
+        metavar="random|extra|N",
+    )
 
     def check_use(self, kind: str) -> None:
-        """Refuse what was said and has no meaning for the kind that was made.
+        """Check that all given options have a meaning for the kind of the quantizer.
 
         Raises:
-            ForeignCheckpointError: names the option.
+            ForeignCheckpointError: an option has none; the error names it.
         """
         if self.kind not in (None, kind):
             raise ForeignCheckpointError(f"what was found is of kind {kind}, not --kind {self.kind}")
@@ -77,10 +115,10 @@ class Options:
                 raise ForeignCheckpointError(f"--{flag} has no meaning for kind {kind}: leave it out")
 
     def metric_of(self, family: str, metric: Metric) -> Metric:
-        """Return the one metric that a family is searched by.
+        """Return the only metric of a family.
 
         Raises:
-            ForeignCheckpointError: another one was asked for.
+            ForeignCheckpointError: the option asks for another metric.
         """
         if self.metric not in (None, metric):
             raise ForeignCheckpointError(
@@ -90,16 +128,16 @@ class Options:
         return metric
 
     def asked_metric(self, checkpoint: Checkpoint, what: str, why: str, among: Iterable[Metric] = METRICS) -> Metric:
-        """Return the metric that a person must have said, because keys cannot.
+        """Return the metric of the options, which is required because the checkpoint does not define it.
 
         Args:
-            checkpoint: for the message.
-            what: does not tell.
-            why: it does not.
-            among: the metrics that there are for it.
+            checkpoint: checkpoint, for error messages.
+            what: subject of the message, such as "an array of codes".
+            why: reason why the checkpoint does not define the metric.
+            among: metrics that are possible.
 
         Raises:
-            ForeignCheckpointError: none was said, or one that is not among them.
+            ForeignCheckpointError: no metric was given, or one that is not possible.
         """
         choice = " or ".join(f"--metric {metric}" for metric in among)
         if self.metric is None:
@@ -112,10 +150,10 @@ class Options:
         return self.metric
 
     def asked_decode(self, checkpoint: Checkpoint, what: str, metric: Metric) -> bool:
-        """Return whether rows are decoded to length one; a person must have said it of a cosine codebook.
+        """Return whether rows decode to length one; the option is required for a cosine codebook.
 
         Raises:
-            ForeignCheckpointError: nothing was said of a cosine codebook.
+            ForeignCheckpointError: the option is missing for a cosine codebook.
         """
         if metric == "cosine" and self.decode is None:
             raise checkpoint.refusal(
@@ -125,10 +163,10 @@ class Options:
         return self.decode_of(what, metric, self.decode or "raw")
 
     def decode_of(self, family: str, metric: Metric, decode: Decode) -> bool:
-        """Return whether rows are decoded to length one, which the family settles.
+        """Return whether rows decode to length one, which the family defines.
 
         Raises:
-            ForeignCheckpointError: another way was asked for, or any way where the metric is not cosine.
+            ForeignCheckpointError: the option contradicts the family, or is given for a metric other than cosine.
         """
         if self.decode is not None and metric != "cosine":
             raise ForeignCheckpointError(f"--decode is for --metric cosine, not {metric}: leave it out")

@@ -1,7 +1,7 @@
-"""SimVQ: the codes are a learnt linear map of random ones that never change.
+"""SimVQ: the codes are a learnt linear map of fixed random codes.
 
-By distance (Zhu et al. 2024, arXiv:2411.02038); the names are vector-quantize-pytorch's, of which ResidualSimVQ is a
-chain.
+It searches by distance (Zhu et al. 2024, arXiv:2411.02038). The names are those of vector-quantize-pytorch, whose
+ResidualSimVQ is a chain of such stages.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Readings of codebooks that are one table of codes, and of chains of them."""
+"""Readings of codebooks with tables of codes: one table, or chains of stages."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vqserve_tools.importing.families.layers import Layer
 
 @dataclass(frozen=True)
 class Stage:
-    """A codebook and the projections around it.
+    """A codebook with its projections.
 
     Attributes:
-        codes: (K, D).
-        proj_in: to D channels, or None.
-        proj_out: from D channels, or None.
+        codes: (K, D) codes.
+        proj_in: projection to D channels, or None.
+        proj_out: projection from D channels, or None.
     """
 
     codes: Floats
@@ -32,18 +32,18 @@ class Stage:
     proj_out: Layer | None = None
 
     def tensors(self, prefix: str = "") -> dict[str, Floats]:
-        """Return its part of a state dict."""
+        """Return the tensors of the stage, with names that begin with `prefix`."""
         return {f"{prefix}{WEIGHT}": self.codes} | _projections(prefix, self.proj_in, self.proj_out)
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Stages, each of which quantizes what those before it left.
+    """Stages of residual quantization: each stage quantizes the residual of the stages before it.
 
     Attributes:
-        stages: at least one.
-        proj_in: before the first, or None.
-        proj_out: of their sum, or None.
+        stages: one or more stages.
+        proj_in: projection before the first stage, or None.
+        proj_out: projection of the sum of all stages, or None.
     """
 
     stages: Sequence[Stage]
@@ -59,7 +59,7 @@ def single(
     decode_normalized: bool = False,
     used: npt.NDArray[np.int64] | None = None,
 ) -> Reading:
-    """Return the reading of one codebook, of the kind that its metric and projections make it."""
+    """Return the reading of one codebook; its metric and projections determine the kind."""
     codes, width = stage.codes.shape
     tensors: dict[str, npt.NDArray[Any]] = {**stage.tensors()}
     if used is not None:
@@ -87,18 +87,19 @@ def residual(
     decode_normalized: bool = False,
     are_groups: bool = False,
 ) -> Reading:
-    """Return the reading of chains of codebooks.
+    """Return the reading of a residual quantizer.
 
     Args:
-        checkpoint: for messages.
-        family: for people.
-        chains: one; or several that share the channels as groups; or two that both see all channels.
-        metric: how every stage is searched.
-        decode_normalized: what a cosine stage decodes to.
-        are_groups: whether the chains are groups.
+        checkpoint: checkpoint, for error messages.
+        family: name of the family for messages.
+        chains: one chain; or several chains, each with a group of the channels; or two chains that both use all
+            channels.
+        metric: metric of every stage.
+        decode_normalized: whether a cosine stage decodes to rows of length one.
+        are_groups: whether the chains have groups of channels.
 
     Raises:
-        ForeignCheckpointError: the stages are not all of one shape.
+        ForeignCheckpointError: the codebooks of the stages have different shapes.
     """
     stages = [stage for chain in chains for stage in chain.stages]
     shapes = sorted({stage.codes.shape for stage in stages})

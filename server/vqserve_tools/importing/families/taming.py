@@ -1,8 +1,8 @@
 """State dicts with the names of taming-transformers and sgm, which many models share.
 
-Latent diffusion, diffusers' VQModel, aMUSEd, Chameleon and Emu3 search such a codebook by distance, TiTok some of them
-by cosine, IBQ by dot product: the name `quantize.embedding.weight` alone does not tell. sgm's own is
-`regularization.embedding.weight`, by distance.
+The name `quantize.embedding.weight` does not determine the metric: latent diffusion, diffusers' VQModel, aMUSEd,
+Chameleon and Emu3 search by distance, some TiTok models by cosine, IBQ by dot product. sgm's own name is
+`regularization.embedding.weight`; it searches by distance.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from vqserve_tools.importing.families.tables import Stage, single
 from vqserve_tools.importing.foreign import ForeignArray
 
 _DIRECTIONS = (*(name for name in LEGACY_NAMES if LEGACY_NAMES[name] == DIRECTION), DIRECTION)
-# The names by which a codebook shows itself.
+# Names that indicate a codebook.
 CODES = (WEIGHT, *_DIRECTIONS)
 _AVERAGES = ("embedding.cluster_size", "embedding.embed_avg")
 _LAYERS = ("proj_in", "proj_out")
 _PROJECTIONS = tuple(f"{layer}.{name}" for layer in _LAYERS for name in ("weight", "bias"))
 _KNOWN = frozenset({*CODES, *LEGACY_NAMES, NORM, *_AVERAGES, *_PROJECTIONS, USED})
-# Where these models keep it: taming's, sgm's, and a quantizer's own state dict.
+# Modules of the quantizer: in taming-transformers, in sgm, and in the quantizer's own state dict.
 _MODULES = ("quantize.", "regularization.", "")
 WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
 
@@ -38,7 +38,7 @@ _WHY = (
     "by cosine, IBQ by dot"
 )
 _OUR_WHY = "VectorQuantizer, CosineQuantizer and DotQuantizer have the same keys"
-# TiTok's, of codes that training clusters.
+# TiTok has this array beside a codebook that training clusters.
 _CLUSTERING = "embed_prob"
 
 
@@ -76,7 +76,7 @@ def _bare(checkpoint: Checkpoint, options: Options, model: str) -> Reading:
         decode_normalized = options.asked_decode(checkpoint, f"{checkpoint.prefix}{WEIGHT}", metric)
     codes = checkpoint.floats(WEIGHT, rank=2, what="the codebook must be (K, D)")
     used = _remap(checkpoint) if USED in checkpoint else None
-    _tell_of_average(checkpoint, metric)
+    _note_average(checkpoint, metric)
     stage = Stage(codes, *(_layer(checkpoint, name) for name in _LAYERS))
     return single(model, stage, metric, decode_normalized=decode_normalized, used=used)
 
@@ -90,7 +90,7 @@ def _remap(checkpoint: Checkpoint) -> npt.NDArray[Any]:
 
 
 def _model(checkpoint: Checkpoint) -> str:
-    """Return whose checkpoint it is, as far as what stands beside the quantizer tells."""
+    """Return the name of the model, recognised by the arrays beside the quantizer."""
     outside = checkpoint.prefix.removesuffix("quantize.")
     first = checkpoint.arrays.get(f"{outside}quant_conv.conv.weight")
     if first is not None and len(first.shape) == 5:
@@ -98,8 +98,8 @@ def _model(checkpoint: Checkpoint) -> str:
     return "TiTok" if f"{outside}latent_tokens" in checkpoint.arrays else _NAME
 
 
-def _tell_of_average(checkpoint: Checkpoint, metric: str) -> None:
-    # Latent diffusion's LitEma takes the dots out of the names.
+def _note_average(checkpoint: Checkpoint, metric: str) -> None:
+    # LitEma of latent diffusion removes the dots from the names.
     outside = checkpoint.prefix.removesuffix("quantize.")
     place = checkpoint.prefix.removeprefix(outside)
     average = f"{outside}model_ema.{f'{place}{WEIGHT}'.replace('.', '')}"
@@ -108,7 +108,7 @@ def _tell_of_average(checkpoint: Checkpoint, metric: str) -> None:
 
 
 def _kind_and_sizes(checkpoint: Checkpoint, tensors: Mapping[str, npt.NDArray[Any]]) -> tuple[str, dict[str, object]]:
-    """Return the kind that has these tensors, and the sizes that they say; what does not fit is found later."""
+    """Return the kind of these tensors, and the sizes from their shapes; later checks find contradictions."""
     weight = next(name for name in CODES if name in tensors)
     codes, width = _lengths(checkpoint, tensors, weight)
     if set(_AVERAGES) & set(tensors):

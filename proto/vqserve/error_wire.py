@@ -1,0 +1,157 @@
+"""An error as one entry of a failed call's trailing metadata, and back: docs/wire.md has the format.
+
+Both sides distrust the other: what is written is short and printable ASCII, and never has a path; of what is read only
+fields of the right kind and size are taken.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from vqserve import errors
+from vqserve.errors import VqserveError
+
+ERROR_KEY = "vqserve-error"
+REQUEST_ID_KEY = "vqserve-request-id"
+# gRPC's own name for the hint, and the one that clients from before it look for.
+RETRY_PUSHBACK_KEY = "grpc-retry-pushback-ms"
+RETRY_AFTER_KEY = "vqserve-retry-after-ms"
+
+# HTTP/2 headers carry the entry, and 8 KiB of all of them is what gRPC takes.
+MAX_BYTES = 2048
+_LONGEST_MESSAGE = 1000
+_LONGEST_NAME = 200
+_MOST_AXES = 32
+_MOST_SUGGESTIONS = 8
+_LARGEST = 1 << 63
+# Fields of any length.
+_WORDS = frozenset({"message", "suggestion", "codebook"})
+
+
+def reason_of(kind: type[VqserveError]) -> str:
+    """Return "invalid_shape" for InvalidShape."""
+    return "".join(f"_{char.lower()}" if char.isupper() else char for char in kind.__name__).removeprefix("_")
+
+
+# What a caller can be told by a server: the rest is the SDK's own, or the server's own business.
+KINDS: Mapping[str, type[VqserveError]] = MappingProxyType(
+    {
+        reason_of(kind): kind
+        for kind in (
+            errors.InvalidArgument,
+            errors.InvalidShape,
+            errors.InvalidDtype,
+            errors.NotAnArray,
+            errors.InvalidOption,
+            errors.NonFiniteLatents,
+            errors.TokenBeyondRange,
+            errors.IndexOutOfRange,
+            errors.MessageTooLarge,
+            errors.CodebookNotFound,
+            errors.DigestMismatch,
+            errors.Overloaded,
+            errors.DeadlineExceeded,
+            errors.Unavailable,
+            errors.Draining,
+            errors.DeviceBroken,
+            errors.Cancelled,
+        )
+    }
+)
+
+
+def written(error: VqserveError) -> str | None:
+    """Return the entry of an error; None: it has none, because callers are told nothing of its kind."""
+    reason = reason_of(type(error))
+    if reason not in KINDS:
+        return None
+    fields: dict[str, object] = {
+        "reason": reason,
+        "message": error.template,
+        "array": error.array,
+        "position": error.position,
+        "option": error.option,
+        "suggestion": error.suggestion,
+        "codebook": error.codebook,
+        "digest": error.digest,
+    }
+    told = {name: value for name, value in fields.items() if value not in (None, {})}
+    text = _encoded(told)
+    # Without its words it still says what it is and where: the call's details have words too.
+    return text if len(text) <= MAX_BYTES else _encoded({name: told[name] for name in told.keys() - _WORDS})
+
+
+def _encoded(fields: Mapping[str, object]) -> str:
+    # JSON leaves DEL as it is, and a header may not have it.
+    return json.dumps(fields, separators=(",", ":")).replace("\x7f", "\\u007f")
+
+
+def read(entry: str | None, *, code: str) -> VqserveError | None:
+    """Return the error in an entry.
+
+    Args:
+        entry: as it came; None: there was none.
+        code: name of the status that came with it.
+
+    Returns:
+        None if there is no entry, or none of an error that has this status. The template is empty where the entry has
+        no message that can be shown.
+    """
+    if entry is None or len(entry) > 2 * MAX_BYTES:
+        return None
+    try:
+        fields = json.loads(entry)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict) or not isinstance(fields.get("reason"), str):
+        return None
+    kind = KINDS.get(fields["reason"])
+    if kind is None or kind.default_code != code:
+        return None
+    taken = {name: fields[name] for name, is_good in _FIELDS.items() if name in fields and is_good(fields[name])}
+    return kind(taken.pop("message", ""), code=code, **taken)
+
+
+def _is_text(value: object, longest: int = _LONGEST_NAME) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= longest and value.isprintable()
+
+
+def _is_number(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < _LARGEST
+
+
+def _is_option(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 40 and value.isascii() and value.isidentifier()
+
+
+def _is_position(value: object) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= _MOST_AXES and all(map(_is_number, value))
+
+
+def _is_suggestion(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) <= _MOST_SUGGESTIONS
+        and all(_is_option(name) and (_is_text(one) or _is_number(one, -_LARGEST)) for name, one in value.items())
+    )
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+_FIELDS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
+    {
+        "message": lambda value: _is_text(value, _LONGEST_MESSAGE),
+        "array": lambda value: isinstance(value, str) and value in errors.ARRAY_NAMES,
+        "position": _is_position,
+        "option": _is_option,
+        "suggestion": _is_suggestion,
+        "codebook": _is_text,
+        "digest": _is_digest,
+    }
+)
