@@ -1,4 +1,4 @@
-"""What the daemon can be told: flags over VQSERVE_* environment variables over defaults.
+"""The settings of the daemon: flags override VQSERVE_* environment variables, which override defaults.
 
 Each field of the dataclasses below is a flag (`--max-batch-rows`) and a variable (`VQSERVE_MAX_BATCH_ROWS`);
 `settings_table` is the table of docs/operations.md.
@@ -92,7 +92,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RpcConfig:
-    """Where the server listens and what it takes from a stranger."""
+    """Where the server listens, and the limits of messages and calls."""
 
     host: str = _setting("127.0.0.1", "address to listen on", _text)
     port: int = _setting(50051, "port to listen on; 0: a free one, named in the ready line", _integer(0, 65535))

@@ -1,4 +1,4 @@
-"""Several processes that serve one port: the parent starts, stops and restarts them, and nothing else.
+"""Several processes that serve one port: the parent starts, stops and restarts them.
 
 The kernel spreads connections over them (SO_REUSEPORT). Each loads its own codebooks and has its own queue, device
 thread and health; a client stays with one of them for as long as its connection lasts.
@@ -100,7 +100,7 @@ class Workers:
         return ready[0]
 
     async def stop(self, number: int = signal.SIGTERM) -> bool:
-        """Tell all to stop and wait, for those that hang not for ever; return whether all did as they were told."""
+        """Stop all workers, kill those that do not stop in time, and return whether all stopped as expected."""
         self._stopping.set()
         self.send(number)
         _, late = await asyncio.wait(self._keepers, timeout=self._config.drain_seconds + _END_S)
@@ -156,7 +156,7 @@ class Workers:
                 # Ends when the parent does, however that ends: a worker that reads its end stops.
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                # A terminal's Ctrl-C is for the parent, which tells the workers.
+                # A terminal's Ctrl-C goes to the parent, which stops the workers.
                 start_new_session=True,
             )
         except (OSError, RuntimeError) as error:
@@ -183,7 +183,7 @@ class Workers:
 
 
 def _send(process: asyncio.subprocess.Process, number: int) -> None:
-    # It may have ended, and nobody been told yet.
+    # It may have ended a moment ago.
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(number)
 
@@ -227,7 +227,7 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     """
     console.set_up(config.log_level)
     grpcio_release.warn_if_untested()
-    # What no worker could serve is told once, and by the parent.
+    # The parent reports once what no worker could serve.
     find_codebooks(sources).check()
     host, port = config.rpc.host, config.rpc.port
     reserve(host, port, shared=False).close()

@@ -1,4 +1,4 @@
-"""Latents of a file as rows, whatever their layout: nothing is read before it is asked for."""
+"""Latents of a .npy file as rows, in any layout; the file is memory-mapped and read on demand."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class LatentRows:
     """Latents of 2 to 5 axes as rows: row i is the token at position i of the grid in C order.
 
     Attributes:
-        array: the latents as they lie.
-        layout: of the array.
-        dim: channels, the width of a row.
-        dtype: of the rows, float32 or float64.
+        array: latents in their original layout.
+        layout: layout of the array.
+        dim: number of channels, which is the width of a row.
+        dtype: type of the rows, float32 or float64.
     """
 
     def __init__(
@@ -37,13 +37,14 @@ class LatentRows:
         default: Layout | None = None,
         keeps_float64: bool = False,
     ) -> None:
-        """Take an array, mapped or in memory.
+        """Store an array, memory-mapped or in memory.
 
         Args:
             array: float16, float32 or float64, 2 to 5 axes.
             layout: "channels_first", "channels_last" or None, the default.
-            default: of 3 to 5 axes; None: channels first for 4 and 5 axes, last for 3. Two axes have them last.
-            keeps_float64: give the rows of a float64 array as they are; else all rows are float32.
+            default: layout for 3 to 5 axes if `layout` is None; None: channels first for 4 and 5 axes, last for 3.
+                In arrays of two axes the channels are always last.
+            keeps_float64: whether rows of a float64 array stay float64; otherwise all rows are float32.
 
         Raises:
             InvalidDtype: the elements are no such floats.
@@ -66,7 +67,7 @@ class LatentRows:
     def open(
         cls, path: Path, layout: str | None = None, *, default: Layout | None = None, keeps_float64: bool = False
     ) -> LatentRows:
-        """Map a .npy file; pickled objects are refused. See the constructor for the arguments.
+        """Memory-map a .npy file; pickled objects are rejected. See the constructor for the arguments.
 
         Raises:
             OSError: the file cannot be read.
@@ -92,7 +93,7 @@ class LatentRows:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """The shape of the tokens."""
+        """Shape of the latents without the channels."""
         return self._rows_last.shape[:-1]
 
     def __len__(self) -> int:
@@ -104,12 +105,12 @@ class LatentRows:
         return np.ascontiguousarray(self._rows_last[places], dtype=self.dtype)
 
     def chunks(self, rows_per_chunk: int) -> Iterator[npt.NDArray[Any]]:
-        """Yield all rows in order, at most so many at a time."""
+        """Yield all rows in order, at most `rows_per_chunk` at a time."""
         for start in range(0, len(self), rows_per_chunk):
             yield self.take(np.arange(start, min(start + rows_per_chunk, len(self))))
 
     def check_finite(self) -> None:
-        """Refuse NaN, infinity and what is infinite in the rows' type, in one pass over the array.
+        """Check in one pass that all numbers are finite, also when converted to the type of the rows.
 
         Raises:
             NonFiniteLatents: names the first one's position in the array: "latents[0, 3, 5, 7] is nan".

@@ -19,9 +19,9 @@ def add_output(parser: argparse.ArgumentParser) -> None:
         type=_new_codebook_path,
         required=True,
         metavar="OUT.safetensors",
-        help="the codebook file to write; its name must end so",
+        help="codebook file to write; the name must end in .safetensors",
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 
 def check_output(path: Path, *, force: bool, sources: Iterable[Path | None] = ()) -> None:

@@ -1,7 +1,7 @@
 """Batches requests and runs them on the device: threads and numpy, no grpc.
 
-A request goes: `Engine.admit` (is there room?), `Engine.submit` (into the queue), a `Batch` with whatever arrived
-together, a device thread, `Job.outcome`.
+A request passes `Admission.enter` (is there capacity?), `Scheduler.put` (into the queue), a `Batch` with other
+requests, a device thread, and `Job.resolve`.
 """
 
 from vqserve_server.engine.admission import Admission

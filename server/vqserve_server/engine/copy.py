@@ -13,7 +13,7 @@ from vqserve.layout import Layout
 
 Array = npt.NDArray[Any]
 
-# Up to so many, one long copy a channel takes a quarter of what numpy's one short copy a token does.
+# Up to this many channels, one long copy per channel takes a quarter of the time of one short copy per token.
 _FEW_CHANNELS = 8
 
 # The largest value of each type and half a unit of its last place.

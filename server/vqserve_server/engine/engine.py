@@ -1,4 +1,4 @@
-"""Glue: what the rest of the server knows of batching."""
+"""The engine put together: admission, scheduler, device threads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vqserve_server.errors import DeviceBroken, Draining
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
 
-# A GPU is idle while a thread puts rows together and cuts replies; a CPU is what does that.
+# A GPU is idle while a thread copies rows and replies; on a CPU the same cores do both.
 _CUDA_THREADS = 2
 
 
@@ -34,9 +34,9 @@ class Engine:
         """Make the engine; `start` starts it.
 
         Args:
-            tokenizers: what is served, under their names.
+            tokenizers: the codebooks to serve, under their names.
             config: batching and limits.
-            threads: how many batches are under way at once; None: as many as suit the device.
+            threads: how many batches are computed at once; None: as many as suit the device.
             on_broken: called, from another thread, when the device is lost.
         """
         config = config or EngineConfig()
@@ -51,7 +51,7 @@ class Engine:
         self._worker = Worker(self.scheduler, self.stats, threads=threads, on_broken=self._broken)
 
     def swap(self, tokenizers: Iterable[Tokenizer]) -> None:
-        """Serve these from now on; jobs that were made for others finish with theirs."""
+        """Serve these codebooks from now on; jobs that were made for others finish with those."""
         self.live = _live(list(tokenizers))
 
     def start(self) -> None:
@@ -59,14 +59,14 @@ class Engine:
         self._worker.start()
 
     def drain(self) -> None:
-        """Admit no more requests; those that are inside are served."""
+        """Accept no more requests; those in the server are answered."""
         self.admission.close(Draining("the server is stopping"))
 
     def stop(self, timeout_s: float = 10.0) -> bool:
         """Finish what is queued and end the threads.
 
         Args:
-            timeout_s: how long that may take; what waits after it fails with Draining.
+            timeout_s: how long that may take; jobs that wait after it fail with Draining.
 
         Returns:
             Whether the threads have ended. A batch on the device cannot be interrupted.
@@ -86,7 +86,7 @@ class Engine:
 
 def _live(tokenizers: Sequence[Tokenizer]) -> LiveSet:
     for tokenizer in tokenizers:
-        # Before the device threads, whose streams are others, have its tables.
+        # The device threads use other streams: wait until the tables are written.
         wait_for_stream(tokenizer.device)
     return LiveSet(tokenizers)
 

@@ -28,7 +28,7 @@ class LiveSet:
         return len(self._by_name)
 
     def infos(self) -> list[CodebookInfo]:
-        """Return what is served under each name, in name order, versions as numbers."""
+        """Return the codebook of each name, in name order, versions as numbers."""
         return [replace(self._by_name[name].info, name=name) for name in self._names()]
 
     def resolve(self, name: str, expected_digest: str = "") -> Tokenizer:

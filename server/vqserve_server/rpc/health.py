@@ -33,7 +33,7 @@ class Health:
         return {f"/{health.SERVICE_NAME}/Check": self._check, f"/{health.SERVICE_NAME}/Watch": self._watch}
 
     def set_serving(self, serving: bool) -> None:
-        """Change the state and tell the watchers."""
+        """Change the state and notify the watchers."""
         with self._lock:
             self._status = _Response.SERVING if serving else _Response.NOT_SERVING
             watchers = list(self._watchers)
@@ -49,7 +49,7 @@ class Health:
             watcher.notify()
 
     def status(self, service: str) -> int | None:
-        """Return the state of a service; None: there will be no more to tell."""
+        """Return the state of a service; None: it will not change any more."""
         if self._is_closed:
             return None
         status: int = self._status if service in self._services else _Response.SERVICE_UNKNOWN
@@ -88,7 +88,7 @@ class Health:
 
 
 class _Watcher:
-    """A call that is told the state of a service, and again whenever it has changed."""
+    """A call that receives the state of a service, and again after each change."""
 
     def __init__(self, call: Call, health: Health, service: str) -> None:
         self._call = call

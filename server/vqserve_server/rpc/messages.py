@@ -65,7 +65,7 @@ def layout_of(number: int) -> Layout | None:
 
 
 def check_dtype(field: str, dtype: int, allowed: frozenset[int]) -> None:
-    """Refuse an element type that a field cannot have.
+    """Check that a field may have an element type.
 
     Raises:
         InvalidDtype: names the field and the types that it can have.
@@ -110,7 +110,7 @@ def check_payload(nbytes: int, dtype: int, shape: Sequence[int], array: str, ran
     Raises:
         InvalidShape: the shape has too few or too many axes, or is not the payload's.
     """
-    # First the rank: a shape may have millions of axes, and the texts below show it.
+    # First the rank: a shape may have millions of axes, and the error texts below show it.
     if len(shape) not in ranks:
         raise wrong_rank(array, ranks, len(shape))
     try:
@@ -121,7 +121,7 @@ def check_payload(nbytes: int, dtype: int, shape: Sequence[int], array: str, ran
 
 
 def check_reply_size(nbytes: int, limit: int) -> None:
-    """Refuse a request whose reply would not fit a message, before anything is computed.
+    """Check that a reply fits into a message, before anything is computed.
 
     Raises:
         MessageTooLarge: names both sizes.

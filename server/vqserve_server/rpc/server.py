@@ -207,7 +207,7 @@ class RpcServer:
         self._service.use_live_set()
 
     def not_serving(self) -> None:
-        """Tell whoever asks for the health that this server is to be left alone."""
+        """Report NOT_SERVING to health checks from now on."""
         self._health.set_serving(False)
 
     def stop(self, drain_seconds: float) -> bool:

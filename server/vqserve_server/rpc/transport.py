@@ -1,8 +1,8 @@
-"""gRPC's completion queue, and the thread that takes from it what has happened: calls, messages, replies sent.
+"""gRPC's completion queue, and the thread that handles its events: new calls, messages, replies that were sent.
 
-Both of grpcio's servers stand on this queue, and what they add to it costs more than gRPC itself: the one a thread for
-each call that waits, the other an event loop that a second thread wakes for each event (decision 0002). Here whoever
-has an answer sends it, from its own thread, and nobody is woken for it.
+Both of grpcio's servers are built on this queue, and what they add costs more than gRPC itself: a thread for each
+waiting call, or an event loop that a second thread wakes for each event (decision 0002). Here the thread that computes
+a reply sends it, and wakes no other thread.
 
 Nothing but this file knows of `grpc._cython`. It is not a public interface, but grpcio's own server, which
 is Python, uses it in the same way.
@@ -29,7 +29,7 @@ from vqserve_server.rpc.status import Status, status_of
 
 REQUEST_ID_KEY = "vqserve-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
-# gRPC tells "no deadline" as one that is centuries away.
+# gRPC represents "no deadline" by one that is centuries away.
 _NO_DEADLINE_S = 1e9
 _OK = Status(grpc.StatusCode.OK, "")
 
@@ -184,9 +184,9 @@ def _no() -> bool:
 
 logger = logging.getLogger(__name__)
 
-# Begins to answer a call, and returns at once.
+# Starts to answer a call, and returns at once.
 Handler = Callable[[Call], None]
-# How often calls are looked at that wait for their callers.
+# Interval of the check for idle calls.
 _IDLE_CHECK_S = 1.0
 
 
@@ -206,8 +206,8 @@ class Transport:
         Args:
             handlers: by the method's full name, "/package.Service/Method".
             options: gRPC's, by name.
-            max_calls: calls at once; more are refused with RESOURCE_EXHAUSTED.
-            idle_s: how long a call may wait for its caller before it is ended with UNAVAILABLE; 0: for ever.
+            max_calls: open calls at once; more fail with RESOURCE_EXHAUSTED.
+            idle_s: how long a call may wait for its caller before it ends with UNAVAILABLE; 0: for ever.
         """
         self._handlers = handlers
         self._max_calls = max_calls
@@ -239,7 +239,7 @@ class Transport:
         self._thread.start()
 
     def stop(self, linger_s: float) -> None:
-        """Take no more calls, cancel those that have not ended after so many seconds, and end the thread.
+        """Accept no more calls, cancel those that are open after `linger_s` seconds, and end the thread.
 
         Stopping twice is fine, and stopping what was not started.
         """

@@ -50,16 +50,12 @@ def run_train(args: argparse.Namespace) -> int:
         InvalidArgument: the latents or options cannot be used.
         OSError: a file cannot be read or written.
     """
-    options = _options(args)
+    options = from_flags(TrainingOptions, args)
     from vqserve_tools.training.job import train_file  # noqa: PLC0415 - brings torch
 
     made = train_file(args.latents, args.out, options, layout=args.layout, force=args.force, progress=not args.quiet)
     sys.stdout.write(_story(made, options, args.out))
     return 0
-
-
-def _options(args: argparse.Namespace) -> TrainingOptions:
-    return from_flags(TrainingOptions, args)
 
 
 def _story(made: TrainedFile, options: TrainingOptions, out: Path) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from vqserve_server.errors import ForeignCheckpointError
 from vqserve_tools.importing.families.checkpoint import Checkpoint
 from vqserve_tools.importing.families.family import Reading
-from vqserve_tools.importing.families.grids import projections_to
 from vqserve_tools.importing.families.options import Options
+from vqserve_tools.importing.families.tables import projections_to
 
 
 def read(checkpoint: Checkpoint, options: Options) -> Reading:

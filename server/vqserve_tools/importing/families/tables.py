@@ -1,4 +1,4 @@
-"""Readings of codebooks with tables of codes: one table, or chains of stages."""
+"""Readings of quantizers: one table of codes, chains of stages, and projections around quantizers without codes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import numpy.typing as npt
 from vqserve_server.codebooks.shapes import WEIGHT
 from vqserve_server.codebooks.state import USED
 from vqserve_server.quantizers.residual_structure import Metric
-from vqserve_tools.importing.families.checkpoint import Checkpoint, shape_text
+from vqserve_tools.importing.families.checkpoint import Checkpoint, listed, places_of, shape_text
 from vqserve_tools.importing.families.family import Floats, Reading
-from vqserve_tools.importing.families.layers import Layer
+from vqserve_tools.importing.families.layers import Layer, read_pair
+
+_LAYERS = ("project_in", "project_out")
+_ROTATION = "orthogonal_rot"
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,41 @@ def residual(
         "layout": "channels_first",
     }
     return Reading(family, "rvq", arguments, tensors)
+
+
+def projections_to(checkpoint: Checkpoint, width: int) -> tuple[dict[str, int | None], dict[str, Floats]]:
+    """Take the projections to `width` channels and back, if the checkpoint has them.
+
+    Returns:
+        The arguments `input_dim` and `output_dim`, and the tensors.
+
+    Raises:
+        ForeignCheckpointError: the checkpoint has several such projections, or a layer that is not supported.
+    """
+    arrays = checkpoint.names()
+    places = sorted(
+        place
+        for place in places_of(arrays, f"{_LAYERS[0]}.weight")
+        if arrays[f"{place}{_LAYERS[0]}.weight"].shape[:1] == (width,)
+    )
+    rotations = sorted(places_of(arrays, _ROTATION))
+    if rotations:
+        raise checkpoint.refusal(f"{checkpoint.prefix}{rotations[0]}{_ROTATION}: a rotation is not held here")
+    if len(places) > 1:
+        raise checkpoint.refusal(f"it has several projections to {width} channels: pass --prefix {listed(places)}")
+    if not places:
+        several = places_of(arrays, f"{_LAYERS[0]}.weight") & {""}
+        if several:
+            raise checkpoint.refusal(
+                f"{checkpoint.prefix}{_LAYERS[0]} does not give {width} channels: several codebooks side by side, or "
+                "other levels or bits than were said"
+            )
+        return {"input_dim": None, "output_dim": None}, {}
+    proj_in, proj_out = read_pair(checkpoint.at(places[0]), _LAYERS)
+    return {
+        "input_dim": None if proj_in is None else proj_in.inputs,
+        "output_dim": None if proj_out is None else proj_out.outputs,
+    }, _projections("", proj_in, proj_out)
 
 
 def _projections(prefix: str, proj_in: Layer | None, proj_out: Layer | None) -> dict[str, Floats]:
