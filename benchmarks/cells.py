@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vqserve import bfloat16, payload
+from vqserve import payload
+from vqserve.dtypes import BY_NAME
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server import Tokenizer
 from vqserve_server.codebooks import save_codebook
@@ -52,7 +53,7 @@ class Cell:
     @cached_property
     def latents(self) -> NDArray[np.float32]:
         latents = np.random.default_rng(1).standard_normal(self.shape, dtype=np.float32)
-        return bfloat16.widen(bfloat16.round_bits(latents)) if self.dtype == "bf16" else latents
+        return BY_NAME["bfloat16"].widen(BY_NAME["bfloat16"].narrow(latents)) if self.dtype == "bf16" else latents
 
     @cached_property
     def array(self) -> Any:

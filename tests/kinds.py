@@ -65,6 +65,16 @@ CASES: dict[str, Callable[[], Quantizer]] = {
     "lfq": lambda: LookupFreeQuantizer(7, "big"),
     "lfq_all": lambda: LookupFreeQuantizer(4, "little", spherical=True, input_dim=5, output_dim=4),
 }
+# The first case of each kind, by kind.
+ONE_OF_EACH: dict[str, str] = {}
+for _name, _new in CASES.items():
+    ONE_OF_EACH.setdefault(_new().kind, _name)
+
+
+def with_every_kind(cases: dict[str, Callable[[], Quantizer]]) -> dict[str, Callable[[], Quantizer]]:
+    """Return a test's own cases, and the example of every kind that they leave out."""
+    there = {new().kind for new in cases.values()}
+    return {**cases, **{name: CASES[name] for kind, name in ONE_OF_EACH.items() if kind not in there}}
 
 
 def make(name: str, seed: int = 0) -> Quantizer:

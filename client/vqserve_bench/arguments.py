@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from vqserve.latent_dtype import LATENT_DTYPES
+from vqserve.dtypes import LATENT_NAMES
 from vqserve_bench.load import DEFAULT_MAX_OUTSTANDING, Closed, Load, Open
 from vqserve_bench.schedule import Schedule
 from vqserve_bench.workload import Grid, Workload
@@ -31,7 +31,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="BxHxW",
         help="shape of the indices of a request, batch axis first (1x32x32); if repeated, each is sent equally often",
     )
-    what.add_argument("--dtype", choices=LATENT_DTYPES, default="float32", help="of the latents (float32)")
+    what.add_argument("--dtype", choices=LATENT_NAMES, default="float32", help="of the latents (float32)")
     what.add_argument(
         "--data", type=Path, metavar="FILE.npy", help="latents to encode, or indices to decode (default: random)"
     )

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from vqserve import bfloat16, payload
+from vqserve import payload
 from vqserve.codebook_info import CodebookInfo
+from vqserve.dtypes import BY_NUMBER, LatentDTypeName
 from vqserve.errors import of_file
 from vqserve.layout import channel_axis, parse_layout, resolve_layout
-from vqserve.types import LatentDTypeName, LayoutName
+from vqserve.types import LayoutName
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import check_indices_shape, check_latents_shape
 from vqserve_bench.request import Request
@@ -94,10 +95,7 @@ class Workload:
             latents = np.moveaxis(
                 rows[start : start + math.prod(grid)].reshape(*grid, info.input_dim), -1, channel_axis(layout)
             )
-            if wire == pb.DTYPE_BFLOAT16:
-                source = ArrayInput(bfloat16.round_bits(latents.astype(np.float32)), wire)
-            else:
-                source = latents_input(latents.astype(self.dtype))
+            source = ArrayInput(BY_NUMBER[wire].narrow(latents), wire)
             options = call_options(layout=self.layout)
             yield _request(EncodeCall(source, info, options, pin=_pin(info, config), config=config), grid, config)
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from vqserve import bfloat16, payload
+from vqserve import dtypes, payload
 from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import InvalidDtype, VqserveError
 from vqserve.layout import Layout, channel_axis, grid_shape, warn_of_an_image
@@ -48,7 +48,7 @@ class ArrayInput:
     """A caller's array, ready to be cut and sent.
 
     Attributes:
-        array: the values, of any strides and byte order; bfloat16 as uint16 bit patterns.
+        array: the values, of any strides and byte order; types that numpy lacks as bit patterns.
         dtype: the wire type.
         device: the torch tensor's device; None for numpy.
     """
@@ -133,12 +133,13 @@ def _tensor_input(torch: Any, tensor: Any, what: str, prepare: Callable[[Array],
         raise not_dense(what, dtype=tensor.dtype, layout=tensor.layout, device=tensor.device)
     # A lazily negated tensor has no numpy form; its values have.
     plain = tensor.detach().resolve_conj().resolve_neg().cpu()
-    if plain.dtype == torch.bfloat16:
-        return ArrayInput(plain.view(torch.int16).numpy().view(np.uint16), pb.DTYPE_BFLOAT16, tensor.device)
+    known = dtypes.of_torch(plain.dtype)
+    if known is not None:
+        return ArrayInput(dtypes.to_numpy(plain), known.number, tensor.device)
     try:
         array = plain.numpy()
     except TypeError:
-        # A type that numpy does not have, such as float8.
+        # Neither numpy nor the wire has the type.
         return ArrayInput(np.empty(0), pb.DTYPE_UNSPECIFIED, tensor.device)
     if prepare is not None:
         array = prepare(array)
@@ -147,17 +148,18 @@ def _tensor_input(torch: Any, tensor: Any, what: str, prepare: Callable[[Array],
 
 def _wire_dtype(array: Array) -> int:
     """Return the wire type of an array; unspecified where it has none."""
-    try:
-        return payload.dtype_of(array)
-    except payload.PayloadError:
-        return pb.DTYPE_UNSPECIFIED
+    dtype = dtypes.of_numpy(array.dtype)
+    return pb.DTYPE_UNSPECIFIED if dtype is None else dtype.number
 
 
 def _wire_integers(array: Array) -> Array:
     """Return integers that are not on the wire as a type that is; anything else unchanged."""
     native = array.dtype.newbyteorder("=")
-    if native in _WIDENED:
-        return array.astype(_WIDENED[native])
+    if native.kind not in "iu" or dtypes.of_numpy(native) is not None:
+        return array
+    wider = dtypes.smallest_holding(native)
+    if wider is not None:
+        return array.astype(wider)
     if native == np.uint64:
         beyond = array > np.iinfo(np.int64).max
         if beyond.any():
@@ -173,27 +175,23 @@ def empty_indices(shape: tuple[int, ...], dtype: int, device: object) -> Array:
 
 
 def empty_latents(shape: tuple[int, ...], dtype: int, device: object) -> Array:
-    """Return an empty array for latents; for bfloat16, bit patterns for a torch device and float32 for numpy."""
-    if dtype == pb.DTYPE_BFLOAT16:
-        return np.empty(shape, np.float32 if device is None else np.uint16)
-    return np.empty(shape, payload.numpy_dtype(dtype))
+    """Return an empty array for latents; for types that numpy lacks, float32, or for a torch device bit patterns."""
+    known = dtypes.BY_NUMBER[dtype]
+    return np.empty(shape, np.float32 if device is None and known.coding is not None else known.storage)
 
 
 def store(part: Array, dtype: int, into: Array) -> None:
-    """Copy the array of one reply to its place; bfloat16 is widened if the place is float32."""
-    if dtype == pb.DTYPE_BFLOAT16 and into.dtype == np.float32:
-        part = bfloat16.widen(part)
-    into[...] = part
+    """Copy the array of one reply to its place; bit patterns are widened if the place is float32."""
+    into[...] = dtypes.BY_NUMBER[dtype].widen(part) if into.dtype == np.float32 else part
 
 
 def to_caller(array: Array, dtype: int, device: object) -> Any:
     """Return a finished array as the caller's kind: numpy, or torch on this device."""
     if device is None:
         return array
-    torch = sys.modules["torch"]
-    if dtype == pb.DTYPE_BFLOAT16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
-    return torch.from_numpy(array).to(device)
+    # An array of indices for torch is int64, whatever the type on the wire.
+    name = dtypes.BY_NUMBER[dtype].name if dtypes.BY_NUMBER[dtype] in dtypes.LATENTS else "int64"
+    return dtypes.to_torch(array, name).to(device)
 
 
 def latents_geometry(shape: tuple[int, ...], layout: Layout | None, info: CodebookInfo) -> Geometry:

@@ -20,8 +20,8 @@ from typing import Any
 from vqserve import __version__
 from vqserve.arguments import Parser
 from vqserve.codebook_info import CodebookInfo
+from vqserve.dtypes import LATENT_NAMES
 from vqserve.errors import COMMAND_LINE, LayoutWarning
-from vqserve.latent_dtype import LATENT_DTYPES
 from vqserve_client.arguments import (
     add_codebook,
     add_connection,
@@ -77,7 +77,7 @@ def _parser(command: str) -> Parser:
             help="of a residual codebook, how many of each token's indices (default: all)",
         )
     decode.add_argument(
-        "--dtype", choices=LATENT_DTYPES, default="float32", help="of the latents (bfloat16 is stored as float32)"
+        "--dtype", choices=LATENT_NAMES, default="float32", help="of the latents (bfloat16 is stored as float32)"
     )
     decode.add_argument("--output", choices=("latents", "code_rows"), default="latents", help="what to write")
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from vqserve import payload
-from vqserve.latent_dtype import latent_dtype_name
+from vqserve.dtypes import latent_dtype_name
 from vqserve.layout import Layout, parse_layout
 from vqserve.types import LatentDType, LayoutName, OutputName
 from vqserve.v1 import tokenizer_pb2 as pb

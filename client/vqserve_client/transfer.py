@@ -14,9 +14,10 @@ import numpy as np
 
 from vqserve import payload
 from vqserve.codebook_info import CodebookInfo
+from vqserve.dtypes import LatentDTypeName
 from vqserve.errors import of_file
 from vqserve.layout import indices_shape, latents_shape, parse_layout
-from vqserve.types import LatentDTypeName, LayoutName, OutputName
+from vqserve.types import LayoutName, OutputName
 from vqserve.validation import check_num_quantizers
 from vqserve_client.arrays import (
     Array,

@@ -17,7 +17,7 @@ class CodebookInfo:
     Attributes:
         name: the name that requests use: of a version "book@3", and "book" of the latest.
         digest: lower-case hexadecimal SHA-256 over all that encode and decode read.
-        kind: "vq", "ema", "gumbel", "vq_projection", "cosine", "dot", "rvq", "fsq" or "lfq".
+        kind: of the quantizer, as "vq" or "fsq": a new server may have kinds that this package does not know.
         num_codes: K, rows of the codebook (of each stage, if there are several).
         vocab_size: indices lie in [0, vocab_size).
         input_dim: channels that encode takes.
@@ -55,7 +55,8 @@ class CodebookInfo:
     @property
     def has_stages(self) -> bool:
         """Whether indices have an axis more, of a token's `num_quantizers` indices, in the place of the channels."""
-        return self.kind == "rvq" or self.num_quantizers > 1
+        # A residual codebook of one stage has the axis, too, and no message says so: its kind does.
+        return self.num_quantizers > 1 or self.kind == "rvq"
 
 
 def of_stages(num_quantizers: int, count: object) -> str:

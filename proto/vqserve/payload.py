@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from vqserve import bfloat16
+from vqserve import dtypes
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve.vocabulary import smallest_unsigned
 
 # What a message holds beside its payload and the codebook's name, at most: digest, shape, statistics, tags.
 ENVELOPE_BYTES = 512
@@ -18,20 +17,9 @@ ENVELOPE_BYTES = 512
 _LARGEST_ARRAY = (1 << 63) - 1
 _MOST_AXES = 32
 
-# bfloat16 travels as its bit patterns: numpy has no such type.
-_NUMPY: dict[int, np.dtype[np.generic]] = {
-    pb.DTYPE_FLOAT32: np.dtype("<f4"),
-    pb.DTYPE_FLOAT16: np.dtype("<f2"),
-    pb.DTYPE_BFLOAT16: np.dtype("<u2"),
-    pb.DTYPE_FLOAT64: np.dtype("<f8"),
-    pb.DTYPE_UINT8: np.dtype("<u1"),
-    pb.DTYPE_UINT16: np.dtype("<u2"),
-    pb.DTYPE_UINT32: np.dtype("<u4"),
-    pb.DTYPE_INT32: np.dtype("<i4"),
-    pb.DTYPE_INT64: np.dtype("<i8"),
-}
-LATENT_DTYPES = frozenset({pb.DTYPE_FLOAT32, pb.DTYPE_FLOAT16, pb.DTYPE_BFLOAT16, pb.DTYPE_FLOAT64})
-INDEX_DTYPES = frozenset({pb.DTYPE_UINT8, pb.DTYPE_UINT16, pb.DTYPE_UINT32, pb.DTYPE_INT32, pb.DTYPE_INT64})
+_NUMPY = {number: dtype.storage for number, dtype in dtypes.BY_NUMBER.items()}
+LATENT_DTYPES = frozenset(dtype.number for dtype in dtypes.LATENTS)
+INDEX_DTYPES = frozenset(dtype.number for dtype in dtypes.INDICES)
 
 
 class PayloadError(ValueError):
@@ -52,11 +40,10 @@ def dtype_of_name(name: str) -> int:
     Raises:
         ValueError: for a name that the wire does not have.
     """
-    number = pb.DType.DESCRIPTOR.values_by_name.get(f"DTYPE_{name.upper()}")
-    if number is None or number.number == pb.DTYPE_UNSPECIFIED:
-        known = ", ".join(dtype_name(dtype) for dtype in _NUMPY)
-        raise ValueError(f"no dtype {name!r} on the wire: it has {known}")
-    return number.number
+    dtype = dtypes.BY_NAME.get(name)
+    if dtype is None:
+        raise ValueError(f"no dtype {name!r} on the wire: it has {', '.join(dtypes.BY_NAME)}")
+    return dtype.number
 
 
 def itemsize(dtype: int) -> int:
@@ -66,7 +53,7 @@ def itemsize(dtype: int) -> int:
 
 def index_dtype(vocab_size: int) -> int:
     """Return the smallest unsigned type that holds every index in [0, vocab_size)."""
-    return dtype_of_name(smallest_unsigned(vocab_size).name)
+    return dtype_of_name(dtypes.smallest_unsigned(vocab_size).name)
 
 
 def holds_vocabulary(dtype: int, vocab_size: int) -> bool:
@@ -82,12 +69,10 @@ def dtype_of(array: npt.NDArray[np.generic]) -> int:
     Raises:
         PayloadError: for a type that does not travel.
     """
-    dtype = array.dtype.newbyteorder("<")
-    for wire, known in _NUMPY.items():
-        if known == dtype and wire != pb.DTYPE_BFLOAT16:
-            return wire
-    known_names = ", ".join(dtype_name(wire) for wire in _NUMPY)
-    raise PayloadError(f"arrays of {array.dtype} do not travel: use one of {known_names}")
+    dtype = dtypes.of_numpy(array.dtype)
+    if dtype is None:
+        raise PayloadError(f"arrays of {array.dtype} do not travel: use one of {', '.join(dtypes.BY_NAME)}")
+    return dtype.number
 
 
 def view(array: npt.NDArray[np.generic], dtype: int) -> memoryview:
@@ -97,9 +82,10 @@ def view(array: npt.NDArray[np.generic], dtype: int) -> memoryview:
         array: for bfloat16 float32 (rounded here) or uint16 bit patterns.
         dtype: the wire type.
     """
-    if dtype == pb.DTYPE_BFLOAT16 and array.dtype != np.uint16:
-        array = bfloat16.round_bits(array.astype(np.float32, copy=False))
-    return np.ascontiguousarray(array, dtype=_NUMPY[dtype]).reshape(-1).view(np.uint8).data
+    element = dtypes.BY_NUMBER[dtype]
+    if element.coding is not None:
+        array = element.narrow(array)
+    return np.ascontiguousarray(array, dtype=element.storage).reshape(-1).view(np.uint8).data
 
 
 def to_bytes(array: npt.NDArray[np.generic], dtype: int) -> bytes:

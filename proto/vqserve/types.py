@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from vqserve.dtypes import LatentDTypeName
+
 LayoutName: TypeAlias = Literal["channels_first", "channels_last"]
 OutputName: TypeAlias = Literal["latents", "code_rows"]
-LatentDTypeName: TypeAlias = Literal["float32", "float16", "float64", "bfloat16"]
 
 if TYPE_CHECKING:
     import torch

@@ -13,6 +13,7 @@ from numbers import Integral, Number
 import numpy as np
 
 from vqserve.codebook_info import CodebookInfo
+from vqserve.dtypes import BY_NAME, LATENTS
 from vqserve.errors import (
     CodebookNotFound,
     DigestMismatch,
@@ -312,7 +313,8 @@ def not_latents(dtype: object) -> InvalidDtype:
     """Return the error of an array whose elements, numpy's or torch's, are not those of latents."""
     name = str(dtype).removeprefix("torch.")
     hint = "indices? that is decode" if "int" in name else "see .astype(numpy.float32)"
-    return InvalidDtype(f"latents must be float16, bfloat16, float32 or float64, not {name}: {hint}", array="latents")
+    *names, last = (known.name for known in sorted(LATENTS, key=lambda known: known.storage.itemsize))
+    return InvalidDtype(f"latents must be {', '.join(names)} or {last}, not {name}: {hint}", array="latents")
 
 
 def not_indices(dtype: object) -> InvalidDtype:
@@ -352,5 +354,5 @@ def beyond_dtype(row: int, dtype: str, *, has_stages: bool) -> InvalidOption:
         array="tokens" if has_stages else "indices",
         row=row,
         option="dtype",
-        suggestion={"dtype": "float32" if dtype in ("float16", "bfloat16") else "float64"},
+        suggestion={"dtype": "float32" if BY_NAME[dtype].storage.itemsize < 4 else "float64"},
     )

@@ -12,19 +12,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vqserve import bfloat16
+from vqserve import dtypes
 from vqserve.validation import not_an_index, not_finite, not_indices
 
-_BFLOAT16_EXPONENT = np.uint16(0x7F80)
 
+def first_non_finite(array: npt.NDArray[Any]) -> tuple[int, ...] | None:
+    """Return the position of the first NaN or infinity of latents or weights in C order, or None.
 
-def first_non_finite(array: npt.NDArray[np.floating[Any]]) -> tuple[int, ...] | None:
-    """Return the position of the first NaN or infinity in C order, or None."""
+    Args:
+        array: of a type's `storage` (vqserve.dtypes).
+    """
     if array.size == 0:
         return None
-    if array.dtype == np.float16:
+    exponent = dtypes.of_latents(array.dtype).exponent
+    if exponent and array.dtype.isnative:
         # numpy computes on float16 by converting each element: its exponent bits say as much, ten times faster.
-        finite = (array.view(np.uint16) & np.uint16(0x7C00)) != np.uint16(0x7C00)
+        bits = array.view(f"u{array.itemsize}")
+        mask = bits.dtype.type(exponent)
+        finite = (bits & mask) != mask
     else:
         # The extremes carry every NaN and infinity and need no array of their own.
         with np.errstate(invalid="ignore"):
@@ -40,18 +45,15 @@ def check_finite(array: npt.NDArray[Any]) -> None:
     """Refuse latents with NaN or infinity.
 
     Args:
-        array: of any floating-point type; uint16 is bfloat16's bit patterns.
+        array: of a type's `storage` (vqserve.dtypes).
 
     Raises:
         NonFiniteLatents: names the first one's position: "latents[0, 3, 5, 7] is nan".
     """
-    if array.dtype == np.uint16:
-        if not ((array & _BFLOAT16_EXPONENT) == _BFLOAT16_EXPONENT).any():
-            return
-        array = bfloat16.widen(array)
     position = first_non_finite(array)
     if position is not None:
-        raise not_finite(position, float(array[position]))
+        value = float(dtypes.of_latents(array.dtype).widen(array[position]))
+        raise not_finite(position, value)
 
 
 def check_indices(array: npt.NDArray[np.integer[Any]], *, decodable: int) -> None:

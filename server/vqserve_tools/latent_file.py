@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve.errors import of_file
-from vqserve.layout import Layout, channel_axis, parse_layout, resolve_layout
+from vqserve.layout import Layout, parse_layout, resolve_layout
 from vqserve.validation import not_finite, not_latents
 from vqserve_server.errors import InvalidOption, InvalidShape
+from vqserve_server.rows import channels_last
 from vqserve_server.validation import first_non_finite
 
 _CHUNK_BYTES = 1 << 26
@@ -56,7 +57,7 @@ class LatentRows:
         self.layout = resolve_layout(array.ndim, parse_layout(layout), default)
         self.array = array
         self.dtype = np.dtype(np.float64 if keeps_float64 and array.dtype.itemsize == 8 else np.float32)
-        self._rows_last = np.moveaxis(array, channel_axis(self.layout), -1)
+        self._rows_last = channels_last(array, self.layout)
         self.dim = self._rows_last.shape[-1]
         if self.dim == 0:
             raise InvalidShape(

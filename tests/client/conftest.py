@@ -15,8 +15,10 @@ import grpc
 import numpy as np
 import pytest
 
-from vqserve import bfloat16, payload
+from support.brute_force import nearest
+from vqserve import payload
 from vqserve.codebook_info import CodebookInfo
+from vqserve.dtypes import BFLOAT16
 from vqserve.layout import Layout, channel_axis, grid_shape, latents_shape
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1 import tokenizer_pb2_grpc
@@ -49,7 +51,7 @@ class Codes:
         )
 
     def encode(self, rows: np.ndarray) -> np.ndarray:
-        return ((rows.astype(np.float64)[:, None] - self.rows) ** 2).sum(-1).argmin(1)
+        return nearest(rows, self.rows)
 
     def decode(self, indices: np.ndarray) -> np.ndarray:
         return np.concatenate([self.rows, -self.rows], 1)[indices]
@@ -91,7 +93,7 @@ class TinyServer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             one = self._codes(request, context)
             latents = payload.from_bytes(request.latents, request.dtype, request.shape)
             if request.dtype == pb.DTYPE_BFLOAT16:
-                latents = bfloat16.widen(latents)
+                latents = BFLOAT16.widen(latents)
             layout = LAYOUTS[request.layout]
             rows = np.moveaxis(latents, channel_axis(layout), -1).reshape(-1, latents.shape[channel_axis(layout)])
             indices = one.encode(rows)

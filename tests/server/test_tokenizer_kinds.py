@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from kinds import with_every_kind
 from vqserve_server.codebooks import codebook_digest, save_codebook
 from vqserve_server.errors import (
     CodebookError,
@@ -47,7 +48,7 @@ RESIDUAL = {
     "rvq_double": lambda: ResidualQuantizer(5, 40, 6).double(),
     "rvq_single": lambda: ResidualQuantizer(1, 40, 6),
 }
-QUANTIZERS = PLAIN | RESIDUAL
+QUANTIZERS = with_every_kind(PLAIN | RESIDUAL)
 GRIDS = [(12,), (2, 6), (2, 2, 3), (2, 2, 3, 1)]
 
 
@@ -82,19 +83,20 @@ def latents_of(*shape, dtype=torch.float32):
 
 def index_grid(quantizer, grid):
     """Indices of a grid, channels last."""
-    shape = (*grid, quantizer.num_quantizers) if quantizer.kind == "rvq" else grid
+    shape = (*grid, quantizer.num_quantizers) if quantizer.has_stages else grid
     return torch.arange(torch.Size(shape).numel()).reshape(shape) % quantizer.decodable
 
 
 def first(array, quantizer):
-    return array.movedim(-1, 1) if quantizer.kind == "rvq" and array.ndim > 2 else array
+    return array.movedim(-1, 1) if quantizer.has_stages and array.ndim > 2 else array
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_agrees_with_the_quantizer(quantizer, grid):
     tokenizer = Tokenizer(quantizer, device="cpu")
-    is_first = len(grid) >= 3 or (quantizer.kind == "rvq" and len(grid) == 2)
-    latents = latents_of(*((grid[0], 6, *grid[1:]) if is_first else (*grid, 6)))
+    is_first = len(grid) >= 3 or (quantizer.has_stages and len(grid) == 2)
+    channels = quantizer.input_dim
+    latents = latents_of(*((grid[0], channels, *grid[1:]) if is_first else (*grid, channels)))
     expected = quantizer.encode(latents)
     indices = tokenizer.encode(latents)
     assert indices.dtype == torch.int64
@@ -115,7 +117,7 @@ def test_agrees_with_the_quantizer(quantizer, grid):
 @pytest.mark.parametrize("rank", [3, 4, 5])
 def test_layouts_are_two_views_of_the_same_tokens(quantizer, rank):
     tokenizer = Tokenizer(quantizer, device="cpu")
-    last = latents_of(2, *range(3, rank + 1), 6)
+    last = latents_of(2, *range(3, rank + 1), quantizer.input_dim)
     expected = tokenizer.encode(last, layout="channels_last")
     assert torch.equal(tokenizer.encode(last.movedim(-1, 1), layout="channels_first"), first(expected, quantizer))
     assert np.array_equal(
@@ -132,7 +134,7 @@ def test_the_codebook_s_layout_is_the_default(quantizer, layout):
     quantizer.layout = layout
     tokenizer = Tokenizer(quantizer, device="cpu")
     assert tokenizer.info.layout == layout
-    plain = latents_of(2, 6, 6)
+    plain = latents_of(2, quantizer.input_dim, quantizer.input_dim)
     indices = tokenizer.encode(plain)
     assert torch.equal(indices, quantizer.encode(plain))
     assert torch.equal(indices, tokenizer.encode(plain, layout=layout or "channels_last"))
@@ -141,11 +143,11 @@ def test_the_codebook_s_layout_is_the_default(quantizer, layout):
 
 def test_info(quantizer):
     info = Tokenizer(quantizer, name="book", device="cpu").info
-    assert (info.kind, info.num_codes, info.input_dim) == (quantizer.kind, quantizer.num_codes, 6)
+    assert (info.kind, info.num_codes, info.input_dim) == (quantizer.kind, quantizer.num_codes, quantizer.input_dim)
     assert (info.code_dim, info.output_dim) == (quantizer.code_dim, quantizer.output_dim)
     assert info.digest == codebook_digest(quantizer)
     assert info.num_quantizers == quantizer.num_quantizers
-    assert info.has_stages == (quantizer.kind == "rvq")
+    assert info.has_stages == (quantizer.has_stages)
     assert info.layout == ("channels_first" if info.has_stages else None)
 
 
@@ -157,7 +159,7 @@ def test_every_search_backend(quantizer, name):
         return
     tokenizer = Tokenizer(quantizer, device="cpu", search=name)
     assert tokenizer.search == ("none" if quantizer.kind in {"fsq", "lfq"} else name)
-    latents = latents_of(20, 6)
+    latents = latents_of(20, quantizer.input_dim)
     assert torch.equal(tokenizer.encode(latents), quantizer.encode(latents))
 
 
@@ -168,7 +170,7 @@ def test_an_unknown_backend_is_named(quantizer):
 
 def test_rows(quantizer):
     tokenizer = Tokenizer(quantizer, device="cpu")
-    rows = latents_of(9, 6).numpy()
+    rows = latents_of(9, quantizer.input_dim).numpy()
     indices = tokenizer.encode_rows(rows)
     assert indices.dtype == np.int64
     assert np.array_equal(indices, tokenizer.encode(rows))
@@ -194,7 +196,7 @@ def test_rows_of_fewer_stages(residual):
 def test_a_clone_is_equal(quantizer, clone):
     tokenizer = Tokenizer(quantizer, device="cpu")
     other = clone(tokenizer)
-    latents = latents_of(2, 6, 3, 3)
+    latents = latents_of(2, quantizer.input_dim, 3, 3)
     indices = tokenizer.encode(latents)
     assert repr(other) == repr(tokenizer)
     assert torch.equal(other.encode(latents), indices)
@@ -203,7 +205,7 @@ def test_a_clone_is_equal(quantizer, clone):
 
 def test_many_threads(quantizer):
     tokenizer = Tokenizer(quantizer, device="cpu")
-    batches = [torch.randn(30, 6, generator=torch.Generator().manual_seed(i)) for i in range(12)]
+    batches = [torch.randn(30, quantizer.input_dim, generator=torch.Generator().manual_seed(i)) for i in range(12)]
     expected = [tokenizer.encode(batch) for batch in batches]
     with ThreadPoolExecutor(6) as pool:
         assert all(map(torch.equal, pool.map(tokenizer.encode, batches), expected))
@@ -211,7 +213,7 @@ def test_many_threads(quantizer):
 
 def test_later_changes_have_no_effect(quantizer):
     tokenizer = Tokenizer(quantizer, device="cpu")
-    latents = latents_of(50, 6)
+    latents = latents_of(50, quantizer.input_dim)
     indices = tokenizer.encode(latents)
     decoded = tokenizer.decode(indices)
     with torch.no_grad():
@@ -226,7 +228,7 @@ def test_later_changes_have_no_effect(quantizer):
 def test_loaded_from_a_file(tmp_path, quantizer):
     save_codebook(quantizer, tmp_path / "book.safetensors")
     tokenizer = Tokenizer.load(tmp_path / "book.safetensors", device="cpu")
-    latents = latents_of(2, 6, 3, 3)
+    latents = latents_of(2, quantizer.input_dim, 3, 3)
     assert tokenizer.info.layout == quantizer.layout
     assert torch.equal(tokenizer.encode(latents), quantizer.encode(latents))
 
@@ -234,7 +236,7 @@ def test_loaded_from_a_file(tmp_path, quantizer):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_types(quantizer, dtype):
     tokenizer = Tokenizer(quantizer, device="cpu")
-    latents = latents_of(30, 6, dtype=dtype)
+    latents = latents_of(30, quantizer.input_dim, dtype=dtype)
     assert torch.equal(tokenizer.encode(latents), quantizer.encode(latents))
     if dtype != torch.float64:
         assert torch.equal(tokenizer.encode(latents), tokenizer.encode(latents.float()))
@@ -287,7 +289,7 @@ def test_indices_are_checked_where_they_are(rvq, make):
     assert rvq.decode(make(indices), num_quantizers=4).shape[2] == 3
     for shape, match in (
         ((2, 3, 5), r"have 3 for a token in layout channels_first, expected 5: say num_quantizers"),
-        ((5, 6), "have 6 for a token in layout channels_last, expected 5$"),
+        ((5, 6), r"have 6 for a token in layout channels_last, expected 5 \(codebook 'rvq'\)$"),
         ((5,), "2 to 5 axes, not 1"),
         ((1, 5, 1, 1, 1, 1), "2 to 5 axes, not 6"),
     ):

@@ -1,6 +1,6 @@
 """Codebook files and the quantizers in them (docs/codebooks.md)."""
 
-from vqserve_server.codebooks.codebook_file import (
+from vqserve_server.codebooks.file import (
     Codebook,
     codebook_digest,
     load_codebook,

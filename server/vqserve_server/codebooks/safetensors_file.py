@@ -21,27 +21,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vqserve.dtypes import BY_SAFETENSORS
+
 # Headers of whole models with thousands of tensors stay below 2 MiB.
 MAX_HEADER_BYTES = 16 << 20
 _MAX_RANK = 8
 
-# bfloat16 comes as its bit patterns: numpy has no such type.
-NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
+# Types that numpy lacks come as bit patterns. The last ones are in foreign files only.
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    **{name: dtype.storage for name, dtype in BY_SAFETENSORS.items()},
     "I16": np.dtype("<i2"),
     "I8": np.dtype("i1"),
     "U64": np.dtype("<u8"),
-    "U32": np.dtype("<u4"),
-    "U16": np.dtype("<u2"),
-    "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-_NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items() if name != "BF16"}
+_NAMES = {
+    dtype: name
+    for name, dtype in NUMPY_DTYPES.items()
+    if name not in BY_SAFETENSORS or BY_SAFETENSORS[name].coding is None
+}
 
 
 class ContainerError(ValueError):
@@ -119,7 +117,7 @@ def read_header(file: BufferedReader, *, max_header_bytes: int = MAX_HEADER_BYTE
 
 
 def read_tensor(file: BufferedReader, entry: TensorEntry) -> npt.NDArray[np.generic]:
-    """Read one tensor that `read_header` listed; bfloat16 comes as uint16 bit patterns.
+    """Read one tensor that `read_header` listed; a type that numpy lacks comes as bit patterns.
 
     Raises:
         ContainerError: the element type is not read here, or the file has become shorter since.

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from vqserve_server.codebooks.arguments import MAX_VOCABULARY, served_arguments
+from vqserve.dtypes import BY_SAFETENSORS, LATENTS
 from vqserve_server.codebooks.digest import digest
-from vqserve_server.codebooks.shapes import DIRECTION, NORM, expected_shapes
-from vqserve_server.errors import InvalidOption
+from vqserve_server.codebooks.kinds import KINDS, kind_of
+from vqserve_server.codebooks.safetensors_file import dtype_name
+from vqserve_server.errors import CodebookError, InvalidOption
+from vqserve_server.quantizers import Quantizer
+from vqserve_server.quantizers.arguments import MAX_VOCABULARY, ArgumentError, check_arguments, written_arguments
 from vqserve_server.validation import first_non_finite
 
-# torch named the pair differently before it had parametrizations.
-LEGACY_NAMES: Mapping[str, str] = {"embedding.weight_g": NORM, "embedding.weight_v": DIRECTION}
-# What encode and decode never read.
-_TRAINING_ONLY = frozenset({"embedding.cluster_size", "embedding.embed_avg"})
+Claim = tuple[str, tuple[int, ...]]
+"""The name of an element type in safetensors, and a shape: what is known of a tensor before it is read."""
+
+WEIGHT = "embedding.weight"
+NORM = "embedding.parametrizations.weight.original0"
+DIRECTION = "embedding.parametrizations.weight.original1"
 USED = "used"
+# Older releases of torch have other names for this pair.
+LEGACY_NAMES: Mapping[str, str] = {"embedding.weight_g": NORM, "embedding.weight_v": DIRECTION}
 
 
 class StateError(ValueError):
-    """The tensors do not belong to the arguments, or cannot be served."""
+    """The arguments or tensors do not fit together, or cannot be served."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +42,92 @@ class CodebookState:
     arguments: Mapping[str, object]
     tensors: Mapping[str, npt.NDArray[Any]]
 
+    @classmethod
+    def checked(
+        cls,
+        kind: str,
+        arguments: Mapping[str, object],
+        claims: Mapping[str, Claim],
+        read: Callable[[str], npt.NDArray[Any]],
+    ) -> Self:
+        """Return the state of these arguments and tensors, if it can be served.
+
+        Args:
+            kind: a key of `KINDS`.
+            arguments: of the constructor, unchecked; optional ones may be missing.
+            claims: element type and shape of every tensor, by canonical or legacy name.
+            read: returns the tensor of a name in `claims`; called only after all claims have been accepted.
+
+        Raises:
+            StateError: says what is wrong.
+        """
+        names = _canonical_names(set(claims))
+        try:
+            complete = check_arguments(kind, KINDS[kind].arguments, arguments)
+        except ArgumentError as error:
+            raise StateError(str(error)) from None
+        num_codes = check_claims(kind, complete, {names[name]: claim for name, claim in claims.items()})
+        state = cls(kind, complete, {names[name]: read(name) for name in claims})
+        _check_values(state.tensors, num_codes)
+        return state
+
+    @classmethod
+    def of_arrays(cls, kind: str, arguments: Mapping[str, object], arrays: Mapping[str, npt.NDArray[Any]]) -> Self:
+        """Return the state of tensors that are in memory; see `checked`."""
+        claims = {name: (dtype_name(array.dtype), array.shape) for name, array in arrays.items()}
+        return cls.checked(kind, arguments, claims, arrays.__getitem__)
+
+    @classmethod
+    def of(cls, quantizer: Quantizer) -> Self:
+        """Return a quantizer's state: what a file of it holds.
+
+        The tensors are copies where the quantizer is not on the CPU, else they share its memory.
+
+        Raises:
+            CodebookError: it is of no kind that a file can hold, or its weights cannot be served.
+        """
+        kind = kind_of(quantizer)
+        tensors = {name: tensor.detach().cpu() for name, tensor in quantizer.state_dict().items()}
+        half = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.itemsize < 4]
+        if half:
+            raise CodebookError(f"{half[0]} is {tensors[half[0]].dtype}: call .float() on the quantizer first")
+        arrays = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
+        try:
+            return cls.of_arrays(kind, quantizer.current_arguments(), arrays)
+        except StateError as error:
+            raise CodebookError(f"this {type(quantizer).__name__} cannot be kept as a codebook: {error}") from None
+
+    def build(self) -> Quantizer:
+        """Return the quantizer, on the CPU and in eval mode; torch's global generator is left alone."""
+        tensors = {name: torch.from_numpy(array) for name, array in self.tensors.items()}
+        quantizer = _construct(self.kind, self.arguments)
+        if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
+            quantizer.double()
+        # The constructor gets no remap: a state dict brings it.
+        quantizer.load_state_dict(tensors, strict=True)
+        return quantizer.eval()
+
     def digest(self) -> str:
         """Return the digest: equal exactly where encode and decode read the same."""
-        served = {name: array for name, array in self.tensors.items() if name not in _TRAINING_ONLY}
-        return digest(self.kind, served_arguments(self.kind, self.arguments, remapped=USED in served), served)
+        cls = KINDS[self.kind]
+        served = {name: array for name, array in self.tensors.items() if name not in cls.training_tensors}
+        return digest(self.kind, cls.served_arguments(self.arguments, remapped=USED in served), served)
+
+    def written_arguments(self) -> dict[str, object]:
+        """Return the arguments that a file gives."""
+        return written_arguments(KINDS[self.kind].arguments, self.arguments)
 
 
-def canonical_names(names: set[str]) -> dict[str, str]:
+def _construct(kind: str, arguments: Mapping[str, object]) -> Quantizer:
+    options: dict[str, Any] = dict(arguments)
+    layout = options.pop("layout")
+    with torch.random.fork_rng(devices=[]):
+        quantizer = KINDS[kind](**options)
+    quantizer.layout = layout
+    return quantizer
+
+
+def _canonical_names(names: set[str]) -> dict[str, str]:
     """Return each name's canonical one: the legacy names of weight norm become torch's present ones.
 
     Raises:
@@ -52,22 +139,31 @@ def canonical_names(names: set[str]) -> dict[str, str]:
     return {name: LEGACY_NAMES.get(name, name) for name in names}
 
 
-def check_claims(kind: str, arguments: Mapping[str, Any], claims: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+def check_claims(kind: str, arguments: Mapping[str, Any], claims: Mapping[str, Claim]) -> int:
     """Check names, element types and shapes of tensors that need not be in memory yet.
 
     Args:
-        kind: the quantizer's kind.
+        kind: a key of `KINDS`.
         arguments: as `check_arguments` returns them.
-        claims: safetensors' dtype name and shape of every tensor, by canonical name.
+        claims: of every tensor, by canonical name.
+
+    Returns:
+        K, the number of codes.
 
     Raises:
         StateError: the arguments contradict each other, or a tensor is missing, extra, or of another shape or element
             type than it should be.
     """
     try:
-        expected = expected_shapes(kind, arguments)
+        # Tensors on this device have shapes and no memory.
+        with torch.device("meta"):
+            model = _construct(kind, arguments)
     except InvalidOption as error:
         raise StateError(f"its arguments do not fit together: {error}") from None
+    except RuntimeError:
+        # A number of bytes beyond 64 bits.
+        raise StateError("the arguments make it larger than any memory") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing = sorted(set(expected) - set(claims))
     if missing:
         raise StateError(f"tensor {missing[0]!r} is missing")
@@ -76,7 +172,8 @@ def check_claims(kind: str, arguments: Mapping[str, Any], claims: Mapping[str, t
         raise StateError(f"tensor {extra[0]!r} does not belong to kind {kind!r} with these arguments")
     floats = {name: dtype for name, (dtype, _) in claims.items() if name != USED}
     for name, dtype in sorted(floats.items()):
-        if dtype in {"F16", "BF16"}:
+        known = BY_SAFETENSORS.get(dtype)
+        if known in LATENTS and known.storage.itemsize < 4:
             raise StateError(f"tensor {name!r} is {dtype}: weights are kept in F32 (`vqserved import` widens them)")
         if dtype not in {"F32", "F64"}:
             raise StateError(f"tensor {name!r} is {dtype}, not F32 or F64")
@@ -87,6 +184,7 @@ def check_claims(kind: str, arguments: Mapping[str, Any], claims: Mapping[str, t
             raise StateError(f"tensor {name!r} has shape {list(claims[name][1])}, the arguments make it {list(shape)}")
     if USED in claims:
         _check_used_claim(arguments, *claims[USED])
+    return model.num_codes
 
 
 def _check_used_claim(arguments: Mapping[str, Any], dtype: str, shape: tuple[int, ...]) -> None:
@@ -98,34 +196,28 @@ def _check_used_claim(arguments: Mapping[str, Any], dtype: str, shape: tuple[int
         raise StateError(f"tensor {USED!r} has {shape[0]} entries, more than an index can count")
 
 
-def check_values(state: CodebookState) -> None:
+def _check_values(tensors: Mapping[str, npt.NDArray[Any]], num_codes: int) -> None:
     """Check the values of tensors whose names, types and shapes are right.
 
     Raises:
         StateError: names the first tensor and position that cannot be served.
     """
-    for name, array in sorted(state.tensors.items()):
+    for name, array in sorted(tensors.items()):
         if name == USED:
             continue
         position = first_non_finite(array)
         if position is not None:
             raise StateError(f"{name}{list(position)} is {float(array[position])}")
-    if DIRECTION in state.tensors:
-        lengths = np.abs(state.tensors[DIRECTION]).max(axis=0)
+    if DIRECTION in tensors:
+        lengths = np.abs(tensors[DIRECTION]).max(axis=0)
         if not lengths.all():
             raise StateError(f"column {int(lengths.argmin())} of {DIRECTION} is zero and has no direction")
         # The weight is rounded to float32, and no entry of it is greater than its column's norm.
-        if np.abs(state.tensors[NORM]).max() > np.finfo(np.float32).max:
+        if np.abs(tensors[NORM]).max() > np.finfo(np.float32).max:
             raise StateError(f"{NORM} holds a norm beyond float32's range")
-    used = state.tensors.get(USED)
+    used = tensors.get(USED)
     if used is not None:
-        codes = num_codes(state.arguments)
-        outside = (used < 0) | (used >= codes)
+        outside = (used < 0) | (used >= num_codes)
         if outside.any():
             first = int(outside.argmax())
-            raise StateError(f"{USED}[{first}] is {int(used[first])}, not in [0, {codes})")
-
-
-def num_codes(arguments: Mapping[str, Any]) -> int:
-    """Return K of a kind that can have a remap, whatever the kind calls it."""
-    return int(next(arguments[name] for name in ("n_e", "n_embed", "n_codes") if name in arguments))
+            raise StateError(f"{USED}[{first}] is {int(used[first])}, not in [0, {num_codes})")

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vqserve import bfloat16
+from vqserve import dtypes
 from vqserve.layout import Layout
 
 Array = npt.NDArray[Any]
 
 # Up to this many channels, one long copy per channel takes a quarter of the time of one short copy per token.
 _FEW_CHANNELS = 8
-
-# The largest value of each type and half a unit of its last place.
-_ROUNDS_TO_INFINITY = {
-    np.dtype(np.float16): 65520.0,
-    np.dtype(np.uint16): float.fromhex("0x1.ffp127"),  # bfloat16
-    np.dtype(np.float32): float.fromhex("0x1.ffffffp127"),
-}
 
 
 def _pieces(latents: Array, layout: Layout, start: int, stop: int) -> Iterator[tuple[Array, slice]]:
@@ -77,16 +71,17 @@ def read_rows(latents: Array, layout: Layout, start: int, stop: int, into: Array
     """Copy the tokens [start, stop) of latents into rows.
 
     Args:
-        latents: (b, C, ...) or (..., C); float16, float32, float64, or uint16 for bfloat16's bit patterns.
+        latents: (b, C, ...) or (..., C), of a type's `storage` (vqserve.dtypes).
         layout: which of the two.
         start: the first token, in C order of the grid.
         stop: the token after the last.
         into: (stop - start, C), C order, float32 or float64; every value fits.
     """
+    coding = dtypes.of_latents(latents.dtype).coding
     for view, rows in _pieces(latents, layout, start, stop):
         target = into[rows].reshape(view.shape)
-        if latents.dtype == np.uint16:
-            np.left_shift(view, np.uint32(16), out=target.view(np.uint32), dtype=np.uint32)
+        if coding is not None:
+            coding.widen_into(view, target)
         elif layout is Layout.CHANNELS_FIRST and view.shape[-1] <= _FEW_CHANNELS:
             for channel in range(view.shape[-1]):
                 target[..., channel] = view[..., channel]
@@ -103,8 +98,9 @@ def write_rows(rows: Array, latents: Array, layout: Layout, start: int) -> None:
         layout: which of the two.
         start: the first token, in C order of the grid.
     """
-    if latents.dtype == np.uint16 and rows.dtype != np.uint16:
-        rows = bfloat16.round_bits(_to_odd(rows))
+    coding = dtypes.of_latents(latents.dtype).coding
+    if coding is not None and rows.dtype != latents.dtype:
+        rows = coding.round_bits(_to_odd(rows))
     with np.errstate(under="ignore"):
         write_tokens(rows, latents, layout, start)
 
@@ -114,10 +110,10 @@ def first_overflow(rows: Array, dtype: np.dtype[Any]) -> int | None:
 
     Args:
         rows: (n, C), float32 or float64, finite; or of `dtype`, and then there is none.
-        dtype: float16, float32, float64, or uint16 for bfloat16's bit patterns.
+        dtype: a type's `storage` (vqserve.dtypes).
     """
-    limit = _ROUNDS_TO_INFINITY.get(dtype)
-    if limit is None or dtype == rows.dtype or not rows.size:
+    limit = dtypes.of_latents(dtype).overflow
+    if math.isinf(limit) or dtype == rows.dtype or not rows.size:
         return None
     if rows.max() < limit and rows.min() > -limit:
         return None
@@ -127,8 +123,8 @@ def first_overflow(rows: Array, dtype: np.dtype[Any]) -> int | None:
 def _to_odd(values: Array) -> npt.NDArray[np.float32]:
     """Return values as float32, inexact ones rounded to odd.
 
-    Rounding float64 to float32 and then to bfloat16 rounds twice; through round-to-odd the result is as if rounded
-    once (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to
+    Rounding float64 to float32 and then to a narrower type rounds twice; through round-to-odd the result is as if
+    rounded once (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to
     odd", 2008).
     """
     if values.dtype == np.float32:

@@ -68,7 +68,7 @@ class DecodeKey(NamedTuple):
     Attributes:
         tokenizer: the codebook.
         output: latents, or rows of the codebook.
-        dtype: of the reply; uint16 for bfloat16's bit patterns.
+        dtype: of the reply: a type's `storage` (vqserve.dtypes).
         num_quantizers: indices of a token that are used, as an axis; None: one index, without an axis.
     """
 
@@ -226,7 +226,7 @@ class Job(ABC):
 class EncodeJob(Job):
     """Latents to indices.
 
-    `source` holds checked latents: float16, float32, float64, or uint16 for bfloat16's bit patterns. `result` holds
+    `source` holds checked latents of a type's `storage` (vqserve.dtypes). `result` holds
     indices in a type that fits the vocabulary: in the shape of the grid, or, if the key has a number of quantizers, in
     the shape of the latents with a token's indices in place of the channels.
     """
@@ -251,7 +251,7 @@ class DecodeJob(Job):
     """Indices to latents.
 
     `source` holds checked indices of any integer type, in one of the shapes of `EncodeJob`'s result. `result` holds
-    latents: float16, float32, float64, or uint16 for bfloat16's bit patterns.
+    latents: of a type's `storage` (vqserve.dtypes).
     """
 
     def read(self, start: int, stop: int, into: Array) -> None:

@@ -1,23 +1,22 @@
 """The quantizers: what each computes in training, and exact encode and decode.
 
-Torch only: no gRPC, no files but a remap's. One noun a file; `AbstractQuantizer` has what all share.
+Torch only: no gRPC, and no files except a remap's. Every kind is a class with its constructor's `arguments`, registered
+in `vqserve_server.codebooks.kinds`. `AbstractQuantizer` has what all kinds with one codebook share, and `inference` the
+forms that serve.
 """
 
 from vqserve_server.quantizers.abstract import AbstractQuantizer
-from vqserve_server.quantizers.cosine import CosineQuantizer
-from vqserve_server.quantizers.dot import DotQuantizer
-from vqserve_server.quantizers.ema import EMAVectorQuantizer
-from vqserve_server.quantizers.embedding_ema import EmbeddingEMA
-from vqserve_server.quantizers.frozen import FrozenQuantizer, freeze
-from vqserve_server.quantizers.fsq import FiniteScalarQuantizer
+from vqserve_server.quantizers.ema import EMAVectorQuantizer, EmbeddingEMA
 from vqserve_server.quantizers.gumbel import GumbelQuantizer
-from vqserve_server.quantizers.lfq import LookupFreeQuantizer
+from vqserve_server.quantizers.inference.base import FrozenQuantizer, freeze
+from vqserve_server.quantizers.lookup import CosineQuantizer, DotQuantizer
+from vqserve_server.quantizers.moved import keep_earlier_names
 from vqserve_server.quantizers.perplexity import measure_perplexity
-from vqserve_server.quantizers.projection import VectorQuantizerWithInputProjection
+from vqserve_server.quantizers.projected import VectorQuantizerWithInputProjection
 from vqserve_server.quantizers.quantizer import Quantizer
 from vqserve_server.quantizers.residual import ResidualQuantizer
-from vqserve_server.quantizers.vector import VectorQuantizer
-from vqserve_server.quantizers.weight_norm import legacy_weight_norm_names
+from vqserve_server.quantizers.scalar import FiniteScalarQuantizer, LookupFreeQuantizer
+from vqserve_server.quantizers.vector import VectorQuantizer, legacy_weight_norm_names
 
 __all__ = [
     "AbstractQuantizer",
@@ -37,3 +36,5 @@ __all__ = [
     "legacy_weight_norm_names",
     "measure_perplexity",
 ]
+
+keep_earlier_names()

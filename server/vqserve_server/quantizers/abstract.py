@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -13,13 +14,12 @@ from vqserve.validation import check_indices_rank
 from vqserve_server.errors import CodebookError
 from vqserve_server.quantizers.checks import check_finite, check_size
 from vqserve_server.quantizers.dtypes import autocast_off, widen
-from vqserve_server.quantizers.frozen_lookup import FrozenLookup
+from vqserve_server.quantizers.inference.lookup import FrozenLookup
+from vqserve_server.quantizers.objective import SearchProblem
 from vqserve_server.quantizers.projections import moved, project
 from vqserve_server.quantizers.quantizer import Quantizer
-from vqserve_server.quantizers.remap import Remap, UnknownIndex
-from vqserve_server.quantizers.remapped import RemappedModule
+from vqserve_server.quantizers.remap import Remap, RemappedModule, UnknownIndex
 from vqserve_server.quantizers.rows import from_rows, grid_of, grid_of_entries, to_rows
-from vqserve_server.quantizers.search_problem import SearchProblem
 from vqserve_server.quantizers.table import Table
 
 
@@ -92,16 +92,25 @@ class AbstractQuantizer(RemappedModule, Quantizer):
         """Return what encode searches: the nearest code, unless a quantizer has another objective."""
         return SearchProblem(codes=widen(self.code_rows()))
 
-    def input_projection(self) -> tuple[Tensor, Tensor] | None:
-        """Return weight (D, C) and bias (D,) of the projection before the search; None: there is none.
-
-        Returns:
-            Detached, in at least float32, finite.
-
-        Raises:
-            CodebookError: the projection holds NaN or infinity.
-        """
+    def initial_bound(self) -> float | None:
+        """Return b where the constructor draws codes within [-b, b]; None: their initial values have no bound."""
         return None
+
+    def cluster_sizes(self) -> Tensor | None:
+        """Return the moving average (K,) of tokens per batch and code; None: there is none."""
+        return None
+
+    def codebooks(self) -> list[AbstractQuantizer]:
+        """Return this one."""
+        return [self]
+
+    def without_remap(self) -> tuple[Quantizer, Tensor | None]:
+        """Return a copy that reports full ids, and the ids of the remap; see `Quantizer.without_remap`."""
+        if self.used is None:
+            return self, None
+        plain = copy.deepcopy(self)
+        plain.drop_remap()
+        return plain, self.used
 
     def output_rows(self, code_rows: Tensor) -> Tensor:
         """Return what decode gives for code rows (N, D): (N, output_dim), detached, in the weight's type."""

@@ -1,19 +1,105 @@
-"""The vector quantizer whose codebook follows moving averages."""
+"""The vector quantizer whose codebook follows moving averages of the rows assigned to its codes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from vqserve_server.quantizers.abstract import AbstractQuantizer
+from vqserve_server.quantizers.arguments import CODE_DIM, CODES, LAYOUT, LOSS_KEY, UNKNOWN_INDEX, Argument, number
 from vqserve_server.quantizers.dtypes import autocast_off, widened
-from vqserve_server.quantizers.embedding_ema import EmbeddingEMA
 from vqserve_server.quantizers.perplexity import count_codes, perplexity_of_counts
+from vqserve_server.quantizers.quantizer import Metric
 from vqserve_server.quantizers.remap import Remap, UnknownIndex
 from vqserve_server.quantizers.rows import check_not_empty, from_rows, grid_of, to_rows
+
+
+class EmbeddingEMA(nn.Module):
+    """Codes as quotients of exponential moving averages (van den Oord et al. 2017, appendix A.1).
+
+    All three tensors are parameters that need no gradient, not buffers: optimizer checkpoints count parameters.
+
+    A code that no token has reached jumps in the first update to about decay * |w0| / eps, since cluster_size starts
+    at zero, and shrinks by `decay` an update: it is out of reach for about ln(1 / eps) / (1 - decay) updates, 1150 with
+    the defaults. The formula is kept, for trained checkpoints depend on it. The remedy is to
+    re-seed such codes from the batch (before the first step: all of them) with the three tensors in agreement, that is
+    cluster_size above zero and embed_avg = weight * cluster_size: `vqserve_tools.training` does.
+
+    Attributes:
+        weight: (K, D) codes, standard normal at first.
+        cluster_size: (K,) moving average of tokens per code, zero at first.
+        embed_avg: (K, D) moving average of the sum of tokens per code, a copy of the weight at first.
+        decay: share of an average that an update keeps.
+        eps: Laplace smoothing of the cluster sizes.
+        update: whether training updates the codes.
+    """
+
+    def __init__(self, num_tokens: int, codebook_dim: int, decay: float = 0.99, eps: float = 1e-5) -> None:
+        """Draw K = num_tokens codes of width D = codebook_dim."""
+        super().__init__()
+        self.decay = decay
+        self.eps = eps
+        weight = torch.randn(num_tokens, codebook_dim)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.cluster_size = nn.Parameter(torch.zeros(num_tokens), requires_grad=False)
+        self.embed_avg = nn.Parameter(weight.clone(), requires_grad=False)
+        self.update = True
+
+    def forward(self, embed_id: Tensor) -> Tensor:
+        """Return the codes (*ids.shape, D) of ids in [0, K)."""
+        return functional.embedding(embed_id, self.weight)
+
+    def cluster_size_ema_update(self, new_cluster_size: Tensor, keep: Tensor | None = None) -> None:
+        """Move the cluster sizes towards a batch's tokens per code (K,); not where `keep`, 0-dim bool, is true."""
+        self._average(self.cluster_size, new_cluster_size, keep)
+
+    def embed_avg_ema_update(self, new_embed_avg: Tensor, keep: Tensor | None = None) -> None:
+        """Move the averages towards a batch's sums per code (K, D); not where `keep`, 0-dim bool, is true."""
+        self._average(self.embed_avg, new_embed_avg, keep)
+
+    @torch.no_grad()
+    def weight_update(self, num_tokens: int, keep: Tensor | None = None) -> None:
+        """Set the weight to embed_avg / smoothed cluster sizes, with K = num_tokens; not where `keep` is true."""
+        cluster_size = self.cluster_size.to(widened(self.cluster_size.dtype))
+        total = cluster_size.sum()
+        smoothed = (cluster_size + self.eps) / (total + num_tokens * self.eps) * total
+        _replace(self.weight, self.embed_avg / smoothed[:, None], keep)
+
+    @torch.no_grad()
+    def update_from(self, rows: Tensor, ids: Tensor) -> None:
+        """Take one step of training from a batch: all three updates, or none if the batch is not finite.
+
+        Nothing waits for the device. The sums are those of this process: under DistributedDataParallel every rank
+        follows its own share of the batch and the codebooks drift apart, as they do in the original, unless the
+        ranks' codebooks are synchronised by the trainer.
+
+        Args:
+            rows: (N, D) tokens, at least float32.
+            ids: (N,) int64, the code of each.
+        """
+        num_codes = self.weight.shape[0]
+        counts = count_codes(ids, num_codes)
+        sums = rows.new_zeros(num_codes, rows.shape[1]).index_add_(0, ids, rows.detach())
+        # A sum is finite only if all of its rows are. What overflows the averages' type would spoil them just so.
+        is_broken = ~torch.isfinite(sums.to(self.embed_avg.dtype)).all()
+        self.cluster_size_ema_update(counts.to(sums.dtype), is_broken)
+        self.embed_avg_ema_update(sums, is_broken)
+        self.weight_update(num_codes, is_broken)
+
+    @torch.no_grad()
+    def _average(self, parameter: nn.Parameter, batch: Tensor, keep: Tensor | None) -> None:
+        # In the wider of both types: half averages are rounded once an update.
+        wide = torch.promote_types(widened(parameter.dtype), batch.dtype)
+        _replace(parameter, self.decay * parameter.to(wide) + (1 - self.decay) * batch, keep)
+
+
+def _replace(parameter: nn.Parameter, new: Tensor, keep: Tensor | None) -> None:
+    new = new.to(parameter.dtype)
+    parameter.copy_(new if keep is None else torch.where(keep, parameter, new))
 
 
 class EMAVectorQuantizer(AbstractQuantizer):
@@ -24,6 +110,19 @@ class EMAVectorQuantizer(AbstractQuantizer):
     """
 
     kind: ClassVar[str] = "ema"
+    arguments: ClassVar[Mapping[str, Argument]] = {
+        "n_embed": CODES,
+        "embedding_dim": CODE_DIM,
+        # The constructor has no default: this is the original paper's (https://arxiv.org/abs/1711.00937).
+        "beta": Argument(number, default=0.25),
+        "decay": Argument(number, default=0.99, attribute="embedding.decay"),
+        "eps": Argument(number, default=1e-5, attribute="embedding.eps"),
+        "unknown_index": UNKNOWN_INDEX,
+        "loss_key": LOSS_KEY,
+        "layout": LAYOUT,
+    }
+    training_tensors: ClassVar[frozenset[str]] = frozenset({"embedding.cluster_size", "embedding.embed_avg"})
+    metric: ClassVar[Metric | None] = "l2"
 
     def __init__(  # noqa: PLR0917
         self,
@@ -106,6 +205,10 @@ class EMAVectorQuantizer(AbstractQuantizer):
     def code_rows(self) -> Tensor:
         """Return the codebook (K, D), detached."""
         return self.embedding.weight.detach()
+
+    def cluster_sizes(self) -> Tensor:
+        """Return the moving average (K,) of tokens per batch and code."""
+        return self.embedding.cluster_size.detach()
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Return the code rows (N, D) of full ids (N,)."""

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vqserve.layout import channel_axis
 from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers.abstract import AbstractQuantizer
+from vqserve_server.quantizers.arguments import (
+    CODE_DIM,
+    CODES,
+    INPUT_DIM,
+    LAYOUT,
+    LOSS_KEY,
+    UNKNOWN_INDEX,
+    Argument,
+    flag,
+    number,
+)
 from vqserve_server.quantizers.dtypes import apply_layer, autocast_off, widen, widened
+from vqserve_server.quantizers.objective import SearchProblem
+from vqserve_server.quantizers.quantizer import Quantizer
 from vqserve_server.quantizers.remap import Remap, UnknownIndex
 from vqserve_server.quantizers.rows import check_not_empty, from_rows, grid_of, layout_of, to_rows
-from vqserve_server.quantizers.search_problem import SearchProblem
 from vqserve_server.search import Objective
 
 
@@ -29,6 +43,19 @@ class GumbelQuantizer(AbstractQuantizer):
     """
 
     kind: ClassVar[str] = "gumbel"
+    arguments: ClassVar[Mapping[str, Argument]] = {
+        "num_hiddens": INPUT_DIM,
+        "embedding_dim": CODE_DIM,
+        "n_embed": CODES,
+        "straight_through": Argument(flag, default=True),
+        "kl_weight": Argument(number, default=5e-4),
+        # Trainers anneal the temperature: a quantizer that is loaded goes on with this one's.
+        "temp_init": Argument(number, default=1.0, attribute="temperature"),
+        "unknown_index": UNKNOWN_INDEX,
+        "loss_key": LOSS_KEY,
+        "layout": LAYOUT,
+    }
+    is_approximate: ClassVar[bool] = False
 
     def __init__(  # noqa: PLR0917
         self,
@@ -129,13 +156,33 @@ class GumbelQuantizer(AbstractQuantizer):
 
     def search_problem(self) -> SearchProblem:
         """Return the search for the greatest logit w_j . z + b_j among the codes that take part."""
-        weight, bias = widen(self.proj.weight)[:, :, 0, 0], widen(self._bias())
+        weight, bias = rearrange(widen(self.proj.weight), "k c 1 1 -> k c"), widen(self._bias())
         if self.used is None:
             return SearchProblem(codes=weight, objective=Objective.DOT, bias=bias)
         # Equal scores go to the lowest position: an id that `used` lists twice competes once.
         return SearchProblem(
             codes=weight[self.used], objective=Objective.DOT, bias=bias[self.used], reports_full_ids=False
         )
+
+    @classmethod
+    def served_arguments(cls, arguments: Mapping[str, object], *, remapped: bool) -> dict[str, object]:
+        """Return what `Quantizer.served_arguments` does.
+
+        Under a remap no unknown id is ever reported: it matters only whether decode takes the extra index.
+        """
+        served = super().served_arguments(arguments, remapped=remapped)
+        if remapped and served["unknown_index"] != "extra":
+            served["unknown_index"] = "random"
+        return served
+
+    @property
+    def num_reachable(self) -> int:
+        """How many different codes encode can choose: those of the remap."""
+        return self.num_codes if self.used is None else int(torch.unique(self.used).numel())
+
+    def without_remap(self) -> tuple[Quantizer, Tensor | None]:
+        """Return this quantizer: the codes outside a remap are never chosen."""
+        return self, None
 
     @property
     def vocab_size(self) -> int:
@@ -152,6 +199,6 @@ class GumbelQuantizer(AbstractQuantizer):
             logits = apply_layer(self.proj, z)
         else:
             rows = to_rows(z, self.layout)
-            logits = apply_layer(self.proj, rows.T[None, :, :, None])[0, :, :, 0].T
+            logits = rearrange(apply_layer(self.proj, rearrange(rows, "n c -> 1 c n 1")), "1 k n 1 -> n k")
             logits = from_rows(logits, grid_of(z, self.input_dim, self.layout), self.layout)
         return logits if self.used is None else logits.index_select(axis, self.used)

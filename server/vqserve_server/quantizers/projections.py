@@ -32,6 +32,16 @@ class ProjectedModule(nn.Module):
     proj_in: nn.Linear | nn.Identity
     proj_out: nn.Linear | nn.Identity
 
+    @property
+    def projected_input_dim(self) -> int | None:
+        """Channels that `proj_in` takes; None: there is no projection."""
+        return None if isinstance(self.proj_in, nn.Identity) else self.proj_in.in_features
+
+    @property
+    def projected_output_dim(self) -> int | None:
+        """Channels that `proj_out` gives; None: there is no projection."""
+        return None if isinstance(self.proj_out, nn.Identity) else self.proj_out.out_features
+
     def input_projection(self) -> Projection | None:
         """Return weight (D, C) and bias (D,) of `proj_in`, detached, in at least float32, finite; None: there is none.
 

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vqserve.layout import Layout, parse_layout
-from vqserve_server.quantizers.frozen import FrozenQuantizer
+from vqserve_server.quantizers.arguments import Argument, written_arguments
+from vqserve_server.quantizers.inference.base import FrozenQuantizer
+from vqserve_server.quantizers.projections import Projection
+
+if TYPE_CHECKING:
+    from vqserve_server.quantizers.abstract import AbstractQuantizer
+    from vqserve_server.quantizers.inference.scalar import Channel
+    from vqserve_server.quantizers.residual import ResidualPart
+
+Metric = Literal["l2", "cosine", "dot"]
+CodeSpace = Literal["latents", "directions", "bounded latents"]
 
 
 class Quantizer(nn.Module, ABC):
@@ -18,6 +29,10 @@ class Quantizer(nn.Module, ABC):
 
     Attributes:
         kind: the name of the class in files and on the wire.
+        arguments: the constructor's arguments that a file holds, `layout` included.
+        training_tensors: names in the state dict that neither encode nor decode reads.
+        metric: how codes are searched; None: not by one metric that all quantizers of the class share.
+        is_approximate: whether codes approximate latents, so that the distance between the two is an error.
         num_codes: K, the indices that encode can give (of each stage, if there are several).
         input_dim: channels that encode takes.
         code_dim: D, the width of a code.
@@ -26,6 +41,10 @@ class Quantizer(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
+    arguments: ClassVar[Mapping[str, Argument]]
+    training_tensors: ClassVar[frozenset[str]] = frozenset()
+    metric: ClassVar[Metric | None] = None
+    is_approximate: ClassVar[bool] = True
     num_codes: int
     input_dim: int
     code_dim: int
@@ -93,6 +112,85 @@ class Quantizer(nn.Module, ABC):
             "device": device,
             "num_quantizers": self.num_quantizers,
         }
+
+    # What a codebook file needs.
+
+    def current_arguments(self) -> dict[str, object]:
+        """Return the arguments, not checked, by which the constructor makes a quantizer like this one as it is now."""
+        return {name: attrgetter(argument.attribute or name)(self) for name, argument in self.arguments.items()}
+
+    @classmethod
+    def served_arguments(cls, arguments: Mapping[str, object], *, remapped: bool) -> dict[str, object]:
+        """Return the arguments that encode and decode depend on, in the form that the digest has them.
+
+        Args:
+            arguments: all arguments, checked.
+            remapped: whether there is a remap: without one `unknown_index` has no effect.
+        """
+        served = {
+            name: value
+            for name, value in written_arguments(cls.arguments, arguments).items()
+            if cls.arguments[name].served
+        }
+        if not remapped:
+            served.pop("unknown_index", None)
+        return served
+
+    # What tools that inspect and compare codebooks need.
+
+    @property
+    def code_space(self) -> CodeSpace:
+        """Where codes are compared with latents: as they are, scaled to length one, or as `bounded` gives them."""
+        return "latents"
+
+    @property
+    def num_reachable(self) -> int:
+        """How many different codes encode can choose."""
+        return self.num_codes
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether indices have an axis for a token's `num_quantizers` indices, in the place of the channels."""
+        return bool(self.chains())
+
+    def chains(self) -> list[ResidualPart]:
+        """Return the chains of codebooks that quantize residuals; none where a token has one index."""
+        return []
+
+    def channels(self) -> list[Channel]:
+        """Return what is done to each channel where codes are computed, one channel by itself; else none."""
+        return []
+
+    def codebooks(self) -> list[AbstractQuantizer]:
+        """Return the codebooks, one for each of a token's indices; none where codes are computed."""
+        return []
+
+    def input_projection(self) -> Projection | None:
+        """Return weight (D, C) and bias (D,) of the projection before the search; None: there is none.
+
+        Returns:
+            Detached, in at least float32, finite.
+
+        Raises:
+            CodebookError: the projection holds NaN or infinity.
+        """
+        return None
+
+    def output_projection(self) -> Projection | None:
+        """Return weight (O, D) and bias (O,) of the projection behind the codes, likewise."""
+        return None
+
+    def bounded(self, z: Tensor) -> Tensor:
+        """Return what is compared with codes, (N, D) float64, of channels (N, D) behind the input projection."""
+        return z.double()
+
+    def without_remap(self) -> tuple[Quantizer, Tensor | None]:
+        """Return a quantizer that reports full ids, and the ids (U,) of the remap.
+
+        Returns:
+            This quantizer and None, where there is no remap, or where the codes outside it are never chosen.
+        """
+        return self, None
 
     def get_trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over all parameters in the order of registration, those that need no gradient included."""

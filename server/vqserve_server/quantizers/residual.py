@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from vqserve.errors import rows_placed
-from vqserve.layout import Layout, channel_axis
+from vqserve.layout import Layout, grid_shape
 from vqserve.validation import check_num_quantizers, check_stages
 from vqserve_server.quantizers.abstract import AbstractQuantizer
+from vqserve_server.quantizers.arguments import (
+    CODE_DIM,
+    CODES,
+    INPUT_DIM,
+    MAYBE_CHANNELS,
+    Argument,
+    check_layout,
+    choice,
+    flag,
+    integer,
+    served,
+)
 from vqserve_server.quantizers.checks import check_finite, checked_indices
-from vqserve_server.quantizers.cosine import CosineQuantizer
-from vqserve_server.quantizers.dot import DotQuantizer
 from vqserve_server.quantizers.dtypes import widen
-from vqserve_server.quantizers.frozen import freeze
-from vqserve_server.quantizers.frozen_residual import FrozenPart, FrozenResidual, check_sums, sum_of_largest
-from vqserve_server.quantizers.projection import VectorQuantizerWithInputProjection
+from vqserve_server.quantizers.inference.base import freeze
+from vqserve_server.quantizers.inference.residual import (
+    MAX_QUANTIZERS,
+    FrozenPart,
+    FrozenResidual,
+    Part,
+    ResidualStructure,
+    check_sums,
+    sum_of_largest,
+)
+from vqserve_server.quantizers.lookup import CosineQuantizer, DotQuantizer
+from vqserve_server.quantizers.projected import VectorQuantizerWithInputProjection
 from vqserve_server.quantizers.projections import ProjectedModule, moved, projection
-from vqserve_server.quantizers.quantizer import Quantizer
-from vqserve_server.quantizers.residual_structure import Metric, Part, ResidualStructure
+from vqserve_server.quantizers.quantizer import Metric, Quantizer
 from vqserve_server.quantizers.rows import from_rows, grid_of, layout_of, to_rows
 from vqserve_server.quantizers.vector import VectorQuantizer
 
@@ -39,9 +59,14 @@ class ResidualPart(ProjectedModule):
         self.proj_in = projection("input_dim", part.stop - part.start, structure.inner_dim)
         self.proj_out = projection("input_dim", structure.inner_dim, part.stop - part.start)
 
+    def codebooks(self) -> list[AbstractQuantizer]:
+        """Return the codebooks of the stages, in order."""
+        # nn.ModuleList forgets the type of what it holds.
+        return [stage for stage in self.stages if isinstance(stage, AbstractQuantizer)]
+
     def frozen(self, device: torch.device, search: str) -> FrozenPart:
         """Return the form that serves."""
-        stages = tuple(_codebook(stage).frozen(device, search) for stage in self.stages)
+        stages = tuple(stage.frozen(device, search) for stage in self.codebooks())
         return FrozenPart(
             part=self.part,
             stages=stages,
@@ -69,6 +94,20 @@ class ResidualQuantizer(Quantizer):
     """
 
     kind: ClassVar[str] = "rvq"
+    arguments: ClassVar[Mapping[str, Argument]] = {
+        "num_quantizers": served(integer(1, MAX_QUANTIZERS)),
+        "n_e": CODES,
+        "e_dim": CODE_DIM,
+        "input_dim": INPUT_DIM,
+        "metric": served(choice(*get_args(Metric)), "structure.metric"),
+        "decode_normalized": served(flag, "structure.decode_normalized"),
+        "stage_projections": served(flag, "structure.stage_projections"),
+        "inner_dim": replace(MAYBE_CHANNELS, attribute="structure.inner_dim"),
+        "groups": served(integer(1, MAX_QUANTIZERS), "structure.groups"),
+        "first_quantizers": served(integer(0, MAX_QUANTIZERS), "structure.first_quantizers"),
+        # A reader of the file should not have to know the usual layout of residual codebooks.
+        "layout": served(check_layout),
+    }
 
     def __init__(
         self,
@@ -127,9 +166,14 @@ class ResidualQuantizer(Quantizer):
 
     def codebooks(self) -> list[AbstractQuantizer]:
         """Return the codebooks of the stages, in the order of a token's indices."""
-        parts = [part for part in self.parts if isinstance(part, ResidualPart)]
-        placed = {place: stage for part in parts for place, stage in zip(part.part.places, part.stages, strict=True)}
-        return [_codebook(placed[place]) for place in range(self.num_quantizers)]
+        placed: dict[int, AbstractQuantizer] = {}
+        for chain in self.chains():
+            placed |= zip(chain.part.places, chain.codebooks(), strict=True)
+        return [placed[place] for place in range(self.num_quantizers)]
+
+    def chains(self) -> list[ResidualPart]:
+        """Return the parts."""
+        return [part for part in self.parts if isinstance(part, ResidualPart)]
 
     @torch.no_grad()
     def encode(self, z: Tensor, num_quantizers: int | None = None) -> Tensor:
@@ -180,14 +224,14 @@ class ResidualQuantizer(Quantizer):
         layout = layout_of(indices.ndim, self.layout)
         check_stages(indices.shape, layout, wanted=count, available=self.num_quantizers)
         ids = checked_indices(indices, self.num_codes)
-        grid = tuple(length for axis, length in enumerate(ids.shape) if axis != channel_axis(layout) % ids.ndim)
+        grid = grid_shape(ids.shape, layout)
         rows = freeze(self, device=ids.device).decode_rows(to_rows(ids, self.layout)[:, :count])
         return from_rows(rows, grid, self.layout)
 
     def frozen(self, device: torch.device, search: str = "auto") -> FrozenResidual:
         """Return the form that serves; see `Quantizer.frozen`."""
         are_added = self.structure.first_quantizers > 0
-        parts = tuple(part.frozen(device, search) for part in self.parts if isinstance(part, ResidualPart))
+        parts = tuple(part.frozen(device, search) for part in self.chains())
         check_sums(parts, are_added=are_added, dtype=self.weight_dtype)
         return FrozenResidual(
             **self.sizes(device),
@@ -208,8 +252,3 @@ def _stage(structure: ResidualStructure) -> AbstractQuantizer:
             return VectorQuantizer(codes, width)
         case _:
             return VectorQuantizerWithInputProjection(structure.width, codes, width, output_dim=outer)
-
-
-def _codebook(stage: nn.Module) -> AbstractQuantizer:
-    assert isinstance(stage, AbstractQuantizer)  # noqa: S101 - nn.ModuleList forgets what it holds
-    return stage

@@ -1,17 +1,16 @@
-"""Where tokens are in a tensor: the four layouts, flattened to rows here and nowhere else."""
+"""The tokens of a quantizer's latents as rows, and checks of their shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from vqserve.layout import Layout, channel_axis, grid_shape, num_rows, resolve_layout
+from vqserve.dtypes import LATENTS, of_torch
+from vqserve.layout import Layout, grid_shape, num_rows, resolve_layout
 from vqserve.validation import check_channels, not_latents
+from vqserve_server import rows as token_rows
 from vqserve_server.errors import InvalidShape
-
-_LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def layout_of(rank: int, default: Layout | None = None) -> Layout:
@@ -36,11 +35,11 @@ def grid_of(z: Tensor, channels: int, default: Layout | None = None) -> tuple[in
         default: as in `layout_of`.
 
     Raises:
-        InvalidDtype: z is not float16, bfloat16, float32 or float64.
+        InvalidDtype: z is not of a type of latents.
         InvalidShape: another rank, or another channel count.
     """
     shape = tuple(z.shape)
-    if z.dtype not in _LATENT_DTYPES:
+    if of_torch(z.dtype) not in LATENTS:
         raise not_latents(z.dtype)
     layout = layout_of(z.ndim, default)
     check_channels(shape, layout, channels)
@@ -49,16 +48,12 @@ def grid_of(z: Tensor, channels: int, default: Layout | None = None) -> tuple[in
 
 def to_rows(z: Tensor, default: Layout | None = None) -> Tensor:
     """Return latents of 2 to 5 axes as rows (N, C), in the order of the flattened grid; `default` as in `layout_of`."""
-    layout = layout_of(z.ndim, default)
-    last = z.movedim(channel_axis(layout), -1)
-    return last.reshape(num_rows(last.shape[:-1]), last.shape[-1])
+    return token_rows.to_rows(z, layout_of(z.ndim, default))
 
 
 def from_rows(rows: Tensor, grid: Sequence[int], default: Layout | None = None) -> Tensor:
     """Return rows (N, C) as contiguous latents over a grid of 1 to 4 axes: the inverse of `to_rows`."""
-    layout = layout_of(len(grid) + 1, default)
-    last = rows.reshape(*grid, rows.shape[1])
-    return last.movedim(-1, channel_axis(layout)).contiguous()
+    return token_rows.from_rows(rows, grid, layout_of(len(grid) + 1, default))
 
 
 def grid_of_entries(shape: Sequence[int], *, width: int, count: int) -> tuple[int, ...]:

@@ -1,11 +1,30 @@
-"""Rows that are looked up by index."""
+"""Rows that are looked up by index, rounded once to the type that is asked for."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from vqserve_server.quantizers.narrowing import narrow
+from vqserve.dtypes import to_numpy, to_torch
+
+
+def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values in `dtype`, each rounded once to nearest even; what leaves its range becomes an infinity.
+
+    Args:
+        values: float32 or float64, finite.
+        dtype: a type of latents.
+    """
+    if values.dtype != torch.float64 or dtype.itemsize > 2:
+        return values.to(dtype)
+    # torch goes from float64 to half precision by way of float32, and two roundings to nearest can end next to the
+    # nearest. Rounding to odd on the way cannot: it keeps what was cut off in the last bit (Boldo and Melquiond,
+    # "When double rounding is odd", 2005). float32 has the two bits to spare that this needs.
+    nearest = values.to(torch.float32)
+    back = nearest.to(torch.float64)
+    truncated = nearest.view(torch.int32) - (back.abs() > values.abs()).to(torch.int32)
+    odd = truncated | (back != values).to(torch.int32)
+    return odd.view(torch.float32).to(dtype)
 
 
 class Table:
@@ -33,7 +52,7 @@ class Table:
 
         Args:
             indices: (m,) int64 on the rows' device, in [0, n), checked by the caller.
-            dtype: float16, bfloat16, float32 or float64; None: the rows' own.
+            dtype: a type of latents; None: the rows' own.
 
         Returns:
             (m, width), a copy: of `dtype` where that is narrower than the rows' and all of the table is within its
@@ -42,10 +61,9 @@ class Table:
         rows = self.rows if dtype is None else self._rounded(dtype)
         if rows.device.type != "cpu":
             return rows.index_select(0, indices)
-        # numpy has no bfloat16.
-        bits = rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows
         # On one core in the time that torch takes on two, whose threads then spin.
-        return torch.from_numpy(bits.numpy().take(indices.numpy(), axis=0)).view(rows.dtype)
+        taken: Tensor = to_torch(to_numpy(rows).take(indices.numpy(), axis=0), str(rows.dtype).removeprefix("torch."))
+        return taken
 
     def _rounded(self, dtype: torch.dtype) -> Tensor:
         if dtype.itemsize >= self.rows.dtype.itemsize:

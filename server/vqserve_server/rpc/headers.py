@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from vqserve import layout, payload, wire
 from vqserve.codebook_info import CodebookInfo
+from vqserve.dtypes import BY_NUMBER
 from vqserve.layout import LATENT_RANKS, Layout, first_channels
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import (
@@ -164,11 +165,11 @@ class EncodeHeader(RequestHeader[pb.EncodeRequest]):
         self.rows = layout.num_rows(grid)
         self._set_request(message.dtype, shape)
         self._set_reply(index_dtype, layout.indices_shape(grid, stages, self._layout), pb.EncodeResponse)
-        rows_dtype = np.dtype(np.float64 if message.dtype == pb.DTYPE_FLOAT64 else np.float32)
+        rows_dtype = BY_NUMBER[message.dtype].computed
         self._key = EncodeKey(self._tokenizer, rows_dtype, stages)
 
     def _checked(self, array: Array) -> Array:
-        """Return the latents; uint16 is bfloat16's bit patterns.
+        """Return the latents.
 
         Raises:
             NonFiniteLatents: names the first NaN or infinity.

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vqserve import dtypes
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import Layout, channel_axis, first_channels, grid_shape, num_rows, warn_of_an_image
+from vqserve.layout import Layout, first_channels, grid_shape, warn_of_an_image
 from vqserve.validation import (
     check_indices_shape,
     check_latents_shape,
@@ -22,23 +23,17 @@ from vqserve.validation import (
     not_latents,
     not_several,
 )
-from vqserve.vocabulary import smallest_unsigned
 from vqserve_server.device import to_device
 from vqserve_server.quantizers import checks
+from vqserve_server.rows import to_rows
 from vqserve_server.tokenizer.options import Options
 from vqserve_server.validation import check_finite, check_indices
 
 T = TypeVar("T")
 Indices = TypeVar("Indices", npt.NDArray[Any], Tensor)
 
-# numpy has no bfloat16: its bit patterns travel as uint16.
-TORCH_DTYPES = {
-    np.dtype(np.float16): torch.float16,
-    np.dtype(np.uint16): torch.bfloat16,
-    np.dtype(np.float32): torch.float32,
-    np.dtype(np.float64): torch.float64,
-}
-_LATENT_DTYPES = frozenset(TORCH_DTYPES.values())
+# By how latents are stored.
+TORCH_DTYPES: dict[np.dtype[Any], torch.dtype] = {dtype.storage: getattr(torch, dtype.name) for dtype in dtypes.LATENTS}
 
 
 @dataclass(frozen=True)
@@ -62,13 +57,14 @@ class Given:
         """Return indices as the caller's kind: torch int64, numpy of the smallest type that holds the vocabulary."""
         if self.device is not None:
             return indices.to(self.device)
-        return indices.cpu().numpy().astype(smallest_unsigned(vocab_size))
+        return indices.cpu().numpy().astype(dtypes.smallest_unsigned(vocab_size))
 
     def latents(self, latents: Tensor) -> Any:
-        """Return latents as the caller's kind; numpy has no bfloat16: float32 holds its values."""
+        """Return latents as the caller's kind; float32 holds the values of types that numpy lacks."""
         if self.device is not None:
             return latents.to(self.device)
-        return (latents.float() if latents.dtype == torch.bfloat16 else latents).cpu().numpy()
+        dtype = dtypes.of_torch(latents.dtype)
+        return (latents if dtype is None or dtype.coding is None else latents.float()).cpu().numpy()
 
 
 def several(items: T, verb: str) -> T:
@@ -93,21 +89,21 @@ def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Giv
     """
     if isinstance(latents, Tensor):
         _check_dense(latents, "latents")
-        if latents.dtype not in _LATENT_DTYPES:
+        if dtypes.of_torch(latents.dtype) not in dtypes.LATENTS:
             raise not_latents(latents.dtype)
         resolved = _layout(latents.shape, asked, info)
         plain = latents.detach()
         checks.check_finite(plain)
-        rows = plain.movedim(channel_axis(resolved), -1).reshape(-1, info.input_dim)
+        rows = to_rows(plain, resolved)
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
         return Given(wide, grid_shape(latents.shape, resolved), resolved, latents.device)
     array = _plain_array(latents, "latents")
-    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+    if dtypes.of_numpy(array.dtype) not in dtypes.LATENTS:
         raise not_latents(array.dtype)
     resolved = _layout(array.shape, asked, info)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     check_finite(array)
-    flat = np.moveaxis(array, channel_axis(resolved), -1).reshape(-1, info.input_dim)
+    flat = to_rows(array, resolved)
     wide = to_device(np.ascontiguousarray(flat, np.result_type(flat, np.float32)), torch.device("cpu"))
     return Given(wide, grid_shape(array.shape, resolved), resolved)
 
@@ -144,8 +140,7 @@ def given_indices(indices: object, asked: Options, *, info: CodebookInfo, decoda
     if not info.has_stages:
         return Given(ids.reshape(-1), tuple(ids.shape), layout, device)
     grid = grid_shape(ids.shape, layout)
-    tokens = ids.movedim(channel_axis(layout), -1)
-    return Given(tokens.reshape(num_rows(grid), asked.num_quantizers), grid, layout, device)
+    return Given(to_rows(ids, layout), grid, layout, device)
 
 
 def _layout_of_indices(shape: Sequence[int], asked: Options, info: CodebookInfo) -> Layout:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from vqserve.errors import rows_placed
-from vqserve.layout import channel_axis
 from vqserve.validation import beyond_dtype
-from vqserve_server.quantizers.frozen import FrozenQuantizer
-from vqserve_server.quantizers.narrowing import narrow
+from vqserve_server.quantizers.inference.base import FrozenQuantizer
+from vqserve_server.quantizers.table import narrow
+from vqserve_server.rows import from_rows
 from vqserve_server.tokenizer.arrays import Given
 from vqserve_server.tokenizer.options import Options
 
@@ -31,8 +31,7 @@ def encode_grid(frozen: FrozenQuantizer, latents: Given, asked: Options, *, has_
         indices = frozen.encode_rows(rows, num_quantizers=asked.num_quantizers)
     if not has_stages:
         return indices.reshape(latents.grid)
-    in_grid = indices.reshape(*latents.grid, asked.num_quantizers)
-    return in_grid.movedim(-1, channel_axis(latents.layout)).contiguous()
+    return from_rows(indices, latents.grid, latents.layout)
 
 
 def decode_grid(frozen: FrozenQuantizer, indices: Given, asked: Options) -> Tensor:
@@ -48,5 +47,4 @@ def decode_grid(frozen: FrozenQuantizer, indices: Given, asked: Options) -> Tens
         if bool(overflowed.any()):
             row, dtype = int(torch.nonzero(overflowed)[0, 0]), str(asked.dtype).removeprefix("torch.")
             raise beyond_dtype(row, dtype, has_stages=indices.tokens.ndim > 1).placed(indices.grid)
-    latents = narrowed.reshape(*indices.grid, rows.shape[1])
-    return latents.movedim(-1, channel_axis(indices.layout)).contiguous()
+    return from_rows(narrowed, indices.grid, indices.layout)

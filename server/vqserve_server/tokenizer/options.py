@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from vqserve.codebook_info import CodebookInfo
-from vqserve.latent_dtype import latent_dtype_name
+from vqserve.dtypes import latent_dtype_name
 from vqserve.layout import Layout, parse_layout
 from vqserve.validation import check_has_output, check_num_quantizers, check_output
 

@@ -12,16 +12,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vqserve import dtypes
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout
 from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
 from vqserve.validation import check_digest, check_digest_form, no_codebook
 from vqserve_server.codebooks import codebook_digest, load_codebook
-from vqserve_server.codebooks.conversion import kind_of
+from vqserve_server.codebooks.kinds import kind_of
 from vqserve_server.device import select_device, to_device, to_host
 from vqserve_server.errors import Closed, VqserveError
 from vqserve_server.quantizers import Quantizer
-from vqserve_server.quantizers.frozen import FrozenQuantizer, freeze
+from vqserve_server.quantizers.inference.base import FrozenQuantizer, freeze
 from vqserve_server.tokenizer.arrays import TORCH_DTYPES, given_indices, given_latents, several
 from vqserve_server.tokenizer.grid import decode_grid, encode_grid
 from vqserve_server.tokenizer.options import Options, Output, options
@@ -250,15 +251,14 @@ class Tokenizer:
         Args:
             indices: int64 in [0, decodable): (n,), of a residual codebook (n, q) with the first q indices of each row.
             output: "latents" or "code_rows".
-            dtype: what the rows are wanted in, as a hint: float16, float32, float64, or uint16 for bfloat16's bit
-                patterns.
+            dtype: what the rows are wanted in, as a hint: a type's `storage` (vqserve.dtypes).
 
         Returns:
             (n, output_dim) or (n, code_dim) of the codebook's own element type, or already rounded to `dtype`.
         """
         wanted = None if dtype is None else TORCH_DTYPES[np.dtype(dtype)]
         rows = to_host(self._open().decode_rows(to_device(indices, self.device), output=output, dtype=wanted))
-        return rows.view(torch.int16).numpy().view(np.uint16) if rows.dtype == torch.bfloat16 else rows.numpy()
+        return dtypes.to_numpy(rows)
 
     def check_itself(self) -> None:
         """Encode and decode once, so that nothing is left to be made ready, and look for some of the codes.

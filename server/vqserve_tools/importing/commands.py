@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqserve.codebook_info import of_stages
-from vqserve_server.codebooks.codebook_file import save_codebook
+from vqserve_server.codebooks.file import save_state
+from vqserve_server.codebooks.state import USED
 from vqserve_server.console import printable
 from vqserve_tools.flags import add_flags, from_flags
 from vqserve_tools.importing.families.options import Options
@@ -63,13 +64,13 @@ def run_import(args: argparse.Namespace) -> int:
     options = from_flags(Options, args)
     result = import_checkpoint(args.source, options)
     verified = None if args.verify is None else verify_files(result.quantizer, *args.verify)
-    digest = save_codebook(result.quantizer, output, provenance=result.provenance)
+    digest = save_state(result.state, output, provenance=result.provenance)
     lines = _story(result)
     if verified is not None:
         lines.append(f"verified  {verified}")
     made = result.quantizer
-    codes = of_stages(made.num_quantizers, made.num_codes) if result.kind == "rvq" else made.num_codes
-    lines.append(f"wrote {output}: {result.kind}, {codes} codes, digest {digest}")
+    codes = of_stages(made.num_quantizers, made.num_codes) if made.has_stages else made.num_codes
+    lines.append(f"wrote {output}: {made.kind}, {codes} codes, digest {digest}")
     sys.stdout.write("".join(f"{printable(line)}\n" for line in lines))
     return 0
 
@@ -80,10 +81,11 @@ def _story(result: Import) -> list[str]:
     lines += [f"took  {name}  {what}" for name, what in result.taken.items()]
     lines += [f"left  {what}" for what in _left(result)]
     lines += [f"note  {note}" for note in result.notes]
-    if result.arguments.get("layout") is not None:
-        lines.append(f"note  latents of 3 to 5 axes are {result.arguments['layout']} where a call does not say")
-    if getattr(result.quantizer, "used", None) is not None:
-        lines.append(f"note  unknown_index is {result.arguments['unknown_index']!r}")
+    arguments = result.state.arguments
+    if arguments.get("layout") is not None:
+        lines.append(f"note  latents of 3 to 5 axes are {arguments['layout']} where a call does not say")
+    if USED in result.state.tensors:
+        lines.append(f"note  unknown_index is {arguments['unknown_index']!r}")
     return lines
 
 

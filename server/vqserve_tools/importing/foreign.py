@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vqserve.bfloat16 import widen
+from vqserve import dtypes
 from vqserve_server.codebooks.safetensors_file import (
     NUMPY_DTYPES,
     ContainerError,
@@ -73,7 +73,7 @@ class ForeignArray:
     Attributes:
         shape: lengths of the axes.
         dtype: name of the element type: "float32", "bfloat16" and so on.
-        read: returns the array; bfloat16 comes widened to float32, which is exact.
+        read: returns the array; a type that numpy lacks comes widened to float32, which is exact.
     """
 
     shape: tuple[int, ...]
@@ -237,7 +237,8 @@ def _open_safetensors(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
             def read() -> npt.NDArray[Any]:
                 _check_size(f"{path.name}: {name}", entry.end - entry.begin)
                 array = read_tensor(file, entry)
-                return widen(array.view(np.uint16)) if entry.dtype == "BF16" else array
+                dtype = dtypes.BY_SAFETENSORS.get(entry.dtype)
+                return array if dtype is None else dtype.widen(array)
 
             return read
 
@@ -252,8 +253,8 @@ def _open_safetensors(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
 
 
 def _safetensors_dtype(name: str) -> str:
-    if name == "BF16":
-        return "bfloat16"
+    if name in dtypes.BY_SAFETENSORS:
+        return dtypes.BY_SAFETENSORS[name].name
     return NUMPY_DTYPES[name].name if name in NUMPY_DTYPES else name
 
 
@@ -424,7 +425,8 @@ def _torch_array(path: Path, name: str, tensor: torch.Tensor) -> ForeignArray:
             raise ForeignCheckpointError(f"{path.name}: {name} claims {size} bytes, more than the file has for it")
         plain = tensor.detach()
         # Copied, because the mapped file may change or vanish.
-        return (plain.to(torch.float32) if plain.dtype == torch.bfloat16 else plain).clone().numpy()
+        dtype = dtypes.of_torch(plain.dtype)
+        return (plain if dtype is None or dtype.coding is None else plain.to(torch.float32)).clone().numpy()
 
     return ForeignArray(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), read)
 

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqserve import __version__
-from vqserve_server.codebooks.arguments import ARGUMENTS, ArgumentError, check_arguments
-from vqserve_server.codebooks.conversion import build
-from vqserve_server.codebooks.safetensors_file import dtype_name
-from vqserve_server.codebooks.state import CodebookState, StateError, canonical_names, check_claims, check_values
+from vqserve_server.codebooks.kinds import KINDS
+from vqserve_server.codebooks.state import CodebookState, StateError
 from vqserve_server.errors import ForeignCheckpointError
-from vqserve_server.quantizers import AbstractQuantizer, Quantizer, ResidualQuantizer
+from vqserve_server.quantizers import Quantizer
 from vqserve_server.search.searcher import first_of_equals
 from vqserve_tools.importing.families import FAMILIES, Family, bare, fsq, lfq, taming
 from vqserve_tools.importing.families.checkpoint import Checkpoint, listed, places_of, shape_text
@@ -36,21 +34,19 @@ class Import:
     """Result of an import: the quantizer, and the arrays that were taken and left.
 
     Attributes:
-        quantizer: on the CPU, in eval mode.
+        state: for `save_state`: kind, constructor arguments and tensors, checked.
+        quantizer: made from the state, on the CPU, in eval mode.
         family: name of the checkpoint's family, for messages.
-        kind: of the quantizer.
-        arguments: of its constructor.
         taken: names in the checkpoint, with shape and element type.
         left: the other names in the checkpoint.
         place: prefix of the quantizer in the checkpoint.
         notes: further information for the user.
-        provenance: for `save_codebook`.
+        provenance: for `save_state`.
     """
 
+    state: CodebookState
     quantizer: Quantizer
     family: str
-    kind: str
-    arguments: Mapping[str, object]
     taken: Mapping[str, str]
     left: tuple[str, ...]
     place: str
@@ -77,7 +73,7 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
         left = tuple(name for name in checkpoint.arrays if (name or "array") not in ledger.taken)
     options.check_use(reading.kind)
     state = _state(checkpoint, reading, options)
-    quantizer = build(state)
+    quantizer = state.build()
     _tell_of_latents(checkpoint, place, left)
     _tell_of_duplicates(checkpoint, quantizer)
     provenance: dict[str, object] = {
@@ -92,10 +88,9 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
     if options.metric is not None:
         provenance["metric"] = options.metric
     return Import(
+        state=state,
         quantizer=quantizer,
         family=reading.family,
-        kind=state.kind,
-        arguments=state.arguments,
         taken=ledger.taken,
         left=left,
         place=place,
@@ -187,22 +182,15 @@ def _candidates(arrays: Mapping[str, ForeignArray]) -> str:
 
 
 def _state(checkpoint: Checkpoint, reading: Reading, options: Options) -> CodebookState:
-    kind, known = reading.kind, ARGUMENTS[reading.kind]
     given = dict(reading.arguments)
-    if "unknown_index" in known:
+    if "unknown_index" in KINDS[reading.kind].arguments:
         given["unknown_index"] = options.unknown_index
     if options.layout is not None:
         given["layout"] = str(options.layout)
     try:
-        names = canonical_names(set(reading.tensors))
-        arguments = check_arguments(kind, given)
-        tensors = {names[name]: array for name, array in reading.tensors.items()}
-        check_claims(kind, arguments, {name: (dtype_name(array.dtype), array.shape) for name, array in tensors.items()})
-        state = CodebookState(kind, arguments, tensors)
-        check_values(state)
-    except (ArgumentError, StateError) as error:
+        return CodebookState.of_arrays(reading.kind, given, reading.tensors)
+    except StateError as error:
         raise checkpoint.refusal(str(error)) from None
-    return state
 
 
 def _tell_of_latents(checkpoint: Checkpoint, place: str, left: Sequence[str]) -> None:
@@ -216,14 +204,12 @@ def _tell_of_latents(checkpoint: Checkpoint, place: str, left: Sequence[str]) ->
 
 
 def _tell_of_duplicates(checkpoint: Checkpoint, quantizer: Quantizer) -> None:
-    parts = quantizer.codebooks() if isinstance(quantizer, ResidualQuantizer) else [quantizer]
     count = 0
-    for part in parts:
-        if isinstance(part, AbstractQuantizer):
-            # What is searched, not what is stored: by cosine the length of a code makes no difference.
-            problem = part.search_problem()
-            firsts = first_of_equals(problem.codes, problem.bias)
-            count += 0 if firsts is None else len(problem.codes) - len(firsts)
+    for codebook in quantizer.codebooks():
+        # What is searched, not what is stored: by cosine the length of a code makes no difference.
+        problem = codebook.search_problem()
+        firsts = first_of_equals(problem.codes, problem.bias)
+        count += 0 if firsts is None else len(problem.codes) - len(firsts)
     if count:
         what = "code is a duplicate" if count == 1 else "codes are duplicates"
         checkpoint.note(f"{count} {what}: the lowest index of equal codes is the one that is used")

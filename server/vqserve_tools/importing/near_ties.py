@@ -7,19 +7,20 @@ the projections and residuals before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vqserve.layout import channel_axis
-from vqserve_server.quantizers import AbstractQuantizer, Quantizer, ResidualQuantizer
+from vqserve.layout import grid_shape
+from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.dtypes import widen
-from vqserve_server.quantizers.frozen_residual import FrozenPart
-from vqserve_server.quantizers.projections import ProjectedModule, Projection, project
+from vqserve_server.quantizers.inference.residual import FrozenPart
+from vqserve_server.quantizers.inference.scalar import Channel
+from vqserve_server.quantizers.projections import Projection, project
 from vqserve_server.quantizers.residual import ResidualPart
-from vqserve_server.quantizers.rows import layout_of, to_rows
-from vqserve_server.quantizers.scalar import ScalarQuantizer
+from vqserve_server.quantizers.rows import from_rows, layout_of, to_rows
 from vqserve_server.search import Objective
 
 # Error bound of a float32 sum of products whose factors have norm 1, for up to some hundred terms.
@@ -45,34 +46,32 @@ def near_ties(quantizer: Quantizer, z: Tensor, ours: Tensor, theirs: Tensor) -> 
         bool of the same shape, true for accepted near-ties.
     """
     rows = widen(to_rows(z, quantizer.layout))
-    if not isinstance(quantizer, ResidualQuantizer):
+    if not quantizer.has_stages:
         differs = torch.nonzero((ours != theirs).reshape(-1))[:_MAX_DIFFERENCES, 0]
         near = torch.zeros(ours.numel(), dtype=torch.bool)
         some, noise = rows[differs], rows.new_zeros(len(differs), dtype=torch.float64)
         near[differs] = _single(quantizer, some, noise, ours.reshape(-1)[differs], theirs.reshape(-1)[differs])
         return near.reshape(ours.shape)
-    axis = channel_axis(layout_of(ours.ndim, quantizer.layout)) % ours.ndim
+    layout = layout_of(ours.ndim, quantizer.layout)
     mine, yours = (to_rows(indices, quantizer.layout) for indices in (ours, theirs))
     differs = torch.nonzero((mine != yours).any(dim=1))[:_MAX_DIFFERENCES, 0]
     near = torch.zeros(mine.shape, dtype=torch.bool)
-    for part in quantizer.parts:
-        if isinstance(part, ResidualPart):
-            for place, found in _stages(part, rows[differs], mine[differs], yours[differs]):
-                near[differs, place] = found
-    grid = [length for place, length in enumerate(ours.shape) if place != axis]
-    return near.reshape(*grid, -1).movedim(-1, axis)
+    for part in quantizer.chains():
+        for place, found in _stages(part, rows[differs], mine[differs], yours[differs]):
+            near[differs, place] = found
+    return from_rows(near, grid_shape(ours.shape, layout), quantizer.layout)
 
 
-def _single(quantizer: nn.Module, rows: Tensor, noise: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
+def _single(quantizer: Quantizer, rows: Tensor, noise: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
     """Return which indices (n,) of rows (n, C) are accepted; `noise` (n,) bounds the error of their rows."""
-    projection = quantizer.input_projection() if isinstance(quantizer, ProjectedModule) else None
-    z, noise = _projected(rows, noise, projection)
-    if isinstance(quantizer, ScalarQuantizer):
-        return _scalar(quantizer, z, noise, ours, theirs)
-    if not isinstance(quantizer, AbstractQuantizer) or quantizer.used is not None:
+    z, noise = _projected(rows, noise, quantizer.input_projection())
+    codebooks, channels = quantizer.codebooks(), quantizer.channels()
+    if channels:
+        return _scalar(channels, z, noise, ours, theirs)
+    if len(codebooks) != 1 or codebooks[0].used is not None:
         # A position in a remap may stand for any code outside it.
         return torch.zeros(len(rows), dtype=torch.bool)
-    problem = quantizer.search_problem()
+    problem = codebooks[0].search_problem()
     codes, is_code = problem.codes.double(), (theirs >= 0) & (theirs < len(problem.codes))
     theirs = torch.where(is_code, theirs, 0)
     winner, other = codes[ours], codes[theirs]
@@ -92,9 +91,10 @@ def _single(quantizer: nn.Module, rows: Tensor, noise: Tensor, ours: Tensor, the
     return excused
 
 
-def _scalar(quantizer: ScalarQuantizer, z: Tensor, noise: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
-    excused = (ours != theirs) & (theirs >= 0) & (theirs < quantizer.num_codes)
-    for number, channel in enumerate(quantizer.channels()):
+def _scalar(channels: Sequence[Channel], z: Tensor, noise: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
+    num_codes = math.prod(len(channel.values) for channel in channels)
+    excused = (ours != theirs) & (theirs >= 0) & (theirs < num_codes)
+    for number, channel in enumerate(channels):
         levels = len(channel.values)
         there = (theirs // channel.weight) % levels
         # tanh is flat at the outer levels: there the error in its argument grows with the number of levels.
@@ -112,7 +112,7 @@ def _stages(module: ResidualPart, rows: Tensor, ours: Tensor, theirs: Tensor) ->
     residual = rows[:, module.part.start : module.part.stop]
     residual, noise = _projected(residual, rows.new_zeros(len(rows), dtype=torch.float64), frozen.projection)
     has_parted = follows = torch.zeros(len(rows), dtype=torch.bool)
-    for stage, table, place in zip(module.stages, frozen.stages, module.part.places, strict=True):
+    for stage, table, place in zip(module.codebooks(), frozen.stages, module.part.places, strict=True):
         mine, yours = ours[:, place], theirs[:, place]
         first = (mine != yours) & ~has_parted
         follows = follows | (first & _single(stage, residual, noise, mine, yours))

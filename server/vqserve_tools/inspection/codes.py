@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vqserve_server.codebooks import Codebook
-from vqserve_server.quantizers import AbstractQuantizer, CosineQuantizer, Quantizer, ResidualQuantizer
+from vqserve_server.quantizers import AbstractQuantizer
 from vqserve_server.search import prepare
 from vqserve_tools.progress import Progress, progress_of
 
@@ -25,8 +25,6 @@ _FEW = 256
 # If all codes would exceed a limit, a sample of them is measured.
 _MOST_PRODUCTS = 1 << 39
 _MOST_ELEMENTS = 1 << 22
-# Kinds whose codes start within [-1/K, 1/K].
-_UNIFORM_AT_FIRST = frozenset({"vq", "vq_projection"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,13 +43,6 @@ class Codes:
     duplicates: int
 
 
-def codebooks_of(quantizer: Quantizer) -> list[AbstractQuantizer]:
-    """Return the codebooks of a quantizer, one for each of a token's indices; none where codes are computed."""
-    if isinstance(quantizer, ResidualQuantizer):
-        return quantizer.codebooks()
-    return [quantizer] if isinstance(quantizer, AbstractQuantizer) else []
-
-
 @torch.no_grad()
 def measure_codes(codebooks: Sequence[AbstractQuantizer], *, progress: bool = False) -> list[Codes]:
     """Measure each codebook, on the CPU.
@@ -65,8 +56,8 @@ def measure_codes(codebooks: Sequence[AbstractQuantizer], *, progress: bool = Fa
     measured = []
     with progress_of("measuring codes", sum(map(len, drawn)), "code", shown=progress) as bar:
         for codebook, codes, chosen in zip(codebooks, rows, drawn, strict=True):
-            # How long a code is makes no difference to a cosine.
-            points = codebook.search_problem().codes if isinstance(codebook, CosineQuantizer) else codes
+            # By directions the length of a code has no effect.
+            points = codebook.search_problem().codes if codebook.code_space == "directions" else codes
             distances = nearest_other(points, chosen, bar)
             measured.append(Codes(_norms(codes.numpy()), distances, count_duplicates(codes.numpy())))
     return measured
@@ -82,17 +73,21 @@ def count_duplicates(codes: npt.NDArray[np.floating[Any]]) -> int:
 
 def count_dead_looking(codebook: Codebook) -> tuple[int | None, str]:
     """Return the number of codes that training seems never to have used, or None if unknown; and the criterion."""
-    quantizer = codebook.quantizer
-    if codebook.kind == "ema":
-        cluster_size = quantizer.state_dict()["embedding.cluster_size"].numpy()
-        return int(np.count_nonzero(cluster_size < _DEAD_CLUSTER_SIZE)), f"cluster size below {_DEAD_CLUSTER_SIZE}"
-    if codebook.kind not in _UNIFORM_AT_FIRST or not isinstance(quantizer, AbstractQuantizer):
-        return None, f"nothing tells in a codebook of kind {codebook.kind}"
-    if codebook.arguments["embedding_weight_norm"]:
+    unknown = None, f"nothing tells in a codebook of kind {codebook.kind}"
+    if codebook.quantizer.codebooks() != [codebook.quantizer]:
+        return unknown
+    [quantizer] = codebook.quantizer.codebooks()
+    cluster_sizes, initial_bound = quantizer.cluster_sizes(), quantizer.initial_bound()
+    if cluster_sizes is not None:
+        dead = np.count_nonzero(cluster_sizes.numpy() < _DEAD_CLUSTER_SIZE)
+        return int(dead), f"cluster size below {_DEAD_CLUSTER_SIZE}"
+    if codebook.arguments.get("embedding_weight_norm"):
         return None, "a weight-normed codebook starts normal: nothing tells"
+    if initial_bound is None:
+        return unknown
     codes = quantizer.code_rows().numpy()
     # Rounded as the initialiser rounds it.
-    bound = codes.dtype.type(1 / codes.shape[0])
+    bound = codes.dtype.type(initial_bound)
     inside = sum(int(np.count_nonzero(np.abs(chunk).max(axis=1) <= bound)) for chunk in _chunks(codes))
     return inside, "still within the initial range [-1/K, 1/K]"
 

@@ -5,15 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqserve_server.quantizers import (
-    CosineQuantizer,
-    FiniteScalarQuantizer,
-    FrozenQuantizer,
-    GumbelQuantizer,
-    LookupFreeQuantizer,
-    Quantizer,
-)
-from vqserve_server.quantizers.projections import ProjectedModule, moved, project
+from vqserve_server.quantizers import FrozenQuantizer, Quantizer
+from vqserve_server.quantizers.projections import moved, project
 
 
 class Comparison:
@@ -26,11 +19,9 @@ class Comparison:
     """
 
     def __init__(self, quantizer: Quantizer, frozen: FrozenQuantizer) -> None:
-        """Take a quantizer that `is_comparable`, and its frozen form."""
+        """Take a quantizer whose codes approximate latents (`is_approximate`), and its frozen form."""
         self._quantizer, self._frozen = quantizer, frozen
-        inner = outer = None
-        if isinstance(quantizer, ProjectedModule):
-            inner, outer = quantizer.input_projection(), quantizer.output_projection()
+        inner, outer = quantizer.input_projection(), quantizer.output_projection()
         self._projection = moved(inner, frozen.device)
         self.name = _name(quantizer, is_projected=inner is not None, is_projected_back=outer is not None)
 
@@ -48,9 +39,7 @@ class Comparison:
         searched = project(rows, self._projection)
         if self.name == "directions":
             return _directions(searched.double())
-        if isinstance(self._quantizer, FiniteScalarQuantizer):
-            return self._quantizer.bounded(searched)
-        return searched.double()
+        return self._quantizer.bounded(searched)
 
     def found(self, indices: Tensor) -> Tensor:
         """Return the decoded values of indices in this space, (n, width) float64.
@@ -64,11 +53,6 @@ class Comparison:
         return _directions(codes) if self.name == "directions" else codes
 
 
-def is_comparable(quantizer: Quantizer) -> bool:
-    """Return whether codes approximate latents: a Gumbel quantizer's need not."""
-    return not isinstance(quantizer, GumbelQuantizer)
-
-
 def _directions(rows: Tensor) -> Tensor:
     return torch.nn.functional.normalize(rows, dim=1, eps=torch.finfo(torch.float64).tiny)
 
@@ -76,8 +60,6 @@ def _directions(rows: Tensor) -> Tensor:
 def _name(quantizer: Quantizer, *, is_projected: bool, is_projected_back: bool) -> str:
     if is_projected and is_projected_back and quantizer.input_dim == quantizer.output_dim:
         return "latents"
-    if isinstance(quantizer, CosineQuantizer) or (isinstance(quantizer, LookupFreeQuantizer) and quantizer.spherical):
-        return "directions"
-    if isinstance(quantizer, FiniteScalarQuantizer):
-        return "bounded latents"
+    if quantizer.code_space != "latents":
+        return quantizer.code_space
     return "projected latents" if is_projected or is_projected_back else "latents"

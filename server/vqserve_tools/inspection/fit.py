@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,9 @@ import torch
 from vqserve.errors import rows_placed
 from vqserve.validation import check_channels
 from vqserve_server.errors import InvalidShape
-from vqserve_server.quantizers import AbstractQuantizer, FrozenQuantizer, GumbelQuantizer, Quantizer, freeze
+from vqserve_server.quantizers import FrozenQuantizer, Quantizer, freeze
 from vqserve_server.search import SearchCounts
-from vqserve_tools.inspection.comparison import Comparison, is_comparable
+from vqserve_tools.inspection.comparison import Comparison
 from vqserve_tools.inspection.error import ErrorTally, QuantizationError, stages_to_compare
 from vqserve_tools.inspection.rounding import DTYPES, Rounded, RoundingTally
 from vqserve_tools.latent_file import LatentRows
@@ -189,19 +188,19 @@ class FitTally:
     def __init__(self, quantizer: Quantizer, frozen: FrozenQuantizer) -> None:
         """Start with no tokens, for a quantizer and its frozen form."""
         self._in_remap: npt.NDArray[np.bool_] | None = None
-        # Under a remap of a Gumbel quantizer only the codes in it compete, and their positions name them.
-        if isinstance(quantizer, AbstractQuantizer) and not isinstance(quantizer, GumbelQuantizer):
-            quantizer, self._in_remap = _without_remap(quantizer)
-            if self._in_remap is not None:
-                frozen = freeze(quantizer, device=frozen.device)
+        quantizer, used = quantizer.without_remap()
+        if used is not None:
+            self._in_remap = np.zeros(quantizer.num_codes, bool)
+            self._in_remap[used.cpu().numpy()] = True
+            frozen = freeze(quantizer, device=frozen.device)
         self._frozen = frozen
         widest = max(frozen.input_dim, frozen.code_dim, frozen.output_dim)
         self.rows_at_once = max(1, min(_MOST_ROWS_AT_ONCE, _ELEMENTS_AT_ONCE // widest))
-        self._num_codes = _count_codes(quantizer)
+        self._num_codes = quantizer.num_reachable
         count = frozen.num_quantizers
         self.usage = [UsageTally(frozen.decodable) for _ in range(count)]
         self._searches = [SearchCounts() for _ in range(count)]
-        self._comparison = Comparison(quantizer, frozen) if is_comparable(quantizer) else None
+        self._comparison = Comparison(quantizer, frozen) if quantizer.is_approximate else None
         self.error = None
         if self._comparison is not None:
             self.error = ErrorTally(self._comparison.name, stages_to_compare(count))
@@ -286,21 +285,3 @@ def measure_fit(tally: FitTally, rows: LatentRows, *, progress: bool = False) ->
             done += len(chunk)
             bar.update(len(chunk))
     return tally.fit(rows)
-
-
-def _without_remap(quantizer: AbstractQuantizer) -> tuple[AbstractQuantizer, npt.NDArray[np.bool_] | None]:
-    """Return a quantizer that reports full ids, and which codes (K,) its remap has; None: there is none."""
-    if quantizer.used is None:
-        return quantizer, None
-    in_remap = np.zeros(quantizer.num_codes, bool)
-    in_remap[quantizer.used.cpu().numpy()] = True
-    plain = copy.deepcopy(quantizer)
-    plain.drop_remap()
-    return plain, in_remap
-
-
-def _count_codes(quantizer: Quantizer) -> int:
-    """Return the number of codes that a token can have."""
-    if isinstance(quantizer, GumbelQuantizer) and quantizer.used is not None:
-        return int(torch.unique(quantizer.used).numel())
-    return quantizer.num_codes

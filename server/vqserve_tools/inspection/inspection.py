@@ -12,7 +12,7 @@ import numpy as np
 from vqserve_server.codebooks import Codebook
 from vqserve_server.device import select_device
 from vqserve_server.quantizers import freeze
-from vqserve_tools.inspection.codes import Codes, codebooks_of, count_dead_looking, measure_codes
+from vqserve_tools.inspection.codes import Codes, count_dead_looking, measure_codes
 from vqserve_tools.inspection.fit import Fit, FitTally, check_latents, measure_fit
 from vqserve_tools.latent_file import LatentRows
 
@@ -166,7 +166,7 @@ def inspect(codebook: Codebook, latents: LatentRows | None = None, *, progress: 
     device = select_device("auto")
     frozen = {name: freeze(quantizer, device=name) for name in sorted({"cpu", device.type})}
     form = frozen[device.type]
-    codes = measure_codes(codebooks_of(quantizer), progress=progress)
+    codes = measure_codes(quantizer.codebooks(), progress=progress)
     figures = CodeFigures.of(codes) if codes else None
     dead_looking, means = count_dead_looking(codebook)
     tally = None if latents is None else FitTally(quantizer, form)

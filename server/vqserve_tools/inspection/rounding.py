@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vqserve.dtypes import LATENTS
 from vqserve_server.errors import CodebookError, NonFiniteLatents
 from vqserve_server.quantizers import FrozenQuantizer, Quantizer, freeze
-from vqserve_server.quantizers.narrowing import narrow
+from vqserve_server.quantizers.table import narrow
 
 # The cases that are compared: the fields of `Rounded`.
 _WHAT = ("latents", "codebook", "both")
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {
+    dtype.name: getattr(torch, dtype.name) for dtype in LATENTS if dtype.storage.itemsize < 4
+}
 
 
 @dataclass(frozen=True, kw_only=True)

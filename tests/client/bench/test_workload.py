@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vqserve import bfloat16, payload, wire
+from vqserve import payload, wire
+from vqserve.dtypes import BFLOAT16
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_bench.served import decode_stats, encode_stats
 from vqserve_bench.workload import Workload
@@ -42,7 +43,7 @@ def test_requests(make, method, dtype, layout):
     if method == "encode":
         assert payload.dtype_name(head.dtype) == dtype
         assert array.shape == ((2, 4, 3, 5) if layout is None else (2, 3, 5, 4))
-        values = bfloat16.widen(array) if dtype == "bfloat16" else array
+        values = BFLOAT16.widen(array) if dtype == "bfloat16" else array
         assert 0.5 < values.std() < 1.5
     else:
         assert payload.dtype_name(head.latent_dtype) == dtype

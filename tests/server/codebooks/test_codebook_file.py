@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from vqserve_server.codebooks import codebook_digest, codebook_file, load_codebook, save_codebook
-from vqserve_server.codebooks.arguments import ARGUMENTS
+from kinds import ONE_OF_EACH
+from vqserve_server.codebooks import codebook_digest, load_codebook, save_codebook
+from vqserve_server.codebooks import file as codebook_file
+from vqserve_server.codebooks.kinds import KINDS
 from vqserve_server.codebooks.state import StateError, check_claims
 from vqserve_server.errors import CodebookError, CodebookFileError
 from vqserve_server.quantizers import (
@@ -42,7 +44,7 @@ def latents_for(quantizer, n=64):
 def all_indices(quantizer):
     """Every index, in a shape that the quantizer decodes."""
     ids = torch.arange(min(quantizer.decodable, 500))
-    return ids[:, None].expand(-1, quantizer.num_quantizers) if quantizer.kind == "rvq" else ids
+    return ids[:, None].expand(-1, quantizer.num_quantizers) if quantizer.has_stages else ids
 
 
 def rewrite(path: Path, *, tensors=None, metadata=None, drop=()) -> Path:
@@ -140,14 +142,17 @@ def test_loading_leaves_the_global_generator_alone(vq_path):
 
 
 def test_arguments_that_only_training_reads_may_be_left_out(tmp_path, make_quantizer):
-    for name in ("vq", "ema", "gumbel", "projection", "cosine", "dot", "rvq", "fsq", "lfq"):
-        path = tmp_path / f"{name}.safetensors"
+    for kind, name in ONE_OF_EACH.items():
+        path = tmp_path / f"{kind}.safetensors"
         digest = save_codebook(make_quantizer(name), path)
-        kind = load_codebook(path).kind
-        training = [argument for argument, spec in ARGUMENTS[kind].items() if spec.optional]
+        training = [argument for argument, spec in KINDS[kind].arguments.items() if spec.optional]
         codebook = load_codebook(with_arguments(path, drop=training, ignore_missing=True))
         assert codebook.digest == digest
-        assert all(codebook.arguments[argument] == ARGUMENTS[kind][argument].default for argument in training)
+        assert all(codebook.arguments[argument] == KINDS[kind].arguments[argument].default for argument in training)
+
+
+def test_there_is_an_example_of_every_kind():
+    assert set(ONE_OF_EACH) == set(KINDS), "add the new kind to CASES in tests/kinds.py"
 
 
 def test_defaults_are_the_constructors():
@@ -156,14 +161,14 @@ def test_defaults_are_the_constructors():
         parameters = dict(inspect.signature(cls).parameters)
         if cls is VectorQuantizerWithInputProjection:
             parameters = {**inspect.signature(VectorQuantizer).parameters, **parameters}
-        for name, argument in ARGUMENTS[cls.kind].items():
+        for name, argument in cls.arguments.items():
             if name == "layout":
                 # An attribute of every quantizer, and no argument of a constructor.
                 continue
             default = parameters[name].default
             if not argument.served and default is not inspect.Parameter.empty:
                 assert argument.default == default, (cls, name)
-        known = set(ARGUMENTS[cls.kind]) | {"remap", "kwargs", "vector_quantizer_options", "options"}
+        known = set(cls.arguments) | {"remap", "kwargs", "vector_quantizer_options", "options"}
         if cls is not VectorQuantizerWithInputProjection:
             assert set(parameters) <= known
 
@@ -507,7 +512,7 @@ def test_a_direction_of_length_zero_is_refused(tmp_path, make_quantizer):
 
 
 def test_a_remap_longer_than_an_index_can_count_is_refused():
-    arguments = {"n_e": 3, "e_dim": 1, "embedding_weight_norm": False, "unknown_index": "extra"}
+    arguments = {"n_e": 3, "e_dim": 1, "embedding_weight_norm": False, "unknown_index": "extra", "layout": None}
     claims = {WEIGHT: ("F32", (3, 1)), "used": ("I64", (1 << 32,))}
     with pytest.raises(StateError, match="more than an index can count"):
         check_claims("vq", arguments, claims)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from support.brute_force import nearest
 from support.engine_jobs import Jobs
 from vqserve.layout import Layout
 from vqserve_server.config import EngineConfig
@@ -51,7 +52,7 @@ def encode_job(tokenizer: Any, rows: int, *, seed: int = 0, deadline: float | No
 
 
 def expected(job: EncodeJob, codes: np.ndarray) -> np.ndarray:
-    return ((job.source[:, None, :].astype(np.float64) - codes) ** 2).sum(-1).argmin(1)
+    return nearest(job.source, codes)
 
 
 def submit(engine: Engine, *jobs: Any) -> list[Any]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqserve import bfloat16
+from vqserve.dtypes import BFLOAT16
 from vqserve.layout import Layout
 from vqserve_server.engine.copy import first_overflow, read_rows, write_rows
 
@@ -46,10 +46,10 @@ def test_any_part_of_any_layout_both_ways(shape: list[int], layout: Layout, dtyp
 
 def test_bfloat16_is_widened_and_rounded() -> None:
     values = np.random.default_rng(1).standard_normal((3, 4, 5)).astype(np.float32)
-    bits = bfloat16.round_bits(values)
+    bits = BFLOAT16.narrow(values)
     into = np.empty((15, 4), np.float32)
     read_rows(bits, FIRST, 0, 15, into)
-    np.testing.assert_array_equal(into, as_rows(bfloat16.widen(bits), FIRST))
+    np.testing.assert_array_equal(into, as_rows(BFLOAT16.widen(bits), FIRST))
     back = np.zeros_like(bits)
     write_rows(as_rows(values, FIRST), back, FIRST, 0)
     np.testing.assert_array_equal(back, bits)
@@ -57,9 +57,9 @@ def test_bfloat16_is_widened_and_rounded() -> None:
 
 def nearest_bfloat16(value: float) -> float:
     """The nearest bfloat16, ties to even, by comparing all neighbours exactly."""
-    near = int(bfloat16.round_bits(np.array([value], np.float32))[0])
+    near = int(BFLOAT16.narrow(np.array([value], np.float32))[0])
     candidates = [bits for bits in range(near - 2, near + 3) if 0 <= bits <= 0xFFFF]
-    widened = bfloat16.widen(np.array(candidates, np.uint16))
+    widened = BFLOAT16.widen(np.array(candidates, np.uint16))
     exact = Fraction(value)
     pairs = [
         (abs(Fraction(float(wide)) - exact), bits & 1, float(wide))
@@ -73,7 +73,7 @@ def nearest_bfloat16(value: float) -> float:
 def test_float64_becomes_bfloat16_by_one_rounding(value: float) -> None:
     out = np.empty((1, 1), np.uint16)
     write_rows(np.array([[value]]), out, LAST, 0)
-    assert float(bfloat16.widen(out)[0, 0]) == nearest_bfloat16(value)
+    assert float(BFLOAT16.widen(out)[0, 0]) == nearest_bfloat16(value)
 
 
 def test_a_value_that_two_roundings_get_wrong() -> None:
@@ -81,7 +81,7 @@ def test_a_value_that_two_roundings_get_wrong() -> None:
     value = 1 + 2.0**-8 + 2.0**-40
     out = np.empty((1, 1), np.uint16)
     write_rows(np.array([[value]]), out, LAST, 0)
-    assert float(bfloat16.widen(out)[0, 0]) == 1 + 2.0**-7
+    assert float(BFLOAT16.widen(out)[0, 0]) == 1 + 2.0**-7
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,6 @@ def test_overflow_is_named_exactly_where_rounding_overflows(dtype: str, largest:
     assert first_overflow(rows, np.dtype(dtype)) is None
     out = np.empty((2, 2), dtype)
     write_rows(rows, out, LAST, 0)
-    assert np.isfinite(bfloat16.widen(out) if dtype == "<u2" else out).all()
+    assert np.isfinite(BFLOAT16.widen(out) if dtype == "<u2" else out).all()
     limit = {"<f2": 65520.0, "<u2": float.fromhex("0x1.ffp127"), "<f4": float.fromhex("0x1.ffffffp127")}[dtype]
     assert first_overflow(np.array([[0.0, 0.0], [-limit, 0.0]]), np.dtype(dtype)) == 1

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from support import brute_force
 from vqserve_server.quantizers import (
     AbstractQuantizer,
     EMAVectorQuantizer,
@@ -71,8 +72,7 @@ def nearest() -> Callable[[Tensor, Tensor], Tensor]:
     """argmin_j |z - a_j|^2 in float64, lowest index among equals."""
 
     def search(rows: Tensor, codes: Tensor) -> Tensor:
-        distances = ((rows.detach().double()[:, None] - codes.detach().double()[None]) ** 2).sum(-1)
-        return torch.from_numpy(distances.numpy().argmin(axis=1))
+        return torch.from_numpy(brute_force.nearest(rows.detach().double().numpy(), codes.detach().double().numpy()))
 
     return search
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from kinds import with_every_kind
 from vqserve_server.errors import CodebookError
 from vqserve_server.quantizers import (
     CosineQuantizer,
@@ -22,24 +21,26 @@ from vqserve_server.quantizers import (
     VectorQuantizer,
     VectorQuantizerWithInputProjection,
 )
-from vqserve_server.quantizers.frozen import freeze, some
+from vqserve_server.quantizers.inference.base import freeze, some
 from vqserve_server.search import Searcher
 
-KINDS: dict[str, Callable[[], Any]] = {
-    "vq": lambda: VectorQuantizer(300, 8),
-    "vq of two codes": lambda: VectorQuantizer(2, 3),
-    "ema": lambda: EMAVectorQuantizer(70, 6, beta=0.25),
-    "gumbel": lambda: GumbelQuantizer(6, 10, 70),
-    "projected": lambda: VectorQuantizerWithInputProjection(
-        input_dim=6, n_codes=70, codebook_dim=4, output_dim=10, beta=1.0
-    ),
-    "remap": lambda: VectorQuantizer(300, 8, remap=torch.arange(0, 300, 7).numpy(), unknown_index="random"),
-    "cosine": lambda: CosineQuantizer(70, 6),
-    "dot": lambda: DotQuantizer(70, 6),
-    "rvq": lambda: ResidualQuantizer(3, 40, 5),
-    "fsq": lambda: FiniteScalarQuantizer([8, 5, 2, 3]),
-    "lfq": lambda: LookupFreeQuantizer(10, "big"),
-}
+KINDS = with_every_kind(
+    {
+        "vq": lambda: VectorQuantizer(300, 8),
+        "vq of two codes": lambda: VectorQuantizer(2, 3),
+        "ema": lambda: EMAVectorQuantizer(70, 6, beta=0.25),
+        "gumbel": lambda: GumbelQuantizer(6, 10, 70),
+        "projected": lambda: VectorQuantizerWithInputProjection(
+            input_dim=6, n_codes=70, codebook_dim=4, output_dim=10, beta=1.0
+        ),
+        "remap": lambda: VectorQuantizer(300, 8, remap=torch.arange(0, 300, 7).numpy(), unknown_index="random"),
+        "cosine": lambda: CosineQuantizer(70, 6),
+        "dot": lambda: DotQuantizer(70, 6),
+        "rvq": lambda: ResidualQuantizer(3, 40, 5),
+        "fsq": lambda: FiniteScalarQuantizer([8, 5, 2, 3]),
+        "lfq": lambda: LookupFreeQuantizer(10, "big"),
+    }
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from support.waiting import eventually
-from vqserve import bfloat16
+from vqserve.dtypes import BFLOAT16
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.quantizers import GumbelQuantizer, VectorQuantizer
 from vqserve_server.tokenizer import Tokenizer
@@ -87,8 +87,8 @@ def one_call(client: Any, tokenizer: Tokenizer, rng: np.random.Generator) -> Non
     latents = rng.standard_normal([*grid[:axis], tokenizer.info.input_dim, *grid[axis:]])
     dtype = int(rng.choice([pb.DTYPE_FLOAT16, pb.DTYPE_FLOAT32, pb.DTYPE_FLOAT64, pb.DTYPE_BFLOAT16]))
     if dtype == pb.DTYPE_BFLOAT16:
-        sent = bfloat16.round_bits(latents.astype(np.float32))
-        meant = bfloat16.widen(sent)
+        sent = BFLOAT16.narrow(latents.astype(np.float32))
+        meant = BFLOAT16.widen(sent)
     else:
         sent = meant = latents.astype({pb.DTYPE_FLOAT16: "f2", pb.DTYPE_FLOAT32: "f4", pb.DTYPE_FLOAT64: "f8"}[dtype])
     name = tokenizer.info.name

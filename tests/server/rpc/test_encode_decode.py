@@ -11,7 +11,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from vqserve import bfloat16, payload
+from support.brute_force import nearest
+from vqserve import payload
+from vqserve.dtypes import BFLOAT16
 from vqserve.layout import Layout, channel_axis
 from vqserve.v1 import tokenizer_pb2 as pb
 
@@ -29,17 +31,12 @@ def client(tokenizer: Any, serving: Callable[..., Any], connect: Callable[..., A
     return connect(serving(tokenizer).target)
 
 
-def nearest(latents: np.ndarray, axis: int, codes: np.ndarray) -> np.ndarray:
-    rows = np.moveaxis(latents, axis, -1).astype(np.float64)
-    return ((rows[..., None, :] - codes) ** 2).sum(-1).argmin(-1)
-
-
 def latents_of(shape: tuple[int, ...], dtype: int) -> tuple[np.ndarray, np.ndarray]:
     """What to send, and the numbers that it stands for."""
     values = np.random.default_rng(0).standard_normal(shape)
     if dtype == pb.DTYPE_BFLOAT16:
-        bits = bfloat16.round_bits(values.astype(np.float32))
-        return bits, bfloat16.widen(bits)
+        bits = BFLOAT16.narrow(values.astype(np.float32))
+        return bits, BFLOAT16.widen(bits)
     kind = {pb.DTYPE_FLOAT16: np.float16, pb.DTYPE_FLOAT32: np.float32, pb.DTYPE_FLOAT64: np.float64}[dtype]
     return values.astype(kind), values.astype(kind)
 
@@ -53,7 +50,7 @@ def test_encode_every_rank_and_type_in_its_default_layout(
     indices = client.encode(sent, dtype)
     assert indices.dtype == np.uint16
     axis = 1 if len(shape) >= 4 else -1
-    np.testing.assert_array_equal(indices, nearest(meant, axis, tokenizer.codes))
+    np.testing.assert_array_equal(indices, nearest(np.moveaxis(meant, axis, -1), tokenizer.codes))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -63,7 +60,7 @@ def test_layouts_named_by_the_caller(client: Any, tokenizer: Any, rank: int, lay
     shape[channel_axis(layout)] = 4
     sent, meant = latents_of(tuple(shape), pb.DTYPE_FLOAT32)
     indices = client.encode(sent, layout=LAYOUTS[layout])
-    np.testing.assert_array_equal(indices, nearest(meant, channel_axis(layout), tokenizer.codes))
+    np.testing.assert_array_equal(indices, nearest(np.moveaxis(meant, channel_axis(layout), -1), tokenizer.codes))
     decoded = client.decode(indices, layout=LAYOUTS[layout])
     np.testing.assert_array_equal(np.moveaxis(decoded, channel_axis(layout), -1), tokenizer.codes[indices])
 
@@ -73,7 +70,7 @@ def test_index_types(client: Any, tokenizer: Any, dtype: int) -> None:
     sent, meant = latents_of((6, 4), pb.DTYPE_FLOAT32)
     indices = client.encode(sent, index_dtype=dtype)
     assert payload.dtype_of(indices) == dtype
-    np.testing.assert_array_equal(indices, nearest(meant, -1, tokenizer.codes))
+    np.testing.assert_array_equal(indices, nearest(meant, tokenizer.codes))
     np.testing.assert_array_equal(client.decode(indices), tokenizer.codes[indices])
 
 
@@ -83,7 +80,7 @@ def test_decode_in_every_type(client: Any, tokenizer: Any) -> None:
     for dtype, kind in ((pb.DTYPE_FLOAT16, "f2"), (pb.DTYPE_FLOAT32, "f4"), (pb.DTYPE_FLOAT64, "f8")):
         np.testing.assert_array_equal(client.decode(indices, latent_dtype=dtype), want.astype(kind))
     np.testing.assert_array_equal(
-        client.decode(indices, latent_dtype=pb.DTYPE_BFLOAT16), bfloat16.round_bits(np.ascontiguousarray(want))
+        client.decode(indices, latent_dtype=pb.DTYPE_BFLOAT16), BFLOAT16.narrow(np.ascontiguousarray(want))
     )
     np.testing.assert_array_equal(client.decode(indices, output=pb.DECODE_OUTPUT_CODE_ROWS), -want)
 

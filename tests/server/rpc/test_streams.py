@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 import pytest
 
+from support.brute_force import nearest
 from support.waiting import eventually
 from vqserve import payload
 from vqserve.v1 import tokenizer_pb2 as pb
@@ -48,10 +49,6 @@ def stop_in_background(server: Any) -> Future[bool]:
 def latents_of(count: int) -> list[np.ndarray]:
     rng = np.random.default_rng(count)
     return [rng.standard_normal((int(rng.integers(1, 9)), 4), dtype=np.float32) for _ in range(count)]
-
-
-def nearest(latents: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    return ((latents[:, None].astype(np.float64) - codes) ** 2).sum(-1).argmin(1)
 
 
 def status_of(replies: Iterator[Any]) -> tuple[list[Any], grpc.RpcError]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from support.brute_force import nearest
 from vqserve_client import Client
 from vqserve_server.codebooks import load_codebook
 from vqserve_server.tokenizer import Tokenizer
@@ -36,10 +37,6 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 # The searches, on rows (n, D) float64.
-
-
-def by_distance(z: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    return np.array([np.argmin([np.sum((row - code) ** 2) for code in codes.astype(np.float64)]) for row in z])
 
 
 def by_cosine(z: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -62,7 +59,7 @@ def chain(
     return np.stack(indices, axis=1), total
 
 
-def plain(codes: np.ndarray, search=by_distance):
+def plain(codes: np.ndarray, search=nearest):
     def stage(z):
         indices = search(z, codes)
         return indices, codes.astype(np.float64)[indices]
@@ -120,7 +117,7 @@ LEFT = ["encoder.conv_in.weight", "quant_conv.weight", "post_quant_conv.weight",
 METRIC = ("--metric", "pass --metric l2 or --metric cosine or --metric dot")
 
 
-def table(codes: np.ndarray, search=by_distance, rows: np.ndarray | None = None) -> Oracle:
+def table(codes: np.ndarray, search=nearest, rows: np.ndarray | None = None) -> Oracle:
     decoded = codes.astype(np.float64) if rows is None else rows
 
     def oracle(z):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from support.brute_force import nearest
 from vqserve_server.errors import ForeignCheckpointError
 from vqserve_server.quantizers import (
     CosineQuantizer,
@@ -24,10 +25,6 @@ from vqserve_tools.importing.verification import verify
 
 RNG = np.random.default_rng(0)
 CODES = RNG.standard_normal((16, 4)).astype(np.float32)
-
-
-def nearest(z: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    return ((z[:, None].astype(np.float64) - codes) ** 2).sum(axis=2).argmin(axis=1)
 
 
 @pytest.fixture

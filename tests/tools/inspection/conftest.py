@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from kinds import with_every_kind
 from vqserve_server.codebooks import Codebook, load_codebook, save_codebook
 from vqserve_server.quantizers import (
     CosineQuantizer,
@@ -26,35 +27,37 @@ from vqserve_server.quantizers import (
 from vqserve_tools.inspection import fit
 
 K = 40
-KINDS: dict[str, Callable[[], Quantizer]] = {
-    "vq": lambda: VectorQuantizer(K, 3),
-    "vq_remap": lambda: VectorQuantizer(K, 3, remap=[7, 2, 2, 0], unknown_index="extra"),
-    "vq_sentinel": lambda: VectorQuantizer(K, 3, remap=[7, 2, 5], unknown_index=4_000_000_000),
-    "vq_weight_norm": lambda: VectorQuantizer(K, 3, embedding_weight_norm=True),
-    "vq_float64": lambda: VectorQuantizer(K, 3).double(),
-    "ema": lambda: EMAVectorQuantizer(K, 3, 0.25),
-    "gumbel": lambda: GumbelQuantizer(5, 3, K),
-    "gumbel_remap": lambda: GumbelQuantizer(5, 3, K, remap=[7, 2, 2, 30, 11], unknown_index="extra"),
-    "projection": lambda: VectorQuantizerWithInputProjection(5, K, 3),
-    "projection_out": lambda: VectorQuantizerWithInputProjection(5, K, 3, output_dim=4),
-    "projection_back": lambda: VectorQuantizerWithInputProjection(5, K, 3, output_dim=5),
-    "cosine": lambda: CosineQuantizer(K, 3),
-    "cosine_normalized": lambda: CosineQuantizer(K, 3, decode_normalized=True, input_dim=5, remap=[1, 2]),
-    "cosine_back": lambda: CosineQuantizer(K, 3, input_dim=5, output_dim=5),
-    "dot": lambda: DotQuantizer(K, 3),
-    "dot_out": lambda: DotQuantizer(K, 3, output_dim=4),
-    "rvq": lambda: ResidualQuantizer(5, K, 3),
-    "rvq_one": lambda: ResidualQuantizer(1, K, 3),
-    "rvq_grouped": lambda: ResidualQuantizer(6, K, 2, 8, groups=2, inner_dim=2),
-    "rvq_dac": lambda: ResidualQuantizer(3, K, 2, 5, "cosine", stage_projections=True),
-    "rvq_mimi": lambda: ResidualQuantizer(4, K, 2, 5, inner_dim=2, first_quantizers=1),
-    "fsq": lambda: FiniteScalarQuantizer([8, 5, 3, 2]),
-    "fsq_tan": lambda: FiniteScalarQuantizer([8, 5, 3], "tan", input_dim=5),
-    "fsq_symmetric": lambda: FiniteScalarQuantizer([7, 4], "symmetric"),
-    "fsq_back": lambda: FiniteScalarQuantizer([8, 5, 3], input_dim=5, output_dim=5),
-    "lfq": lambda: LookupFreeQuantizer(6, "big"),
-    "lfq_spherical": lambda: LookupFreeQuantizer(32, "little", spherical=True),
-}
+KINDS = with_every_kind(
+    {
+        "vq": lambda: VectorQuantizer(K, 3),
+        "vq_remap": lambda: VectorQuantizer(K, 3, remap=[7, 2, 2, 0], unknown_index="extra"),
+        "vq_sentinel": lambda: VectorQuantizer(K, 3, remap=[7, 2, 5], unknown_index=4_000_000_000),
+        "vq_weight_norm": lambda: VectorQuantizer(K, 3, embedding_weight_norm=True),
+        "vq_float64": lambda: VectorQuantizer(K, 3).double(),
+        "ema": lambda: EMAVectorQuantizer(K, 3, 0.25),
+        "gumbel": lambda: GumbelQuantizer(5, 3, K),
+        "gumbel_remap": lambda: GumbelQuantizer(5, 3, K, remap=[7, 2, 2, 30, 11], unknown_index="extra"),
+        "projection": lambda: VectorQuantizerWithInputProjection(5, K, 3),
+        "projection_out": lambda: VectorQuantizerWithInputProjection(5, K, 3, output_dim=4),
+        "projection_back": lambda: VectorQuantizerWithInputProjection(5, K, 3, output_dim=5),
+        "cosine": lambda: CosineQuantizer(K, 3),
+        "cosine_normalized": lambda: CosineQuantizer(K, 3, decode_normalized=True, input_dim=5, remap=[1, 2]),
+        "cosine_back": lambda: CosineQuantizer(K, 3, input_dim=5, output_dim=5),
+        "dot": lambda: DotQuantizer(K, 3),
+        "dot_out": lambda: DotQuantizer(K, 3, output_dim=4),
+        "rvq": lambda: ResidualQuantizer(5, K, 3),
+        "rvq_one": lambda: ResidualQuantizer(1, K, 3),
+        "rvq_grouped": lambda: ResidualQuantizer(6, K, 2, 8, groups=2, inner_dim=2),
+        "rvq_dac": lambda: ResidualQuantizer(3, K, 2, 5, "cosine", stage_projections=True),
+        "rvq_mimi": lambda: ResidualQuantizer(4, K, 2, 5, inner_dim=2, first_quantizers=1),
+        "fsq": lambda: FiniteScalarQuantizer([8, 5, 3, 2]),
+        "fsq_tan": lambda: FiniteScalarQuantizer([8, 5, 3], "tan", input_dim=5),
+        "fsq_symmetric": lambda: FiniteScalarQuantizer([7, 4], "symmetric"),
+        "fsq_back": lambda: FiniteScalarQuantizer([8, 5, 3], input_dim=5, output_dim=5),
+        "lfq": lambda: LookupFreeQuantizer(6, "big"),
+        "lfq_spherical": lambda: LookupFreeQuantizer(32, "little", spherical=True),
+    }
+)
 
 
 def make(name: str, seed: int = 0) -> Quantizer:

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from vqserve_server.quantizers import CosineQuantizer, EMAVectorQuantizer, ResidualQuantizer, VectorQuantizer
 from vqserve_server.search import available
 from vqserve_tools.inspection import inspect
-from vqserve_tools.inspection.codes import codebooks_of, count_duplicates
+from vqserve_tools.inspection.codes import count_duplicates
 from vqserve_tools.inspection.text import as_text
 
 
@@ -51,7 +51,7 @@ def test_numbers(saved):
 
 def test_norms_and_neighbours_are_numpy_s(quantizer, saved):
     report = inspect(saved(quantizer)).report
-    books = codebooks_of(quantizer)
+    books = quantizer.codebooks()
     assert len(books) == (0 if quantizer.kind in {"fsq", "lfq"} else quantizer.num_quantizers)
     if not books:
         assert (report.norms, report.neighbours, report.duplicates, report.stages) == (None, None, 0, ())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from vqserve_server.quantizers.residual_structure import Metric
+from vqserve_server.quantizers.quantizer import Metric
 from vqserve_tools.importing.families.checkpoint import Checkpoint, shape_text
 from vqserve_tools.importing.families.family import Family, Floats, Reading
 from vqserve_tools.importing.families.layers import Layer, has_layer, layer_names, numbered, read_pair

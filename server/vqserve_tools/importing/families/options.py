@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from vqserve.layout import Layout
-from vqserve_server.codebooks.arguments import ARGUMENTS, check_unknown_index
+from vqserve_server.codebooks.kinds import KINDS
 from vqserve_server.errors import ForeignCheckpointError
-from vqserve_server.quantizers.fsq import BOUNDS
+from vqserve_server.quantizers.arguments import check_unknown_index
 from vqserve_server.quantizers.fsq_boundaries import Bound
-from vqserve_server.quantizers.lfq import BitOrder
-from vqserve_server.quantizers.residual_structure import Metric
+from vqserve_server.quantizers.quantizer import Metric
+from vqserve_server.quantizers.scalar import BOUNDS, BitOrder
 from vqserve_tools.flags import option
 from vqserve_tools.importing.families.checkpoint import Checkpoint
 
@@ -22,15 +22,15 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 DECODES: tuple[Decode, ...] = get_args(Decode)
 BIT_ORDERS: tuple[BitOrder, ...] = get_args(BitOrder)
 
-# Options that some kinds alone have a use for.
-_KINDS: Mapping[str, frozenset[str]] = {
-    "levels": frozenset({"fsq"}),
-    "bound": frozenset({"fsq"}),
-    "bits": frozenset({"lfq"}),
-    "bit_order": frozenset({"lfq"}),
-    "spherical": frozenset({"lfq"}),
-    "metric": frozenset({"vq", "ema", "vq_projection", "cosine", "dot", "rvq"}),
-    "decode": frozenset({"cosine", "rvq"}),
+# Options that only the kinds with one of these constructor arguments have a use for.
+_ARGUMENTS: Mapping[str, str] = {
+    "levels": "levels",
+    "bound": "bound",
+    "bits": "bits",
+    "bit_order": "bit_order",
+    "spherical": "spherical",
+    "metric": "metric",
+    "decode": "decode_normalized",
 }
 
 
@@ -78,7 +78,7 @@ class Options:
         metavar="KEY",
     )
     prefix: str = option("", "prefix of the quantizer in the checkpoint, for example first_stage_model.", group="place")
-    kind: str | None = option(None, "kind of the quantizer, if the keys do not determine it", choices=tuple(ARGUMENTS))
+    kind: str | None = option(None, "kind of the quantizer, if the keys do not determine it", choices=tuple(KINDS))
     metric: Metric | None = option(
         None, "metric of the search, if the checkpoint does not determine it", choices=METRICS
     )
@@ -109,8 +109,7 @@ class Options:
         if self.kind not in (None, kind):
             raise ForeignCheckpointError(f"what was found is of kind {kind}, not --kind {self.kind}")
         for field in fields(self):
-            kinds = _KINDS.get(field.name)
-            if kinds is not None and kind not in kinds and getattr(self, field.name) != field.default:
+            if getattr(self, field.name) != field.default and not _has_use(field.name, kind):
                 flag = field.name.replace("_", "-")
                 raise ForeignCheckpointError(f"--{flag} has no meaning for kind {kind}: leave it out")
 
@@ -173,3 +172,10 @@ class Options:
         if self.decode not in (None, decode):
             raise ForeignCheckpointError(f"{family} decodes to {decode} rows, not --decode {self.decode}: leave it out")
         return metric == "cosine" and decode == "normalized"
+
+
+def _has_use(option: str, kind: str) -> bool:
+    argument = _ARGUMENTS.get(option)
+    if argument is None or argument in KINDS[kind].arguments:
+        return True
+    return option == "metric" and KINDS[kind].metric is not None

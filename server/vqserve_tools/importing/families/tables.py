@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vqserve_server.codebooks.shapes import WEIGHT
-from vqserve_server.codebooks.state import USED
-from vqserve_server.quantizers.residual_structure import Metric
+from vqserve_server.codebooks.state import USED, WEIGHT
+from vqserve_server.quantizers.quantizer import Metric
 from vqserve_tools.importing.families.checkpoint import Checkpoint, listed, places_of, shape_text
 from vqserve_tools.importing.families.family import Floats, Reading
 from vqserve_tools.importing.families.layers import Layer, read_pair

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from vqserve_server.codebooks.shapes import DIRECTION, NORM, WEIGHT
-from vqserve_server.codebooks.state import LEGACY_NAMES, USED
+from vqserve_server.codebooks.state import DIRECTION, LEGACY_NAMES, NORM, USED, WEIGHT
 from vqserve_tools.importing.families.checkpoint import Checkpoint, places_of
 from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.layers import Layer, layer_names, read_layer

@@ -13,11 +13,10 @@ from typing import Any
 import numpy.typing as npt
 
 from vqserve_server.codebook_files import SUFFIX
-from vqserve_server.codebooks.arguments import ARGUMENTS, ArgumentError, check_arguments, written_arguments
-from vqserve_server.codebooks.conversion import build, state_of
 from vqserve_server.codebooks.digest import canonical_json
+from vqserve_server.codebooks.kinds import KINDS
 from vqserve_server.codebooks.safetensors_file import ContainerError, read_header, read_tensor, unique_names, write_file
-from vqserve_server.codebooks.state import CodebookState, StateError, canonical_names, check_claims, check_values
+from vqserve_server.codebooks.state import CodebookState, StateError
 from vqserve_server.errors import CodebookError, CodebookFileError
 from vqserve_server.quantizers import Quantizer
 
@@ -43,7 +42,7 @@ class Codebook:
 
     Attributes:
         quantizer: on the CPU, in eval mode.
-        kind: a key of `ARGUMENTS`: "vq", "ema" and so on.
+        kind: a key of `KINDS`: "vq", "ema" and so on.
         arguments: of the quantizer's constructor.
         digest: lower-case hexadecimal SHA-256 of what encode and decode read.
         provenance: where the codebook came from, as its writer told it; nothing depends on it.
@@ -66,7 +65,7 @@ def codebook_digest(quantizer: Quantizer) -> str:
     Raises:
         CodebookError: the quantizer cannot be kept in a file.
     """
-    return state_of(quantizer).digest()
+    return CodebookState.of(quantizer).digest()
 
 
 def save_codebook(quantizer: Quantizer, path: str | Path, *, provenance: Mapping[str, object] | None = None) -> str:
@@ -86,7 +85,16 @@ def save_codebook(quantizer: Quantizer, path: str | Path, *, provenance: Mapping
         CodebookError: the quantizer or the provenance cannot be kept in a file.
         OSError: the file cannot be written.
     """
-    state = state_of(quantizer)
+    return save_state(CodebookState.of(quantizer), path, provenance=provenance)
+
+
+def save_state(state: CodebookState, path: str | Path, *, provenance: Mapping[str, object] | None = None) -> str:
+    """Write a quantizer's state as a codebook file; see `save_codebook`.
+
+    Raises:
+        CodebookError: the provenance cannot be kept in a file.
+        OSError: the file cannot be written.
+    """
     try:
         story = canonical_json(dict(provenance or {}))
     except (TypeError, ValueError) as error:
@@ -97,7 +105,7 @@ def save_codebook(quantizer: Quantizer, path: str | Path, *, provenance: Mapping
     metadata = {
         "vqserve.format": FORMAT_VERSION,
         "vqserve.kind": state.kind,
-        "vqserve.arguments": canonical_json(written_arguments(state.kind, state.arguments)),
+        "vqserve.arguments": canonical_json(state.written_arguments()),
         # A flipped bit in a weight is a number like any other: only this tells.
         "vqserve.digest": digest,
         "vqserve.provenance": story,
@@ -129,11 +137,11 @@ def load_codebook(path: str | Path) -> Codebook:
             f"{path.name} is a safetensors file, but not a codebook file: `vqserved import {shlex.quote(path.name)} "
             f"-o NAME{SUFFIX}`"
         ) from None
-    except (ContainerError, StateError, ArgumentError) as error:
+    except (ContainerError, StateError) as error:
         what = f"it {error}" if isinstance(error, ContainerError) else str(error)
         advice = "copy the file again or make it anew with `vqserved import`"
         raise CodebookFileError(f"codebook {path.stem!r} cannot be used: {what}; {advice}") from None
-    return Codebook(build(state), state.kind, state.arguments, digest, provenance)
+    return Codebook(state.build(), state.kind, state.arguments, digest, provenance)
 
 
 def _check_is_ours(file: BufferedReader, path: Path) -> None:
@@ -156,25 +164,22 @@ def _import_first(path: Path, what: str) -> str:
 def _read(file: BufferedReader) -> tuple[CodebookState, str, dict[str, Any]]:
     header = read_header(file, max_header_bytes=_MAX_HEADER_BYTES)
     kind, arguments, provenance = _read_metadata(header.metadata)
-    canonical = canonical_names(set(header.tensors))
+
+    def read(name: str) -> npt.NDArray[Any]:
+        array = read_tensor(file, header.tensors[name])
+        return array.astype(array.dtype.newbyteorder("="), copy=False)
+
     # All names, types and shapes are compared with the arguments before anything is allocated; read_header has
     # compared them with the length of the file.
-    check_claims(
-        kind, arguments, {canonical[name]: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
-    )
-    tensors: dict[str, npt.NDArray[Any]] = {}
-    for name, entry in header.tensors.items():
-        array = read_tensor(file, entry)
-        tensors[canonical[name]] = array.astype(array.dtype.newbyteorder("="), copy=False)
-    state = CodebookState(kind, arguments, tensors)
-    check_values(state)
+    claims = {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
+    state = CodebookState.checked(kind, arguments, claims, read)
     digest, claimed = state.digest(), header.metadata["vqserve.digest"]
     if digest != claimed:
         raise StateError(f"its content has the digest {digest} and not {claimed[:64]!r}: it was damaged or changed")
     return state, digest, provenance
 
 
-def _read_metadata(metadata: Mapping[str, str]) -> tuple[str, dict[str, object], dict[str, Any]]:
+def _read_metadata(metadata: Mapping[str, str]) -> tuple[str, dict[str, Any], dict[str, Any]]:
     version = metadata.get("vqserve.format")
     if version is None:
         raise _NotACodebook
@@ -185,10 +190,9 @@ def _read_metadata(metadata: Mapping[str, str]) -> tuple[str, dict[str, object],
         odd = sorted(set(ours) ^ set(_KEYS))[0]
         raise StateError(f"metadata entry {_PREFIX + odd!r} is {'missing' if odd in _KEYS else 'unknown'}")
     kind = ours["kind"]
-    if kind not in ARGUMENTS:
-        raise StateError(f"it is of unknown kind {kind[:40]!r}, not one of {', '.join(ARGUMENTS)}")
-    arguments = check_arguments(kind, _json_object("arguments", ours["arguments"]))
-    return kind, arguments, _json_object("provenance", ours["provenance"])
+    if kind not in KINDS:
+        raise StateError(f"it is of unknown kind {kind[:40]!r}, not one of {', '.join(KINDS)}")
+    return kind, _json_object("arguments", ours["arguments"]), _json_object("provenance", ours["provenance"])
 
 
 def _json_object(name: str, text: str) -> dict[str, Any]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vqserve_server.errors import CodebookError
+from vqserve_server.quantizers.arguments import CODE_DIM, CODES, INPUT_DIM, OUTPUT_PROJECTION, Argument, number
 from vqserve_server.quantizers.checks import check_size
 from vqserve_server.quantizers.dtypes import apply_layer, autocast_off, widen
 from vqserve_server.quantizers.projections import ProjectedModule, projection
 from vqserve_server.quantizers.rows import check_not_empty, from_rows, grid_of, to_rows
-from vqserve_server.quantizers.vector import VectorQuantizer
+from vqserve_server.quantizers.vector import VECTOR_ARGUMENTS, VectorQuantizer
 from vqserve_server.search.rounding import affine
 
 
@@ -29,6 +32,14 @@ class VectorQuantizerWithInputProjection(ProjectedModule, VectorQuantizer):
     """
 
     kind: ClassVar[str] = "vq_projection"
+    arguments: ClassVar[Mapping[str, Argument]] = {
+        "input_dim": INPUT_DIM,
+        "n_codes": CODES,
+        "codebook_dim": CODE_DIM,
+        "beta": Argument(number, default=1.0),
+        **OUTPUT_PROJECTION,
+        **VECTOR_ARGUMENTS,
+    }
 
     def __init__(
         self,
@@ -84,8 +95,7 @@ class VectorQuantizerWithInputProjection(ProjectedModule, VectorQuantizer):
         z_q, info = self._quantized(apply_layer(self.proj_in, rows), grid, searched)
         if isinstance(self.proj_out, nn.Identity):
             # The original's layout, which decode does not share.
-            tokens = (grid[0], -1) if len(grid) > 2 else grid
-            return z_q.reshape(*tokens, self.code_dim), info
+            return (z_q if len(grid) == 1 else rearrange(z_q, "(b s) d -> b s d", b=grid[0])), info
         return from_rows(apply_layer(self.proj_out, z_q), grid, self.layout), info
 
     @torch.no_grad()

@@ -12,9 +12,9 @@ from torch import Tensor
 from vqserve.validation import check_output
 from vqserve_server.errors import CodebookError
 from vqserve_server.quantizers.dtypes import autocast_off
-from vqserve_server.quantizers.frozen import FrozenQuantizer, Output, some
+from vqserve_server.quantizers.inference.base import FrozenQuantizer, Output, some
+from vqserve_server.quantizers.objective import SearchProblem
 from vqserve_server.quantizers.projections import project
-from vqserve_server.quantizers.search_problem import SearchProblem
 from vqserve_server.quantizers.table import Table
 from vqserve_server.search import SearchCounts, Searcher
 

@@ -1,0 +1,187 @@
+"""The element types of arrays: one table, and all that follows from it.
+
+A new type is added to the .proto file and to the table here. numpy has no bfloat16: arrays of it hold bit patterns, as
+uint16 (docs/decisions/0009-bfloat16-as-uint16.md). torch is never imported: a caller who passes a torch type or tensor
+has imported it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from vqserve.errors import InvalidOption
+
+LatentDTypeName: TypeAlias = Literal["float32", "float16", "float64", "bfloat16"]
+
+
+class BFloat16:
+    """bfloat16 as bit patterns: the upper half of a float32."""
+
+    @staticmethod
+    def widen_into(bits: npt.NDArray[Any], out: npt.NDArray[np.float32]) -> None:
+        """Write the values of bit patterns to an array of their shape."""
+        np.left_shift(bits, np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
+
+    @staticmethod
+    def round_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+        """Return bit patterns of values, rounded to nearest even; a NaN stays one."""
+        bits = np.asarray(values, dtype=np.float32, order="C").view(np.uint32)
+        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+@dataclass(frozen=True, eq=False)
+class DType:
+    """One element type.
+
+    Attributes:
+        name: on the wire, in torch, and in numpy if it has the type.
+        number: of `DType` in the .proto file.
+        storage: the elements in memory, in files and on the wire: the type itself, or unsigned integers for bit
+            patterns.
+        safetensors: the name in safetensors files.
+        overflow: the least magnitude that is rounded to infinity; infinite where nothing is narrowed to the type.
+        exponent: the bits that are all set in NaN and infinity and in no other value, where comparing them is faster
+            than computing; 0: compute.
+        coding: how bit patterns become float32 and back; None: numpy has the type.
+    """
+
+    name: str
+    number: int
+    storage: np.dtype[Any]
+    safetensors: str
+    overflow: float = math.inf
+    exponent: int = 0
+    coding: type[BFloat16] | None = None
+
+    @property
+    def computed(self) -> np.dtype[Any]:
+        """The type in which latents of this type are computed: float32, or float64 for float64."""
+        return np.dtype(np.float64 if self.storage.itemsize == 8 else np.float32)
+
+    def widen(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return an array as numpy computes on it: bit patterns become float32, exactly; other types stay."""
+        if self.coding is None:
+            return array
+        values = np.empty(np.shape(array), np.float32)
+        self.coding.widen_into(array, values)
+        return values
+
+    def narrow(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return values in `storage`, each rounded once from float32 to nearest even; bit patterns stay."""
+        if self.coding is None or values.dtype == self.storage:
+            return values.astype(self.storage, copy=False)
+        return self.coding.round_bits(values.astype(np.float32, copy=False))
+
+
+LATENTS = (
+    DType("float32", 1, np.dtype("<f4"), "F32", overflow=float.fromhex("0x1.ffffffp127")),
+    DType("float16", 2, np.dtype("<f2"), "F16", overflow=65520.0, exponent=0x7C00),
+    DType(
+        "bfloat16", 3, np.dtype("<u2"), "BF16", overflow=float.fromhex("0x1.ffp127"), exponent=0x7F80, coding=BFloat16
+    ),
+    DType("float64", 4, np.dtype("<f8"), "F64"),
+)
+INDICES = (
+    DType("uint8", 5, np.dtype("<u1"), "U8"),
+    DType("uint16", 6, np.dtype("<u2"), "U16"),
+    DType("uint32", 7, np.dtype("<u4"), "U32"),
+    DType("int32", 8, np.dtype("<i4"), "I32"),
+    DType("int64", 9, np.dtype("<i8"), "I64"),
+)
+DTYPES = LATENTS + INDICES
+LATENT_NAMES = tuple(dtype.name for dtype in LATENTS)
+
+BFLOAT16 = LATENTS[2]
+
+BY_NAME = {dtype.name: dtype for dtype in DTYPES}
+BY_NUMBER = {dtype.number: dtype for dtype in DTYPES}
+BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES}
+# The types that numpy has, and what an array of latents holds: there, uint16 is bfloat16.
+_BY_NUMPY = {dtype.storage: dtype for dtype in DTYPES if dtype.coding is None}
+_LATENTS_BY_STORAGE = {dtype.storage: dtype for dtype in LATENTS}
+_UNSIGNED = tuple(dtype.storage for dtype in INDICES if dtype.storage.kind == "u")
+
+
+def of_numpy(dtype: np.dtype[Any]) -> DType | None:
+    """Return the type of a numpy array's elements, of any byte order; None: it is not in the table."""
+    return _BY_NUMPY.get(dtype.newbyteorder("<"))
+
+
+def of_torch(dtype: object) -> DType | None:
+    """Return the type of a torch type; None: it is not in the table."""
+    return BY_NAME.get(str(dtype).removeprefix("torch."))
+
+
+def of_latents(storage: np.dtype[Any]) -> DType:
+    """Return the type of latents by how they are stored, in any byte order."""
+    return _LATENTS_BY_STORAGE[storage.newbyteorder("<")]
+
+
+def latent_dtype_name(dtype: object) -> str:
+    """Return the name of an element type: "float16" for "float16", numpy's and torch's float16, and so on.
+
+    Args:
+        dtype: a name, a numpy scalar type or dtype (of this machine's byte order), or a torch dtype.
+
+    Raises:
+        InvalidOption: latents cannot have it; lists those that they can.
+    """
+    torch = sys.modules.get("torch")
+    name: object = dtype
+    if isinstance(dtype, np.dtype) and dtype.isnative:
+        name = dtype.name
+    elif isinstance(dtype, type) and issubclass(dtype, np.generic):
+        name = dtype.__name__
+    elif torch is not None and isinstance(dtype, torch.dtype):
+        name = str(dtype).removeprefix("torch.")
+    if isinstance(name, str) and name in LATENT_NAMES:
+        return name
+    known = ", ".join(repr(known) for known in LATENT_NAMES)
+    raise InvalidOption(
+        f"{{option}} must be one of {known} or numpy's or torch's type of that name, not {dtype!r:.60}", option="dtype"
+    )
+
+
+def smallest_unsigned(vocab_size: int) -> np.dtype[Any]:
+    """Return the smallest unsigned type that holds every index in [0, vocab_size)."""
+    return next((dtype for dtype in _UNSIGNED if vocab_size <= 1 << 8 * dtype.itemsize), _UNSIGNED[-1])
+
+
+def smallest_holding(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+    """Return the narrowest integer type of the table that holds all values of another integer type; None: none does."""
+    wider = (known.storage for known in INDICES if np.can_cast(dtype, known.storage, "safe"))
+    return min(wider, key=lambda known: known.itemsize, default=None)
+
+
+def to_numpy(tensor: Any) -> npt.NDArray[Any]:
+    """Return the memory of a torch tensor on the CPU as numpy, not copied: bit patterns of types that numpy lacks.
+
+    Raises:
+        TypeError: neither numpy nor the table has the type.
+    """
+    dtype = of_torch(tensor.dtype)
+    if dtype is None or dtype.coding is None:
+        array: npt.NDArray[Any] = tensor.numpy()
+        return array
+    torch = sys.modules["torch"]
+    # Not every torch has unsigned types of all widths.
+    bits = getattr(torch, f"int{8 * dtype.storage.itemsize}") if dtype.storage.itemsize > 1 else torch.uint8
+    patterns: npt.NDArray[Any] = tensor.view(bits).numpy()
+    return patterns.view(dtype.storage)
+
+
+def to_torch(array: npt.NDArray[Any], name: str) -> Any:
+    """Return a tensor on an array's memory, not copied: of bit patterns, the type of this name."""
+    torch = sys.modules["torch"]
+    dtype = BY_NAME[name]
+    if dtype.coding is None:
+        return torch.from_numpy(array)
+    signed = array.view(f"i{array.itemsize}") if array.itemsize > 1 else array
+    return torch.from_numpy(signed).view(getattr(torch, name))

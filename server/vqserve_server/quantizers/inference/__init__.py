@@ -1,0 +1,1 @@
+"""Quantizers prepared for serving: they never change, so everything is prepared once."""

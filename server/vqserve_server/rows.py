@@ -1,0 +1,45 @@
+"""Arrays of tokens to rows and back, numpy and torch alike: the one place where a layout becomes an order of axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy.typing as npt
+from einops import rearrange
+from torch import Tensor
+
+from vqserve.layout import Layout
+
+ArrayOrTensor = TypeVar("ArrayOrTensor", npt.NDArray[Any], Tensor)
+
+
+def to_rows(array: ArrayOrTensor, layout: Layout) -> ArrayOrTensor:
+    """Return an array (b, c, ...) or (..., c) as rows (n, c), the tokens in C order of their grid; a view if possible.
+
+    Args:
+        array: of 2 axes or more.
+        layout: which of the two.
+    """
+    rows: ArrayOrTensor = rearrange(
+        array, "b c ... -> (b ...) c" if layout is Layout.CHANNELS_FIRST else "... c -> (...) c"
+    )
+    return rows
+
+
+def from_rows(rows: Tensor, grid: Sequence[int], layout: Layout) -> Tensor:
+    """Return rows (n, c) as a contiguous tensor over a grid of tokens: the inverse of `to_rows`."""
+    first, *rest = (f"axis{number}" for number in range(len(grid)))
+    axes = " ".join(rest)
+    to = f"{first} c {axes}" if layout is Layout.CHANNELS_FIRST else f"{first} {axes} c"
+    lengths = dict(zip((first, *rest), grid, strict=True))
+    tensor: Tensor = rearrange(rows, f"({first} {axes}) c -> {to}", **lengths)
+    return tensor.contiguous()
+
+
+def channels_last(array: ArrayOrTensor, layout: Layout) -> ArrayOrTensor:
+    """Return a view (..., c) of an array (b, c, ...) or (..., c)."""
+    if layout is Layout.CHANNELS_LAST:
+        return array
+    view: ArrayOrTensor = rearrange(array, "b c ... -> b ... c")
+    return view
