@@ -74,6 +74,8 @@ import vqserve
 assert not {name.partition(".")[0] for name in sys.modules} & {"grpc", "google", "numpy", "torch", "vqserve_client"}
 dir(vqserve)
 assert "vqserve_client" not in sys.modules
+from vqserve import CodebookInfo, InvalidArgument
+assert not {name.partition(".")[0] for name in sys.modules} & {"grpc", "google", "numpy", "torch", "vqserve_client"}
 from vqserve import Client
 import vqserve_client
 assert Client is vqserve_client.Client

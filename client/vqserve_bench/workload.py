@@ -22,7 +22,7 @@ from vqserve_bench.served import ReadStats, decode_stats, encode_stats
 from vqserve_client.arrays import Array, ArrayInput, indices_input, latents_input
 from vqserve_client.calls import DecodeCall, EncodeCall
 from vqserve_client.catalogue import Pin
-from vqserve_client.config import ClientConfig, decode_options, encode_options
+from vqserve_client.config import ClientConfig, call_options, decode_options
 from vqserve_client.errors import InvalidArgument, InvalidShape
 from vqserve_client.npy import open_array
 
@@ -96,7 +96,7 @@ class Workload:
                 rows[start : start + math.prod(grid)].reshape(*grid, info.input_dim), -1, channel_axis(layout)
             )
             source = ArrayInput(BY_NUMBER[wire].narrow(latents), wire)
-            options = encode_options(layout=self.layout)
+            options = call_options(layout=self.layout)
             yield _request(EncodeCall(source, info, options, pin=_pin(info, config), config=config), grid, config)
 
     def _decode(self, info: CodebookInfo, config: ClientConfig, tokens: int) -> Iterator[Request]:

@@ -18,7 +18,7 @@ from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout
 from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
 from vqserve_client.arrays import iterable_of_arrays
-from vqserve_client.config import CallOptions, decode_options, encode_options
+from vqserve_client.config import CallOptions, call_options, decode_options
 from vqserve_client.core import DECODE, ENCODE, ClientBase, Operation, without_frames
 from vqserve_client.errors import VqserveError
 from vqserve_client.pipeline import Pipeline
@@ -46,7 +46,7 @@ class AsyncClient(ClientBase):
         timeout: float | None = None,
     ) -> ArrayT:
         """Return the indices of latents; see Client.encode."""
-        options = encode_options(
+        options = call_options(
             layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
         )
         return await self._convert(ENCODE, latents, options)
@@ -86,7 +86,7 @@ class AsyncClient(ClientBase):
         timeout: float | None = None,
     ) -> AsyncGenerator[ArrayT, None]:
         """Return the indices of each of many arrays, as an async generator; see Client.encode_many."""
-        options = encode_options(
+        options = call_options(
             layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
         )
         return self._convert_many(ENCODE, _iterator(iterable_of_arrays(items, "encode")), options)
@@ -117,7 +117,7 @@ class AsyncClient(ClientBase):
 
     async def codebooks(self, *, timeout: float | None = None) -> list[CodebookInfo]:
         """Return what is served, in name order; see Client.codebooks."""
-        options = encode_options(timeout=timeout)
+        options = call_options(timeout=timeout)
         waker = _Waker()
         return await _run(self._core.codebooks(options, waker.wake), waker)
 

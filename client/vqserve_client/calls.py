@@ -119,7 +119,7 @@ class ArrayCall(ABC):
         Args:
             inputs: the arrays that `source` is, or was joined from.
         """
-        out = self._result()
+        out = self._empty() if self._out is None else self._out
         if len(inputs) == 1:
             return [to_caller(out, self.reply_dtype, self.source.device)]
         results, start = [], 0
@@ -130,17 +130,11 @@ class ArrayCall(ABC):
             start = stop
         return results
 
-    def message(self, cut: Cut | None) -> bytes:
-        """Return the request for one cut of the grid."""
-        part = self.array if cut is None else self.array[self.source_cut(cut)]
-        data = payload.view(part, self.source.dtype)
-        return wire.message(self._head(part.shape), data, len(data))
-
-    def accept(self, cut: Cut | None, reply: bytes) -> None:
-        """Check a reply and store it in its place."""
-        out = self._result()
-        into = out if cut is None else out[self._result_cut(cut)]
-        store(self._checked(reply, into.shape), self.reply_dtype, into)
+    def place(self, cut: Cut | None) -> Array:
+        """Return the part of the result that belongs to a cut of the grid; memory is allocated on first use."""
+        if self._out is None:
+            self._out = self._empty()
+        return self._out if cut is None else self._out[self._result_cut(cut)]
 
     @abstractmethod
     def source_cut(self, cut: Cut) -> Cut:
@@ -155,11 +149,11 @@ class ArrayCall(ABC):
         """
 
     @abstractmethod
-    def _head(self, shape: tuple[int, ...]) -> bytes:
+    def head(self, shape: tuple[int, ...]) -> bytes:
         """Return the fields before the payload, of a request for a part of this shape."""
 
     @abstractmethod
-    def _checked(self, reply: bytes, shape: tuple[int, ...]) -> Array:
+    def checked(self, reply: bytes, shape: tuple[int, ...]) -> Array:
         """Return the array of a reply, which must have this shape."""
 
     @abstractmethod
@@ -169,12 +163,6 @@ class ArrayCall(ABC):
     @abstractmethod
     def _result_cut(self, cut: Cut) -> Cut:
         """Return the cut of the result that belongs to a cut of the grid."""
-
-    def _result(self) -> Array:
-        """Return the array that replies are stored in; it is allocated when the first reply comes."""
-        if self._out is None:
-            self._out = self._empty()
-        return self._out
 
     def _reply_array(self, kind: Any, raw: bytes, shape: tuple[int, ...]) -> Array:
         """Return the array of a reply if its codebook, dtype and shape are those of the request."""
@@ -223,7 +211,8 @@ class EncodeCall(ArrayCall):
     def _result_cut(self, cut: Cut) -> Cut:
         return indices_cut(cut, self.stages, self.layout)
 
-    def _head(self, shape: tuple[int, ...]) -> bytes:
+    def head(self, shape: tuple[int, ...]) -> bytes:
+        """Return the fields before the payload, of a request for a part of this shape."""
         request = _EncodeRequest(
             codebook=self.info.name,
             expected_digest=self.info.digest,
@@ -236,7 +225,8 @@ class EncodeCall(ArrayCall):
         head: bytes = request.SerializeToString()
         return head
 
-    def _checked(self, reply: bytes, shape: tuple[int, ...]) -> Array:
+    def checked(self, reply: bytes, shape: tuple[int, ...]) -> Array:
+        """Return the array of a reply, which must have this shape and hold indices of the vocabulary."""
         part = self._reply_array(pb.EncodeResponse, reply, shape)
         if part.size and part.max() >= self.info.vocab_size:
             raise self._bad_reply(f"index {part.max()} in a vocabulary of {self.info.vocab_size}")
@@ -274,7 +264,8 @@ class DecodeCall(ArrayCall):
     def _result_cut(self, cut: Cut) -> Cut:
         return latents_cut(cut, self.layout)
 
-    def _head(self, shape: tuple[int, ...]) -> bytes:
+    def head(self, shape: tuple[int, ...]) -> bytes:
+        """Return the fields before the payload, of a request for a part of this shape."""
         request = _DecodeRequest(
             codebook=self.info.name,
             expected_digest=self.info.digest,
@@ -288,7 +279,8 @@ class DecodeCall(ArrayCall):
         head: bytes = request.SerializeToString()
         return head
 
-    def _checked(self, reply: bytes, shape: tuple[int, ...]) -> Array:
+    def checked(self, reply: bytes, shape: tuple[int, ...]) -> Array:
+        """Return the array of a reply, which must have this shape."""
         return self._reply_array(pb.DecodeResponse, reply, shape)
 
 
@@ -312,8 +304,12 @@ class ArrayRequest(Request):
 
     def message(self) -> bytes:
         """Return the message to send."""
-        return self._call.message(self._cut)
+        call, cut = self._call, self._cut
+        part = call.array if cut is None else call.array[call.source_cut(cut)]
+        data = payload.view(part, call.source.dtype)
+        return wire.message(call.head(part.shape), data, len(data))
 
     def accept(self, reply: bytes) -> None:
         """Check the reply and store it in its place."""
-        self._call.accept(self._cut, reply)
+        place = self._call.place(self._cut)
+        store(self._call.checked(reply, place.shape), self._call.reply_dtype, place)

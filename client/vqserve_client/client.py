@@ -10,7 +10,7 @@ from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout
 from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
 from vqserve_client.arrays import iterable_of_arrays
-from vqserve_client.config import CallOptions, decode_options, encode_options
+from vqserve_client.config import CallOptions, call_options, decode_options
 from vqserve_client.core import DECODE, ENCODE, ClientBase, Operation, without_frames
 from vqserve_client.errors import VqserveError
 from vqserve_client.interrupts import SignalsDeferred, Waker
@@ -67,7 +67,7 @@ class Client(ClientBase):
             VqserveError: see errors.py.
             TypeError: latents is not an array.
         """
-        options = encode_options(
+        options = call_options(
             layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
         )
         return self._convert(ENCODE, latents, options)
@@ -144,7 +144,7 @@ class Client(ClientBase):
             VqserveError: see errors.py.
             TypeError: items is one array, or an item is not an array.
         """
-        options = encode_options(
+        options = call_options(
             layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
         )
         return self._convert_many(ENCODE, iter(iterable_of_arrays(items, "encode")), options)
@@ -194,7 +194,7 @@ class Client(ClientBase):
         Raises:
             VqserveError: see errors.py.
         """
-        options = encode_options(timeout=timeout)
+        options = call_options(timeout=timeout)
         waker = Waker()
         return _run(self._core.codebooks(options, waker.wake), waker)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vqserve import payload
 from vqserve.dtypes import latent_dtype_name
@@ -59,15 +59,26 @@ class CallOptions:
     output: int = pb.DECODE_OUTPUT_LATENTS
 
 
-def encode_options(
+def call_options(
     *,
     layout: LayoutName | Layout | None = None,
     num_quantizers: int | None = None,
     codebook: str | None = None,
     digest: str | None = None,
     timeout: float | None = None,
+    dtype: int = pb.DTYPE_FLOAT32,
+    output: int = pb.DECODE_OUTPUT_LATENTS,
 ) -> CallOptions:
-    """Return the options of an encode call, so that `encode_many` raises before it begins.
+    """Return the options of a call, checked here so that `encode_many` raises before it begins.
+
+    Args:
+        layout: see Client.encode.
+        num_quantizers: see Client.encode.
+        codebook: see Client.encode.
+        digest: see Client.encode.
+        timeout: see Client.encode.
+        dtype: of decoded latents, as on the wire.
+        output: of decode, as on the wire.
 
     Raises:
         InvalidOption: an option has none of its values.
@@ -81,7 +92,8 @@ def encode_options(
         check_timeout(timeout)
     if num_quantizers is not None:
         check_count(num_quantizers)
-    return CallOptions(codebook, digest, timeout, None if layout is None else parse_layout(layout), num_quantizers)
+    parsed = None if layout is None else parse_layout(layout)
+    return CallOptions(codebook, digest, timeout, parsed, num_quantizers, dtype, output)
 
 
 def decode_options(
@@ -94,17 +106,21 @@ def decode_options(
     digest: str | None = None,
     timeout: float | None = None,
 ) -> CallOptions:
-    """Return the options of a decode call; see encode_options.
+    """Return the options of a decode call; see call_options.
 
     Raises:
-        InvalidOption, TypeError: as for encode_options.
+        InvalidOption, TypeError: as for call_options.
     """
     check_output(output)
-    wire_dtype = payload.dtype_of_name(latent_dtype_name(dtype))
-    options = encode_options(
-        layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
+    return call_options(
+        layout=layout,
+        num_quantizers=num_quantizers,
+        codebook=codebook,
+        digest=digest,
+        timeout=timeout,
+        dtype=payload.dtype_of_name(latent_dtype_name(dtype)),
+        output=_OUTPUTS[output],
     )
-    return replace(options, dtype=wire_dtype, output=_OUTPUTS[output])
 
 
 def _is_target(target: str) -> bool:

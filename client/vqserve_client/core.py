@@ -60,8 +60,13 @@ class Core:
 
     def codebooks(self, options: CallOptions, wake: Wake) -> Steps[list[CodebookInfo]]:
         """Request the list of what is served."""
-        sender = UnarySender(self.connection, wake)
-        exchange = self._exchange(self.deadline(options), Window(1), sender)
+        exchange = Exchange(
+            self.connection,
+            policy=self._policy,
+            deadline=self.deadline(options),
+            window=Window(1),
+            sender=UnarySender(self.connection, wake),
+        )
         return list((yield from self._list(exchange)))
 
     def convert_one(self, operation: Operation, array: object, options: CallOptions, wake: Wake) -> Steps[Any]:
@@ -90,7 +95,7 @@ class Core:
     ) -> Steps[list[Any]]:
         """Encode or decode arrays that join, as one."""
         source = inputs[0] if len(inputs) == 1 else joined(inputs)
-        exchange = self._exchange(deadline, window, sender)
+        exchange = Exchange(self.connection, policy=self._policy, deadline=deadline, window=window, sender=sender)
         while True:
             info = pin.info or pin.choose_remembered(self._catalogue)
             if info is None:
@@ -108,9 +113,6 @@ class Core:
                 pin.reconsider(info, error)
             else:
                 return call.results(inputs)
-
-    def _exchange(self, deadline: Deadline, window: Window, sender: Sender) -> Exchange:
-        return Exchange(self.connection, policy=self._policy, deadline=deadline, window=window, sender=sender)
 
     def _list(self, exchange: Exchange) -> Steps[tuple[CodebookInfo, ...]]:
         request = ListRequest(self.config.target)

@@ -164,7 +164,8 @@ class Exchange:
                 wait_s: float | None = None
                 progress = False
                 for request in list(running):
-                    if self._take_reply(request, codebook):
+                    future = request.future
+                    if future is not None and future.done() and self._take_reply(request, future, codebook):
                         running.remove(request)
                         self._window.release()
                         progress = True
@@ -183,11 +184,8 @@ class Exchange:
                         if request.future is not None:
                             request.future.cancel()
 
-    def _take_reply(self, request: Request, codebook: str | None) -> bool:
-        """Return whether the reply has come; after a failure, set the time of the next attempt or raise."""
-        future = request.future
-        if future is None or not future.done():
-            return False
+    def _take_reply(self, request: Request, future: ReplyFuture, codebook: str | None) -> bool:
+        """Return whether a future that is done has a reply; else set the time of the next attempt or raise."""
         request.future = None
         if future.code() is not grpc.StatusCode.OK:
             self._back_off(request, future, codebook)

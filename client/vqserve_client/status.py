@@ -1,4 +1,4 @@
-"""The one table from what gRPC reports to this package's errors."""
+"""The one table from gRPC's statuses to the errors of vqserve."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ ERROR_OF_CODE: Mapping[grpc.StatusCode, type[VqserveError]] = MappingProxyType(
 
 _LONGEST_TEXT = 2000
 
-# How gRPC's own texts begin where there is no connection. They differ from release to release; one that is not known
-# here is quoted as it is, like a server's.
+# The beginnings of gRPC's own texts for a missing connection. They differ between releases; any other text is shown
+# unchanged, like a server's.
 _NO_CONNECTION = re.compile(r"failed to connect to all addresses|errors resolving|DNS resolution failed")
 _LOST_CONNECTION = re.compile(r"Stream removed|Socket closed|recvmsg:|sendmsg:|GOAWAY received|ping timeout")
 
-# What is safe and useful to send again: nothing was computed, or computing it again gives the same answer.
-# A server that stops cancels the calls that reach it before their callers have heard so; our own cancels do not come
-# here.
+# Requests that failed like this are sent again: nothing was computed, or the same result would be computed again.
+# CANCELLED is among them because a server that stops cancels the calls that still reach it; the client's own cancels
+# are never retried.
 RETRIED: tuple[type[VqserveError], ...] = (Overloaded, Unavailable, Cancelled)
 
 
@@ -112,7 +112,7 @@ class Failure:
     def error_class(self) -> type[VqserveError]:
         """Return the class of error that this failure is.
 
-        gRPC itself reports a message over the limit with the code of a full queue; only its text tells them apart.
+        gRPC itself reports a message over the limit with the code of a full queue; only its text distinguishes them.
         """
         if self.code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in self.details:
             return MessageTooLarge

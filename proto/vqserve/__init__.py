@@ -76,9 +76,15 @@ __all__ = [
 ]
 
 
+# The errors, and these two, need nothing of the client.
+_HOMES = {"CodebookInfo": "vqserve.codebook_info", "Layout": "vqserve.layout"}
+_CLIENT = {"AsyncClient", "Client", "VqserveClientError"}
+
+
 def __getattr__(name: str) -> object:
     if name in __all__:
-        value: object = getattr(import_module("vqserve_client"), name)
+        home = "vqserve_client" if name in _CLIENT else _HOMES.get(name, "vqserve.errors")
+        value: object = getattr(import_module(home), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

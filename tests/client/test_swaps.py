@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vqserve_client import CodebookNotFound, DigestChanged, DigestMismatch
-from vqserve_client.calls import DecodeCall, EncodeCall
+from vqserve_client.calls import ArrayRequest, EncodeCall
 from vqserve_client.cli import main
 
 pytestmark = pytest.mark.usefixtures("apart")
@@ -48,17 +48,16 @@ def after_answers(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[]
 
     def make(count: int, act: Callable[[], object]) -> None:
         answers = 0
-        for kind in (EncodeCall, DecodeCall):
-            plain = kind.accept
+        plain = ArrayRequest.accept
 
-            def accept(self: Any, cut: Any, reply: bytes, plain: Any = plain) -> None:
-                nonlocal answers
-                plain(self, cut, reply)
-                answers += 1
-                if answers == count:
-                    act()
+        def accept(self: ArrayRequest, reply: bytes) -> None:
+            nonlocal answers
+            plain(self, reply)
+            answers += 1
+            if answers == count:
+                act()
 
-            monkeypatch.setattr(kind, "accept", accept)
+        monkeypatch.setattr(ArrayRequest, "accept", accept)
 
     return make
 

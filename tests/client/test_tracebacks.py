@@ -69,4 +69,4 @@ def test_a_program_ends_with_a_short_traceback(tiny):
     )
     assert ended.returncode == 1
     assert ended.stderr.count('File "') <= 4
-    assert ended.stderr.splitlines()[-1].startswith("vqserve_client.errors.InvalidArgument: latents of shape (2, 5)")
+    assert ended.stderr.splitlines()[-1].startswith("vqserve.errors.InvalidShape: latents of shape (2, 5)")

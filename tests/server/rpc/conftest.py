@@ -13,14 +13,19 @@ from vqserve import payload
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1 import tokenizer_pb2_grpc
 
-_LARGE = [("grpc.max_receive_message_length", 1 << 30), ("grpc.max_send_message_length", 1 << 30)]
+_OPTIONS = [
+    ("grpc.max_receive_message_length", 1 << 30),
+    ("grpc.max_send_message_length", 1 << 30),
+    # With the probe, gRPC sometimes takes a whole large reply for a caller who does not read it.
+    ("grpc.http2.bdp_probe", 0),
+]
 
 
 class RawClient:
     """Arrays to messages and back, without any of the SDK's care."""
 
     def __init__(self, target: str) -> None:
-        self.channel = grpc.insecure_channel(target, options=_LARGE)
+        self.channel = grpc.insecure_channel(target, options=_OPTIONS)
         self.stub = tokenizer_pb2_grpc.TokenizerServiceStub(self.channel)
 
     @staticmethod

@@ -112,7 +112,10 @@ def test_a_layout_is_the_codebook_s_unless_it_is_given(make_quantizer, saved, tm
     bad = np.zeros((2, 3, 7), np.float32)
     bad[1, 2, 3] = np.nan
     np.save(latents, bad)
-    assert run(capsys, *asked)[::2] == (1, f"vqserved: error: {latents}: latents[1, 2, 3] is nan\n")
+    assert run(capsys, *asked)[::2] == (
+        1,
+        f"vqserved: error: {latents}: latents[1, 2, 3] is nan: no code stands for it, find out where it comes from\n",
+    )
     status, _, err = run(capsys, *asked[:2], "--layout", "channels_last")
     assert status == 1
     assert err == "vqserved: error: --layout says where the channels of LATENTS are: give --latents too\n"
