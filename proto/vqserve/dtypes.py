@@ -121,7 +121,9 @@ def of_torch(dtype: object) -> DType | None:
 
 def of_latents(storage: np.dtype[Any]) -> DType:
     """Return the type of latents by how they are stored, in any byte order."""
-    return _LATENTS_BY_STORAGE[storage.newbyteorder("<")]
+    # Every request asks several times, and nearly always in this machine's byte order.
+    dtype = _LATENTS_BY_STORAGE.get(storage)
+    return _LATENTS_BY_STORAGE[storage.newbyteorder("<")] if dtype is None else dtype
 
 
 def latent_dtype_name(dtype: object) -> str:
