@@ -103,9 +103,12 @@ BFLOAT16 = LATENTS[2]
 BY_NAME = {dtype.name: dtype for dtype in DTYPES}
 BY_NUMBER = {dtype.number: dtype for dtype in DTYPES}
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES}
-# The types that numpy has, and what an array of latents holds: there, uint16 is bfloat16.
+# Latents by the type of their array, in any byte order: there, uint16 is bfloat16.
+LATENTS_BY_STORAGE = {
+    storage: dtype for dtype in LATENTS for storage in (dtype.storage, dtype.storage.newbyteorder(">"))
+}
+# The types that numpy has.
 _BY_NUMPY = {dtype.storage: dtype for dtype in DTYPES if dtype.coding is None}
-_LATENTS_BY_STORAGE = {dtype.storage: dtype for dtype in LATENTS}
 _UNSIGNED = tuple(dtype.storage for dtype in INDICES if dtype.storage.kind == "u")
 
 
@@ -117,13 +120,6 @@ def of_numpy(dtype: np.dtype[Any]) -> DType | None:
 def of_torch(dtype: object) -> DType | None:
     """Return the type of a torch type; None: it is not in the table."""
     return BY_NAME.get(str(dtype).removeprefix("torch."))
-
-
-def of_latents(storage: np.dtype[Any]) -> DType:
-    """Return the type of latents by how they are stored, in any byte order."""
-    # Every request asks several times, and nearly always in this machine's byte order.
-    dtype = _LATENTS_BY_STORAGE.get(storage)
-    return _LATENTS_BY_STORAGE[storage.newbyteorder("<")] if dtype is None else dtype
 
 
 def latent_dtype_name(dtype: object) -> str:

@@ -24,7 +24,7 @@ def first_non_finite(array: npt.NDArray[Any]) -> tuple[int, ...] | None:
     """
     if array.size == 0:
         return None
-    exponent = dtypes.of_latents(array.dtype).exponent
+    exponent = dtypes.LATENTS_BY_STORAGE[array.dtype].exponent
     if exponent and array.dtype.isnative:
         # numpy computes on float16 by converting each element: its exponent bits say as much, ten times faster.
         bits = array.view(f"u{array.itemsize}")
@@ -52,7 +52,7 @@ def check_finite(array: npt.NDArray[Any]) -> None:
     """
     position = first_non_finite(array)
     if position is not None:
-        value = float(dtypes.of_latents(array.dtype).widen(array[position]))
+        value = float(dtypes.LATENTS_BY_STORAGE[array.dtype].widen(array[position]))
         raise not_finite(position, value)
 
 

@@ -77,7 +77,7 @@ def read_rows(latents: Array, layout: Layout, start: int, stop: int, into: Array
         stop: the token after the last.
         into: (stop - start, C), C order, float32 or float64; every value fits.
     """
-    coding = dtypes.of_latents(latents.dtype).coding
+    coding = dtypes.LATENTS_BY_STORAGE[latents.dtype].coding
     for view, rows in _pieces(latents, layout, start, stop):
         target = into[rows].reshape(view.shape)
         if coding is not None:
@@ -98,7 +98,7 @@ def write_rows(rows: Array, latents: Array, layout: Layout, start: int) -> None:
         layout: which of the two.
         start: the first token, in C order of the grid.
     """
-    coding = dtypes.of_latents(latents.dtype).coding
+    coding = dtypes.LATENTS_BY_STORAGE[latents.dtype].coding
     if coding is not None and rows.dtype != latents.dtype:
         rows = coding.round_bits(_to_odd(rows))
     with np.errstate(under="ignore"):
@@ -112,7 +112,7 @@ def first_overflow(rows: Array, dtype: np.dtype[Any]) -> int | None:
         rows: (n, C), float32 or float64, finite; or of `dtype`, and then there is none.
         dtype: a type's `storage` (vqserve.dtypes).
     """
-    limit = dtypes.of_latents(dtype).overflow
+    limit = dtypes.LATENTS_BY_STORAGE[dtype].overflow
     if math.isinf(limit) or dtype == rows.dtype or not rows.size:
         return None
     if rows.max() < limit and rows.min() > -limit:
