@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 PROTO  := vqserve/v1/tokenizer.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-busy test-search test-grpcio soak coverage bench bench-behaviour bench-search check format proto lock image docs docs-serve clean
+.PHONY: help setup demo serve test test-fast test-busy test-search test-grpcio test-old soak coverage bench bench-behaviour bench-search check format proto lock image docs docs-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -59,6 +59,10 @@ GRPCIO_NEWEST := 1.85.3
 test-grpcio: .venv-grpcio-oldest/.installed .venv-grpcio-newest/.installed  ## rpc and client tests on the oldest and newest grpcio
 	.venv-grpcio-oldest/bin/python -m pytest tests/server/rpc tests/client
 	.venv-grpcio-newest/bin/python -m pytest tests/server/rpc tests/client
+
+OLD ?= HEAD~1
+test-old: $(VENV)/.installed  ## clients, servers and pickles of the commit OLD with these
+	$(BIN)/python scripts/old_release.py $(OLD)
 
 SOAK_SECONDS ?= 600
 soak: $(VENV)/.installed  ## swap codebooks under load for SOAK_SECONDS, one a second

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from vqserve.errors import InvalidOption
 
-LatentDTypeName: TypeAlias = Literal["float32", "float16", "float64", "bfloat16"]
+LatentDTypeName: TypeAlias = Literal["float32", "float16", "bfloat16", "float64"]
 
 
 class BFloat16:

@@ -125,7 +125,7 @@ def test_a_dtype_may_be_numpy_s_or_torch_s(book, dtype, name):
     ids=str,
 )
 def test_other_dtypes_are_refused_by_name(book, dtype):
-    names = "'float32', 'float16', 'float64', 'bfloat16'"
+    names = "'float32', 'float16', 'bfloat16', 'float64'"
     with pytest.raises(ValueError, match=f"dtype must be one of {names} or numpy's or torch's type of that name, not"):
         book.decode(np.arange(3), dtype=dtype)
 
