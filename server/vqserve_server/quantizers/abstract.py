@@ -12,15 +12,21 @@ from torch import Tensor
 from vqserve.errors import rows_placed
 from vqserve.validation import check_indices_rank
 from vqserve_server.errors import CodebookError
-from vqserve_server.quantizers.checks import check_finite, check_size
-from vqserve_server.quantizers.dtypes import autocast_off, widen
-from vqserve_server.quantizers.inference.lookup import FrozenLookup
+from vqserve_server.quantizers.inference.lookup import FrozenLookup, Table
 from vqserve_server.quantizers.objective import SearchProblem
 from vqserve_server.quantizers.projections import moved, project
 from vqserve_server.quantizers.quantizer import Quantizer
 from vqserve_server.quantizers.remap import Remap, RemappedModule, UnknownIndex
-from vqserve_server.quantizers.rows import from_rows, grid_of, grid_of_entries, to_rows
-from vqserve_server.quantizers.table import Table
+from vqserve_server.quantizers.tensors import (
+    autocast_off,
+    check_finite,
+    check_size,
+    from_rows,
+    grid_of,
+    grid_of_entries,
+    to_rows,
+    widen,
+)
 
 
 class AbstractQuantizer(RemappedModule, Quantizer):

@@ -20,6 +20,7 @@ _MOVED = {
     "remapped": "remap",
     "residual_structure": "inference.residual",
     "search_problem": "objective",
+    "table": "inference.lookup",
     "weight_norm": "vector",
 }
 

@@ -9,7 +9,7 @@ import torch
 
 from vqserve_server.errors import CodebookError, InvalidOption
 from vqserve_server.quantizers import FrozenQuantizer, freeze
-from vqserve_server.quantizers.rows import to_rows
+from vqserve_server.quantizers.tensors import to_rows
 
 CASES = [
     {},

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from vqserve_server.quantizers.dtypes import autocast_off
+from vqserve_server.quantizers.tensors import autocast_off
 from vqserve_server.search import SearchCounts
 
 if TYPE_CHECKING:

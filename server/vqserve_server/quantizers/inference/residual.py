@@ -12,12 +12,11 @@ from torch import Tensor
 
 from vqserve.validation import check_output
 from vqserve_server.errors import CodebookError, InvalidOption, TokenBeyondRange
-from vqserve_server.quantizers.checks import check_size
-from vqserve_server.quantizers.dtypes import autocast_off, widen, widened
 from vqserve_server.quantizers.inference.base import FrozenQuantizer, Output
 from vqserve_server.quantizers.inference.lookup import FrozenLookup
 from vqserve_server.quantizers.projections import Projection, largest_projected, project
 from vqserve_server.quantizers.quantizer import Metric
+from vqserve_server.quantizers.tensors import autocast_off, check_size, widen, widened
 from vqserve_server.search import SearchCounts
 from vqserve_server.search.rounding import affine
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vqserve.validation import check_output
 from vqserve_server.errors import CodebookError, InvalidOption
-from vqserve_server.quantizers.dtypes import autocast_off
 from vqserve_server.quantizers.inference.base import FrozenQuantizer, Output, some
 from vqserve_server.quantizers.projections import Projection, largest_projected, moved, project
+from vqserve_server.quantizers.tensors import autocast_off
 from vqserve_server.search import SearchCounts, available
 from vqserve_server.search.rounding import affine
 
