@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from vqserve.validation import check_output
 from vqserve_server.errors import CodebookError
 from vqserve_server.quantizers.inference.base import FrozenQuantizer, Output, some
 from vqserve_server.quantizers.objective import SearchProblem
-from vqserve_server.quantizers.projections import project
+from vqserve_server.quantizers.projections import Projection, project
 from vqserve_server.quantizers.tensors import autocast_off, is_finite, narrow
-from vqserve_server.search import SearchCounts, Searcher
+from vqserve_server.search import CountingSearcher, SearchCounts, Searcher
 
 
 class Table:
@@ -69,15 +69,31 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class FrozenLookup(FrozenQuantizer):
-    """One codebook: a searcher, and the rows that its indices stand for."""
+class CodeSearch:
+    """The half of a codebook that encodes rows."""
 
     _searcher: Searcher
-    # What the searcher was made from, and holds as well: it cannot be pickled, so it is made anew.
-    _problem: SearchProblem
-    _projection: tuple[Tensor, Tensor] | None
+    # Of the rows, before the search.
+    _projection: Projection | None
     # (K,) what is reported for a full id; None: the winner's index itself.
     _reported: Tensor | None
+
+    @torch.no_grad()
+    def encode_rows(self, rows: Tensor, *, num_quantizers: int | None = None) -> Tensor:
+        """Return the index (n,) of every row's code; see `FrozenQuantizer.encode_rows`."""
+        with autocast_off(rows.device):
+            if self._projection is not None:
+                rows = project(rows, self._projection)
+            winners = self._searcher.search(rows)
+        return winners if self._reported is None else self._reported[winners]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FrozenLookup(CodeSearch, FrozenQuantizer):
+    """One codebook: a search, and the rows that its indices stand for."""
+
+    # What the searcher was made from, and holds as well: it cannot be pickled, so it is made anew.
+    _problem: SearchProblem
     # (decodable, D) and (decodable, output_dim); one table where there is no output projection.
     _code_rows: Table
     _latents: Table
@@ -93,20 +109,9 @@ class FrozenLookup(FrozenQuantizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _searcher=state["_problem"].prepare(state["_searcher"]))
 
-    @torch.no_grad()
-    def encode_rows(
-        self,
-        rows: Tensor,
-        *,
-        num_quantizers: int | None = None,
-        counts: Sequence[SearchCounts] | None = None,
-    ) -> Tensor:
-        """Return the index (n,) of every row's code; see `FrozenQuantizer.encode_rows`."""
-        with autocast_off(self.device):
-            if self._projection is not None:
-                rows = project(rows, self._projection)
-            winners = self._searcher.search(rows, None if counts is None else counts[0])
-        return winners if self._reported is None else self._reported[winners]
+    def counting(self, counts: Sequence[SearchCounts]) -> FrozenLookup:
+        """Return a copy whose search adds to the only counter; see `FrozenQuantizer.counting`."""
+        return replace(self, _searcher=CountingSearcher(self._searcher, counts[0]))
 
     @torch.no_grad()
     def decode_rows(self, indices: Tensor, *, output: Output = "latents", dtype: torch.dtype | None = None) -> Tensor:
