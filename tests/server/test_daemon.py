@@ -152,7 +152,7 @@ def test_lines_of_the_log_name_other_packages_only(capsys: pytest.CaptureFixture
     before = root.handlers[:], root.level
     try:
         console.set_up("info", worker=1)
-        logging.getLogger("vqserve_server.repository.load").info(console.event("codebook", of=1.5, name="a \x1b[2J=b"))
+        logging.getLogger("vqserve_server.repository").info(console.event("codebook", of=1.5, name="a \x1b[2J=b"))
         logging.getLogger("asyncio").warning("slow")
     finally:
         root.handlers, root.level = before

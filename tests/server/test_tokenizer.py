@@ -31,7 +31,7 @@ from vqserve_server.quantizers import (
     VectorQuantizer,
     VectorQuantizerWithInputProjection,
 )
-from vqserve_server.quantizers.table import narrow
+from vqserve_server.quantizers.tensors import narrow
 from vqserve_server.search import available
 from vqserve_server.tokenizer import Tokenizer
 

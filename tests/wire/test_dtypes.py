@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from vqserve.dtypes import BFLOAT16, DTYPES, LATENT_NAMES, LATENTS, LatentDTypeName, of_torch, to_numpy, to_torch
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_server.quantizers.table import narrow
+from vqserve_server.quantizers.tensors import narrow
 
 EVERY = np.arange(1 << 16, dtype=np.uint16)
 

@@ -1,7 +1,9 @@
-"""A codebook as plain data: what a file holds and what a quantizer is made from, checked against itself."""
+"""A codebook as plain data: what a file holds and what a quantizer is made from, checked against itself; its digest."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -11,7 +13,6 @@ import numpy.typing as npt
 import torch
 
 from vqserve.dtypes import BY_SAFETENSORS, LATENTS
-from vqserve_server.codebooks.digest import digest
 from vqserve_server.codebooks.kinds import KINDS, kind_of
 from vqserve_server.codebooks.safetensors_file import dtype_name
 from vqserve_server.errors import CodebookError, InvalidOption
@@ -26,6 +27,7 @@ WEIGHT = "embedding.weight"
 NORM = "embedding.parametrizations.weight.original0"
 DIRECTION = "embedding.parametrizations.weight.original1"
 USED = "used"
+_DIGEST_TAG = b"vqserve codebook digest 1"
 # Older releases of torch have other names for this pair.
 LEGACY_NAMES: Mapping[str, str] = {"embedding.weight_g": NORM, "embedding.weight_v": DIRECTION}
 
@@ -221,3 +223,42 @@ def _check_values(tensors: Mapping[str, npt.NDArray[Any]], num_codes: int) -> No
         if outside.any():
             first = int(outside.argmax())
             raise StateError(f"{USED}[{first}] is {int(used[first])}, not in [0, {num_codes})")
+
+
+def canonical_json(value: object) -> str:
+    """Return JSON with sorted keys, no spaces and ASCII only: one text for one value.
+
+    Raises:
+        ValueError: the value holds NaN or infinity, which JSON has not.
+        TypeError: the value holds what JSON has not.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def digest(kind: str, arguments: Mapping[str, object], tensors: Mapping[str, npt.NDArray[Any]]) -> str:
+    """Return the lower-case hexadecimal SHA-256 of a codebook's canonical form.
+
+    Every field carries its length, so that two different codebooks cannot have one form.
+
+    Args:
+        kind: "vq", "ema" and so on.
+        arguments: those that encode and decode depend on, and no others.
+        tensors: those that encode and decode read, and no others, under their canonical names.
+    """
+    sha = hashlib.sha256()
+
+    def feed(field: bytes | memoryview) -> None:
+        sha.update(len(field).to_bytes(8, "little"))
+        sha.update(field)
+
+    feed(_DIGEST_TAG)
+    feed(kind.encode())
+    feed(canonical_json(dict(arguments)).encode())
+    for name in sorted(tensors):
+        array = tensors[name]
+        little_endian = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        feed(name.encode())
+        feed(dtype_name(array.dtype).encode())
+        feed(canonical_json(list(array.shape)).encode())
+        feed(little_endian.reshape(-1).view(np.uint8).data)
+    return sha.hexdigest()

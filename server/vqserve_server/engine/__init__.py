@@ -6,9 +6,8 @@ requests, a device thread, and `Job.resolve`.
 
 from vqserve_server.engine.admission import Admission
 from vqserve_server.engine.batch import BatchFailed
-from vqserve_server.engine.engine import Engine
+from vqserve_server.engine.engine import Engine, LiveSet
 from vqserve_server.engine.job import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, Output, RequestTiming
-from vqserve_server.engine.live_set import LiveSet
 
 __all__ = [
     "Admission",

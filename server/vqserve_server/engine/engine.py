@@ -1,14 +1,17 @@
-"""The engine put together: admission, scheduler, device threads."""
+"""The engine put together: admission, scheduler, device threads, and the codebooks that are being served."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from vqserve.codebook_info import VERSION_MARK, CodebookInfo
+from vqserve.validation import check_digest, no_codebook
+from vqserve_server.codebook_files import latest, version_order
 from vqserve_server.config import EngineConfig
 from vqserve_server.device import wait_for_stream
 from vqserve_server.engine.admission import Admission, EngineStats
-from vqserve_server.engine.live_set import LiveSet
 from vqserve_server.engine.scheduler import Scheduler
 from vqserve_server.engine.worker import Worker
 from vqserve_server.errors import DeviceBroken, Draining
@@ -18,6 +21,43 @@ if TYPE_CHECKING:
 
 # A GPU is idle while a thread copies rows and replies; on a CPU the same cores do both.
 _CUDA_THREADS = 2
+
+
+class LiveSet:
+    """Tokenizers by name. Read by any thread; never changed once made.
+
+    Of those named "book@1", "book@2" and so on the one with the greatest number is "book" as well.
+    """
+
+    def __init__(self, tokenizers: Iterable[Tokenizer]) -> None:
+        self._by_name = {tokenizer.info.name: tokenizer for tokenizer in tokenizers}
+        self._by_name |= {base: self._by_name[name] for base, name in latest(self._by_name).items()}
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def infos(self) -> list[CodebookInfo]:
+        """Return the codebook of each name, in name order, versions as numbers."""
+        return [replace(self._by_name[name].info, name=name) for name in self._names()]
+
+    def resolve(self, name: str, expected_digest: str = "") -> Tokenizer:
+        """Return the tokenizer of that name; for no name the only one, of several versions the latest.
+
+        Raises:
+            CodebookNotFound: there is none of that name, or no name was given and there is not just one.
+            DigestMismatch: it has another digest than the caller expects ("": any will do).
+        """
+        bases = [base for base in self._by_name if VERSION_MARK not in base]
+        asked = name or (bases[0] if len(bases) == 1 else "")
+        tokenizer = self._by_name.get(asked)
+        if tokenizer is None:
+            raise no_codebook(name, self._names(), num_codebooks=len(bases))
+        if expected_digest:
+            check_digest(expected_digest, info=tokenizer.info)
+        return tokenizer
+
+    def _names(self) -> list[str]:
+        return sorted(self._by_name, key=version_order)
 
 
 class Engine:

@@ -5,12 +5,12 @@ in `vqserve_server.codebooks.kinds`. `AbstractQuantizer` has what all kinds with
 forms that serve.
 """
 
+from vqserve_server.quantizers import pickle_names
 from vqserve_server.quantizers.abstract import AbstractQuantizer
 from vqserve_server.quantizers.ema import EMAVectorQuantizer, EmbeddingEMA
 from vqserve_server.quantizers.gumbel import GumbelQuantizer
 from vqserve_server.quantizers.inference.base import FrozenQuantizer, freeze
 from vqserve_server.quantizers.lookup import CosineQuantizer, DotQuantizer
-from vqserve_server.quantizers.moved import keep_earlier_names
 from vqserve_server.quantizers.perplexity import measure_perplexity
 from vqserve_server.quantizers.projected import VectorQuantizerWithInputProjection
 from vqserve_server.quantizers.quantizer import Quantizer
@@ -37,4 +37,4 @@ __all__ = [
     "measure_perplexity",
 ]
 
-keep_earlier_names()
+pickle_names.register_earlier_names()

@@ -12,15 +12,21 @@ from torch import Tensor
 from vqserve.errors import rows_placed
 from vqserve.validation import check_indices_rank
 from vqserve_server.errors import CodebookError
-from vqserve_server.quantizers.checks import check_finite, check_size
-from vqserve_server.quantizers.dtypes import autocast_off, widen
-from vqserve_server.quantizers.inference.lookup import FrozenLookup
+from vqserve_server.quantizers.inference.lookup import CodeSearch, FrozenLookup, Table
 from vqserve_server.quantizers.objective import SearchProblem
-from vqserve_server.quantizers.projections import moved, project
+from vqserve_server.quantizers.projections import moved
 from vqserve_server.quantizers.quantizer import Quantizer
 from vqserve_server.quantizers.remap import Remap, RemappedModule, UnknownIndex
-from vqserve_server.quantizers.rows import from_rows, grid_of, grid_of_entries, to_rows
-from vqserve_server.quantizers.table import Table
+from vqserve_server.quantizers.tensors import (
+    autocast_off,
+    check_finite,
+    check_size,
+    from_rows,
+    grid_of,
+    grid_of_entries,
+    to_rows,
+    widen,
+)
 
 
 class AbstractQuantizer(RemappedModule, Quantizer):
@@ -142,14 +148,10 @@ class AbstractQuantizer(RemappedModule, Quantizer):
         grid = grid_of(z, self.input_dim, self.layout)
         check_finite(z)
         rows = widen(to_rows(z, self.layout))
-        with autocast_off(z.device):
-            if rows.shape[0] == 0:
-                return rows.new_empty(grid, dtype=torch.int64)
-            problem = self.search_problem()
-            with rows_placed(grid):
-                projected = project(rows, self.input_projection())
-            winners = problem.prepare().search(projected)
-            return (self.reported(winners) if problem.reports_full_ids else winners).reshape(grid)
+        if rows.shape[0] == 0:
+            return rows.new_empty(grid, dtype=torch.int64)
+        with rows_placed(grid), autocast_off(z.device):
+            return self._code_search(self.search_problem()).encode_rows(rows).reshape(grid)
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
@@ -206,18 +208,23 @@ class AbstractQuantizer(RemappedModule, Quantizer):
             first = int(torch.nonzero(~finite)[0])
             raise CodebookError(f"the output projection takes index {first} beyond float32's range")
         problem = self.search_problem().to(device)
-        reported = None
-        if problem.reports_full_ids and self.used is not None:
-            reported = self.reported(torch.arange(self.num_codes)).to(device)
         served_rows = Table(code_rows.to(device))
         return FrozenLookup(
             **self.sizes(device),
-            _searcher=problem.prepare(search),
+            **vars(self._code_search(problem, search)),
             _problem=problem,
-            _projection=moved(self.input_projection(), device),
-            _reported=reported,
             _code_rows=served_rows,
             _latents=served_rows if latents is code_rows else Table(latents.to(device)),
+        )
+
+    def _code_search(self, problem: SearchProblem, search: str = "auto") -> CodeSearch:
+        device, reported = problem.codes.device, None
+        if problem.reports_full_ids and self.used is not None:
+            reported = self.reported(torch.arange(self.num_codes, device=self.used.device)).to(device)
+        return CodeSearch(
+            _searcher=problem.prepare(search),
+            _projection=moved(self.input_projection(), device),
+            _reported=reported,
         )
 
     def _straight_through(self, z: Tensor, z_q: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,11 +11,10 @@ from torch.nn import functional
 
 from vqserve_server.quantizers.abstract import AbstractQuantizer
 from vqserve_server.quantizers.arguments import CODE_DIM, CODES, LAYOUT, LOSS_KEY, UNKNOWN_INDEX, Argument, number
-from vqserve_server.quantizers.dtypes import autocast_off, widened
 from vqserve_server.quantizers.perplexity import count_codes, perplexity_of_counts
 from vqserve_server.quantizers.quantizer import Metric
 from vqserve_server.quantizers.remap import Remap, UnknownIndex
-from vqserve_server.quantizers.rows import check_not_empty, from_rows, grid_of, to_rows
+from vqserve_server.quantizers.tensors import autocast_off, check_not_empty, from_rows, grid_of, to_rows, widened
 
 
 class EmbeddingEMA(nn.Module):

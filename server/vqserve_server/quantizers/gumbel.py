@@ -24,11 +24,20 @@ from vqserve_server.quantizers.arguments import (
     flag,
     number,
 )
-from vqserve_server.quantizers.dtypes import apply_layer, autocast_off, widen, widened
 from vqserve_server.quantizers.objective import SearchProblem
 from vqserve_server.quantizers.quantizer import Quantizer
 from vqserve_server.quantizers.remap import Remap, UnknownIndex
-from vqserve_server.quantizers.rows import check_not_empty, from_rows, grid_of, layout_of, to_rows
+from vqserve_server.quantizers.tensors import (
+    apply_layer,
+    autocast_off,
+    check_not_empty,
+    from_rows,
+    grid_of,
+    layout_of,
+    to_rows,
+    widen,
+    widened,
+)
 from vqserve_server.search import Objective
 
 

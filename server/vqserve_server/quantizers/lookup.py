@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from vqserve_server.quantizers.abstract import AbstractQuantizer
 from vqserve_server.quantizers.arguments import CODE_DIM, CODES, FLAG, LAYOUT, PROJECTIONS, UNKNOWN_INDEX, Argument
-from vqserve_server.quantizers.dtypes import widen
 from vqserve_server.quantizers.objective import SearchProblem
 from vqserve_server.quantizers.projections import ProjectedModule, projection
 from vqserve_server.quantizers.quantizer import CodeSpace, Metric
 from vqserve_server.quantizers.remap import Remap, UnknownIndex
+from vqserve_server.quantizers.tensors import widen
 from vqserve_server.search import Objective
 from vqserve_server.search.rounding import normalise
 

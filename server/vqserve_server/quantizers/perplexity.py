@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vqserve_server.errors import InvalidShape
-from vqserve_server.quantizers.checks import check_integers, check_size, checked_indices
+from vqserve_server.quantizers.tensors import check_integers, check_size, checked_indices
 
 
 @torch.no_grad()

@@ -11,10 +11,17 @@ from torch import Tensor, nn
 
 from vqserve_server.errors import CodebookError
 from vqserve_server.quantizers.arguments import CODE_DIM, CODES, INPUT_DIM, OUTPUT_PROJECTION, Argument, number
-from vqserve_server.quantizers.checks import check_size
-from vqserve_server.quantizers.dtypes import apply_layer, autocast_off, widen
 from vqserve_server.quantizers.projections import ProjectedModule, projection
-from vqserve_server.quantizers.rows import check_not_empty, from_rows, grid_of, to_rows
+from vqserve_server.quantizers.tensors import (
+    apply_layer,
+    autocast_off,
+    check_not_empty,
+    check_size,
+    from_rows,
+    grid_of,
+    to_rows,
+    widen,
+)
 from vqserve_server.quantizers.vector import VECTOR_ARGUMENTS, VectorQuantizer
 from vqserve_server.search.rounding import affine
 

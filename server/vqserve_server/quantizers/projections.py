@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vqserve_server.errors import CodebookError, TokenBeyondRange
-from vqserve_server.quantizers.checks import check_size
-from vqserve_server.quantizers.dtypes import widen
+from vqserve_server.quantizers.tensors import check_size, widen
 from vqserve_server.search.rounding import affine
 
 Projection: TypeAlias = tuple[Tensor, Tensor]

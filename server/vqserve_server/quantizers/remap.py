@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vqserve_server.errors import IndexOutOfRange, InvalidDtype, InvalidOption, InvalidRequest, InvalidShape
-from vqserve_server.quantizers.checks import check_integers, check_size, checked_indices
+from vqserve_server.quantizers.tensors import check_integers, check_size, checked_indices
 
 Remap: TypeAlias = str | os.PathLike[str] | npt.ArrayLike | Tensor
 UnknownIndex: TypeAlias = str | int

@@ -25,8 +25,6 @@ from vqserve_server.quantizers.arguments import (
     integer,
     served,
 )
-from vqserve_server.quantizers.checks import check_finite, checked_indices
-from vqserve_server.quantizers.dtypes import widen
 from vqserve_server.quantizers.inference.base import freeze
 from vqserve_server.quantizers.inference.residual import (
     MAX_QUANTIZERS,
@@ -41,7 +39,15 @@ from vqserve_server.quantizers.lookup import CosineQuantizer, DotQuantizer
 from vqserve_server.quantizers.projected import VectorQuantizerWithInputProjection
 from vqserve_server.quantizers.projections import ProjectedModule, moved, projection
 from vqserve_server.quantizers.quantizer import Metric, Quantizer
-from vqserve_server.quantizers.rows import from_rows, grid_of, layout_of, to_rows
+from vqserve_server.quantizers.tensors import (
+    check_finite,
+    checked_indices,
+    from_rows,
+    grid_of,
+    layout_of,
+    to_rows,
+    widen,
+)
 from vqserve_server.quantizers.vector import VectorQuantizer
 
 

@@ -27,14 +27,21 @@ from vqserve_server.quantizers.arguments import (
     integer,
     served,
 )
-from vqserve_server.quantizers.checks import check_finite, check_size, checked_indices
-from vqserve_server.quantizers.dtypes import widen
 from vqserve_server.quantizers.fsq_boundaries import EPS, Bound, boundaries
 from vqserve_server.quantizers.inference.base import freeze
 from vqserve_server.quantizers.inference.scalar import Channel, FrozenScalar
 from vqserve_server.quantizers.projections import ProjectedModule, projection
 from vqserve_server.quantizers.quantizer import CodeSpace, Quantizer
-from vqserve_server.quantizers.rows import from_rows, grid_of, grid_of_entries, to_rows
+from vqserve_server.quantizers.tensors import (
+    check_finite,
+    check_size,
+    checked_indices,
+    from_rows,
+    grid_of,
+    grid_of_entries,
+    to_rows,
+    widen,
+)
 from vqserve_server.search.rounding import round_inverse_root
 
 

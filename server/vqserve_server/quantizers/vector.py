@@ -20,11 +20,10 @@ from vqserve_server.quantizers.arguments import (
     flag,
     number,
 )
-from vqserve_server.quantizers.dtypes import autocast_off, widen, widened
 from vqserve_server.quantizers.perplexity import count_codes, perplexity_of_counts
 from vqserve_server.quantizers.quantizer import Metric
 from vqserve_server.quantizers.remap import Remap, UnknownIndex
-from vqserve_server.quantizers.rows import check_not_empty, from_rows, grid_of, to_rows
+from vqserve_server.quantizers.tensors import autocast_off, check_not_empty, from_rows, grid_of, to_rows, widen, widened
 from vqserve_server.search import rounding
 
 _V = TypeVar("_V")

@@ -5,6 +5,6 @@ the code that wins in exact arithmetic on the given numbers, the lowest index am
 """
 
 from vqserve_server.search.backends import available, prepare
-from vqserve_server.search.searcher import Objective, SearchCounts, Searcher
+from vqserve_server.search.searcher import CountingSearcher, Objective, SearchCounts, Searcher
 
-__all__ = ["Objective", "SearchCounts", "Searcher", "available", "prepare"]
+__all__ = ["CountingSearcher", "Objective", "SearchCounts", "Searcher", "available", "prepare"]

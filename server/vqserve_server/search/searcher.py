@@ -92,6 +92,20 @@ class OnDemand:
             return self._searcher
 
 
+class CountingSearcher(Searcher):
+    """A searcher of which every search adds to the same counters."""
+
+    def __init__(self, searcher: Searcher, counts: SearchCounts) -> None:
+        """Store the searcher and the counters."""
+        self._searcher = searcher
+        self._counts = counts
+        self.backend = searcher.backend
+
+    def search(self, rows: Tensor, counts: SearchCounts | None = None) -> Tensor:
+        """Return the winning code of every row; see `Searcher.search`."""
+        return self._searcher.search(rows, self._counts)
+
+
 class MergedSearcher(Searcher):
     """Searches the distinct codes and returns, for each, its lowest index in the codebook."""
 

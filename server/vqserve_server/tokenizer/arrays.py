@@ -1,4 +1,4 @@
-"""The caller's arrays, numpy or torch: checked and flattened for the codebook; answers as the kind that came."""
+"""The caller's arrays, numpy or torch: checked, flattened, encoded or decoded; answers as the kind that came."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from vqserve import dtypes
 from vqserve.codebook_info import CodebookInfo
+from vqserve.errors import rows_placed
 from vqserve.layout import Layout, first_channels, grid_shape, warn_of_an_image
 from vqserve.validation import (
+    beyond_dtype,
     check_indices_shape,
     check_latents_shape,
     not_an_array,
@@ -24,8 +26,9 @@ from vqserve.validation import (
     not_several,
 )
 from vqserve_server.device import to_device
-from vqserve_server.quantizers import checks
-from vqserve_server.rows import to_rows
+from vqserve_server.quantizers import tensors
+from vqserve_server.quantizers.inference.base import FrozenQuantizer
+from vqserve_server.rows import from_rows, to_rows
 from vqserve_server.tokenizer.options import Options
 from vqserve_server.validation import check_finite, check_indices
 
@@ -94,7 +97,7 @@ def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Giv
             raise not_latents(latents.dtype)
         resolved = _layout(latents.shape, asked, info)
         wide = latents.detach().to(getattr(torch, dtype.computed.name))
-        checks.check_finite(wide)
+        tensors.check_finite(wide)
         return Given(
             to_rows(wide, resolved).contiguous(), grid_shape(latents.shape, resolved), resolved, latents.device
         )
@@ -126,10 +129,10 @@ def given_indices(indices: object, asked: Options, *, info: CodebookInfo, decoda
     """
     if isinstance(indices, Tensor):
         _check_dense(indices, "indices")
-        checks.check_integers(indices)
+        tensors.check_integers(indices)
         layout = _layout_of_indices(indices.shape, asked, info)
         used_ids = _used(indices.detach(), layout, asked, info)
-        ids, device = checks.checked_indices(used_ids, decodable), indices.device
+        ids, device = tensors.checked_indices(used_ids, decodable), indices.device
     else:
         array = _plain_array(indices, "indices")
         if array.dtype.kind not in "iu":
@@ -142,6 +145,42 @@ def given_indices(indices: object, asked: Options, *, info: CodebookInfo, decoda
         return Given(ids.reshape(-1), tuple(ids.shape), layout, device)
     grid = grid_shape(ids.shape, layout)
     return Given(to_rows(ids, layout), grid, layout, device)
+
+
+def encode_grid(frozen: FrozenQuantizer, latents: Given, asked: Options, *, has_stages: bool) -> Tensor:
+    """Return the indices of latents in their grid, int64 on the codebook's device.
+
+    Args:
+        frozen: the codebook.
+        latents: what is to be encoded.
+        asked: how many indices each token is to have, if they have stages.
+        has_stages: whether a token's indices are an axis, in the place of the channels.
+
+    Raises:
+        NonFiniteLatents: names a token that leaves float32's range on its way to the codes.
+    """
+    rows = latents.tokens.to(frozen.device)
+    with rows_placed(latents.grid):
+        indices = frozen.encode_rows(rows, num_quantizers=asked.num_quantizers)
+    if not has_stages:
+        return indices.reshape(latents.grid)
+    return from_rows(indices, latents.grid, latents.layout)
+
+
+def decode_grid(frozen: FrozenQuantizer, indices: Given, asked: Options) -> Tensor:
+    """Return what indices stand for, in the layout that was resolved, on the codebook's device.
+
+    Raises:
+        InvalidOption: names an index with a value beyond the range of the type that is asked for.
+    """
+    rows = frozen.decode_rows(indices.tokens.to(frozen.device), output=asked.output, dtype=asked.dtype)
+    narrowed = tensors.narrow(rows, asked.dtype)
+    if narrowed.dtype.itemsize < rows.dtype.itemsize:
+        overflowed = ~tensors.is_finite(narrowed).all(dim=1)
+        if bool(overflowed.any()):
+            row, dtype = int(torch.nonzero(overflowed)[0, 0]), str(asked.dtype).removeprefix("torch.")
+            raise beyond_dtype(row, dtype, has_stages=indices.tokens.ndim > 1).placed(indices.grid)
+    return from_rows(narrowed, indices.grid, indices.layout)
 
 
 def _layout_of_indices(shape: Sequence[int], asked: Options, info: CodebookInfo) -> Layout:

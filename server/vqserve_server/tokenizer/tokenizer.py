@@ -23,8 +23,14 @@ from vqserve_server.device import select_device, to_device, to_host
 from vqserve_server.errors import Closed, VqserveError
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.inference.base import FrozenQuantizer, freeze
-from vqserve_server.tokenizer.arrays import TORCH_DTYPES, given_indices, given_latents, several
-from vqserve_server.tokenizer.grid import decode_grid, encode_grid
+from vqserve_server.tokenizer.arrays import (
+    TORCH_DTYPES,
+    decode_grid,
+    encode_grid,
+    given_indices,
+    given_latents,
+    several,
+)
 from vqserve_server.tokenizer.options import Options, Output, options
 
 

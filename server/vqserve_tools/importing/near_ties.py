@@ -15,12 +15,11 @@ from torch import Tensor
 
 from vqserve.layout import grid_shape
 from vqserve_server.quantizers import Quantizer
-from vqserve_server.quantizers.dtypes import widen
 from vqserve_server.quantizers.inference.residual import FrozenPart
 from vqserve_server.quantizers.inference.scalar import Channel
 from vqserve_server.quantizers.projections import Projection, project
 from vqserve_server.quantizers.residual import ResidualPart
-from vqserve_server.quantizers.rows import from_rows, layout_of, to_rows
+from vqserve_server.quantizers.tensors import from_rows, layout_of, to_rows, widen
 from vqserve_server.search import Objective
 
 # Error bound of a float32 sum of products whose factors have norm 1, for up to some hundred terms.

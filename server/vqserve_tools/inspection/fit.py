@@ -193,13 +193,13 @@ class FitTally:
             self._in_remap = np.zeros(quantizer.num_codes, bool)
             self._in_remap[used.cpu().numpy()] = True
             frozen = freeze(quantizer, device=frozen.device)
-        self._frozen = frozen
         widest = max(frozen.input_dim, frozen.code_dim, frozen.output_dim)
         self.rows_at_once = max(1, min(_MOST_ROWS_AT_ONCE, _ELEMENTS_AT_ONCE // widest))
         self._num_codes = quantizer.num_reachable
         count = frozen.num_quantizers
         self.usage = [UsageTally(frozen.decodable) for _ in range(count)]
         self._searches = [SearchCounts() for _ in range(count)]
+        self._frozen = frozen.counting(self._searches)
         self._comparison = Comparison(quantizer, frozen) if quantizer.is_approximate else None
         self.error = None
         if self._comparison is not None:
@@ -218,7 +218,7 @@ class FitTally:
             NonFiniteLatents: the projection of a token overflows float32.
         """
         rows = torch.from_numpy(chunk).to(self._frozen.device)
-        found = self._frozen.encode_rows(rows, counts=self._searches)
+        found = self._frozen.encode_rows(rows)
         indices = found.reshape(len(rows), -1)
         for place, tally in enumerate(self.usage):
             ids = indices[:, place].cpu().numpy()

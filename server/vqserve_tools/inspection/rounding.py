@@ -11,7 +11,7 @@ from torch import Tensor
 from vqserve.dtypes import LATENTS
 from vqserve_server.errors import CodebookError, NonFiniteLatents
 from vqserve_server.quantizers import FrozenQuantizer, Quantizer, freeze
-from vqserve_server.quantizers.table import narrow
+from vqserve_server.quantizers.tensors import narrow
 
 # The cases that are compared: the fields of `Rounded`.
 _WHAT = ("latents", "codebook", "both")

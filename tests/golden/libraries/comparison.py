@@ -11,7 +11,7 @@ import torch
 from libraries.golden import Golden
 from libraries.near_ties import largest_share
 from vqserve_server.codebooks import load_codebook
-from vqserve_server.quantizers.rows import to_rows
+from vqserve_server.quantizers.tensors import to_rows
 from vqserve_server.tokenizer import Tokenizer
 from vqserve_tools import cli
 

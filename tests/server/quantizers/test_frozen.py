@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from vqserve_server.errors import CodebookError, InvalidOption
-from vqserve_server.quantizers import FrozenQuantizer, freeze
-from vqserve_server.quantizers.rows import to_rows
+from vqserve_server.quantizers import FrozenQuantizer, LookupFreeQuantizer, ResidualQuantizer, VectorQuantizer, freeze
+from vqserve_server.quantizers.tensors import to_rows
+from vqserve_server.search import SearchCounts
 
 CASES = [
     {},
@@ -131,3 +132,24 @@ def test_one_table_serves_both_outputs_where_they_are_the_same(make):
     for kind in ("vq", "ema", "gumbel"):
         frozen = freeze(make(kind), device="cpu")
         assert frozen._code_rows is frozen._latents
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "rows_searched"),
+    [
+        (VectorQuantizer(40, 6, remap=[3, 1]), [50]),
+        # Two groups of two stages: of three indices, one group has both.
+        (ResidualQuantizer(4, 40, 3, groups=2), [50, 50, 50, 0]),
+        (ResidualQuantizer(4, 40, 6, first_quantizers=1), [50, 50, 50, 0]),
+        # Nothing is searched.
+        (LookupFreeQuantizer(6, "big"), [0]),
+    ],
+)
+def test_a_copy_counts_the_searches_for_each_index(quantizer, rows_searched):
+    frozen = freeze(quantizer, device="cpu")
+    counts = [SearchCounts() for _ in rows_searched]
+    rows = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) / 40
+    asked = min(frozen.num_quantizers, 3)
+    expected = frozen.encode_rows(rows, num_quantizers=asked)
+    assert torch.equal(frozen.counting(counts).encode_rows(rows, num_quantizers=asked), expected)
+    assert [of_one.rows for of_one in counts] == rows_searched

@@ -7,7 +7,7 @@ import torch
 
 from vqserve.layout import Layout
 from vqserve_server.errors import IndexOutOfRange, InvalidDtype, InvalidShape
-from vqserve_server.quantizers.rows import from_rows, to_rows
+from vqserve_server.quantizers.tensors import from_rows, to_rows
 
 RANKS = (2, 3, 4, 5)
 

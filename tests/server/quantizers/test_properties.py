@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqserve_server.quantizers import EMAVectorQuantizer, GumbelQuantizer, VectorQuantizer, freeze
-from vqserve_server.quantizers.rows import to_rows
+from vqserve_server.quantizers.tensors import to_rows
 
 FAST = settings(max_examples=40, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**32 - 1)

@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from vqserve_server.quantizers.table import Table
+from vqserve_server.quantizers.inference.lookup import Table
 
 WIDE = [torch.float32, torch.float64]
 NARROW = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

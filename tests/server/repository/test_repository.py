@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vqserve_server import repository as repository_module
 from vqserve_server.codebooks import load_codebook, save_codebook
 from vqserve_server.errors import CodebookError, CodebookFileError
-from vqserve_server.repository import Repository
-from vqserve_server.repository import load as load_module
-from vqserve_server.repository.load import ReloadCounts
+from vqserve_server.repository import ReloadCounts, Repository
 from vqserve_server.tokenizer import Tokenizer
 
 
@@ -34,7 +33,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         read.append(path.stem)
         return load_codebook(path)
 
-    monkeypatch.setattr(load_module, "load_codebook", load)
+    monkeypatch.setattr(repository_module, "load_codebook", load)
     return read
 
 
@@ -123,7 +122,7 @@ def test_a_file_that_was_not_touched_is_not_read(
 ) -> None:
     put(tmp_path / "a.safetensors")
     put(tmp_path / "b.safetensors")
-    monkeypatch.setattr(load_module, "_CLOCK_S", 0.0)
+    monkeypatch.setattr(repository_module, "_CLOCK_S", 0.0)
     repo = loaded(tmp_path)
     assert reads == ["a", "b"]
     assert repo.reload() == ReloadCounts(unchanged=2)

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from support.waiting import DEADLINE_S
-from vqserve_server.repository import Reloader
-from vqserve_server.repository.load import ReloadCounts
+from vqserve_server.repository import ReloadCounts, Reloader
 
 
 class SlowRepository:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from vqserve_server.quantizers.dtypes import autocast_off
+from vqserve_server.quantizers.tensors import autocast_off
 from vqserve_server.search import SearchCounts
 
 if TYPE_CHECKING:
@@ -55,19 +55,12 @@ class FrozenQuantizer(ABC):
         """The name of the search backend; "none" where nothing is searched."""
 
     @abstractmethod
-    def encode_rows(
-        self,
-        rows: Tensor,
-        *,
-        num_quantizers: int | None = None,
-        counts: Sequence[SearchCounts] | None = None,
-    ) -> Tensor:
+    def encode_rows(self, rows: Tensor, *, num_quantizers: int | None = None) -> Tensor:
         """Return the indices of every row, the same as the quantizer's `encode`.
 
         Args:
             rows: (n, C) float32 or float64 on the device, finite.
             num_quantizers: how many of a residual quantizer's indices to give, in [1, all]; None: all.
-            counts: what the search of each of a token's indices adds to, for those who measure.
 
         Returns:
             int64 on the device: (n,), of a residual quantizer (n, num_quantizers).
@@ -75,6 +68,14 @@ class FrozenQuantizer(ABC):
         Raises:
             TokenBeyondRange: a token leaves float32's range on its way to the codes; its `row` is the first such.
         """
+
+    def counting(self, counts: Sequence[SearchCounts]) -> FrozenQuantizer:
+        """Return a copy for measurements, whose searches add to counters.
+
+        Args:
+            counts: one for each of a token's indices. They stay as they are where nothing is searched.
+        """
+        return self
 
     @abstractmethod
     def decode_rows(self, indices: Tensor, *, output: Output = "latents", dtype: torch.dtype | None = None) -> Tensor:

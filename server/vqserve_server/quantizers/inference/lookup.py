@@ -3,32 +3,97 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vqserve.dtypes import to_numpy, to_torch
 from vqserve.validation import check_output
 from vqserve_server.errors import CodebookError
-from vqserve_server.quantizers.dtypes import autocast_off
 from vqserve_server.quantizers.inference.base import FrozenQuantizer, Output, some
 from vqserve_server.quantizers.objective import SearchProblem
-from vqserve_server.quantizers.projections import project
-from vqserve_server.quantizers.table import Table
-from vqserve_server.search import SearchCounts, Searcher
+from vqserve_server.quantizers.projections import Projection, project
+from vqserve_server.quantizers.tensors import autocast_off, is_finite, narrow
+from vqserve_server.search import CountingSearcher, SearchCounts, Searcher
+
+
+class Table:
+    """Rows (n, width) of one type on one device, which never change.
+
+    Looked up in a narrower type they are rounded once for all, when that type is first asked for: rounding what was
+    looked up takes several times as long as looking it up.
+
+    Attributes:
+        rows: the rows as they are.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self._narrowed: dict[torch.dtype, Tensor | None] = {}
+
+    def __getstate__(self) -> Tensor:
+        return self.rows
+
+    def __setstate__(self, rows: Tensor) -> None:
+        self.rows, self._narrowed = rows, {}
+
+    def take(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the row of every index.
+
+        Args:
+            indices: (m,) int64 on the rows' device, in [0, n), checked by the caller.
+            dtype: a type of latents; None: the rows' own.
+
+        Returns:
+            (m, width), a copy: of `dtype` where that is narrower than the rows' and all of the table is within its
+            range, each value rounded once to nearest even; else of the rows' own.
+        """
+        rows = self.rows if dtype is None else self._rounded(dtype)
+        if rows.device.type != "cpu":
+            return rows.index_select(0, indices)
+        # On one core in the time that torch takes on two, whose threads then spin.
+        taken: Tensor = to_torch(to_numpy(rows).take(indices.numpy(), axis=0), str(rows.dtype).removeprefix("torch."))
+        return taken
+
+    def _rounded(self, dtype: torch.dtype) -> Tensor:
+        if dtype.itemsize >= self.rows.dtype.itemsize:
+            return self.rows
+        if dtype not in self._narrowed:
+            narrowed = narrow(self.rows, dtype)
+            # The look waits for the device, so that other threads, on streams of their own, find what they read.
+            self._narrowed[dtype] = narrowed if bool(is_finite(narrowed).all()) else None
+        rounded = self._narrowed[dtype]
+        return self.rows if rounded is None else rounded
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class FrozenLookup(FrozenQuantizer):
-    """One codebook: a searcher, and the rows that its indices stand for."""
+class CodeSearch:
+    """The half of a codebook that encodes rows."""
 
     _searcher: Searcher
-    # What the searcher was made from, and holds as well: it cannot be pickled, so it is made anew.
-    _problem: SearchProblem
-    _projection: tuple[Tensor, Tensor] | None
+    # Of the rows, before the search.
+    _projection: Projection | None
     # (K,) what is reported for a full id; None: the winner's index itself.
     _reported: Tensor | None
+
+    @torch.no_grad()
+    def encode_rows(self, rows: Tensor, *, num_quantizers: int | None = None) -> Tensor:
+        """Return the index (n,) of every row's code; see `FrozenQuantizer.encode_rows`."""
+        with autocast_off(rows.device):
+            if self._projection is not None:
+                rows = project(rows, self._projection)
+            winners = self._searcher.search(rows)
+        return winners if self._reported is None else self._reported[winners]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FrozenLookup(CodeSearch, FrozenQuantizer):
+    """One codebook: a search, and the rows that its indices stand for."""
+
+    # What the searcher was made from, and holds as well: it cannot be pickled, so it is made anew.
+    _problem: SearchProblem
     # (decodable, D) and (decodable, output_dim); one table where there is no output projection.
     _code_rows: Table
     _latents: Table
@@ -44,20 +109,9 @@ class FrozenLookup(FrozenQuantizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _searcher=state["_problem"].prepare(state["_searcher"]))
 
-    @torch.no_grad()
-    def encode_rows(
-        self,
-        rows: Tensor,
-        *,
-        num_quantizers: int | None = None,
-        counts: Sequence[SearchCounts] | None = None,
-    ) -> Tensor:
-        """Return the index (n,) of every row's code; see `FrozenQuantizer.encode_rows`."""
-        with autocast_off(self.device):
-            if self._projection is not None:
-                rows = project(rows, self._projection)
-            winners = self._searcher.search(rows, None if counts is None else counts[0])
-        return winners if self._reported is None else self._reported[winners]
+    def counting(self, counts: Sequence[SearchCounts]) -> FrozenLookup:
+        """Return a copy whose search adds to the only counter; see `FrozenQuantizer.counting`."""
+        return replace(self, _searcher=CountingSearcher(self._searcher, counts[0]))
 
     @torch.no_grad()
     def decode_rows(self, indices: Tensor, *, output: Output = "latents", dtype: torch.dtype | None = None) -> Tensor:

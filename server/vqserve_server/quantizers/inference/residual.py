@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import get_args
 
@@ -12,12 +12,11 @@ from torch import Tensor
 
 from vqserve.validation import check_output
 from vqserve_server.errors import CodebookError, InvalidOption, TokenBeyondRange
-from vqserve_server.quantizers.checks import check_size
-from vqserve_server.quantizers.dtypes import autocast_off, widen, widened
 from vqserve_server.quantizers.inference.base import FrozenQuantizer, Output
 from vqserve_server.quantizers.inference.lookup import FrozenLookup
 from vqserve_server.quantizers.projections import Projection, largest_projected, project
 from vqserve_server.quantizers.quantizer import Metric
+from vqserve_server.quantizers.tensors import autocast_off, check_size, widen, widened
 from vqserve_server.search import SearchCounts
 from vqserve_server.search.rounding import affine
 
@@ -143,11 +142,8 @@ class FrozenPart:
     output_projection: Projection | None
     largest: float
 
-    def encode(self, rows: Tensor, out: Tensor, counts: Sequence[SearchCounts] | None = None) -> None:
-        """Write the indices of rows (n, C) to their places in `out` (n, q), as far as it has them.
-
-        The search of each adds to the `counts` of its place.
-        """
+    def encode(self, rows: Tensor, out: Tensor) -> None:
+        """Write the indices of rows (n, C) to their places in `out` (n, q), as far as it has them."""
         count = self.part.stages_within(out.shape[1])
         if count == 0:
             return
@@ -155,12 +151,16 @@ class FrozenPart:
         residual = project(residual, self.projection)
         self._check_range(residual)
         for number, stage in enumerate(self.stages[:count]):
-            place = self.part.places[number]
-            indices = stage.encode_rows(residual, counts=None if counts is None else [counts[place]])
-            out[:, place] = indices
+            indices = stage.encode_rows(residual)
+            out[:, self.part.places[number]] = indices
             if number + 1 < count:
                 # One float32 subtraction (float64 where the latents or the codes are): defined, not approximated.
                 residual = residual - stage.decode_rows(indices)
+
+    def counting(self, counts: Sequence[SearchCounts]) -> FrozenPart:
+        """Return a copy whose search for each of a token's indices adds to the counter of its place."""
+        places = zip(self.stages, self.part.places, strict=True)
+        return replace(self, stages=tuple(stage.counting([counts[place]]) for stage, place in places))
 
     def decode(self, indices: Tensor) -> Tensor | None:
         """Return the part's rows (n, channels), at least float32, of indices (n, q); None if they are none of its."""
@@ -198,20 +198,18 @@ class FrozenResidual(FrozenQuantizer):
         return self._parts[0].stages[0].search_backend
 
     @torch.no_grad()
-    def encode_rows(
-        self,
-        rows: Tensor,
-        *,
-        num_quantizers: int | None = None,
-        counts: Sequence[SearchCounts] | None = None,
-    ) -> Tensor:
+    def encode_rows(self, rows: Tensor, *, num_quantizers: int | None = None) -> Tensor:
         """Return the indices (n, num_quantizers) of every row; see `FrozenQuantizer.encode_rows`."""
         count = self.num_quantizers if num_quantizers is None else num_quantizers
         out = torch.empty(rows.shape[0], count, dtype=torch.int64, device=rows.device)
         with autocast_off(self.device):
             for part in self._parts:
-                part.encode(rows, out, counts)
+                part.encode(rows, out)
         return out
+
+    def counting(self, counts: Sequence[SearchCounts]) -> FrozenResidual:
+        """Return a copy whose stages count; see `FrozenQuantizer.counting`."""
+        return replace(self, _parts=tuple(part.counting(counts) for part in self._parts))
 
     @torch.no_grad()
     def decode_rows(self, indices: Tensor, *, output: Output = "latents", dtype: torch.dtype | None = None) -> Tensor:

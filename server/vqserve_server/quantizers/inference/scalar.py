@@ -13,10 +13,10 @@ from torch import Tensor
 
 from vqserve.validation import check_output
 from vqserve_server.errors import CodebookError, InvalidOption
-from vqserve_server.quantizers.dtypes import autocast_off
 from vqserve_server.quantizers.inference.base import FrozenQuantizer, Output, some
 from vqserve_server.quantizers.projections import Projection, largest_projected, moved, project
-from vqserve_server.search import SearchCounts, available
+from vqserve_server.quantizers.tensors import autocast_off
+from vqserve_server.search import available
 from vqserve_server.search.rounding import affine
 
 
@@ -101,14 +101,8 @@ class FrozenScalar(FrozenQuantizer):
         return "none"
 
     @torch.no_grad()
-    def encode_rows(
-        self,
-        rows: Tensor,
-        *,
-        num_quantizers: int | None = None,
-        counts: Sequence[SearchCounts] | None = None,
-    ) -> Tensor:
-        """Return the index (n,) of every row, of which nothing is counted; see `FrozenQuantizer.encode_rows`."""
+    def encode_rows(self, rows: Tensor, *, num_quantizers: int | None = None) -> Tensor:
+        """Return the index (n,) of every row; see `FrozenQuantizer.encode_rows`."""
         with autocast_off(self.device):
             rows = project(rows, self._projection)
         return self._indices(rows)

@@ -1,4 +1,7 @@
-"""Earlier names of modules, which pickles of earlier releases have: they stay importable for one release."""
+"""Earlier names of modules, so that the pickles of earlier releases can still be loaded.
+
+A pickle names the module of each class. A name is kept here for one release after its module has moved.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import sys
 from importlib import import_module
 
 _PACKAGE = "vqserve_server.quantizers"
-_MOVED = {
+_NEW_NAMES = {
     "cosine": "lookup",
     "dot": "lookup",
     "embedding_ema": "ema",
@@ -20,11 +23,12 @@ _MOVED = {
     "remapped": "remap",
     "residual_structure": "inference.residual",
     "search_problem": "objective",
+    "table": "inference.lookup",
     "weight_norm": "vector",
 }
 
 
-def keep_earlier_names() -> None:
-    """Make `import vqserve_server.quantizers.cosine` and the like give the modules that the classes are in now."""
-    for earlier, now in _MOVED.items():
+def register_earlier_names() -> None:
+    """Let each earlier name import the module that has its classes now."""
+    for earlier, now in _NEW_NAMES.items():
         sys.modules.setdefault(f"{_PACKAGE}.{earlier}", import_module(f"{_PACKAGE}.{now}"))
