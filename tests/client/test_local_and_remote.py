@@ -125,7 +125,7 @@ def test_a_dtype_may_be_numpy_s_or_torch_s(book, dtype, name):
     ids=str,
 )
 def test_other_dtypes_are_refused_by_name(book, dtype):
-    names = "'float32', 'float16', 'float64', 'bfloat16'"
+    names = "'float32', 'float16', 'bfloat16', 'float64'"
     with pytest.raises(ValueError, match=f"dtype must be one of {names} or numpy's or torch's type of that name, not"):
         book.decode(np.arange(3), dtype=dtype)
 
@@ -180,7 +180,7 @@ def test_one_image_that_would_pass_for_sequences_is_warned_of(book, latents):
             np.zeros((6, 8, 8), np.float32),
             {},
             ValueError,
-            r"6: without a batch axis\? latents\[None\] has one",
+            r"6: is the batch axis missing\? pass latents\[None\]",
         ),
         ("encode", np.full((1, 6), np.nan, np.float32), {}, ValueError, r"latents\[0, 0\] is nan"),
         ("encode", np.zeros((2, 6), np.float32), {"layout": "nchw"}, ValueError, "nchw"),
