@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vqserve_tools.importing.families.checkpoint import Checkpoint, shape_text
-from vqserve_tools.importing.families.family import Floats, Reading
+from vqserve_tools.importing.families.checkpoint import Checkpoint, Floats, shape_text
+from vqserve_tools.importing.families.family import Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Chain, Stage, residual, single
 from vqserve_tools.importing.foreign import UNNAMED

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 
 from vqserve_server.errors import ForeignCheckpointError
 from vqserve_server.quantizers.scalar import MAX_BITS, BitOrder
-from vqserve_tools.importing.families.checkpoint import Checkpoint, places_of
+from vqserve_tools.importing.families.checkpoint import Checkpoint, layer_names, places_of
 from vqserve_tools.importing.families.family import Family, Reading
-from vqserve_tools.importing.families.layers import layer_names
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import projections_to
 from vqserve_tools.importing.foreign import ForeignArray

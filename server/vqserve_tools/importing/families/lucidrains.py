@@ -9,9 +9,17 @@ import re
 from collections.abc import Mapping
 
 from vqserve_server.quantizers.quantizer import Metric
-from vqserve_tools.importing.families.checkpoint import Checkpoint, shape_text
-from vqserve_tools.importing.families.family import Family, Floats, Reading
-from vqserve_tools.importing.families.layers import Layer, has_layer, layer_names, numbered, read_pair
+from vqserve_tools.importing.families.checkpoint import (
+    Checkpoint,
+    Floats,
+    Layer,
+    has_layer,
+    layer_names,
+    numbered,
+    read_pair,
+    shape_text,
+)
+from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Chain, Stage, residual, single
 from vqserve_tools.importing.foreign import ForeignArray

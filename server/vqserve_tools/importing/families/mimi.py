@@ -10,9 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vqserve_tools.importing.families.checkpoint import Checkpoint, places_of
-from vqserve_tools.importing.families.family import Family, Floats, Reading
-from vqserve_tools.importing.families.layers import layer_names, numbered, read_pair
+from vqserve_tools.importing.families.checkpoint import Checkpoint, Floats, layer_names, numbered, places_of, read_pair
+from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Chain, Stage, residual
 from vqserve_tools.importing.foreign import ForeignArray

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 import torch
 
 from vqserve_server.search.rounding import affine
-from vqserve_tools.importing.families.checkpoint import Checkpoint
-from vqserve_tools.importing.families.family import Family, Floats, Reading
-from vqserve_tools.importing.families.layers import layer_names, numbered, read_layer
+from vqserve_tools.importing.families.checkpoint import Checkpoint, Floats, layer_names, numbered, read_layer
+from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Chain, Stage, residual, single
 from vqserve_tools.importing.foreign import ForeignArray

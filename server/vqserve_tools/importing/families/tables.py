@@ -11,9 +11,16 @@ import numpy.typing as npt
 
 from vqserve_server.codebooks.state import USED, WEIGHT
 from vqserve_server.quantizers.quantizer import Metric
-from vqserve_tools.importing.families.checkpoint import Checkpoint, listed, places_of, shape_text
-from vqserve_tools.importing.families.family import Floats, Reading
-from vqserve_tools.importing.families.layers import Layer, read_pair
+from vqserve_tools.importing.families.checkpoint import (
+    Checkpoint,
+    Floats,
+    Layer,
+    listed,
+    places_of,
+    read_pair,
+    shape_text,
+)
+from vqserve_tools.importing.families.family import Reading
 
 _LAYERS = ("project_in", "project_out")
 _ROTATION = "orthogonal_rot"

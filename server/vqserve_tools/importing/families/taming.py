@@ -13,9 +13,8 @@ from typing import Any
 import numpy.typing as npt
 
 from vqserve_server.codebooks.state import DIRECTION, LEGACY_NAMES, NORM, USED, WEIGHT
-from vqserve_tools.importing.families.checkpoint import Checkpoint, places_of
+from vqserve_tools.importing.families.checkpoint import Checkpoint, Layer, layer_names, places_of, read_layer
 from vqserve_tools.importing.families.family import Family, Reading
-from vqserve_tools.importing.families.layers import Layer, layer_names, read_layer
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Stage, single
 from vqserve_tools.importing.foreign import ForeignArray
