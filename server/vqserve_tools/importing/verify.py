@@ -63,7 +63,7 @@ class Verification:
         if not self.different:
             return text
         others = f"of the {self.different} others {self.near_ties} are near-ties"
-        return f"{text}; {others} (ours is as near or nearer in float64, by less than float32 can tell); {self.first}"
+        return f"{text}; {others} (float32 rounding explains the difference); {self.first}"
 
 
 def verify_files(quantizer: Quantizer, latents: Path, indices: Path) -> Verification:
@@ -155,8 +155,8 @@ def near_ties(quantizer: Quantizer, z: Tensor, ours: Tensor, theirs: Tensor) -> 
     if not quantizer.has_stages:
         differs = torch.nonzero((ours != theirs).reshape(-1))[:_MAX_DIFFERENCES, 0]
         near = torch.zeros(ours.numel(), dtype=torch.bool)
-        some, noise = rows[differs], rows.new_zeros(len(differs), dtype=torch.float64)
-        near[differs] = _single(quantizer, some, noise, ours.reshape(-1)[differs], theirs.reshape(-1)[differs])
+        differing, noise = rows[differs], rows.new_zeros(len(differs), dtype=torch.float64)
+        near[differs] = _single(quantizer, differing, noise, ours.reshape(-1)[differs], theirs.reshape(-1)[differs])
         return near.reshape(ours.shape)
     layout = layout_of(ours.ndim, quantizer.layout)
     mine, yours = (to_rows(indices, quantizer.layout) for indices in (ours, theirs))
@@ -193,8 +193,8 @@ def _single(quantizer: Quantizer, rows: Tensor, noise: Tensor, ours: Tensor, the
         bias = problem.bias.double()
         gap = gap + bias[ours] - bias[theirs]
         lost = lost + _LOSS * torch.maximum(bias[ours].abs(), bias[theirs].abs())
-    excused: Tensor = is_code & (ours != theirs) & (gap <= lost)
-    return excused
+    accepted: Tensor = is_code & (ours != theirs) & (gap <= lost)
+    return accepted
 
 
 def _scalar(channels: Sequence[Channel], z: Tensor, noise: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
@@ -217,13 +217,13 @@ def _stages(module: ResidualPart, rows: Tensor, ours: Tensor, theirs: Tensor) ->
     frozen: FrozenPart = module.frozen(torch.device("cpu"), "auto")
     residual = rows[:, module.part.start : module.part.stop]
     residual, noise = _projected(residual, rows.new_zeros(len(rows), dtype=torch.float64), frozen.projection)
-    has_parted = follows = torch.zeros(len(rows), dtype=torch.bool)
+    has_differed = is_accepted = torch.zeros(len(rows), dtype=torch.bool)
     for stage, table, place in zip(module.codebooks(), frozen.stages, module.part.places, strict=True):
         mine, yours = ours[:, place], theirs[:, place]
-        first = (mine != yours) & ~has_parted
-        follows = follows | (first & _single(stage, residual, noise, mine, yours))
-        has_parted = has_parted | (mine != yours)
-        yield place, follows & (mine != yours)
+        first = (mine != yours) & ~has_differed
+        is_accepted = is_accepted | (first & _single(stage, residual, noise, mine, yours))
+        has_differed = has_differed | (mine != yours)
+        yield place, is_accepted & (mine != yours)
         decoded = table.decode_rows(mine)
         residual = residual - decoded
         # Both the decoded row and the difference are rounded.

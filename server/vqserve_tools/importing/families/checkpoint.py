@@ -74,7 +74,7 @@ class Checkpoint:
         """Return the shape of an array, without taking it."""
         return self.arrays[f"{self.prefix}{name}"].shape
 
-    def refusal(self, text: str) -> ForeignCheckpointError:
+    def error(self, text: str) -> ForeignCheckpointError:
         """Return an error about the file."""
         return ForeignCheckpointError(f"{self.file}: {text}")
 
@@ -93,12 +93,12 @@ class Checkpoint:
             ForeignCheckpointError: an array is not known; the error names the first one.
         """
         within = None if modules is None else set(modules)
-        looked_at = {name for name in self.names() if within is None or name.partition(".")[0] in within}
-        strange = sorted(looked_at - set(names))
-        if strange:
-            raise self.refusal(
-                f"{self._where()} there is {strange[0]!r} too, which none of the quantizers here has: what it means is "
-                "not guessed (the codes' array alone is imported by --key)"
+        checked = {name for name in self.names() if within is None or name.partition(".")[0] in within}
+        unknown = sorted(checked - set(names))
+        if unknown:
+            raise self.error(
+                f"{self._where()} there is {unknown[0]!r} too, which is not part of any known quantizer; to import "
+                "the codes without it, name their array with --key"
             )
 
     def floats(self, name: str, *, rank: int | None = None, what: str = "") -> npt.NDArray[np.float32]:
@@ -115,16 +115,16 @@ class Checkpoint:
         full, array = self._entry(name, rank, what)
         values = array.read()
         if values.dtype.kind != "f" or values.dtype.itemsize > 8:
-            raise self.refusal(f"{full} is {array.dtype}: a codebook holds floating-point numbers")
+            raise self.error(f"{full} is {array.dtype}: a codebook holds floating-point numbers")
         position = first_non_finite(values.astype(values.dtype.newbyteorder("="), copy=False))
         if position is not None:
-            raise self.refusal(f"{full}{list(position)} is {float(values[position])}")
+            raise self.error(f"{full}{list(position)} is {float(values[position])}")
         with np.errstate(over="ignore"):
             narrowed = values.astype(np.float32)
         if values.dtype.itemsize > 4:
             position = first_non_finite(narrowed)
             if position is not None:
-                raise self.refusal(f"{full}{list(position)} is {float(values[position])}, beyond float32's range")
+                raise self.error(f"{full}{list(position)} is {float(values[position])}, beyond float32's range")
             rounded = int(np.count_nonzero(narrowed != values))
             exactly = f"{rounded} of {values.size} numbers were rounded" if rounded else "exactly"
             self.note(f"{full}: float64 to float32, {exactly}")
@@ -146,7 +146,7 @@ class Checkpoint:
         full, array = self._entry(name, 1, f"{what} has one axis")
         values = array.read()
         if values.dtype.kind not in "iu":
-            raise self.refusal(f"{full} is {array.dtype}: {what} holds integers")
+            raise self.error(f"{full} is {array.dtype}: {what} holds integers")
         self._take(full, array)
         return values.astype(np.int64)
 
@@ -154,9 +154,9 @@ class Checkpoint:
         full = f"{self.prefix}{name}"
         array = self.arrays.get(full)
         if array is None:
-            raise self.refusal(f"array {full!r} is missing")
+            raise self.error(f"array {full!r} is missing")
         if rank is not None and len(array.shape) != rank:
-            raise self.refusal(f"{full or 'array'} has shape {shape_text(array.shape)}: {what}")
+            raise self.error(f"{full or 'array'} has shape {shape_text(array.shape)}: {what}")
         return full or "array", array
 
     def _take(self, full: str, array: ForeignArray) -> None:
@@ -221,7 +221,7 @@ def read_layer(checkpoint: Checkpoint, name: str) -> Layer:
     has_bias = f"{name}.bias" in checkpoint
     bias = checkpoint.floats(f"{name}.bias", rank=1, what="a bias has one axis") if has_bias else None
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise checkpoint.refusal(f"{checkpoint.prefix}{name}: its bias and weight do not belong together")
+        raise checkpoint.error(f"{checkpoint.prefix}{name}: its bias and weight do not fit together")
     return Layer(weight, np.zeros(len(weight), np.float32) if bias is None else bias)
 
 
@@ -231,8 +231,7 @@ def read_pair(checkpoint: Checkpoint, names: tuple[str, str]) -> tuple[Layer | N
     Raises:
         ForeignCheckpointError: the checkpoint has only one of them.
     """
-    there = [has_layer(checkpoint, name) for name in names]
-    if not any(there):
+    if not any(has_layer(checkpoint, name) for name in names):
         return None, None
     return read_layer(checkpoint, names[0]), read_layer(checkpoint, names[1])
 
@@ -247,7 +246,7 @@ def numbered(checkpoint: Checkpoint, module: str, names: Iterable[str]) -> list[
     numbers = sorted({int(match[1]) for match in matches if match})
     if numbers != list(range(len(numbers))):
         missing = min(set(range(len(numbers))) - set(numbers))
-        raise checkpoint.refusal(f"{checkpoint.prefix}{module}.{missing} is missing, and later ones are there")
+        raise checkpoint.error(f"{checkpoint.prefix}{module}.{missing} is missing, and later ones exist")
     return [checkpoint.at(f"{module}.{number}.") for number in numbers]
 
 
@@ -259,7 +258,7 @@ def layer_names(names: Iterable[str]) -> set[str]:
 def _matrix(checkpoint: Checkpoint, name: str) -> Floats:
     values = checkpoint.floats(name)
     if values.ndim < 2 or math.prod(values.shape[2:]) != 1:
-        raise checkpoint.refusal(
+        raise checkpoint.error(
             f"{checkpoint.prefix}{name} has shape {shape_text(values.shape)}: a projection maps single elements"
         )
     return values.reshape(values.shape[:2])
@@ -269,11 +268,11 @@ def _weight_norm(checkpoint: Checkpoint, norm: str, direction: str) -> Floats:
     v = _matrix(checkpoint, direction)
     g = checkpoint.floats(norm)
     if g.shape != (len(v), *(1,) * (g.ndim - 1)):
-        raise checkpoint.refusal(
+        raise checkpoint.error(
             f"{checkpoint.prefix}{norm} has shape {shape_text(g.shape)}: it should have a norm for each output"
         )
     if not np.abs(v).max(axis=1, initial=0).all():
-        raise checkpoint.refusal(f"{checkpoint.prefix}{direction} has an output of zeros, which has no direction")
+        raise checkpoint.error(f"{checkpoint.prefix}{direction} has an output of zeros, which has no direction")
     # rounding.weight_norm takes one norm per column.
     columns = torch.from_numpy(np.ascontiguousarray(v.T)), torch.from_numpy(g.reshape(1, -1))
     weight = rounding.weight_norm(*columns).numpy().T

@@ -34,8 +34,8 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
     if "quantizers.0.in_proj.parametrizations.weight.original0" in checkpoint:
         # No DAC file, original or of transformers, has weight norm under these names.
         checkpoint.note(
-            "SNAC has these keys too, and stages at different rates: it cannot be served as one codebook, and would "
-            "give wrong tokens"
+            "SNAC has these keys too, but its stages have different rates: if this is SNAC, the codebook gives wrong "
+            "tokens"
         )
     stages = [
         Stage(

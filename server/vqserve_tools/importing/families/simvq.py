@@ -42,10 +42,10 @@ def _codes(checkpoint: Checkpoint) -> Floats:
     frozen = checkpoint.floats("frozen_codebook", rank=2, what="a codebook is (K, D)")
     transform = read_layer(checkpoint, "code_transform")
     if transform.inputs != frozen.shape[1]:
-        raise checkpoint.refusal(f"{checkpoint.prefix}code_transform does not take rows of the frozen codebook")
+        raise checkpoint.error(f"{checkpoint.prefix}code_transform does not take rows of the frozen codebook")
     codes = affine(*map(torch.from_numpy, (frozen, transform.weight, transform.bias)))
     if not bool(torch.isfinite(codes).all()):
-        raise checkpoint.refusal(f"{checkpoint.prefix}code_transform makes codes beyond float32's range")
+        raise checkpoint.error(f"{checkpoint.prefix}code_transform makes codes beyond float32's range")
     return codes.numpy()
 
 

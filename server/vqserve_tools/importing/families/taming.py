@@ -102,7 +102,9 @@ def _note_average(checkpoint: Checkpoint, metric: str) -> None:
     place = checkpoint.prefix.removeprefix(outside)
     average = f"{outside}model_ema.{f'{place}{WEIGHT}'.replace('.', '')}"
     if average in checkpoint.arrays:
-        checkpoint.note(f"{average} is a moving average of what was taken: --key {average} --metric {metric} takes it")
+        checkpoint.note(
+            f"{average} is a moving average of the imported codes; --key {average} --metric {metric} imports it"
+        )
 
 
 def _kind_and_sizes(checkpoint: Checkpoint, tensors: Mapping[str, npt.NDArray[Any]]) -> tuple[str, dict[str, object]]:
@@ -128,7 +130,7 @@ def _kind_and_sizes(checkpoint: Checkpoint, tensors: Mapping[str, npt.NDArray[An
 def _lengths(checkpoint: Checkpoint, tensors: Mapping[str, npt.NDArray[Any]], name: str) -> tuple[int, int]:
     shape = tensors[name].shape
     if len(shape) != 2:
-        raise checkpoint.refusal(f"tensor {name!r} has shape {list(shape)}: it must have two axes")
+        raise checkpoint.error(f"tensor {name!r} has shape {list(shape)}: it must have two axes")
     return shape[0], shape[1]
 
 
