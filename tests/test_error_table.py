@@ -78,7 +78,7 @@ MISTAKES = (
         "encode",
         np.zeros((6, 8, 9), F32),
         "latents of shape (6, 8, 9) have 9 channels in layout channels_last, the codebook takes 6: "
-        "without a batch axis? latents[None] has one",
+        "is the batch axis missing? pass latents[None]",
         BOOK,
     ),
     Mistake(
@@ -108,7 +108,7 @@ MISTAKES = (
         "a list",
         "encode",
         [[0.0] * 6],
-        "latents must be a numpy array or a torch tensor, not list: numpy.asarray(...) first",
+        "latents must be a numpy array or a torch tensor, not list: convert it with numpy.asarray",
         BOOK,
         IN_PYTHON,
     ),
@@ -116,7 +116,7 @@ MISTAKES = (
         "indices to encode",
         "encode",
         np.zeros((2, 6), np.int64),
-        "latents must be float16, bfloat16, float32 or float64, not int64: indices? that is decode",
+        "latents must be float16, bfloat16, float32 or float64, not int64: are they indices? use decode",
         BOOK,
     ),
     Mistake(
@@ -137,21 +137,21 @@ MISTAKES = (
         "latents to decode",
         "decode",
         np.zeros((2, 3), F32),
-        "indices must be integers, not float32: latents? that is encode",
+        "indices must be integers, not float32: are they latents? use encode",
         BOOK,
     ),
     Mistake(
         "another codebook's indices",
         "decode",
         np.array([[0, 1], [300, 2]]),
-        "indices[1, 0] is 300, not in [0, 300): are the indices of this codebook?",
+        "indices[1, 0] is 300, not in [0, 300): are the indices from this codebook?",
         BOOK,
     ),
     Mistake(
         "a padding index",
         "decode",
         np.array([5, -1]),
-        "indices[1] is -1, not in [0, 300): are the indices of this codebook?",
+        "indices[1] is -1, not in [0, 300): are the indices from this codebook?",
         BOOK,
     ),
     Mistake("too many axes", "decode", np.zeros((1,) * 5, np.uint16), "indices must have 1 to 4 axes, not 5", BOOK),
@@ -159,7 +159,7 @@ MISTAKES = (
         "a dtype that is too narrow",
         "decode",
         np.zeros((2, 2), np.uint16),
-        "indices[0, 0] decodes to a value beyond the range of float16: take a wider dtype",
+        "indices[0, 0] decodes to a value beyond the range of float16: use a wider dtype",
         {**BOOK, "dtype": "float16"},
     ),
     Mistake(
@@ -174,7 +174,7 @@ MISTAKES = (
         "decode",
         np.zeros((4, 2), np.uint16),
         "indices of shape (4, 2) have 2 for a token in layout channels_last, expected 5: "
-        "say num_quantizers=2 to decode as few",
+        "pass num_quantizers=2 to decode that many",
         AUDIO,
     ),
     Mistake(
@@ -197,7 +197,7 @@ MISTAKES = (
         "no name where several are served",
         "encode",
         np.zeros((2, 6), F32),
-        "2 codebooks are served, say which with codebook=: audio, book",
+        "2 codebooks are served, choose one with codebook=: audio, book",
         {},
         ALL - {"tokenizer"},
     ),
@@ -206,7 +206,7 @@ MISTAKES = (
         "decode",
         np.zeros(2, np.uint16),
         "codebook 'book' has digest DIGEST, not '" + "0" * 64 + "': "
-        "pin that one with digest=, or have the old one served",
+        "pin that digest with digest=, or serve the old codebook again",
         {**BOOK, "digest": "0" * 64},
     ),
 )

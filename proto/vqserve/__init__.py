@@ -1,7 +1,7 @@
 """vqserve: latents to indices and back, over gRPC.
 
-This package is the wire contract, which client and server share, with numpy and protobuf only. The names of the client
-are here too: each is imported when it is first used, so that `import vqserve` stays as light as the contract.
+This package is the wire contract that client and server share; it needs numpy and protobuf only. It also exports the
+client's names. Each is imported at its first use, so that `import vqserve` does not import the client.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ __all__ = [
 ]
 
 
-# The errors, and these two, need nothing of the client.
+# The modules of the names that do not need the client; all other such names are errors.
 _HOMES = {"CodebookInfo": "vqserve.codebook_info", "Layout": "vqserve.layout"}
 _CLIENT = {"AsyncClient", "Client", "VqserveClientError"}
 

@@ -1,4 +1,4 @@
-"""What a client may know about a codebook."""
+"""The public description of a codebook."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from dataclasses import dataclass
 
 from vqserve.layout import Layout
 
-# What comes between a codebook's name and the number of one of its versions: "book@3".
+# Separates a codebook's name from a version number: "book@3".
 VERSION_MARK = "@"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookInfo:
-    """One codebook as it is served.
+    """Description of one served codebook.
 
     Attributes:
-        name: the name that requests use: of a version "book@3", and "book" of the latest.
-        digest: lower-case hexadecimal SHA-256 over all that encode and decode read.
-        kind: of the quantizer, as "vq" or "fsq": a new server may have kinds that this package does not know.
-        num_codes: K, rows of the codebook (of each stage, if there are several).
-        vocab_size: indices lie in [0, vocab_size).
-        input_dim: channels that encode takes.
-        code_dim: D, width of a code row.
-        output_dim: channels that decode returns.
-        num_quantizers: indices per token, 1 but for residual quantizers.
-        layout: layout of latents where a call does not say; None: channels first for 4 and 5 axes, last for 2 and 3.
+        name: name in requests: "book@3" for a version, "book" for the latest.
+        digest: lower-case hexadecimal SHA-256 of everything that affects encode and decode.
+        kind: kind of the quantizer, such as "vq" or "fsq"; a newer server may have kinds that are unknown here.
+        num_codes: K, number of codes (of each stage, if there are several).
+        vocab_size: exclusive upper bound of the indices.
+        input_dim: number of channels that encode takes.
+        code_dim: D, width of a code.
+        output_dim: number of channels that decode returns.
+        num_quantizers: number of indices of a token; 1 except for residual quantizers.
+        layout: default layout of latents; None: channels first for 4 and 5 axes, last for 2 and 3.
     """
 
     name: str
@@ -40,22 +40,22 @@ class CodebookInfo:
 
     @property
     def size(self) -> str:
-        """How many codes of which width: "1024 x 256", of a residual codebook "8 stages of 1024 x 128"."""
+        """Number and width of the codes: "1024 x 256", or for a residual codebook "8 stages of 1024 x 128"."""
         return f"{self.staged(self.num_codes)} x {self.code_dim}"
 
     def staged(self, count: object) -> str:
-        """Return what each stage has so much of: "8 stages of 1024", and without stages "1024"."""
+        """Return a count with the number of stages that each have it: "8 stages of 1024"; without stages "1024"."""
         return of_stages(self.num_quantizers, count) if self.has_stages else str(count)
 
     @property
     def is_version(self) -> bool:
-        """Whether the name is that of a given version."""
+        """Whether the name includes a version number."""
         return VERSION_MARK in self.name
 
     @property
     def has_stages(self) -> bool:
-        """Whether indices have an axis more, of a token's `num_quantizers` indices, in the place of the channels."""
-        # A residual codebook of one stage has the axis, too, and no message says so: its kind does.
+        """Whether indices have an axis of `num_quantizers` indices for each token, in place of the channels."""
+        # A residual codebook of one stage has that axis too; only its kind shows this.
         return self.num_quantizers > 1 or self.kind == "rvq"
 
 

@@ -1,8 +1,8 @@
-"""The element types of arrays: one table, and all that follows from it.
+"""The element types of arrays, in one table.
 
-A new type is added to the .proto file and to the table here. numpy has no bfloat16: arrays of it hold bit patterns, as
-uint16 (docs/decisions/0009-bfloat16-as-uint16.md). torch is never imported: a caller who passes a torch type or tensor
-has imported it.
+To add a type, add it to the .proto file and to the table here. numpy has no bfloat16, so its arrays hold bit patterns
+as uint16 (docs/decisions/0009-bfloat16-as-uint16.md). This module never imports torch: callers that pass a torch type
+have imported it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class BFloat16:
 
     @staticmethod
     def widen_into(bits: npt.NDArray[Any], out: npt.NDArray[np.float32]) -> None:
-        """Write the values of bit patterns to an array of their shape."""
+        """Write the values of bit patterns to an array of the same shape."""
         np.left_shift(bits, np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
 
     @staticmethod
     def round_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
-        """Return bit patterns of values, rounded to nearest even; a NaN stays one."""
+        """Return the bit patterns of values, rounded to nearest even; NaN stays NaN."""
         bits = np.asarray(values, dtype=np.float32, order="C").view(np.uint32)
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
         return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
@@ -41,15 +41,15 @@ class DType:
     """One element type.
 
     Attributes:
-        name: on the wire, in torch, and in numpy if it has the type.
-        number: of `DType` in the .proto file.
-        storage: the elements in memory, in files and on the wire: the type itself, or unsigned integers for bit
-            patterns.
-        safetensors: the name in safetensors files.
-        overflow: the least magnitude that is rounded to infinity; infinite where nothing is narrowed to the type.
-        exponent: the bits that are all set in NaN and infinity and in no other value, where comparing them is faster
-            than computing; 0: compute.
-        coding: how bit patterns become float32 and back; None: numpy has the type.
+        name: name on the wire, in torch, and in numpy if numpy has the type.
+        number: value of `DType` in the .proto file.
+        storage: numpy type of the elements in memory, in files and on the wire: the type itself, or unsigned integers
+            for bit patterns.
+        safetensors: name in safetensors files.
+        overflow: smallest magnitude that is rounded to infinity; infinite if values are never narrowed to the type.
+        exponent: bits that are all set in NaN and infinity and in no other value, if comparing bits is the faster
+            check; 0: compute with the values.
+        coding: conversion of bit patterns to float32 and back; None if numpy has the type.
     """
 
     name: str
@@ -66,7 +66,7 @@ class DType:
         return np.dtype(np.float64 if self.storage.itemsize == 8 else np.float32)
 
     def widen(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return an array as numpy computes on it: bit patterns become float32, exactly; other types stay."""
+        """Return an array that numpy can compute with: bit patterns become float32, exactly; other types stay."""
         if self.coding is None:
             return array
         values = np.empty(np.shape(array), np.float32)
@@ -103,7 +103,7 @@ BFLOAT16 = LATENTS[2]
 BY_NAME = {dtype.name: dtype for dtype in DTYPES}
 BY_NUMBER = {dtype.number: dtype for dtype in DTYPES}
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES}
-# Latents by the type of their array, in any byte order: there, uint16 is bfloat16.
+# Latent types by numpy type, in any byte order; uint16 stands for bfloat16.
 LATENTS_BY_STORAGE = {
     storage: dtype for dtype in LATENTS for storage in (dtype.storage, dtype.storage.newbyteorder(">"))
 }
@@ -113,23 +113,23 @@ _UNSIGNED = tuple(dtype.storage for dtype in INDICES if dtype.storage.kind == "u
 
 
 def of_numpy(dtype: np.dtype[Any]) -> DType | None:
-    """Return the type of a numpy array's elements, of any byte order; None: it is not in the table."""
+    """Return the type of a numpy type, of any byte order; None if it is not in the table."""
     return _BY_NUMPY.get(dtype.newbyteorder("<"))
 
 
 def of_torch(dtype: object) -> DType | None:
-    """Return the type of a torch type; None: it is not in the table."""
+    """Return the type of a torch type; None if it is not in the table."""
     return BY_NAME.get(str(dtype).removeprefix("torch."))
 
 
 def latent_dtype_name(dtype: object) -> str:
-    """Return the name of an element type: "float16" for "float16", numpy's and torch's float16, and so on.
+    """Return the name of a latent type: "float16" for "float16", numpy.float16 and torch.float16, and so on.
 
     Args:
         dtype: a name, a numpy scalar type or dtype (of this machine's byte order), or a torch dtype.
 
     Raises:
-        InvalidOption: latents cannot have it; lists those that they can.
+        InvalidOption: latents cannot have this type; the error lists the allowed ones.
     """
     torch = sys.modules.get("torch")
     name: object = dtype

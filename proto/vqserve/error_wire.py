@@ -1,7 +1,7 @@
-"""An error as one entry of a failed call's trailing metadata, and back: docs/wire.md has the format.
+"""Writes an error as one entry of a failed call's trailing metadata, and reads it; docs/wire.md has the format.
 
-Both sides distrust the other: what is written is short and printable ASCII, and never has a path; of what is read only
-fields of the right kind and size are taken.
+Entries are short and printable ASCII, and never contain a path. The reader trusts nothing: it takes only fields of the
+right type and size.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from vqserve.errors import VqserveError
 
 ERROR_KEY = "vqserve-error"
 REQUEST_ID_KEY = "vqserve-request-id"
-# gRPC's own name for the hint, and the one that clients from before it look for.
+# Names of the retry hint: gRPC's own, and the name that older clients read.
 RETRY_PUSHBACK_KEY = "grpc-retry-pushback-ms"
 RETRY_AFTER_KEY = "vqserve-retry-after-ms"
 
-# HTTP/2 headers carry the entry, and 8 KiB of all of them is what gRPC takes.
+# The entry is an HTTP/2 header, and gRPC accepts 8 KiB of headers in all.
 MAX_BYTES = 2048
 _LONGEST_MESSAGE = 1000
 _LONGEST_NAME = 200
 _MOST_AXES = 32
 _MOST_SUGGESTIONS = 8
 _LARGEST = 1 << 63
-# Fields of any length.
-_WORDS = frozenset({"message", "suggestion", "codebook"})
+# Fields that can be long.
+_LONG = frozenset({"message", "suggestion", "codebook"})
 
 
 def reason_of(kind: type[VqserveError]) -> str:
@@ -37,7 +37,7 @@ def reason_of(kind: type[VqserveError]) -> str:
     return "".join(f"_{char.lower()}" if char.isupper() else char for char in kind.__name__).removeprefix("_")
 
 
-# What a caller can be told by a server: the rest is the SDK's own, or the server's own business.
+# The errors that a server sends; the others occur only in the SDK, or are internal to the server.
 KINDS: Mapping[str, type[VqserveError]] = MappingProxyType(
     {
         reason_of(kind): kind
@@ -65,7 +65,7 @@ KINDS: Mapping[str, type[VqserveError]] = MappingProxyType(
 
 
 def written(error: VqserveError) -> str | None:
-    """Return the entry of an error; None: it has none, because callers are told nothing of its kind."""
+    """Return the entry of an error; None if errors of its class are not sent."""
     reason = reason_of(type(error))
     if reason not in KINDS:
         return None
@@ -79,10 +79,10 @@ def written(error: VqserveError) -> str | None:
         "codebook": error.codebook,
         "digest": error.digest,
     }
-    told = {name: value for name, value in fields.items() if value not in (None, {})}
-    text = _encoded(told)
-    # Without its words it still says what it is and where: the call's details have words too.
-    return text if len(text) <= MAX_BYTES else _encoded({name: told[name] for name in told.keys() - _WORDS})
+    present = {name: value for name, value in fields.items() if value not in (None, {})}
+    text = _encoded(present)
+    # An entry without the long fields still has the reason and the position; the status details have a text too.
+    return text if len(text) <= MAX_BYTES else _encoded({name: present[name] for name in present.keys() - _LONG})
 
 
 def _encoded(fields: Mapping[str, object]) -> str:
@@ -94,12 +94,12 @@ def read(entry: str | None, *, code: str) -> VqserveError | None:
     """Return the error in an entry.
 
     Args:
-        entry: as it came; None: there was none.
-        code: name of the status that came with it.
+        entry: the received entry; None if there was none.
+        code: name of the received status.
 
     Returns:
-        None if there is no entry, or none of an error that has this status. The template is empty where the entry has
-        no message that can be shown.
+        The error; None if there is no valid entry, or if its error does not have this status. The template is empty if
+        the entry has no message that can be shown.
     """
     if entry is None or len(entry) > 2 * MAX_BYTES:
         return None

@@ -1,4 +1,4 @@
-"""The one tree of errors: of the SDK, of the server, and of a `Tokenizer` in process.
+"""All errors of vqserve, in one tree: the SDK, the server and the in-process `Tokenizer` raise them.
 
 VqserveError
 ├── InvalidArgument (also a ValueError)
@@ -28,8 +28,8 @@ VqserveError
     ├── CodebookFileError
     └── ForeignCheckpointError
 
-An error is made of fields; its text is made where it is shown (`VqserveError.text`). docs/errors.md has the table.
-Nothing but the standard library is imported: everything else may import this module.
+An error consists of fields. Its text is made where it is shown (`VqserveError.text`). docs/errors.md has the table.
+This module imports only the standard library, so that every other module can import it.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from os import PathLike, fspath
 from typing import Any, Literal, Self, get_args
 
 ArrayName = Literal["latents", "indices", "tokens"]
-"""What a position counts in: one of the caller's arrays, or the grid of their tokens."""
+"""The array that a position indexes: one of the caller's arrays, or the grid of their tokens."""
 ARRAY_NAMES: tuple[str, ...] = get_args(ArrayName)
 
-# {timeout=} is the argument of that name, whichever it is.
+# {NAME=} stands for the argument NAME, for example {timeout=}.
 _PLACEHOLDER = re.compile(r"\{(?:(where|option|suggestion)|([a-z_]{1,40})=)\}")
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """How the reader of a text writes the arguments of a call."""
+    """How an error text writes the arguments of a call: as in Python, or as on a command line."""
 
     is_command_line: bool = False
 
@@ -80,21 +80,21 @@ class VqserveError(Exception):
     """Base of all errors that vqserve raises on purpose; they pickle with all their fields.
 
     Attributes:
-        template: what went wrong, with placeholders: {where} for the position, {option} and {suggestion} for the fields
-            of these names, and {timeout=} for the argument `timeout`, and so on.
-        code: name of the gRPC status that the class stands for or that the server sent, such as "NOT_FOUND"; None where
-            gRPC has none.
+        template: text with placeholders: {where} for the position, {option} and {suggestion} for the fields of these
+            names, {timeout=} for the argument `timeout`, and so on.
+        code: name of the gRPC status of the class, or of the status that the server sent, such as "NOT_FOUND"; None if
+            gRPC has no status for it.
         target: address of the server; None in process.
         codebook: name of the codebook; None if it is not known or does not matter.
-        digest: of that codebook, as it is; None if it does not matter.
-        request_id: what the server's log calls the failed request; None if none was sent.
-        item: which array of `encode_many` or `decode_many` failed, from 0; None in other calls.
-        array: what `position` counts in: "latents", "indices", or "tokens", which is the grid without the channels.
-        position: index of the offending element, one number an axis; None if the error is not about one.
-        row: number of the offending token in C order, until `placed` makes a position of it.
-        option: name of the argument that the error is about, as Python has it.
+        digest: digest of that codebook; None if it does not matter.
+        request_id: id of the failed request in the server's log; None if no request was sent.
+        item: number of the array of `encode_many` or `decode_many` that failed, from 0; None in other calls.
+        array: array that `position` indexes: "latents", "indices", or "tokens", which is the grid without the channels.
+        position: index of the offending element, one number for each axis; None if the error is not about an element.
+        row: number of the offending token in C order, until `placed` replaces it by a position.
+        option: name of the argument that the error is about, as in Python.
         suggestion: arguments to try, by name.
-        path: file that the offending array or codebook is in; it is not sent to a caller.
+        path: file of the offending array or codebook; it is never sent to a caller.
     """
 
     hint = ""
@@ -117,7 +117,7 @@ class VqserveError(Exception):
         suggestion: Mapping[str, str | int] | None = None,
         path: str | PathLike[str] | None = None,
     ) -> None:
-        # What an exception is made of pickles it, and the rest of its fields follow.
+        # Pickling calls the class with `args`, here the template, and then restores the other fields.
         super().__init__(template)
         self.template = template
         self.code = code or self.default_code
@@ -135,7 +135,7 @@ class VqserveError(Exception):
 
     @property
     def message(self) -> str:
-        """What went wrong and where, without the rest of what `str` shows."""
+        """What went wrong and where: the text of `str` without the call and the hint."""
         return self.statement()
 
     @property
@@ -147,12 +147,12 @@ class VqserveError(Exception):
         return f"{name}{list(self.position or (self.row,))}"
 
     def statement(self, spelling: Spelling = PYTHON) -> str:
-        """Return what went wrong and where, in the words of a reader who writes arguments like this."""
+        """Return what went wrong and where, with arguments written in this spelling."""
         stated = _filled(self.template, spelling, where=self.where, option=self.option, suggestion=self.suggestion)
         return stated if self.path is None else f"{self.path}: {stated}"
 
     def text(self, spelling: Spelling = PYTHON) -> str:
-        """Return all that there is to tell a user: what, in which call, and what to do."""
+        """Return the whole text for a user: what went wrong, in which call, and what to do."""
         call = ", ".join(
             text
             for text, value in (
@@ -179,25 +179,27 @@ class VqserveError(Exception):
         return changed
 
     def noted(self, note: str) -> Self:
-        """Return the same error with more to say, after a semicolon."""
+        """Return the same error with a note, after a semicolon."""
         return self.with_fields(template=f"{self.template}; {note}")
 
     def shifted(self, offset: Sequence[int]) -> Self:
-        """Return the error of a part of an array as one of the whole; as it is if it has no such position.
+        """Return an error about a part of an array as an error about the whole array.
+
+        An error without a position, or with a position of another rank, is returned unchanged.
 
         Args:
-            offset: where the part begins in the whole, one number an axis.
+            offset: start of the part in the whole array, one number for each axis.
         """
         if self.position is None or len(self.position) != len(offset):
             return self
         return self.with_fields(position=tuple(map(int.__add__, self.position, offset)))
 
     def placed(self, grid: Sequence[int], start: int = 0) -> Self:
-        """Return the error of a row as one of a token in a grid; as it is if it is not about a row.
+        """Return an error about a row as an error about a token in a grid; other errors are returned unchanged.
 
         Args:
             grid: shape of the tokens.
-            start: token, in C order, that row 0 is.
+            start: number of the token, in C order, of row 0.
         """
         if self.row is None:
             return self
@@ -209,7 +211,7 @@ class VqserveError(Exception):
 
 @contextmanager
 def rows_placed(grid: Sequence[int], start: int = 0) -> Iterator[None]:
-    """Let errors about rows leave the block as errors about tokens in a grid; see `VqserveError.placed`."""
+    """Convert errors about rows that the block raises to errors about tokens in a grid; see `VqserveError.placed`."""
     try:
         yield
     except VqserveError as error:
@@ -220,7 +222,7 @@ def rows_placed(grid: Sequence[int], start: int = 0) -> Iterator[None]:
 
 @contextmanager
 def of_file(path: str | PathLike[str] | None) -> Iterator[None]:
-    """Let errors about an array leave the block with the file that it is in; None: it is in none."""
+    """Add a path to errors about an array that the block raises; None: the array is not in a file."""
     try:
         yield
     except InvalidArgument as error:
@@ -230,7 +232,7 @@ def of_file(path: str | PathLike[str] | None) -> Iterator[None]:
 
 
 class LayoutWarning(UserWarning):
-    """An array can be read in two ways; `suggestion` says which argument settles it."""
+    """An array can be read in two ways; `suggestion` is the argument that selects one."""
 
     def __init__(self, template: str, suggestion: Mapping[str, str | int] | None = None) -> None:
         super().__init__(template)
@@ -238,7 +240,7 @@ class LayoutWarning(UserWarning):
         self.suggestion = dict(suggestion or {})
 
     def text(self, spelling: Spelling = PYTHON) -> str:
-        """Return what the user is told; see `VqserveError.text`."""
+        """Return the text for a user; see `VqserveError.text`."""
         return _filled(self.template, spelling, suggestion=self.suggestion)
 
     def __str__(self) -> str:
@@ -246,7 +248,7 @@ class LayoutWarning(UserWarning):
 
 
 class InvalidArgument(VqserveError, ValueError):
-    """The array or an option cannot be served: wrong shape, dtype, NaN, index out of range."""
+    """An array or an option is not valid: wrong shape, dtype, NaN, index out of range."""
 
     default_code = "INVALID_ARGUMENT"
 
@@ -260,62 +262,62 @@ class InvalidDtype(InvalidArgument):
 
 
 class NotAnArray(InvalidDtype, TypeError):
-    """A value is no array at all, or one without plain values: a list, a scalar, a masked array, a sparse tensor."""
+    """A value is not an array with plain values: a list, a scalar, a masked array, a sparse tensor."""
 
 
 class InvalidOption(InvalidArgument):
-    """An option has a value that is not one of its values."""
+    """An option has a value that is not allowed."""
 
 
 class NonFiniteLatents(InvalidArgument):
-    """Latents hold NaN or infinity, or leave float32's range on their way to the codes."""
+    """Latents hold NaN or infinity, or exceed float32's range after the codebook's projection."""
 
     hint = "no code stands for it, find out where it comes from"
 
 
 class TokenBeyondRange(NonFiniteLatents):
-    """A token leaves float32's range on its way to the codes."""
+    """A token exceeds float32's range after the codebook's projection."""
 
     hint = "scale the latents down"
 
 
 class IndexOutOfRange(InvalidArgument):
-    """An index is not one of the vocabulary."""
+    """An index is not in the vocabulary."""
 
-    hint = "are the indices of this codebook?"
+    hint = "are the indices from this codebook?"
 
 
 class MessageTooLarge(InvalidArgument):
-    """A message is larger than one side takes, or one row alone does not fit."""
+    """A message exceeds the limit of the client or of the server, or one row alone does."""
 
-    hint = "{max_message_bytes=} must be what both sides take"
+    hint = "set a larger {max_message_bytes=} on client and server"
 
 
 class CodebookNotFound(VqserveError, LookupError):
-    """No codebook of that name is served, or none was named and the server has several."""
+    """No codebook of that name is served, or the call names none and the server has several."""
 
     default_code = "NOT_FOUND"
 
 
 class DigestMismatch(VqserveError):
-    """The codebook has another digest than the one that was pinned; `digest` is the one that it has."""
+    """The codebook has another digest than the pinned one; `digest` is the codebook's."""
 
     default_code = "FAILED_PRECONDITION"
-    hint = "pin that one with {digest=}, or have the old one served"
+    hint = "pin that digest with {digest=}, or serve the old codebook again"
 
 
 class DigestChanged(VqserveError):
-    """The codebook was replaced while the call ran; no answer mixes the tokens of two."""
+    """The codebook was replaced during the call; a result never mixes the tokens of two codebooks."""
 
     default_code = "FAILED_PRECONDITION"
-    hint = "call again for an answer from the new one alone"
+    hint = "call again to use the new codebook for all arrays"
 
 
 class Overloaded(VqserveError):
-    """The server's queue is full, for the SDK at every retry.
+    """The server's queue is full; the SDK raises this after its last retry.
 
     Attributes:
-        retry_after_s: when the server would like to be asked again, in seconds; None if it did not say.
+        retry_after_s: delay before a retry that the server asks for, in seconds; None if it gave none.
     """
 
     default_code = "RESOURCE_EXHAUSTED"
@@ -330,11 +332,11 @@ class DeadlineExceeded(VqserveError, TimeoutError):
     """The call did not end within its timeout."""
 
     default_code = "DEADLINE_EXCEEDED"
-    hint = "allow it more with {timeout=}; `vqserve status` tells whether the server serves"
+    hint = "allow more time with {timeout=}; `vqserve status` shows whether the server is serving"
 
 
 class Unavailable(VqserveError, ConnectionError):
-    """The server cannot be reached or is stopping, for the SDK at every retry."""
+    """The server cannot be reached or is stopping; the SDK raises this after its last retry."""
 
     default_code = "UNAVAILABLE"
     hint = "is the server running, and is this its address? `vqserved serve` starts one"
@@ -343,35 +345,35 @@ class Unavailable(VqserveError, ConnectionError):
 class Draining(Unavailable):
     """The server is stopping and takes no new requests."""
 
-    hint = "try again when it, or another one, is there"
+    hint = "try again when this or another server is available"
 
 
 class DeviceBroken(Unavailable):
-    """The device failed; this server process cannot serve any more."""
+    """The device failed; this server process cannot serve any longer."""
 
-    hint = "try again when the server has been started again"
+    hint = "try again after the server was restarted"
 
 
 class AccessDenied(VqserveError):
-    """The server does not let this caller in."""
+    """The server does not accept this caller."""
 
     default_code = "PERMISSION_DENIED"
 
 
 class Cancelled(VqserveError):
-    """The caller has left, or something between client and server cancelled the call."""
+    """The caller cancelled the call or disconnected, or a proxy cancelled the call."""
 
     default_code = "CANCELLED"
 
 
 class ServerError(VqserveError):
-    """The server failed; its log has the reason under the request id."""
+    """The server failed; its log gives the reason with the request id."""
 
     default_code = "INTERNAL"
 
 
 class ProtocolError(VqserveError):
-    """A reply does not fit its request, or the peer does not speak vqserve.v1; nothing of the reply was used."""
+    """A reply does not fit its request, or the server does not implement vqserve.v1; the reply was not used."""
 
     hint = "are client and server of the same version?"
 
@@ -383,7 +385,7 @@ class Closed(VqserveError):
 
 
 class StartError(VqserveError):
-    """The daemon cannot start; the text says why, in one line."""
+    """The daemon cannot start; the text gives the reason in one line."""
 
 
 class CodebookError(VqserveError, ValueError):
@@ -395,7 +397,7 @@ class CodebookFileError(CodebookError):
 
 
 class ForeignCheckpointError(CodebookError):
-    """A foreign checkpoint cannot be read, or does not say enough to be imported."""
+    """A foreign checkpoint cannot be read, or does not contain enough to be imported."""
 
 
 def _filled(
@@ -406,7 +408,7 @@ def _filled(
     option: str | None = None,
     suggestion: Mapping[str, object] | None = None,
 ) -> str:
-    # One pass: what a placeholder is replaced by is not looked at again.
+    # One pass: placeholders in the inserted values are not replaced.
     def value(placeholder: re.Match[str]) -> str:
         name, argument = placeholder.groups()
         if argument is not None:

@@ -1,4 +1,4 @@
-"""Where the channels of a latent array are, and what that makes of its shape."""
+"""The position of the channel axis in latents, and the shapes that follow from it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Layout(StrEnum):
 
 
 def parse_layout(layout: str | None) -> Layout | None:
-    """Return the layout of that name; None (the codebook's default) stays None.
+    """Return the layout of a name; None (the codebook's default) stays None.
 
     Raises:
-        InvalidOption: for any other name.
+        InvalidOption: there is no layout of that name.
     """
     if layout is None:
         return None
@@ -39,12 +39,12 @@ def resolve_layout(rank: int, layout: Layout | None, default: Layout | None = No
     """Return the layout of a latent array of this rank.
 
     Args:
-        rank: axes of the latent array, 2 to 5.
-        layout: what the caller asked for; None: the default.
-        default: the codebook's default; None: channels first for 4 and 5 axes, last for 2 and 3.
+        rank: number of axes of the latents, 2 to 5.
+        layout: layout that the caller gave; None: the default.
+        default: default of the codebook; None: channels first for 4 and 5 axes, last for 2 and 3.
 
     Raises:
-        InvalidShape: for another rank, and for channels first on 2 axes, which have no batch axis before the channels.
+        InvalidShape: the rank is another, or the layout is channels first for 2 axes, which have no batch axis.
     """
     if rank not in LATENT_RANKS:
         raise wrong_rank("latents", LATENT_RANKS, rank)
@@ -62,18 +62,18 @@ def resolve_layout(rank: int, layout: Layout | None, default: Layout | None = No
 
 
 def warn_of_an_image(shape: Sequence[int], layout: Layout | None, default: Layout | None) -> None:
-    """Warn where one image without a batch axis, (C, h, w), would pass for sequences, (b, s, C), and give other tokens.
+    """Warn if latents of 3 axes could be one image (C, h, w) without a batch axis, as well as sequences (b, s, C).
 
     Args:
-        shape: of the latents.
-        layout: what the caller asked for, which settles it; None: the default.
-        default: the codebook's default, which settles it too.
+        shape: shape of the latents.
+        layout: layout that the caller gave; None: the default. With a layout there is no warning.
+        default: default of the codebook. With a default there is no warning.
     """
     if len(shape) == 3 and shape[0] == shape[2] and layout is None and default is None:
         warnings.warn(
             LayoutWarning(
-                f"latents of shape {tuple(shape)} are read as (b, s, C); if they are one image, (C, h, w), give "
-                "latents[None]; if not, {suggestion} says so",
+                f"latents of shape {tuple(shape)} are read as (b, s, C); if they are one image, (C, h, w), pass "
+                "latents[None]; if they are sequences, pass {suggestion}",
                 {"layout": str(Layout.CHANNELS_LAST)},
             ),
             stacklevel=2,
@@ -81,7 +81,7 @@ def warn_of_an_image(shape: Sequence[int], layout: Layout | None, default: Layou
 
 
 def wrong_rank(array: str, ranks: Sequence[int], rank: int) -> InvalidShape:
-    """Return the error of an array with another number of axes than `ranks`, which are ascending."""
+    """Return the error for an array whose number of axes is not in `ranks` (ascending)."""
     return InvalidShape(f"{array} must have {ranks[0]} to {ranks[-1]} axes, not {rank}", array=array)
 
 
@@ -91,7 +91,7 @@ def channel_axis(layout: Layout) -> int:
 
 
 def first_channels(count: int, layout: Layout) -> tuple[EllipsisType | slice, ...]:
-    """Return by what an array of this layout is cut to its first channels."""
+    """Return the index that selects the first channels of an array of this layout."""
     return (slice(None), slice(count)) if layout is Layout.CHANNELS_FIRST else (..., slice(count))
 
 
@@ -103,14 +103,14 @@ def grid_shape(latents_shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
 
 
 def latents_shape(grid: Sequence[int], channels: int, layout: Layout) -> tuple[int, ...]:
-    """Return the shape of the latents that belong to indices of shape `grid`."""
+    """Return the shape of the latents of a grid of tokens."""
     if layout is Layout.CHANNELS_FIRST:
         return (grid[0], channels, *grid[1:])
     return (*grid, channels)
 
 
 def indices_shape(grid: Sequence[int], stages: int | None, layout: Layout) -> tuple[int, ...]:
-    """Return the shape of the indices of a grid of tokens: with stages, so many stand in the place of the channels."""
+    """Return the shape of the indices of a grid of tokens; stages take the place of the channels."""
     return tuple(grid) if stages is None else latents_shape(grid, stages, layout)
 
 

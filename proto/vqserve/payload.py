@@ -1,4 +1,4 @@
-"""Arrays to payloads (raw little-endian bytes in C order) and back: the one codec of both sides."""
+"""Converts arrays to payloads (raw little-endian bytes in C order) and back, for client and server."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy.typing as npt
 from vqserve import dtypes
 from vqserve.v1 import tokenizer_pb2 as pb
 
-# What a message holds beside its payload and the codebook's name, at most: digest, shape, statistics, tags.
+# A message has at most this many bytes beside its payload and the codebook's name: digest, shape, statistics, tags.
 ENVELOPE_BYTES = 512
-# Bytes that numpy can address, and axes that an array can have (numpy 1's).
+# The most bytes that numpy can address, and the most axes of an array in numpy 1.
 _LARGEST_ARRAY = (1 << 63) - 1
 _MOST_AXES = 32
 
@@ -27,7 +27,7 @@ class PayloadError(ValueError):
 
 
 def dtype_name(dtype: int) -> str:
-    """Return "float32" for DTYPE_FLOAT32 and so on; of an unknown number, that number."""
+    """Return "float32" for DTYPE_FLOAT32 and so on; for an unknown number, a text with that number."""
     try:
         return pb.DType.Name(dtype).removeprefix("DTYPE_").lower()
     except ValueError:
@@ -38,7 +38,7 @@ def dtype_of_name(name: str) -> int:
     """Return DTYPE_FLOAT32 for "float32" and so on.
 
     Raises:
-        ValueError: for a name that the wire does not have.
+        ValueError: the wire has no type of that name.
     """
     dtype = dtypes.BY_NAME.get(name)
     if dtype is None:
@@ -67,19 +67,19 @@ def dtype_of(array: npt.NDArray[np.generic]) -> int:
     """Return the wire type of a numpy array.
 
     Raises:
-        PayloadError: for a type that does not travel.
+        PayloadError: the wire does not have the type.
     """
     dtype = dtypes.of_numpy(array.dtype)
     if dtype is None:
-        raise PayloadError(f"arrays of {array.dtype} do not travel: use one of {', '.join(dtypes.BY_NAME)}")
+        raise PayloadError(f"arrays of {array.dtype} cannot be sent: use one of {', '.join(dtypes.BY_NAME)}")
     return dtype.number
 
 
 def view(array: npt.NDArray[np.generic], dtype: int) -> memoryview:
-    """Return an array's payload: its own memory if it lies there as on the wire, else that of a copy.
+    """Return an array's payload: a view of the array if its memory is as on the wire, else of a copy.
 
     Args:
-        array: for bfloat16 float32 (rounded here) or uint16 bit patterns.
+        array: the array; for bfloat16, float32 values (rounded here) or uint16 bit patterns.
         dtype: the wire type.
     """
     element = dtypes.BY_NUMBER[dtype]
@@ -94,24 +94,24 @@ def to_bytes(array: npt.NDArray[np.generic], dtype: int) -> bytes:
 
 
 def nbytes(dtype: int, shape: Sequence[int]) -> int:
-    """Return the bytes of an array's payload; the numbers may be any that a message can claim."""
+    """Return the size of an array's payload in bytes; the shape may hold any numbers that a message can."""
     return math.prod(shape) * itemsize(dtype)
 
 
 def check(size: int, dtype: int, shape: Sequence[int]) -> None:
-    """Refuse a payload of `size` bytes that is not that of such an array.
+    """Check that an array of this type and shape has a payload of `size` bytes.
 
     Raises:
-        PayloadError: the type is not on the wire, or the sizes differ.
+        PayloadError: the wire does not have the type, or the sizes differ.
     """
     if dtype not in _NUMPY:
         raise PayloadError(f"dtype must be set: got {dtype_name(dtype)}")
-    # Python's integers cannot overflow, whatever the sender claims.
+    # Python integers do not overflow: the shape may hold any numbers.
     element_bytes = _NUMPY[dtype].itemsize
     expected = math.prod(shape) * element_bytes
     if expected != size:
         raise PayloadError(f"shape {tuple(shape)} of {dtype_name(dtype)} is {expected} bytes, the payload has {size}")
-    # An axis of zero lets the others be as large as they like.
+    # With an axis of length zero the other axes could have any length.
     if len(shape) > _MOST_AXES or math.prod(max(length, 1) for length in shape) * element_bytes > _LARGEST_ARRAY:
         raise PayloadError(f"shape {tuple(shape)} is too large for an array")
 
@@ -120,7 +120,7 @@ def from_bytes(data: bytes | memoryview, dtype: int, shape: Sequence[int]) -> np
     """Return the array in a payload, as a read-only view; bfloat16 comes as uint16 bit patterns.
 
     Raises:
-        PayloadError: when the type is not on the wire or the bytes are not those of such an array.
+        PayloadError: the wire does not have the type, or the number of bytes is wrong.
     """
     check(len(data), dtype, shape)
     return np.frombuffer(data, dtype=_NUMPY[dtype]).reshape(tuple(shape))

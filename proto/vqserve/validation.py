@@ -1,7 +1,7 @@
-"""What must be true of a caller's arrays and options: the checks, and the texts, that client and server share.
+"""Checks of a caller's arrays and options, and their error texts, for client and server.
 
-The SDK checks before it sends, the server because others send too, and `Tokenizer` in process. Nothing here looks at
-the data of an array; whoever does makes the error with one of the functions at the end.
+The SDK checks before it sends, the server checks because other clients send too, and `Tokenizer` checks in process. The
+checks do not read the data of an array; code that does makes its errors with the functions at the end.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from vqserve.errors import (
 )
 from vqserve.layout import LATENT_RANKS, Layout, channel_axis, parse_layout, resolve_layout, wrong_rank
 
-# Of indices: those of a token may be an axis.
+# Numbers of axes that indices without stages can have.
 INDEX_RANKS = (1, 2, 3, 4)
-# What the widest index type of replies, uint32, can name.
+# The number of values of uint32, the widest index type of replies.
 LARGEST_VOCABULARY = 1 << 32
 OUTPUTS = ("latents", "code_rows")
 # Positions and byte counts are signed 64-bit numbers everywhere.
 _MAX_ELEMENTS = (1 << 63) // 8
-# What a text quotes of a name or a digest that a stranger sent.
+# An error text quotes at most this much of a name or a digest that a caller sent.
 _QUOTED_CHARACTERS = 80
 _DIGEST_CHARACTERS = 64
 
@@ -42,7 +42,7 @@ _DIGEST_CHARACTERS = 64
 
 
 def check_output(output: object) -> None:
-    """Refuse what decode cannot give.
+    """Check the output of decode.
 
     Raises:
         InvalidOption: it is neither "latents" nor "code_rows".
@@ -53,10 +53,10 @@ def check_output(output: object) -> None:
 
 
 def check_count(num_quantizers: object) -> None:
-    """Refuse a number of indices for each token that no codebook has.
+    """Check a number of quantizers that no codebook is known for yet.
 
     Raises:
-        InvalidOption: it is neither None, which is all, nor an integer of 1 or more.
+        InvalidOption: it is neither None, which means all, nor an integer of 1 or more.
     """
     if num_quantizers is None:
         return
@@ -67,14 +67,14 @@ def check_count(num_quantizers: object) -> None:
 
 
 def check_num_quantizers(asked: object, *, available: int) -> int:
-    """Return how many of a codebook's indices for each token are meant.
+    """Return the number of indices of a token to encode or decode.
 
     Args:
-        asked: what the caller wants; None: all.
+        asked: number that the caller gave; None: all.
         available: `CodebookInfo.num_quantizers`.
 
     Raises:
-        InvalidOption: it is no integer in [1, available].
+        InvalidOption: the number is not an integer in [1, available].
     """
     check_count(asked)
     if not isinstance(asked, Integral):
@@ -91,10 +91,10 @@ def check_num_quantizers(asked: object, *, available: int) -> int:
 
 
 def check_has_output(output: str, *, info: CodebookInfo) -> None:
-    """Refuse code rows of a residual codebook.
+    """Check that a codebook has an output of decode: a residual codebook has no code rows.
 
     Raises:
-        InvalidOption: the codebook has a code row for each index, and none for a token.
+        InvalidOption: the output is "code_rows" and a token of the codebook has several codes.
     """
     if output == "code_rows" and info.has_stages:
         raise InvalidOption(
@@ -105,7 +105,7 @@ def check_has_output(output: str, *, info: CodebookInfo) -> None:
 
 
 def check_digest_form(digest: str) -> None:
-    """Refuse a text that is no digest.
+    """Check that a text has the form of a digest.
 
     Raises:
         InvalidOption: it is not 64 lower-case hexadecimal digits.
@@ -117,22 +117,22 @@ def check_digest_form(digest: str) -> None:
 
 
 def is_digest(text: str) -> bool:
-    """Return whether a text has a digest's form."""
+    """Return whether a text has the form of a digest."""
     return len(text) == _DIGEST_CHARACTERS and set(text) <= set("0123456789abcdef")
 
 
 def check_digest(expected: str, *, info: CodebookInfo) -> None:
-    """Refuse a codebook that is not the one that the caller pinned.
+    """Check that a codebook has the digest that the caller pinned.
 
     Raises:
-        DigestMismatch: names both digests.
+        DigestMismatch: it has another; the error names both.
     """
     if expected != info.digest:
         raise wrong_digest(expected, info=info)
 
 
 def wrong_digest(expected: str, *, info: CodebookInfo) -> DigestMismatch:
-    """Return the error of a caller who pinned another digest than the codebook has."""
+    """Return the error for a pinned digest that is not the codebook's."""
     return DigestMismatch(
         f"codebook {info.name!r} has digest {info.digest}, not {expected[:_DIGEST_CHARACTERS]!r}",
         codebook=info.name,
@@ -141,18 +141,18 @@ def wrong_digest(expected: str, *, info: CodebookInfo) -> DigestMismatch:
 
 
 def no_codebook(name: str | None, served: Sequence[str], *, num_codebooks: int) -> CodebookNotFound:
-    """Return the error of a caller whose codebook is not there.
+    """Return the error for a codebook that is not served.
 
     Args:
-        name: what the caller asked for; None or "": nothing.
-        served: all names that could be asked for.
-        num_codebooks: how many codebooks that are, versions of one counted once.
+        name: name in the request; None or "" if it has none.
+        served: names of all served codebooks.
+        num_codebooks: number of served codebooks; versions of one count once.
     """
     names = ", ".join(served)
     if not served:
         return CodebookNotFound("no codebook is served", codebook=name)
     if not name:
-        return CodebookNotFound(f"{num_codebooks} codebooks are served, say which with {{codebook=}}: {names}")
+        return CodebookNotFound(f"{num_codebooks} codebooks are served, choose one with {{codebook=}}: {names}")
     quoted = name[:_QUOTED_CHARACTERS]
     return CodebookNotFound(f"no codebook {quoted!r} is served, only: {names}", codebook=quoted)
 
@@ -161,35 +161,35 @@ def no_codebook(name: str | None, served: Sequence[str], *, num_codebooks: int) 
 
 
 def check_latents_shape(shape: Sequence[int], layout: str | None, *, info: CodebookInfo) -> Layout:
-    """Return the layout of latents whose shape the codebook takes.
+    """Check the shape of latents for a codebook, and return their layout.
 
     Args:
-        shape: of the latents.
+        shape: shape of the latents.
         layout: "channels_first", "channels_last" or None, the codebook's default.
         info: the codebook.
 
     Raises:
-        InvalidOption: `layout` is not the name of one.
+        InvalidOption: there is no such layout.
         InvalidShape: the rank is not 2 to 5, the channel count is not the codebook's, or a size overflows.
     """
     resolved = resolve_layout(len(shape), parse_layout(layout), info.layout)
     check_channels(shape, resolved, info.input_dim)
-    # An empty axis lets the others be as large as they like: the reply would not be addressable.
+    # Empty axes count as 1: otherwise the other axes could have any length, and the reply could not be addressed.
     if math.prod([length or 1 for length in shape]) > _MAX_ELEMENTS:
         raise InvalidShape(f"latents of shape {tuple(shape)} are too large", array="latents")
     return resolved
 
 
 def check_channels(shape: Sequence[int], layout: Layout, channels: int) -> None:
-    """Refuse latents of another channel count.
+    """Check the number of channels of latents.
 
     Args:
-        shape: of the latents, of the rank that the layout needs.
-        layout: how the shape is read.
-        channels: what the codebook takes.
+        shape: shape of the latents, of a rank that the layout allows.
+        layout: layout of the latents.
+        channels: number of channels that the codebook takes.
 
     Raises:
-        InvalidShape: and what may be meant.
+        InvalidShape: the number is another; the error suggests a layout or a batch axis if that would fit.
     """
     found = shape[channel_axis(layout)]
     if found == channels:
@@ -205,25 +205,25 @@ def check_channels(shape: Sequence[int], layout: Layout, channels: int) -> None:
             suggestion={"layout": str(other)},
         )
     if len(shape) in (3, 4) and shape[0] == channels:
-        text += ": without a batch axis? latents[None] has one"
+        text += ": is the batch axis missing? pass latents[None]"
     raise InvalidShape(text, array="latents")
 
 
 def check_indices_shape(
     shape: Sequence[int], layout: str | None, *, info: CodebookInfo, num_quantizers: object = None
 ) -> Layout:
-    """Return the layout of the latents that indices of this shape decode to.
+    """Check the shape of indices for a codebook, and return the layout of the latents that they decode to.
 
     Args:
-        shape: of the indices: 1 to 4 axes; of a residual codebook the 2 to 5 of their latents, with the indices of a
-            token in the place of the channels.
+        shape: shape of the indices: 1 to 4 axes; for a residual codebook the 2 to 5 axes of the latents, with the
+            indices of a token in place of the channels.
         layout: as in `check_latents_shape`.
         info: the codebook.
-        num_quantizers: how many of each token's indices are to be decoded, the first ones; None: all that the codebook
-            has. There may be more, up to those.
+        num_quantizers: number of indices of each token to decode, the first ones; None: all. The array may have more
+            than are decoded, up to the number that the codebook has.
 
     Raises:
-        InvalidOption: `layout` is not the name of one, or num_quantizers is no integer in [1, info.num_quantizers].
+        InvalidOption: there is no such layout, or num_quantizers is not an integer in [1, info.num_quantizers].
         InvalidShape: the indices have too few or too many axes, the layout needs more, a token has too few or too
             many indices, or a size overflows.
     """
@@ -238,7 +238,7 @@ def check_indices_shape(
 
 
 def check_indices_rank(rank: int, ranks: Sequence[int] = INDEX_RANKS) -> None:
-    """Refuse indices with too few or too many axes.
+    """Check the number of axes of indices.
 
     Raises:
         InvalidShape: the rank is not one of `ranks`.
@@ -248,16 +248,16 @@ def check_indices_rank(rank: int, ranks: Sequence[int] = INDEX_RANKS) -> None:
 
 
 def check_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available: int) -> None:
-    """Refuse indices of a residual codebook without an axis of as many indices per token as are to be decoded.
+    """Check the number of indices of a token in indices of a residual codebook.
 
     Args:
-        shape: of the indices, which have the rank of their latents.
-        layout: where the latents' channels are, and the indices of a token.
-        wanted: indices per token that decode is to read, the first ones.
-        available: that the codebook has.
+        shape: shape of the indices, which have the rank of their latents.
+        layout: layout of the latents; the indices of a token take the place of the channels.
+        wanted: number of indices of a token to decode, the first ones.
+        available: number of indices of a token that the codebook has.
 
     Raises:
-        InvalidShape: that axis is shorter than `wanted` or longer than `available`.
+        InvalidShape: the array has fewer than `wanted` or more than `available`.
     """
     found = shape[channel_axis(layout)]
     if wanted <= found <= available:
@@ -268,7 +268,7 @@ def check_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available
         text += ": are they (n_q, b, ...)? swapaxes(0, 1) first"
     elif 0 < found < wanted == available:
         raise InvalidShape(
-            f"{text}: say {{suggestion}} to decode as few",
+            f"{text}: pass {{suggestion}} to decode that many",
             array="indices",
             option="num_quantizers",
             suggestion={"num_quantizers": found},
@@ -276,81 +276,81 @@ def check_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available
     raise InvalidShape(text, array="indices")
 
 
-# What whoever looks at an array's elements says of them.
+# Errors about the elements of arrays.
 
 
 def not_an_array(array: str, value: object) -> NotAnArray:
-    """Return the error of a value that is neither a numpy array nor a torch tensor.
+    """Return the error for a value that is not a numpy array or a torch tensor with plain values.
 
     Args:
         array: "latents" or "indices".
-        value: what was given.
+        value: the value.
     """
     if isinstance(value, np.ma.MaskedArray):
         found = "a masked array, whose mask would be lost"
     elif isinstance(value, Number | np.generic):
         found = "a scalar"
     elif isinstance(value, list | tuple):
-        found = f"{type(value).__name__}: numpy.asarray(...) first"
+        found = f"{type(value).__name__}: convert it with numpy.asarray"
     else:
         found = type(value).__name__
     return NotAnArray(f"{array} must be a numpy array or a torch tensor, not {found}", array=array)
 
 
 def not_dense(array: str, *, dtype: object, layout: object, device: object) -> NotAnArray:
-    """Return the error of a torch tensor without plain values: sparse, quantized, or on the device "meta"."""
+    """Return the error for a torch tensor without plain values: sparse, quantized, or on the device "meta"."""
     return NotAnArray(
         f"{array} must be a dense torch tensor with values, not {dtype} {layout} on {device}", array=array
     )
 
 
 def not_several(verb: str) -> NotAnArray:
-    """Return the error of one array where many are due, whose first axis would be taken apart."""
+    """Return the error for one array in place of an iterable of arrays."""
     return NotAnArray(f"{verb}_many takes an iterable of arrays, not one: {verb}(x), or {verb}_many([x])")
 
 
 def not_latents(dtype: object) -> InvalidDtype:
-    """Return the error of an array whose elements, numpy's or torch's, are not those of latents."""
+    """Return the error for latents whose type, numpy's or torch's, is not a type of latents."""
     name = str(dtype).removeprefix("torch.")
-    hint = "indices? that is decode" if "int" in name else "see .astype(numpy.float32)"
+    hint = "are they indices? use decode" if "int" in name else "convert them with .astype(numpy.float32)"
     *names, last = (known.name for known in sorted(LATENTS, key=lambda known: known.storage.itemsize))
     return InvalidDtype(f"latents must be {', '.join(names)} or {last}, not {name}: {hint}", array="latents")
 
 
 def not_indices(dtype: object) -> InvalidDtype:
-    """Return the error of an array whose elements, numpy's or torch's, are not those of indices."""
+    """Return the error for indices whose type, numpy's or torch's, is not a type of indices."""
     name = str(dtype).removeprefix("torch.")
-    hint = "latents? that is encode" if "float" in name else "see .astype(numpy.int64)"
+    hint = "are they latents? use encode" if "float" in name else "convert them with .astype(numpy.int64)"
     return InvalidDtype(f"indices must be integers, not {name}: {hint}", array="indices")
 
 
 def not_finite(position: Sequence[int], value: float, *, as_float32: bool = False) -> NonFiniteLatents:
-    """Return the error of latents with NaN or infinity.
+    """Return the error for latents with NaN or infinity.
 
     Args:
-        position: of the first one.
-        value: of it.
-        as_float32: it is finite, and becomes infinite in float32.
+        position: position of the first such value.
+        value: the value.
+        as_float32: whether the value is finite but becomes infinite in float32.
     """
     beyond = ", beyond float32's range" if as_float32 else ""
     return NonFiniteLatents(f"{{where}} is {value}{beyond}", array="latents", position=position)
 
 
 def not_an_index(position: Sequence[int] | None, value: int, decodable: int) -> IndexOutOfRange:
-    """Return the error of an index that is not in [0, decodable)."""
+    """Return the error for an index that is not in [0, decodable)."""
     return IndexOutOfRange(f"{{where}} is {value}, not in [0, {decodable})", array="indices", position=position)
 
 
 def beyond_dtype(row: int, dtype: str, *, has_stages: bool) -> InvalidOption:
-    """Return the error of a token that decodes to a value beyond the range of the element type that is asked for.
+    """Return the error for a token that decodes to a value beyond the range of the requested element type.
 
     Args:
-        row: of the token.
+        row: row of the token.
         dtype: name of the type.
         has_stages: whether a token has an axis of indices.
     """
     return InvalidOption(
-        f"{{where}} decodes to a value beyond the range of {dtype}: take a wider {{option}}",
+        f"{{where}} decodes to a value beyond the range of {dtype}: use a wider {{option}}",
         array="tokens" if has_stages else "indices",
         row=row,
         option="dtype",

@@ -1,8 +1,8 @@
-"""Messages taken apart and put together around their payload, so that it is never copied on the way.
+"""Reads and writes messages with a payload, without copying the payload.
 
-A message with a payload has it in field 100, and whoever writes with this module has it last: what comes before is the
-head, a small message of its own that protobuf reads and writes. Messages of other shapes, which protobuf allows just as
-well (fields in any order, the payload twice), are left to protobuf. docs/wire.md has the layout.
+The payload is field 100. This module writes it last, so that everything before it is a small message of its own, the
+head, which protobuf reads and writes. protobuf also reads the other valid forms (fields in any order, the payload
+twice). docs/wire.md describes the layout.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from google.protobuf.message import Message
 PAYLOAD_FIELD = 100
 _LENGTH_DELIMITED = 2
 _TAG = PAYLOAD_FIELD << 3 | _LENGTH_DELIMITED
-# As protobuf writes it: a varint of two bytes.
+# The tag as protobuf writes it: a varint of two bytes.
 _PAYLOAD_TAG = bytes((_TAG & 0x7F | 0x80, _TAG >> 7))
 _MAX_VARINT_BYTES = 10
-# Of values of fixed width, by wire type.
+# Sizes of values of fixed width, by wire type.
 _FIXED_BYTES = {1: 8, 5: 4}
-# Bytes of a counter in a ReplyTemplate, and the greatest that it holds: some nine hours of microseconds.
+# Bytes of a counter in a ReplyTemplate, and its greatest value: about nine hours in microseconds.
 _LEAST_WIDTH = 5
 _MOST = (1 << 7 * _LEAST_WIDTH) - 1
 _ALIGNMENT = 8
@@ -38,7 +38,7 @@ def read(kind: type[MessageT], raw: bytes) -> tuple[MessageT, memoryview]:
     """Return a message without its payload, and the payload, a view of `raw` where it is the last field.
 
     Raises:
-        google.protobuf.message.DecodeError: the bytes are no such message.
+        google.protobuf.message.DecodeError: the bytes are not such a message.
     """
     span = payload_span(raw)
     if span is None:
@@ -52,20 +52,20 @@ def read(kind: type[MessageT], raw: bytes) -> tuple[MessageT, memoryview]:
 
 
 def payload_span(raw: bytes) -> tuple[int, int] | None:
-    """Return where the head of a message ends and where its payload begins, if the payload is the last field.
+    """Return the positions at which the head of a message ends and its payload begins.
 
-    None: there is no payload, it is not last, or it comes twice. The head may be anything: protobuf decides whether it
-    is a valid message.
+    None if there is no payload, or if it is not the last field, or occurs twice. The head is not checked: protobuf
+    decides whether it is a valid message.
     """
     position, size = 0, len(raw)
     while position < size:
         if raw[position : position + 2] == _PAYLOAD_TAG:
             length, start = _varint(raw, position + 2)
-            # A length in more bytes than it needs, which ends in a zero byte, is left to protobuf.
+            # protobuf reads a length that has more bytes than it needs; such a length ends in a zero byte.
             if start + length == size and (raw[start - 1] or start == position + 3):
                 return position, start
             return None
-        # Most tags and values have one byte: they are read here, without a call.
+        # Most tags and values have one byte; they are read here, without a call.
         tag = raw[position]
         if tag < 0x80:
             position += 1
@@ -84,19 +84,19 @@ def payload_span(raw: bytes) -> tuple[int, int] | None:
             position += _FIXED_BYTES[kind]
         else:
             return None
-        # The payload's tag in more bytes than it needs, which protobuf reads as well.
+        # The payload's tag has more bytes than it needs; protobuf reads such a message.
         if tag >> 3 == PAYLOAD_FIELD:
             return None
     return None
 
 
 def payload_tag(nbytes: int) -> bytes:
-    """Return what a payload of that many bytes is preceded by."""
+    """Return the tag and the length before a payload of `nbytes` bytes."""
     return _PAYLOAD_TAG + varint(nbytes)
 
 
 def message(head: Buffer, payload: Buffer, nbytes: int) -> bytes:
-    """Return the message of a head and a payload of `nbytes` bytes, which is copied once."""
+    """Return the message with a head and a payload of `nbytes` bytes; the payload is copied once."""
     return b"".join((head, _PAYLOAD_TAG, varint(nbytes), payload))
 
 
@@ -124,8 +124,8 @@ class ReplyTemplate:
 
         Args:
             head: all fields before the counters.
-            counters_field: number of the submessage, below 16.
-            counters: how many it has: its fields 1, 2, and so on.
+            counters_field: field number of the submessage, below 16.
+            counters: number of counters; they are the fields 1, 2, and so on.
             nbytes: size of the payload.
         """
         tag = payload_tag(nbytes)
@@ -135,7 +135,7 @@ class ReplyTemplate:
         body_bytes = sum(widths) + counters
         self.before = head + bytes((counters_field << 3 | _LENGTH_DELIMITED, body_bytes))
         self.after = tag
-        # The tag and the bytes of a counter, as one number in which only the value is missing.
+        # The tag and the bytes of a counter, as one number without the value.
         self.fields = [
             (width + 1, int.from_bytes(bytes((number << 3,)) + b"\x80" * (width - 1) + b"\0", "little"))
             for number, width in enumerate(widths, 1)
@@ -147,14 +147,14 @@ class ReplyTemplate:
 class ReplyBuffer:
     """A message of a template, written in place: first its payload, then its header.
 
-    Whoever computes the payload writes it where it is sent from.
+    The payload is computed directly into the memory that is sent.
 
     Attributes:
-        memory: of the whole message; the payload begins at the template's `start`.
+        memory: memory of the whole message; the payload begins at the template's `start`.
     """
 
     def __init__(self, template: ReplyTemplate) -> None:
-        # The way in which C code makes bytes: they may be written until other code has them.
+        # C code makes bytes in this way: they may be written until other code sees them.
         raw: bytes = _new_bytes(None, template.size)
         self.memory = (ctypes.c_ubyte * template.size).from_address(id(raw) + bytes.__basicsize__ - 1)
         # An array in the memory keeps the bytes alive.
@@ -182,7 +182,7 @@ class ReplyBuffer:
 
 
 def _varint(raw: bytes, position: int) -> tuple[int, int]:
-    """Return the varint at a position and where it ends; beyond the end of `raw` if it is cut off or too long."""
+    """Return the varint at a position, and its end; the end is beyond `raw` if the varint is cut off or too long."""
     value = shift = 0
     for byte in raw[position : position + _MAX_VARINT_BYTES]:
         position += 1

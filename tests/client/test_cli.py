@@ -124,11 +124,11 @@ def test_errors_name_flags_where_the_sdk_names_options(vqserve, tiny, serve_tiny
     source, middle, _ = files
     two = serve_tiny(codes("a"), codes("b"))
     _, _, err = vqserve("encode", source, "-o", middle, "--target", two.target)
-    assert "2 codebooks are served, say which with --codebook: a, b (server" in err
+    assert "2 codebooks are served, choose one with --codebook: a, b (server" in err
     assert "lists what is served" not in err
     tiny.script.append(failing("RESOURCE_EXHAUSTED", "Received message larger than max (9 vs. 4)"))
-    assert "--max-message-bytes must be what both sides take" in vqserve("encode", source, "-o", middle)[2]
-    assert "pin that one with --digest" in vqserve("encode", source, "-o", middle, "--digest", "0" * 64)[2]
+    assert "set a larger --max-message-bytes on client and server" in vqserve("encode", source, "-o", middle)[2]
+    assert "pin that digest with --digest" in vqserve("encode", source, "-o", middle, "--digest", "0" * 64)[2]
     np.save(source, np.zeros((2, 3, 3, 4), np.float32))
     assert "should it be --layout channels_last?" in vqserve("encode", source, "-o", middle)[2]
     assert "`vqserve codebooks --json` has them" in vqserve("encode", source, "-o", middle, "--digest", "12ab")[2]
@@ -151,9 +151,9 @@ def test_one_image_that_would_pass_for_sequences(vqserve, files, latents):
     for more, said in (((), 1), (("--layout", "channels_last"), 0)):
         _, _, err = vqserve("encode", source, "-o", middle, "--force", *more)
         warning = "vqserve: warning: latents of shape (4, 9, 4) are read as (b, s, C); if they are one image"
-        assert err.count(warning) == err.count("--layout channels_last says so") == said
+        assert err.count(warning) == err.count("pass --layout channels_last") == said
     np.save(source, latents(4, 9, 5))
-    assert "without a batch axis? latents[None]" in vqserve("encode", source, "-o", middle, "--force")[2]
+    assert "is the batch axis missing? pass latents[None]" in vqserve("encode", source, "-o", middle, "--force")[2]
 
 
 def test_a_server_that_is_back_in_a_while(vqserve, tiny, files, failing):

@@ -83,11 +83,11 @@ def test_the_shape_of_a_file_is_the_file_s(serving, books, latents, tmp_path, mo
     source = tmp_path / "in.npy"
     for command, array, text in (
         ("encode", latents(90, 5, 9, 9), "latents of shape (90, 5, 9, 9) have 5 channels"),
-        ("encode", np.arange(4), "latents must be float16, bfloat16, float32 or float64, not int64: indices? that is"),
+        ("encode", np.arange(4), "latents must be float16, bfloat16, float32 or float64, not int64: are they indices?"),
         ("decode", np.zeros((90, 7), np.uint16), "indices of shape (90, 7) have 7 for a token"),
         ("decode", np.zeros((3, 90, 7), np.uint16), "are they (n_q, b, ...)? swapaxes(0, 1) first"),
         ("decode", np.zeros((1,) * 7, np.uint16), "indices must have 2 to 5 axes, not 7"),
-        ("decode", latents(3, 3), "indices must be integers, not float32: latents? that is encode"),
+        ("decode", latents(3, 3), "indices must be integers, not float32: are they latents? use encode"),
     ):
         np.save(source, array)
         options = ["--layout", "channels_first"] if array.ndim == 3 else []
@@ -122,7 +122,7 @@ def test_the_array_of_many_that_failed(serving, books, connect, latents):
     with pytest.raises(InvalidArgument, match=r"latents\[1, 2\] is inf \(array 2, counting from 0, server ") as caught:
         next(answers)
     assert caught.value.item == 2
-    with pytest.raises(TypeError, match=r"not list: numpy.asarray\(...\) first \(array 1, counting from 0\)"):
+    with pytest.raises(TypeError, match=r"not list: convert it with numpy.asarray \(array 1, counting from 0\)"):
         list(client.encode_many([good, [1.0]]))
     with pytest.raises(InvalidArgument, match="array 0, counting from 0"):
         list(client.decode_many([good]))

@@ -267,7 +267,7 @@ class Stranger:
 def test_unknown_codebooks_are_listed(serve_tiny, codes, connect, latents):
     server = serve_tiny(codes("a"), codes("b"))
     client = connect(server.target)
-    with pytest.raises(CodebookNotFound, match="2 codebooks are served, say which with codebook=: a, b"):
+    with pytest.raises(CodebookNotFound, match="2 codebooks are served, choose one with codebook=: a, b"):
         client.encode(latents(2, 4))
     with pytest.raises(CodebookNotFound, match="no codebook 'c' is served, only: a, b"):
         client.encode(latents(2, 4), codebook="c")

@@ -108,7 +108,7 @@ def test_refused(serving, connect, latents, tokenizer, call):
             client.encode(array, num_quantizers=count)
         with pytest.raises((InvalidArgument, InvalidOption), match="num_quantizers must be an integer"):
             client.decode(indices, num_quantizers=count)
-    with pytest.raises((InvalidArgument, InvalidShape), match=r"have 2 for a token .*: say num_quantizers"):
+    with pytest.raises((InvalidArgument, InvalidShape), match=r"have 2 for a token .*: pass num_quantizers"):
         client.decode(indices[:, :2])
     with pytest.raises((InvalidArgument, InvalidShape), match=r"have 2 for a token .*, expected 3 to 5"):
         client.decode(indices[:, :2], num_quantizers=3)

@@ -194,7 +194,7 @@ def test_no_name_is_the_latest_version_of_the_only_codebook(
     np.testing.assert_array_equal(client.encode(array), book.encode(array))
     books.put("other.safetensors", seed=1)
     books.daemon.rescan()
-    with pytest.raises(CodebookNotFound, match="say which with codebook=: book, book@9, book@10, other"):
+    with pytest.raises(CodebookNotFound, match="choose one with codebook=: book, book@9, book@10, other"):
         connect(books.target).encode(array)
 
 

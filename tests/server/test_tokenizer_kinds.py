@@ -288,7 +288,7 @@ def test_indices_are_checked_where_they_are(rvq, make):
     # What is not used is not looked at.
     assert rvq.decode(make(indices), num_quantizers=4).shape[2] == 3
     for shape, match in (
-        ((2, 3, 5), r"have 3 for a token in layout channels_first, expected 5: say num_quantizers"),
+        ((2, 3, 5), r"have 3 for a token in layout channels_first, expected 5: pass num_quantizers"),
         ((5, 6), r"have 6 for a token in layout channels_last, expected 5 \(codebook 'rvq'\)$"),
         ((5,), "2 to 5 axes, not 1"),
         ((1, 5, 1, 1, 1, 1), "2 to 5 axes, not 6"),

@@ -151,7 +151,7 @@ def test_indices_with_stages(shape, layout, count, expected):
     [
         ((5,), None, "2 to 5 axes, not 1"),
         ((5,) * 6, None, "2 to 5 axes, not 6"),
-        ((2, 4, 9), None, "have 4 for a token in layout channels_first, expected 5: say num_quantizers"),
+        ((2, 4, 9), None, "have 4 for a token in layout channels_first, expected 5: pass num_quantizers"),
         ((1, 1, 9), 2, "have 1 for a token in layout channels_first, expected 2 to 5$"),
         ((5, 1, 9), None, r"have 1 for a token .*, expected 5: are they \(n_q, b, ...\)\? swapaxes\(0, 1\) first$"),
         ((2, 6), 2, "have 6 for a token in layout channels_last, expected 2 to 5$"),

@@ -87,7 +87,7 @@ def test_types_that_are_none(dtype):
 
 @pytest.mark.parametrize("wrong", [bool, object, "c8", "i2", "V2"])
 def test_arrays_that_do_not_travel(wrong):
-    with pytest.raises(payload.PayloadError, match="do not travel"):
+    with pytest.raises(payload.PayloadError, match="cannot be sent"):
         payload.dtype_of(np.zeros(2, wrong))
 
 

@@ -15,7 +15,7 @@ from vqserve_server.console import printable
 from vqserve_tools.flags import add_flags, from_flags
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.importer import Import, import_checkpoint
-from vqserve_tools.importing.verification import verify_files
+from vqserve_tools.importing.verify import verify_files
 from vqserve_tools.output import add_output, check_output
 
 if TYPE_CHECKING:

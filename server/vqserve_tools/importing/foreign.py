@@ -59,11 +59,11 @@ _TORCH_SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin", ".th"})
 _WRAPPERS = ("state_dict", "model")
 _TORCHSCRIPT = (
     "it is a TorchScript program, which is code and is not loaded; where it was made, save its tensors alone: "
-    "torch.save(model.state_dict(), 'weights.pt') (Cosmos has none to save: leave SRC out and pass --kind fsq --levels)"
+    "torch.save(model.state_dict(), 'weights.pt') (Cosmos has no tensors: leave out SRC, and pass --kind fsq --levels)"
 )
-_LONG_NAME = f"a name in it has more than {_MAX_NAME_CHARACTERS} characters: it is no model's state dict"
-# The object that torch refuses, in the text of its error.
-_REFUSED = re.compile(r"GLOBAL (\S+)")
+_LONG_NAME = f"a name in it has more than {_MAX_NAME_CHARACTERS} characters: it is not a model's state dict"
+# The object that torch rejects, in the text of its error.
+_REJECTED = re.compile(r"GLOBAL (\S+)")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def open_foreign(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
     except MemoryError:
         raise ForeignCheckpointError(f"{path.name}: it claims more memory than this machine has") from None
     except pickle.UnpicklingError as error:
-        raise ForeignCheckpointError(f"{path.name}: {_refusal(error)}") from None
+        raise ForeignCheckpointError(f"{path.name}: {_unpickling_text(error)}") from None
     # On a damaged file the parsers of numpy, zipfile and torch raise exceptions of many types.
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -153,8 +153,8 @@ def _npz_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, t
         taken.update(unpacked=member.file_size, packed=member.compress_size)
         if taken["unpacked"] > max(_MAX_UNPACKED_BYTES, _MAX_RATIO * taken["packed"]):
             raise ForeignCheckpointError(
-                f"{label} would unpack {taken['packed']} bytes to {taken['unpacked']}: no trained codebook shrinks so "
-                "much (numpy.savez keeps it as it is)"
+                f"{label} would unpack {taken['packed']} bytes to {taken['unpacked']}: no trained codebook compresses "
+                "that much (numpy.savez does not compress)"
             )
         with archive.open(member) as stream:
             return _read_npy(stream)
@@ -245,7 +245,9 @@ def _open_safetensors(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
         header = read_header(file)
         if "vqserve.format" in header.metadata:
             # The arguments of a codebook are in the metadata, which an import does not read.
-            raise ForeignCheckpointError(f"{path.name}: it is a codebook file of vqserve already: serve it as it is")
+            raise ForeignCheckpointError(
+                f"{path.name}: it is already a codebook file of vqserve: serve it without an import"
+            )
         yield {
             name: ForeignArray(entry.shape, _safetensors_dtype(entry.dtype), reader(name, entry))
             for name, entry in header.tensors.items()
@@ -279,7 +281,8 @@ class _OlderTorchFile(io.BufferedReader):
         self._left -= len(data)
         if self._left < 0:
             raise ForeignCheckpointError(
-                f"{self._path.name}: its description has more bytes than that of any model ({_MAX_PICKLE_BYTES})"
+                f"{self._path.name}: its description has more bytes than the description of any model "
+                f"({_MAX_PICKLE_BYTES})"
             )
         return data
 
@@ -359,12 +362,12 @@ def _check_directory(path: Path) -> None:
         raise ForeignCheckpointError(f"{path.name}: its archive is not as torch.save writes it: save it again")
 
 
-def _refusal(error: pickle.UnpicklingError) -> str:
-    refused = _REFUSED.search(str(error))
-    if refused is None:
-        return "it is damaged, or no file that torch.save wrote"
+def _unpickling_text(error: pickle.UnpicklingError) -> str:
+    rejected = _REJECTED.search(str(error))
+    if rejected is None:
+        return "it is damaged, or torch.save did not write it"
     return (
-        f"it holds Python objects ({refused[1][:100]}) beside tensors, which could run code when loaded; where it was "
+        f"it holds Python objects ({rejected[1][:100]}) beside tensors, which could run code when loaded; where it was "
         "made, load it and save its tensors alone: torch.save(model.state_dict(), 'weights.pt')"
     )
 
@@ -401,7 +404,9 @@ def _flatten(path: Path, content: Mapping[Any, Any]) -> Iterator[tuple[str, torc
         prefix, mapping = todo.pop()
         entries += len(mapping)
         if entries > _MAX_ENTRIES or len(prefix) > _MAX_NAME_CHARACTERS:
-            raise ForeignCheckpointError(f"{path.name}: its dictionaries hold each other: it is no model's state dict")
+            raise ForeignCheckpointError(
+                f"{path.name}: its dictionaries contain each other: it is not a model's state dict"
+            )
         for name, value in mapping.items():
             # Keys of other types are skipped: their text can have any length.
             if not isinstance(name, (str, int)) or not isinstance(value, (torch.Tensor, Mapping)):

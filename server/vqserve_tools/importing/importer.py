@@ -74,8 +74,8 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
     options.check_use(reading.kind)
     state = _state(checkpoint, reading, options)
     quantizer = state.build()
-    _tell_of_latents(checkpoint, place, left)
-    _tell_of_duplicates(checkpoint, quantizer)
+    _note_encoder_layer(checkpoint, place, left)
+    _note_duplicates(checkpoint, quantizer)
     provenance: dict[str, object] = {
         "importer": f"vqserve {__version__}",
         "family": reading.family,
@@ -106,7 +106,7 @@ def _opened(path: Path | None, options: Options) -> Iterator[Checkpoint]:
             yield Checkpoint(path.name, arrays)
         return
     if options.kind not in _WITHOUT_CODES:
-        raise ForeignCheckpointError("name a file to import: only --kind fsq and --kind lfq can do without")
+        raise ForeignCheckpointError("name a file to import: only --kind fsq and --kind lfq need none")
     yield Checkpoint(f"--kind {options.kind}", {})
 
 
@@ -114,14 +114,16 @@ def _read(checkpoint: Checkpoint, options: Options) -> tuple[str, Reading]:
     """Return the prefix of the quantizer and its reading by the family."""
     unnamed = UNNAMED in checkpoint.arrays
     if unnamed and (options.keys or options.prefix):
-        raise checkpoint.refusal("it holds one array without a name: leave --key and --prefix out")
+        raise checkpoint.error("it has one array without a name: leave out --key and --prefix")
     reader = _WITHOUT_CODES.get(options.kind or "")
     if options.keys or (unnamed and reader is None):
         for number, key in enumerate(options.keys):
             if key not in checkpoint.arrays:
-                raise checkpoint.refusal(f"there is no array {key!r}; {_candidates(checkpoint.arrays)}")
+                raise checkpoint.error(f"there is no array {key!r}; {_candidates(checkpoint.arrays)}")
             if key in options.keys[:number]:
-                raise checkpoint.refusal(f"--key {key} is there twice: stages that share a codebook hold it twice")
+                raise checkpoint.error(
+                    f"--key {key} is given twice: if stages share a codebook, the file has the array twice"
+                )
         return "", bare.read(checkpoint, options)
     prefix = options.prefix if not options.prefix or options.prefix.endswith(".") else f"{options.prefix}."
     within = checkpoint.at(prefix or _wrapper(checkpoint.arrays))
@@ -156,10 +158,10 @@ def _found(checkpoint: Checkpoint) -> tuple[Family, str]:
         del found[""]
     if len(found) > 1:
         choices = [f"--prefix {checkpoint.prefix}{place} ({family.name})" for place, family in found.items()]
-        raise checkpoint.refusal(f"it holds several quantizers: choose one by {listed(choices)}")
+        raise checkpoint.error(f"it has several quantizers: choose one with {listed(choices)}")
     if not found:
         where = f"under {checkpoint.prefix!r}" if checkpoint.prefix else "at its root"
-        raise checkpoint.refusal(f"there is no quantizer {where}; {_candidates(checkpoint.arrays)}")
+        raise checkpoint.error(f"there is no quantizer {where}; {_candidates(checkpoint.arrays)}")
     [(place, family)] = found.items()
     return family, place
 
@@ -171,10 +173,10 @@ def _candidates(arrays: Mapping[str, ForeignArray]) -> str:
         return f"try --prefix {listed(sorted(prefixes))}, or --key with the name of the codebook's array"
     matrices = sorted(f"{name} {shape_text(array.shape)}" for name, array in arrays.items() if len(array.shape) == 2)
     if matrices:
-        return f"name the codebook's array by --key: {listed(matrices)}"
+        return f"name the codebook's array with --key: {listed(matrices)}"
     stacks = sorted(f"{name} {shape_text(array.shape)}" for name, array in arrays.items() if len(array.shape) == 3)
     if stacks:
-        return f"name a residual codebook's array by --key, with --kind rvq: {listed(stacks)}"
+        return f"name a residual codebook's array with --key, and pass --kind rvq: {listed(stacks)}"
     return (
         "it has no array of two axes: for finite scalar or lookup-free quantization, which have no codebook, pass "
         "--kind fsq --levels or --kind lfq --bits"
@@ -190,26 +192,26 @@ def _state(checkpoint: Checkpoint, reading: Reading, options: Options) -> Codebo
     try:
         return CodebookState.of_arrays(reading.kind, given, reading.tensors)
     except StateError as error:
-        raise checkpoint.refusal(str(error)) from None
+        raise checkpoint.error(str(error)) from None
 
 
-def _tell_of_latents(checkpoint: Checkpoint, place: str, left: Sequence[str]) -> None:
+def _note_encoder_layer(checkpoint: Checkpoint, place: str, left: Sequence[str]) -> None:
     outside = "".join(place.removesuffix(".").rpartition(".")[:2])
     for name in left:
         before, found, _ = f".{name}".partition(f".{_BEFORE}.")
         if found and name.startswith(outside):
             layer = f"{before}.{_BEFORE}".removeprefix(".")
-            checkpoint.note(f"{layer} was left: latents to encode are what comes out of it")
+            checkpoint.note(f"{layer} was left: the latents to encode are its output")
             return
 
 
-def _tell_of_duplicates(checkpoint: Checkpoint, quantizer: Quantizer) -> None:
+def _note_duplicates(checkpoint: Checkpoint, quantizer: Quantizer) -> None:
     count = 0
     for codebook in quantizer.codebooks():
-        # What is searched, not what is stored: by cosine the length of a code makes no difference.
+        # Compare the searched codes, not the stored ones: for cosine the length of a code does not matter.
         problem = codebook.search_problem()
         firsts = first_of_equals(problem.codes, problem.bias)
         count += 0 if firsts is None else len(problem.codes) - len(firsts)
     if count:
         what = "code is a duplicate" if count == 1 else "codes are duplicates"
-        checkpoint.note(f"{count} {what}: the lowest index of equal codes is the one that is used")
+        checkpoint.note(f"{count} {what}: the lowest index of equal codes is used")

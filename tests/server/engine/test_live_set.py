@@ -35,7 +35,7 @@ def test_names_that_are_not_served(fake: Callable[..., Any], name: str) -> None:
 def test_no_name_is_the_only_codebook_whatever_its_versions(fake: Callable[..., Any]) -> None:
     latest = fake(name="b@10")
     assert LiveSet([fake(name="b@9"), latest]).resolve("") is latest
-    with pytest.raises(UnknownCodebook, match="2 codebooks are served, say which with codebook=: a, b, b@10"):
+    with pytest.raises(UnknownCodebook, match="2 codebooks are served, choose one with codebook=: a, b, b@10"):
         LiveSet([latest, fake(name="a")]).resolve("")
     with pytest.raises(UnknownCodebook, match="no codebook is served"):
         LiveSet([]).resolve("")

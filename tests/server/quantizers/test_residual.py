@@ -233,7 +233,7 @@ def test_indices_are_checked_where_they_are():
 @pytest.mark.parametrize(
     ("shape", "count", "match"),
     [
-        ((2, 3, 4), None, r"have 3 for a token in layout channels_first, expected 4: say num_quantizers"),
+        ((2, 3, 4), None, r"have 3 for a token in layout channels_first, expected 4: pass num_quantizers"),
         ((2, 5, 4), None, r"have 5 for a token in layout channels_first, expected 4$"),
         ((4, 5), None, r"have 5 for a token in layout channels_last, expected 4$"),
         ((2, 2, 4), 3, "have 2 for a token in layout channels_first, expected 3 to 4$"),

@@ -234,7 +234,7 @@ def test_no_name_and_two_codebooks(
 ) -> None:
     client = connect(serving(fake(name="b"), fake(name="a")).target)
     call = lambda: client.encode(np.zeros((1, 4), np.float32))  # noqa: E731
-    assert_refused(call, grpc.StatusCode.NOT_FOUND, "2 codebooks are served, say which with codebook=: a, b")
+    assert_refused(call, grpc.StatusCode.NOT_FOUND, "2 codebooks are served, choose one with codebook=: a, b")
 
 
 def test_a_sentinel_is_emitted_and_not_decoded(

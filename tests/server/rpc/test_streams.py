@@ -121,7 +121,7 @@ def test_a_failure_on_the_device_comes_in_its_place(client: Any, tokenizer: Any)
     replies, error = status_of(client.stub.DecodeStream(iter(requests)))
     assert len(replies) == 3
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "beyond the range of float16: take a wider dtype" in error.details()
+    assert "beyond the range of float16: use a wider dtype" in error.details()
 
 
 def test_a_stream_reads_no_further_than_its_window(

@@ -98,7 +98,7 @@ def test_among_several_arrays_none_is_guessed(tmp_path, capsys, suffix):
     arrays = {"a": CODES, "b": CODES + 1, "c": np.zeros(3)}
     source = write(tmp_path / f"c{suffix}", arrays)
     err = fails(
-        capsys, "by --key: a 10x4, b 10x4", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2"
+        capsys, "with --key: a 10x4, b 10x4", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2"
     )
     assert "c 3" not in err
     fails(
@@ -115,9 +115,9 @@ def test_among_several_arrays_none_is_guessed(tmp_path, capsys, suffix):
     )
     # One alone is not taken either: it could be anything.
     source = write(tmp_path / f"one{suffix}", {"a": CODES})
-    fails(capsys, "by --key: a 10x4", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
+    fails(capsys, "with --key: a 10x4", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
     source = write(tmp_path / f"stack{suffix}", {"a": CODES[None]})
-    fails(capsys, "with --kind rvq: a 1x10x4", "import", source, "-o", tmp_path / "o.safetensors")
+    fails(capsys, "pass --kind rvq: a 1x10x4", "import", source, "-o", tmp_path / "o.safetensors")
     source = write(tmp_path / f"none{suffix}", {"a": np.zeros(3)})
     fails(capsys, "no array of two axes", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
 
@@ -128,14 +128,14 @@ def test_a_bare_tensor(tmp_path, capsys):
     out = tmp_path / "o.safetensors"
     assert run(capsys, "import", source, "-o", out, "--metric", "l2")[0] == 0
     assert np.array_equal(load_codebook(out).quantizer.embedding.weight.detach().numpy(), CODES)
-    fails(capsys, "leave --key and", "import", source, "-o", out, "--metric", "l2", "--key", "a", "--force")
-    fails(capsys, "leave --key and", "import", source, "-o", out, "--metric", "l2", "--prefix", "a", "--force")
+    fails(capsys, "leave out --key and", "import", source, "-o", out, "--metric", "l2", "--key", "a", "--force")
+    fails(capsys, "leave out --key and", "import", source, "-o", out, "--metric", "l2", "--prefix", "a", "--force")
 
 
 def test_the_metric_is_asked_for(tmp_path, capsys):
     source = write(tmp_path / "codes.npy", CODES)
     out = tmp_path / "o.safetensors"
-    err = fails(capsys, "does not say how it is searched", "import", source, "-o", out)
+    err = fails(capsys, "does not define the metric", "import", source, "-o", out)
     assert "pass --metric l2 or --metric cosine or --metric dot" in err
     fails(capsys, "pass --decode normalized", "import", source, "-o", out, "--metric", "cosine")
     assert not out.exists()
@@ -284,9 +284,9 @@ def test_a_remap_may_be_of_any_integer_type(tmp_path, capsys):
     ("state", "args", "match"),
     [
         ({"embedding.weight": CODES, "head.weight": CODES}, [], "'head.weight' too"),
-        ({"quantize.embedding.weight": CODES}, [], "quantize.embedding.weight does not say how it is searched"),
+        ({"quantize.embedding.weight": CODES}, [], "quantize.embedding.weight does not define the metric"),
         ({"vq.embedding.weight": CODES}, [], "try --prefix vq."),
-        ({"quantize.embedding.weight": CODES}, ["--prefix", "quantize"], "does not say how it is searched"),
+        ({"quantize.embedding.weight": CODES}, ["--prefix", "quantize"], "does not define the metric"),
         ({"q.embedding.weight": CODES, "q.vocab_hits": CODES[0]}, ["--prefix", "q."], "'vocab_hits' too"),
         ({"q.embedding.weight": CODES}, ["--prefix", "nowhere."], "no quantizer under 'nowhere.'"),
         ({"embedding.weight": CODES[0]}, ["--metric", "l2"], "the codebook must be (K, D)"),
@@ -295,8 +295,8 @@ def test_a_remap_may_be_of_any_integer_type(tmp_path, capsys):
         ({"embedding.weight": CODES, "used": np.array([10])}, ["--metric", "l2"], "used[0] is 10, not in [0, 10)"),
         ({"embedding.weight": CODES, "used": np.array([(1 << 64) - 1], np.uint64)}, ["--metric", "l2"], "is -1"),
         ({"embedding.weight": CODES, "embedding.cluster_size": CODES[:, 0]}, [], "embed_avg' is missing"),
-        ({"embed.weight": CODES}, [], "by --key: embed.weight 10x4"),
-        ({"embed.weight": CODES, "proj.weight": CODES}, [], "by --key: embed.weight 10x4, proj.weight 10x4"),
+        ({"embed.weight": CODES}, [], "with --key: embed.weight 10x4"),
+        ({"embed.weight": CODES, "proj.weight": CODES}, [], "with --key: embed.weight 10x4, proj.weight 10x4"),
         ({"embed.weight": CODES, "proj.weight": CODES[:, :, None, None]}, [], "'proj.bias' is missing"),
         ({"embedding.weight": CODES, "proj_in.weight": CODES[0]}, ["--metric", "l2"], "maps single elements"),
         ({"embedding.weight": CODES, "proj_in.bias": CODES[0]}, ["--metric", "l2"], "'proj_in.weight' is missing"),
@@ -316,7 +316,12 @@ def test_what_wrappers_put_in_front_is_taken_off(tmp_path, capsys, wrapper):
     assert run(capsys, "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")[0] == 0
     source = write(tmp_path / "n.pt", {f"{wrapper}quantize.embedding.weight": CODES})
     fails(
-        capsys, f"{wrapper}quantize.embedding.weight does not say", "import", source, "-o", tmp_path / "p.safetensors"
+        capsys,
+        f"{wrapper}quantize.embedding.weight does not define",
+        "import",
+        source,
+        "-o",
+        tmp_path / "p.safetensors",
     )
 
 
@@ -325,7 +330,7 @@ def test_a_moving_average_beside_the_model_is_a_choice(tmp_path, capsys):
     average = {name: tensor + 1 for name, tensor in state.items()}
     source, out = tmp_path / "m.pt", tmp_path / "o.safetensors"
     torch.save({"model": state, "ema": average, "steps": 3}, source)
-    choices = "choose one by --prefix ema.quantize. (LlamaGen), --prefix model.quantize. (LlamaGen)"
+    choices = "choose one with --prefix ema.quantize. (LlamaGen), --prefix model.quantize. (LlamaGen)"
     fails(capsys, choices, "import", source, "-o", out)
     assert run(capsys, "import", source, "-o", out, "--prefix", "ema.quantize.")[0] == 0
     assert np.array_equal(load_codebook(out).quantizer.embedding.weight.detach().numpy(), CODES + 1)
@@ -338,14 +343,14 @@ def test_a_moving_average_in_wrappers_of_its_own_is_a_choice_too(tmp_path, capsy
     state = {"quantize.embedding.weight": torch.from_numpy(CODES)}
     source = tmp_path / "m.pt"
     torch.save({"model": state, "ema": wrap(state)}, source)
-    fails(capsys, "it holds several quantizers", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
+    fails(capsys, "it has several quantizers", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
 
 
 @pytest.mark.parametrize("kind", ["cosine", "cosine_all", "dot", "dot_all"])
 def test_our_own_keys_do_not_tell_the_metric(tmp_path, capsys, make_quantizer, kind):
     quantizer = make_quantizer(kind).float()
     source, out = write(tmp_path / "m.pt", quantizer.state_dict()), tmp_path / "o.safetensors"
-    fails(capsys, "does not say how it is searched: VectorQuantizer, CosineQuantizer", "import", source, "-o", out)
+    fails(capsys, "does not define the metric: VectorQuantizer, CosineQuantizer", "import", source, "-o", out)
     flags = ["--metric", quantizer.kind]
     if quantizer.kind == "cosine":
         flags += ["--decode", "normalized" if quantizer.decode_normalized else "raw"]
@@ -358,7 +363,7 @@ def test_a_residual_codebook_at_the_root_and_another_one_are_a_choice(tmp_path, 
     state = {f"layers.0._codebook.{name}": CODES[None] for name in ("embed", "embed_avg")}
     state |= {"layers.0._codebook.initted": np.ones(1), "prior.quantize.embedding.weight": CODES}
     source = write(tmp_path / "m.pt", state)
-    fails(capsys, "it holds several quantizers", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
+    fails(capsys, "it has several quantizers", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
 
 
 def test_codes_that_are_columns_are_refused_where_counts_tell(tmp_path, capsys):
@@ -386,7 +391,7 @@ def test_an_average_without_dots_is_pointed_out(tmp_path, capsys):
     names = ("quantize.embedding.weight", "model_ema.quantizeembeddingweight")
     source = write(tmp_path / "m.ckpt", dict.fromkeys(names, CODES))
     _, text, _ = run(capsys, "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
-    assert "--key model_ema.quantizeembeddingweight --metric l2 takes it" in text
+    assert "--key model_ema.quantizeembeddingweight --metric l2 imports it" in text
 
 
 def test_a_language_model_s_embedding_is_no_second_quantizer(tmp_path, capsys):
@@ -446,12 +451,12 @@ USAGE = {"rvq_first.vq.layers.0._codebook.cluster_usage": np.ones(10, np.float32
             LUCIDRAINS,
             "'mlps.0.proj_in.bias' too",
         ),
-        (stage(0) | stage(2), [], "layers.1 is missing, and later ones are there"),
-        (stage(0) | stage(1, codes=12), [], "different shapes, 10x4 and 12x4: one vocabulary is served"),
+        (stage(0) | stage(2), [], "layers.1 is missing, and later ones exist"),
+        (stage(0) | stage(1, codes=12), [], "different shapes, 10x4 and 12x4: all stages must have one shape"),
         (stage(0), ["--metric", "cosine"], "EnCodec is searched by l2, not --metric cosine"),
         (stage(0), ["--decode", "raw"], "--decode is for --metric cosine, not l2"),
         (stage(0) | {"layers.0.norm.weight": np.ones(4)}, [], "'layers.0.norm.weight' too"),
-        (stage(0), ["--kind", "vq"], "what was found is of kind rvq, not --kind vq"),
+        (stage(0), ["--kind", "vq"], "the checkpoint is of kind rvq, not --kind vq"),
         (stage(0), ["--levels", "8,8"], "--levels has no meaning for kind rvq"),
         (stage(0), ["--spherical"], "--spherical has no meaning for kind rvq"),
         (normed(), ["--metric", "l2"], "DAC is searched by cosine, not --metric l2"),
@@ -461,7 +466,7 @@ USAGE = {"rvq_first.vq.layers.0._codebook.cluster_usage": np.ones(10, np.float32
         (
             normed(**{"in_proj.weight_g": np.full((4, 1, 1), 3e38, "f4"), "in_proj.bias": np.ones(3, "f4")}),
             [],
-            "its bias and weight do not belong together",
+            "its bias and weight do not fit together",
         ),
         (MIMI, [], "cluster_usage' is missing"),
         (
@@ -469,7 +474,7 @@ USAGE = {"rvq_first.vq.layers.0._codebook.cluster_usage": np.ones(10, np.float32
             | {n: a * 1e-9 for n, a in USAGE.items()}
             | {"rvq_rest.x": CODES},
             [],
-            "leaves float32's range",
+            "exceeds float32's range",
         ),
         (
             {"frozen_codebook": np.full((3, 4), 3e38, "f4"), **layer("code_transform")},
@@ -478,7 +483,7 @@ USAGE = {"rvq_first.vq.layers.0._codebook.cluster_usage": np.ones(10, np.float32
         ),
         ({"_codebook.embed": np.ones((0, 3, 4), "f4")}, LUCIDRAINS, "it should be (heads, K, D)"),
         (layer("project_in", 3, 5), ["--kind", "lfq"], "--kind lfq needs --bits"),
-        (MIMI | {"rvq_first.vq.layers.0._codebook.cluster_usage": np.ones(9, "f4")}, [], "do not belong together"),
+        (MIMI | {"rvq_first.vq.layers.0._codebook.cluster_usage": np.ones(9, "f4")}, [], "do not fit together"),
         ({**MIMI, **USAGE}, [], "rvq_rest has no stages"),
         ({"frozen_codebook": CODES, **layer("code_transform", 4, 3)}, [], "does not take rows of the frozen codebook"),
         ({"frozen_codebook": CODES, **layer("code_transform.0")}, [], "'code_transform.0.bias' too"),
@@ -486,16 +491,16 @@ USAGE = {"rvq_first.vq.layers.0._codebook.cluster_usage": np.ones(10, np.float32
         ({"mask": np.array([1, 2, 5])}, [], "does not hold powers of two"),
         ({"mask": np.array([4, 2, 1])}, ["--kind", "lfq", "--bits", "4"], "its mask has bits 3, not --bits 4"),
         ({"mask": np.array([4, 2, 1])}, ["--bit-order", "little"], "its mask has bit-order big, not --bit-order"),
-        ({"a.mask": np.array([4, 2, 1]), "a.w": CODES}, [], "name the codebook's array by --key: a.w 10x4"),
+        ({"a.mask": np.array([4, 2, 1]), "a.w": CODES}, [], "name the codebook's array with --key: a.w 10x4"),
         (layer("project_in", 6, 5), ["--kind", "lfq", "--bits", "3"], "several codebooks side by side"),
-        ({"orthogonal_rot": np.eye(2)}, ["--kind", "fsq", "--levels", "8,5"], "a rotation is not held here"),
+        ({"orthogonal_rot": np.eye(2)}, ["--kind", "fsq", "--levels", "8,5"], "a rotation is not supported"),
         (layer("a.project_in") | layer("b.project_in"), ["--kind", "lfq", "--bits", "4"], "pass --prefix a., b."),
         ({"w": CODES}, ["--kind", "fsq"], "--kind fsq needs --levels"),
         ({"w": CODES}, ["--kind", "fsq", "--levels", "8,1"], "must be a list of integers in [2, 65536]"),
         ({"w": CODES}, ["--kind", "lfq", "--bits", "40"], "must be an integer in [1, 32]"),
         ({"w": CODES}, ["--kind", "fsq", "--levels", "8,5", "--metric", "l2"], "--metric has no meaning for kind fsq"),
         ({"a": CODES, "b": CODES[:, :2]}, ["--key", "a", "--key", "b", "--metric", "l2"], "10x2 and 10x4"),
-        ({"a": CODES}, ["--key", "a", "--key", "a", "--metric", "l2"], "--key a is there twice"),
+        ({"a": CODES}, ["--key", "a", "--key", "a", "--metric", "l2"], "--key a is given twice"),
         ({"a": CODES[None, None]}, ["--key", "a", "--metric", "l2", "--kind", "rvq"], "an array (K, D) for each stage"),
         ({"a": CODES[:0][None][:0]}, ["--key", "a", "--metric", "l2", "--kind", "rvq"], "a has no stages"),
         ({"a": CODES[None]}, ["--key", "a", "--metric", "l2"], "one of (n_q, K, D) is a residual one with --kind rvq"),
@@ -580,7 +585,7 @@ def test_latents_come_from_behind_a_convolution_that_is_left(tmp_path, capsys):
         assert text.startswith("found  a quantizer of taming-transformers or sgm under ae.quantize.\n")
         return [line for line in text.splitlines() if line.startswith("note")]
 
-    told = "was left: latents to encode are what comes out of it"
+    told = "was left: the latents to encode are its output"
     assert notes(ae__quant_conv__weight=CODES, ae__quant_conv__bias=CODES) == [f"note  ae.quant_conv {told}"]
     # What is behind the codes, or belongs to another model.
     assert notes(ae__post_quant_conv__weight=CODES, ae2__quant_conv__weight=CODES) == []
@@ -605,7 +610,7 @@ def test_equal_codes_are_counted(tmp_path, capsys, metric, equal, note):
     source, out = write(tmp_path / "c.npy", codes), tmp_path / "o.safetensors"
     decode = ["--decode", "raw"] if metric == "cosine" else []
     _, text, _ = run(capsys, "import", source, "-o", out, "--metric", metric, *decode)
-    assert f"note  {note}the lowest index of equal codes is the one that is used\n" in text
+    assert f"note  {note}the lowest index of equal codes is used\n" in text
     found = load_codebook(out).quantizer.encode(torch.from_numpy(codes)).tolist()
     if metric != "dot":
         assert found == [equal.get(code, code) for code in range(10)]
@@ -760,7 +765,7 @@ def test_other_files(tmp_path, capsys):
     fails(capsys, "name it .npz", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
     codebook = tmp_path / "c.safetensors"
     save_codebook(VectorQuantizer(3, 2), codebook)
-    fails(capsys, "a codebook file of vqserve already", "import", codebook, "-o", tmp_path / "o.safetensors")
+    fails(capsys, "already a codebook file of vqserve", "import", codebook, "-o", tmp_path / "o.safetensors")
     exotic = tmp_path / "f8.safetensors"
     save_file({"a": torch.zeros(2, 2).to(torch.float8_e4m3fn)}, exotic)
     fails(capsys, "of type F8_E4M3", "import", exotic, "-o", tmp_path / "o.safetensors", "--metric", "l2", "--key", "a")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vqserve_tools.importing.families.checkpoint import Checkpoint, shape_text
-from vqserve_tools.importing.families.family import Floats, Reading
+from vqserve_tools.importing.families.checkpoint import Checkpoint, Floats, shape_text
+from vqserve_tools.importing.families.family import Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Chain, Stage, residual, single
 from vqserve_tools.importing.foreign import UNNAMED
@@ -44,13 +44,13 @@ def _check_orientation(checkpoint: Checkpoint, key: str) -> None:
     num_codes, width = shape[-2:]
     counts = f"{key.rpartition('.')[0]}.cluster_size".removeprefix(".")
     if counts in checkpoint and checkpoint.shape(counts) == (width,):
-        raise checkpoint.refusal(
+        raise checkpoint.error(
             f"{key} is {shape_text(shape)} and {counts} has {width}: its codes are columns, and a codebook is (K, D); "
-            "save the array's transpose by numpy.save and import that"
+            "save the array's transpose with numpy.save and import that"
         )
     checkpoint.note(
         f"{key or 'array'} was read as {num_codes} codes of width {width}; if its codes are the columns, save its "
-        "transpose by numpy.save and import that"
+        "transpose with numpy.save and import that"
     )
 
 
@@ -58,7 +58,7 @@ def _stages(checkpoint: Checkpoint, keys: Sequence[str]) -> list[Floats]:
     if len(keys) == 1 and len(checkpoint.shape(keys[0])) == 3:
         stages = list(checkpoint.floats(keys[0]))
         if not stages:
-            raise checkpoint.refusal(f"{keys[0] or 'array'} has no stages")
+            raise checkpoint.error(f"{keys[0] or 'array'} has no stages")
         return stages
     what = "a residual codebook is one array (n_q, K, D), or an array (K, D) for each stage"
     return [checkpoint.floats(key, rank=2, what=what) for key in keys]

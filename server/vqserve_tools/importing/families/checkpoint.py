@@ -1,16 +1,31 @@
-"""The arrays under one prefix of a foreign file, and the record of arrays that were taken."""
+"""The arrays and linear layers under one prefix of a foreign file, and the record of arrays that were taken.
+
+Layers can be plain, 1x1 convolutions, with weight norm, or without a bias.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from vqserve_server.errors import ForeignCheckpointError
+from vqserve_server.search import rounding
 from vqserve_server.validation import first_non_finite
 from vqserve_tools.importing.foreign import ForeignArray
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+
+# torch's names of the norms and directions of weight norm; the older pair first.
+_NORMED = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1"))
+# All names of arrays that a layer can have.
+LAYER_NAMES = frozenset({"weight", "bias", *(name for pair in _NORMED for name in pair)})
 
 
 @dataclass
@@ -59,7 +74,7 @@ class Checkpoint:
         """Return the shape of an array, without taking it."""
         return self.arrays[f"{self.prefix}{name}"].shape
 
-    def refusal(self, text: str) -> ForeignCheckpointError:
+    def error(self, text: str) -> ForeignCheckpointError:
         """Return an error about the file."""
         return ForeignCheckpointError(f"{self.file}: {text}")
 
@@ -78,12 +93,12 @@ class Checkpoint:
             ForeignCheckpointError: an array is not known; the error names the first one.
         """
         within = None if modules is None else set(modules)
-        looked_at = {name for name in self.names() if within is None or name.partition(".")[0] in within}
-        strange = sorted(looked_at - set(names))
-        if strange:
-            raise self.refusal(
-                f"{self._where()} there is {strange[0]!r} too, which none of the quantizers here has: what it means is "
-                "not guessed (the codes' array alone is imported by --key)"
+        checked = {name for name in self.names() if within is None or name.partition(".")[0] in within}
+        unknown = sorted(checked - set(names))
+        if unknown:
+            raise self.error(
+                f"{self._where()} there is {unknown[0]!r} too, which is not part of any known quantizer; to import "
+                "the codes without it, name their array with --key"
             )
 
     def floats(self, name: str, *, rank: int | None = None, what: str = "") -> npt.NDArray[np.float32]:
@@ -100,16 +115,16 @@ class Checkpoint:
         full, array = self._entry(name, rank, what)
         values = array.read()
         if values.dtype.kind != "f" or values.dtype.itemsize > 8:
-            raise self.refusal(f"{full} is {array.dtype}: a codebook holds floating-point numbers")
+            raise self.error(f"{full} is {array.dtype}: a codebook holds floating-point numbers")
         position = first_non_finite(values.astype(values.dtype.newbyteorder("="), copy=False))
         if position is not None:
-            raise self.refusal(f"{full}{list(position)} is {float(values[position])}")
+            raise self.error(f"{full}{list(position)} is {float(values[position])}")
         with np.errstate(over="ignore"):
             narrowed = values.astype(np.float32)
         if values.dtype.itemsize > 4:
             position = first_non_finite(narrowed)
             if position is not None:
-                raise self.refusal(f"{full}{list(position)} is {float(values[position])}, beyond float32's range")
+                raise self.error(f"{full}{list(position)} is {float(values[position])}, beyond float32's range")
             rounded = int(np.count_nonzero(narrowed != values))
             exactly = f"{rounded} of {values.size} numbers were rounded" if rounded else "exactly"
             self.note(f"{full}: float64 to float32, {exactly}")
@@ -131,7 +146,7 @@ class Checkpoint:
         full, array = self._entry(name, 1, f"{what} has one axis")
         values = array.read()
         if values.dtype.kind not in "iu":
-            raise self.refusal(f"{full} is {array.dtype}: {what} holds integers")
+            raise self.error(f"{full} is {array.dtype}: {what} holds integers")
         self._take(full, array)
         return values.astype(np.int64)
 
@@ -139,9 +154,9 @@ class Checkpoint:
         full = f"{self.prefix}{name}"
         array = self.arrays.get(full)
         if array is None:
-            raise self.refusal(f"array {full!r} is missing")
+            raise self.error(f"array {full!r} is missing")
         if rank is not None and len(array.shape) != rank:
-            raise self.refusal(f"{full or 'array'} has shape {shape_text(array.shape)}: {what}")
+            raise self.error(f"{full or 'array'} has shape {shape_text(array.shape)}: {what}")
         return full or "array", array
 
     def _take(self, full: str, array: ForeignArray) -> None:
@@ -165,3 +180,100 @@ def listed(names: Iterable[str], limit: int = 12) -> str:
 def places_of(arrays: Iterable[str], ending: str) -> set[str]:
     """Return the prefixes of the names that end in `ending`, where `ending` is one or more whole components."""
     return {name.removesuffix(ending) for name in arrays if name == ending or name.endswith(f".{ending}")}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer: weight (outputs, inputs) and bias (outputs,)."""
+
+    weight: Floats
+    bias: Floats
+
+    @property
+    def inputs(self) -> int:
+        """Number of input channels."""
+        return int(self.weight.shape[1])
+
+    @property
+    def outputs(self) -> int:
+        """Number of output channels."""
+        return int(self.weight.shape[0])
+
+
+def has_layer(checkpoint: Checkpoint, name: str) -> bool:
+    """Return whether there is a layer of this name."""
+    return any(f"{name}.{end}" in checkpoint for end in ("weight", _NORMED[0][1], _NORMED[1][1]))
+
+
+def read_layer(checkpoint: Checkpoint, name: str) -> Layer:
+    """Take a layer. A missing bias becomes zeros; weight norm is computed exactly and rounded once.
+
+    Weight norm has a norm for every output (torch's dim=0).
+
+    Raises:
+        ForeignCheckpointError: the layer is missing or damaged, or is a convolution over several elements.
+    """
+    normed = next((pair for pair in _NORMED if f"{name}.{pair[1]}" in checkpoint), None)
+    if normed is None:
+        weight = _matrix(checkpoint, f"{name}.weight")
+    else:
+        weight = _weight_norm(checkpoint, *(f"{name}.{end}" for end in normed))
+    has_bias = f"{name}.bias" in checkpoint
+    bias = checkpoint.floats(f"{name}.bias", rank=1, what="a bias has one axis") if has_bias else None
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise checkpoint.error(f"{checkpoint.prefix}{name}: its bias and weight do not fit together")
+    return Layer(weight, np.zeros(len(weight), np.float32) if bias is None else bias)
+
+
+def read_pair(checkpoint: Checkpoint, names: tuple[str, str]) -> tuple[Layer | None, Layer | None]:
+    """Take the projections before and after the codes, or return (None, None) if the checkpoint has neither.
+
+    Raises:
+        ForeignCheckpointError: the checkpoint has only one of them.
+    """
+    if not any(has_layer(checkpoint, name) for name in names):
+        return None, None
+    return read_layer(checkpoint, names[0]), read_layer(checkpoint, names[1])
+
+
+def numbered(checkpoint: Checkpoint, module: str, names: Iterable[str]) -> list[Checkpoint]:
+    """Return the views of `module.0.`, `module.1.` and so on, up to the greatest number in the names.
+
+    Raises:
+        ForeignCheckpointError: a number is missing.
+    """
+    matches = [re.match(rf"{re.escape(module)}\.(\d+)\.", name) for name in names]
+    numbers = sorted({int(match[1]) for match in matches if match})
+    if numbers != list(range(len(numbers))):
+        missing = min(set(range(len(numbers))) - set(numbers))
+        raise checkpoint.error(f"{checkpoint.prefix}{module}.{missing} is missing, and later ones exist")
+    return [checkpoint.at(f"{module}.{number}.") for number in numbers]
+
+
+def layer_names(names: Iterable[str]) -> set[str]:
+    """Return all array names that layers of these names can have."""
+    return {f"{name}.{end}" for name in names for end in LAYER_NAMES}
+
+
+def _matrix(checkpoint: Checkpoint, name: str) -> Floats:
+    values = checkpoint.floats(name)
+    if values.ndim < 2 or math.prod(values.shape[2:]) != 1:
+        raise checkpoint.error(
+            f"{checkpoint.prefix}{name} has shape {shape_text(values.shape)}: a projection maps single elements"
+        )
+    return values.reshape(values.shape[:2])
+
+
+def _weight_norm(checkpoint: Checkpoint, norm: str, direction: str) -> Floats:
+    v = _matrix(checkpoint, direction)
+    g = checkpoint.floats(norm)
+    if g.shape != (len(v), *(1,) * (g.ndim - 1)):
+        raise checkpoint.error(
+            f"{checkpoint.prefix}{norm} has shape {shape_text(g.shape)}: it should have a norm for each output"
+        )
+    if not np.abs(v).max(axis=1, initial=0).all():
+        raise checkpoint.error(f"{checkpoint.prefix}{direction} has an output of zeros, which has no direction")
+    # rounding.weight_norm takes one norm per column.
+    columns = torch.from_numpy(np.ascontiguousarray(v.T)), torch.from_numpy(g.reshape(1, -1))
+    weight = rounding.weight_norm(*columns).numpy().T
+    return np.ascontiguousarray(weight)

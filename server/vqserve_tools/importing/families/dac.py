@@ -8,9 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from vqserve_tools.importing.families.checkpoint import Checkpoint
+from vqserve_tools.importing.families.checkpoint import LAYER_NAMES, Checkpoint, layer_names, numbered, read_layer
 from vqserve_tools.importing.families.family import Family, Reading
-from vqserve_tools.importing.families.layers import LAYER_NAMES, layer_names, numbered, read_layer
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Chain, Stage, residual
 from vqserve_tools.importing.foreign import ForeignArray
@@ -35,8 +34,8 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
     if "quantizers.0.in_proj.parametrizations.weight.original0" in checkpoint:
         # No DAC file, original or of transformers, has weight norm under these names.
         checkpoint.note(
-            "SNAC has these keys too, and stages at different rates: it cannot be served as one codebook, and would "
-            "give wrong tokens"
+            "SNAC has these keys too, but its stages have different rates: if this is SNAC, the codebook gives wrong "
+            "tokens"
         )
     stages = [
         Stage(

@@ -8,9 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from vqserve_tools.importing.families.checkpoint import Checkpoint
+from vqserve_tools.importing.families.checkpoint import Checkpoint, layer_names, numbered, read_pair
 from vqserve_tools.importing.families.family import Family, Reading
-from vqserve_tools.importing.families.layers import layer_names, numbered, read_pair
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Chain, Stage, residual
 from vqserve_tools.importing.foreign import ForeignArray

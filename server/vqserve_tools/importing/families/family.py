@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from vqserve_tools.importing.families.checkpoint import Checkpoint
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.foreign import ForeignArray
-
-Floats: TypeAlias = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)

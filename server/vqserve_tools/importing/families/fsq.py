@@ -17,10 +17,11 @@ def read(checkpoint: Checkpoint, options: Options) -> Reading:
     """
     if options.levels is None:
         raise ForeignCheckpointError(
-            "--kind fsq needs --levels, as 8,8,8,5,5,5: no checkpoint holds them, its model's configuration does"
+            "--kind fsq needs --levels, for example 8,8,8,5,5,5: they are in the model's configuration, not in a "
+            "checkpoint"
         )
     if options.bound is None:
-        checkpoint.note("the bound is atanh (vector-quantize-pytorch, Cosmos), as nothing else was said: see --bound")
+        checkpoint.note("the bound is atanh by default (vector-quantize-pytorch, Cosmos); --bound changes it")
     arguments = {"levels": list(options.levels), "bound": options.bound or "atanh"}
     sizes, tensors = projections_to(checkpoint, len(options.levels))
     return Reading("finite scalar quantization", "fsq", {**arguments, **sizes}, tensors)

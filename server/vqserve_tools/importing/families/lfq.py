@@ -10,9 +10,8 @@ from collections.abc import Mapping
 
 from vqserve_server.errors import ForeignCheckpointError
 from vqserve_server.quantizers.scalar import MAX_BITS, BitOrder
-from vqserve_tools.importing.families.checkpoint import Checkpoint, places_of
+from vqserve_tools.importing.families.checkpoint import Checkpoint, layer_names, places_of
 from vqserve_tools.importing.families.family import Family, Reading
-from vqserve_tools.importing.families.layers import layer_names
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import projections_to
 from vqserve_tools.importing.foreign import ForeignArray
@@ -43,18 +42,20 @@ def read(checkpoint: Checkpoint, options: Options) -> Reading:
     """
     masks = [place for place in places_of(checkpoint.names(), _MASK) if _is_mask(checkpoint.names()[f"{place}{_MASK}"])]
     bits, order = _read_mask(checkpoint.at(masks[0])) if len(masks) == 1 else (None, None)
-    for flag, said, held in (("bits", options.bits, bits), ("bit-order", options.bit_order, order)):
-        if said is not None and held is not None and said != held:
-            raise checkpoint.refusal(f"its mask has {flag} {held}, not --{flag} {said}")
+    for flag, given, found in (("bits", options.bits, bits), ("bit-order", options.bit_order, order)):
+        if given is not None and found is not None and given != found:
+            raise checkpoint.error(f"its mask has {flag} {found}, not --{flag} {given}")
     bits = bits if options.bits is None else options.bits
     if bits is None:
-        raise ForeignCheckpointError("--kind lfq needs --bits: no checkpoint holds them, its configuration does")
+        raise ForeignCheckpointError(
+            "--kind lfq needs --bits: they are in the model's configuration, not in a checkpoint"
+        )
     order = options.bit_order or order
     if order is None:
         order = "big"
         checkpoint.note(
-            "the bit order is big, the first channel the most significant bit (vector-quantize-pytorch), as nothing "
-            "else was said: Open-MAGVIT2 has --bit-order little"
+            "the bit order is big by default: the first channel is the most significant bit (vector-quantize-pytorch); "
+            "for Open-MAGVIT2 pass --bit-order little"
         )
     if not options.spherical:
         checkpoint.note("codes are -1 and 1; --spherical makes them of length one (binary spherical quantization)")
@@ -70,7 +71,7 @@ def _read_mask(checkpoint: Checkpoint) -> tuple[int | None, BitOrder | None]:
         return len(values), "little"
     if values == powers[::-1]:
         return len(values), "big"
-    raise checkpoint.refusal(f"{checkpoint.prefix}{_MASK} does not hold powers of two: it is of no known bit order")
+    raise checkpoint.error(f"{checkpoint.prefix}{_MASK} does not hold powers of two: its bit order is unknown")
 
 
 FAMILY = Family("lookup-free quantization", _places, read)

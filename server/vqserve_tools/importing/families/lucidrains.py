@@ -9,9 +9,17 @@ import re
 from collections.abc import Mapping
 
 from vqserve_server.quantizers.quantizer import Metric
-from vqserve_tools.importing.families.checkpoint import Checkpoint, shape_text
-from vqserve_tools.importing.families.family import Family, Floats, Reading
-from vqserve_tools.importing.families.layers import Layer, has_layer, layer_names, numbered, read_pair
+from vqserve_tools.importing.families.checkpoint import (
+    Checkpoint,
+    Floats,
+    Layer,
+    has_layer,
+    layer_names,
+    numbered,
+    read_pair,
+    shape_text,
+)
+from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Chain, Stage, residual, single
 from vqserve_tools.importing.foreign import ForeignArray
@@ -35,7 +43,7 @@ def _places(arrays: Mapping[str, ForeignArray]) -> set[str]:
 
 def _read(checkpoint: Checkpoint, options: Options) -> Reading:
     metric = options.asked_metric(
-        checkpoint, f"a codebook of {_NAME}", "those by distance and those by cosine have the same keys", _METRICS
+        checkpoint, f"a codebook of {_NAME}", "codebooks for distance and for cosine have the same keys", _METRICS
     )
     options.decode_of(_NAME, metric, "raw")
     groups = numbered(checkpoint, "rvqs", checkpoint.names())
@@ -56,7 +64,7 @@ def _vector_quantize(checkpoint: Checkpoint, metric: Metric) -> Reading:
         _check_width(checkpoint, heads[0], layers[0])
         return single(family, Stage(heads[0], *layers), metric)
     if has_layer(checkpoint, "project_in"):
-        raise checkpoint.refusal(f"its {len(heads)} heads share one projection, which is not held here")
+        raise checkpoint.error(f"its {len(heads)} heads share one projection, which is not supported")
     # Heads with own codebooks divide the channels like groups.
     return residual(checkpoint, family, [Chain([Stage(codes)]) for codes in heads], metric, are_groups=True)
 
@@ -66,7 +74,7 @@ def _chain(checkpoint: Checkpoint) -> Chain:
     for view in numbered(checkpoint, "layers", checkpoint.names()):
         heads = _heads(view)
         if len(heads) > 1:
-            raise checkpoint.refusal(f"{view.prefix}_codebook.embed has {len(heads)} heads: a stage has one")
+            raise checkpoint.error(f"{view.prefix}_codebook.embed has {len(heads)} heads: a stage has one")
         stages.append(Stage(heads[0]))
     layers = read_pair(checkpoint, _LAYERS)
     _check_width(checkpoint, stages[0].codes, layers[0])
@@ -79,7 +87,7 @@ def _heads(checkpoint: Checkpoint) -> list[Floats]:
         # Older versions had no axis of heads.
         embed = embed[None]
     if embed.ndim != 3 or len(embed) == 0:
-        raise checkpoint.refusal(
+        raise checkpoint.error(
             f"{checkpoint.prefix}_codebook.embed has shape {shape_text(embed.shape)}: it should be (heads, K, D)"
         )
     return list(embed)
@@ -88,9 +96,9 @@ def _heads(checkpoint: Checkpoint) -> list[Floats]:
 def _check_width(checkpoint: Checkpoint, codes: Floats, layer: Layer | None) -> None:
     width = codes.shape[1]
     if layer is not None and layer.outputs != width:
-        raise checkpoint.refusal(
-            f"{checkpoint.prefix}project_in gives {layer.outputs} channels for codes of width {width}: several heads "
-            "that share a codebook are not held here"
+        raise checkpoint.error(
+            f"{checkpoint.prefix}project_in has {layer.outputs} outputs for codes of width {width}: several heads "
+            "that share a codebook are not supported"
         )
 
 

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vqserve_tools.importing.families.checkpoint import Checkpoint, places_of
-from vqserve_tools.importing.families.family import Family, Floats, Reading
-from vqserve_tools.importing.families.layers import layer_names, numbered, read_pair
+from vqserve_tools.importing.families.checkpoint import Checkpoint, Floats, layer_names, numbered, places_of, read_pair
+from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Chain, Stage, residual
 from vqserve_tools.importing.foreign import ForeignArray
@@ -59,7 +58,7 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
         view = checkpoint.at(f"{part}.")
         views = numbered(view, layers, view.names())
         if not views:
-            raise checkpoint.refusal(f"{checkpoint.prefix}{part} has no stages: Mimi's quantizer has two parts")
+            raise checkpoint.error(f"{checkpoint.prefix}{part} has no stages: Mimi's quantizer has two parts")
         known |= {f"{part}.{name}" for name in layer_names(("input_proj", "output_proj"))}
         known |= {f"{part}.{layers}.{i}.{codebook}.{name}" for i in range(len(views)) for name in _AVERAGES}
         stages = [Stage(_codes(stage.at(f"{codebook}."))) for stage in views]
@@ -74,11 +73,11 @@ def _codes(checkpoint: Checkpoint) -> Floats:
     sums = checkpoint.floats(sums_name, rank=2, what="it should be (K, D)")
     usage = checkpoint.floats("cluster_usage", rank=1, what="it should be (K,)")
     if len(usage) != len(sums):
-        raise checkpoint.refusal(f"{checkpoint.prefix}{sums_name} and cluster_usage do not belong together")
+        raise checkpoint.error(f"{checkpoint.prefix}{sums_name} and cluster_usage do not fit together")
     with np.errstate(over="ignore"):
         codes: Floats = np.divide(sums, np.maximum(usage, _LEAST_USAGE)[:, None], dtype=np.float32)
     if not np.isfinite(codes).all():
-        raise checkpoint.refusal(f"{checkpoint.prefix}{sums_name} / cluster_usage leaves float32's range")
+        raise checkpoint.error(f"{checkpoint.prefix}{sums_name} / cluster_usage exceeds float32's range")
     return codes
 
 

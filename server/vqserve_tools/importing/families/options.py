@@ -22,7 +22,7 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 DECODES: tuple[Decode, ...] = get_args(Decode)
 BIT_ORDERS: tuple[BitOrder, ...] = get_args(BitOrder)
 
-# Options that only the kinds with one of these constructor arguments have a use for.
+# Constructor argument of each option that applies only to kinds with this argument.
 _ARGUMENTS: Mapping[str, str] = {
     "levels": "levels",
     "bound": "bound",
@@ -38,7 +38,7 @@ def _levels(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(level) for level in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of integers, as 8,8,8,5,5,5") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers such as 8,8,8,5,5,5") from None
 
 
 def _unknown_index(text: str) -> str | int:
@@ -101,13 +101,13 @@ class Options:
     )
 
     def check_use(self, kind: str) -> None:
-        """Check that all given options have a meaning for the kind of the quantizer.
+        """Check that all given options apply to the kind of the quantizer.
 
         Raises:
-            ForeignCheckpointError: an option has none; the error names it.
+            ForeignCheckpointError: an option does not apply; the error names it.
         """
         if self.kind not in (None, kind):
-            raise ForeignCheckpointError(f"what was found is of kind {kind}, not --kind {self.kind}")
+            raise ForeignCheckpointError(f"the checkpoint is of kind {kind}, not --kind {self.kind}")
         for field in fields(self):
             if getattr(self, field.name) != field.default and not _has_use(field.name, kind):
                 flag = field.name.replace("_", "-")
@@ -140,12 +140,12 @@ class Options:
         """
         choice = " or ".join(f"--metric {metric}" for metric in among)
         if self.metric is None:
-            raise checkpoint.refusal(
-                f"{what} does not say how it is searched: {why}, and the wrong metric gives wrong tokens without an "
-                f"error; see how the model that it was trained with searches, and pass {choice}"
+            raise checkpoint.error(
+                f"{what} does not define the metric: {why}, and a wrong metric gives wrong tokens without an error; "
+                f"look up the metric of the model, and pass {choice}"
             )
         if self.metric not in among:
-            raise checkpoint.refusal(f"{what} is not searched by {self.metric}: pass {choice}")
+            raise checkpoint.error(f"{what} is not searched by {self.metric}: pass {choice}")
         return self.metric
 
     def asked_decode(self, checkpoint: Checkpoint, what: str, metric: Metric) -> bool:
@@ -155,9 +155,9 @@ class Options:
             ForeignCheckpointError: the option is missing for a cosine codebook.
         """
         if metric == "cosine" and self.decode is None:
-            raise checkpoint.refusal(
-                f"{what} does not say what it decodes to: pass --decode normalized for rows of length one (LlamaGen, "
-                "TiTok), or --decode raw for rows as they are stored (DAC, vector-quantize-pytorch)"
+            raise checkpoint.error(
+                f"{what} does not define what it decodes to: pass --decode normalized for rows of length one "
+                "(LlamaGen, TiTok), or --decode raw for stored rows (DAC, vector-quantize-pytorch)"
             )
         return self.decode_of(what, metric, self.decode or "raw")
 

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 import torch
 
 from vqserve_server.search.rounding import affine
-from vqserve_tools.importing.families.checkpoint import Checkpoint
-from vqserve_tools.importing.families.family import Family, Floats, Reading
-from vqserve_tools.importing.families.layers import layer_names, numbered, read_layer
+from vqserve_tools.importing.families.checkpoint import Checkpoint, Floats, layer_names, numbered, read_layer
+from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Chain, Stage, residual, single
 from vqserve_tools.importing.foreign import ForeignArray
@@ -43,10 +42,10 @@ def _codes(checkpoint: Checkpoint) -> Floats:
     frozen = checkpoint.floats("frozen_codebook", rank=2, what="a codebook is (K, D)")
     transform = read_layer(checkpoint, "code_transform")
     if transform.inputs != frozen.shape[1]:
-        raise checkpoint.refusal(f"{checkpoint.prefix}code_transform does not take rows of the frozen codebook")
+        raise checkpoint.error(f"{checkpoint.prefix}code_transform does not take rows of the frozen codebook")
     codes = affine(*map(torch.from_numpy, (frozen, transform.weight, transform.bias)))
     if not bool(torch.isfinite(codes).all()):
-        raise checkpoint.refusal(f"{checkpoint.prefix}code_transform makes codes beyond float32's range")
+        raise checkpoint.error(f"{checkpoint.prefix}code_transform makes codes beyond float32's range")
     return codes.numpy()
 
 

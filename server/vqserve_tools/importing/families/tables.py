@@ -11,9 +11,16 @@ import numpy.typing as npt
 
 from vqserve_server.codebooks.state import USED, WEIGHT
 from vqserve_server.quantizers.quantizer import Metric
-from vqserve_tools.importing.families.checkpoint import Checkpoint, listed, places_of, shape_text
-from vqserve_tools.importing.families.family import Floats, Reading
-from vqserve_tools.importing.families.layers import Layer, read_pair
+from vqserve_tools.importing.families.checkpoint import (
+    Checkpoint,
+    Floats,
+    Layer,
+    listed,
+    places_of,
+    read_pair,
+    shape_text,
+)
+from vqserve_tools.importing.families.family import Reading
 
 _LAYERS = ("project_in", "project_out")
 _ROTATION = "orthogonal_rot"
@@ -107,7 +114,9 @@ def residual(
     shapes = sorted({stage.codes.shape for stage in stages})
     if len(shapes) > 1:
         listing = " and ".join(map(shape_text, shapes))
-        raise checkpoint.refusal(f"its stages have codebooks of different shapes, {listing}: one vocabulary is served")
+        raise checkpoint.error(
+            f"its stages have codebooks of different shapes, {listing}: all stages must have one shape"
+        )
     [(codes, width)] = shapes
     first = chains[0]
     outer = width if stages[0].proj_in is None else stages[0].proj_in.inputs
@@ -150,15 +159,15 @@ def projections_to(checkpoint: Checkpoint, width: int) -> tuple[dict[str, int | 
     )
     rotations = sorted(places_of(arrays, _ROTATION))
     if rotations:
-        raise checkpoint.refusal(f"{checkpoint.prefix}{rotations[0]}{_ROTATION}: a rotation is not held here")
+        raise checkpoint.error(f"{checkpoint.prefix}{rotations[0]}{_ROTATION}: a rotation is not supported")
     if len(places) > 1:
-        raise checkpoint.refusal(f"it has several projections to {width} channels: pass --prefix {listed(places)}")
+        raise checkpoint.error(f"it has several projections to {width} channels: pass --prefix {listed(places)}")
     if not places:
         several = places_of(arrays, f"{_LAYERS[0]}.weight") & {""}
         if several:
-            raise checkpoint.refusal(
-                f"{checkpoint.prefix}{_LAYERS[0]} does not give {width} channels: several codebooks side by side, or "
-                "other levels or bits than were said"
+            raise checkpoint.error(
+                f"{checkpoint.prefix}{_LAYERS[0]} does not have {width} outputs: the quantizer has several codebooks "
+                "side by side, or other levels or bits than the options give"
             )
         return {"input_dim": None, "output_dim": None}, {}
     proj_in, proj_out = read_pair(checkpoint.at(places[0]), _LAYERS)

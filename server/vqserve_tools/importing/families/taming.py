@@ -13,9 +13,8 @@ from typing import Any
 import numpy.typing as npt
 
 from vqserve_server.codebooks.state import DIRECTION, LEGACY_NAMES, NORM, USED, WEIGHT
-from vqserve_tools.importing.families.checkpoint import Checkpoint, places_of
+from vqserve_tools.importing.families.checkpoint import Checkpoint, Layer, layer_names, places_of, read_layer
 from vqserve_tools.importing.families.family import Family, Reading
-from vqserve_tools.importing.families.layers import Layer, layer_names, read_layer
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Stage, single
 from vqserve_tools.importing.foreign import ForeignArray
@@ -103,7 +102,9 @@ def _note_average(checkpoint: Checkpoint, metric: str) -> None:
     place = checkpoint.prefix.removeprefix(outside)
     average = f"{outside}model_ema.{f'{place}{WEIGHT}'.replace('.', '')}"
     if average in checkpoint.arrays:
-        checkpoint.note(f"{average} is a moving average of what was taken: --key {average} --metric {metric} takes it")
+        checkpoint.note(
+            f"{average} is a moving average of the imported codes; --key {average} --metric {metric} imports it"
+        )
 
 
 def _kind_and_sizes(checkpoint: Checkpoint, tensors: Mapping[str, npt.NDArray[Any]]) -> tuple[str, dict[str, object]]:
@@ -129,7 +130,7 @@ def _kind_and_sizes(checkpoint: Checkpoint, tensors: Mapping[str, npt.NDArray[An
 def _lengths(checkpoint: Checkpoint, tensors: Mapping[str, npt.NDArray[Any]], name: str) -> tuple[int, int]:
     shape = tensors[name].shape
     if len(shape) != 2:
-        raise checkpoint.refusal(f"tensor {name!r} has shape {list(shape)}: it must have two axes")
+        raise checkpoint.error(f"tensor {name!r} has shape {list(shape)}: it must have two axes")
     return shape[0], shape[1]
 
 

@@ -21,7 +21,7 @@ from vqserve_server.quantizers import (
     VectorQuantizerWithInputProjection,
 )
 from vqserve_tools import cli
-from vqserve_tools.importing.verification import verify
+from vqserve_tools.importing.verify import verify
 
 RNG = np.random.default_rng(0)
 CODES = RNG.standard_normal((16, 4)).astype(np.float32)

@@ -1,19 +1,25 @@
-"""Near-ties: indices that differ from ours by no more than float32 rounding explains.
+"""Verification of an import: our indices of latents against the indices of the model's own code.
 
 Libraries search in float32, where rounding can swap two codes at nearly the same distance. Our index is the exact
-winner. Another index is accepted if its float64 gap to the winner is below the float32 error bound of the search and of
-the projections and residuals before it.
+winner. Another index is accepted as a near-tie if its float64 gap to the winner is below the float32 error bound of the
+search and of the projections and residuals before it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from vqserve.layout import grid_shape
+from vqserve_server.errors import ForeignCheckpointError, InvalidArgument
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.inference.residual import FrozenPart
 from vqserve_server.quantizers.inference.scalar import Channel
@@ -21,11 +27,111 @@ from vqserve_server.quantizers.projections import Projection, project
 from vqserve_server.quantizers.residual import ResidualPart
 from vqserve_server.quantizers.tensors import from_rows, layout_of, to_rows, widen
 from vqserve_server.search import Objective
+from vqserve_tools.importing.foreign import UNNAMED, open_foreign
 
 # Error bound of a float32 sum of products whose factors have norm 1, for up to some hundred terms.
 _LOSS = 2.0**-20
 # At most this many differences are examined; if there are more, most of them are no near-ties.
 _MAX_DIFFERENCES = 1 << 14
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Result of a comparison of indices.
+
+    Attributes:
+        total: number of compared indices.
+        different: number of indices that differ.
+        near_ties: number of differing indices that float32 cannot decide, or that follow from such an index in an
+            earlier stage.
+        first: text about the first difference, if possible one that is not a near-tie; "" without differences.
+    """
+
+    total: int
+    different: int
+    near_ties: int
+    first: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether all differences are near-ties."""
+        return self.different == self.near_ties
+
+    def __str__(self) -> str:
+        text = f"{self.total - self.different} of {self.total} indices agree"
+        if not self.different:
+            return text
+        others = f"of the {self.different} others {self.near_ties} are near-ties"
+        return f"{text}; {others} (float32 rounding explains the difference); {self.first}"
+
+
+def verify_files(quantizer: Quantizer, latents: Path, indices: Path) -> Verification:
+    """Compare a quantizer's indices of latents with the expected indices.
+
+    Args:
+        quantizer: quantizer with its layout set.
+        latents: .npy file of 2 to 5 axes.
+        indices: .npy file with the shape of `Quantizer.encode`'s result.
+
+    Raises:
+        ForeignCheckpointError: a file cannot be read or does not fit, or indices differ by more than near-ties.
+    """
+    outcome = verify(quantizer, _array(latents), _array(indices), names=(latents.name, indices.name))
+    if not outcome.holds:
+        raise ForeignCheckpointError(
+            f"--verify: {outcome}: the metric, the layout or another option is not the model's; nothing was written"
+        )
+    return outcome
+
+
+def verify(
+    quantizer: Quantizer,
+    latents: npt.NDArray[Any],
+    indices: npt.NDArray[Any],
+    *,
+    names: tuple[str, str] = ("latents", "indices"),
+) -> Verification:
+    """Compare a quantizer's indices of latents with the expected indices.
+
+    Args:
+        quantizer: quantizer with its layout set.
+        latents: floating-point numbers, 2 to 5 axes.
+        indices: integers, with the shape of `Quantizer.encode`'s result.
+        names: names of the two arrays in error messages.
+
+    Raises:
+        ForeignCheckpointError: the arrays do not fit the quantizer or each other.
+    """
+    if latents.dtype.kind != "f" or latents.dtype.itemsize > 8:
+        raise ForeignCheckpointError(f"--verify: {names[0]} is {latents.dtype}: latents are floating-point numbers")
+    z = torch.from_numpy(np.ascontiguousarray(latents, latents.dtype.newbyteorder("=")))
+    try:
+        ours = quantizer.encode(z)
+    except InvalidArgument as error:
+        raise ForeignCheckpointError(f"--verify: {names[0]}: {error}") from None
+    if indices.dtype.kind not in "iu":
+        raise ForeignCheckpointError(f"--verify: {names[1]} is {indices.dtype}: indices are integers")
+    if indices.shape != tuple(ours.shape):
+        raise ForeignCheckpointError(
+            f"--verify: {names[1]} has shape {indices.shape}, the latents' indices have {tuple(ours.shape)}"
+        )
+    theirs = torch.from_numpy(indices.astype(np.int64))
+    differs = ours != theirs
+    different = int(differs.sum())
+    if not different:
+        return Verification(ours.numel(), 0, 0, "")
+    near = near_ties(quantizer, z, ours, theirs)
+    shown = differs & ~near if bool((differs & ~near).any()) else differs
+    position = torch.nonzero(shown)[0].tolist()
+    first = f"{position} is {int(ours[tuple(position)])} here and {int(theirs[tuple(position)])} there"
+    return Verification(ours.numel(), different, int((differs & near).sum()), first)
+
+
+def _array(path: Path) -> npt.NDArray[Any]:
+    with open_foreign(path) as arrays:
+        if UNNAMED not in arrays:
+            raise ForeignCheckpointError(f"--verify: {path.name} holds arrays by name: it should be one .npy")
+        return arrays[UNNAMED].read()
 
 
 @torch.no_grad()
@@ -48,8 +154,8 @@ def near_ties(quantizer: Quantizer, z: Tensor, ours: Tensor, theirs: Tensor) -> 
     if not quantizer.has_stages:
         differs = torch.nonzero((ours != theirs).reshape(-1))[:_MAX_DIFFERENCES, 0]
         near = torch.zeros(ours.numel(), dtype=torch.bool)
-        some, noise = rows[differs], rows.new_zeros(len(differs), dtype=torch.float64)
-        near[differs] = _single(quantizer, some, noise, ours.reshape(-1)[differs], theirs.reshape(-1)[differs])
+        differing, noise = rows[differs], rows.new_zeros(len(differs), dtype=torch.float64)
+        near[differs] = _single(quantizer, differing, noise, ours.reshape(-1)[differs], theirs.reshape(-1)[differs])
         return near.reshape(ours.shape)
     layout = layout_of(ours.ndim, quantizer.layout)
     mine, yours = (to_rows(indices, quantizer.layout) for indices in (ours, theirs))
@@ -86,8 +192,8 @@ def _single(quantizer: Quantizer, rows: Tensor, noise: Tensor, ours: Tensor, the
         bias = problem.bias.double()
         gap = gap + bias[ours] - bias[theirs]
         lost = lost + _LOSS * torch.maximum(bias[ours].abs(), bias[theirs].abs())
-    excused: Tensor = is_code & (ours != theirs) & (gap <= lost)
-    return excused
+    accepted: Tensor = is_code & (ours != theirs) & (gap <= lost)
+    return accepted
 
 
 def _scalar(channels: Sequence[Channel], z: Tensor, noise: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
@@ -110,13 +216,13 @@ def _stages(module: ResidualPart, rows: Tensor, ours: Tensor, theirs: Tensor) ->
     frozen: FrozenPart = module.frozen(torch.device("cpu"), "auto")
     residual = rows[:, module.part.start : module.part.stop]
     residual, noise = _projected(residual, rows.new_zeros(len(rows), dtype=torch.float64), frozen.projection)
-    has_parted = follows = torch.zeros(len(rows), dtype=torch.bool)
+    has_differed = is_accepted = torch.zeros(len(rows), dtype=torch.bool)
     for stage, table, place in zip(module.codebooks(), frozen.stages, module.part.places, strict=True):
         mine, yours = ours[:, place], theirs[:, place]
-        first = (mine != yours) & ~has_parted
-        follows = follows | (first & _single(stage, residual, noise, mine, yours))
-        has_parted = has_parted | (mine != yours)
-        yield place, follows & (mine != yours)
+        first = (mine != yours) & ~has_differed
+        is_accepted = is_accepted | (first & _single(stage, residual, noise, mine, yours))
+        has_differed = has_differed | (mine != yours)
+        yield place, is_accepted & (mine != yours)
         decoded = table.decode_rows(mine)
         residual = residual - decoded
         # Both the decoded row and the difference are rounded.
