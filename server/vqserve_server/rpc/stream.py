@@ -116,7 +116,9 @@ class StreamCall:
             request = self._open.popleft()
             self._bytes -= request.nbytes
             raw, self._held = self._held, None
-            self._starting = raw
+            if raw is not None:
+                # Otherwise another message may be in a thread of the pool now.
+                self._starting = raw
             receives = self._is_paused and self._has_room and self._end is None
             if receives:
                 self._is_paused = False

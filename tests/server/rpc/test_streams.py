@@ -16,7 +16,7 @@ from support.brute_force import nearest
 from support.waiting import eventually
 from vqserve import payload
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_server.errors import Draining
+from vqserve_server.errors import Draining, Overloaded
 from vqserve_server.rpc import stream as stream_module
 
 
@@ -281,6 +281,42 @@ class FakeRequests:
 
     def start(self, caller: Any, headers: Any, raw: bytes) -> None:
         self.started.append(raw)
+
+
+def test_a_reply_that_is_sent_forgets_no_message_that_is_being_started() -> None:
+    """A thread validates a large message while the reply before it is sent; then the server has no capacity for it."""
+    call, requests = FakeCall(), FakeRequests()
+    stream = stream_module.StreamCall(call, requests, None, on_close=lambda _: None)
+    stream.start()
+    for message in (b"one", b"two"):
+        call.received(message)
+        assert stream.accepted(FakeRequest())
+    stream.ready()
+    call.received(b"large")
+    call.taken()
+    stream.rejected(Overloaded("full", retry_after_s=1.0))
+    assert not call.ends
+    call.taken()
+    assert requests.started == [b"one", b"two", b"large", b"large"]
+    assert stream.accepted(FakeRequest())
+
+
+def test_a_drain_answers_the_message_that_is_being_started_when_a_reply_is_sent() -> None:
+    call, requests = FakeCall(), FakeRequests()
+    stream = stream_module.StreamCall(call, requests, None, on_close=lambda _: None)
+    stream.start()
+    call.received(b"one")
+    assert stream.accepted(FakeRequest())
+    stream.ready()
+    call.received(b"large")
+    call.taken()
+    stream.drain()
+    assert not call.ends
+    assert stream.accepted(FakeRequest())
+    stream.ready()
+    call.taken()
+    assert len(call.sent) == 2
+    assert [type(end) for end in call.ends] == [Draining]
 
 
 def test_a_stream_that_is_starting_a_request_ends_when_it_has_answered_it() -> None:
