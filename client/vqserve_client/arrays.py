@@ -39,9 +39,6 @@ T = TypeVar("T")
 Cut = tuple[slice, ...]
 Geometry = tuple[tuple[int, ...], Layout]
 
-# Integers that are not on the wire, and the ones that hold them.
-_WIDENED = {np.dtype(np.int8): np.int32, np.dtype(np.int16): np.int32}
-
 
 @dataclass(frozen=True)
 class ArrayInput:

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve.validation import is_digest, no_codebook, wrong_digest
+from vqserve.validation import LARGEST_VOCABULARY, is_digest, no_codebook, wrong_digest
 from vqserve_client.errors import CodebookNotFound, DigestChanged, DigestMismatch, ProtocolError, VqserveError
 from vqserve_client.requests import Request
 
@@ -25,7 +25,6 @@ WIRE_OF_LAYOUT = {
 }
 
 # What the widest index type of the wire's replies, uint32, can name.
-_MOST_INDICES = 1 << 32
 _WIDEST_ROW = 1 << 31
 # How often a call that has no reply yet follows a server that replaces its codebook. On a busy machine it may be
 # replaced several times between the list and the request.
@@ -66,8 +65,8 @@ class ListRequest(Request):
         if not (
             entry.name
             and is_digest(entry.digest)
-            and 1 <= entry.num_codes <= _MOST_INDICES
-            and 1 <= entry.vocab_size <= _MOST_INDICES
+            and 1 <= entry.num_codes <= LARGEST_VOCABULARY
+            and 1 <= entry.vocab_size <= LARGEST_VOCABULARY
             and all(1 <= width <= _WIDEST_ROW for width in widths)
             and entry.num_quantizers >= 1
             and entry.layout in LAYOUT_OF_WIRE

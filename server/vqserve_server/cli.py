@@ -24,7 +24,7 @@ from vqserve_server import signals, supervisor
 from vqserve_server.console import printable
 
 # What the extra `server` brings; without it the client still works.
-_EXTRA = frozenset({"grpc_reflection", "torch"})
+_EXTRA = frozenset({"einops", "grpc_reflection", "torch"})
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Command:
     Attributes:
         help: one line for the list of commands.
         module: name of the module that adds its parser; imported only if the command is asked for.
-        function: of that module; takes the subparsers.
+        function: name of the function that adds it to the subparsers. The parser's defaults are `run`, which takes the
+            parsed arguments and returns the exit code, and perhaps `explain`, which takes them and unknown words and
+            returns an error text or None.
     """
 
     help: str
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = NO
     arguments = list(sys.argv[1:] if argv is None else argv)
     _open_standard_files()
     try:
-        args = _parser(arguments[0] if arguments else "", commands).parse_command(arguments, _spaced_levels)
+        args = _parser(arguments[0] if arguments else "", commands).parse_command(arguments, _explained)
         run: Callable[[argparse.Namespace], int] = args.run
         return run(args)
     except VqserveError as error:
@@ -67,17 +69,14 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = NO
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _EXTRA:
             return _complain(f"{error.name} is missing: install vqserve with its extra `server`")
-        # A user gets a line, also for what nobody foresaw; who wants more asks for it.
+        # Unexpected errors are one line too; --log-level debug logs the traceback.
         logging.getLogger(__name__).debug("unexpected error", exc_info=True)
         return _complain(f"{type(error).__name__}: {error} (--log-level debug shows where)")
 
 
-def _spaced_levels(args: argparse.Namespace, words: Sequence[str]) -> str | None:
-    levels, source = getattr(args, "levels", None), str(getattr(args, "source", ""))
-    if levels and all(word.isdecimal() for word in words):
-        all_levels = [*map(str, levels), *([source] if source.isdecimal() else []), *words]
-        return f"--levels is one argument, with commas: --levels {','.join(all_levels)}"
-    return None
+def _explained(args: argparse.Namespace, words: Sequence[str]) -> str | None:
+    explain: Callable[[argparse.Namespace, Sequence[str]], str | None] | None = getattr(args, "explain", None)
+    return None if explain is None else explain(args, words)
 
 
 def _parser(asked: str, commands: Mapping[str, Command]) -> Parser:

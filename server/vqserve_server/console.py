@@ -30,10 +30,10 @@ def event(name: str, /, **fields: object) -> str:
 
 
 def _value(value: object) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else printable(str(value))
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
     if text and not set(text) & set(' "='):
-        return text
-    escaped = text.replace('"', '\\"')
+        return printable(text)
+    escaped = printable(text.replace("\\", "\\\\").replace('"', '\\"'))
     return f'"{escaped}"'
 
 

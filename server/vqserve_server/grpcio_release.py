@@ -23,7 +23,10 @@ def is_tested(release: str) -> bool:
 
 def warn_if_untested() -> None:
     """Log a warning where the installed grpcio is outside the tested range."""
-    release = importlib.metadata.version("grpcio")
+    try:
+        release = importlib.metadata.version("grpcio")
+    except importlib.metadata.PackageNotFoundError:
+        release = "unknown"
     if not is_tested(release):
         logger.warning(event("grpcio_untested", release=release, tested=f"{OLDEST} to below {BELOW}"))
 

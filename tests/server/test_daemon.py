@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -118,6 +119,17 @@ def test_the_log_says_what_is_served(vqserved: Callable[..., Any], folder: Path)
         f'codebook_loaded name=small kind=vq size="16 x 4" search={books["small"].search} device=cpu '
         f"digest={books['small'].digest[:12]}",
     ]
+
+
+def test_a_value_in_the_log_cannot_pass_for_another_field() -> None:
+    assert console.event("rejected", name='a" status=OK x') == r'rejected name="a\" status=OK x"'
+    assert console.event("rejected", name='a\\" status=OK x') == r'rejected name="a\\\" status=OK x"'
+
+
+def test_every_package_of_the_extra_is_known_to_be_of_it() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    names = {re.match(r"[\w-]+", need).group() for need in project["optional-dependencies"]["server"]}
+    assert {name.replace("grpcio", "grpc").replace("-", "_") for name in names} == cli._EXTRA
 
 
 def test_as_a_module_it_is_the_command() -> None:

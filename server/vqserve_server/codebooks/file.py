@@ -156,7 +156,9 @@ def _check_is_ours(file: BufferedReader, path: Path) -> None:
 
 
 def _import_first(path: Path, what: str) -> str:
-    command = f"vqserved import {shlex.quote(path.name)} -o {shlex.quote(f'{path.stem}{SUFFIX}')}"
+    # The file itself may be named as a codebook file is.
+    out = f"{path.stem}{'-codebook' if path.suffix == SUFFIX else ''}{SUFFIX}"
+    command = f"vqserved import {shlex.quote(path.name)} -o {shlex.quote(out)}"
     return f"{path.name} is {what}, not a codebook file: `{command}`"
 
 

@@ -13,11 +13,12 @@ import numpy.typing as npt
 import torch
 
 from vqserve.dtypes import BY_SAFETENSORS, LATENTS
+from vqserve.validation import LARGEST_VOCABULARY
 from vqserve_server.codebooks.kinds import KINDS, kind_of
 from vqserve_server.codebooks.safetensors_file import dtype_name
 from vqserve_server.errors import CodebookError, InvalidOption
 from vqserve_server.quantizers import Quantizer
-from vqserve_server.quantizers.arguments import MAX_VOCABULARY, ArgumentError, check_arguments, written_arguments
+from vqserve_server.quantizers.arguments import ArgumentError, check_arguments, written_arguments
 from vqserve_server.validation import first_non_finite
 
 Claim = tuple[str, tuple[int, ...]]
@@ -194,7 +195,7 @@ def _check_used_claim(arguments: Mapping[str, Any], dtype: str, shape: tuple[int
         raise StateError(f"tensor {USED!r} is {dtype}, not I64")
     if len(shape) != 1 or shape[0] < 1:
         raise StateError(f"tensor {USED!r} has shape {list(shape)}: it must have one axis and not be empty")
-    if shape[0] + (arguments["unknown_index"] == "extra") > MAX_VOCABULARY:
+    if shape[0] + (arguments["unknown_index"] == "extra") > LARGEST_VOCABULARY:
         raise StateError(f"tensor {USED!r} has {shape[0]} entries, more than an index can count")
 
 

@@ -7,7 +7,7 @@ requests, a device thread, and `Job.resolve`.
 from vqserve_server.engine.admission import Admission
 from vqserve_server.engine.batch import BatchFailed
 from vqserve_server.engine.engine import Engine, LiveSet
-from vqserve_server.engine.job import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, Output, RequestTiming
+from vqserve_server.engine.job import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, RequestTiming
 
 __all__ = [
     "Admission",
@@ -19,6 +19,5 @@ __all__ = [
     "Engine",
     "Job",
     "LiveSet",
-    "Output",
     "RequestTiming",
 ]

@@ -7,12 +7,14 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from vqserve.dtypes import LATENTS_BY_STORAGE
 from vqserve.layout import Layout, grid_shape
+from vqserve.types import OutputName
 from vqserve.validation import beyond_dtype
 from vqserve_server.config import EngineConfig
 from vqserve_server.console import event
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
-Output = Literal["latents", "code_rows"]
 
 _INDEX_DTYPE = np.dtype(np.int64)
 # A batch to decode may have this many times the rows of one to encode: a lookup costs less than a search.
@@ -73,7 +74,7 @@ class DecodeKey(NamedTuple):
     """
 
     tokenizer: Tokenizer
-    output: Output
+    output: OutputName
     dtype: np.dtype[Any]
     num_quantizers: int | None = None
 
@@ -269,7 +270,7 @@ class DecodeJob(Job):
         """
         overflow = first_overflow(results, self.result.dtype)
         if overflow is not None:
-            dtype = "bfloat16" if self.result.dtype == np.uint16 else self.result.dtype.name
-            error = beyond_dtype(start + overflow, dtype, has_stages=self.key.num_quantizers is not None)
+            dtype = LATENTS_BY_STORAGE[self.result.dtype]
+            error = beyond_dtype(start + overflow, dtype.name, has_stages=self.key.num_quantizers is not None)
             raise error.placed(grid_shape(self.result.shape, self.layout))
         write_rows(results, self.result, self.layout, start)

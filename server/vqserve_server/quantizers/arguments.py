@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from vqserve.layout import Layout
+from vqserve.validation import LARGEST_VOCABULARY
 
 # An index is sent as an unsigned number of at most 32 bits.
-MAX_VOCABULARY = 1 << 32
 # Wider rows or projections than this come from an overflow: nobody trained them.
 MAX_CHANNELS = 1 << 31
 
@@ -99,9 +99,9 @@ def check_unknown_index(value: object) -> object:
     Raises:
         ArgumentError: for any other.
     """
-    if value in ("random", "extra") or (type(value) is int and 0 <= value < MAX_VOCABULARY):
+    if value in ("random", "extra") or (type(value) is int and 0 <= value < LARGEST_VOCABULARY):
         return value
-    raise ArgumentError(f'must be "random", "extra" or an integer in [0, {MAX_VOCABULARY})')
+    raise ArgumentError(f'must be "random", "extra" or an integer in [0, {LARGEST_VOCABULARY})')
 
 
 def check_layout(value: object) -> object:
@@ -117,7 +117,7 @@ _LARGEST_FLOAT = math.ldexp(2 - 2**-52, 1023)
 _layout_name = choice(None, *map(str, Layout))
 
 # What several kinds have in common.
-CODES = served(integer(1, MAX_VOCABULARY), "num_codes")
+CODES = served(integer(1, LARGEST_VOCABULARY), "num_codes")
 CODE_DIM = served(integer(1, MAX_CHANNELS), "code_dim")
 INPUT_DIM = served(integer(1, MAX_CHANNELS), "input_dim")
 MAYBE_CHANNELS = served(_optional_channels)

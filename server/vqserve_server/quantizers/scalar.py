@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from vqserve.errors import rows_placed
-from vqserve.validation import check_indices_rank
+from vqserve.validation import LARGEST_VOCABULARY, check_indices_rank
 from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers.arguments import (
     FLAG,
     LAYOUT,
-    MAX_VOCABULARY,
     PROJECTIONS,
     Argument,
     ArgumentError,
@@ -65,7 +64,7 @@ class ScalarQuantizer(ProjectedModule, Quantizer):
         super().__init__()
         # Python's integers cannot overflow.
         self.num_codes = int(np.prod([int(level) for level in levels], dtype=object))
-        if self.num_codes > MAX_VOCABULARY:
+        if self.num_codes > LARGEST_VOCABULARY:
             raise InvalidOption(f"{self.num_codes} codes are more than an index of 32 bits can name")
         self.code_dim = len(levels)
         self.input_dim = self.code_dim if input_dim is None else input_dim
@@ -166,8 +165,8 @@ def _check_levels(value: object) -> object:
     if not isinstance(given, list) or not all(type(level) is int and 2 <= level <= MAX_LEVEL for level in given):
         raise ArgumentError(f"must be a list of integers in [2, {MAX_LEVEL}]")
     # The length first: a product of very many numbers takes long.
-    if not 1 <= len(given) <= _MAX_CHANNELS or math.prod(given) > MAX_VOCABULARY:
-        raise ArgumentError(f"must have a product in [2, {MAX_VOCABULARY}]")
+    if not 1 <= len(given) <= _MAX_CHANNELS or math.prod(given) > LARGEST_VOCABULARY:
+        raise ArgumentError(f"must have a product in [2, {LARGEST_VOCABULARY}]")
     return given
 
 

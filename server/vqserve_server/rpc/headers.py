@@ -16,6 +16,7 @@ from vqserve import layout, payload, wire
 from vqserve.codebook_info import CodebookInfo
 from vqserve.dtypes import BY_NUMBER
 from vqserve.layout import LATENT_RANKS, Layout, first_channels
+from vqserve.types import OutputName
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import (
     INDEX_RANKS,
@@ -24,7 +25,7 @@ from vqserve.validation import (
     check_latents_shape,
     check_num_quantizers,
 )
-from vqserve_server.engine import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, LiveSet, Output
+from vqserve_server.engine import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, LiveSet
 from vqserve_server.errors import InvalidDtype, InvalidOption
 from vqserve_server.rpc.messages import (
     check_dtype,
@@ -43,7 +44,7 @@ Array = npt.NDArray[Any]
 # Field number of `stats` in both responses, and how many counters it has.
 _STATS_FIELD = 4
 _COUNTERS = len(pb.ServedStats.DESCRIPTOR.fields)
-_OUTPUTS: dict[int, Output] = {
+_OUTPUTS: dict[int, OutputName] = {
     pb.DECODE_OUTPUT_UNSPECIFIED: "latents",
     pb.DECODE_OUTPUT_LATENTS: "latents",
     pb.DECODE_OUTPUT_CODE_ROWS: "code_rows",

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from vqserve.codebook_info import CodebookInfo
 from vqserve.dtypes import latent_dtype_name
 from vqserve.layout import Layout, parse_layout
+from vqserve.types import OutputName
 from vqserve.validation import check_has_output, check_num_quantizers, check_output
-
-Output = Literal["latents", "code_rows"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Options:
 
     layout: Layout | None
     dtype: torch.dtype
-    output: Output
+    output: OutputName
     num_quantizers: int
 
 
@@ -41,5 +40,5 @@ def options(
     check_output(output)
     check_has_output(output, info=info)
     count = check_num_quantizers(num_quantizers, available=info.num_quantizers)
-    wanted: Output = "code_rows" if output == "code_rows" else "latents"
+    wanted: OutputName = "code_rows" if output == "code_rows" else "latents"
     return Options(parse_layout(layout), getattr(torch, latent_dtype_name(dtype)), wanted, count)

@@ -31,7 +31,7 @@ from vqserve_server.tokenizer.arrays import (
     given_latents,
     several,
 )
-from vqserve_server.tokenizer.options import Options, Output, options
+from vqserve_server.tokenizer.options import Options, options
 
 
 class Tokenizer:
@@ -250,7 +250,7 @@ class Tokenizer:
         return to_host(found).numpy()
 
     def decode_rows(
-        self, indices: npt.NDArray[np.int64], *, output: Output = "latents", dtype: npt.DTypeLike | None = None
+        self, indices: npt.NDArray[np.int64], *, output: OutputName = "latents", dtype: npt.DTypeLike | None = None
     ) -> npt.NDArray[Any]:
         """Return the rows of indices that were checked before.
 

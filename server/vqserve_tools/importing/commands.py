@@ -48,7 +48,7 @@ def add_import_parser(subparsers: Subparsers) -> None:
         metavar=("LATENTS.npy", "INDICES.npy"),
         help="latents, and their indices from the model's own code: compared before OUT is written",
     )
-    parser.set_defaults(run=run_import)
+    parser.set_defaults(run=run_import, explain=_spaced_levels)
 
 
 def run_import(args: argparse.Namespace) -> int:
@@ -73,6 +73,13 @@ def run_import(args: argparse.Namespace) -> int:
     lines.append(f"wrote {output}: {made.kind}, {codes} codes, digest {digest}")
     sys.stdout.write("".join(f"{printable(line)}\n" for line in lines))
     return 0
+
+
+def _spaced_levels(args: argparse.Namespace, words: Sequence[str]) -> str | None:
+    if args.levels and all(word.isdecimal() for word in words):
+        source = [str(args.source)] if str(args.source).isdecimal() else []
+        return f"--levels is one argument, with commas: --levels {','.join([*map(str, args.levels), *source, *words])}"
+    return None
 
 
 def _story(result: Import) -> list[str]:

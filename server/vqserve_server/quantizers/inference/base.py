@@ -6,18 +6,18 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from vqserve.types import OutputName
 from vqserve_server.quantizers.tensors import autocast_off
 from vqserve_server.search import SearchCounts
 
 if TYPE_CHECKING:
     from vqserve_server.quantizers.quantizer import Quantizer
 
-Output = Literal["latents", "code_rows"]
 
 # Codes that `check_itself` looks for.
 _LOOKED_FOR = 256
@@ -78,7 +78,9 @@ class FrozenQuantizer(ABC):
         return self
 
     @abstractmethod
-    def decode_rows(self, indices: Tensor, *, output: Output = "latents", dtype: torch.dtype | None = None) -> Tensor:
+    def decode_rows(
+        self, indices: Tensor, *, output: OutputName = "latents", dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Return a row for every token, the same as the quantizer's `decode` and `get_codebook_entry`.
 
         Args:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from vqserve.dtypes import to_numpy, to_torch
+from vqserve.types import OutputName
 from vqserve.validation import check_output
 from vqserve_server.errors import CodebookError
-from vqserve_server.quantizers.inference.base import FrozenQuantizer, Output, some
+from vqserve_server.quantizers.inference.base import FrozenQuantizer, some
 from vqserve_server.quantizers.objective import SearchProblem
 from vqserve_server.quantizers.projections import Projection, project
 from vqserve_server.quantizers.tensors import autocast_off, is_finite, narrow
@@ -114,7 +115,9 @@ class FrozenLookup(CodeSearch, FrozenQuantizer):
         return replace(self, _searcher=CountingSearcher(self._searcher, counts[0]))
 
     @torch.no_grad()
-    def decode_rows(self, indices: Tensor, *, output: Output = "latents", dtype: torch.dtype | None = None) -> Tensor:
+    def decode_rows(
+        self, indices: Tensor, *, output: OutputName = "latents", dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Return the row of every index (n,); see `FrozenQuantizer.decode_rows`."""
         check_output(output)
         return (self._latents if output == "latents" else self._code_rows).take(indices, dtype)

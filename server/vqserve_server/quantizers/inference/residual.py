@@ -10,9 +10,10 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from vqserve.types import OutputName
 from vqserve.validation import check_output
 from vqserve_server.errors import CodebookError, InvalidOption, TokenBeyondRange
-from vqserve_server.quantizers.inference.base import FrozenQuantizer, Output
+from vqserve_server.quantizers.inference.base import FrozenQuantizer
 from vqserve_server.quantizers.inference.lookup import FrozenLookup
 from vqserve_server.quantizers.projections import Projection, largest_projected, project
 from vqserve_server.quantizers.quantizer import Metric
@@ -212,7 +213,9 @@ class FrozenResidual(FrozenQuantizer):
         return replace(self, _parts=tuple(part.counting(counts) for part in self._parts))
 
     @torch.no_grad()
-    def decode_rows(self, indices: Tensor, *, output: Output = "latents", dtype: torch.dtype | None = None) -> Tensor:
+    def decode_rows(
+        self, indices: Tensor, *, output: OutputName = "latents", dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Return the row of every token's first q indices (n, q), in order; see `FrozenQuantizer.decode_rows`."""
         check_output(output)
         if output == "code_rows":

@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vqserve.types import OutputName
 from vqserve.validation import check_output
 from vqserve_server.errors import CodebookError, InvalidOption
-from vqserve_server.quantizers.inference.base import FrozenQuantizer, Output, some
+from vqserve_server.quantizers.inference.base import FrozenQuantizer, some
 from vqserve_server.quantizers.projections import Projection, largest_projected, moved, project
 from vqserve_server.quantizers.tensors import autocast_off
 from vqserve_server.search import available
@@ -133,7 +134,9 @@ class FrozenScalar(FrozenQuantizer):
             raise CodebookError(f"index {int(looked_for[~is_right][0])} is not found between its own boundaries")
 
     @torch.no_grad()
-    def decode_rows(self, indices: Tensor, *, output: Output = "latents", dtype: torch.dtype | None = None) -> Tensor:
+    def decode_rows(
+        self, indices: Tensor, *, output: OutputName = "latents", dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Return the row of every index (n,); see `FrozenQuantizer.decode_rows`."""
         check_output(output)
         digits = indices[:, None] // self._weights % self._levels
