@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vqserve.dtypes import LATENTS, of_torch
+from vqserve.dtypes import LATENTS, of_torch, round_to_odd
 from vqserve.layout import Layout, grid_shape, num_rows, resolve_layout
 from vqserve.validation import check_channels, not_an_index, not_finite, not_indices, not_latents
 from vqserve_server import rows as token_rows
@@ -193,14 +193,9 @@ def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if values.dtype != torch.float64 or dtype.itemsize > 2:
         return values.to(dtype)
-    # torch goes from float64 to half precision by way of float32, and two roundings to nearest can end next to the
-    # nearest. Rounding to odd on the way cannot: it keeps what was cut off in the last bit (Boldo and Melquiond,
-    # "When double rounding is odd", 2005). float32 has the two bits to spare that this needs.
-    nearest = values.to(torch.float32)
-    back = nearest.to(torch.float64)
-    truncated = nearest.view(torch.int32) - (back.abs() > values.abs()).to(torch.int32)
-    odd = truncated | (back != values).to(torch.int32)
-    return odd.view(torch.float32).to(dtype)
+    # torch goes from float64 to half precision by way of float32, to nearest twice.
+    odd: Tensor = round_to_odd(values.to(torch.float32), values, torch)
+    return odd.to(dtype)
 
 
 def is_finite(values: Tensor) -> Tensor:
