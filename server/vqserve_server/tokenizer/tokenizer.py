@@ -22,16 +22,17 @@ from vqserve_server.codebooks.kinds import kind_of
 from vqserve_server.device import select_device, to_device, to_host
 from vqserve_server.errors import Closed, VqserveError
 from vqserve_server.quantizers import Quantizer
-from vqserve_server.quantizers.inference.base import FrozenQuantizer, freeze
+from vqserve_server.quantizers.inference.base import FrozenQuantizer, Output, freeze
 from vqserve_server.tokenizer.arrays import (
     TORCH_DTYPES,
+    Options,
     decode_grid,
     encode_grid,
     given_indices,
     given_latents,
+    options,
     several,
 )
-from vqserve_server.tokenizer.options import Options, Output, options
 
 
 class Tokenizer:
