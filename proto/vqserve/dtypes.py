@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -156,6 +157,24 @@ def smallest_holding(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     """Return the narrowest integer type of the table that holds all values of another integer type; None: none does."""
     wider = (known.storage for known in INDICES if np.can_cast(dtype, known.storage, "safe"))
     return min(wider, key=lambda known: known.itemsize, default=None)
+
+
+def round_to_odd(nearest: Any, values: Any, library: ModuleType) -> Any:
+    """Return float64 values as float32: inexact ones as the neighbour whose last bit is 1.
+
+    Rounded again to a narrower type, to nearest, the result is as if rounded once. Two roundings to nearest are not:
+    they may end next to the nearest (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved
+    algorithms using rounding to odd", 2008). float32 has the two extra bits that this needs.
+
+    Args:
+        nearest: the values rounded to float32, to nearest; overwritten with the result.
+        values: float64, numpy or torch.
+        library: numpy or torch, whose arrays these are.
+    """
+    bits = nearest.view(library.int32)
+    bits -= (abs(nearest) > abs(values)).view(library.int8)
+    bits |= (nearest != values).view(library.int8)
+    return nearest
 
 
 def to_numpy(tensor: Any) -> npt.NDArray[Any]:

@@ -100,7 +100,7 @@ def write_rows(rows: Array, latents: Array, layout: Layout, start: int) -> None:
     """
     coding = dtypes.LATENTS_BY_STORAGE[latents.dtype].coding
     if coding is not None and rows.dtype != latents.dtype:
-        rows = coding.round_bits(_to_odd(rows))
+        rows = coding.round_bits(_to_float32(rows))
     with np.errstate(under="ignore"):
         write_tokens(rows, latents, layout, start)
 
@@ -120,18 +120,11 @@ def first_overflow(rows: Array, dtype: np.dtype[Any]) -> int | None:
     return int((np.abs(rows) >= limit).any(axis=1).argmax())
 
 
-def _to_odd(values: Array) -> npt.NDArray[np.float32]:
-    """Return values as float32, inexact ones rounded to odd.
-
-    Rounding float64 to float32 and then to a narrower type rounds twice; through round-to-odd the result is as if
-    rounded once (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to
-    odd", 2008).
-    """
+def _to_float32(values: Array) -> npt.NDArray[np.float32]:
+    """Return values as float32 that a second rounding makes what one rounding would."""
     if values.dtype == np.float32:
         return values
     with np.errstate(over="ignore", under="ignore"):
         nearest = values.astype(np.float32)
-    bits = nearest.view(np.uint32)
-    bits -= (np.abs(nearest) > np.abs(values)).astype(np.uint32)
-    bits |= (nearest != values).astype(np.uint32)
-    return nearest
+    odd: npt.NDArray[np.float32] = dtypes.round_to_odd(nearest, values, np)
+    return odd

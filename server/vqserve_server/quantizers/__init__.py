@@ -1,8 +1,8 @@
 """The quantizers: what each computes in training, and exact encode and decode.
 
-Torch only: no gRPC, and no files except a remap's. Every kind is a class with its constructor's `arguments`, registered
-in `vqserve_server.codebooks.kinds`. `AbstractQuantizer` has what all kinds with one codebook share, and `inference` the
-forms that serve.
+Torch only: no gRPC, and no files except a remap's. Every kind is a class that lists its constructor's `arguments`, and
+is registered in `vqserve_server.codebooks.kinds`. `AbstractQuantizer` is the base of all kinds with one codebook.
+`inference` has the forms that serve.
 """
 
 from vqserve_server.quantizers import pickle_names

@@ -1,4 +1,4 @@
-"""What all quantizers with one codebook share: encode, decode, code rows, and the remap of reported indices."""
+"""The base of all quantizers with one codebook: encode, decode, code rows, and the remap of reported indices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vqserve.validation import check_indices_rank
 from vqserve_server.errors import CodebookError
 from vqserve_server.quantizers.inference.lookup import CodeSearch, FrozenLookup, Table
 from vqserve_server.quantizers.objective import SearchProblem
-from vqserve_server.quantizers.projections import moved
+from vqserve_server.quantizers.projections import on_device
 from vqserve_server.quantizers.quantizer import Quantizer
 from vqserve_server.quantizers.remap import Remap, RemappedModule, UnknownIndex
 from vqserve_server.quantizers.tensors import (
@@ -36,8 +36,8 @@ class AbstractQuantizer(RemappedModule, Quantizer):
     indices are (b, h, w), (b, t, h, w), (b, s) or (n,). `forward(z) -> (z_q, info)` is training's view of a quantizer,
     `encode` and `decode` are inference's.
 
-    Nothing prepared from the weight is kept on a module, since the weight may change at any time and in ways that
-    leave no trace: every call prepares its search anew. `freeze` gives the form that serves.
+    A module keeps nothing that it prepared from its weight, which may change at any time without notice: every call
+    prepares its search anew. `freeze` gives the form that serves.
 
     Attributes:
         kind: the name of the class in files and on the wire.
@@ -84,7 +84,7 @@ class AbstractQuantizer(RemappedModule, Quantizer):
         self.code_dim = self.output_dim = int(code_dim)
         self.loss_key = loss_key
 
-    # What a quantizer is made of.
+    # What subclasses define.
 
     @abstractmethod
     def code_rows(self) -> Tensor:
@@ -95,11 +95,11 @@ class AbstractQuantizer(RemappedModule, Quantizer):
         """Return the code rows (N, D) of full ids (N,), differentiable with respect to the codebook."""
 
     def search_problem(self) -> SearchProblem:
-        """Return what encode searches: the nearest code, unless a quantizer has another objective."""
+        """Return the search of encode: for the nearest code, unless a subclass has another objective."""
         return SearchProblem(codes=widen(self.code_rows()))
 
     def initial_bound(self) -> float | None:
-        """Return b where the constructor draws codes within [-b, b]; None: their initial values have no bound."""
+        """Return b if the constructor initialises codes within [-b, b]; None: initial values have no bound."""
         return None
 
     def cluster_sizes(self) -> Tensor | None:
@@ -223,7 +223,7 @@ class AbstractQuantizer(RemappedModule, Quantizer):
             reported = self.reported(torch.arange(self.num_codes, device=self.used.device)).to(device)
         return CodeSearch(
             _searcher=problem.prepare(search),
-            _projection=moved(self.input_projection(), device),
+            _projection=on_device(self.input_projection(), device),
             _reported=reported,
         )
 

@@ -169,7 +169,7 @@ class EMAVectorQuantizer(AbstractQuantizer):
         is in training and `embedding.update` is true, and is left out, on the device, for a batch that is not finite.
 
         Args:
-            z: (b, D, h, w), (b, D, t, h, w), (b, s, D) or (n, D), floating point; NaN is not looked for.
+            z: (b, D, h, w), (b, D, t, h, w), (b, s, D) or (n, D), floating point; NaN is not checked for.
             return_encodings: report the one-hot rows, N x K.
 
         Returns:
@@ -193,7 +193,7 @@ class EMAVectorQuantizer(AbstractQuantizer):
             z_q = self.embedding(ids).to(rows.dtype)
             loss = self.beta * ((z_q.detach() - rows) ** 2).mean()
             perplexity, _ = perplexity_of_counts(count_codes(ids, self.num_codes), ids.numel(), loss.dtype)
-            info = {self.loss_key: loss, "encoding_indices": self._drawn(ids), "perplexity": perplexity}
+            info = {self.loss_key: loss, "encoding_indices": self._sampled(ids), "perplexity": perplexity}
             if return_encodings:
                 info["encodings"] = functional.one_hot(ids, self.num_codes).to(z.dtype)
             out = from_rows(self._straight_through(rows, z_q, dtype), grid, self.layout)

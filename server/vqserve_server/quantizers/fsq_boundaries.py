@@ -1,4 +1,4 @@
-"""Where finite scalar quantization goes from one digit to the next: real numbers, rounded down to float64.
+"""The boundaries between the digits of finite scalar quantization: real numbers, rounded down to float64.
 
 FSQ rounds tanh(z + shift) half - offset. tanh rises, so that the rounded value reaches a digit exactly where z passes
 one number t = atanh(p) - shift, p rational. No floating-point z but zero equals a t: with shift = 0 or atanh(q) it is

@@ -119,7 +119,7 @@ class GumbelQuantizer(AbstractQuantizer):
         kl_weight * mean over tokens of sum_j q_j log(q_j * K + 1e-10) with q = softmax(logits).
 
         Args:
-            z: (b, H, h, w), (b, H, t, h, w), (b, s, H) or (n, H), floating point; NaN is not looked for.
+            z: (b, H, h, w), (b, H, t, h, w), (b, s, H) or (n, H), floating point; NaN is not checked for.
             temp: tau; None: the attribute `temperature`.
             return_logits: report the logits.
 

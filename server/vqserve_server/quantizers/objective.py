@@ -1,4 +1,4 @@
-"""What a quantizer searches."""
+"""The search that a quantizer defines: codes, objective, bias."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _FLOAT64_ROOM = 2.0**-30
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SearchProblem:
-    """What decides the winning code.
+    """The codes that are searched, and what decides the winner.
 
     Attributes:
-        codes: (K, D) float32 or float64; only the codes that take part.
-        objective: what the winner is best at.
+        codes: (K, D) float32 or float64; only the codes that can win.
+        objective: what the winning code minimises or maximises.
         bias: (K,) of the codes' type, for DOT only.
         reports_full_ids: whether the winner's index is a full id; else it is a position in `used` already.
     """

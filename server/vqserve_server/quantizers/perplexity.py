@@ -43,7 +43,7 @@ def measure_perplexity(predicted_indices: Tensor, num_centroids: int) -> tuple[T
 
 
 def count_codes(ids: Tensor, num_codes: int) -> Tensor:
-    """Return the histogram (num_codes,) int64 of ids (N,) int64, which are trusted to be in range.
+    """Return the histogram (num_codes,) int64 of ids (N,) int64, which must be in range (not checked).
 
     `torch.bincount` makes the host wait for a GPU, to read the largest id.
     """

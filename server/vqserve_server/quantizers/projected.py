@@ -81,11 +81,12 @@ class VectorQuantizerWithInputProjection(ProjectedModule, VectorQuantizer):
     def forward(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Project in, quantize, project out.
 
-        Loss and straight-through live in the codes' space, on the layer's own projection. In training that is what is
-        searched, too; in eval it is the exact projection rounded once to float32, as in `encode`.
+        The loss and the straight-through gradient are computed in the codes' space, on the layer's own projection. In
+        training that projection is searched, too; in eval the exact projection, rounded once to float32, as in
+        `encode`.
 
         Args:
-            z: (b, C, h, w), (b, C, t, h, w), (b, s, C) or (n, C), floating point; NaN is not looked for.
+            z: (b, C, h, w), (b, C, t, h, w), (b, s, C) or (n, C), floating point; NaN is not checked for.
 
         Returns:
             z_q, contiguous: with an output_dim in z's layout, without one (b, tokens, D) for 4 and 5 axes; in the type

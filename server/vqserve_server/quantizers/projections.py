@@ -85,7 +85,7 @@ def projection(name: str, inputs: int | None, outputs: int | None) -> nn.Linear 
     return nn.Linear(inputs, outputs)
 
 
-def moved(projection: Projection | None, device: torch.device) -> Projection | None:
+def on_device(projection: Projection | None, device: torch.device) -> Projection | None:
     """Return a projection on a device."""
     return None if projection is None else (projection[0].to(device), projection[1].to(device))
 

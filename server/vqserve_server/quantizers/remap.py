@@ -176,7 +176,7 @@ class RemappedModule(nn.Module):
             InvalidDtype: the ids are not integers.
             IndexOutOfRange: one is out of range; names the position.
         """
-        return self._drawn(checked_indices(inds, self.num_codes))
+        return self._sampled(checked_indices(inds, self.num_codes))
 
     def unmap_to_all(self, inds: Tensor) -> Tensor:
         """Return the full id at every position in `used`; without a remap, the positions.
@@ -212,13 +212,13 @@ class RemappedModule(nn.Module):
         return torch.where(known < self.used.numel(), known, stand_in)
 
     def drop_remap(self) -> None:
-        """Report full ids from now on."""
+        """Remove the remap: full ids are reported from now on."""
         self.used = self.remap = None
         self._count_used()
 
-    def _drawn(self, ids: Tensor) -> Tensor:
-        # What forward reports. The draw is the original's, number for number: one from the CPU's generator for each
-        # unknown id in order.
+    def _sampled(self, ids: Tensor) -> Tensor:
+        # The ids that forward reports. As in the original, each unknown id in order takes one number of the CPU's
+        # generator.
         if self.used is None or self.unknown_index != "random":
             return self.reported(ids)
         known = first_positions(self.used, self.num_codes)[ids]
@@ -235,7 +235,7 @@ class RemappedModule(nn.Module):
         self.unknown_index = in_use if is_extra else self._unknown
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The checkpoint's remap is taken up whatever the module was built with: none, or one of another length.
+        # The module takes the checkpoint's remap, also if it was built without one or with one of another length.
         given = state_dict.get(f"{prefix}used")
         if isinstance(given, Tensor):
             try:

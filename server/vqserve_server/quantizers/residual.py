@@ -37,7 +37,7 @@ from vqserve_server.quantizers.inference.residual import (
 )
 from vqserve_server.quantizers.lookup import CosineQuantizer, DotQuantizer
 from vqserve_server.quantizers.projected import VectorQuantizerWithInputProjection
-from vqserve_server.quantizers.projections import ProjectedModule, moved, projection
+from vqserve_server.quantizers.projections import ProjectedModule, on_device, projection
 from vqserve_server.quantizers.quantizer import Metric, Quantizer
 from vqserve_server.quantizers.tensors import (
     check_finite,
@@ -76,8 +76,8 @@ class ResidualPart(ProjectedModule):
         return FrozenPart(
             part=self.part,
             stages=stages,
-            projection=moved(self.input_projection(), device),
-            output_projection=moved(self.output_projection(), device),
+            projection=on_device(self.input_projection(), device),
+            output_projection=on_device(self.output_projection(), device),
             largest=float(sum_of_largest(stages).max()),
         )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vqserve.dtypes import LATENTS, of_torch
+from vqserve.dtypes import LATENTS, of_torch, round_to_odd
 from vqserve.layout import Layout, grid_shape, num_rows, resolve_layout
 from vqserve.validation import check_channels, not_an_index, not_finite, not_indices, not_latents
 from vqserve_server import rows as token_rows
@@ -28,7 +28,7 @@ _INTEGER_DTYPES = (
 
 
 def check_finite(z: Tensor) -> None:
-    """Refuse NaN and infinity in latents of any shape.
+    """Reject NaN and infinity in latents of any shape.
 
     Raises:
         NonFiniteLatents: names the first one's position: "latents[0, 3, 5, 7] is nan".
@@ -40,7 +40,7 @@ def check_finite(z: Tensor) -> None:
 
 
 def check_integers(indices: Tensor) -> None:
-    """Refuse what is not an integer tensor.
+    """Reject tensors that do not hold integers.
 
     Raises:
         InvalidDtype: for floating point, complex and bool.
@@ -57,7 +57,7 @@ def checked_indices(indices: Tensor, bound: int) -> Tensor:
         IndexOutOfRange: names the first offender's position, its value and the range.
     """
     check_integers(indices)
-    # A uint64 beyond int64 turns negative here, so that it is refused too, and named by its own value.
+    # A uint64 beyond int64 turns negative here, so it is out of range too; the error names its original value.
     wide = indices.to(torch.int64)
     if not wide.numel():
         return wide
@@ -69,7 +69,7 @@ def checked_indices(indices: Tensor, bound: int) -> Tensor:
 
 
 def check_size(name: str, value: object) -> None:
-    """Refuse a size of a module that is not a positive integer.
+    """Reject a size of a module that is not a positive integer.
 
     Raises:
         InvalidOption: names the argument.
@@ -127,7 +127,7 @@ def grid_of_entries(shape: Sequence[int], *, width: int, count: int) -> tuple[in
     Args:
         shape: 2 to 5 axes, the last of them the code rows' width.
         width: of a code row.
-        count: indices that there are.
+        count: the number of indices.
 
     Raises:
         InvalidShape: the shape does not end in the width, or holds another number of tokens.
@@ -143,7 +143,7 @@ def grid_of_entries(shape: Sequence[int], *, width: int, count: int) -> tuple[in
 
 
 def check_not_empty(grid: Sequence[int]) -> None:
-    """Refuse a batch without tokens, whose means would be NaN.
+    """Reject a batch without tokens, whose means would be NaN.
 
     Raises:
         InvalidShape: the grid holds no token.
@@ -193,14 +193,9 @@ def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if values.dtype != torch.float64 or dtype.itemsize > 2:
         return values.to(dtype)
-    # torch goes from float64 to half precision by way of float32, and two roundings to nearest can end next to the
-    # nearest. Rounding to odd on the way cannot: it keeps what was cut off in the last bit (Boldo and Melquiond,
-    # "When double rounding is odd", 2005). float32 has the two bits to spare that this needs.
-    nearest = values.to(torch.float32)
-    back = nearest.to(torch.float64)
-    truncated = nearest.view(torch.int32) - (back.abs() > values.abs()).to(torch.int32)
-    odd = truncated | (back != values).to(torch.int32)
-    return odd.view(torch.float32).to(dtype)
+    # torch goes from float64 to half precision by way of float32, to nearest twice.
+    odd: Tensor = round_to_odd(values.to(torch.float32), values, torch)
+    return odd.to(dtype)
 
 
 def is_finite(values: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ class VectorQuantizer(AbstractQuantizer):
         loss = beta * mean((sg[z_q] - z)^2) + mean((z_q - sg[z])^2), over all elements.
 
         Args:
-            z: (b, D, h, w), (b, D, t, h, w), (b, s, D) or (n, D), floating point; NaN is not looked for.
+            z: (b, D, h, w), (b, D, t, h, w), (b, s, D) or (n, D), floating point; NaN is not checked for.
 
         Returns:
             z_q of z's shape, contiguous, in torch's promoted type of z and the weight; and a dict of
@@ -241,7 +241,7 @@ class VectorQuantizer(AbstractQuantizer):
             ids = self.search_problem().search_in_training((z if searched is None else searched).detach())
             z_q = self.embedding(ids).to(z.dtype)
             loss = self.beta * ((z_q.detach() - z) ** 2).mean() + ((z_q - z.detach()) ** 2).mean()
-            indices = self._drawn(ids)
+            indices = self._sampled(ids)
             info = {self.loss_key: loss, "min_encoding_indices": indices}
             if self.sane_index_shape:
                 info["min_encoding_indices"] = indices.reshape(tuple(grid))

@@ -1,4 +1,4 @@
-"""The caller's arrays, numpy or torch: checked, flattened, encoded or decoded; answers as the kind that came."""
+"""The caller's options and arrays, numpy or torch: checked, flattened, encoded or decoded; answers in their kind."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from torch import Tensor
 from vqserve import dtypes
 from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import rows_placed
-from vqserve.layout import Layout, first_channels, grid_shape, warn_of_an_image
+from vqserve.layout import Layout, first_channels, grid_shape, parse_layout, warn_of_an_image
+from vqserve.types import OutputName
 from vqserve.validation import (
     beyond_dtype,
+    check_has_output,
     check_indices_shape,
     check_latents_shape,
+    check_num_quantizers,
+    check_output,
     not_an_array,
     not_dense,
     not_indices,
@@ -29,7 +33,6 @@ from vqserve_server.device import to_device
 from vqserve_server.quantizers import tensors
 from vqserve_server.quantizers.inference.base import FrozenQuantizer
 from vqserve_server.rows import from_rows, to_rows
-from vqserve_server.tokenizer.options import Options
 from vqserve_server.validation import check_finite, check_indices
 
 T = TypeVar("T")
@@ -37,6 +40,36 @@ Indices = TypeVar("Indices", npt.NDArray[Any], Tensor)
 
 # By how latents are stored.
 TORCH_DTYPES: dict[np.dtype[Any], torch.dtype] = {dtype.storage: getattr(torch, dtype.name) for dtype in dtypes.LATENTS}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an array is to be turned; checked, so that `encode_many` refuses nonsense before it begins."""
+
+    layout: Layout | None
+    dtype: torch.dtype
+    output: OutputName
+    num_quantizers: int
+
+
+def options(
+    *,
+    info: CodebookInfo,
+    layout: str | None = None,
+    dtype: Any = "float32",
+    output: str = "latents",
+    num_quantizers: int | None = None,
+) -> Options:
+    """Return the options of a call.
+
+    Raises:
+        InvalidOption: a value is not one of an option's values, or the codebook cannot give it.
+    """
+    check_output(output)
+    check_has_output(output, info=info)
+    count = check_num_quantizers(num_quantizers, available=info.num_quantizers)
+    wanted: OutputName = "code_rows" if output == "code_rows" else "latents"
+    return Options(parse_layout(layout), getattr(torch, dtypes.latent_dtype_name(dtype)), wanted, count)
 
 
 @dataclass(frozen=True)

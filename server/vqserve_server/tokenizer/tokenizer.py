@@ -25,13 +25,14 @@ from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.inference.base import FrozenQuantizer, freeze
 from vqserve_server.tokenizer.arrays import (
     TORCH_DTYPES,
+    Options,
     decode_grid,
     encode_grid,
     given_indices,
     given_latents,
+    options,
     several,
 )
-from vqserve_server.tokenizer.options import Options, options
 
 
 class Tokenizer:

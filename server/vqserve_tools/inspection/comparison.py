@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vqserve_server.quantizers import FrozenQuantizer, Quantizer
-from vqserve_server.quantizers.projections import moved, project
+from vqserve_server.quantizers.projections import on_device, project
 
 
 class Comparison:
@@ -22,7 +22,7 @@ class Comparison:
         """Take a quantizer whose codes approximate latents (`is_approximate`), and its frozen form."""
         self._quantizer, self._frozen = quantizer, frozen
         inner, outer = quantizer.input_projection(), quantizer.output_projection()
-        self._projection = moved(inner, frozen.device)
+        self._projection = on_device(inner, frozen.device)
         self.name = _name(quantizer, is_projected=inner is not None, is_projected_back=outer is not None)
 
     def wanted(self, rows: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from vqserve_server.quantizers import (
     VectorQuantizer,
     VectorQuantizerWithInputProjection,
 )
-from vqserve_server.quantizers.inference.base import freeze, some
+from vqserve_server.quantizers.inference.base import freeze, probe_ids
 from vqserve_server.search import Searcher
 
 KINDS = with_every_kind(
@@ -114,11 +114,11 @@ def test_boundaries_that_are_wrong_are_found_out() -> None:
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, [0]), (3, [0, 1, 2]), (256, list(range(256)))])
-def test_few_codes_are_all_looked_for(count: int, expected: list[int]) -> None:
-    assert some(count, torch.device("cpu")).tolist() == expected
+def test_few_codes_are_all_probed(count: int, expected: list[int]) -> None:
+    assert probe_ids(count, torch.device("cpu")).tolist() == expected
 
 
-def test_of_many_codes_some_are_looked_for() -> None:
-    looked_for = some(1 << 32, torch.device("cpu"))
-    assert looked_for.unique().numel() == 256
-    assert (looked_for[0].item(), looked_for[-1].item()) == (0, (1 << 32) - 1)
+def test_of_many_codes_some_are_probed() -> None:
+    probes = probe_ids(1 << 32, torch.device("cpu"))
+    assert probes.unique().numel() == 256
+    assert (probes[0].item(), probes[-1].item()) == (0, (1 << 32) - 1)

@@ -1,4 +1,4 @@
-"""A quantizer prepared for serving: it never changes, so that everything is prepared once."""
+"""The base of quantizers prepared for serving: they never change, so everything is prepared once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from vqserve_server.quantizers.quantizer import Quantizer
 
 
-# Codes that `check_itself` looks for.
-_LOOKED_FOR = 256
+# How many codes `check_itself` searches for.
+_MAX_PROBES = 256
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FrozenQuantizer(ABC):
-    """What serves, on one device, made by `freeze`; safe for use by many threads, and pickles.
+    """A quantizer that serves, on one device, made by `freeze`. It is thread-safe and can be pickled.
 
     Attributes:
         num_codes: K.
@@ -87,11 +87,11 @@ class FrozenQuantizer(ABC):
             indices: int64 on the device, in [0, decodable), checked by the caller: (n,), of a residual quantizer
                 (n, q) with the first q indices of each token.
             output: "latents" or "code_rows".
-            dtype: what the rows are wanted in, as a hint.
+            dtype: the type that the caller will round the rows to; a hint.
 
         Returns:
-            (n, output_dim) latents or (n, D) code rows on the device, finite: in the weight's type, or, where that
-            costs nothing, already rounded to `dtype`, each value once.
+            (n, output_dim) latents or (n, D) code rows on the device, finite: in the weight's type, or already rounded
+            to `dtype`, each value once, where a table of rounded rows can be used.
 
         Raises:
             InvalidOption: for any other output, and for code rows of a residual quantizer, which has none.
@@ -99,21 +99,21 @@ class FrozenQuantizer(ABC):
 
     @abstractmethod
     def check_itself(self) -> None:
-        """Look for some of the codes at their own places, by the search that serves.
+        """Self-test: encode a sample of the codes; each must get its own index, or that of an equally good code.
 
         Raises:
-            CodebookError: one was not found there: this codebook would give wrong tokens on this machine.
+            CodebookError: one did not: this codebook would give wrong tokens on this machine.
         """
 
 
-def some(count: int, device: torch.device) -> Tensor:
-    """Return the codes to look for, of so many: the first, the last and those at even distances between, int64."""
-    return torch.linspace(0, count - 1, min(count, _LOOKED_FOR), dtype=torch.float64).round().long().to(device)
+def probe_ids(count: int, device: torch.device) -> Tensor:
+    """Return the ids, int64, that a self-test of `count` codes uses: the first, the last, and evenly spaced ones."""
+    return torch.linspace(0, count - 1, min(count, _MAX_PROBES), dtype=torch.float64).round().long().to(device)
 
 
 @torch.no_grad()
 def freeze(quantizer: Quantizer, *, device: torch.device | str, search: str = "auto") -> FrozenQuantizer:
-    """Prepare a quantizer as it is now; later changes of it are not seen.
+    """Return a quantizer prepared for serving, as it is now; later changes of it have no effect.
 
     Args:
         quantizer: any quantizer, on any device.

@@ -1,4 +1,4 @@
-"""A codebook prepared for serving: a search and two tables."""
+"""One codebook prepared for serving: a search and two tables of rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vqserve.dtypes import to_numpy, to_torch
 from vqserve.types import OutputName
 from vqserve.validation import check_output
 from vqserve_server.errors import CodebookError
-from vqserve_server.quantizers.inference.base import FrozenQuantizer, some
+from vqserve_server.quantizers.inference.base import FrozenQuantizer, probe_ids
 from vqserve_server.quantizers.objective import SearchProblem
 from vqserve_server.quantizers.projections import Projection, project
 from vqserve_server.quantizers.tensors import autocast_off, is_finite, narrow
@@ -23,8 +23,8 @@ from vqserve_server.search import CountingSearcher, SearchCounts, Searcher
 class Table:
     """Rows (n, width) of one type on one device, which never change.
 
-    Looked up in a narrower type they are rounded once for all, when that type is first asked for: rounding what was
-    looked up takes several times as long as looking it up.
+    All rows are rounded to a narrower type when that type is first asked for, and the result is kept: rounding the
+    rows of each lookup would take several times as long as the lookup.
 
     Attributes:
         rows: the rows as they are.
@@ -54,7 +54,7 @@ class Table:
         rows = self.rows if dtype is None else self._rounded(dtype)
         if rows.device.type != "cpu":
             return rows.index_select(0, indices)
-        # On one core in the time that torch takes on two, whose threads then spin.
+        # numpy takes on one core the time that torch takes on two, and torch's idle threads then keep a core busy.
         taken: Tensor = to_torch(to_numpy(rows).take(indices.numpy(), axis=0), str(rows.dtype).removeprefix("torch."))
         return taken
 
@@ -63,7 +63,7 @@ class Table:
             return self.rows
         if dtype not in self._narrowed:
             narrowed = narrow(self.rows, dtype)
-            # The look waits for the device, so that other threads, on streams of their own, find what they read.
+            # bool() waits for the device: other threads have other streams, and must not read an unfinished table.
             self._narrowed[dtype] = narrowed if bool(is_finite(narrowed).all()) else None
         rounded = self._narrowed[dtype]
         return self.rows if rounded is None else rounded
@@ -124,22 +124,22 @@ class FrozenLookup(CodeSearch, FrozenQuantizer):
 
     @torch.no_grad()
     def check_itself(self) -> None:
-        """Search for some codes: each is its own nearest, or scores at least as much as itself.
+        """Search for a sample of the codes: each must win for its own row, or the winner must be no worse.
 
         Raises:
             CodebookError: the search found a worse one.
         """
         problem = self._problem
-        looked_for = some(problem.codes.shape[0], self.device)
+        probes = probe_ids(problem.codes.shape[0], self.device)
         with autocast_off(self.device):
-            winners = self._searcher.search(problem.codes[looked_for])
+            winners = self._searcher.search(problem.codes[probes])
             is_right = (winners >= 0) & (winners < problem.codes.shape[0])
             if bool(is_right.all()):
-                is_right = problem.is_no_worse(winners, looked_for)
+                is_right = problem.is_no_worse(winners, probes)
         if not bool(is_right.all()):
-            code = int(looked_for[~is_right][0])
+            code = int(probes[~is_right][0])
             raise CodebookError(f"code {code} is not found at its own place by search {self.search_backend!r}")
 
     def largest_latents(self) -> Tensor:
-        """Return the greatest magnitude (output_dim,) float64 of every channel of what decode gives."""
+        """Return the greatest magnitude (output_dim,) float64 of each channel of the decoded rows."""
         return self._latents.rows.abs().amax(dim=0).double()

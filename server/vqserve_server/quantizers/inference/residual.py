@@ -1,4 +1,4 @@
-"""Chains of codebooks prepared for serving, and how they are arranged; each quantizes what those before it left."""
+"""Chains of codebooks prepared for serving, and their arrangement: each stage quantizes the residual of the last."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ class FrozenPart:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FrozenResidual(FrozenQuantizer):
-    """Parts side by side: each with channels of its own, or all with the same ones and added."""
+    """Parts that have channels of their own, side by side, or that all have the same channels and are added."""
 
     _parts: tuple[FrozenPart, ...]
     _are_added: bool
@@ -248,7 +248,7 @@ class FrozenResidual(FrozenQuantizer):
         return total
 
     def _side_by_side(self, rows: list[Tensor | None], count: int) -> Tensor:
-        # A part of which no stage is decoded says nothing: zeros.
+        # A part none of whose stages is decoded contributes zeros.
         return torch.cat(
             [
                 torch.zeros(count, part.part.stop - part.part.start, device=self.device) if found is None else found
@@ -259,7 +259,7 @@ class FrozenResidual(FrozenQuantizer):
 
 
 def check_sums(parts: Sequence[FrozenPart], *, are_added: bool, dtype: torch.dtype) -> None:
-    """Refuse codebooks whose sums may overflow, so that decode never has to look.
+    """Reject codebooks whose sums may overflow, so that decode need not check.
 
     Raises:
         CodebookError: says which part.

@@ -14,8 +14,8 @@ from torch import Tensor
 from vqserve.types import OutputName
 from vqserve.validation import check_output
 from vqserve_server.errors import CodebookError, InvalidOption
-from vqserve_server.quantizers.inference.base import FrozenQuantizer, some
-from vqserve_server.quantizers.projections import Projection, largest_projected, moved, project
+from vqserve_server.quantizers.inference.base import FrozenQuantizer, probe_ids
+from vqserve_server.quantizers.projections import Projection, largest_projected, on_device, project
 from vqserve_server.quantizers.tensors import autocast_off
 from vqserve_server.search import available
 from vqserve_server.search.rounding import affine
@@ -23,7 +23,7 @@ from vqserve_server.search.rounding import affine
 
 @dataclass(frozen=True)
 class Channel:
-    """What becomes of one channel: its digit is the number of boundaries below it.
+    """How one channel is quantized: its digit is the number of boundaries below its value.
 
     Attributes:
         boundaries: (L - 1,) float64, ascending; an infinite one is never, or always, below.
@@ -91,8 +91,8 @@ class FrozenScalar(FrozenQuantizer):
             _values=torch.from_numpy(values).to(device),
             _weights=torch.tensor([channel.weight for channel in channels], device=device),
             _levels=torch.tensor([len(channel.values) for channel in channels], device=device),
-            _projection=moved(inner, device),
-            _output_projection=moved(outer, device),
+            _projection=on_device(inner, device),
+            _output_projection=on_device(outer, device),
             **sizes,
         )
 
@@ -115,13 +115,13 @@ class FrozenScalar(FrozenQuantizer):
 
     @torch.no_grad()
     def check_itself(self) -> None:
-        """Encode numbers that belong to some codes: between the boundaries of every digit.
+        """Self-test: encode, for a sample of the codes, numbers between the boundaries of their digits.
 
         Raises:
             CodebookError: another index came out.
         """
-        looked_for = some(self.num_codes, self.device)
-        digits = looked_for[:, None] // self._weights % self._levels
+        probes = probe_ids(self.num_codes, self.device)
+        digits = probes[:, None] // self._weights % self._levels
         edge = torch.full((self.code_dim, 1), torch.inf, dtype=torch.float64, device=self.device)
         channels = torch.arange(self.code_dim, device=self.device)
         below = torch.cat([-edge, self._boundaries], dim=1)[channels, digits]
@@ -129,9 +129,9 @@ class FrozenScalar(FrozenQuantizer):
         # A number's digit counts the boundaries below it, so the boundary above a digit is the digit's own last number.
         rows = torch.where(above.isinf(), torch.nextafter(below, above), above)
         # Between equal boundaries there is no number.
-        is_right = (self._indices(rows) == looked_for) | (below >= above).any(dim=1)
+        is_right = (self._indices(rows) == probes) | (below >= above).any(dim=1)
         if not bool(is_right.all()):
-            raise CodebookError(f"index {int(looked_for[~is_right][0])} is not found between its own boundaries")
+            raise CodebookError(f"index {int(probes[~is_right][0])} is not found between its own boundaries")
 
     @torch.no_grad()
     def decode_rows(
