@@ -1,4 +1,4 @@
-"""The digest of a codebook: equal exactly where encode and decode read the same (docs/codebooks.md, "Digest")."""
+"""The digest of a codebook: equal if and only if encode and decode use the same data (docs/codebooks.md, "Digest")."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def canonical_json(value: object) -> str:
     """Return JSON with sorted keys, no spaces and ASCII only: one text for one value.
 
     Raises:
-        ValueError: the value holds NaN or infinity, which JSON has not.
-        TypeError: the value holds what JSON has not.
+        ValueError: the value contains NaN or infinity.
+        TypeError: the value contains an object that JSON cannot represent.
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
@@ -32,8 +32,8 @@ def digest(kind: str, arguments: Mapping[str, object], tensors: Mapping[str, npt
 
     Args:
         kind: "vq", "ema" and so on.
-        arguments: those that encode and decode depend on, and no others.
-        tensors: those that encode and decode read, and no others, under their canonical names.
+        arguments: arguments that affect encode and decode, and no others.
+        tensors: tensors that encode and decode read, and no others, by canonical name.
     """
     sha = hashlib.sha256()
 

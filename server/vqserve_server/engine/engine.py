@@ -1,4 +1,4 @@
-"""The engine put together: admission, scheduler, device threads."""
+"""The engine: admission, scheduler and device threads."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Engine:
         Args:
             tokenizers: the codebooks to serve, under their names.
             config: batching and limits.
-            threads: how many batches are computed at once; None: as many as suit the device.
+            threads: number of batches that are computed at once; None: a number that suits the device.
             on_broken: called, from another thread, when the device is lost.
         """
         config = config or EngineConfig()
@@ -66,7 +66,7 @@ class Engine:
         """Finish what is queued and end the threads.
 
         Args:
-            timeout_s: how long that may take; jobs that wait after it fail with Draining.
+            timeout_s: seconds to finish; jobs that still wait then fail with Draining.
 
         Returns:
             Whether the threads have ended. A batch on the device cannot be interrupted.

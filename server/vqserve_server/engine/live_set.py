@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class LiveSet:
-    """Tokenizers by name. Read by any thread; never changed once made.
+    """Tokenizers by name; immutable, so any thread may read it.
 
-    Of those named "book@1", "book@2" and so on the one with the greatest number is "book" as well.
+    The latest of the versions "book@1", "book@2" and so on is also served as "book".
     """
 
     def __init__(self, tokenizers: Iterable[Tokenizer]) -> None:
@@ -32,11 +32,11 @@ class LiveSet:
         return [replace(self._by_name[name].info, name=name) for name in self._names()]
 
     def resolve(self, name: str, expected_digest: str = "") -> Tokenizer:
-        """Return the tokenizer of that name; for no name the only one, of several versions the latest.
+        """Return the tokenizer of a name; for an empty name, the only codebook in its latest version.
 
         Raises:
-            CodebookNotFound: there is none of that name, or no name was given and there is not just one.
-            DigestMismatch: it has another digest than the caller expects ("": any will do).
+            CodebookNotFound: there is no such codebook, or the name is empty and there are several.
+            DigestMismatch: it has another digest than expected ("" accepts any).
         """
         bases = [base for base in self._by_name if VERSION_MARK not in base]
         asked = name or (bases[0] if len(bases) == 1 else "")

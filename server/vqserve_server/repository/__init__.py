@@ -1,4 +1,4 @@
-"""The codebooks on disk, loaded and fit to serve, and loaded again when they have changed."""
+"""Loads the codebooks on disk, and reloads them when their files have changed."""
 
 from vqserve_server.repository.load import Repository
 from vqserve_server.repository.reload import Reloader
