@@ -125,7 +125,7 @@ class Call:
 
         self._sending_since = time.monotonic()
         initial, self._unsent = self._unsent, ()
-        # Not with the first: until something is written, gRPC holds the initial metadata back too, and calls nobody.
+        # Never delay the first message: until it is written, gRPC delays the initial metadata too, and no event comes.
         flags = cygrpc.WriteFlag.buffer_hint if is_followed and not initial else 0
         self._start((*initial, cygrpc.SendMessageOperation(message, flags)), sent)
 
