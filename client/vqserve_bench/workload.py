@@ -79,7 +79,7 @@ class Workload:
         channels = info.input_dim if self.method == "encode" else info.output_dim
         row_bytes = channels * payload.itemsize(payload.dtype_of_name(self.dtype))
         for grid in self.grids:
-            # Before any data is made, of which there might be more than memory.
+            # Check before any data is made: it might not fit into memory.
             if math.prod(grid) * row_bytes > config.max_message_bytes:
                 raise _too_large(grid, info, config)
         tokens = sum(math.prod(grid) for grid in self.grids)

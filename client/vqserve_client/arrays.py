@@ -195,7 +195,7 @@ def latents_geometry(shape: tuple[int, ...], layout: Layout | None, info: Codebo
     """Return the grid of tokens and the layout of latents of this shape.
 
     Args:
-        shape: of the latents.
+        shape: shape of the latents.
         layout: the caller's; None: the codebook's default.
         info: the codebook.
 
@@ -213,7 +213,7 @@ def indices_geometry(
     """Return the grid of tokens of indices of this shape and the layout of the latents that they decode to.
 
     Args:
-        shape: of the indices.
+        shape: shape of the indices.
         layout: the caller's; None: the codebook's default.
         info: the codebook.
         stages: how many indices of each token are read; None: one, and there is no axis of stages.
@@ -284,9 +284,9 @@ def rows_per_message(max_message_bytes: int, name_bytes: int, *row_bytes: int) -
     """Return how many tokens fit a message, perhaps 0.
 
     Args:
-        max_message_bytes: of a request or a reply.
-        name_bytes: of the codebook's name.
-        row_bytes: of one token, in the request and in the reply.
+        max_message_bytes: largest size of a request or a reply.
+        name_bytes: size of the codebook's name.
+        row_bytes: sizes of one token, in the request and in the reply.
     """
     payload_bytes = max_message_bytes - ENVELOPE_BYTES - name_bytes
     return max(0, payload_bytes // max(row_bytes))
@@ -299,10 +299,10 @@ def cut_text(cut: Cut) -> str:
 
 
 def of_whole(error: VqserveError, *, array: Cut, grid: Cut) -> VqserveError:
-    """Return the error about a part of an array as one about the whole; the same one if it has no position there.
+    """Return an error about a part of an array as an error about the whole array; unchanged if it has no position.
 
     Args:
-        error: as the server, which has the part only, made it.
+        error: error of the server, which received only the part.
         array: the part, as a cut of the whole array.
         grid: the part, as a cut of the whole array's tokens.
     """

@@ -46,12 +46,12 @@ class ArrayCall(ABC):
 
     Attributes:
         grid: shape of the tokens.
-        layout: of the latents.
+        layout: layout of the latents.
         stages: indices per token; None: one, without an axis of stages.
         array: what is cut and sent.
         reply_dtype: wire type of replies.
-        row_bytes: of one token, in the request and in the reply.
-        cuts: of the grid, one for each request; None stands for the whole grid.
+        row_bytes: sizes of one token, in the request and in the reply.
+        cuts: cuts of the grid, one for each request; None stands for the whole grid.
     """
 
     method: str

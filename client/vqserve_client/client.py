@@ -53,7 +53,7 @@ class Client(ClientBase):
             latents: (b, C, h, w), (b, C, t, h, w), (b, s, C) or (n, C), a numpy array of float16, float32 or float64,
                 or a torch tensor of these or bfloat16, on any device.
             layout: "channels_first" or "channels_last"; None: the codebook's default.
-            num_quantizers: of a residual codebook, how many indices each token gets, the first ones; None: all.
+            num_quantizers: number of indices of each token, for a residual codebook: the first ones; None: all.
             codebook: name of the codebook; None: the client's.
             digest: digest that the codebook must have; None: the client's.
             timeout: seconds for the whole call; None: the client's.
@@ -92,7 +92,8 @@ class Client(ClientBase):
             dtype: "float32", "float16", "float64" or "bfloat16", or numpy's or torch's type of that name. numpy has no
                 bfloat16: its values come as float32.
             output: "latents", or "code_rows" for the raw rows of the codebook.
-            num_quantizers: of a residual codebook, how many of each token's indices to use, the first ones; None: all.
+            num_quantizers: number of indices of each token to decode, for a residual codebook: the first ones; None:
+                all.
             codebook: as for encode.
             digest: as for encode.
             timeout: as for encode.

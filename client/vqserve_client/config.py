@@ -77,8 +77,8 @@ def call_options(
         codebook: see Client.encode.
         digest: see Client.encode.
         timeout: see Client.encode.
-        dtype: of decoded latents, as on the wire.
-        output: of decode, as on the wire.
+        dtype: wire type of decoded latents.
+        output: wire value of the output of decode.
 
     Raises:
         InvalidOption: an option has none of its values.

@@ -54,7 +54,7 @@ def check_output(path: Path, *, force: bool, source: Path | None = None) -> None
     """Check that a file may be written.
 
     Args:
-        path: of the file.
+        path: path of the file.
         force: whether an existing file may be replaced.
         source: the input file, which is never replaced.
 

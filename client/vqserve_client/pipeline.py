@@ -208,7 +208,7 @@ class _Group:
     """Arrays that go as one, until all have their results or one of them has failed.
 
     Attributes:
-        deadline: of the array that has waited longest.
+        deadline: deadline of the array that has waited longest.
         begun: whether they are in flight: no more can be added.
         done: whether no more results come.
     """

@@ -98,7 +98,7 @@ class Request(ABC):
     Attributes:
         method: name of the RPC.
         request_id: names the request in the server's log.
-        future: of the attempt that is in flight; None between attempts.
+        future: future of the attempt that is in flight; None between attempts.
         failures: attempts that failed.
         failure: the last one; of several that reached no server, the one that says most.
         resume_at: when the next attempt may be made, on the monotonic clock.

@@ -71,7 +71,7 @@ class Failure:
 
     @property
     def retry_after_s(self) -> float | None:
-        """Return the server's hint in seconds; None if there is none that makes sense."""
+        """Return the delay before a retry that the server asks for, in seconds; None if it gave no valid one."""
         for key in (RETRY_PUSHBACK_KEY, RETRY_AFTER_KEY):
             with contextlib.suppress(KeyError, ValueError):
                 seconds = float(self.metadata[key]) / 1000

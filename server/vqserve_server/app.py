@@ -1,4 +1,4 @@
-"""The daemon put together: codebooks, engine, gRPC server, signals."""
+"""The daemon: connects codebooks, engine, gRPC server and signals."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class App:
-    """One server: an engine and its gRPC front. Its methods belong to one event loop."""
+    """One server: an engine and its gRPC server. Call its methods from one event loop."""
 
     def __init__(
         self, tokenizers: Sequence[Tokenizer], config: ServeConfig | None = None, *, shares_port: bool = False
@@ -36,7 +36,7 @@ class App:
         """Make the server; nothing runs before `start`.
 
         Args:
-            tokenizers: what is served.
+            tokenizers: the codebooks to serve.
             config: all settings.
             shares_port: whether other processes listen on the port too.
         """
@@ -57,7 +57,7 @@ class App:
             StartError: the address cannot be bound.
         """
         if self._config.rpc.unix_socket:
-            # Again: gRPC replaces a socket file without asking, and another server may have come meanwhile.
+            # Check again: gRPC replaces a socket file without a check, and another server may have started meanwhile.
             check_unix_socket(self._config.rpc.unix_socket)
         self.engine.start()
         try:
@@ -70,12 +70,12 @@ class App:
         return port
 
     def swap(self, tokenizers: Sequence[Tokenizer]) -> None:
-        """Serve these from now on: every request gets what was live when it came, whole."""
+        """Serve these codebooks from now on; a request that arrived before uses only the old ones."""
         self.engine.swap(tokenizers)
         self._rpc.use_live_set()
 
     async def stop(self) -> bool:
-        """Take no more requests, answer those inside, and stop; return whether all were answered in time."""
+        """Accept no more requests, answer the accepted ones, and stop; return whether all were answered in time."""
         deadline = self._loop.time() + self._config.drain_seconds
         self._rpc.not_serving()
         self.engine.drain()
@@ -94,9 +94,9 @@ class App:
 
 
 async def serve(repository: Repository, config: ServeConfig, *, worker: int | None = None) -> int:
-    """Serve until a signal says to stop or the device is lost; return the exit code.
+    """Serve until a stop signal arrives or the device is lost; return the exit code.
 
-    SIGHUP reloads the repository. One that came during the start is handled as soon as this waits for it.
+    SIGHUP reloads the repository. A SIGHUP during the start is handled when the server is ready.
     """
     app = App(repository.tokenizers, config, shares_port=worker is not None)
     reloader = Reloader(repository, lambda: app.swap(repository.tokenizers))
@@ -105,7 +105,7 @@ async def serve(repository: Repository, config: ServeConfig, *, worker: int | No
 
     def on_signal(number: int) -> None:
         if stop.is_set():
-            # As process 1 of a container a signal's default action would be to ignore it.
+            # Process 1 of a container ignores signals by default, so exit here.
             os._exit(128 + number)
         logger.info(event("stopping", signal=signal.Signals(number).name))
         stop.set()
@@ -115,7 +115,7 @@ async def serve(repository: Repository, config: ServeConfig, *, worker: int | No
             reloader.request()
 
     def on_orphaned() -> None:
-        # Once: a pipe at its end stays readable.
+        # Remove the reader, because a pipe at its end stays readable.
         loop.remove_reader(sys.stdin.fileno())
         logger.info(event("stopping", reason="the parent process has ended"))
         stop.set()
@@ -124,7 +124,7 @@ async def serve(repository: Repository, config: ServeConfig, *, worker: int | No
         loop.add_signal_handler(number, on_signal, number)
     signals.on_sighup(loop, on_reload)
     if worker is not None:
-        # The parent's end of the pipe closes when the parent is gone.
+        # The parent's end of the pipe closes when the parent ends.
         loop.add_reader(sys.stdin.fileno(), on_orphaned)
     port = await app.start()
     _announce(repository.tokenizers, config.rpc.host, port)
@@ -140,7 +140,7 @@ async def serve(repository: Repository, config: ServeConfig, *, worker: int | No
     if not in_time:
         logger.warning(event("drain_expired", drain_seconds=config.drain_seconds))
     if not in_time or reloader.is_busy:
-        # A thread that computes cannot be stopped, and the interpreter's own end may trip over it.
+        # A thread that computes cannot be stopped, and the interpreter may crash if it exits meanwhile.
         _exit_now(code)
     return code
 
@@ -149,9 +149,9 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
     """Load codebooks and serve them; return the exit code.
 
     Args:
-        sources: files, folders, NAME=FILE; none: the demo codebook.
+        sources: files, folders, NAME=FILE; if empty, the demo codebook.
         config: all settings.
-        worker: number of this process among several that share the port, or None.
+        worker: number of this process among several that share the port; None if it is the only one.
 
     Raises:
         VqserveError: the daemon cannot start.
@@ -167,7 +167,7 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
         warn_if_open(config.rpc.host)
     repository = Repository(sources, device=config.device, search=config.search)
     repository.load()
-    # What there is now stays: a collection after a swap need not look at it.
+    # The present objects stay alive; a collection after a swap can skip them.
     gc.freeze()
     code = asyncio.run(serve(repository, config, worker=worker))
     if code:

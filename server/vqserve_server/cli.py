@@ -1,6 +1,6 @@
-"""The command line of the daemon: `serve`, and what every command of `vqserved` shares.
+"""The command line of the daemon: `serve`, and the parts that all commands of `vqserved` share.
 
-The tools (vqserve_tools) add their commands; nothing heavy is imported before it is needed.
+The tools (vqserve_tools) add their commands. Heavy modules are imported only when they are needed.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = NO
     """Run `vqserved`; return the exit code: 0, 1 on an error, 2 on wrong usage.
 
     Args:
-        argv: the arguments; None: those of the process.
-        commands: the commands beside `serve`, by name.
+        argv: arguments; None: the arguments of the process.
+        commands: commands beside `serve`, by name.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _open_standard_files()
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = NO
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _EXTRA:
             return _complain(f"{error.name} is missing: install vqserve with its extra `server`")
-        # Unexpected errors are one line too; --log-level debug logs the traceback.
+        # An unexpected error is one line too; the traceback is in the log with --log-level debug.
         logging.getLogger(__name__).debug("unexpected error", exc_info=True)
         return _complain(f"{type(error).__name__}: {error} (--log-level debug shows where)")
 
@@ -83,7 +83,9 @@ def _parser(asked: str, commands: Mapping[str, Command]) -> Parser:
     parser = Parser(prog="vqserved", description="Serve vector-quantizer codebooks over gRPC.")
     parser.add_argument("--version", action="version", version=f"vqserved {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    serve = subparsers.add_parser("serve", help="serve codebooks", description="Serve codebooks until told to stop.")
+    serve = subparsers.add_parser(
+        "serve", help="serve codebooks", description="Serve codebooks until SIGTERM or SIGINT."
+    )
     serve.add_argument(
         "sources",
         nargs="*",
@@ -94,7 +96,7 @@ def _parser(asked: str, commands: Mapping[str, Command]) -> Parser:
     serve.set_defaults(run=_serve)
     for name, command in commands.items():
         if name == asked:
-            # Only the tool that was asked for: its module imports torch.
+            # Import only the module of the used command: it imports torch.
             getattr(importlib.import_module(command.module), command.function)(subparsers)
         else:
             subparsers.add_parser(name, help=command.help)
@@ -113,8 +115,8 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _open_standard_files() -> None:
-    # Of a process that was started without them Python has None, and what is opened next, a connection perhaps, gets
-    # their numbers, and with them what libraries write to them.
+    # In a process that was started without standard files, sys.stdin and so on are None. The next opened file or
+    # connection would get their numbers, and libraries would write into it.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
@@ -122,7 +124,7 @@ def _open_standard_files() -> None:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    # A process without a handler dies of the signal, but process 1 of a container would ignore it.
+    # Without a handler SIGTERM ends a process, but process 1 of a container would ignore it.
     def leave(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
@@ -134,7 +136,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _complain(text: str) -> int:
-    # Names of files, and in them, are text of any kind.
+    # Names of files, and names inside files, may contain control characters.
     line = printable(" ".join(text.split()))
     print(f"vqserved: error: {line}", file=sys.stderr)
     return 1

@@ -1,4 +1,4 @@
-"""What codebook files are called, and which ones the command line names: files, folders of them and of versions."""
+"""Names of codebook files, and the search for the files that the command line names."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from vqserve.codebook_info import VERSION_MARK
 from vqserve_server.errors import StartError
 
 SUFFIX = ".safetensors"
-# Files that codebooks are imported from. People put them beside codebooks and expect them to be served.
+# Files that `vqserved import` reads. Users put them beside codebooks and expect the server to serve them.
 IMPORTED = frozenset({".npy", ".npz", ".pt", ".pth", ".ckpt", ".bin", ".th"})
-# A name of a codebook, and so the stem of its file.
+# Valid names of codebooks, and so valid stems of their files.
 NAME = re.compile(r"[\w+-][\w.+-]{0,127}")
 DEMO_NAME = "demo"
 DEMO_PATH = Path(__file__).parent / "assets" / "demo.safetensors"
-# Without leading zeros: 03 would be a second name of 3.
+# No leading zeros, because 03 would be a second name of 3.
 _VERSION = re.compile(r"[1-9][0-9]{0,17}", re.ASCII)
 
 
@@ -38,9 +38,9 @@ class Problem:
     """A file or folder that is not served.
 
     Attributes:
-        text: which one, and why.
-        paths: codebooks that are served from these paths, or from below, stay after a reload.
-        is_fatal: whether the daemon does not start with it.
+        text: the file or folder, and the reason.
+        paths: paths whose loaded codebooks, also those below a path, stay after a reload.
+        is_fatal: whether the problem prevents the start of the daemon.
     """
 
     text: str
@@ -53,8 +53,8 @@ class Found:
     """The codebook files of the sources.
 
     Attributes:
-        files: by the name to serve them under, of a version "book@3"; in the order of the sources, within a folder in
-            name order, versions ascending.
+        files: files by served name ("book@3" for a version), in the order of the sources; in a folder in the order of
+            names, versions ascending.
         problems: files and folders that are not served.
     """
 
@@ -62,11 +62,11 @@ class Found:
     problems: list[Problem] = field(default_factory=list)
 
     def check(self) -> None:
-        """Check that no codebook would be missing.
+        """Check that no codebook is missing.
 
         Raises:
-            StartError: nothing is there, a folder cannot be read, a name is none or given twice, or a link leads out of
-                a folder.
+            StartError: a source does not exist or is empty, a folder cannot be read, a name is invalid or used twice,
+                or a link points out of its folder.
         """
         for problem in self.problems:
             if problem.is_fatal:
@@ -75,7 +75,7 @@ class Found:
 
 @dataclass(frozen=True)
 class _Claim:
-    """A file, or a folder of versions, that is to be served under a name."""
+    """A file, or a folder of versions, to serve under a name."""
 
     name: str
     path: Path
@@ -86,8 +86,8 @@ def find_codebooks(sources: Sequence[str]) -> Found:
     """Return the codebook files to serve.
 
     Args:
-        sources: paths of files or folders, or NAME=FILE; none: the demo codebook. A folder holds files
-            (`book.safetensors`) and folders of versions (`book/3.safetensors`); what begins with a dot is skipped.
+        sources: paths of files or folders, or NAME=FILE; if empty, the demo codebook. A folder holds files
+            (`book.safetensors`) and folders of versions (`book/3.safetensors`); names with a leading dot are skipped.
     """
     found = Found()
     claims: dict[str, list[_Claim]] = {}
@@ -96,7 +96,7 @@ def find_codebooks(sources: Sequence[str]) -> Found:
             if isinstance(one, Problem):
                 found.problems.append(one)
             elif not NAME.fullmatch(one.name):
-                text = f"{one.name!r} is no name for a codebook: use letters, digits and . _ + - (NAME=PATH)"
+                text = f"{one.name!r} is not a valid name: use letters, digits and . _ + - (NAME=PATH)"
                 found.problems.append(Problem(f"{one.path}: {text}", (one.path,)))
             else:
                 claims.setdefault(one.name, []).append(one)
@@ -119,7 +119,7 @@ def _look(source: str) -> Iterator[_Claim | Problem]:
     try:
         if path.is_dir():
             if name:
-                yield Problem(f"{path} is a folder: a name goes with a file", (path,))
+                yield Problem(f"{path} is a folder: NAME=PATH needs a file", (path,))
             else:
                 yield from _look_into(path)
         elif path.exists():
@@ -151,11 +151,11 @@ def _look_at(child: Path, root: Path) -> Iterator[_Claim | Problem]:
     is_folder = child.is_dir()
     if not is_folder and not child.name.endswith(SUFFIX):
         if child.suffix.lower() in IMPORTED:
-            text = f"{child} is skipped: it is no *{SUFFIX} file; `vqserved import` makes one of it"
+            text = f"{child} is skipped: it is not a *{SUFFIX} file; `vqserved import` makes one from it"
             yield Problem(text, (child,), is_fatal=False)
         return
     if not _is_inside(child, root):
-        yield _led_out(child)
+        yield _outside_link(child)
     elif is_folder:
         yield from _versions(child, root)
     else:
@@ -166,29 +166,31 @@ def _versions(folder: Path, root: Path) -> Iterator[_Claim | Problem]:
     try:
         children = _listed(folder)
     except OSError as error:
-        # Many a volume has a lost+found that nobody but root may list.
+        # Volumes often have a folder lost+found that only root can list.
         yield _unreadable(folder, error, is_fatal=False)
         return
     files: dict[int, Path] = {}
     candidates = [child for child in children if child.name.endswith(SUFFIX)]
     for child in candidates:
         if not _VERSION.fullmatch(child.stem):
-            text = f"{child} is skipped: a version's name is its number, as in 3{SUFFIX}, without zeros before it"
+            text = (
+                f"{child} is skipped: the name of a version is its number, for example 3{SUFFIX}, without leading zeros"
+            )
             yield Problem(text, (child,), is_fatal=False)
         elif not _is_inside(child, root):
-            yield _led_out(child)
+            yield _outside_link(child)
         else:
             files[int(child.stem)] = child
     if files:
         name = folder.name
         yield _Claim(name, folder, {f"{name}{VERSION_MARK}{version}": files[version] for version in sorted(files)})
     elif not candidates:
-        # Not its path: what was served from there is gone.
-        yield Problem(f"{folder} is skipped: it holds no N{SUFFIX}", is_fatal=False)
+        # Without its path, because the codebooks that were served from there are gone.
+        yield Problem(f"{folder} is skipped: it has no file N{SUFFIX}", is_fatal=False)
 
 
 def _listed(folder: Path) -> list[Path]:
-    # Not glob, to which a folder that may not be read is an empty one: a mounted folder often belongs to somebody else.
+    # glob would treat an unreadable folder as empty, and a mounted folder often belongs to another user.
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
@@ -196,12 +198,13 @@ def _is_inside(path: Path, root: Path) -> bool:
     try:
         return path.resolve().is_relative_to(root)
     except (OSError, RuntimeError):
-        # A link in a circle leads nowhere.
+        # Links that form a cycle have no target.
         return False
 
 
-def _led_out(path: Path) -> Problem:
-    return Problem(f"{path} is a link out of its folder: put the file itself there, or name it (NAME=PATH)", (path,))
+def _outside_link(path: Path) -> Problem:
+    text = f"{path} is a link to outside its folder: replace it by the file, or name the file (NAME=PATH)"
+    return Problem(text, (path,))
 
 
 def _unreadable(path: Path, error: OSError, *, is_fatal: bool = True) -> Problem:

@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 
 class ConfigError(ValueError):
-    """A setting has a value that it cannot have, or does not exist; the text names it."""
+    """A setting does not exist or has an invalid value; the text names it."""
 
 
 def _text(text: str) -> str:
@@ -77,16 +77,16 @@ class EngineConfig:
     """How requests are batched and how many may wait."""
 
     max_batch_rows: int = _setting(
-        16384, "rows of a batch at most, 4 times as many to decode; larger requests are split", _integer(1, 1 << 30)
+        16384, "most rows of a batch (to decode: 4 times as many); larger requests are split", _integer(1, 1 << 30)
     )
-    max_batch_bytes: int = _setting(64 * MIB, "bytes of a batch's rows at most", _integer(1024, 1 << 40))
+    max_batch_bytes: int = _setting(64 * MIB, "most bytes of the rows of a batch", _integer(1024, 1 << 40))
     max_wait_us: int = _setting(
-        0, "microseconds that an idle device waits for a fuller batch; 0: it takes what is there", _integer(0, 10**7)
+        0, "microseconds that an idle device waits for a fuller batch; 0: it starts at once", _integer(0, 10**7)
     )
-    max_queue_requests: int = _setting(1024, "requests in the server at most", _integer(1, 1 << 20))
-    max_queue_rows: int = _setting(1 << 24, "rows of all requests in the server at most", _integer(1, 1 << 40))
+    max_queue_requests: int = _setting(1024, "most requests in the server", _integer(1, 1 << 20))
+    max_queue_rows: int = _setting(1 << 24, "most rows of all requests in the server", _integer(1, 1 << 40))
     max_queue_bytes: int = _setting(
-        1024 * MIB, "bytes of all requests in the server and their replies at most", _integer(1024, 1 << 44)
+        1024 * MIB, "most bytes of all requests in the server and their replies", _integer(1024, 1 << 44)
     )
 
 
@@ -95,14 +95,14 @@ class RpcConfig:
     """Where the server listens, and the limits of messages and calls."""
 
     host: str = _setting("127.0.0.1", "address to listen on", _text)
-    port: int = _setting(50051, "port to listen on; 0: a free one, named in the ready line", _integer(0, 65535))
+    port: int = _setting(50051, "port to listen on; 0: a free port, which the ready line names", _integer(0, 65535))
     unix_socket: str = _setting("", "socket file to listen on beside the port, for callers on this machine", str)
-    max_message_bytes: int = _setting(64 * MIB, "bytes of a request or a reply at most", _integer(4096, (1 << 31) - 1))
+    max_message_bytes: int = _setting(64 * MIB, "most bytes of a request or a reply", _integer(4096, (1 << 31) - 1))
     max_concurrent_rpcs: int = _setting(
-        512, "calls of any kind at once at most, health checks and streams included", _integer(1, 1 << 20)
+        512, "most open calls, including health checks and streams", _integer(1, 1 << 20)
     )
     idle_seconds: float = _setting(
-        600.0, "seconds that a call may wait for its caller to send or to take a message; 0: for ever", _seconds
+        600.0, "seconds that a call may wait for its caller to send or read a message; 0: no limit", _seconds
     )
 
 
@@ -113,14 +113,18 @@ class ServeConfig:
     rpc: RpcConfig = RpcConfig()
     engine: EngineConfig = EngineConfig()
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N", _device)
-    workers: int = _setting(1, "processes on the port, each with its own codebooks and queue", _integer(1, 1024))
-    devices: str = _setting("", "devices for the workers in turn, as cuda:0,cuda:1; none: --device for all", _devices)
+    workers: int = _setting(
+        1, "processes that serve the port, each with its own codebooks and queue", _integer(1, 1024)
+    )
+    devices: str = _setting(
+        "", "devices for the workers in turn, for example cuda:0,cuda:1; none: --device for all", _devices
+    )
     search: str = _setting(
         "auto",
-        "auto, native, triton, torch or reference, as the device has them; every one gives the same tokens",
+        "search backend: auto, native, triton, torch or reference; all give the same tokens",
         _text,
     )
-    drain_seconds: float = _setting(30.0, "seconds that requests in flight get after SIGTERM or SIGINT", _seconds)
+    drain_seconds: float = _setting(30.0, "seconds to answer accepted requests after SIGTERM or SIGINT", _seconds)
     log_level: str = _setting("info", f"one of {', '.join(LOG_LEVELS)}", _log_level)
 
 
@@ -152,7 +156,7 @@ def _shown(setting: Field[Any]) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Give a parser one flag per setting; a flag that is not given is not in the namespace."""
+    """Add one flag for each setting to a parser; a flag that is not given is not in the namespace."""
     for _, setting in _settings():
         parse = setting.metadata["parse"]
 
@@ -172,7 +176,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServeConfig:
-    """Return the settings: flags (parsed by `add_flags`) over environment variables over defaults.
+    """Return the settings: flags (see `add_flags`) override environment variables, which override defaults.
 
     Raises:
         ConfigError: a VQSERVE_* variable is unknown or has a bad value, or two settings contradict each other.
@@ -202,12 +206,12 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServeConfig
             f"at least twice {flag('max_message_bytes')} ({config.rpc.max_message_bytes})"
         )
     if config.rpc.unix_socket and config.workers > 1:
-        raise ConfigError(f"{flag('unix_socket')} goes with one worker: several cannot share a socket file")
+        raise ConfigError(f"{flag('unix_socket')} needs --workers 1: several workers cannot share a socket file")
     return config
 
 
 def environment(config: ServeConfig) -> dict[str, str]:
-    """Return the environment variables of which `resolve` makes the same settings."""
+    """Return environment variables from which `resolve` makes the same settings."""
     values = {}
     for group, setting in _settings():
         value = getattr(config if group is None else getattr(config, group), setting.name)

@@ -1,4 +1,4 @@
-"""What the daemon writes: the lines of its log, and untrusted text in them."""
+"""The format of the daemon's log, also for untrusted text in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def set_up(level: str, *, worker: int | None = None) -> None:
 
     Args:
         level: "debug", "info", "warning" or "error".
-        worker: number of this process among several that serve a port, or None; it is a field of every line.
+        worker: number of this process among several that serve a port, added to every line; None if it is the only one.
     """
     field = "" if worker is None else f" worker={worker}"
     handler = logging.StreamHandler(sys.stderr)
@@ -20,11 +20,11 @@ def set_up(level: str, *, worker: int | None = None) -> None:
 
 
 def event(name: str, /, **fields: object) -> str:
-    """Return a line of the log: `name key=value key="value with spaces"`.
+    """Return the text of an event for the log: `name key=value key="value with spaces"`.
 
     Args:
-        name: what happened, in snake_case.
-        fields: numbers are written as they are, floats with four significant digits.
+        name: name of the event, in snake_case.
+        fields: fields of the event; floats are written with four significant digits.
     """
     return " ".join([name, *(f"{key}={_value(value)}" for key, value in fields.items())])
 
@@ -38,7 +38,7 @@ def _value(value: object) -> str:
 
 
 class _Formatter(logging.Formatter):
-    """Adds the module's name to the lines of other packages; the events of this one need none."""
+    """Adds the name of the module to lines of other packages, but not to the server's own events."""
 
     def format(self, record: logging.LogRecord) -> str:
         record.origin = "" if record.name.partition(".")[0] == "vqserve_server" else f"{record.name}: "
@@ -46,5 +46,5 @@ class _Formatter(logging.Formatter):
 
 
 def printable(text: str) -> str:
-    """Return text without characters that control a terminal; they are escaped."""
+    """Return a text in which control characters are escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -1,4 +1,4 @@
-"""The device that codebooks are served from: which one, its streams, rows there and back, and whether it is lost."""
+"""The device that serves codebooks: choice, streams, copies to and from it, and detection of its failure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vqserve_server.errors import InvalidOption
 
 
 def select_device(device: str | torch.device) -> torch.device:
-    """Return the device of that name, tried.
+    """Return the device of a name, after a test computation on it.
 
     Args:
         device: "auto" (a CUDA device that works, else the CPU), "cpu", "cuda" or "cuda:i".
@@ -31,19 +31,19 @@ def select_device(device: str | torch.device) -> torch.device:
     if chosen.type not in {"cpu", "cuda"}:
         raise InvalidOption(f"device must be auto, cpu, cuda or cuda:i, not {str(device)!r}")
     if chosen.type == "cuda" and not _works(chosen):
-        raise InvalidOption(f"device {str(device)!r} is not there or does not work: torch sees {_seen()}")
+        raise InvalidOption(f"device {str(device)!r} does not exist or does not work: torch finds {_seen()}")
     return _numbered(chosen)
 
 
 def _numbered(device: torch.device) -> torch.device:
-    # "cuda" means another device to a thread that has chosen one.
+    # The device of "cuda" depends on the thread, so replace it by a number.
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def _works(device: torch.device) -> bool:
-    # A driver too old for this torch, or a card that it was not built for, shows only when something runs.
+    # A driver or a GPU that this torch does not support fails only when something runs.
     try:
         return bool((torch.ones(2, device=device) + 1).sum().item() == 4)
     except (RuntimeError, AssertionError):
@@ -70,7 +70,7 @@ def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     A copy from page-locked memory is asynchronous, in the order of the stream; ordinary memory has been read when this
     returns.
     """
-    # torch warns where it shares read-only memory; a copy costs next to nothing beside the search.
+    # torch warns if it shares read-only memory; a copy takes little time compared with the search.
     tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
     return tensor.to(device, non_blocking=True)
 
@@ -80,15 +80,15 @@ def to_host(rows: Tensor) -> Tensor:
     if rows.device.type != "cuda":
         return rows.cpu()
     with torch.cuda.device(rows.device):
-        # From torch's pool: page-locked memory is slow to allocate, and several times as fast to copy to.
+        # torch pools page-locked memory, which is slow to allocate but several times as fast to copy to.
         host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
         host.copy_(rows, non_blocking=True)
         wait_for_stream(rows.device)
     return host
 
 
-# After an illegal access or an ECC error every later call of the CUDA context fails: only a new process helps. Running
-# out of memory is not of that kind.
+# After an illegal access or an ECC error every later call of the CUDA context fails, and only a new process helps.
+# After an out-of-memory error the context still works.
 _BROKEN: tuple[type[BaseException], ...] = tuple(
     kind for kind in (getattr(torch, "AcceleratorError", None), torch.cuda.CudaError) if kind is not None
 )
@@ -101,7 +101,7 @@ def is_device_failure(error: BaseException) -> bool:
         return False
     if isinstance(error, _BROKEN):
         return True
-    # Libraries around torch, and torch before AcceleratorError, raise a bare RuntimeError.
+    # CUDA libraries, and torch before AcceleratorError existed, raise a RuntimeError.
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _MARKS)
 
 

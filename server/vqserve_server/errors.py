@@ -1,4 +1,4 @@
-"""The errors of `vqserve.errors`, with the names that they had here; those go with the next release."""
+"""The errors of `vqserve.errors`, with aliases for their former names here, until the next release."""
 
 from vqserve.errors import (
     Cancelled,

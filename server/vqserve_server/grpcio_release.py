@@ -1,4 +1,4 @@
-"""Which releases of grpcio the server is tested on: rpc/transport.py uses a part that is not public."""
+"""The releases of grpcio that the server is tested with; rpc/transport.py uses a private part of grpcio."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 
 from vqserve_server.console import event
 
-# The first release that is tested, and the first that is not any more. pyproject.toml has the same bounds, and
+# The oldest tested release, and the first release that is too new. pyproject.toml contains the same bounds, and
 # `make test-grpcio` runs the tests on the oldest and the newest release between them.
 OLDEST = "1.72.2"
 BELOW = "1.86"

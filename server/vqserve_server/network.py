@@ -1,4 +1,4 @@
-"""Where the daemon listens."""
+"""The addresses that the daemon listens on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vqserve_server.errors import StartError
 
 logger = logging.getLogger(__name__)
 
-# gRPC reads its targets as URIs, in which these do not stand for themselves.
+# gRPC parses targets as URIs, in which these characters have a special meaning.
 _URI_MARKS = "%?#"
 
 
@@ -23,7 +23,7 @@ def address(host: str, port: int) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches a host."""
+    """Return whether only this machine can reach a host."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -31,21 +31,21 @@ def is_loopback(host: str) -> bool:
 
 
 def warn_if_open(host: str) -> None:
-    """Log a warning if other machines reach a host: there is neither TLS nor authentication."""
+    """Log a warning if other machines can reach a host, because there is neither TLS nor authentication."""
     if not is_loopback(host):
         logger.warning(event("listening_openly", host=host, risk="no TLS, no tokens: every caller is served"))
 
 
 def reserve(host: str, port: int, *, shared: bool) -> socket.socket:
-    """Return a socket that is bound to the address and does not listen: the kernel gives it no connections.
+    """Return a socket that is bound to the address but does not listen, so that it gets no connections.
 
     Args:
         host: name or address.
-        port: 0: a free one.
-        shared: whether others of this user may listen on the address while the socket is open.
+        port: port number; 0: a free port.
+        shared: whether other processes of this user may listen on the address while the socket is open.
 
     Raises:
-        StartError: the address cannot be had; says why.
+        StartError: the address cannot be bound; the error gives the reason.
     """
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(
@@ -67,22 +67,22 @@ def reserve(host: str, port: int, *, shared: bool) -> socket.socket:
 
 
 def check_unix_socket(path: str) -> None:
-    """Find out whether a socket file can be listened on; one that a server has left there is replaced.
+    """Check that the server can listen on a socket file; the file of a server that has ended is removed.
 
     Raises:
-        StartError: says why not.
+        StartError: the server cannot listen on it; the error gives the reason.
     """
     if any(mark in path for mark in _URI_MARKS):
-        raise StartError(f"cannot listen on {path}: a target unix:PATH cannot have any of {' '.join(_URI_MARKS)}")
+        raise StartError(f"cannot listen on {path}: a target unix:PATH cannot contain any of {' '.join(_URI_MARKS)}")
     file = Path(path)
     try:
         if not file.parent.is_dir():
             raise StartError(f"cannot listen on {path}: there is no folder {file.parent}")
         if file.exists() and not file.is_socket():
-            raise StartError(f"cannot listen on {path}: there is a file that is no socket")
+            raise StartError(f"cannot listen on {path}: the file exists and is not a socket")
         with socket.socket(socket.AF_UNIX) as probe:
             if _is_listened_on(probe, path):
-                raise StartError(f"cannot listen on {path}: another process does")
+                raise StartError(f"cannot listen on {path}: another process listens on it")
             if file.is_socket():
                 file.unlink()
             probe.bind(path)
@@ -100,9 +100,9 @@ def _is_listened_on(probe: socket.socket, path: str) -> bool:
 
 
 def check(host: str, port: int) -> None:
-    """Find out whether an address can be listened on, before minutes go into loading codebooks.
+    """Check that the server can listen on an address, before it spends minutes on loading codebooks.
 
     Raises:
-        StartError: says why not.
+        StartError: the server cannot listen on it; the error gives the reason.
     """
     reserve(host, port, shared=False).close()

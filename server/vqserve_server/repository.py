@@ -61,8 +61,7 @@ class ReloadCounts:
 class Repository:
     """Loads codebooks, and reloads those whose files have changed. Used by one thread at a time.
 
-    A codebook is loaded when its file was read and is complete, its tables are on the device, and it has encoded,
-    decoded and found its own codes.
+    A codebook counts as loaded when its file is complete, its tables are on the device, and its self-test has passed.
     """
 
     def __init__(self, sources: Sequence[str], *, device: str = "auto", search: str = "auto") -> None:
@@ -97,7 +96,7 @@ class Repository:
             try:
                 self._entries[name] = self._load(name, path)
             except CodebookError as error:
-                # Some begin with the file's name.
+                # Some texts begin with the name of the file: replace it by the path.
                 text = str(error)
                 rest = text.removeprefix(path.name)
                 raise CodebookFileError(f"{path}: {text}" if rest == text else f"{path}{rest}") from None
@@ -137,7 +136,7 @@ class Repository:
         return counts
 
     def _renewed(self, name: str, path: Path, counts: ReloadCounts) -> Entry | None:
-        """Return the codebook of a file, or, if it cannot be loaded, the one before it, if any."""
+        """Return the codebook of a file; if it cannot be loaded, the previous one, if any."""
         before = self._entries.get(name)
         try:
             entry = self._load(name, path, before)
@@ -153,8 +152,8 @@ class Repository:
         return entry
 
     def _load(self, name: str, path: Path, before: Entry | None = None) -> Entry:
-        """Return the codebook of a file, checked; the one before it if it is still the same."""
-        # Before the file is read: a later change shows in the next reload.
+        """Return the codebook of a file, checked; the previous one if it has not changed."""
+        # Take the stamp before the file is read, so that the next reload notices a later change.
         stamp = _stamp(path)
         if before is not None and stamp is not None and (before.path, before.stamp) == (path, stamp):
             return before
@@ -231,7 +230,7 @@ def _stamp(path: Path) -> Stamp | None:
     try:
         status = path.stat()
     except OSError:
-        # Reading it will fail with the reason.
+        # Reading the file will raise the error.
         return None
     if max(status.st_mtime, status.st_ctime) > time.time() - _CLOCK_S:
         return None

@@ -1,4 +1,4 @@
-"""Arrays of tokens to rows and back, numpy and torch alike: the one place where a layout becomes an order of axes."""
+"""Converts numpy arrays and torch tensors of tokens to rows and back; only this module maps layouts to axes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def to_rows(array: ArrayOrTensor, layout: Layout) -> ArrayOrTensor:
     """Return an array (b, c, ...) or (..., c) as rows (n, c), the tokens in C order of their grid; a view if possible.
 
     Args:
-        array: of 2 axes or more.
-        layout: which of the two.
+        array: array of 2 axes or more.
+        layout: layout of the array.
     """
     rows: ArrayOrTensor = rearrange(
         array, "b c ... -> (b ...) c" if layout is Layout.CHANNELS_FIRST else "... c -> (...) c"

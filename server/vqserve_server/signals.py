@@ -1,4 +1,4 @@
-"""SIGHUP, which asks for a reload, and whose default action would end the process."""
+"""Handling of SIGHUP, which requests a reload; its default action would end the process."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def sighup_blocked() -> Iterator[None]:
     try:
         yield
     finally:
-        # Or a late SIGHUP would end the process before it prints an error, or with an exit code of failure.
+        # Otherwise a late SIGHUP would end the process before it prints an error or returns its exit code.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def on_sighup(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    """Make the loop call back for each SIGHUP, also for one that was blocked; not after the loop is closed."""
+    """Call `call` in the loop for each SIGHUP, also for a blocked one, until the loop is closed."""
 
     def handle(*_: object) -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(call)
 
-    # Not a handler of the loop: the loop removes it when it is closed, which restores the default action.
+    # Do not use loop.add_signal_handler: when the loop is closed, it restores the default action.
     signal.signal(signal.SIGHUP, handle)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})

@@ -1,7 +1,7 @@
-"""Several processes that serve one port: the parent starts, stops and restarts them.
+"""The parent of several worker processes that serve one port: it starts, stops and restarts them.
 
-The kernel spreads connections over them (SO_REUSEPORT). Each loads its own codebooks and has its own queue, device
-thread and health; a client stays with one of them for as long as its connection lasts.
+The kernel distributes connections over the workers (SO_REUSEPORT). Each worker loads its own codebooks and has its own
+queue, device thread and health. A client uses one worker as long as its connection lasts.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from vqserve_server.console import event
 from vqserve_server.errors import StartError
 from vqserve_server.network import reserve, warn_if_open
 
-# Set for a worker, to its number; not one of the settings, which people may set.
+# Environment variable with the number of a worker; it is not a setting for users.
 WORKER_VARIABLE = "_VQSERVE_WORKER"
-# What a worker may take to end, beside --drain-seconds, before it is killed.
+# Seconds after --drain-seconds until a worker that has not ended is killed.
 _END_S = 5.0
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class BackOff:
-    """How long to wait before a worker is started again: longer each time, unless it has served for a while."""
+    """Delay before a worker is restarted: it doubles each time, until the worker has served for `steady_s`."""
 
     first_s: float = 0.5
     most_s: float = 60.0
@@ -42,7 +42,7 @@ class BackOff:
     _next_s: float = 0.0
 
     def delay_s(self, served_s: float) -> float:
-        """Return the delay after a worker that has lived for so long."""
+        """Return the delay after the end of a worker that has run for `served_s` seconds."""
         self._next_s = self.first_s if served_s >= self.steady_s or not self._next_s else self._next_s * 2
         self._next_s = min(self._next_s, self.most_s)
         return self._next_s
@@ -52,9 +52,9 @@ def worker_environment(config: ServeConfig, number: int, port: int) -> dict[str,
     """Return the environment of a worker: its settings, its device, its share of the cores.
 
     Args:
-        config: the parent's.
-        number: of the worker, from 0.
-        port: that they share.
+        config: settings of the parent.
+        number: number of the worker, from 0.
+        port: port that the workers share.
     """
     devices = config.devices.split(",") if config.devices else [config.device]
     own = replace(
@@ -71,7 +71,7 @@ def worker_environment(config: ServeConfig, number: int, port: int) -> dict[str,
 
 
 class Workers:
-    """The workers of one parent. Belongs to one event loop."""
+    """The workers of one parent. Call its methods from one event loop."""
 
     def __init__(self, sources: Sequence[str], config: ServeConfig, port: int) -> None:
         self._sources = list(sources)
@@ -84,10 +84,10 @@ class Workers:
         self._keepers: list[asyncio.Task[int]] = []
 
     async def start(self) -> str:
-        """Start all and wait until they are ready; return what one of them says of itself.
+        """Start all workers and wait until they are ready; return the ready line of one.
 
         Raises:
-            StartError: one ended before.
+            StartError: a worker ended before it was ready.
         """
         lines: list[asyncio.Future[str]] = [
             asyncio.get_running_loop().create_future() for _ in range(self._config.workers)
@@ -107,20 +107,20 @@ class Workers:
         if late:
             logger.warning(event("workers_killed", count=len(late)))
             self.send(signal.SIGKILL)
-        # A worker that was still loading ends of the signal.
+        # A worker that is still loading is ended by the signal.
         expected = {0, 128 + number, -number}
         return expected.issuperset(await asyncio.gather(*self._keepers))
 
     def send(self, number: int) -> None:
-        """Send a signal to all."""
+        """Send a signal to all workers."""
         for process in self._processes.values():
             _send(process, number)
 
     def reload(self) -> None:
-        """Make all workers reload their codebooks; one that is starting, when it is ready."""
+        """Make all workers reload their codebooks; a worker that is starting reloads when it is ready."""
         self._reloads += 1
         for number in self._ready:
-            # One that has just died is started again, and looks for itself.
+            # A worker that has just died is restarted, and loads the present files.
             _send(self._processes[number], signal.SIGHUP)
 
     async def _keep(self, number: int, first_line: asyncio.Future[str]) -> int:
@@ -140,7 +140,7 @@ class Workers:
                 await asyncio.wait_for(self._stopping.wait(), delay_s)
             except TimeoutError:
                 continue
-            # How it ended says nothing of the stop, which it has not seen.
+            # The worker ended before the stop, so its exit code does not count.
             return 0
 
     async def _run(self, number: int, first_line: asyncio.Future[str]) -> int:
@@ -153,14 +153,14 @@ class Workers:
                 "serve",
                 *self._sources,
                 env=worker_environment(self._config, number, self._port),
-                # Ends when the parent does, however that ends: a worker that reads its end stops.
+                # The pipe closes when the parent ends in any way; a worker then stops.
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 # A terminal's Ctrl-C goes to the parent, which stops the workers.
                 start_new_session=True,
             )
         except (OSError, RuntimeError) as error:
-            # No memory, files, processes or threads (a RuntimeError) are left, and for the next attempt there may be.
+            # The system lacks memory, files, processes or threads (a RuntimeError); the next attempt may succeed.
             reason = getattr(error, "strerror", None) or error
             logger.error(event("worker_not_started", number=number, error=reason))
             return 1
@@ -172,7 +172,7 @@ class Workers:
             logger.info(event("worker_ready", number=number, pid=process.pid))
             self._ready.add(number)
             if self._reloads != reloads:
-                # It may have looked before the change that it was to see; before now the signal would have ended it.
+                # The worker may have read its files before the change. Before it is ready, SIGHUP would end it.
                 _send(process, signal.SIGHUP)
             if not first_line.done():
                 first_line.set_result(line)
@@ -183,16 +183,16 @@ class Workers:
 
 
 def _send(process: asyncio.subprocess.Process, number: int) -> None:
-    # It may have ended a moment ago.
+    # The process may just have ended.
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(number)
 
 
 async def serve(sources: Sequence[str], config: ServeConfig, port: int) -> int:
-    """Run the workers until a signal says to stop; return the exit code.
+    """Run the workers until a stop signal arrives; return the exit code.
 
     Raises:
-        StartError: they did not all start.
+        StartError: a worker did not start.
     """
     loop = asyncio.get_running_loop()
     workers = Workers(sources, config, port)
@@ -223,11 +223,11 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     """Serve with several processes; return the exit code.
 
     Raises:
-        VqserveError: the address cannot be had, or a worker does not start.
+        VqserveError: the address cannot be bound, or a worker does not start.
     """
     console.set_up(config.log_level)
     grpcio_release.warn_if_untested()
-    # The parent reports once what no worker could serve.
+    # Check here, so that an error is reported once and not by every worker.
     find_codebooks(sources).check()
     host, port = config.rpc.host, config.rpc.port
     reserve(host, port, shared=False).close()

@@ -1,7 +1,7 @@
-"""What must be true of the elements of a caller's arrays before anything is computed.
+"""Checks of the elements of a caller's arrays, before anything is computed.
 
-Shared by the server's edge, the tokenizer and the tools; numpy only, so that the gRPC layer can refuse a request
-without torch. The rest of a request, options and shapes, is checked by `vqserve.validation`, as the SDK does.
+The gRPC layer, the tokenizer and the tools share them. They need numpy only, so that the gRPC layer can reject a
+request without torch. `vqserve.validation` checks options and shapes, also for the SDK.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ def first_non_finite(array: npt.NDArray[Any]) -> tuple[int, ...] | None:
     """Return the position of the first NaN or infinity of latents or weights in C order, or None.
 
     Args:
-        array: of a type's `storage` (vqserve.dtypes).
+        array: array of a type's `storage` (vqserve.dtypes).
     """
     if array.size == 0:
         return None
     exponent = dtypes.LATENTS_BY_STORAGE[array.dtype].exponent
     if exponent and array.dtype.isnative:
-        # numpy computes on float16 by converting each element: its exponent bits say as much, ten times faster.
+        # numpy converts each float16 element to compute with it; comparing exponent bits is ten times faster.
         bits = array.view(f"u{array.itemsize}")
         mask = bits.dtype.type(exponent)
         finite = (bits & mask) != mask
     else:
-        # The extremes carry every NaN and infinity and need no array of their own.
+        # The minimum or maximum is NaN or infinite if any element is, and needs no further array.
         with np.errstate(invalid="ignore"):
             if math.isfinite(array.min()) and math.isfinite(array.max()):
                 return None
@@ -42,13 +42,13 @@ def first_non_finite(array: npt.NDArray[Any]) -> tuple[int, ...] | None:
 
 
 def check_finite(array: npt.NDArray[Any]) -> None:
-    """Refuse latents with NaN or infinity.
+    """Check that latents have no NaN or infinity.
 
     Args:
-        array: of a type's `storage` (vqserve.dtypes).
+        array: array of a type's `storage` (vqserve.dtypes).
 
     Raises:
-        NonFiniteLatents: names the first one's position: "latents[0, 3, 5, 7] is nan".
+        NonFiniteLatents: an element is not finite; the error names the first: "latents[0, 3, 5, 7] is nan".
     """
     position = first_non_finite(array)
     if position is not None:
@@ -57,15 +57,15 @@ def check_finite(array: npt.NDArray[Any]) -> None:
 
 
 def check_indices(array: npt.NDArray[np.integer[Any]], *, decodable: int) -> None:
-    """Refuse indices outside [0, decodable).
+    """Check that indices lie in [0, decodable).
 
     Args:
-        array: indices of any integer type and shape; compared as they are, so nothing wraps.
-        decodable: the exclusive bound.
+        array: indices of any integer type and shape; they are compared without conversion, so none wraps.
+        decodable: exclusive upper bound.
 
     Raises:
-        InvalidDtype: the array does not hold integers (bool does not).
-        IndexOutOfRange: names the first offender's position, its value and the range.
+        InvalidDtype: the array does not hold integers (bool does not count).
+        IndexOutOfRange: an index is outside; the error names the position and value of the first, and the range.
     """
     if array.dtype.kind not in "iu":
         raise not_indices(array.dtype)
@@ -74,7 +74,7 @@ def check_indices(array: npt.NDArray[np.integer[Any]], *, decodable: int) -> Non
     low, high = int(array.min()), int(array.max())
     if low >= 0 and high < decodable:
         return
-    # `decodable` may not fit the array's own type: then it bounds nothing from above.
+    # If `decodable` does not fit the array's type, no element can exceed it.
     outside = array < 0
     if high >= decodable:
         outside |= array >= np.asarray(decodable).astype(array.dtype)

@@ -220,13 +220,13 @@ def test_socket_files_that_cannot_be(
     nowhere = tmp_path / "link"
     nowhere.symlink_to(tmp_path / "nothing")
     for path, reason in (
-        (taken, "another process does"),
+        (taken, "another process listens on it"),
         (nowhere, f"cannot listen on {nowhere}: Address already in use"),
         ("/proc/x.sock", "cannot listen on /proc/x.sock: "),
         (f"{tmp_path}/x/", f"cannot listen on {tmp_path}/x/: "),
         (tmp_path / ("x" * 300), "File name too long"),
-        (tmp_path / "%41.sock", "cannot have any of % ? #"),
-        (plain, "there is a file that is no socket"),
+        (tmp_path / "%41.sock", "cannot contain any of % ? #"),
+        (plain, "the file exists and is not a socket"),
         (tmp_path / "nowhere" / "x.sock", "there is no folder"),
         (tmp_path / ("x" * 120), "path too long"),
     ):
@@ -234,7 +234,7 @@ def test_socket_files_that_cannot_be(
     assert plain.read_text() == "precious"
     assert_fails(
         run_vqserved("serve", folder, "--port", "0", "--unix-socket", tmp_path / "x", "--workers", "2"),
-        "--unix-socket goes with one worker",
+        "--unix-socket needs --workers 1",
     )
 
 
@@ -244,7 +244,7 @@ def test_a_socket_file_is_not_taken_from_a_server_that_came_meanwhile(
     tokenizer = Tokenizer.load(folder / "small.safetensors", device="cpu")
     path = tmp_path / "vqserve.sock"
     serving(tokenizer, unix_socket=path)
-    with pytest.raises(StartError, match="another process does"):
+    with pytest.raises(StartError, match="another process listens on it"):
         serving(tokenizer, unix_socket=path)
     with Client(f"unix:{path}") as client:
         assert len(client.codebooks()) == 1
@@ -271,9 +271,9 @@ def test_grpc_itself_refuses_a_port_in_use(serving: Callable[..., Any], folder: 
         (["serve", "{folder}/none.safetensors"], "no such file or folder"),
         (["serve", "{empty}"], "no *.safetensors file in"),
         (["serve", "{empty}/bad.pt", "--port", "0"], "bad"),
-        (["serve", "name={folder}"], "a name goes with a file"),
+        (["serve", "name={folder}"], "NAME=PATH needs a file"),
         (["serve", "{folder}", "{folder}/small.safetensors"], "two codebooks are named 'small'"),
-        (["serve", "a b={folder}/small.safetensors"], "'a b' is no name for a codebook"),
+        (["serve", "a b={folder}/small.safetensors"], "'a b' is not a valid name"),
         (["serve", "{folder}", "--port", "0", "--search", "magic"], "magic"),
         (["serve", "{folder}", "--port", "0", "--device", "cuda:99"], "cuda:99"),
         (["serve", "{folder}", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1:50051"),

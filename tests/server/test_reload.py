@@ -120,7 +120,7 @@ def test_a_link_out_of_the_folder_keeps_the_daemon_from_starting(
     target = tmp_path / "elsewhere"
     path.symlink_to(target if link == "book" else target / "1.safetensors")
     done = run_vqserved("serve", tmp_path / "books", "--port", 0)
-    text = f"{path} is a link out of its folder: put the file itself there, or name it (NAME=PATH)"
+    text = f"{path} is a link to outside its folder: replace it by the file, or name the file (NAME=PATH)"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"vqserved: error: {text}\n")
 
 

@@ -38,7 +38,7 @@ def test_files_folders_and_names_in_order(tmp_path: Path) -> None:
     ]
     # A path that exists is a path, though it has a sign of equality; its stem is no name.
     assert len(texts(found)) == 1
-    assert "'x=y' is no name for a codebook" in texts(found)[0]
+    assert "'x=y' is not a valid name" in texts(found)[0]
 
 
 def test_versions_are_numbers(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_folder_without_versions_is_passed_over_aloud(tmp_path: Path) -> None:
     found = find_codebooks([str(tmp_path)])
     found.check()
     assert list(found.files) == ["book"]
-    texts_of = {name: f"{tmp_path / name} is skipped: it holds no N.safetensors" for name in ("notes", "sub")}
+    texts_of = {name: f"{tmp_path / name} is skipped: it has no file N.safetensors" for name in ("notes", "sub")}
     named, *others = texts(found, is_fatal=False)
     assert named.startswith(f"{tmp_path / 'named' / 'v3.safetensors'} is skipped: ")
     assert others == list(texts_of.values())
@@ -98,7 +98,7 @@ def test_a_checkpoint_among_codebooks_is_told(tmp_path: Path) -> None:
     assert list(found.files) == ["book"]
     assert texts(found) == []
     assert texts(found, is_fatal=False) == [
-        f"{tmp_path / name} is skipped: it is no *.safetensors file; `vqserved import` makes one of it"
+        f"{tmp_path / name} is skipped: it is not a *.safetensors file; `vqserved import` makes one from it"
         for name in ("codes.npy", "vqgan.ckpt")
     ]
 
@@ -136,7 +136,9 @@ def test_links_out_of_a_folder_are_refused(tmp_path: Path, link: str, target: st
     path.symlink_to(target.replace("../{absolute}", "{absolute}").format(absolute=outside))
     found = find_codebooks([str(folder)])
     assert list(found.files) == ["good"]
-    assert texts(found) == [f"{path} is a link out of its folder: put the file itself there, or name it (NAME=PATH)"]
+    assert texts(found) == [
+        f"{path} is a link to outside its folder: replace it by the file, or name the file (NAME=PATH)"
+    ]
     # Named by whoever starts the daemon, the same link is as good as the file.
     if path.exists():
         assert find_codebooks([f"mine={path}"]).files == {"mine": path}
@@ -148,7 +150,7 @@ def test_a_folder_that_is_a_link_out_is_refused(tmp_path: Path) -> None:
     (tmp_path / "books" / "book").symlink_to("../elsewhere")
     found = find_codebooks([str(tmp_path / "books")])
     assert found.files == {}
-    assert "is a link out of its folder" in texts(found)[0]
+    assert "is a link to outside its folder" in texts(found)[0]
 
 
 @pytest.mark.parametrize("name", ["..", "../up", "a/b", ".hidden", "", "book@3", "a" * 129, "a\nb"])
@@ -158,7 +160,7 @@ def test_names_that_are_none(tmp_path: Path, name: str) -> None:
     found = find_codebooks([f"{name}={file}"])
     if name:
         assert found.files == {}
-        assert f"{name!r} is no name for a codebook" in texts(found)[0]
+        assert f"{name!r} is not a valid name" in texts(found)[0]
     else:
         assert list(found.files) == ["file"]
 

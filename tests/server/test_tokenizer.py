@@ -513,7 +513,7 @@ def test_unknown_devices_and_backends_are_named():
     for unknown in ("tpu", "gpu", "cpu:x", "mps", "", "meta"):
         with pytest.raises(InvalidOption, match="device must be auto, cpu, cuda or cuda:i"):
             Tokenizer(made("vq"), device=unknown)
-    with pytest.raises(InvalidOption, match="'cuda:99' is not there or does not work"):
+    with pytest.raises(InvalidOption, match="'cuda:99' does not exist or does not work"):
         Tokenizer(made("vq"), device="cuda:99")
     with pytest.raises(InvalidOption, match="psychic"):
         Tokenizer(made("vq"), device="cpu", search="psychic")

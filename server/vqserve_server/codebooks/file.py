@@ -44,7 +44,7 @@ class Codebook:
         kind: a key of `KINDS`: "vq", "ema" and so on.
         arguments: of the quantizer's constructor.
         digest: lower-case hexadecimal SHA-256 of what encode and decode read.
-        provenance: where the codebook came from, as its writer told it; nothing depends on it.
+        provenance: origin of the codebook, as its writer gave it; it has no effect.
     """
 
     quantizer: Quantizer = field(repr=False)
@@ -55,14 +55,14 @@ class Codebook:
 
 
 class _NotACodebook(Exception):
-    """A safetensors file of something else."""
+    """A safetensors file that is not a codebook."""
 
 
 def codebook_digest(quantizer: Quantizer) -> str:
     """Return the digest that a file of this quantizer has.
 
     Raises:
-        CodebookError: the quantizer cannot be kept in a file.
+        CodebookError: a file cannot hold the quantizer.
     """
     return CodebookState.of(quantizer).digest()
 
@@ -105,7 +105,7 @@ def save_state(state: CodebookState, path: str | Path, *, provenance: Mapping[st
         "vqserve.format": FORMAT_VERSION,
         "vqserve.kind": state.kind,
         "vqserve.arguments": canonical_json(state.written_arguments()),
-        # A flipped bit in a weight is a number like any other: only this tells.
+        # Only the digest reveals a flipped bit in a weight.
         "vqserve.digest": digest,
         "vqserve.provenance": story,
     }
@@ -144,10 +144,10 @@ def load_codebook(path: str | Path) -> Codebook:
 
 
 def _check_is_ours(file: BufferedReader, path: Path) -> None:
-    """Refuse what is a codebook perhaps, but not a codebook file.
+    """Check that a file does not have a known format that must be imported first.
 
     Raises:
-        CodebookFileError: says what it is and how to import it.
+        CodebookFileError: it has; the error gives the format and the command that imports it.
     """
     begin = file.read(_LONGEST_MAGIC)
     for magic, what in _FOREIGN.items():

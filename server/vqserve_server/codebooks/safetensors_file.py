@@ -128,7 +128,7 @@ def read_tensor(file: BufferedReader, entry: TensorEntry) -> npt.NDArray[np.gene
     try:
         array = np.empty(entry.shape, dtype)
     except ValueError as error:
-        # An axis of zero lets the others be as large as they like: numpy refuses what it cannot address.
+        # With an axis of length zero the others can have any length; numpy fails if it cannot address them.
         raise ContainerError(f"has a tensor of shape {entry.shape}: {_one_line(error)}") from None
     file.seek(entry.begin)
     if array.nbytes and file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
@@ -156,7 +156,7 @@ def write_file(path: Path, tensors: Mapping[str, npt.NDArray[np.generic]], metad
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
 
-    # Not tempfile: its files can be read by their owner only, and a server often runs as somebody else.
+    # Not tempfile: only the owner can read its files, and a server often runs as another user.
     temporary = path.with_name(f".vqserve-{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -169,7 +169,7 @@ def write_file(path: Path, tensors: Mapping[str, npt.NDArray[np.generic]], metad
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            # A full disk does not say which.
+            # The error of a full disk lacks the name of the file.
             error.filename = str(path)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
@@ -201,7 +201,7 @@ def _entry(name: str, claim: object, start: int) -> TensorEntry:
         raise ContainerError(f"has a tensor {name!r} with malformed data_offsets")
     begin, end = offsets
     known = NUMPY_DTYPES.get(dtype)
-    # Python's integers cannot overflow, whatever the file claims.
+    # Python integers do not overflow: the file can claim any size.
     if known is not None and math.prod(shape) * known.itemsize != end - begin:
         raise ContainerError(f"has a tensor {name!r} of shape {shape} in {end - begin} bytes")
     return TensorEntry(dtype, tuple(shape), start + begin, start + end)

@@ -1,4 +1,4 @@
-"""How much work may be in the server at once, and how much it has done."""
+"""Limits of the work in the server, and counters of the work that is done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of several jobs that the device computes together, and the memory in which they are put together."""
+"""Batches: rows of several jobs that the device computes together, and the memory for them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class BatchFailed(RuntimeError):
-    """The computation failed for a reason that is not the caller's; the log has it."""
+    """The computation failed, and not because of the request; the log has the reason."""
 
 
 class Part(NamedTuple):
@@ -83,12 +83,12 @@ class Batch:
             except InvalidArgument as error:
                 part.job.resolve(error)
             except MemoryError:
-                # The other replies have their memory.
+                # Only this reply fails; the other replies have memory.
                 logger.exception(event("reply_memory_failed", rows=part.job.rows))
                 part.job.resolve(BatchFailed("the computation failed"))
 
     def finish(self, *, started: float, ended: float) -> list[tuple[Job, RequestTiming]]:
-        """Count the parts, and return the jobs that are complete, with what to resolve them with.
+        """Count the parts, and return the complete jobs with their timings.
 
         Args:
             started: when `compute` began, in time.monotonic() seconds.
@@ -104,7 +104,7 @@ class Batch:
         return complete
 
     def reject(self, error: InvalidArgument) -> None:
-        """Fail the job of its only part, which the error is about."""
+        """Fail the job of the only part with an error about that part."""
         [part] = self.parts
         part.job.resolve(part.job.in_whole(error, part.start))
 

@@ -1,4 +1,4 @@
-"""Copies between latents of any layout and rows: widening on the way in, rounding on the way out, one pass each."""
+"""Copies latents of any layout to rows, widened, and rows to latents, rounded; each in one pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FEW_CHANNELS = 8
 
 
 def _pieces(latents: Array, layout: Layout, start: int, stop: int) -> Iterator[tuple[Array, slice]]:
-    """Yield views of the tokens [start, stop) as (..., C) with the rows that they are, counted from `start`."""
+    """Yield views (..., C) of the tokens [start, stop), each with its range of rows counted from `start`."""
     if layout is Layout.CHANNELS_LAST:
         yield latents.reshape(-1, latents.shape[-1])[start:stop], slice(0, stop - start)
         return
@@ -41,7 +41,7 @@ def _pieces(latents: Array, layout: Layout, start: int, stop: int) -> Iterator[t
 
 
 def read_tokens(array: Array, layout: Layout, start: int, stop: int, into: Array) -> None:
-    """Copy what the tokens [start, stop) have, values of any type, into rows.
+    """Copy the values of the tokens [start, stop), of any type, into rows.
 
     Args:
         array: (b, n, ...) or (..., n).

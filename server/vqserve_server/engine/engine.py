@@ -76,7 +76,7 @@ class Engine:
         Args:
             tokenizers: the codebooks to serve, under their names.
             config: batching and limits.
-            threads: how many batches are computed at once; None: as many as suit the device.
+            threads: number of batches that are computed at once; None: a number that suits the device.
             on_broken: called, from another thread, when the device is lost.
         """
         config = config or EngineConfig()
@@ -106,7 +106,7 @@ class Engine:
         """Finish what is queued and end the threads.
 
         Args:
-            timeout_s: how long that may take; jobs that wait after it fail with Draining.
+            timeout_s: seconds to finish; jobs that still wait then fail with Draining.
 
         Returns:
             Whether the threads have ended. A batch on the device cannot be interrupted.

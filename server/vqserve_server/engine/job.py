@@ -186,11 +186,11 @@ class Job(ABC):
         try:
             self._on_done()
         except Exception:
-            # It may fail for the caller's connection, which must not end a thread of the engine.
+            # An error in sending the reply must not end a thread of the engine.
             logger.exception(event("reply_failed"))
 
     def cancel(self) -> None:
-        """Set `Cancelled` as the outcome, if there is none yet; `on_done` is not called: nobody waits for it."""
+        """Set `Cancelled` as the outcome, if there is none yet; `on_done` is not called."""
         with _outcomes:
             if self.outcome is None:
                 self.outcome = Cancelled("the caller has left")
@@ -202,7 +202,7 @@ class Job(ABC):
         return self.outcome is None
 
     def finish_part(self, rows: int, *, started: float, ended: float, batch: tuple[int, int]) -> RequestTiming | None:
-        """Count a part whose results are written; return what to resolve the job with, if it was the last one.
+        """Count a part whose results are written; return the timing of the job if it was the last part.
 
         Args:
             rows: rows of the part.

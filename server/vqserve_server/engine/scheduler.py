@@ -1,4 +1,4 @@
-"""Which waiting jobs become the next batch of a device thread, and when."""
+"""The choice of the next batch of a device thread from the waiting jobs."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class JobQueue:
         """Return a batch of the waiting jobs of a key that fit.
 
         A job that fits into no batch is split, and the rest goes behind the other jobs, so that it does not hold up
-        small ones. Jobs that nobody wants any more are dropped here.
+        small ones. Cancelled and expired jobs are dropped here.
         """
         batch = Batch(key)
         jobs, capacity = self.waiting[key], key.max_rows(self._config)
@@ -116,11 +116,11 @@ class Scheduler:
             if self._closed is not None:
                 raise self._closed.with_fields()
             self._queue.put(job)
-            # A thread that computes comes back without being woken.
+            # A thread that computes takes the next batch without a notification.
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Drop a job that nobody waits for any more."""
+        """Drop a job whose caller has left."""
         job.cancel()
         with self._changed:
             self._queue.discard(job)

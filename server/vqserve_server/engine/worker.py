@@ -1,4 +1,4 @@
-"""The threads that compute: each of them batch after batch on the device."""
+"""The device threads: each computes one batch after another."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Worker:
             batch.compute(staging)
             ended = time.monotonic()
             complete = batch.finish(started=started, ended=ended)
-            # Before the replies: a caller that has one finds its request counted.
+            # Count before the replies are sent: a caller with a reply finds its request in the counters.
             self._stats.count(
                 requests=len(batch.parts), rows=batch.rows, finished=len(complete), seconds=ended - started
             )
@@ -80,7 +80,7 @@ class Worker:
                 self._stats.count_failed()
                 logger.exception(event("batch_failed", requests=len(batch.parts)))
                 batch.fail(BatchFailed("the computation failed"))
-            # Only what depends on the codebook's weights shows this late: a projection that leaves float32's range.
+            # Validation cannot find a projection that exceeds float32's range: it depends on the codebook's weights.
             elif len(batch.parts) == 1:
                 batch.reject(error)
             else:

@@ -1,6 +1,6 @@
-"""grpc.health.v1.Health, whose state changes at once.
+"""The service grpc.health.v1.Health.
 
-The servicers that come with grpcio-health-checking are for grpcio's own servers.
+The servicers of grpcio-health-checking need grpcio's own servers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Health:
             watcher.notify()
 
     def status(self, service: str) -> int | None:
-        """Return the state of a service; None: it will not change any more."""
+        """Return the state of a service; None if it will not change again."""
         if self._is_closed:
             return None
         status: int = self._status if service in self._services else _Response.SERVICE_UNKNOWN
@@ -78,7 +78,7 @@ class Health:
                 with self._lock:
                     self._watchers.discard(watcher)
 
-            # The caller may be gone already: then nothing would take the watcher out.
+            # Set this before the watcher is added: the caller may already have left.
             call.on_close = forget
             with self._lock:
                 self._watchers.add(watcher)
@@ -99,7 +99,7 @@ class _Watcher:
         self._last: int | None = None
 
     def notify(self) -> None:
-        """Send the state if it is another than the last one."""
+        """Send the state if it differs from the last one that was sent."""
         with self._lock:
             if self._is_sending or self._has_ended:
                 return
@@ -118,7 +118,7 @@ class _Watcher:
 
 
 def _service(call: Call, raw: bytes) -> str | None:
-    """Return the service that is asked for; None: the call has failed."""
+    """Return the service of a request; None if the request is not valid and the call has failed."""
     try:
         name: str = parse(health_pb2.HealthCheckRequest, raw).service
     except Exception as error:

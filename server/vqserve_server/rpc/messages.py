@@ -1,4 +1,4 @@
-"""From protobuf messages to validated values, shared by Encode and Decode."""
+"""Converts fields of protobuf messages to validated values, for Encode and Decode."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def layout_of(number: int) -> Layout | None:
     """Return the layout that a request names, None for the codebook's default.
 
     Raises:
-        InvalidOption: the number is none of the enum's.
+        InvalidOption: the enum has no such number.
     """
     try:
         return _LAYOUTS[number]
@@ -76,10 +76,10 @@ def check_dtype(field: str, dtype: int, allowed: frozenset[int]) -> None:
 
 
 def check_latent_dtype(dtype: int) -> None:
-    """Refuse latents of another element type than latents have.
+    """Check that an element type is a type of latents.
 
     Raises:
-        InvalidDtype: as the SDK words it, where it is a type at all.
+        InvalidDtype: it is not; for a type of indices the text is the SDK's.
     """
     if dtype in payload.INDEX_DTYPES:
         raise not_latents(payload.dtype_name(dtype))
@@ -87,10 +87,10 @@ def check_latent_dtype(dtype: int) -> None:
 
 
 def check_index_dtype(dtype: int) -> None:
-    """Refuse indices of another element type than indices have.
+    """Check that an element type is a type of indices.
 
     Raises:
-        InvalidDtype: as the SDK words it, where it is a type at all.
+        InvalidDtype: it is not; for a type of latents the text is the SDK's.
     """
     if dtype in payload.LATENT_DTYPES:
         raise not_indices(payload.dtype_name(dtype))
@@ -98,19 +98,19 @@ def check_index_dtype(dtype: int) -> None:
 
 
 def check_payload(nbytes: int, dtype: int, shape: Sequence[int], array: str, ranks: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape that a request claims, if its payload of so many bytes has it.
+    """Check that a payload has the shape that its request claims, and return the shape.
 
     Args:
-        nbytes: of the payload.
-        dtype: of its elements.
-        shape: as claimed.
-        array: what it is, "latents" or "indices".
-        ranks: numbers of axes that it may have, ascending.
+        nbytes: size of the payload.
+        dtype: type of the elements.
+        shape: claimed shape.
+        array: name of the array, "latents" or "indices".
+        ranks: allowed numbers of axes, ascending.
 
     Raises:
-        InvalidShape: the shape has too few or too many axes, or is not the payload's.
+        InvalidShape: the shape has too few or too many axes, or does not match the payload.
     """
-    # First the rank: a shape may have millions of axes, and the error texts below show it.
+    # Check the rank first: a shape may have millions of axes, and the other error texts contain the shape.
     if len(shape) not in ranks:
         raise wrong_rank(array, ranks, len(shape))
     try:
@@ -126,10 +126,10 @@ def check_reply_size(nbytes: int, limit: int) -> None:
     Raises:
         MessageTooLarge: names both sizes.
     """
-    room = limit - payload.ENVELOPE_BYTES
-    if nbytes > room:
+    most = limit - payload.ENVELOPE_BYTES
+    if nbytes > most:
         raise MessageTooLarge(
-            f"the reply would be {nbytes} bytes and a message holds {room}: send fewer tokens at once"
+            f"the reply would be {nbytes} bytes and a message holds {most}: send fewer tokens at once"
         )
 
 

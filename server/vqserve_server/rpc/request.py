@@ -15,8 +15,8 @@ from vqserve_server.errors import Draining
 from vqserve_server.rpc.headers import HeaderCache, RequestHeader
 from vqserve_server.rpc.transport import Call
 
-# Larger messages are validated by another thread. Validating this much takes half a millisecond; a hand-over costs some
-# of that, and a core.
+# Larger messages are validated on another thread. Validating this many bytes takes half a millisecond; the change of
+# thread takes a part of that, and needs another core.
 _INLINE_BYTES = 2 << 20
 
 # Guards the fields of all unary calls; it is held for a few operations only.
@@ -24,9 +24,9 @@ _fields = threading.Lock()
 
 
 class Caller(Protocol):
-    """What waits for the reply of a request. Its methods may be called on any thread.
+    """The call that waits for the reply of a request. Its methods may be called on any thread.
 
-    `rejected` is called, or `accepted`, and after that `ready`.
+    Either `rejected` is called, or `accepted` and after it `ready`.
     """
 
     @property
@@ -59,10 +59,10 @@ class Requests:
         """Validate a request and queue it, here or, if it is large, on another thread.
 
         Args:
-            caller: is called back.
-            headers: the headers of its method.
+            caller: call that waits for the reply.
+            headers: known headers of the method.
             raw: the message.
-            received_at: set on the other thread: time.monotonic() seconds.
+            received_at: time of arrival in time.monotonic() seconds; None: now.
         """
         if received_at is None:
             received_at = time.monotonic()
@@ -108,7 +108,7 @@ class Request:
     buffer: wire.ReplyBuffer | None = None
 
     def __init__(self, engine: Engine, header: RequestHeader[Any], nbytes: int, received_at: float) -> None:
-        """Be admitted.
+        """Enter the admission.
 
         Raises:
             Overloaded, Draining, DeviceBroken: the server accepts no more.
@@ -128,7 +128,7 @@ class Request:
         """Return the reply.
 
         Raises:
-            VqserveError: why the request failed.
+            VqserveError: the request failed.
         """
         if self.job is None or self.buffer is None:
             return self._header.empty_reply
@@ -144,7 +144,7 @@ class Request:
         )
 
     def release(self) -> None:
-        """Stop counting the request: its reply is sent, or nobody wants it."""
+        """Stop counting the request, after its reply is sent or its caller has left."""
         if self.job is not None and self.job.outcome is None:
             self._engine.scheduler.cancel(self.job)
         self._engine.admission.leave(self._header.rows, self.nbytes)

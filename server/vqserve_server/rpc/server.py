@@ -1,4 +1,4 @@
-"""The gRPC server: the methods of TokenizerService, health, reflection, and how it stops."""
+"""The gRPC server: the methods of TokenizerService, health, reflection, and the stop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vqserve_server.rpc.transport import Call, Handler, Transport
 
 
 class Calls:
-    """Makes the handlers of methods, and knows which of their calls have not ended."""
+    """Makes the handlers of methods, and counts their open calls."""
 
     def __init__(self, requests: Requests) -> None:
         self._requests = requests
@@ -127,11 +127,11 @@ class TokenizerService:
         }
 
     def close(self) -> None:
-        """End what threads there are."""
+        """End the threads."""
         self._requests.close()
 
     def _list_codebooks(self, raw: bytes) -> bytes:
-        """What is being served."""
+        """Return the served codebooks as a ListCodebooksResponse."""
         parse(pb.ListCodebooksRequest, raw)
         self._engine.admission.enter(0, len(raw))
         try:
@@ -167,7 +167,7 @@ class Reflection:
         receive()
 
 
-# For what is left when all calls are answered: health, reflection.
+# Seconds for the calls of health and reflection to end, after all others have.
 _LINGER_S = 0.5
 
 
@@ -223,17 +223,17 @@ def _options(config: RpcConfig, *, shares_port: bool) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
-        # Calls that have come and that nobody has looked at. From a thousand on gRPC would drop some, chosen at random
-        # and with the status of a caller who has left; here those that are too many are told so when it is their turn.
+        # Limits of calls that have arrived but were not accepted yet. By default gRPC cancels random calls above 1000.
+        # With larger limits the server accepts each call, and rejects it with RESOURCE_EXHAUSTED if there are too many.
         ("grpc.server.max_pending_requests", 10_000),
         ("grpc.server.max_pending_requests_hard_limit", 20_000),
         # Two servers on one port are a mistake, unless they are workers of one.
         ("grpc.so_reuseport", int(shares_port)),
-        # A caller whose machine is gone is noticed within a minute and a half; its requests are then dropped. (What is
-        # called keepalive_timeout_ms changes nothing: gRPC waits for the answer as for any other ping's.)
+        # The server notices within 90 seconds that a caller's machine is gone, and drops its requests. (The option
+        # keepalive_timeout_ms has no effect: gRPC waits for the answer as for any other ping.)
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.http2.ping_timeout_ms", 20_000),
-        # Callers may ask for signs of life every ten seconds, also between requests; who asks more often is cut off.
+        # Callers may send pings every ten seconds, also between requests; gRPC disconnects those that send more.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]

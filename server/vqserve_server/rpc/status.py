@@ -1,4 +1,4 @@
-"""The one table from errors to gRPC statuses (docs/errors.md shows it), and what a failed call is told."""
+"""The gRPC status of each error, in one table (docs/errors.md shows it), and the text and metadata of failed calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vqserve import errors
 from vqserve.error_wire import ERROR_KEY, RETRY_AFTER_KEY, RETRY_PUSHBACK_KEY, written
 from vqserve.errors import PYTHON, VqserveError
 
-# The nearest entry of an error's class and its bases counts. INTERNAL: the text is the server's own business.
+# The entry of an error's class counts, or of its nearest base. The texts of INTERNAL errors are not sent.
 STATUS_CODES: dict[type[BaseException], grpc.StatusCode] = {
     errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
     errors.CodebookNotFound: grpc.StatusCode.NOT_FOUND,
@@ -22,13 +22,13 @@ STATUS_CODES: dict[type[BaseException], grpc.StatusCode] = {
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.CodebookError: grpc.StatusCode.INTERNAL,
 }
-# HTTP/2 headers carry the text, and their size is limited; escapes make one character of ASCII three.
+# The text is an HTTP/2 header, whose size is limited; escaping can make three characters from one.
 _MAX_DETAILS = 1024
 
 
 @dataclass(frozen=True)
 class Status:
-    """What a failed call ends with."""
+    """Status of a failed call."""
 
     code: grpc.StatusCode
     details: str
@@ -36,11 +36,11 @@ class Status:
 
 
 def status_of(error: BaseException, *, request_id: str) -> Status:
-    """Return the status of an error; of an unexpected one the text is fixed, so that nothing of the server leaks."""
+    """Return the status of an error; an unexpected error has a fixed text, so that no internals are sent."""
     code = next((STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES), grpc.StatusCode.INTERNAL)
     if code is grpc.StatusCode.INTERNAL or not isinstance(error, VqserveError):
         return Status(code, f"internal error; the server's log has it under request {request_id}")
-    # The caller knows which call it was, and no file of the server is its business.
+    # The caller knows its own call, and paths of the server are never sent.
     shown = error.with_fields(path=None, target=None, codebook=None, request_id=None, item=None).text(PYTHON)
     details = shown.encode("ascii", "backslashreplace").decode("ascii")
     if len(details) > _MAX_DETAILS:

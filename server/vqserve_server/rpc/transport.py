@@ -4,8 +4,8 @@ Both of grpcio's servers are built on this queue, and what they add costs more t
 waiting call, or an event loop that a second thread wakes for each event (decision 0002). Here the thread that computes
 a reply sends it, and wakes no other thread.
 
-Nothing but this file knows of `grpc._cython`. It is not a public interface, but grpcio's own server, which
-is Python, uses it in the same way.
+Only this file uses `grpc._cython`. It is not a public interface, but grpcio's own server, which is written in Python,
+uses it in the same way.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Call:
 
         self._sending_since = time.monotonic()
         initial, self._unsent = self._unsent, ()
-        # Not with the first: until something is written, gRPC holds the initial metadata back too, and calls nobody.
+        # Never delay the first message: until it is written, gRPC delays the initial metadata too, and no event comes.
         flags = cygrpc.WriteFlag.buffer_hint if is_followed and not initial else 0
         self._start((*initial, cygrpc.SendMessageOperation(message, flags)), sent)
 
@@ -162,13 +162,13 @@ class Call:
         with self._lock:
             # A call may end, and the queue may shut down, while its request is validated: gRPC would then abort.
             if not self._is_closed:
-                # It returns an error if the call has ended, which `_closed` is called for anyway.
+                # It returns an error if the call has ended; `_closed` is called in that case anyway.
                 self._call.start_server_batch(operations, tag)
 
     def _closed(self, _event: Any) -> None:
         with self._lock:
             self._is_closed = True
-        # Break the reference cycle now: these know this call, and the garbage collector would come late.
+        # Break the reference cycle of call and callbacks now, because the garbage collector may run late.
         on_close, self.on_close, self.owes_reply = self.on_close, _nothing, _no
         self._on_end(self)
         on_close()
@@ -205,7 +205,7 @@ class Transport:
 
         Args:
             handlers: by the method's full name, "/package.Service/Method".
-            options: gRPC's, by name.
+            options: options of gRPC, as pairs of name and value.
             max_calls: open calls at once; more fail with RESOURCE_EXHAUSTED.
             idle_s: how long a call may wait for its caller before it ends with UNAVAILABLE; 0: for ever.
         """
@@ -233,7 +233,7 @@ class Transport:
         return port
 
     def start(self) -> None:
-        """Take calls."""
+        """Accept calls."""
         self._server.start()
         self._server.request_call(self._queue, self._queue, self._on_call)
         self._thread.start()
@@ -267,9 +267,9 @@ class Transport:
                     self._end_idle()
             except Exception:
                 logger.exception(event("grpc_event_failed"))
-            # It keeps its call, and with it a connection.
+            # The event refers to its call, and so keeps a connection open.
             del completed
-            # Only after `_closed` of every call: from then on nothing is started for it.
+            # Shut down only after `_closed` of every call; after that no operation starts for a call.
             if self._stopped.is_set() and not self._calls:
                 self._queue.shutdown()
 

@@ -73,7 +73,7 @@ def count_duplicates(codes: npt.NDArray[np.floating[Any]]) -> int:
 
 def count_dead_looking(codebook: Codebook) -> tuple[int | None, str]:
     """Return the number of codes that training seems never to have used, or None if unknown; and the criterion."""
-    unknown = None, f"nothing tells in a codebook of kind {codebook.kind}"
+    unknown = None, f"a codebook of kind {codebook.kind} has no sign of it"
     if codebook.quantizer.codebooks() != [codebook.quantizer]:
         return unknown
     [quantizer] = codebook.quantizer.codebooks()
@@ -82,7 +82,7 @@ def count_dead_looking(codebook: Codebook) -> tuple[int | None, str]:
         dead = np.count_nonzero(cluster_sizes.numpy() < _DEAD_CLUSTER_SIZE)
         return int(dead), f"cluster size below {_DEAD_CLUSTER_SIZE}"
     if codebook.arguments.get("embedding_weight_norm"):
-        return None, "a weight-normed codebook starts normal: nothing tells"
+        return None, "a weight-normed codebook has no sign of it"
     if initial_bound is None:
         return unknown
     codes = quantizer.code_rows().numpy()

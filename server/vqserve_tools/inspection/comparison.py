@@ -13,9 +13,10 @@ class Comparison:
     """Tokens and their codes in the space where the two can be compared.
 
     Attributes:
-        name: "latents": with what decode gives, where that has the latents' channels. Otherwise, after the projection
-            to the codes' width if there is one: "projected latents", with the code rows; "directions", both scaled to
-            length one, where lengths decide nothing; "bounded latents", as FSQ rounds them, with its codes.
+        name: name of the space. "latents": latents and decoded latents, if both have the same channels. The others
+            follow the projection to the width of the codes, if there is one: "projected latents" and code rows;
+            "directions", both scaled to length one, if lengths do not affect the search; "bounded latents" and codes
+            of FSQ.
     """
 
     def __init__(self, quantizer: Quantizer, frozen: FrozenQuantizer) -> None:

@@ -25,7 +25,7 @@ class Changed:
     """Tokens that would change.
 
     Attributes:
-        tokens: number of tokens of which at least one index changes.
+        tokens: number of tokens with at least one index that changes.
         share: `tokens` as a fraction of all tokens.
         indices: for each index position of a token, the number of tokens whose index changes.
         lost: number of tokens that cannot be encoded any more because a number overflows; `tokens` includes them.

@@ -114,7 +114,7 @@ def test_a_folder_whose_last_version_is_gone_is_passed_over(
     (tmp_path / "img" / "1.safetensors").unlink()
     assert repo.reload() == ReloadCounts(unchanged=1, removed=1, skipped=1)
     assert list(served(repo)) == ["other"]
-    assert warnings(log) == [f'codebook_skipped problem="{tmp_path / "img"} is skipped: it holds no N.safetensors"']
+    assert warnings(log) == [f'codebook_skipped problem="{tmp_path / "img"} is skipped: it has no file N.safetensors"']
 
 
 def test_a_file_that_was_not_touched_is_not_read(
@@ -241,7 +241,7 @@ def test_a_link_out_of_the_folder_does_not_replace_a_codebook(
     assert served(repo) == {"book": old.digest}
     [warning] = warnings(log)
     assert warning == (
-        f'codebook_skipped problem="{path} is a link out of its folder: put the file itself there, or name it '
+        f'codebook_skipped problem="{path} is a link to outside its folder: replace it by the file, or name the file '
         '(NAME=PATH)" kept=book'
     )
 

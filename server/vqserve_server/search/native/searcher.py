@@ -56,7 +56,7 @@ class NativeSearcher(Searcher):
         # Compiled code reads memory, so a negation that torch has postponed must be carried out first.
         rows = rows.detach().resolve_neg().contiguous()
         winners = torch.empty(rows.shape[0], dtype=torch.int64, device="cpu")
-        looked_at_twice = _TwoCounts()
+        two_counts = _TwoCounts()
         undecided: int = self._library.search(
             ctypes.addressof(self._book.struct),
             rows.data_ptr(),
@@ -64,7 +64,7 @@ class NativeSearcher(Searcher):
             rows.shape[0],
             torch.get_num_threads(),
             winners.data_ptr(),
-            ctypes.addressof(looked_at_twice),
+            ctypes.addressof(two_counts),
         )
         if undecided < 0:
             raise MemoryError("no memory for a search")
@@ -72,6 +72,6 @@ class NativeSearcher(Searcher):
             is_open = winners < 0
             winners[is_open] = self._fallback().search(rows[is_open])
         if counts is not None:
-            rechecked, expanded = looked_at_twice
+            rechecked, expanded = two_counts
             counts.add(rows=len(rows), rechecked=rechecked + undecided, arbitrated=expanded + undecided)
         return winners
