@@ -135,6 +135,7 @@ class AsyncClient(ClientBase):
     ) -> AsyncGenerator[ArrayT, None]:
         waker = _Waker()
         upcoming: asyncio.Task[Any] | None = None
+        failure: VqserveError | None = None
         with closing(Pipeline(self._core, operation, options, waker.wake)) as pipeline:
             try:
                 while not (pipeline.ended and pipeline.empty):
@@ -156,12 +157,18 @@ class AsyncClient(ClientBase):
                         if not pipeline.ready:
                             await waker.wait(wait_s)
             except VqserveError as error:
-                raise without_frames(error)  # noqa: B904
+                failure = error if error is pipeline.source_failure else without_frames(error)
             finally:
                 if upcoming is not None:
                     upcoming.cancel()
                     with contextlib.suppress(asyncio.CancelledError, Exception):
                         await upcoming
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                # The traceback has this frame: without this line they would keep each other in memory.
+                del failure
 
     async def __aenter__(self) -> Self:
         return self
@@ -202,20 +209,25 @@ async def _run(steps: Steps[T], waker: _Waker) -> T:
             result: T = stop.value
             return result
         except VqserveError as error:
-            raise without_frames(error)  # noqa: B904
+            failure = without_frames(error)
+    try:
+        raise failure
+    finally:
+        # The traceback has this frame: without this line they would keep each other in memory.
+        del failure
 
 
 def _put(pipeline: Pipeline, source: asyncio.Task[Any]) -> None:
     """Put what a source has given, an array, its end or its error."""
     try:
         item = source.result()
-        if item is _END:
-            pipeline.end()
-        else:
-            pipeline.put(item)
     except Exception as error:
-        # The results of the arrays before it are still returned, as one by one.
         pipeline.end(error)
+        return
+    if item is _END:
+        pipeline.end()
+    else:
+        pipeline.put(item)
 
 
 async def _next(items: AsyncIterator[Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout
@@ -213,6 +213,7 @@ class Client(ClientBase):
     ) -> Generator[ArrayT, None, None]:
         waker = Waker()
         pipeline = Pipeline(self._core, operation, options, waker.wake)
+        failure: VqserveError | None = None
         try:
             while not (pipeline.ended and pipeline.empty):
                 if pipeline.is_due:
@@ -223,25 +224,23 @@ class Client(ClientBase):
                     with pipeline.paused():
                         yield result
                 elif not pipeline.ended and not pipeline.full:
-                    try:
-                        with pipeline.paused():
-                            item = next(items)
-                        pipeline.put(item)
-                    except StopIteration:
-                        pipeline.end()
-                    except Exception as error:
-                        # The results of the arrays before it are still returned, as one by one.
-                        pipeline.end(error)
+                    _put_next(pipeline, items)
                 else:
                     with SignalsDeferred():
                         wait_s = pipeline.advance()
                     if not pipeline.ready:
                         waker.wait(wait_s)
         except VqserveError as error:
-            raise without_frames(error)  # noqa: B904
+            failure = error if error is pipeline.source_failure else without_frames(error)
         finally:
             with SignalsDeferred():
                 pipeline.close()
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                # The traceback has this frame: without this line they would keep each other in memory.
+                del failure
 
     def __enter__(self) -> Self:
         return self
@@ -250,6 +249,19 @@ class Client(ClientBase):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _put_next(pipeline: Pipeline, items: Iterator[Any]) -> None:
+    """Put what the caller's iterator gives: an array, its end or its error."""
+    try:
+        with pipeline.paused():
+            item = next(items)
+    except StopIteration:
+        pipeline.end()
+    except Exception as error:
+        pipeline.end(error)
+    else:
+        pipeline.put(item)
 
 
 def _run(steps: Steps[T], waker: Waker) -> T:
@@ -265,6 +277,11 @@ def _run(steps: Steps[T], waker: Waker) -> T:
     except BaseException as error:
         with SignalsDeferred():
             steps.close()
-        if isinstance(error, VqserveError):
-            raise without_frames(error)  # noqa: B904
-        raise
+        if not isinstance(error, VqserveError):
+            raise
+        failure = without_frames(error)
+    try:
+        raise failure
+    finally:
+        # The traceback has this frame: without this line they would keep each other in memory.
+        del failure

@@ -170,12 +170,14 @@ class ClientBase:
 
 
 def without_frames(error: VqserveError) -> VqserveError:
-    """Return an error without the frames of this package and without its cause, so that its traceback is short.
+    """Return an error of this package without its frames and without the errors behind it: its traceback is short.
 
-    The whole traceback is logged at debug level. VQSERVE_TRACEBACK=full leaves the error as it is.
+    Raise it outside the block that caught it. Python then sets its context to the error that the caller handles, if
+    there is one. The whole traceback is logged at debug level. VQSERVE_TRACEBACK=full leaves the error as it is.
     """
     logger.debug("a call failed", exc_info=error)
     if os.environ.get("VQSERVE_TRACEBACK") == "full":
         return error
     error.__cause__ = error.__context__ = None
+    error.__suppress_context__ = False
     return error.with_traceback(None)

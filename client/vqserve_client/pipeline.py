@@ -35,6 +35,7 @@ class Pipeline:
 
     Attributes:
         ended: whether no more arrays come.
+        source_failure: the error that the caller's iterator raised; None if it raised none.
     """
 
     def __init__(self, core: Core, operation: Operation, options: CallOptions, wake: Wake) -> None:
@@ -48,6 +49,7 @@ class Pipeline:
         self._window = Window(self._size)
         self._groups: deque[_Group] = deque()
         self.ended = False
+        self.source_failure: Exception | None = None
         # Whether something has changed since `advance` looked last, and when it must look again in any case.
         self._changed = False
         self._due_at = math.inf
@@ -83,10 +85,14 @@ class Pipeline:
     def put(self, array: object) -> None:
         """Add one more array; `advance` sends it when the window has a place.
 
-        Raises:
-            NotAnArray: it is no array.
-            InvalidDtype: it has elements of a type that is not on the wire.
+        `take` raises the error of a wrong array after the results of the arrays before it.
         """
+        try:
+            self._put(array)
+        except Exception as error:
+            self._fail(error)
+
+    def _put(self, array: object) -> None:
         last = self._groups[-1] if self._groups else None
         try:
             source = self._operation.read(array)
@@ -129,9 +135,13 @@ class Pipeline:
                 return wait_s
 
     def end(self, failure: Exception | None = None) -> None:
-        """Take no more arrays; `failure` is raised by `take` after the results of the arrays before it."""
-        self.ended = self._changed = True
-        self._failure = failure
+        """Take no more arrays.
+
+        Args:
+            failure: what the caller's iterator raised; `take` raises it after the results of the arrays before it.
+        """
+        self.source_failure = failure
+        self._fail(failure)
 
     def take(self) -> Any:
         """Return the next result in order, or raise its error, whose `item` is the number of the array."""
@@ -164,6 +174,10 @@ class Pipeline:
             self._groups.pop().close()
         if os.getpid() == self._pid:
             self._sender.close()
+
+    def _fail(self, failure: Exception | None) -> None:
+        self.ended = self._changed = True
+        self._failure = failure
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:

@@ -127,8 +127,8 @@ class VqserveError(Exception):
         self.request_id = request_id
         self.item = item
         self.array = array
-        self.position = None if position is None else tuple(position)
-        self.row = row
+        self.position = None if position is None else tuple(map(int, position))
+        self.row = None if row is None else int(row)
         self.option = option
         self.suggestion = dict(suggestion or {})
         self.path = None if path is None else fspath(path)
@@ -192,7 +192,7 @@ class VqserveError(Exception):
         """
         if self.position is None or len(self.position) != len(offset):
             return self
-        return self.with_fields(position=tuple(map(int.__add__, self.position, offset)))
+        return self.with_fields(position=tuple(int(at + by) for at, by in zip(self.position, offset, strict=True)))
 
     def placed(self, grid: Sequence[int], start: int = 0) -> Self:
         """Return an error about a row as an error about a token in a grid; other errors are returned unchanged.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from math import ceil
 
@@ -10,6 +11,7 @@ import grpc
 from vqserve import errors
 from vqserve.error_wire import ERROR_KEY, RETRY_AFTER_KEY, RETRY_PUSHBACK_KEY, written
 from vqserve.errors import PYTHON, VqserveError
+from vqserve_server.console import event
 
 # The entry of an error's class counts, or of its nearest base. The texts of INTERNAL errors are not sent.
 STATUS_CODES: dict[type[BaseException], grpc.StatusCode] = {
@@ -25,6 +27,8 @@ STATUS_CODES: dict[type[BaseException], grpc.StatusCode] = {
 # The text is an HTTP/2 header, whose size is limited; escaping can make three characters from one.
 _MAX_DETAILS = 1024
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Status:
@@ -36,10 +40,22 @@ class Status:
 
 
 def status_of(error: BaseException, *, request_id: str) -> Status:
-    """Return the status of an error; an unexpected error has a fixed text, so that no internals are sent."""
+    """Return the status of an error; an unexpected error has a fixed text, so that no internals are sent.
+
+    It never raises: without a status the call would never end.
+    """
+    internal = Status(grpc.StatusCode.INTERNAL, f"internal error; the server's log has it under request {request_id}")
     code = next((STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES), grpc.StatusCode.INTERNAL)
     if code is grpc.StatusCode.INTERNAL or not isinstance(error, VqserveError):
-        return Status(code, f"internal error; the server's log has it under request {request_id}")
+        return internal
+    try:
+        return _status(error, code)
+    except Exception:
+        logger.exception(event("error_not_written", request_id=request_id, error=type(error).__name__))
+        return internal
+
+
+def _status(error: VqserveError, code: grpc.StatusCode) -> Status:
     # The caller knows its own call, and paths of the server are never sent.
     shown = error.with_fields(path=None, target=None, codebook=None, request_id=None, item=None).text(PYTHON)
     details = shown.encode("ascii", "backslashreplace").decode("ascii")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import grpc
+import numpy as np
 import pytest
 
 from vqserve import errors
@@ -52,3 +54,17 @@ def test_details_fit_a_header() -> None:
     status = status_of(errors.InvalidShape("é" * 5000), request_id="abc")
     assert len(status.details) == 1024
     assert status.details.isascii()
+
+
+def test_an_error_that_cannot_be_written_is_an_internal_one() -> None:
+    odd = errors.InvalidShape("x", suggestion={"layout": object()})  # type: ignore[dict-item]
+    status = status_of(odd, request_id="abc")
+    assert status.code is grpc.StatusCode.INTERNAL
+    assert status.details.endswith("under request abc")
+
+
+def test_a_position_of_numpy_s_integers_is_written() -> None:
+    error = errors.NonFiniteLatents("{where}", array="latents", position=(np.int64(1), np.int64(2)))
+    entry = dict(status_of(error.shifted((np.int64(1), 1)), request_id="abc").metadata)["vqserve-error"]
+    assert json.loads(entry)["position"] == [2, 3]
+    assert error.shifted((np.int64(1), 1)).message == "latents[2, 3]"
