@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.overrides import TorchFunctionMode
 
 from vqserve.dtypes import BY_SAFETENSORS, LATENTS
 from vqserve.validation import LARGEST_VOCABULARY
@@ -28,6 +29,8 @@ WEIGHT = "embedding.weight"
 NORM = "embedding.parametrizations.weight.original0"
 DIRECTION = "embedding.parametrizations.weight.original1"
 USED = "used"
+# What constructors call to fill a weight.
+_FILLERS = frozenset({"uniform_", "normal_", "fill_", "zero_", "copy_"})
 _DIGEST_TAG = b"vqserve codebook digest 1"
 # Older releases of torch have other names for this pair.
 LEGACY_NAMES: Mapping[str, str] = {"embedding.weight_g": NORM, "embedding.weight_v": DIRECTION}
@@ -35,6 +38,17 @@ LEGACY_NAMES: Mapping[str, str] = {"embedding.weight_g": NORM, "embedding.weight
 
 class StateError(ValueError):
     """The arguments or tensors do not fit together, or cannot be served."""
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Leaves out the initial values of weights: on the device meta, torch needs sympy for them: a second, 150 MB."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__name__", "") in _FILLERS:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -159,7 +173,7 @@ def check_claims(kind: str, arguments: Mapping[str, Any], claims: Mapping[str, C
     """
     try:
         # Tensors on this device have shapes and no memory.
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInitialValues():
             model = _construct(kind, arguments)
     except InvalidOption as error:
         raise StateError(f"its arguments do not fit together: {error}") from None

@@ -42,7 +42,8 @@ class EmbeddingEMA(nn.Module):
         super().__init__()
         self.decay = decay
         self.eps = eps
-        weight = torch.randn(num_tokens, codebook_dim)
+        # Not torch.randn: on the device meta, where shapes are found, it loads many modules.
+        weight = torch.empty(num_tokens, codebook_dim).normal_()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.cluster_size = nn.Parameter(torch.zeros(num_tokens), requires_grad=False)
         self.embed_avg = nn.Parameter(weight.clone(), requires_grad=False)

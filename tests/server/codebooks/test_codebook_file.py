@@ -10,6 +10,8 @@ import os
 import resource
 import stat
 import struct
+import subprocess
+import sys
 import threading
 import tracemalloc
 from pathlib import Path
@@ -694,3 +696,16 @@ def test_a_disk_that_is_full_is_named_and_keeps_nothing(tmp_path, make_quantizer
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert caught.value.errno == errno.EFBIG
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["ema", "rvq", "gumbel", "fsq"])
+def test_finding_the_shapes_of_a_file_loads_no_sympy(make_quantizer, tmp_path, kind):
+    """torch would load it for initial values on the device meta: a second and 150 MB in every process that serves."""
+    path = tmp_path / "book.safetensors"
+    save_codebook(make_quantizer(kind), path)
+    code = (
+        "import sys; from vqserve_server.codebooks import load_codebook; load_codebook(sys.argv[1]); "
+        "print('sympy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
