@@ -20,7 +20,7 @@ from cells import Cell
 from http_load import measure_http
 
 from vqserve_bench import Closed, Request, Schedule, measure
-from vqserve_client import Client, VqserveClientError
+from vqserve_client import Client, VqserveError
 
 HERE = Path(__file__).parent
 PEERS = HERE / "peers"
@@ -214,7 +214,7 @@ class PyTriton(Peer):
         method = "/inference.GRPCInferenceService/ModelInfer"
         try:
             return grpc_rate(f"127.0.0.1:{self._port}", method, self._request(cell), concurrency, seconds)
-        except (RuntimeError, VqserveClientError) as error:
+        except (RuntimeError, VqserveError) as error:
             raise PeerFailed(str(error)) from None
 
     def _request(self, cell: Cell) -> bytes:

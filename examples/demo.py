@@ -25,7 +25,7 @@ from patches import CHANNELS, PATCH, latents_to_picture, picture_to_latents, psn
 from PIL import Image
 
 import vqserve_server
-from vqserve_client import Client, VqserveClientError
+from vqserve_client import Client, VqserveError
 from vqserve_server import Tokenizer
 
 ASSETS = Path(vqserve_server.__file__).parent / "assets"
@@ -99,7 +99,7 @@ def main() -> int:
         original = np.asarray(picture.convert("RGB"))
     try:
         show(original)
-    except (DemoError, VqserveClientError) as error:
+    except (DemoError, VqserveError) as error:
         print(f"\nThe demo failed: {error}", file=sys.stderr)
         return 1
     return 0

@@ -298,7 +298,7 @@ class ArrayRequest(Request):
             return error
         cut = self._call.source_cut(self._cut)
         whole = of_whole(error, array=cut, grid=self._cut)
-        if whole is not error:
+        if whole is not error or not isinstance(error, InvalidArgument):
             return whole
         return error.noted(f"in the part {self._call.name}{cut_text(cut)}, from whose start positions count")
 

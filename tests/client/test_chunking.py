@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqserve.layout import Layout
-from vqserve_client import MessageTooLarge
+from vqserve_client import MessageTooLarge, ServerError
 from vqserve_client.arrays import cut_text, latents_cut, plan, rows_per_message
 
 GRIDS = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)
@@ -116,3 +116,11 @@ def test_errors_say_which_part_they_speak_of(tiny, connect, failing, latents):
     client = connect(tiny.target, max_message_bytes=1024, window=1)
     with pytest.raises(ValueError, match=r"odd; in the part latents\[0:1, :, 0:3, :\], from whose start"):
         client.encode(latents(2, 4, 9, 9))
+
+
+def test_an_error_that_is_not_about_the_array_does_not_name_a_part(tiny, connect, failing, latents):
+    tiny.script.append(failing("INTERNAL", "the server failed"))
+    client = connect(tiny.target, max_message_bytes=1024, window=1)
+    with pytest.raises(ServerError) as caught:
+        client.encode(latents(4, 4, 20, 20))
+    assert "in the part" not in str(caught.value)

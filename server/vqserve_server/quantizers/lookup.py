@@ -114,7 +114,7 @@ class CosineQuantizer(LookupQuantizer):
             **kwargs: further arguments of `LookupQuantizer`.
 
         Raises:
-            InvalidRequest: an argument or the remap is not valid; see `AbstractQuantizer`.
+            InvalidArgument: an argument or the remap is not valid; see `AbstractQuantizer`.
         """
         super().__init__(n_e, e_dim, **kwargs)
         self.decode_normalized = bool(decode_normalized)

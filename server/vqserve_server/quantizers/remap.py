@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from vqserve_server.errors import IndexOutOfRange, InvalidDtype, InvalidOption, InvalidRequest, InvalidShape
+from vqserve_server.errors import IndexOutOfRange, InvalidArgument, InvalidDtype, InvalidOption, InvalidShape
 from vqserve_server.quantizers.tensors import check_integers, check_size, checked_indices
 
 Remap: TypeAlias = str | os.PathLike[str] | npt.ArrayLike | Tensor
@@ -240,7 +240,7 @@ class RemappedModule(nn.Module):
         if isinstance(given, Tensor):
             try:
                 used = checked_used(given, self.num_codes)
-            except InvalidRequest as error:
+            except InvalidArgument as error:
                 error_msgs: list[str] = args[-1]
                 error_msgs.append(f"{prefix}used: {error}")
                 return
