@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from vqserve import payload
 from vqserve.dtypes import latent_dtype_name
+from vqserve.errors import InvalidOption, quoted
 from vqserve.layout import Layout, parse_layout
 from vqserve.types import LatentDType, LayoutName, OutputName
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import check_count, check_digest_form, check_output
-from vqserve_client.errors import InvalidOption
 
 DEFAULT_MAX_MESSAGE_BYTES = 64 << 20
 # Room for the envelope and a row of a small codebook; gRPC takes the limit as a C int.
@@ -36,7 +36,8 @@ class ClientConfig:
             raise TypeError(f"target must be a string such as 'localhost:50051', not {type(self.target).__name__}")
         if not _is_target(self.target):
             raise InvalidOption(
-                f"{{option}} must be HOST:PORT, such as 'localhost:50051', not {self.target!r}", option="target"
+                f"{{option}} must be HOST:PORT, such as 'localhost:50051', not {quoted(self.target, 200)}",
+                option="target",
             )
         check_name("codebook", self.codebook)
         check_digest(self.digest)

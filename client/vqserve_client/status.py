@@ -12,6 +12,7 @@ from types import MappingProxyType
 import grpc
 
 from vqserve.error_wire import ERROR_KEY, REQUEST_ID_KEY, RETRY_AFTER_KEY, RETRY_PUSHBACK_KEY, read
+from vqserve.errors import escape
 from vqserve_client.errors import (
     AccessDenied,
     Cancelled,
@@ -127,7 +128,11 @@ class Failure:
         error.request_id = None if self.is_unsent else _printable(self.metadata.get(REQUEST_ID_KEY, request_id))
         if isinstance(error, Overloaded):
             error.retry_after_s = self.retry_after_s
-        return error if error.template else error.with_fields(template=self.text)
+        if error.template:
+            return error
+        # A server of this version has added what to do to its text.
+        text = self.text.removesuffix(f": {error.advice()}")
+        return error.with_fields(template=escape(text))
 
 
 def _cause(details: str) -> str:

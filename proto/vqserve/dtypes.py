@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from vqserve.errors import InvalidOption
+from vqserve.errors import InvalidOption, quoted
 
 LatentDTypeName: TypeAlias = Literal["float32", "float16", "bfloat16", "float64"]
 
@@ -144,7 +144,8 @@ def latent_dtype_name(dtype: object) -> str:
         return name
     known = ", ".join(repr(known) for known in LATENT_NAMES)
     raise InvalidOption(
-        f"{{option}} must be one of {known} or numpy's or torch's type of that name, not {dtype!r:.60}", option="dtype"
+        f"{{option}} must be one of {known} or numpy's or torch's type of that name, not {quoted(dtype, 60)}",
+        option="dtype",
     )
 
 

@@ -48,7 +48,8 @@ ArrayName = Literal["latents", "indices", "tokens"]
 ARRAY_NAMES: tuple[str, ...] = get_args(ArrayName)
 
 # {NAME=} stands for the argument NAME, for example {timeout=}.
-_PLACEHOLDER = re.compile(r"\{(?:(where|option|suggestion)|([a-z_]{1,40})=)\}")
+# With one more brace before it (see `escape`), a placeholder stands for itself.
+_PLACEHOLDER = re.compile(r"\{*\{(?:(where|option|suggestion)|([a-z_]{1,40})=)\}")
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,10 @@ class VqserveError(Exception):
         stated = _filled(self.template, spelling, where=self.where, option=self.option, suggestion=self.suggestion)
         return stated if self.path is None else f"{self.path}: {stated}"
 
+    def advice(self, spelling: Spelling = PYTHON) -> str:
+        """Return what to do about errors of this class; "" if the message says it."""
+        return _filled(self.hint, spelling)
+
     def text(self, spelling: Spelling = PYTHON) -> str:
         """Return the whole text for a user: what went wrong, in which call, and what to do."""
         call = ", ".join(
@@ -164,11 +169,14 @@ class VqserveError(Exception):
             if value
         )
         stated = self.statement(spelling)
-        advice = _filled(self.hint, spelling)
+        advice = self.advice(spelling)
         return f"{stated}{f' ({call})' if call else ''}{f': {advice}' if advice else ''}"
 
     def __str__(self) -> str:
         return self.text()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.message!r})"
 
     def with_fields(self, **changes: Any) -> Self:
         """Return the same error with other values of some fields."""
@@ -410,6 +418,8 @@ def _filled(
 ) -> str:
     # One pass: placeholders in the inserted values are not replaced.
     def value(placeholder: re.Match[str]) -> str:
+        if placeholder[0].startswith("{{"):
+            return placeholder[0][1:]
         name, argument = placeholder.groups()
         if argument is not None:
             return spelling.mention(argument)
@@ -420,3 +430,13 @@ def _filled(
         return " ".join(spelling.setting(*setting) for setting in (suggestion or {}).items())
 
     return _PLACEHOLDER.sub(value, template) if "{" in template else template
+
+
+def escape(text: str) -> str:
+    """Return text from outside so that it stands in a template as it is, with whatever it has in braces."""
+    return _PLACEHOLDER.sub(lambda placeholder: "{" + placeholder[0], text) if "{" in text else text
+
+
+def quoted(value: object, most: int = 40) -> str:
+    """Return the repr of a value from outside for a template, cut to `most` characters."""
+    return escape(repr(value)[:most])

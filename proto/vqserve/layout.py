@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from types import EllipsisType
 
-from vqserve.errors import InvalidOption, InvalidShape, LayoutWarning
+from vqserve.errors import InvalidOption, InvalidShape, LayoutWarning, quoted
 
 LATENT_RANKS = (2, 3, 4, 5)
 
@@ -32,7 +32,9 @@ def parse_layout(layout: str | None) -> Layout | None:
         return Layout(layout)
     except ValueError:
         names = ", ".join(repr(str(known)) for known in Layout)
-        raise InvalidOption(f"{{option}} must be one of {names} or None, not {layout!r:.40}", option="layout") from None
+        raise InvalidOption(
+            f"{{option}} must be one of {names} or None, not {quoted(layout)}", option="layout"
+        ) from None
 
 
 def resolve_layout(rank: int, layout: Layout | None, default: Layout | None = None) -> Layout:

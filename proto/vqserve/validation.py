@@ -23,6 +23,8 @@ from vqserve.errors import (
     InvalidShape,
     NonFiniteLatents,
     NotAnArray,
+    escape,
+    quoted,
 )
 from vqserve.layout import LATENT_RANKS, Layout, channel_axis, parse_layout, resolve_layout, wrong_rank
 
@@ -49,7 +51,7 @@ def check_output(output: object) -> None:
     """
     if output not in OUTPUTS:
         names = ", ".join(map(repr, OUTPUTS))
-        raise InvalidOption(f"{{option}} must be one of {names}, not {output!r:.40}", option="output")
+        raise InvalidOption(f"{{option}} must be one of {names}, not {quoted(output)}", option="output")
 
 
 def check_count(num_quantizers: object) -> None:
@@ -62,7 +64,8 @@ def check_count(num_quantizers: object) -> None:
         return
     if not isinstance(num_quantizers, Integral) or isinstance(num_quantizers, bool) or int(num_quantizers) < 1:
         raise InvalidOption(
-            f"{{option}} must be an integer of 1 or more, not {num_quantizers!r:.40}", option="num_quantizers"
+            f"{{option}} must be an integer of 1 or more, not {quoted(num_quantizers)}",
+            option="num_quantizers",
         )
 
 
@@ -98,7 +101,7 @@ def check_has_output(output: str, *, info: CodebookInfo) -> None:
     """
     if output == "code_rows" and info.has_stages:
         raise InvalidOption(
-            f"codebook {info.name!r} has stages: its tokens have latents, but no code rows",
+            f"codebook {quoted(info.name, 200)} has stages: its tokens have latents, but no code rows",
             option="output",
             suggestion={"output": "latents"},
         )
@@ -112,7 +115,8 @@ def check_digest_form(digest: str) -> None:
     """
     if not is_digest(digest):
         raise InvalidOption(
-            f"{{option}} must be the codebook's 64 lower-case hexadecimal digits, not {digest!r:.80}", option="digest"
+            f"{{option}} must be the codebook's 64 lower-case hexadecimal digits, not {quoted(digest, 80)}",
+            option="digest",
         )
 
 
@@ -134,7 +138,7 @@ def check_digest(expected: str, *, info: CodebookInfo) -> None:
 def wrong_digest(expected: str, *, info: CodebookInfo) -> DigestMismatch:
     """Return the error for a pinned digest that is not the codebook's."""
     return DigestMismatch(
-        f"codebook {info.name!r} has digest {info.digest}, not {expected[:_DIGEST_CHARACTERS]!r}",
+        f"codebook {quoted(info.name, 200)} has digest {info.digest}, not {quoted(expected[:_DIGEST_CHARACTERS], 80)}",
         codebook=info.name,
         digest=info.digest,
     )
@@ -148,13 +152,13 @@ def no_codebook(name: str | None, served: Sequence[str], *, num_codebooks: int) 
         served: names of all served codebooks.
         num_codebooks: number of served codebooks; versions of one count once.
     """
-    names = ", ".join(served)
+    names = escape(", ".join(served))
     if not served:
         return CodebookNotFound("no codebook is served", codebook=name)
     if not name:
         return CodebookNotFound(f"{num_codebooks} codebooks are served, choose one with {{codebook=}}: {names}")
-    quoted = name[:_QUOTED_CHARACTERS]
-    return CodebookNotFound(f"no codebook {quoted!r} is served, only: {names}", codebook=quoted)
+    shown = name[:_QUOTED_CHARACTERS]
+    return CodebookNotFound(f"no codebook {escape(repr(shown))} is served, only: {names}", codebook=shown)
 
 
 # Shapes.

@@ -15,7 +15,7 @@ from typing import Any
 
 ENV_PREFIX = "VQSERVE_"
 # These belong to the client's command line; a shell may set them for both.
-CLIENT_VARIABLES = frozenset({"VQSERVE_TARGET", "VQSERVE_CODEBOOK"})
+CLIENT_VARIABLES = frozenset({"VQSERVE_TARGET", "VQSERVE_CODEBOOK", "VQSERVE_TRACEBACK"})
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MIB = 1 << 20
 

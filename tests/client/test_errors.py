@@ -12,7 +12,7 @@ import pytest
 
 import vqserve.errors
 import vqserve_client
-from vqserve.errors import VqserveError
+from vqserve.errors import Overloaded, VqserveError
 from vqserve_client import Client, errors
 from vqserve_client.status import ERROR_OF_CODE, RETRIED, Failure
 
@@ -105,3 +105,16 @@ def test_the_pages_python_runs(tiny, monkeypatch, tmp_path):
     for block in blocks:
         source = block.replace("localhost:50051", tiny.target).replace('"demo"', '"small"')
         exec(compile(source, str(PAGE), "exec"), {})  # noqa: S102
+
+
+def test_a_text_without_its_fields_has_its_advice_once():
+    details = f"the queue is full: {Overloaded.hint}"
+    failure = Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, details, {})
+    error = failure.error(target="there", codebook=None, request_id="one")
+    assert error.message == "the queue is full"
+    assert str(error).count(Overloaded.hint) == 1
+
+
+def test_a_foreign_text_is_no_template():
+    failure = Failure(grpc.StatusCode.NOT_FOUND, "the {where} details {timeout=}", {})
+    assert failure.error(target="there", codebook=None, request_id="one").message == "the {where} details {timeout=}"

@@ -12,7 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vqserve import errors
-from vqserve.errors import COMMAND_LINE, InvalidOption, InvalidShape, TokenBeyondRange, of_file, rows_placed
+from vqserve.errors import (
+    COMMAND_LINE,
+    CodebookNotFound,
+    InvalidOption,
+    InvalidShape,
+    NonFiniteLatents,
+    TokenBeyondRange,
+    escape,
+    of_file,
+    quoted,
+    rows_placed,
+)
 
 
 def test_a_text_is_spelled_for_its_reader() -> None:
@@ -84,3 +95,16 @@ def test_nothing_but_the_standard_library_is_imported() -> None:
     program = "import sys, vqserve.errors; print({'numpy', 'grpc', 'google', 'torch', 'threading'} & set(sys.modules))"
     ended = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True)
     assert ended.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    "text", ["{where}", "{option}{suggestion}", "{{where}", "{timeout=}", "{x} {where", "{{{option}}}"]
+)
+def test_text_from_outside_is_no_template(text):
+    assert CodebookNotFound(f"no {escape(text)} here").message == f"no {text} here"
+    assert InvalidOption(f"{{option}} is {quoted(text)}", option="layout").message == f"layout is {text!r}"
+
+
+def test_the_repr_shows_the_message_and_not_the_template():
+    error = NonFiniteLatents("{where} is nan", array="latents", position=(0, 3))
+    assert repr(error) == "NonFiniteLatents('latents[0, 3] is nan')"

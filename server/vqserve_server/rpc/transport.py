@@ -24,9 +24,11 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from vqserve_server.console import event
 from vqserve_server.engine import BatchFailed
-from vqserve_server.errors import InvalidArgument
+from vqserve_server.errors import InvalidArgument, Overloaded
 from vqserve_server.rpc.status import Status, status_of
 
+# What a call above the limit is asked to wait; the server cannot know when another call will end.
+_RETRY_AFTER_S = 1.0
 REQUEST_ID_KEY = "vqserve-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 # gRPC represents "no deadline" by one that is centuries away.
@@ -285,7 +287,7 @@ class Transport:
         if handler is None:
             call.end(Status(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}"))
         elif len(self._calls) > self._max_calls:
-            call.end(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls at once: try again later"))
+            call.fail(Overloaded("too many calls at once", retry_after_s=_RETRY_AFTER_S))
         else:
             try:
                 handler(call)
