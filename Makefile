@@ -32,9 +32,10 @@ test: $(VENV)/.installed  ## run all tests
 	$(BIN)/python -m pytest
 
 # For the inner loop: nothing that starts processes or is long, and fewer cases of the largest tests. `ARGS` narrows these two.
-test-fast: $(VENV)/.installed  ## tests within this process, with fewer cases, on all cores
+FAST ?= tests/wire tests/server tests/client --ignore=tests/client/bench
+test-fast: $(VENV)/.installed  ## quick tests of SDK and server, on all cores (FAST=tests/tools: of the tools)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not process and not long and not slow' \
-		--search-rows 5000 --wire-cases 5000 $(ARGS)
+		--search-rows 2000 --wire-cases 2000 $(FAST) $(ARGS)
 
 test-busy: $(VENV)/.installed  ## run all tests while every core has other work
 	$(BIN)/python scripts/busy.py $(ARGS)
