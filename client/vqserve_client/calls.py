@@ -31,7 +31,7 @@ from vqserve_client.arrays import (
     store,
     to_caller,
 )
-from vqserve_client.catalogue import WIRE_OF_LAYOUT, Pin
+from vqserve_client.catalogue import Pin
 from vqserve_client.config import CallOptions, ClientConfig
 from vqserve_client.errors import InvalidArgument, MessageTooLarge, ProtocolError, VqserveError
 from vqserve_client.requests import Request
@@ -216,7 +216,7 @@ class EncodeCall(ArrayCall):
         request = _EncodeRequest(
             codebook=self.info.name,
             expected_digest=self.info.digest,
-            layout=WIRE_OF_LAYOUT[self.layout],
+            layout=payload.NUMBER_OF_LAYOUT[self.layout],
             dtype=self.source.dtype,
             shape=shape,
             index_dtype=self.reply_dtype,
@@ -269,7 +269,7 @@ class DecodeCall(ArrayCall):
         request = _DecodeRequest(
             codebook=self.info.name,
             expected_digest=self.info.digest,
-            layout=WIRE_OF_LAYOUT[self.layout],
+            layout=payload.NUMBER_OF_LAYOUT[self.layout],
             dtype=self.source.dtype,
             shape=shape,
             latent_dtype=self.reply_dtype,

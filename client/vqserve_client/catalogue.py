@@ -8,23 +8,13 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from vqserve.codebook_info import CodebookInfo
-from vqserve.layout import Layout
+from vqserve.payload import LAYOUT_OF_NUMBER
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import LARGEST_VOCABULARY, is_digest, no_codebook, wrong_digest
 from vqserve_client.errors import CodebookNotFound, DigestChanged, DigestMismatch, ProtocolError, VqserveError
 from vqserve_client.requests import Request
 
-LAYOUT_OF_WIRE = {
-    pb.LAYOUT_UNSPECIFIED: None,
-    pb.LAYOUT_CHANNELS_FIRST: Layout.CHANNELS_FIRST,
-    pb.LAYOUT_CHANNELS_LAST: Layout.CHANNELS_LAST,
-}
-WIRE_OF_LAYOUT = {
-    Layout.CHANNELS_FIRST: pb.LAYOUT_CHANNELS_FIRST,
-    Layout.CHANNELS_LAST: pb.LAYOUT_CHANNELS_LAST,
-}
-
-# What the widest index type of the wire's replies, uint32, can name.
+# Channels of a row at most: more have overflowed somewhere.
 _WIDEST_ROW = 1 << 31
 # How often a call that has no reply yet follows a server that replaces its codebook. On a busy machine it may be
 # replaced several times between the list and the request.
@@ -69,7 +59,7 @@ class ListRequest(Request):
             and 1 <= entry.vocab_size <= LARGEST_VOCABULARY
             and all(1 <= width <= _WIDEST_ROW for width in widths)
             and entry.num_quantizers >= 1
-            and entry.layout in LAYOUT_OF_WIRE
+            and entry.layout in LAYOUT_OF_NUMBER
         ):
             described = " ".join(str(entry).split())
             raise ProtocolError(f"the server lists a codebook that cannot be: {described[:500]}", target=self._target)
@@ -83,7 +73,7 @@ class ListRequest(Request):
             code_dim=entry.code_dim,
             output_dim=entry.output_dim,
             num_quantizers=entry.num_quantizers,
-            layout=LAYOUT_OF_WIRE[entry.layout],
+            layout=LAYOUT_OF_NUMBER[entry.layout],
         )
 
 

@@ -1,14 +1,16 @@
-"""Converts arrays to payloads (raw little-endian bytes in C order) and back, for client and server."""
+"""Arrays on the wire, for client and server: payloads (raw little-endian bytes in C order), and numbers of layouts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
 from vqserve import dtypes
+from vqserve.layout import Layout
 from vqserve.v1 import tokenizer_pb2 as pb
 
 # A message has at most this many bytes beside its payload and the codebook's name: digest, shape, statistics, tags.
@@ -20,6 +22,15 @@ _MOST_AXES = 32
 _NUMPY = {number: dtype.storage for number, dtype in dtypes.BY_NUMBER.items()}
 LATENT_DTYPES = frozenset(dtype.number for dtype in dtypes.LATENTS)
 INDEX_DTYPES = frozenset(dtype.number for dtype in dtypes.INDICES)
+# None: the codebook's default.
+LAYOUT_OF_NUMBER: Mapping[int, Layout | None] = MappingProxyType(
+    {
+        pb.LAYOUT_UNSPECIFIED: None,
+        pb.LAYOUT_CHANNELS_FIRST: Layout.CHANNELS_FIRST,
+        pb.LAYOUT_CHANNELS_LAST: Layout.CHANNELS_LAST,
+    }
+)
+NUMBER_OF_LAYOUT = MappingProxyType({layout: number for number, layout in LAYOUT_OF_NUMBER.items()})
 
 
 class PayloadError(ValueError):

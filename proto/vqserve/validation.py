@@ -232,11 +232,12 @@ def check_indices_shape(
             many indices, or a size overflows.
     """
     wanted = check_num_quantizers(num_quantizers, available=info.num_quantizers)
-    check_indices_rank(len(shape), LATENT_RANKS if info.has_stages else INDEX_RANKS)
+    has_stages = info.has_stages
+    check_indices_rank(len(shape), LATENT_RANKS if has_stages else INDEX_RANKS)
     if math.prod([length or 1 for length in shape]) * max(info.output_dim, info.code_dim) > _MAX_ELEMENTS:
         raise InvalidShape(f"indices of shape {tuple(shape)} decode to more than can be held", array="indices")
-    resolved = resolve_layout(len(shape) + (not info.has_stages), parse_layout(layout), info.layout)
-    if info.has_stages:
+    resolved = resolve_layout(len(shape) + (not has_stages), parse_layout(layout), info.layout)
+    if has_stages:
         check_stages(shape, resolved, wanted=wanted, available=info.num_quantizers)
     return resolved
 

@@ -14,13 +14,6 @@ from vqserve.layout import Layout, wrong_rank
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import not_indices, not_latents
 
-_LAYOUTS: dict[int, Layout | None] = {
-    pb.LAYOUT_UNSPECIFIED: None,
-    pb.LAYOUT_CHANNELS_FIRST: Layout.CHANNELS_FIRST,
-    pb.LAYOUT_CHANNELS_LAST: Layout.CHANNELS_LAST,
-}
-_LAYOUT_NUMBERS = {layout: number for number, layout in _LAYOUTS.items()}
-
 MessageT = TypeVar("MessageT", bound=Message)
 
 
@@ -59,7 +52,7 @@ def layout_of(number: int) -> Layout | None:
         InvalidOption: the enum has no such number.
     """
     try:
-        return _LAYOUTS[number]
+        return payload.LAYOUT_OF_NUMBER[number]
     except KeyError:
         raise InvalidOption(f"unknown {{option}} {number}", option="layout") from None
 
@@ -145,5 +138,5 @@ def codebook_message(info: CodebookInfo) -> pb.CodebookInfo:
         code_dim=info.code_dim,
         output_dim=info.output_dim,
         num_quantizers=info.num_quantizers,
-        layout=_LAYOUT_NUMBERS[info.layout],  # type: ignore[arg-type]
+        layout=payload.NUMBER_OF_LAYOUT[info.layout],  # type: ignore[arg-type]
     )

@@ -22,6 +22,7 @@ from typing import Any
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
+from vqserve.error_wire import REQUEST_ID_KEY
 from vqserve_server.console import event
 from vqserve_server.engine import BatchFailed
 from vqserve_server.errors import InvalidArgument, Overloaded
@@ -29,7 +30,6 @@ from vqserve_server.rpc.status import Status, status_of
 
 # What a call above the limit is asked to wait; the server cannot know when another call will end.
 _RETRY_AFTER_S = 1.0
-REQUEST_ID_KEY = "vqserve-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 # gRPC represents "no deadline" by one that is centuries away.
 _NO_DEADLINE_S = 1e9
