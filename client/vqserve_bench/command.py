@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 
 from vqserve.codebook_info import CodebookInfo
+from vqserve.errors import VqserveError
 from vqserve_bench import arguments
 from vqserve_bench.arguments import add_arguments
 from vqserve_bench.job import Job
@@ -25,7 +26,6 @@ from vqserve_bench.workload import Workload, grid_text
 from vqserve_client.catalogue import Pin
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig
-from vqserve_client.errors import VqserveError
 from vqserve_client.npy import check_output
 
 __all__ = ["add_arguments", "run"]

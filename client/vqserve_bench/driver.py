@@ -20,13 +20,13 @@ from typing import Any
 
 import grpc
 
+from vqserve.errors import DeadlineExceeded
 from vqserve_bench.job import Job
 from vqserve_bench.load import Closed, Open, gaps
 from vqserve_bench.request import Request
 from vqserve_bench.transport import Send, stream, unary
 from vqserve_bench.window import Recorder, Window, clock, failure
 from vqserve_client.channel import channel_options
-from vqserve_client.errors import DeadlineExceeded
 from vqserve_client.requests import Deadline
 
 # Without it every caller would send thousands of requests per second to a server that rejects them at once.

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from vqserve.errors import VqserveError
 from vqserve_bench.driver import drive, run_loop
 from vqserve_bench.job import Job
 from vqserve_bench.trial import Trial
 from vqserve_bench.window import Window, side_by_side
-from vqserve_client.errors import VqserveError
 
 
 def run_in_processes(jobs: Sequence[Job], trial: Trial) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from vqserve import payload
 from vqserve.codebook_info import CodebookInfo
 from vqserve.dtypes import BY_NUMBER, LatentDTypeName
-from vqserve.errors import of_file
+from vqserve.errors import InvalidArgument, InvalidShape, of_file
 from vqserve.layout import channel_axis, parse_layout, resolve_layout
 from vqserve.types import LayoutName
 from vqserve.v1 import tokenizer_pb2 as pb
@@ -23,7 +23,6 @@ from vqserve_client.arrays import Array, ArrayInput, indices_input, latents_inpu
 from vqserve_client.calls import DecodeCall, EncodeCall
 from vqserve_client.catalogue import Pin
 from vqserve_client.config import ClientConfig, call_options, decode_options
-from vqserve_client.errors import InvalidArgument, InvalidShape
 from vqserve_client.npy import open_array
 
 Grid = tuple[int, ...]

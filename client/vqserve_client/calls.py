@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 
 from vqserve import payload, wire
 from vqserve.codebook_info import CodebookInfo
+from vqserve.errors import InvalidArgument, MessageTooLarge, ProtocolError, VqserveError
 from vqserve.layout import Layout, first_channels, indices_shape, latents_shape
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import check_num_quantizers
@@ -33,7 +34,6 @@ from vqserve_client.arrays import (
 )
 from vqserve_client.catalogue import Pin
 from vqserve_client.config import CallOptions, ClientConfig
-from vqserve_client.errors import InvalidArgument, MessageTooLarge, ProtocolError, VqserveError
 from vqserve_client.requests import Request
 
 # The generated stubs want enum classes that exist in the stubs only.

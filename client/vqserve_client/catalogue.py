@@ -8,10 +8,10 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from vqserve.codebook_info import CodebookInfo
+from vqserve.errors import CodebookNotFound, DigestChanged, DigestMismatch, ProtocolError, VqserveError
 from vqserve.payload import LAYOUT_OF_NUMBER
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import LARGEST_VOCABULARY, is_digest, no_codebook, wrong_digest
-from vqserve_client.errors import CodebookNotFound, DigestChanged, DigestMismatch, ProtocolError, VqserveError
 from vqserve_client.requests import Request
 
 # Channels of a row at most: more have overflowed somewhere.

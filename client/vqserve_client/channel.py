@@ -14,9 +14,9 @@ from typing import Any
 
 import grpc
 
+from vqserve.errors import Closed
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client.config import ClientConfig
-from vqserve_client.errors import Closed
 
 # A server that hangs must not block a fork forever; after this time the child may crash.
 LONGEST_WAIT_S = 10.0

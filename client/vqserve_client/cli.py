@@ -21,7 +21,7 @@ from vqserve import __version__
 from vqserve.arguments import Parser
 from vqserve.codebook_info import CodebookInfo
 from vqserve.dtypes import LATENT_NAMES
-from vqserve.errors import COMMAND_LINE, LayoutWarning
+from vqserve.errors import COMMAND_LINE, LayoutWarning, VqserveError
 from vqserve_client.arguments import (
     add_codebook,
     add_connection,
@@ -34,7 +34,6 @@ from vqserve_client.arguments import (
 )
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig
-from vqserve_client.errors import VqserveError
 from vqserve_client.npy import FileError
 from vqserve_client.transfer import Done, Progress, Task, decode_file, encode_file
 

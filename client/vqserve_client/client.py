@@ -7,12 +7,12 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from vqserve.codebook_info import CodebookInfo
+from vqserve.errors import VqserveError
 from vqserve.layout import Layout
 from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
 from vqserve_client.arrays import iterable_of_arrays
 from vqserve_client.config import CallOptions, call_options, decode_options
 from vqserve_client.core import DECODE, ENCODE, ClientBase, Operation, without_frames
-from vqserve_client.errors import VqserveError
 from vqserve_client.interrupts import SignalsDeferred, Waker
 from vqserve_client.pipeline import Pipeline
 from vqserve_client.requests import Steps

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from vqserve.codebook_info import CodebookInfo
+from vqserve.errors import CodebookNotFound, DigestMismatch, InvalidArgument, VqserveError
 from vqserve_client.arrays import ArrayInput, indices_input, joined, latents_input
 from vqserve_client.calls import ArrayCall, DecodeCall, EncodeCall
 from vqserve_client.catalogue import ListRequest, Pin, WrongDigest
 from vqserve_client.channel import Connection
 from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, CallOptions, ClientConfig
-from vqserve_client.errors import CodebookNotFound, DigestMismatch, InvalidArgument, VqserveError
 from vqserve_client.requests import Deadline, Exchange, RetryPolicy, Steps, Window
 from vqserve_client.transport import Sender, UnarySender
 

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from vqserve.errors import Closed, InvalidArgument, VqserveError
 from vqserve_client.arrays import ArrayInput
 from vqserve_client.config import CallOptions
 from vqserve_client.core import Core, Operation, Wake
-from vqserve_client.errors import Closed, InvalidArgument, VqserveError
 from vqserve_client.requests import Deadline, Steps, Window
 from vqserve_client.transport import LARGEST_STREAMED_BYTES, StreamSender
 

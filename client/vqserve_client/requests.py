@@ -18,8 +18,8 @@ from typing import TypeVar
 
 import grpc
 
+from vqserve.errors import Closed, DeadlineExceeded, ProtocolError, VqserveError
 from vqserve_client.channel import Connection
-from vqserve_client.errors import Closed, DeadlineExceeded, ProtocolError, VqserveError
 from vqserve_client.status import Failure, text_metadata
 from vqserve_client.transport import ReplyFuture, Sender, StreamFuture
 

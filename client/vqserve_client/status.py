@@ -12,8 +12,7 @@ from types import MappingProxyType
 import grpc
 
 from vqserve.error_wire import ERROR_KEY, REQUEST_ID_KEY, RETRY_AFTER_KEY, RETRY_PUSHBACK_KEY, read
-from vqserve.errors import escape
-from vqserve_client.errors import (
+from vqserve.errors import (
     AccessDenied,
     Cancelled,
     CodebookNotFound,
@@ -26,6 +25,7 @@ from vqserve_client.errors import (
     ServerError,
     Unavailable,
     VqserveError,
+    escape,
 )
 
 ERROR_OF_CODE: Mapping[grpc.StatusCode, type[VqserveError]] = MappingProxyType(

@@ -15,7 +15,7 @@ import numpy as np
 from vqserve import payload
 from vqserve.codebook_info import CodebookInfo
 from vqserve.dtypes import LatentDTypeName
-from vqserve.errors import of_file
+from vqserve.errors import DigestChanged, DigestMismatch, InvalidArgument, VqserveError, of_file
 from vqserve.layout import indices_shape, latents_shape, parse_layout
 from vqserve.types import LayoutName, OutputName
 from vqserve.validation import check_num_quantizers
@@ -34,7 +34,6 @@ from vqserve_client.arrays import (
 )
 from vqserve_client.catalogue import choose
 from vqserve_client.client import Client
-from vqserve_client.errors import DigestChanged, DigestMismatch, InvalidArgument, VqserveError
 from vqserve_client.npy import check_output, new_array, open_array
 
 # Small enough that several pieces in flight need little memory, large enough that calls cost little.

@@ -10,12 +10,12 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from vqserve.errors import StartError
 from vqserve_server import console, grpcio_release, signals
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
 from vqserve_server.engine import Engine
-from vqserve_server.errors import StartError
 from vqserve_server.network import address, check, check_unix_socket, warn_if_open
 from vqserve_server.repository import Reloader, Repository
 from vqserve_server.rpc import RpcServer

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vqserve.codebook_info import VERSION_MARK
-from vqserve_server.errors import StartError
+from vqserve.errors import StartError
 
 SUFFIX = ".safetensors"
 # Files that `vqserved import` reads. Users put them beside codebooks and expect the server to serve them.

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vqserve_server.errors import InvalidOption
+from vqserve.errors import InvalidOption
 
 
 def select_device(device: str | torch.device) -> torch.device:

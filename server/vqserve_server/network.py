@@ -8,8 +8,8 @@ import logging
 import socket
 from pathlib import Path
 
+from vqserve.errors import StartError
 from vqserve_server.console import event
-from vqserve_server.errors import StartError
 
 logger = logging.getLogger(__name__)
 

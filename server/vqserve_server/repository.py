@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vqserve.codebook_info import VERSION_MARK
+from vqserve.errors import CodebookError, CodebookFileError, VqserveError
 from vqserve_server.codebook_files import find_codebooks, latest
 from vqserve_server.codebooks import load_codebook
 from vqserve_server.console import event
-from vqserve_server.errors import CodebookError, CodebookFileError, VqserveError
 from vqserve_server.tokenizer import Tokenizer
 
 # Resolution of the times of some file systems: a file that changed this recently may change again unnoticed.

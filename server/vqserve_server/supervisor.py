@@ -16,12 +16,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vqserve.errors import StartError
 from vqserve_server import config as settings
 from vqserve_server import console, grpcio_release, signals
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
-from vqserve_server.errors import StartError
 from vqserve_server.network import reserve, warn_if_open
 
 # Environment variable with the number of a worker; it is not a setting for users.

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vqserve.errors import of_file
+from vqserve.errors import InvalidOption, InvalidShape, of_file
 from vqserve.layout import Layout, parse_layout, resolve_layout
 from vqserve.validation import not_finite, not_latents
-from vqserve_server.errors import InvalidOption, InvalidShape
 from vqserve_server.rows import channels_last
 from vqserve_server.validation import first_non_finite
 

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from vqserve.errors import InvalidOption
 from vqserve_server.codebook_files import IMPORTED, NAME, SUFFIX
-from vqserve_server.errors import InvalidOption
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

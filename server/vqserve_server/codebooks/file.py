@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy.typing as npt
 
+from vqserve.errors import CodebookError, CodebookFileError
 from vqserve_server.codebook_files import SUFFIX
 from vqserve_server.codebooks.kinds import KINDS
 from vqserve_server.codebooks.safetensors_file import ContainerError, read_header, read_tensor, unique_names, write_file
 from vqserve_server.codebooks.state import CodebookState, StateError, canonical_json
-from vqserve_server.errors import CodebookError, CodebookFileError
 from vqserve_server.quantizers import Quantizer
 
 FORMAT_VERSION = "1"

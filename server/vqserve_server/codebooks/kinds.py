@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vqserve_server.errors import CodebookError
+from vqserve.errors import CodebookError
 from vqserve_server.quantizers import (
     CosineQuantizer,
     DotQuantizer,

@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from vqserve.errors import Overloaded, VqserveError
 from vqserve_server.config import EngineConfig
-from vqserve_server.errors import Overloaded, VqserveError
 
 
 @dataclass

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vqserve.errors import InvalidArgument
 from vqserve_server.console import event
 from vqserve_server.engine.job import Job, Key, RequestTiming
-from vqserve_server.errors import InvalidArgument
 
 
 class Staging:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vqserve.codebook_info import VERSION_MARK, CodebookInfo
+from vqserve.errors import DeviceBroken, Draining
 from vqserve.validation import check_digest, no_codebook
 from vqserve_server.codebook_files import latest, version_order
 from vqserve_server.config import EngineConfig
@@ -14,7 +15,6 @@ from vqserve_server.device import wait_for_stream
 from vqserve_server.engine.admission import Admission, EngineStats
 from vqserve_server.engine.scheduler import Scheduler
 from vqserve_server.engine.worker import Worker
-from vqserve_server.errors import DeviceBroken, Draining
 
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer

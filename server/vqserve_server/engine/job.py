@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve.dtypes import LATENTS_BY_STORAGE
+from vqserve.errors import Cancelled, DeadlineExceeded, InvalidArgument
 from vqserve.layout import Layout, grid_shape
 from vqserve.types import OutputName
 from vqserve.validation import beyond_dtype
 from vqserve_server.config import EngineConfig
 from vqserve_server.console import event
 from vqserve_server.engine.copy import first_overflow, read_rows, read_tokens, write_rows, write_tokens
-from vqserve_server.errors import Cancelled, DeadlineExceeded, InvalidArgument
 
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer

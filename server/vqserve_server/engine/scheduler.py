@@ -6,10 +6,10 @@ import threading
 import time
 from collections import OrderedDict, deque
 
+from vqserve.errors import VqserveError
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine.batch import Batch
 from vqserve_server.engine.job import Job, Key
-from vqserve_server.errors import VqserveError
 
 
 class JobQueue:

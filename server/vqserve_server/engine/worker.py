@@ -7,12 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 
+from vqserve.errors import DeviceBroken, InvalidArgument
 from vqserve_server.console import event
 from vqserve_server.device import DeviceStreams, is_device_failure, wait_for_stream
 from vqserve_server.engine.admission import EngineStats
 from vqserve_server.engine.batch import Batch, BatchFailed, Staging
 from vqserve_server.engine.scheduler import Scheduler
-from vqserve_server.errors import DeviceBroken, InvalidArgument
 
 logger = logging.getLogger(__name__)
 

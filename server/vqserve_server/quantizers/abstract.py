@@ -9,9 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vqserve.errors import rows_placed
+from vqserve.errors import CodebookError, rows_placed
 from vqserve.validation import check_indices_rank
-from vqserve_server.errors import CodebookError
 from vqserve_server.quantizers.inference.lookup import CodeSearch, FrozenLookup, Table
 from vqserve_server.quantizers.objective import SearchProblem
 from vqserve_server.quantizers.projections import on_device

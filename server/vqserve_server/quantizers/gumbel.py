@@ -10,8 +10,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vqserve.errors import InvalidOption
 from vqserve.layout import channel_axis
-from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers.abstract import AbstractQuantizer
 from vqserve_server.quantizers.arguments import (
     CODE_DIM,

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vqserve.errors import CodebookError
 from vqserve_server import search
-from vqserve_server.errors import CodebookError
 
 # Far more than the roundings of a sum of any length that fits a codebook.
 _FLOAT64_ROOM = 2.0**-30

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqserve_server.errors import InvalidShape
+from vqserve.errors import InvalidShape
 from vqserve_server.quantizers.tensors import check_integers, check_size, checked_indices
 
 

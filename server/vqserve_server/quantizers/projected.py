@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vqserve_server.errors import CodebookError
+from vqserve.errors import CodebookError
 from vqserve_server.quantizers.arguments import CODE_DIM, CODES, INPUT_DIM, OUTPUT_PROJECTION, Argument, number
 from vqserve_server.quantizers.projections import ProjectedModule, projection
 from vqserve_server.quantizers.tensors import (

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from vqserve_server.errors import CodebookError, TokenBeyondRange
+from vqserve.errors import CodebookError, TokenBeyondRange
 from vqserve_server.quantizers.tensors import check_size, widen
 from vqserve_server.search.rounding import affine
 

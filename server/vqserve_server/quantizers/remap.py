@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from vqserve_server.errors import IndexOutOfRange, InvalidArgument, InvalidDtype, InvalidOption, InvalidShape
+from vqserve.errors import IndexOutOfRange, InvalidArgument, InvalidDtype, InvalidOption, InvalidShape
 from vqserve_server.quantizers.tensors import check_integers, check_size, checked_indices
 
 Remap: TypeAlias = str | os.PathLike[str] | npt.ArrayLike | Tensor

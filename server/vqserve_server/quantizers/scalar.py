@@ -13,9 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vqserve.errors import rows_placed
+from vqserve.errors import InvalidOption, rows_placed
 from vqserve.validation import LARGEST_VOCABULARY, check_indices_rank
-from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers.arguments import (
     FLAG,
     LAYOUT,

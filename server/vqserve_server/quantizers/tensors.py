@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vqserve.dtypes import LATENTS, of_torch, round_to_odd
+from vqserve.errors import InvalidOption, InvalidShape
 from vqserve.layout import Layout, grid_shape, num_rows, resolve_layout
 from vqserve.validation import check_channels, not_an_index, not_finite, not_indices, not_latents
 from vqserve_server import rows as token_rows
-from vqserve_server.errors import InvalidOption, InvalidShape
 
 _INTEGER_DTYPES = (
     torch.uint8,

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from vqserve import layout, payload, wire
 from vqserve.codebook_info import CodebookInfo
 from vqserve.dtypes import BY_NUMBER
+from vqserve.errors import InvalidDtype, InvalidOption
 from vqserve.layout import LATENT_RANKS, Layout, first_channels
 from vqserve.types import OutputName
 from vqserve.v1 import tokenizer_pb2 as pb
@@ -26,7 +27,6 @@ from vqserve.validation import (
     check_num_quantizers,
 )
 from vqserve_server.engine import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, LiveSet
-from vqserve_server.errors import InvalidDtype, InvalidOption
 from vqserve_server.rpc.messages import (
     check_dtype,
     check_index_dtype,

@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any, Protocol
 
 from vqserve import wire
+from vqserve.errors import Draining
 from vqserve_server.engine import Engine, Job
-from vqserve_server.errors import Draining
 from vqserve_server.rpc.headers import HeaderCache, RequestHeader
 from vqserve_server.rpc.transport import Call
 

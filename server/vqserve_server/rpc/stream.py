@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from vqserve_server.errors import Draining, Overloaded
+from vqserve.errors import Draining, Overloaded
 from vqserve_server.rpc.headers import HeaderCache
 from vqserve_server.rpc.request import Request, Requests
 from vqserve_server.rpc.transport import Call

@@ -23,9 +23,9 @@ import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from vqserve.error_wire import REQUEST_ID_KEY
+from vqserve.errors import InvalidArgument, Overloaded
 from vqserve_server.console import event
 from vqserve_server.engine import BatchFailed
-from vqserve_server.errors import InvalidArgument, Overloaded
 from vqserve_server.rpc.status import Status, status_of
 
 # What a call above the limit is asked to wait; the server cannot know when another call will end.

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from vqserve_server.errors import InvalidOption
+from vqserve.errors import InvalidOption
 from vqserve_server.search import native, triton
 from vqserve_server.search.denormals import denormals_enabled
 from vqserve_server.search.searcher import MergedSearcher, Objective, Searcher, first_of_equals

@@ -14,13 +14,13 @@ import torch
 
 from vqserve import dtypes
 from vqserve.codebook_info import CodebookInfo
+from vqserve.errors import Closed, VqserveError
 from vqserve.layout import Layout
 from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
 from vqserve.validation import check_digest, check_digest_form, no_codebook
 from vqserve_server.codebooks import codebook_digest, load_codebook
 from vqserve_server.codebooks.kinds import kind_of
 from vqserve_server.device import select_device, to_device, to_host
-from vqserve_server.errors import Closed, VqserveError
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.inference.base import FrozenQuantizer, freeze
 from vqserve_server.tokenizer.arrays import (

@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 
 from vqserve import dtypes
+from vqserve.errors import ForeignCheckpointError
 from vqserve_server.codebooks.safetensors_file import (
     NUMPY_DTYPES,
     ContainerError,
@@ -33,7 +34,6 @@ from vqserve_server.codebooks.safetensors_file import (
     read_header,
     read_tensor,
 )
-from vqserve_server.errors import ForeignCheckpointError
 
 # Far more than the largest known codebook: 2^18 codes of width 256 are 256 MiB.
 MAX_ARRAY_BYTES = 4 << 30

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqserve import __version__
+from vqserve.errors import ForeignCheckpointError
 from vqserve_server.codebooks.kinds import KINDS
 from vqserve_server.codebooks.state import CodebookState, StateError
-from vqserve_server.errors import ForeignCheckpointError
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.search.searcher import first_of_equals
 from vqserve_tools.importing.families import FAMILIES, Family, bare, fsq, lfq, taming

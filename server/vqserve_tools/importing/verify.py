@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vqserve.errors import ForeignCheckpointError, InvalidArgument
 from vqserve.layout import grid_shape
-from vqserve_server.errors import ForeignCheckpointError, InvalidArgument
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.inference.residual import FrozenPart
 from vqserve_server.quantizers.inference.scalar import Channel

@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vqserve.errors import of_file
+from vqserve.errors import InvalidOption, of_file
 from vqserve.layout import Layout
 from vqserve_server.codebooks import load_codebook
-from vqserve_server.errors import InvalidOption
 from vqserve_tools.inspection.inspection import inspect
 from vqserve_tools.inspection.plot import check_plot, draw
 from vqserve_tools.inspection.text import as_text

@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vqserve.errors import rows_placed
+from vqserve.errors import InvalidShape, rows_placed
 from vqserve.validation import check_channels
-from vqserve_server.errors import InvalidShape
 from vqserve_server.quantizers import FrozenQuantizer, Quantizer, freeze
 from vqserve_server.search import SearchCounts
 from vqserve_tools.inspection.comparison import Comparison

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve.codebook_info import of_stages
-from vqserve_server.errors import InvalidOption
+from vqserve.errors import InvalidOption
 from vqserve_tools.inspection.error import ErrorTally
 from vqserve_tools.inspection.fit import UsageTally
 from vqserve_tools.inspection.inspection import Inspection

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vqserve.dtypes import LATENTS
-from vqserve_server.errors import CodebookError, NonFiniteLatents
+from vqserve.errors import CodebookError, NonFiniteLatents
 from vqserve_server.quantizers import FrozenQuantizer, Quantizer, freeze
 from vqserve_server.quantizers.tensors import narrow
 

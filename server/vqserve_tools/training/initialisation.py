@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vqserve_server.errors import InvalidShape
+from vqserve.errors import InvalidShape
 from vqserve_tools.latent_file import LatentRows
 from vqserve_tools.progress import progress_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from vqserve_server.errors import InvalidOption
+from vqserve.errors import InvalidOption
 from vqserve_tools.flags import option
 
 KINDS = ("ema", "vq")

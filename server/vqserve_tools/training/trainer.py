@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vqserve.errors import InvalidOption
 from vqserve_server.device import select_device
-from vqserve_server.errors import InvalidOption
 from vqserve_server.quantizers import AbstractQuantizer, measure_perplexity
 from vqserve_server.search import prepare
 from vqserve_tools.latent_file import LatentRows

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vqserve.dtypes import to_numpy, to_torch
+from vqserve.errors import CodebookError
 from vqserve.types import OutputName
 from vqserve.validation import check_output
-from vqserve_server.errors import CodebookError
 from vqserve_server.quantizers.inference.base import FrozenQuantizer, probe_ids
 from vqserve_server.quantizers.objective import SearchProblem
 from vqserve_server.quantizers.projections import Projection, project

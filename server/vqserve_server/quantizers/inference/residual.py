@@ -10,9 +10,9 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from vqserve.errors import CodebookError, InvalidOption, TokenBeyondRange
 from vqserve.types import OutputName
 from vqserve.validation import check_output
-from vqserve_server.errors import CodebookError, InvalidOption, TokenBeyondRange
 from vqserve_server.quantizers.inference.base import FrozenQuantizer
 from vqserve_server.quantizers.inference.lookup import FrozenLookup
 from vqserve_server.quantizers.projections import Projection, largest_projected, project

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vqserve.errors import CodebookError, InvalidOption
 from vqserve.types import OutputName
 from vqserve.validation import check_output
-from vqserve_server.errors import CodebookError, InvalidOption
 from vqserve_server.quantizers.inference.base import FrozenQuantizer, probe_ids
 from vqserve_server.quantizers.projections import Projection, largest_projected, on_device, project
 from vqserve_server.quantizers.tensors import autocast_off

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vqserve_server.errors import InvalidArgument
+from vqserve.errors import InvalidArgument
 from vqserve_server.search.native.codebook import NativeCodebook
 from vqserve_server.search.native.library import levels, load
 from vqserve_server.search.searcher import Objective, OnDemand, SearchCounts, Searcher

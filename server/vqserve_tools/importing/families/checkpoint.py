@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vqserve_server.errors import ForeignCheckpointError
+from vqserve.errors import ForeignCheckpointError
 from vqserve_server.search import rounding
 from vqserve_server.validation import first_non_finite
 from vqserve_tools.importing.foreign import ForeignArray

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vqserve_server.errors import ForeignCheckpointError
+from vqserve.errors import ForeignCheckpointError
 from vqserve_tools.importing.families.checkpoint import Checkpoint
 from vqserve_tools.importing.families.family import Reading
 from vqserve_tools.importing.families.options import Options

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vqserve_server.errors import ForeignCheckpointError
+from vqserve.errors import ForeignCheckpointError
 from vqserve_server.quantizers.scalar import MAX_BITS, BitOrder
 from vqserve_tools.importing.families.checkpoint import Checkpoint, layer_names, places_of
 from vqserve_tools.importing.families.family import Family, Reading

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+from vqserve.errors import ForeignCheckpointError
 from vqserve.layout import Layout
 from vqserve_server.codebooks.kinds import KINDS
-from vqserve_server.errors import ForeignCheckpointError
 from vqserve_server.quantizers.arguments import check_unknown_index
 from vqserve_server.quantizers.fsq_boundaries import Bound
 from vqserve_server.quantizers.quantizer import Metric
