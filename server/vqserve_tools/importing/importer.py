@@ -19,7 +19,7 @@ from vqserve_tools.importing.families.checkpoint import Checkpoint, listed, plac
 from vqserve_tools.importing.families.family import Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.taming import CODES, WRAPPERS
-from vqserve_tools.importing.foreign import UNNAMED, ForeignArray, open_foreign
+from vqserve_tools.importing.files import UNNAMED, ForeignArray, open_foreign
 
 # Readers of the kinds that need no checkpoint; a checkpoint may have projections of them.
 _WITHOUT_CODES = {"fsq": fsq.read, "lfq": lfq.read}

@@ -27,7 +27,7 @@ from vqserve_server.quantizers.projections import Projection, project
 from vqserve_server.quantizers.residual import ResidualPart
 from vqserve_server.quantizers.tensors import from_rows, layout_of, to_rows, widen
 from vqserve_server.search import Objective
-from vqserve_tools.importing.foreign import UNNAMED, open_foreign
+from vqserve_tools.importing.files import UNNAMED, open_foreign
 
 # Error bound of a float32 sum of products whose factors have norm 1, for up to some hundred terms.
 _LOSS = 2.0**-20

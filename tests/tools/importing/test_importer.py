@@ -21,8 +21,9 @@ from vqserve_server.codebooks import codebook_digest, load_codebook, save_codebo
 from vqserve_server.errors import ForeignCheckpointError
 from vqserve_server.quantizers import VectorQuantizer, legacy_weight_norm_names
 from vqserve_tools import cli
-from vqserve_tools.importing import commands, foreign
+from vqserve_tools.importing import commands
 from vqserve_tools.importing.families.options import Options
+from vqserve_tools.importing.files import foreign_array
 from vqserve_tools.importing.importer import import_checkpoint
 from vqserve_tools.inspection import commands as inspection_commands
 
@@ -719,7 +720,7 @@ def test_an_npz_of_the_second_version(tmp_path, capsys):
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt", ".npy"])
 def test_arrays_beyond_the_limit_are_not_unpacked(tmp_path, capsys, monkeypatch, suffix):
     # A zip bomb is honest about its size: the limit stops it, here a small one.
-    monkeypatch.setattr(foreign, "MAX_ARRAY_BYTES", 1000)
+    monkeypatch.setattr(foreign_array, "MAX_ARRAY_BYTES", 1000)
     codes = np.zeros((100, 4), np.float32)
     source = write(tmp_path / f"c{suffix}", codes if suffix == ".npy" else {"a": codes})
     key = [] if suffix == ".npy" else ["--key", "a"]

@@ -8,7 +8,7 @@ from vqserve_tools.importing.families.checkpoint import Checkpoint, Floats, shap
 from vqserve_tools.importing.families.family import Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Chain, Stage, residual, single
-from vqserve_tools.importing.foreign import UNNAMED
+from vqserve_tools.importing.files import UNNAMED
 
 _WHY = "some models search by distance, some by cosine, some by dot product"
 

@@ -18,7 +18,7 @@ import torch
 from vqserve.errors import ForeignCheckpointError
 from vqserve_server.search import rounding
 from vqserve_server.validation import first_non_finite
-from vqserve_tools.importing.foreign import ForeignArray
+from vqserve_tools.importing.files import ForeignArray
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 

@@ -12,7 +12,7 @@ from vqserve_tools.importing.families.checkpoint import LAYER_NAMES, Checkpoint,
 from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Chain, Stage, residual
-from vqserve_tools.importing.foreign import ForeignArray
+from vqserve_tools.importing.files import ForeignArray
 
 _ANCHOR = re.compile(r"((?:.*\.)?)quantizers\.(\d+)\.codebook\.weight")
 _LAYERS = ("in_proj", "out_proj")

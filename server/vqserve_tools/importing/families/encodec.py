@@ -12,7 +12,7 @@ from vqserve_tools.importing.families.checkpoint import Checkpoint, layer_names,
 from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Chain, Stage, residual
-from vqserve_tools.importing.foreign import ForeignArray
+from vqserve_tools.importing.files import ForeignArray
 
 # The codebook of a stage is named _codebook in original files, codebook in files of transformers.
 _ANCHOR = re.compile(r"((?:.*\.)?)layers\.\d+\.(_codebook|codebook)\.embed")

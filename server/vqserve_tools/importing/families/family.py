@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from vqserve_tools.importing.families.checkpoint import Checkpoint
 from vqserve_tools.importing.families.options import Options
-from vqserve_tools.importing.foreign import ForeignArray
+from vqserve_tools.importing.files import ForeignArray
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from vqserve_server.codebooks.state import USED
 from vqserve_tools.importing.families.checkpoint import Checkpoint, places_of
 from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.options import Options
-from vqserve_tools.importing.foreign import ForeignArray
+from vqserve_tools.importing.files import ForeignArray
 
 _CODES, _PROJECTION, _BIAS = "embed.weight", "proj.weight", "proj.bias"
 

@@ -14,7 +14,7 @@ from vqserve_tools.importing.families.checkpoint import Checkpoint, layer_names,
 from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import projections_to
-from vqserve_tools.importing.foreign import ForeignArray
+from vqserve_tools.importing.files import ForeignArray
 
 _MASK = "mask"
 _NAMES = frozenset({_MASK} | layer_names(("project_in", "project_out")))

@@ -13,7 +13,7 @@ from vqserve_tools.importing.families.checkpoint import Checkpoint, places_of
 from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Stage, single
-from vqserve_tools.importing.foreign import ForeignArray
+from vqserve_tools.importing.files import ForeignArray
 
 _USAGE = "codebook_used"
 

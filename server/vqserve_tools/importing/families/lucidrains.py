@@ -22,7 +22,7 @@ from vqserve_tools.importing.families.checkpoint import (
 from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Chain, Stage, residual, single
-from vqserve_tools.importing.foreign import ForeignArray
+from vqserve_tools.importing.files import ForeignArray
 
 _NAME = "vector-quantize-pytorch"
 _ANCHOR = re.compile(r"((?:.*?\.)??)((?:rvqs\.\d+\.)?(?:layers\.\d+\.)?_codebook\.)embed")

@@ -14,7 +14,7 @@ from vqserve_tools.importing.families.checkpoint import Checkpoint, Floats, laye
 from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Chain, Stage, residual
-from vqserve_tools.importing.foreign import ForeignArray
+from vqserve_tools.importing.files import ForeignArray
 
 # The two parts, and the names of their stages and codebooks: in moshi, then in transformers.
 _MODULES = (

@@ -16,7 +16,7 @@ from vqserve_tools.importing.families.checkpoint import Checkpoint, Floats, laye
 from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Chain, Stage, residual, single
-from vqserve_tools.importing.foreign import ForeignArray
+from vqserve_tools.importing.files import ForeignArray
 
 _ANCHOR = re.compile(r"((?:.*?\.)??)(?:layers\.\d+\.)?frozen_codebook")
 _NAMES = frozenset({"frozen_codebook"} | layer_names(["code_transform"]))

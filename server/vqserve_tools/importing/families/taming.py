@@ -17,7 +17,7 @@ from vqserve_tools.importing.families.checkpoint import Checkpoint, Layer, layer
 from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Stage, single
-from vqserve_tools.importing.foreign import ForeignArray
+from vqserve_tools.importing.files import ForeignArray
 
 _DIRECTIONS = (*(name for name in LEGACY_NAMES if LEGACY_NAMES[name] == DIRECTION), DIRECTION)
 # Names that indicate a codebook.
