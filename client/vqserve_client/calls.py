@@ -87,8 +87,9 @@ class ArrayCall(ABC):
         rows = self.rows_within(config.max_message_bytes)
         if rows < 1:
             raise MessageTooLarge(
-                "one token takes {} bytes in the request and {} in the reply, more than a ".format(*self.row_bytes)
-                + f"message of {config.max_message_bytes} bytes has room for",
+                "one token takes {} bytes in the request and {} in the reply, ".format(*self.row_bytes)
+                + f"more than the client's limit of {config.max_message_bytes} bytes for a message has room for",
+                hint="set a larger {max_message_bytes=}",
                 target=config.target,
                 codebook=info.name,
                 option="max_message_bytes",

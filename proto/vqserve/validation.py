@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate, takewhile
 from numbers import Integral, Number
 
 import numpy as np
@@ -23,6 +24,7 @@ from vqserve.errors import (
     InvalidShape,
     NonFiniteLatents,
     NotAnArray,
+    TokenBeyondRange,
     escape,
     quoted,
 )
@@ -37,6 +39,8 @@ OUTPUTS = ("latents", "code_rows")
 _MAX_ELEMENTS = (1 << 63) // 8
 # An error text quotes at most this much of a name or a digest that a caller sent.
 _QUOTED_CHARACTERS = 80
+# Characters of a list of names in an error text; status details hold 1024.
+_LONGEST_LIST = 700
 _DIGEST_CHARACTERS = 64
 
 
@@ -152,13 +156,21 @@ def no_codebook(name: str | None, served: Sequence[str], *, num_codebooks: int) 
         served: names of all served codebooks.
         num_codebooks: number of served codebooks; versions of one count once.
     """
-    names = escape(", ".join(served))
+    names = _listed(served)
     if not served:
         return CodebookNotFound("no codebook is served", codebook=name)
     if not name:
         return CodebookNotFound(f"{num_codebooks} codebooks are served, choose one with {{codebook=}}: {names}")
     shown = name[:_QUOTED_CHARACTERS]
     return CodebookNotFound(f"no codebook {escape(repr(shown))} is served, only: {names}", codebook=shown)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names for a template, only the first ones if there are many."""
+    ends = accumulate(len(name) + 2 for name in names)
+    count = max(1, sum(1 for _ in takewhile(lambda end: end <= _LONGEST_LIST, ends)))
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return escape(", ".join(names[:count])) + more
 
 
 # Shapes.
@@ -337,13 +349,20 @@ def not_finite(position: Sequence[int], value: float, *, as_float32: bool = Fals
         value: the value.
         as_float32: whether the value is finite but becomes infinite in float32.
     """
-    beyond = ", beyond float32's range" if as_float32 else ""
-    return NonFiniteLatents(f"{{where}} is {value}{beyond}", array="latents", position=position)
+    if as_float32:
+        text, hint = f"{{where}} is {value}, beyond float32's range", TokenBeyondRange.hint
+        return NonFiniteLatents(text, array="latents", position=position, hint=hint)
+    return NonFiniteLatents(f"{{where}} is {value}", array="latents", position=position)
 
 
 def not_an_index(position: Sequence[int] | None, value: int, decodable: int) -> IndexOutOfRange:
     """Return the error for an index that is not in [0, decodable)."""
-    return IndexOutOfRange(f"{{where}} is {value}, not in [0, {decodable})", array="indices", position=position)
+    return IndexOutOfRange(
+        f"{{where}} is {value}, not in [0, {decodable})",
+        array="indices",
+        position=position,
+        hint="are the indices from this codebook?",
+    )
 
 
 def beyond_dtype(row: int, dtype: str, *, has_stages: bool) -> InvalidOption:

@@ -19,9 +19,9 @@ from types import MappingProxyType
 from vqserve import __version__
 from vqserve.arguments import Parser
 from vqserve.errors import COMMAND_LINE, VqserveError
+from vqserve.text import printable
 from vqserve_server import config as settings
 from vqserve_server import signals, supervisor
-from vqserve_server.console import printable
 
 # What the extra `server` brings; without it the client still works.
 _EXTRA = frozenset({"einops", "grpc_reflection", "torch"})

@@ -127,7 +127,7 @@ def test_errors_name_flags_where_the_sdk_names_options(vqserve, tiny, serve_tiny
     assert "2 codebooks are served, choose one with --codebook: a, b (server" in err
     assert "lists what is served" not in err
     tiny.script.append(failing("RESOURCE_EXHAUSTED", "Received message larger than max (9 vs. 4)"))
-    assert "set a larger --max-message-bytes on client and server" in vqserve("encode", source, "-o", middle)[2]
+    assert "set a larger --max-message-bytes on both" in vqserve("encode", source, "-o", middle)[2]
     assert "pin that digest with --digest" in vqserve("encode", source, "-o", middle, "--digest", "0" * 64)[2]
     np.save(source, np.zeros((2, 3, 3, 4), np.float32))
     assert "should it be --layout channels_last?" in vqserve("encode", source, "-o", middle)[2]
@@ -139,7 +139,10 @@ def test_errors_name_flags_where_the_sdk_names_options(vqserve, tiny, serve_tiny
 def test_a_server_that_takes_small_messages_only(vqserve, tiny, serve_tiny, codes, files):
     source, middle, _ = files
     small = serve_tiny(codes("small"), **{"grpc.max_receive_message_length": 20_000})
-    assert vqserve("encode", source, "-o", middle, "--target", small.target)[0] == 1
+    status, _, err = vqserve("encode", source, "-o", middle, "--target", small.target)
+    assert status == 1
+    assert "larger than the server's limit of 20000 bytes" in err
+    assert "set --max-message-bytes 20000 in the client, or start the server" in err
     assert vqserve("encode", source, "-o", middle, "--target", small.target, "--max-message-bytes", 20_000)[0] == 0
     with Client(tiny.target) as client:
         assert (np.load(middle) == client.encode(np.load(source))).all()

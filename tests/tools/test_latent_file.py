@@ -75,8 +75,11 @@ def test_the_first_bad_value_is_named_by_its_place_in_the_array(
     rows = LatentRows(array)
     rows.check_finite()
     array[4, 2, 1, 3] = array[6, 0, 0, 0] = value
-    with pytest.raises(NonFiniteLatents, match=rf"latents\[4, 2, 1, 3\] is .*{text.removeprefix('is ')}"):
+    with pytest.raises(NonFiniteLatents, match=rf"latents\[4, 2, 1, 3\] is .*{text.removeprefix('is ')}") as caught:
         rows.check_finite()
+    assert caught.value.advice() == (
+        "scale the latents down" if value == 1e300 else "no code stands for it, find out where it comes from"
+    )
 
 
 @pytest.mark.timeout(20)

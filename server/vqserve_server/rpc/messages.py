@@ -122,7 +122,11 @@ def check_reply_size(nbytes: int, limit: int) -> None:
     most = limit - payload.ENVELOPE_BYTES
     if nbytes > most:
         raise MessageTooLarge(
-            f"the reply would be {nbytes} bytes and a message holds {most}: send fewer tokens at once"
+            f"the reply would have {nbytes} bytes, and the server's limit of {limit} has room for {most}",
+            option="max_message_bytes",
+            suggestion={"max_message_bytes": limit},
+            hint="send fewer tokens at once (the SDK does with {suggestion}), or start the server with a larger "
+            "--max-message-bytes",
         )
 
 
