@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig, check_digest, check_timeout
+from vqserve.validation import check_digest_form, check_timeout
+from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig
 
 LAYOUTS = ("channels_first", "channels_last")
 
@@ -110,7 +111,7 @@ def new_file(text: str) -> Path:
 def digest(text: str) -> str:
     """Return a codebook's digest."""
     try:
-        check_digest(text)
+        check_digest_form(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{error}: `vqserve codebooks --json` has them") from None
     return text

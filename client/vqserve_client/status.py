@@ -119,7 +119,7 @@ class Failure:
         """Return the error: the server's own, with all its fields, where it sent one that can be read."""
         error = read(self.metadata.get(ERROR_KEY), code=self.code.name)
         if error is None or not error.template:
-            explained = self._explained()
+            explained = self.explained()
             # An entry without its text still has the reason and the position.
             error = explained if error is None else error.with_fields(template=explained.template, hint=explained.hint)
         error.code = self.code.name
@@ -132,7 +132,7 @@ class Failure:
             error.retry_after_s = self.retry_after_s
         return error
 
-    def _explained(self) -> VqserveError:
+    def explained(self) -> VqserveError:
         """Return the error for a failure without fields: in our words for what gRPC reports, else in the server's."""
         kind = self.error_class
         if self.is_unsent:

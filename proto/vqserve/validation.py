@@ -1,7 +1,8 @@
 """Checks of a caller's arrays and options, and their error texts, for client and server.
 
-The SDK checks before it sends, the server checks because other clients send too, and `Tokenizer` checks in process. The
-checks do not read the data of an array; code that does makes its errors with the functions at the end.
+The SDK checks before it sends, the server checks because other clients send too, and `Tokenizer` checks in process. Of
+these checks only `check_indices` reads the data of an array; other code that does makes its errors with the functions
+at the end.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate, takewhile
 from numbers import Integral, Number
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from vqserve.codebook_info import CodebookInfo
 from vqserve.dtypes import BY_NAME, LATENTS
@@ -111,13 +114,58 @@ def check_has_output(output: str, *, info: CodebookInfo) -> None:
         )
 
 
-def check_digest_form(digest: str) -> None:
-    """Check that a text has the form of a digest.
+def check_call(
+    *, codebook: object = None, digest: object = None, timeout: object = None, num_quantizers: object = None
+) -> None:
+    """Check the options of a call for which no codebook is known yet; None stands for an option that is not given.
 
     Raises:
+        InvalidOption: an option has a value that is not allowed.
+        TypeError: codebook, digest or timeout is of another type.
+    """
+    check_name("codebook", codebook)
+    check_digest_form(digest)
+    if timeout is not None:
+        check_timeout(timeout)
+    check_count(num_quantizers)
+
+
+def check_name(option: str, name: object) -> None:
+    """Check an optional name.
+
+    Raises:
+        TypeError: it is not a string.
+        InvalidOption: it is empty.
+    """
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"{option} must be a string, not {type(name).__name__}")
+    if name == "":
+        raise InvalidOption("{option} must not be empty", option=option)
+
+
+def check_timeout(timeout_s: object) -> float:
+    """Return a timeout, checked.
+
+    Raises:
+        TypeError: it is not a number.
+        InvalidOption: it is not above 0; infinity is.
+    """
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float):
+        raise TypeError(f"timeout must be a number of seconds, not {repr(timeout_s)[:_QUOTED_CHARACTERS]}")
+    if math.isnan(timeout_s) or timeout_s <= 0:
+        raise InvalidOption(f"{{option}} must be above 0 seconds, not {timeout_s}", option="timeout")
+    return float(timeout_s)
+
+
+def check_digest_form(digest: object) -> None:
+    """Check that an optional text has the form of a digest.
+
+    Raises:
+        TypeError: it is not a string.
         InvalidOption: it is not 64 lower-case hexadecimal digits.
     """
-    if not is_digest(digest):
+    check_name("digest", digest)
+    if isinstance(digest, str) and not is_digest(digest):
         raise InvalidOption(
             f"{{option}} must be the codebook's 64 lower-case hexadecimal digits, not {quoted(digest, 80)}",
             option="digest",
@@ -293,7 +341,33 @@ def check_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available
     raise InvalidShape(text, array="indices")
 
 
-# Errors about the elements of arrays.
+# Elements of arrays.
+
+
+def check_indices(array: npt.NDArray[np.integer[Any]], *, decodable: int) -> None:
+    """Check that indices lie in [0, decodable).
+
+    Args:
+        array: indices of any integer type and shape; they are compared without conversion, so none wraps.
+        decodable: exclusive upper bound.
+
+    Raises:
+        InvalidDtype: the array does not hold integers (bool does not count).
+        IndexOutOfRange: an index is outside; the error names the position and value of the first, and the range.
+    """
+    if array.dtype.kind not in "iu":
+        raise not_indices(array.dtype)
+    if array.size == 0:
+        return
+    low, high = int(array.min()), int(array.max())
+    if low >= 0 and high < decodable:
+        return
+    # If `decodable` does not fit the array's type, no element can exceed it.
+    outside = array < 0
+    if high >= decodable:
+        outside |= array >= np.asarray(decodable).astype(array.dtype)
+    position = tuple(int(i) for i in np.unravel_index(int(outside.argmax()), array.shape))
+    raise not_an_index(position, int(array[position]), decodable)
 
 
 def not_an_array(array: str, value: object) -> NotAnArray:

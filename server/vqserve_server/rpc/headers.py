@@ -22,6 +22,7 @@ from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import (
     INDEX_RANKS,
     check_has_output,
+    check_indices,
     check_indices_shape,
     check_latents_shape,
     check_num_quantizers,
@@ -36,7 +37,7 @@ from vqserve_server.rpc.messages import (
     layout_of,
     read,
 )
-from vqserve_server.validation import check_finite, check_indices
+from vqserve_server.validation import check_finite
 
 RequestT = TypeVar("RequestT", pb.EncodeRequest, pb.DecodeRequest)
 Array = npt.NDArray[Any]
