@@ -67,7 +67,7 @@ PUBLIC = {
     ],
 }
 # What the modules need for themselves.
-_OWN = {"TYPE_CHECKING", "annotations", "import_module", "renamed", "warn_renamed"}
+_OWN = {"TYPE_CHECKING", "annotations", "import_module", "missing_package", "renamed", "warn_renamed"}
 LIGHT = """
 import sys
 import vqserve

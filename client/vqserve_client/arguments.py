@@ -88,8 +88,13 @@ def seconds(text: str) -> float:
     """Return a positive number of seconds."""
     try:
         return check_timeout(float(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}") from None
+
+
+def seconds_or_zero(text: str) -> float:
+    """Return a number of seconds that may be 0."""
+    return 0.0 if re.fullmatch(r"0+(\.0*)?", text) else seconds(text)
 
 
 def target(text: str) -> str:

@@ -31,7 +31,7 @@ from vqserve_client.arguments import (
     add_retries,
     integer,
     new_file,
-    seconds,
+    seconds_or_zero,
 )
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig
@@ -85,7 +85,7 @@ def _parser(command: str) -> Parser:
     codebooks.add_argument("--json", action="store_true", help="as JSON, with all fields")
 
     status = _command(commands, "status", "say whether the server serves; exit 0 only if it does", _status)
-    status.add_argument("--wait", type=seconds, metavar="SECONDS", help="wait at most this long until it does")
+    status.add_argument("--wait", type=seconds_or_zero, metavar="SECONDS", help="wait at most this long until it does")
 
     for name, (text, module) in _TOOLS.items():
         tool = _command(commands, name, text, partial(_run_tool, module))
@@ -163,7 +163,7 @@ def _status(args: argparse.Namespace) -> int:
 
     connection = Connection(ClientConfig(target=args.target))
     try:
-        if args.wait is None:
+        if not args.wait:
             status = health.status(connection, timeout_s=args.timeout)
         else:
             status = health.wait_until_serving(connection, timeout_s=args.wait)

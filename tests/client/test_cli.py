@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -304,6 +305,20 @@ def test_status(vqserve, healthy):
     code, out, err = vqserve("status", "--target", "127.0.0.1:1", "--wait", "0.2")
     assert (code, out) == (1, "UNREACHABLE\n")
     assert "is the server running" in err
+    code, out, err = vqserve("status", "--target", "127.0.0.1:1", "--wait", "0")
+    assert (code, out) == (1, "")
+    assert "cannot connect to the server: " in err
+    assert "is the server running" in err
+    servicer.set("", statuses.SERVING)
+    assert vqserve("status", "--target", target, "--wait", "0") == (0, "SERVING\n", "")
+
+
+def test_status_of_what_does_not_answer(vqserve):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        code, out, err = vqserve("status", "--target", f"127.0.0.1:{silent.getsockname()[1]}", "--timeout", "0.2")
+    assert (code, out) == (1, "")
+    assert "allow more time with --timeout, or look into the server's log" in err
+    assert "vqserve status" not in err
 
 
 def test_status_waits_until_it_serves(healthy):

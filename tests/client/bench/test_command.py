@@ -116,7 +116,7 @@ def test_errors_before_anything_is_measured(bench, tiny, failing, tmp_path, monk
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, _, err = bench(tiny.target, "--plot", tmp_path / "x.png")
     assert code == 1
-    assert "without matplotlib: pip install matplotlib" in err
+    assert "without matplotlib: pip install 'vqserve[plot]'" in err
 
 
 def test_a_server_that_is_not_there(bench):

@@ -181,7 +181,7 @@ def test_without_matplotlib_it_is_named(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     status, out, err = run(capsys, book, "--plot", tmp_path / "p.png")
     assert (status, out) == (1, "")
-    assert err == "vqserved: error: p.png cannot be drawn without matplotlib: pip install matplotlib\n"
+    assert err == "vqserved: error: p.png cannot be drawn without matplotlib: pip install 'vqserve[plot]'\n"
     # It is needed for nothing else.
     assert run(capsys, book)[0] == 0
 
