@@ -29,7 +29,6 @@ def add_import_parser(subparsers: Subparsers) -> None:
     """Add the parser of `import`; its default `run` takes the parsed arguments and returns the exit status."""
     parser = subparsers.add_parser(
         "import",
-        help="make a codebook file from a foreign checkpoint or an array of codes",
         description="Make a codebook file from a foreign checkpoint or an array of codes; nothing in it is run.",
     )
     parser.add_argument(
