@@ -123,11 +123,14 @@ def check_call(
         InvalidOption: an option has a value that is not allowed.
         TypeError: codebook, digest or timeout is of another type.
     """
-    check_name("codebook", codebook)
-    check_digest_form(digest)
+    if codebook is not None:
+        check_name("codebook", codebook)
+    if digest is not None:
+        check_digest_form(digest)
     if timeout is not None:
         check_timeout(timeout)
-    check_count(num_quantizers)
+    if num_quantizers is not None:
+        check_count(num_quantizers)
 
 
 def check_name(option: str, name: object) -> None:
