@@ -340,7 +340,8 @@ def test_the_recipes(tmp_path, monkeypatch):
 
 def test_the_inspecting_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    shutil.copy(DEMO_PATH, "book.safetensors")
+    for name in ("book", "old", "new"):
+        shutil.copy(DEMO_PATH, f"{name}.safetensors")
     np.save("latents.npy", np.random.default_rng(0).standard_normal((1000, 16), dtype=np.float32))
     for line in commands("docs/inspecting.md"):
         assert COMMANDS[line[0]](line[1:]) == 0
