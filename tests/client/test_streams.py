@@ -70,7 +70,7 @@ def test_a_server_without_streams_gets_calls(tiny: Any, connect: Any, latents: A
     assert len(tiny.requests) == 24
 
 
-def test_a_failed_item_raises_in_its_turn(streaming: Any, connect: Any, failing: Any, latents: Any) -> None:
+def test_a_failed_item_raises_after_earlier_results(streaming: Any, connect: Any, failing: Any, latents: Any) -> None:
     client = connect(streaming.target)
     honest = lambda request, context, honest: honest()  # noqa: E731
     streaming.script.extend([honest] * 3 + [failing("INVALID_ARGUMENT", "bad item", vqserve_request_id="x-1")])
@@ -129,7 +129,7 @@ def test_leaving_early_cancels_the_stream(streaming: Any, connect: Any, latents:
     check(streaming, client.encode_many(items), items)
 
 
-def test_a_server_that_answers_what_nobody_asked_is_left(streaming: Any, connect: Any, latents: Any) -> None:
+def test_a_stream_with_an_unrequested_reply_is_dropped(streaming: Any, connect: Any, latents: Any) -> None:
     streaming.script.append(lambda request, context, honest: [honest(), honest(), honest()])
     items = items_of(latents, 6)
     answers = connect(streaming.target, window=1).encode_many(items)

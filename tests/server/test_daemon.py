@@ -250,7 +250,7 @@ def test_a_socket_file_is_not_taken_from_a_server_that_came_meanwhile(
         assert len(client.codebooks()) == 1
 
 
-def test_grpc_itself_refuses_a_port_in_use(serving: Callable[..., Any], folder: Path) -> None:
+def test_grpc_itself_rejects_a_port_in_use(serving: Callable[..., Any], folder: Path) -> None:
     tokenizer = Tokenizer.load(folder / "small.safetensors", device="cpu")
     port = int(serving(tokenizer).target.rpartition(":")[2])
 
@@ -504,7 +504,7 @@ def test_a_second_signal_ends_it_at_once(stubborn: Callable[..., Any]) -> None:
     assert process.returncode == 128 + signal.SIGTERM
 
 
-def test_a_caller_who_leaves_while_the_server_stops_does_not_abort_it(
+def test_a_caller_that_disconnects_while_the_server_stops_does_not_abort_it(
     vqserved: Callable[..., Any], folder: Path
 ) -> None:
     """A thread that looks at a large request has its answer when gRPC's queue is shut already."""

@@ -151,7 +151,7 @@ def test_nothing_that_starts_threads_is_imported_before_the_signal_is_kept() -> 
     assert done.stdout == "[]\n"
 
 
-def test_a_signal_between_the_loop_and_the_end_is_nobodys() -> None:
+def test_a_signal_between_the_loop_and_the_end_is_ignored() -> None:
     code = (
         "import asyncio, signal; from vqserve_server import signals\n"
         "loop = asyncio.new_event_loop(); signals.on_sighup(loop, print); loop.close()\n"
@@ -199,7 +199,7 @@ def test_the_parent_passes_it_on_to_its_workers(
 
 
 @ON_LINUX
-def test_a_worker_that_starts_meanwhile_hears_of_it_when_it_is_ready(
+def test_a_worker_that_starts_meanwhile_reloads_when_it_is_ready(
     vqserved: Callable[..., Any], put: Callable[..., Any], tmp_path: Path
 ) -> None:
     put(tmp_path / "book.safetensors")

@@ -50,7 +50,7 @@ def test_versions_are_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["0", "007", "v3", "1.2", "-1", "1 ", "³", "latest", "1234567890123456789"])
-def test_what_is_no_version_is_passed_over_aloud(tmp_path: Path, name: str) -> None:
+def test_files_that_are_no_versions_are_skipped_with_a_warning(tmp_path: Path, name: str) -> None:
     touch(
         tmp_path / "book" / "3.safetensors", tmp_path / "book" / f"{name}.safetensors", tmp_path / "book" / "notes.txt"
     )
@@ -61,13 +61,13 @@ def test_what_is_no_version_is_passed_over_aloud(tmp_path: Path, name: str) -> N
     assert f"{name}.safetensors is skipped" in text
 
 
-def test_what_begins_with_a_dot_is_passed_over(tmp_path: Path) -> None:
+def test_files_that_begin_with_a_dot_are_skipped(tmp_path: Path) -> None:
     touch(tmp_path / ".draft.safetensors", tmp_path / "..data" / "1.safetensors", tmp_path / "book" / ".9.safetensors")
     touch(tmp_path / "book" / "1.safetensors")
     assert find_codebooks([str(tmp_path)]) == Found({"book@1": tmp_path / "book" / "1.safetensors"}, [])
 
 
-def test_a_folder_without_versions_is_passed_over_aloud(tmp_path: Path) -> None:
+def test_a_folder_without_versions_is_skipped_with_a_warning(tmp_path: Path) -> None:
     touch(tmp_path / "book.safetensors", tmp_path / "sub" / "deep" / "1.safetensors", tmp_path / "notes" / "a.txt")
     # This one's file is told of already.
     touch(tmp_path / "named" / "v3.safetensors")
@@ -92,7 +92,7 @@ def test_a_name_can_be_claimed_once(tmp_path: Path) -> None:
         found.check()
 
 
-def test_a_checkpoint_among_codebooks_is_told(tmp_path: Path) -> None:
+def test_a_checkpoint_among_codebooks_is_reported(tmp_path: Path) -> None:
     touch(tmp_path / "book.safetensors", tmp_path / "codes.npy", tmp_path / "vqgan.ckpt", tmp_path / "README.md")
     found = find_codebooks([str(tmp_path)])
     assert list(found.files) == ["book"]
@@ -124,7 +124,7 @@ def test_a_folder_may_be_named_by_a_link(tmp_path: Path) -> None:
     "target", ["../outside.safetensors", "{absolute}", "../nowhere.safetensors", "book.safetensors"]
 )
 @pytest.mark.parametrize("link", ["book.safetensors", "book/3.safetensors"])
-def test_links_out_of_a_folder_are_refused(tmp_path: Path, link: str, target: str) -> None:
+def test_links_out_of_a_folder_are_rejected(tmp_path: Path, link: str, target: str) -> None:
     outside = tmp_path / "outside.safetensors"
     touch(outside)
     folder = tmp_path / "books"
@@ -144,7 +144,7 @@ def test_links_out_of_a_folder_are_refused(tmp_path: Path, link: str, target: st
         assert find_codebooks([f"mine={path}"]).files == {"mine": path}
 
 
-def test_a_folder_that_is_a_link_out_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_a_link_out_is_rejected(tmp_path: Path) -> None:
     touch(tmp_path / "elsewhere" / "1.safetensors")
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "book").symlink_to("../elsewhere")

@@ -92,7 +92,7 @@ def test_the_least_magnitude_that_overflows(dtype):
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in LATENTS if dtype.exponent], ids=lambda dtype: dtype.name)
-def test_the_exponent_tells_what_is_not_finite(dtype):
+def test_the_exponent_finds_non_finite_values(dtype):
     values = to_torch(EVERY.view(dtype.storage).copy(), dtype.name)
     told = (EVERY & np.uint16(dtype.exponent)) == dtype.exponent
     assert (told == ~torch.isfinite(values).numpy()).all()

@@ -352,7 +352,7 @@ def test_replies_are_sent_when_the_whole_batch_is_finished(
     assert unwritten == [0] * 5
 
 
-def test_two_threads_have_two_batches_under_way(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+def test_two_threads_run_two_batches_at_once(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
     tokenizer = fake()
     engine = start(tokenizer, threads=2)
     tokenizer.hold()

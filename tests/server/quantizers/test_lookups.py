@@ -160,7 +160,7 @@ def test_entries_carry_the_codebook_s_gradient(normalized):
 
 @pytest.mark.parametrize("cls", [CosineQuantizer, DotQuantizer])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_broken_weights_are_refused(cls, value):
+def test_broken_weights_are_rejected(cls, value):
     quantizer = cls(6, 3, input_dim=2)
     quantizer.embedding.weight.data[4, 1] = value
     for work in (lambda: quantizer.encode(torch.zeros(1, 2)), lambda: freeze(quantizer, device="cpu")):

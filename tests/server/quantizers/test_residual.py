@@ -283,7 +283,7 @@ def test_a_latent_s_own_error_does_not_touch_others():
 
 
 @pytest.mark.parametrize("case", ["encodec", "grouped", "mimi", "split"])
-def test_codes_that_may_add_up_to_infinity_are_refused_at_once(case):
+def test_codes_that_may_add_up_to_infinity_are_rejected_at_once(case):
     quantizer = made(case)
     with torch.no_grad():
         for stage in quantizer.parts[-1].stages:
@@ -292,7 +292,7 @@ def test_codes_that_may_add_up_to_infinity_are_refused_at_once(case):
         freeze(quantizer, device="cpu")
 
 
-def test_parts_that_may_add_up_to_infinity_are_refused():
+def test_parts_that_may_add_up_to_infinity_are_rejected():
     quantizer = ResidualQuantizer(2, 3, 2, first_quantizers=1)
     for part in quantizer.parts:
         part.stages[0].embedding.weight.data[1] = 2e38
@@ -300,7 +300,7 @@ def test_parts_that_may_add_up_to_infinity_are_refused():
         freeze(quantizer, device="cpu")
 
 
-def test_an_output_projection_beyond_float32_is_refused():
+def test_an_output_projection_beyond_float32_is_rejected():
     quantizer = made("dac")
     quantizer.parts[0].stages[1].proj_out.weight.data.fill_(3e38)
     with pytest.raises(CodebookError, match=r"takes index \d beyond float32's range"):
@@ -311,7 +311,7 @@ def test_an_output_projection_beyond_float32_is_refused():
         freeze(quantizer, device="cpu")
 
 
-def test_a_nan_in_a_stage_is_refused():
+def test_a_nan_in_a_stage_is_rejected():
     quantizer = made("encodec")
     quantizer.parts[0].stages[2].embedding.weight.data[1, 0] = torch.nan
     with pytest.raises(CodebookError, match="code 1 holds NaN"):
@@ -357,7 +357,7 @@ def test_one_stage_has_an_axis_too():
     assert quantizer.decode(torch.zeros(2, 1, 5, dtype=torch.int64)).shape == (2, 3, 5)
 
 
-def test_a_residual_of_its_own_code_is_told_at_the_first_stage():
+def test_a_residual_of_its_own_code_is_reported_at_the_first_stage():
     quantizer = made("encodec")
     codes = quantizer.parts[0].stages[0].embedding.weight.detach()
     assert quantizer.encode(codes, 1)[:, 0].tolist() == list(range(6))

@@ -88,7 +88,7 @@ def test_initial_values(make):
 
 
 @pytest.mark.parametrize("arguments", [{"num_codes": 0}, {"code_dim": 0}, {"num_codes": -1}, {"num_codes": True}])
-def test_impossible_sizes_are_refused(make, kind, arguments):
+def test_impossible_sizes_are_rejected(make, kind, arguments):
     with pytest.raises(ValueError, match="must be a positive integer"):
         make(kind, **arguments)
 

@@ -61,7 +61,7 @@ def test_asked_for_while_one_goes_on(asked_meanwhile: int) -> None:
     assert asyncio.run(run()) == (expected, expected)
 
 
-def test_a_rescan_that_fails_is_told_and_the_next_one_works(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_reload_is_logged_and_the_next_one_works(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
     async def run() -> list[int]:

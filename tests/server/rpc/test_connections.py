@@ -139,7 +139,7 @@ def pinged(peer: Peer, number: int, seconds: float) -> bool:
     return is_answered
 
 
-def test_a_caller_who_answers_no_ping_is_hung_up_on(peer: Peer) -> None:
+def test_a_connection_that_answers_no_ping_is_closed(peer: Peer) -> None:
     seen = []
     with pytest.raises(EOFError):
         seen.extend(iter(lambda: next(peer.frames()), None))
@@ -166,7 +166,7 @@ def test_pings_are_answered_as_often_as_is_allowed_between_calls_too(peer: Peer)
     assert peer.farewell is None
 
 
-def test_who_pings_more_often_is_hung_up_on(peer: Peer) -> None:
+def test_a_connection_that_pings_too_often_is_closed(peer: Peer) -> None:
     with contextlib.suppress(EOFError, ConnectionError):
         for number in range(12):
             pinged(peer, number, 0.01)
@@ -217,7 +217,7 @@ def test_a_reply_that_is_not_read_is_still_in_the_server(reluctant: Any, method:
 
 
 @pytest.mark.parametrize("part", ["half a request", "no reply is taken"])
-def test_who_stops_in_the_middle_is_not_waited_for(
+def test_a_connection_that_stops_in_the_middle_is_closed(
     fake: Callable[..., Any], serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     monkeypatch.setattr(transport_module, "_IDLE_CHECK_S", 0.05)

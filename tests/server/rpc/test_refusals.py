@@ -161,14 +161,14 @@ def assert_serving(client: Any) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED_ENCODES)
-def test_refused_encodes(client: Any, name: str) -> None:
+def test_rejected_encodes(client: Any, name: str) -> None:
     fields, code, text = REFUSED_ENCODES[name]
     assert_refused(lambda: client.stub.Encode(pb.EncodeRequest(**fields)), code, text)
     assert_serving(client)
 
 
 @pytest.mark.parametrize("name", REFUSED_DECODES)
-def test_refused_decodes(client: Any, name: str) -> None:
+def test_rejected_decodes(client: Any, name: str) -> None:
     fields, code, text = REFUSED_DECODES[name]
     assert_refused(lambda: client.stub.Decode(pb.DecodeRequest(**fields)), code, text)
     assert_serving(client)

@@ -114,7 +114,7 @@ def test_a_stream_gets_what_is_live_request_by_request(pair: Any) -> None:
     requests.put(None)
 
 
-def test_a_codebook_that_is_gone(pair: Any) -> None:
+def test_a_codebook_that_is_no_longer_served(pair: Any) -> None:
     first, second, server, client = pair
     request = client.encode_request(LATENTS, codebook="fake")
     check(client.stub.Encode(request), first)

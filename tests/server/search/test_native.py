@@ -200,7 +200,7 @@ def test_rows_with_more_near_codes_than_it_keeps_go_to_the_fallback():
     assert left == [3]
 
 
-def test_counts_tell_how_many_rows_were_looked_at_twice():
+def test_counts_contain_the_rows_that_were_searched_again():
     g = torch.Generator().manual_seed(3)
     codes = torch.randn(2000, 4, generator=g)
     counts = SearchCounts()
@@ -244,7 +244,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     "rows",
     [torch.zeros(4, 7), torch.zeros(4, 8, dtype=torch.float16), torch.zeros(8), torch.zeros(4, 8, device="meta")],
 )
-def test_rows_of_another_width_type_or_device_are_refused_before_compiled_code_sees_them(rows):
+def test_rows_of_another_width_type_or_device_are_rejected_before_compiled_code_sees_them(rows):
     with pytest.raises(InvalidRequest, match="rows must be"):
         native(torch.zeros(3, 8)).search(rows)
 

@@ -77,7 +77,7 @@ def test_rows_that_are_not_finite_do_not_touch_others():
     assert ((got >= 0) & (got < 90)).all()
 
 
-def test_what_is_beyond_the_kernel_s_32_bits_is_refused_or_cut(monkeypatch):
+def test_what_is_beyond_the_kernel_s_32_bits_is_rejected_or_cut(monkeypatch):
     assert not fits(torch.empty(2**21, 1024, device="meta"))
     assert fits(torch.empty(2**21 - 1, 1024, device="meta"))
     device = DEVICES[-1]

@@ -108,7 +108,7 @@ def test_duplicates_are_codes_equal_to_an_earlier_one(codes):
     assert count_duplicates(codes) == len(codes) - len({tuple(row) for row in codes.tolist()})
 
 
-def test_every_kind_can_be_told(quantizer, saved):
+def test_every_kind_has_a_report(quantizer, saved):
     report = inspect(saved(quantizer)).report
     text = as_text(report)
     assert text.count("\n") > 10

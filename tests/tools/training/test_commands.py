@@ -51,7 +51,7 @@ def test_makes_a_codebook_that_serves(
     assert "used codes 16 of 16" in told.out
 
 
-def test_the_file_tells_where_it_comes_from(latents: Path, tmp_path: Path) -> None:
+def test_the_file_has_its_provenance(latents: Path, tmp_path: Path) -> None:
     out = tmp_path / "book.safetensors"
     assert train(latents, out, "--quiet", "--decay=0.9", "--beta=0.5", "--seed=3") == 0
     codebook = load_codebook(out)
@@ -168,7 +168,7 @@ def test_options_that_do_not_fit_are_exit_1(
     assert told.count("\n") == 1
 
 
-def test_how_latents_were_read_is_told_where_it_was_not_said(
+def test_the_layout_is_printed_if_none_was_given(
     latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, flat = tmp_path / "book.safetensors", tmp_path / "flat.npy"
@@ -197,7 +197,7 @@ def test_a_missing_file_or_folder_is_one_line(
     assert "there is no folder" in lines[1]
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_the_training(
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_training(
     latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
