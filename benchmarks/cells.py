@@ -1,4 +1,4 @@
-"""What the servers are asked: codebooks of well-known shapes, so many images at once, there and back."""
+"""The measured cases: codebooks of well-known shapes, and a number of images in each request, encoded and decoded."""
 
 from __future__ import annotations
 

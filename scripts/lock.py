@@ -33,7 +33,7 @@ def main() -> int:
             return 1
         packages = [package["metadata"] for package in json.loads(report.read_text())["install"]]
     by_hand = {_normal(line.partition("==")[0]) for line in kept.splitlines() if "==" in line}
-    # Without the local part: one lock for torch's CPU and CUDA wheels, and for whoever builds wheels anew.
+    # Without the local part of the version: one lock for torch's CPU and CUDA wheels, and for rebuilt wheels.
     pins = {_normal(package["name"]): package["version"].partition("+")[0] for package in packages}
     lines = [f"{name}=={pins[name]}\n" for name in sorted(pins.keys() - by_hand) if not name.startswith(_OF_TORCH)]
     _LOCK.write_text(f"{kept}{_RULE}\n{''.join(lines)}")

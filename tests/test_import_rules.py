@@ -1,4 +1,4 @@
-"""Which module may use which: the contracts of pyproject.toml, which docs/architecture.md tells in words."""
+"""Which module may use which: the contracts of pyproject.toml, which docs/architecture.md describes."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ class ArrayCall(ABC):
         results, start = [], 0
         for one in inputs:
             stop = start + len(one.array)
-            # A copy: a caller who keeps, or pickles, one result must not keep all of them.
+            # A copy: a caller that stores or pickles one result must not hold the memory of all of them.
             results.append(to_caller(out[start:stop].copy(), self.reply_dtype, one.device))
             start = stop
         return results

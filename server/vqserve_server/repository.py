@@ -102,10 +102,10 @@ class Repository:
                 raise CodebookFileError(f"{path}: {text}" if rest == text else f"{path}{rest}") from None
 
     def reload(self) -> ReloadCounts:
-        """Load the files that have changed, and drop those that are gone.
+        """Load the files that have changed, and drop those whose file was removed.
 
-        A file that cannot be served is logged, and the codebook of its name stays. So does one whose file is gone if
-        the command line names that file.
+        A file that cannot be served is logged, and the codebook of its name stays. So does the codebook of a removed
+        file if the command line names that file.
         """
         found = find_codebooks(self._sources)
         entries: dict[str, Entry] = {}

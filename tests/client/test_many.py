@@ -194,7 +194,7 @@ def test_retries_end_in_their_turn(tiny, connect, failing, latents):
     def full_for_the_long(request, context, honest):
         return honest() if request.shape[0] == 2 else full(request, context, honest)
 
-    # Which of two requests under way arrives first is open.
+    # Two requests in flight may arrive in any order.
     tiny.script.extend([full_for_the_long] * 9)
     generator = client.encode_many([latents(2, 4)] * 2 + [latents(3, 4)] * 7)
     next(generator)

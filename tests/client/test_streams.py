@@ -180,7 +180,7 @@ def test_many_generators_have_streams_of_their_own(streaming: Any, latents: Any)
 
 
 def test_a_stream_that_fails_at_once_is_a_failed_attempt(streaming: Any, latents: Any, monkeypatch: Any) -> None:
-    """Where nobody listens any more a stream may end before its first request is written: not a reason for another."""
+    """If no server listens any more, a stream may end before its first request is written; it is not replaced."""
     made = []
     plain = stream_module._Stream.__init__
 
@@ -191,8 +191,8 @@ def test_a_stream_that_fails_at_once_is_a_failed_attempt(streaming: Any, latents
         threading.Event().wait(0.05)
 
     monkeypatch.setattr(stream_module._Stream, "__init__", note)
-    with socket.create_server(("127.0.0.1", 0)) as nobody:
-        port = nobody.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
     with Client(streaming.target) as known, Client(f"127.0.0.1:{port}", retries=2, timeout=60) as client:
         known.codebooks()
         client._core._catalogue = known._core._catalogue

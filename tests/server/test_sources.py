@@ -1,4 +1,4 @@
-"""Which files are served under which names, and what is refused."""
+"""Which files are served under which names, and which are rejected."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_files_that_begin_with_a_dot_are_skipped(tmp_path: Path) -> None:
 
 def test_a_folder_without_versions_is_skipped_with_a_warning(tmp_path: Path) -> None:
     touch(tmp_path / "book.safetensors", tmp_path / "sub" / "deep" / "1.safetensors", tmp_path / "notes" / "a.txt")
-    # This one's file is told of already.
+    # The file of this folder is reported already.
     touch(tmp_path / "named" / "v3.safetensors")
     found = find_codebooks([str(tmp_path)])
     found.check()
@@ -139,7 +139,7 @@ def test_links_out_of_a_folder_are_rejected(tmp_path: Path, link: str, target: s
     assert texts(found) == [
         f"{path} is a link to outside its folder: replace it by the file, or name the file (NAME=PATH)"
     ]
-    # Named by whoever starts the daemon, the same link is as good as the file.
+    # If the command line names the link itself, it counts as the file.
     if path.exists():
         assert find_codebooks([f"mine={path}"]).files == {"mine": path}
 
@@ -181,13 +181,13 @@ def test_a_folder_of_versions_that_may_not_be_listed(tmp_path: Path, monkeypatch
     (tmp_path / "lost+found").mkdir()
     listed = Path.iterdir
 
-    # Said by the test and not by the folder's mode, which root, and so many a CI, passes by.
-    def refuse(path: Path) -> object:
+    # Raised by the test: root, which many CI systems use, may list a folder of any mode.
+    def reject(path: Path) -> object:
         if path.name == "lost+found":
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return listed(path)
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr(Path, "iterdir", reject)
     found = find_codebooks([str(tmp_path)])
     found.check()
     assert list(found.files) == ["book"]

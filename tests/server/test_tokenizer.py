@@ -265,7 +265,7 @@ def test_shapes_and_options_are_checked(tokenizer):
         tokenizer.decode(torch.zeros(2, dtype=torch.int64), output="rows")
     with pytest.raises(InvalidOption, match="dtype must be one of 'float32'"):
         tokenizer.decode(np.zeros(2, np.int64), dtype=np.int8)
-    # A generator refuses them when it is made.
+    # The error comes when the generator is made.
     with pytest.raises(InvalidOption, match="layout"):
         tokenizer.encode_many([], layout="last")
     with pytest.raises(InvalidOption, match="output"):

@@ -1,4 +1,4 @@
-"""Latents of any layout as rows, read from a mapped file, refused where they cannot be trained on."""
+"""Latents of any layout as rows, read from a mapped file; an error if they cannot be trained on."""
 
 from __future__ import annotations
 

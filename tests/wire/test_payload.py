@@ -1,4 +1,4 @@
-"""Payloads: what goes in comes out, and what does not fit is refused before memory is asked for."""
+"""Payloads: arrays survive the round trip, and wrong sizes are errors before memory is allocated."""
 
 from __future__ import annotations
 

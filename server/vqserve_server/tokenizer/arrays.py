@@ -44,7 +44,7 @@ TORCH_DTYPES: dict[np.dtype[Any], torch.dtype] = {dtype.storage: getattr(torch, 
 
 @dataclass(frozen=True)
 class Options:
-    """How an array is to be turned; checked, so that `encode_many` refuses nonsense before it begins."""
+    """The validated options of a call, so that `encode_many` rejects invalid options before it begins."""
 
     layout: Layout | None
     dtype: torch.dtype

@@ -146,7 +146,7 @@ class Tokenizer:
         Raises:
             NotAnArray: the latents are no numpy array or dense tensor; also a TypeError.
             InvalidDtype: the latents are no array of such a type.
-            InvalidOption: there is no such layout, or there are not so many quantizers.
+            InvalidOption: `layout` is no layout, or the codebook has fewer quantizers.
             InvalidShape: the rank or the channel count is not the codebook's.
             NonFiniteLatents: names the position of a NaN or an infinity, or of a token whose projection overflows.
             CodebookNotFound: the codebook has another name.
@@ -188,8 +188,8 @@ class Tokenizer:
         Raises:
             IndexOutOfRange: names the position, the value and the range.
             InvalidDtype: the indices are no array of integers.
-            InvalidOption: there is no such layout, dtype or output, there are not so many quantizers, or a value
-                leaves the dtype's range.
+            InvalidOption: `layout`, `dtype` or `output` is not allowed, the codebook has fewer quantizers, or a value
+                exceeds the range of the dtype.
             InvalidShape: the rank, or the number of indices for a token, is not the codebook's.
             NotAnArray, CodebookNotFound, DigestMismatch, Closed: as in `encode`.
         """
@@ -232,7 +232,7 @@ class Tokenizer:
         return [self.info]
 
     def close(self) -> None:
-        """Let go of the codebook's memory; later calls raise Closed, those under way end. Closing twice is fine."""
+        """Free the codebook's memory. Later calls raise Closed, running calls finish; closing twice is allowed."""
         self._frozen = None
 
     def encode_rows(
@@ -333,7 +333,7 @@ class Tokenizer:
 
 def _each(items: Iterable[ArrayT], convert: Callable[[ArrayT], ArrayT]) -> Generator[ArrayT, None, None]:
     """Return the results of arrays, lazily; an error says which array it is about."""
-    # What cannot be iterated is refused here, not at the first answer.
+    # A value that cannot be iterated is an error here, not at the first result.
     numbered = enumerate(items)
 
     def results() -> Generator[ArrayT, None, None]:

@@ -402,7 +402,7 @@ def test_any_text_in_provenance_survives(tmp_path, make_quantizer):
 # Damage.
 
 
-def refused(path: Path, match: str) -> None:
+def rejected(path: Path, match: str) -> None:
     with pytest.raises(CodebookFileError, match=match) as caught:
         load_codebook(path)
     text = str(caught.value)
@@ -490,15 +490,15 @@ WEIGHT = "embedding.weight"
     ],
 )
 def test_inconsistent_files_are_rejected(vq_path, change, match):
-    refused(change(vq_path), match)
+    rejected(change(vq_path), match)
 
 
 def test_mixed_types_are_rejected(tmp_path, make_quantizer):
     path = tmp_path / "p.safetensors"
     save_codebook(make_quantizer("projection_out"), path)
-    refused(rewrite(path, tensors={"proj_in.bias": np.zeros(3)}), "some tensors are F32 and some F64")
-    refused(with_arguments(path, output_dim=None), "'proj_out.bias' does not belong")
-    refused(with_arguments(path, output_dim=0), "'output_dim' is 0")
+    rejected(rewrite(path, tensors={"proj_in.bias": np.zeros(3)}), "some tensors are F32 and some F64")
+    rejected(with_arguments(path, output_dim=None), "'proj_out.bias' does not belong")
+    rejected(with_arguments(path, output_dim=0), "'output_dim' is 0")
 
 
 def test_a_direction_of_length_zero_is_rejected(tmp_path, make_quantizer):
@@ -507,10 +507,10 @@ def test_a_direction_of_length_zero_is_rejected(tmp_path, make_quantizer):
     name = "embedding.parametrizations.weight.original1"
     direction = load_file(path)[name]
     direction[:, 1] = 0
-    refused(rewrite(path, tensors={name: direction}), "column 1 of")
+    rejected(rewrite(path, tensors={name: direction}), "column 1 of")
     norm = name.replace("original1", "original0")
     wide = {name: np.ones((12, 3)), norm: np.full((1, 3), 1e39)}
-    refused(rewrite(path, tensors=wide), "beyond float32's range")
+    rejected(rewrite(path, tensors=wide), "beyond float32's range")
 
 
 def test_a_remap_longer_than_an_index_can_count_is_rejected():
@@ -563,18 +563,18 @@ def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
     ],
 )
 def test_malformed_containers_are_rejected(tmp_path, header, body, length, match):
-    refused(raw(tmp_path / "m.safetensors", header, body, length), match)
+    rejected(raw(tmp_path / "m.safetensors", header, body, length), match)
 
 
 def test_other_files_are_rejected(tmp_path):
     empty = tmp_path / "e.safetensors"
     empty.write_bytes(b"")
-    refused(empty, "too short")
-    refused(tmp_path / "nothing.safetensors", "there is no such file")
-    refused(tmp_path, "no regular file")
+    rejected(empty, "too short")
+    rejected(tmp_path / "nothing.safetensors", "there is no such file")
+    rejected(tmp_path, "no regular file")
     pipe = tmp_path / "pipe.safetensors"
     os.mkfifo(pipe)
-    refused(pipe, "no regular file")
+    rejected(pipe, "no regular file")
 
 
 def test_a_lying_header_takes_no_memory(tmp_path, vq_path):
@@ -596,7 +596,7 @@ def test_a_lying_header_takes_no_memory(tmp_path, vq_path):
     except OSError:
         pytest.skip("this file system has no sparse files of 1 TiB")
     tracemalloc.start()
-    refused(path, "the arguments make it")
+    rejected(path, "the arguments make it")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
@@ -614,7 +614,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_rejected(tmp_path, monkeypatch)
         return header
 
     monkeypatch.setattr(codebook_file, "read_header", shrinking)
-    refused(path, "became shorter")
+    rejected(path, "became shorter")
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def rewrite(path: Path, *, drop=(), tensors=None, **arguments) -> Path:
     return changed
 
 
-def refused(path: Path, match: str) -> None:
+def rejected(path: Path, match: str) -> None:
     with pytest.raises(CodebookFileError, match=match) as caught:
         load_codebook(path)
     assert str(path.parent) not in str(caught.value)
@@ -231,7 +231,7 @@ STAGE = "parts.1.stages.0.embedding.weight"
     ],
 )
 def test_inconsistent_files_are_rejected(path_of, kind, change, match):
-    refused(rewrite(path_of(kind), **change), match)
+    rejected(rewrite(path_of(kind), **change), match)
 
 
 def test_what_only_a_module_can_be_is_not_kept(tmp_path):

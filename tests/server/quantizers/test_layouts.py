@@ -1,4 +1,4 @@
-"""Every rank, every class: the same rows, the same tokens; anything else is refused by name."""
+"""Every rank, every class: the same rows, the same tokens; anything else is an error that names it."""
 
 from __future__ import annotations
 

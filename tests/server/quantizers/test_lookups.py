@@ -63,7 +63,7 @@ def test_dot_is_the_greatest_product(codebook, backend):
 
 @pytest.mark.parametrize("cls", [CosineQuantizer, DotQuantizer])
 def test_near_ties_are_settled(cls):
-    # Codes that differ in their last bits, and rows half-way between them: float32 cannot tell them apart.
+    # Codes that differ in their last bits, and rows half-way between them: float32 cannot distinguish them.
     generator = torch.Generator().manual_seed(5)
     codes = torch.randn(1, 16, generator=generator) + torch.randn(40, 16, generator=generator) * 2.0**-22
     rows = torch.randn(60, 16, generator=generator)

@@ -143,7 +143,7 @@ def test_a_batch_is_its_tokens(case):
 
 
 def test_residuals_are_float32_differences_also_where_they_cancel():
-    # After the first stage what is left are rounding errors, which the second stage's codes tell apart.
+    # The residuals of the first stage are rounding errors, which the codes of the second stage distinguish.
     first = torch.tensor([[1.0], [0.1]])
     rows = torch.tensor([[1.0 + 2.0**-23], [1.0 - 2.0**-24], [1.0]])
     second = torch.tensor([[-(2.0**-24)], [0.0], [2.0**-23]])
@@ -331,7 +331,7 @@ def test_a_nan_in_a_stage_is_rejected():
         ({"first_quantizers": 4}, r"first_quantizers must be an integer in \[0, 4\)"),
         ({"first_quantizers": -1}, "first_quantizers must be"),
         ({"first_quantizers": 1.0}, "first_quantizers must be"),
-        ({"groups": 2, "first_quantizers": 1}, "only one can be had"),
+        ({"groups": 2, "first_quantizers": 1}, "exclude each other"),
         ({"metric": "l1"}, "metric must be one of l2, cosine, dot"),
         ({"decode_normalized": True}, "decode_normalized is for metric 'cosine'"),
         ({"input_dim": 5}, "codes of width 3 cannot be subtracted from 5 channels"),

@@ -120,7 +120,7 @@ def test_deepcopy_pickle_and_torch_save(make, kind, latents):
 
 
 def test_weight_norm_modules_can_be_pickled(make, latents):
-    # torch's own parametrization refuses.
+    # An error with torch's own parametrization.
     module = make("vq", embedding_weight_norm=True)
     z = latents(module)
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):  # noqa: S301

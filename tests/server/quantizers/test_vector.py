@@ -1,4 +1,4 @@
-"""VectorQuantizer: the formulas of quantizers.md, and what all classes refuse."""
+"""VectorQuantizer: the formulas of quantizers.md, and the errors of all classes."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def warnings(log: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in log.records if record.levelno >= logging.WARNING]
 
 
-def test_what_is_passed_over_is_not_rejected(tmp_path: Path, put: Callable[..., Any]) -> None:
+def test_skipped_files_are_not_rejected(tmp_path: Path, put: Callable[..., Any]) -> None:
     put(tmp_path / "book" / "1.safetensors")
     repo = loaded(tmp_path)
     put(tmp_path / "book" / "v2.safetensors")

@@ -14,7 +14,7 @@ from vqserve_server.repository import ReloadCounts, Reloader
 
 
 class SlowRepository:
-    """Reloads for as long as the test likes; the first one fails if it is told to."""
+    """Reloads that end when the test says so; the first one fails if the test asks for it."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.entered = threading.Semaphore(0)

@@ -1,4 +1,4 @@
-"""Many callers at once get what each would have got alone; who is too many, late or gone costs the others nothing."""
+"""Concurrent callers get the same results as alone; rejected, late or disconnected callers do not affect the others."""
 
 from __future__ import annotations
 

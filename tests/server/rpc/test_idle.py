@@ -44,7 +44,7 @@ def client(server: Any, connect: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def leave() -> Iterator[threading.Event]:
-    """What callers who say nothing wait for."""
+    """What silent callers wait for."""
     event = threading.Event()
     yield event
     event.set()
@@ -81,7 +81,7 @@ def test_a_stream_that_says_no_more_is_ended_after_its_replies(client: Any, leav
 
 
 def test_replies_that_are_not_read_are_dropped(server: Any, client: Any, leave: threading.Event) -> None:
-    # More than gRPC takes for a caller who does not ask for it.
+    # More than gRPC buffers for a caller that does not read.
     request = client.decode_request(np.zeros(300_000, np.uint8))
     calls = [client.stub.DecodeStream(silent([request] * 20, leave), timeout=60) for _ in range(3)]
     # Of each some reply is in the server until it is given up.
@@ -112,7 +112,7 @@ def test_what_the_server_itself_is_late_with_is_not_idle(
 
 
 def test_requests_do_not_hide_a_reply_that_is_not_read(server: Any, client: Any) -> None:
-    # The first reply is more than gRPC takes for a caller who does not ask for it; small requests go on coming.
+    # The first reply is more than gRPC buffers for a caller that does not read; small requests still arrive.
     large, small = (client.decode_request(np.zeros(count, np.uint8)) for count in (1_000_000, 1))
 
     left = list(range(60))

@@ -1,4 +1,4 @@
-"""Codebooks swapped under requests: each gets what was live when it came, and what is gone leaves nothing behind."""
+"""Codebooks replaced under load: a request gets what was live when it came, and replaced codebooks are freed."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 # Triton decides when it is imported whether kernels are interpreted, and asks again when it interprets.
 with pytest.MonkeyPatch.context() as patch:
     if not torch.cuda.is_available():
-        assert "triton" not in sys.modules, "imported before it could be told to interpret"
+        assert "triton" not in sys.modules, "imported before the interpreter could be turned on"
         patch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton", reason="Triton is not installed")
     import vqserve_server.search.triton_kernel  # noqa: F401

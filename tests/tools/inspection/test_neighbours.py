@@ -12,8 +12,8 @@ from vqserve_tools.progress import progress_of
 
 
 def measured(codes, drawn):
-    with progress_of("measuring", len(drawn), "code", shown=False) as told:
-        return nearest_other(codes, drawn, told)
+    with progress_of("measuring", len(drawn), "code", shown=False) as progress:
+        return nearest_other(codes, drawn, progress)
 
 
 def expected(codes):

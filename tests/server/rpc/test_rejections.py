@@ -175,11 +175,11 @@ def test_rejected_decodes(client: Any, name: str) -> None:
 
 
 def test_all_of_them_in_a_row(client: Any) -> None:
-    for call, kind, refused in (
+    for call, kind, rejected in (
         (client.stub.Encode, pb.EncodeRequest, REFUSED_ENCODES),
         (client.stub.Decode, pb.DecodeRequest, REFUSED_DECODES),
     ):
-        for fields, code, text in refused.values():
+        for fields, code, text in rejected.values():
             request = kind(**fields)
             assert_refused(lambda call=call, request=request: call(request), code, text)
     assert_serving(client)
