@@ -79,7 +79,7 @@ def serving(log: Path) -> Iterator[Server]:
 
 
 def wait_until_ready(process: subprocess.Popen[str], log: Path) -> tuple[str, str]:
-    """Return what the server's one line on stdout says: its address, and what it serves."""
+    """Return the address and the summary from the server's line on stdout."""
     impatience = threading.Timer(START_S, process.kill)
     impatience.start()
     try:

@@ -1,6 +1,6 @@
 """Remakes the lower part of constraints.txt: the newest releases that fit together, as pip resolves them (`make lock`).
 
-The upper part is kept by hand and holds while the rest is resolved. Resolving installs nothing.
+The upper part is written by hand and applies while the rest is resolved. Resolving installs nothing.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ import vqserve
 import vqserve_client
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+# The pages for users: docs/extending.md is for contributors, who use internal modules.
+PAGES = [ROOT / "README.md", *sorted({*(ROOT / "docs").glob("**/*.md")} - {ROOT / "docs/extending.md"})]
 CLIENT = [
     "AccessDenied",
     "AsyncClient",

@@ -36,7 +36,7 @@ from vqserve_client.catalogue import Pin
 from vqserve_client.config import CallOptions, ClientConfig
 from vqserve_client.requests import Request
 
-# The generated stubs want enum classes that exist in the stubs only.
+# The generated stubs require enum classes that exist in the stubs only.
 _EncodeRequest: Any = pb.EncodeRequest
 _DecodeRequest: Any = pb.DecodeRequest
 
@@ -48,7 +48,7 @@ class ArrayCall(ABC):
         grid: shape of the tokens.
         layout: layout of the latents.
         stages: indices per token; None: one, without an axis of stages.
-        array: what is cut and sent.
+        array: the array that is cut and sent.
         reply_dtype: wire type of replies.
         row_bytes: sizes of one token, in the request and in the reply.
         cuts: cuts of the grid, one for each request; None stands for the whole grid.

@@ -80,7 +80,7 @@ def _parser(command: str) -> Parser:
     )
     decode.add_argument("--output", choices=("latents", "code_rows"), default="latents", help="what to write")
 
-    codebooks = _command(commands, "codebooks", "list what is served", _codebooks)
+    codebooks = _command(commands, "codebooks", "list the served codebooks", _codebooks)
     codebooks.add_argument("--json", action="store_true", help="as JSON, with all fields")
 
     status = _command(commands, "status", "say whether the server serves; exit 0 only if it does", _status)

@@ -65,7 +65,7 @@ class Deadline:
         return self._expires_at - time.monotonic()
 
     def grpc_timeout_s(self) -> float | None:
-        """Return the seconds that are left, as gRPC takes them: None is no limit."""
+        """Return the seconds until the deadline; None, as in gRPC: no limit."""
         remaining_s = self._expires_at - time.monotonic()
         return None if remaining_s > _FOREVER_S else remaining_s
 
@@ -117,7 +117,7 @@ class Request(ABC):
 
     @abstractmethod
     def accept(self, reply: bytes) -> None:
-        """Check the reply and store what it holds."""
+        """Check the reply and store its array."""
 
     @abstractmethod
     def explain(self, error: VqserveError) -> VqserveError:

@@ -24,8 +24,8 @@ class ProjectedModule(nn.Module):
     State: `proj_in.weight` (D, C), `proj_in.bias` (D,), `proj_out.weight` (O, D), `proj_out.bias` (O,).
 
     Attributes:
-        proj_in: nn.Identity where there is none.
-        proj_out: nn.Identity where there is none.
+        proj_in: the input projection, or nn.Identity.
+        proj_out: the output projection, or nn.Identity.
     """
 
     proj_in: nn.Linear | nn.Identity

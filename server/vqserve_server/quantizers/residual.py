@@ -67,7 +67,7 @@ class ResidualPart(ProjectedModule):
 
     def codebooks(self) -> list[AbstractQuantizer]:
         """Return the codebooks of the stages, in order."""
-        # nn.ModuleList forgets the type of what it holds.
+        # nn.ModuleList does not know the type of its modules.
         return [stage for stage in self.stages if isinstance(stage, AbstractQuantizer)]
 
     def frozen(self, device: torch.device, search: str) -> FrozenPart:

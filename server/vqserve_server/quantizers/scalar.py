@@ -230,9 +230,9 @@ class FiniteScalarQuantizer(ScalarQuantizer):
         ]
 
     def bounded(self, z: Tensor) -> Tensor:
-        """Return what is rounded, in the codes' own unit: (N, D) float64 of channels (N, D), after `proj_in`.
+        """Return the values before rounding, in the unit of the codes: (N, D) float64 from (N, D) after `proj_in`.
 
-        In float64 and no better, for reports: what `encode` compares with is exact.
+        Computed in float64, for reports; `encode` itself is exact.
         """
         if self.bound == "symmetric":
             return torch.tanh(z.double())

@@ -43,7 +43,7 @@ class Tokenizer:
     `timeout` are a client's: the first two are held against `info`, the last has no effect.
 
     Attributes:
-        info: what a client may know about the codebook.
+        info: description of the codebook, the same as `Client.codebooks` returns.
         decodable: the exclusive bound of the indices that decode accepts: a sentinel for unknown codes can lie beyond.
         device: where the codebook is and the search runs.
         search: name of the search backend.
@@ -168,7 +168,7 @@ class Tokenizer:
         digest: str | None = None,
         timeout: float | None = None,
     ) -> ArrayT:
-        """Return what indices stand for.
+        """Decode indices to latents.
 
         Args:
             indices: any integers, shaped as `encode` returns them, in [0, decodable).

@@ -132,8 +132,8 @@ class FrozenPart:
     Attributes:
         part: its channels, and its places among a token's indices.
         stages: its codebooks, in order.
-        projection: before the first stage; None: there is none.
-        output_projection: of the sum of the stages; None: there is none.
+        projection: before the first stage; None: no projection.
+        output_projection: of the sum of the stages; None: no projection.
         largest: how much the sum of the stages, and so any residual, can differ from zero, from the latents.
     """
 
