@@ -42,7 +42,7 @@ _DecodeRequest: Any = pb.DecodeRequest
 
 
 class ArrayCall(ABC):
-    """What encoding and decoding have in common.
+    """Base of an array's encoding and decoding.
 
     Attributes:
         grid: shape of the tokens.

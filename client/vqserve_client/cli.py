@@ -73,7 +73,7 @@ def _parser(command: str) -> Parser:
             "--num-quantizers",
             type=integer(1),
             metavar="N",
-            help="of a residual codebook, how many of each token's indices (default: all)",
+            help="residual codebooks: number of indices for each token (default: all)",
         )
     decode.add_argument(
         "--dtype", choices=LATENT_NAMES, default="float32", help="of the latents (bfloat16 is stored as float32)"

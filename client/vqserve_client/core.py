@@ -122,7 +122,7 @@ class Core:
 
 
 class ClientBase:
-    """What the two clients have in common."""
+    """Base of both clients."""
 
     def __init__(
         self,

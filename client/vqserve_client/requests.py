@@ -71,7 +71,7 @@ class Deadline:
 
 
 class Window:
-    """How many more requests of one call may be in flight; the items of `encode_many` share one.
+    """Number of further requests of one call that may be in flight; the items of `encode_many` share one.
 
     Attributes:
         free: how many more may be sent now.
@@ -125,7 +125,7 @@ class Request(ABC):
 
 
 class Exchange:
-    """What the requests of one call have in common."""
+    """The state that the requests of one call share."""
 
     def __init__(
         self,

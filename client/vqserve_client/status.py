@@ -64,7 +64,7 @@ RETRIED: tuple[type[VqserveError], ...] = (Overloaded, Unavailable, Cancelled)
 
 @dataclass(frozen=True)
 class Failure:
-    """How a call failed, in gRPC's words."""
+    """The status and metadata of a failed call, from gRPC."""
 
     code: grpc.StatusCode
     details: str

@@ -49,7 +49,7 @@ class Entry:
 
 @dataclass
 class ReloadCounts:
-    """How many codebooks a reload loaded, kept, removed, rejected (their files are bad) and skipped."""
+    """Numbers of codebooks that a reload loaded, kept, removed, rejected (invalid files) and skipped."""
 
     loaded: int = 0
     unchanged: int = 0

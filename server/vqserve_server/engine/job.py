@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class EncodeKey(NamedTuple):
-    """What rows must share to be encoded in one batch.
+    """The key of encode batches: rows with equal keys may share a batch.
 
     Attributes:
         tokenizer: the codebook.
@@ -64,7 +64,7 @@ class EncodeKey(NamedTuple):
 
 
 class DecodeKey(NamedTuple):
-    """What indices must share to be decoded in one batch.
+    """The key of decode batches: indices with equal keys may share a batch.
 
     Attributes:
         tokenizer: the codebook.
@@ -110,7 +110,7 @@ Key = EncodeKey | DecodeKey
 
 
 class RequestTiming(NamedTuple):
-    """Where the time of a finished job went, and the largest batch that it was part of."""
+    """Times of a finished job, and the largest batch that contained it."""
 
     queue_us: int
     compute_us: int

@@ -140,12 +140,12 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def code_space(self) -> CodeSpace:
-        """Where codes are compared with latents: as they are, scaled to length one, or as `bounded` gives them."""
+        """The space in which codes and latents are compared: unchanged, scaled to length one, or bounded."""
         return "latents"
 
     @property
     def num_reachable(self) -> int:
-        """How many different codes encode can choose."""
+        """Number of different codes that encode can choose."""
         return self.num_codes
 
     @property

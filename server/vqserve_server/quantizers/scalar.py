@@ -315,7 +315,7 @@ class LookupFreeQuantizer(ScalarQuantizer):
 
     @property
     def code_space(self) -> CodeSpace:
-        """Of codes of length one the lengths of latents have no effect."""
+        """Codes of length one are compared with directions: the length of a latent has no effect."""
         return "directions" if self.spherical else "latents"
 
     def channels(self) -> list[Channel]:

@@ -74,7 +74,7 @@ def options(
 
 @dataclass(frozen=True)
 class Given:
-    """What the caller gave, fit for a codebook.
+    """The caller's array, validated for a codebook.
 
     Attributes:
         tokens: latents as (n, input_dim) float32 or float64, finite, in C order; indices as int64, in range: (n,), of a

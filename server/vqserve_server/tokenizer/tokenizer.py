@@ -133,7 +133,7 @@ class Tokenizer:
                 `info.input_dim` channels.
             layout: "channels_first" or "channels_last"; None: `info.layout`, and if that is None channels first for 4
                 and 5 axes, last for 2 and 3.
-            num_quantizers: of a residual codebook, how many indices each token gets, the first ones; None: all.
+            num_quantizers: for a residual codebook, number of (first) indices for each token; None: all.
             codebook: the codebook's name, if it is to be checked.
             digest: the codebook's digest, if it is to be checked.
             timeout: has no effect in process.
@@ -176,7 +176,7 @@ class Tokenizer:
             dtype: of the result: "float32", "float16", "float64" or "bfloat16", or numpy's or torch's type of that
                 name; rounded once from the codebook's own values. numpy has no bfloat16: float32 holds its values.
             output: "latents", which the decoder takes, or "code_rows", the codebook's rows before any projection.
-            num_quantizers: of a residual codebook, how many of each token's indices to use, the first ones; None: all.
+            num_quantizers: for a residual codebook, number of (first) indices of each token to use; None: all.
             codebook: as in `encode`.
             digest: as in `encode`.
             timeout: has no effect in process.
@@ -242,7 +242,7 @@ class Tokenizer:
 
         Args:
             rows: (n, input_dim) float32 or float64, finite, in C order.
-            num_quantizers: of a residual codebook, how many indices each row gets, checked as well; None: all.
+            num_quantizers: for a residual codebook, number of indices for each row, validated too; None: all.
 
         Returns:
             int64: (n,), of a residual codebook (n, num_quantizers).
