@@ -60,6 +60,11 @@ CASES: dict[str, Callable[[], Quantizer]] = {
     "rvq_mimi": lambda: ResidualQuantizer(4, 12, 2, 5, inner_dim=2, first_quantizers=1),
     "rvq_normalized": lambda: ResidualQuantizer(2, 12, 3, metric="cosine", decode_normalized=True),
     "rvq_dot": lambda: ResidualQuantizer(2, 12, 3, metric="dot"),
+    "rvq_sizes": lambda: ResidualQuantizer(3, [5, 12, 7], 3),
+    # fish-speech's arrangement, in small: a semantic stage with more codes, then nine acoustic ones.
+    "rvq_fish": lambda: ResidualQuantizer(10, [40] + [12] * 9, 2, 5, "cosine", stage_projections=True),
+    # UniTok's: one stage for each group of channels.
+    "rvq_unitok": lambda: ResidualQuantizer(4, [12, 5, 12, 7], 2, 8, "cosine", decode_normalized=True, groups=4),
     "fsq": lambda: FiniteScalarQuantizer([8, 5, 5]),
     "fsq_all": lambda: FiniteScalarQuantizer([3, 4], "tan", input_dim=5, output_dim=4).double(),
     "lfq": lambda: LookupFreeQuantizer(7, "big"),

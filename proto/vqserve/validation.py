@@ -341,9 +341,20 @@ def not_finite(position: Sequence[int], value: float, *, as_float32: bool = Fals
     return NonFiniteLatents(f"{{where}} is {value}{beyond}", array="latents", position=position)
 
 
-def not_an_index(position: Sequence[int] | None, value: int, decodable: int) -> IndexOutOfRange:
-    """Return the error for an index that is not in [0, decodable)."""
-    return IndexOutOfRange(f"{{where}} is {value}, not in [0, {decodable})", array="indices", position=position)
+def not_an_index(
+    position: Sequence[int] | None, value: int, decodable: int, *, stage: int | None = None
+) -> IndexOutOfRange:
+    """Return the error for an index that is not in [0, decodable).
+
+    Args:
+        position: position of the index.
+        value: the index.
+        decodable: exclusive upper bound.
+        stage: stage of the index, counted from 0; None: all indices have the same bound.
+    """
+    of_stage = "" if stage is None else f", the vocabulary of stage {stage}"
+    text = f"{{where}} is {value}, not in [0, {decodable}){of_stage}"
+    return IndexOutOfRange(text, array="indices", position=position)
 
 
 def beyond_dtype(row: int, dtype: str, *, has_stages: bool) -> InvalidOption:

@@ -7,12 +7,14 @@ request without torch. `vqserve.validation` checks options and shapes, also for 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vqserve import dtypes
+from vqserve.stages import beyond_stages
 from vqserve.validation import not_an_index, not_finite, not_indices
 
 
@@ -56,12 +58,16 @@ def check_finite(array: npt.NDArray[Any]) -> None:
         raise not_finite(position, value)
 
 
-def check_indices(array: npt.NDArray[np.integer[Any]], *, decodable: int) -> None:
-    """Check that indices lie in [0, decodable).
+def check_indices(
+    array: npt.NDArray[np.integer[Any]], *, decodable: int, stage_sizes: Sequence[int] = (), axis: int = -1
+) -> None:
+    """Check that indices lie in [0, decodable), or in the vocabularies of their stages.
 
     Args:
         array: indices of any integer type and shape; they are compared without conversion, so none wraps.
-        decodable: exclusive upper bound.
+        decodable: exclusive upper bound; of several stages, the largest.
+        stage_sizes: exclusive upper bound of each stage, where these differ.
+        axis: axis of a token's indices, with as many elements as there are stages or fewer.
 
     Raises:
         InvalidDtype: the array does not hold integers (bool does not count).
@@ -72,11 +78,18 @@ def check_indices(array: npt.NDArray[np.integer[Any]], *, decodable: int) -> Non
     if array.size == 0:
         return
     low, high = int(array.min()), int(array.max())
-    if low >= 0 and high < decodable:
+    if low >= 0 and high < min(stage_sizes, default=decodable):
         return
-    # If `decodable` does not fit the array's type, no element can exceed it.
     outside = array < 0
-    if high >= decodable:
+    if stage_sizes:
+        outside |= beyond_stages(array, stage_sizes, axis)
+        if not outside.any():
+            return
+    elif high >= decodable:
+        # If `decodable` does not fit the array's type, no element can exceed it.
         outside |= array >= np.asarray(decodable).astype(array.dtype)
     position = tuple(int(i) for i in np.unravel_index(int(outside.argmax()), array.shape))
-    raise not_an_index(position, int(array[position]), decodable)
+    value = int(array[position])
+    if not stage_sizes:
+        raise not_an_index(position, value, decodable)
+    raise not_an_index(position, value, stage_sizes[position[axis]], stage=position[axis])

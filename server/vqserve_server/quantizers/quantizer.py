@@ -33,7 +33,8 @@ class Quantizer(nn.Module, ABC):
         training_tensors: names in the state dict that neither encode nor decode reads.
         metric: how codes are searched; None: not by one metric that all quantizers of the class share.
         is_approximate: whether codes approximate latents, so that the distance between the two is an error.
-        num_codes: K, the indices that encode can give (of each stage, if there are several).
+        num_codes: K, the indices that encode can give (of each stage, if there are several; of the largest, where
+            they differ).
         input_dim: channels that encode takes.
         code_dim: D, the width of a code.
         output_dim: channels that decode returns.
@@ -78,6 +79,11 @@ class Quantizer(nn.Module, ABC):
         return self.decodable
 
     @property
+    def stage_vocab_sizes(self) -> tuple[int, ...]:
+        """The exclusive bound of each stage's indices where these differ; empty: `vocab_size` bounds all indices."""
+        return ()
+
+    @property
     @abstractmethod
     def weight_dtype(self) -> torch.dtype:
         """The type that decode returns."""
@@ -111,6 +117,7 @@ class Quantizer(nn.Module, ABC):
             "weight_dtype": self.weight_dtype,
             "device": device,
             "num_quantizers": self.num_quantizers,
+            "stage_vocab_sizes": self.stage_vocab_sizes,
         }
 
     # What a codebook file needs.
@@ -118,6 +125,11 @@ class Quantizer(nn.Module, ABC):
     def current_arguments(self) -> dict[str, object]:
         """Return the arguments, not checked, by which the constructor makes a quantizer like this one as it is now."""
         return {name: attrgetter(argument.attribute or name)(self) for name, argument in self.arguments.items()}
+
+    @classmethod
+    def canonical_arguments(cls, arguments: Mapping[str, object]) -> dict[str, object]:
+        """Return checked arguments in the form that files and digests have, where a value can be given in several."""
+        return dict(arguments)
 
     @classmethod
     def served_arguments(cls, arguments: Mapping[str, object], *, remapped: bool) -> dict[str, object]:

@@ -32,6 +32,12 @@ MIMI = {"num_quantizers": 4, "n_e": 6, "e_dim": 2, "input_dim": 5, "inner_dim": 
 SPLIT = {"num_quantizers": 5, "n_e": 6, "e_dim": 3, "first_quantizers": 2}
 DOT = {"num_quantizers": 3, "n_e": 6, "e_dim": 3, "metric": "dot"}
 NORMALIZED = {**ENCODEC, "metric": "cosine", "decode_normalized": True}
+# Stages of different K; fish-speech's, of one chain; UniTok's, one stage for each group of channels.
+SIZES = {**ENCODEC, "n_e": [7, 3, 1, 6]}
+FISH = {**DAC, "num_quantizers": 5, "n_e": [9, 4, 4, 4, 4]}
+UNITOK = {**NORMALIZED, "num_quantizers": 3, "n_e": [5, 2, 7], "e_dim": 2, "groups": 3}
+GROUPED_SIZES = {**GROUPED, "n_e": [5, 2, 7, 3, 1, 4]}
+MIMI_SIZES = {**MIMI, "n_e": [9, 4, 4, 4]}
 CASES = {
     "encodec": ENCODEC,
     "lucidrains": LUCIDRAINS,
@@ -43,6 +49,11 @@ CASES = {
     "split": SPLIT,
     "dot": DOT,
     "normalized": NORMALIZED,
+    "sizes": SIZES,
+    "fish": FISH,
+    "unitok": UNITOK,
+    "grouped_sizes": GROUPED_SIZES,
+    "mimi_sizes": MIMI_SIZES,
 }
 
 
@@ -324,6 +335,14 @@ def test_a_nan_in_a_stage_is_refused():
         ({"num_quantizers": 0}, "num_quantizers must be a positive integer"),
         ({"num_quantizers": 257}, "257 quantizers are more than 256"),
         ({"n_e": 0}, "num_codes must be"),
+        ({"n_e": [6, 6, 6]}, "num_codes has 3 numbers for 4 stages"),
+        ({"n_e": [6] * 5}, "num_codes has 5 numbers for 4 stages"),
+        ({"n_e": []}, "num_codes has 0 numbers for 4 stages"),
+        ({"n_e": [6, 6, 0, 6]}, "num_codes must be a positive integer, not 0"),
+        ({"n_e": [6, 6, True, 6]}, "num_codes must be a positive integer, not True"),
+        ({"n_e": [6, 6, [6], 6]}, r"num_codes must be a positive integer, not \[6\]"),
+        ({"n_e": "6666"}, "num_codes must be a positive integer, not '6666'"),
+        ({"n_e": {6}}, "num_codes must be a positive integer"),
         ({"e_dim": True}, "code_dim must be"),
         ({"groups": 0}, "groups must be"),
         ({"groups": 3}, "3 groups do not divide 4 quantizers"),

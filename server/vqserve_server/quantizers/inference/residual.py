@@ -50,7 +50,7 @@ class ResidualStructure:
 
     Attributes:
         num_quantizers: stages in all, indices per token.
-        num_codes: K of every stage.
+        stage_codes: K of each stage, in the order of a token's indices.
         code_dim: D of every stage.
         input_dim: C, channels of the latents.
         metric: how every stage is searched.
@@ -62,7 +62,7 @@ class ResidualStructure:
     """
 
     num_quantizers: int
-    num_codes: int
+    stage_codes: tuple[int, ...]
     code_dim: int
     input_dim: int
     metric: Metric
@@ -78,15 +78,13 @@ class ResidualStructure:
         Raises:
             InvalidOption: says which.
         """
-        for name in ("groups", "num_quantizers", "num_codes", "code_dim", "input_dim"):
+        for name in ("groups", "code_dim", "input_dim"):
             check_size(name, getattr(self, name))
         if self.inner_dim is not None:
             check_size("inner_dim", self.inner_dim)
         first = self.first_quantizers
         if not isinstance(first, Integral) or isinstance(first, bool) or not 0 <= first < self.num_quantizers:
             raise InvalidOption(f"first_quantizers must be an integer in [0, {self.num_quantizers}), not {first!r:.40}")
-        if self.num_quantizers > MAX_QUANTIZERS:
-            raise InvalidOption(f"{self.num_quantizers} quantizers are more than {MAX_QUANTIZERS}")
         if self.metric not in get_args(Metric):
             raise InvalidOption(f"metric must be one of {', '.join(get_args(Metric))}, not {self.metric!r}")
         if self.decode_normalized and self.metric != "cosine":
@@ -119,6 +117,34 @@ class ResidualStructure:
             Part(group * size, (group + 1) * size, tuple(range(group, self.num_quantizers, self.groups)))
             for group in range(self.groups)
         )
+
+
+def stage_sizes(num_codes: int | Sequence[int], num_quantizers: int) -> tuple[int, ...]:
+    """Return K of each stage.
+
+    Args:
+        num_codes: K of every stage, or a list with K of each, in the order of a token's indices.
+        num_quantizers: n_q, the number of stages.
+
+    Raises:
+        InvalidOption: there are too many stages, the list has another length, or a number is not a positive integer.
+    """
+    check_size("num_quantizers", num_quantizers)
+    if num_quantizers > MAX_QUANTIZERS:
+        raise InvalidOption(f"{num_quantizers} quantizers are more than {MAX_QUANTIZERS}")
+    if isinstance(num_codes, str) or not isinstance(num_codes, Sequence):
+        check_size("num_codes", num_codes)
+        return (int(num_codes),) * int(num_quantizers)
+    if len(num_codes) != num_quantizers:
+        raise InvalidOption(f"num_codes has {len(num_codes)} numbers for {num_quantizers} stages")
+    for codes in num_codes:
+        check_size("num_codes", codes)
+    return tuple(int(codes) for codes in num_codes)
+
+
+def sizes_written(sizes: Sequence[int]) -> int | list[int]:
+    """Return K of each stage in the form of files and digests: one integer where all are equal, else a list."""
+    return sizes[0] if len(set(sizes)) == 1 else list(sizes)
 
 
 # Sums of a few hundred terms exceed those of their magnitudes by less.
