@@ -86,3 +86,8 @@ def make(name: str, seed: int = 0) -> Quantizer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CASES[name]().eval()
+
+
+def bounds(quantizer: Quantizer) -> torch.Tensor:
+    """Return the exclusive bound of each of a token's indices that decode takes, (n_q,), or (1,) if they share one."""
+    return torch.tensor(quantizer.stage_vocab_sizes or [quantizer.decodable])
