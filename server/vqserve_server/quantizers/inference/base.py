@@ -129,7 +129,7 @@ def freeze(quantizer: Quantizer, *, device: torch.device | str, search: str = "a
     """
     # What depends on the codebook alone is computed on the CPU, whatever the device.
     source_device = torch.device("cpu")
-    source = copy.deepcopy(quantizer).to(source_device)
     device = torch.device(device)
-    with autocast_off(source_device), autocast_off(device):
-        return source.frozen(device, search)
+    # The caller may have set another default device, autocast or inference mode: none of them may have an effect.
+    with source_device, autocast_off(source_device), autocast_off(device), torch.inference_mode(False):
+        return copy.deepcopy(quantizer).to(source_device).frozen(device, search)
