@@ -60,6 +60,7 @@ CASES: dict[str, Callable[[], Quantizer]] = {
     "rvq_mimi": lambda: ResidualQuantizer(4, 12, 2, 5, inner_dim=2, first_quantizers=1),
     "rvq_normalized": lambda: ResidualQuantizer(2, 12, 3, metric="cosine", decode_normalized=True),
     "rvq_dot": lambda: ResidualQuantizer(2, 12, 3, metric="dot"),
+    "rvq_normalized_residuals": lambda: ResidualQuantizer(3, 12, 4, normalize_residuals=True),
     "rvq_sizes": lambda: ResidualQuantizer(3, [5, 12, 7], 3),
     # fish-speech's arrangement, in small: a semantic stage with more codes, then nine acoustic ones.
     "rvq_fish": lambda: ResidualQuantizer(10, [40] + [12] * 9, 2, 5, "cosine", stage_projections=True),

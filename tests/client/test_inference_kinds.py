@@ -16,7 +16,7 @@ KINDS = with_every_kind(
         "dot": lambda: DotQuantizer(300, 4, input_dim=6, output_dim=5),
         "fsq": lambda: FiniteScalarQuantizer([8, 8, 8, 5, 5, 5]),
         "lfq": lambda: LookupFreeQuantizer(32, "big", input_dim=6, output_dim=6),
-        **{name: CASES[name] for name in ("rvq", "rvq_sizes", "rvq_fish", "rvq_unitok")},
+        **{name: CASES[name] for name in ("rvq", "rvq_sizes", "rvq_fish", "rvq_unitok", "rvq_normalized_residuals")},
     }
 )
 

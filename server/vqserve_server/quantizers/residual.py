@@ -78,6 +78,7 @@ class ResidualPart(ProjectedModule):
     def __init__(self, part: Part, structure: ResidualStructure) -> None:
         super().__init__()
         self.part = part
+        self.normalizes = structure.normalize_residuals
         self.stages = nn.ModuleList(_stage(structure, place) for place in part.places)
         self.proj_in = projection("input_dim", part.stop - part.start, structure.inner_dim)
         self.proj_out = projection("input_dim", structure.inner_dim, part.stop - part.start)
@@ -96,6 +97,7 @@ class ResidualPart(ProjectedModule):
             projection=on_device(self.input_projection(), device),
             output_projection=on_device(self.output_projection(), device),
             largest=float(sum_of_largest(stages).max()),
+            normalizes=self.normalizes,
         )
 
 
@@ -107,7 +109,8 @@ class ResidualQuantizer(Quantizer):
     latents or codes are). The stages may be one chain (EnCodec); one chain for each group of channels (Yang et al.
     2023, arXiv:2305.02765); or two chains that both see the latents and are added, each behind projections of its own
     (Mimi: Defossez et al. 2024, arXiv:2410.00037). With `stage_projections` every stage projects the residual to its
-    codes' width and its codes back (DAC: Kumar et al. 2023, arXiv:2306.06546).
+    codes' width and its codes back (DAC: Kumar et al. 2023, arXiv:2306.06546). With `normalize_residuals` a stage
+    encodes r / |r|, each element rounded once to float32, and the next one gets r / |r| - q.
 
     State: `parts.{p}.` with that of each `ResidualPart`.
 
@@ -130,6 +133,7 @@ class ResidualQuantizer(Quantizer):
         "first_quantizers": served(integer(0, MAX_QUANTIZERS), "structure.first_quantizers"),
         # A reader of the file should not have to know the usual layout of residual codebooks.
         "layout": served(check_layout),
+        "normalize_residuals": Argument(flag, served=True, default=False, attribute="structure.normalize_residuals"),
     }
 
     def __init__(
@@ -145,6 +149,7 @@ class ResidualQuantizer(Quantizer):
         inner_dim: int | None = None,
         groups: int = 1,
         first_quantizers: int = 0,
+        normalize_residuals: bool = False,
     ) -> None:
         """Draw the codebooks and projections as their classes do; a state dict is to follow.
 
@@ -160,6 +165,9 @@ class ResidualQuantizer(Quantizer):
             groups: cut the channels into so many parts of as many stages each. The indices of a token are those of all
                 groups' first stages, then of their second ones, and so on.
             first_quantizers: make two parts, of so many stages and of the rest.
+            normalize_residuals: every stage divides the residual by its length before it searches, and its code is
+                subtracted from that (GRID's semantic ids: `torch.nn.functional.normalize`). Decoded sums then do not
+                approximate the latents.
 
         Raises:
             InvalidOption: the arguments do not fit together.
@@ -176,7 +184,9 @@ class ResidualQuantizer(Quantizer):
             inner_dim=inner_dim,
             groups=groups,
             first_quantizers=first_quantizers,
+            normalize_residuals=bool(normalize_residuals),
         )
+        self.is_approximate = not self.structure.normalize_residuals
         self.num_codes, self.code_dim, self.num_quantizers = max(self.structure.stage_codes), e_dim, num_quantizers
         self.input_dim = self.output_dim = self.structure.input_dim
         self.layout = Layout.CHANNELS_FIRST

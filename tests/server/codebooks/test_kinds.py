@@ -77,6 +77,12 @@ FIXED = {
         '{"decode_normalized":false,"e_dim":2,"first_quantizers":0,"groups":1,"inner_dim":null,"input_dim":2,'
         '"layout":"channels_first","metric":"l2","n_e":[4,2,2],"num_quantizers":3,"stage_projections":false}',
     ),
+    "rvq_normalized_residuals": (
+        lambda: counted(ResidualQuantizer(2, 3, 2, normalize_residuals=True)),
+        '{"decode_normalized":false,"e_dim":2,"first_quantizers":0,"groups":1,"inner_dim":null,"input_dim":2,'
+        '"layout":"channels_first","metric":"l2","n_e":3,"normalize_residuals":true,"num_quantizers":2,'
+        '"stage_projections":false}',
+    ),
     "fsq": (
         lambda: FiniteScalarQuantizer([8, 5, 5]),
         '{"bound":"atanh","input_dim":null,"levels":[8,5,5],"output_dim":null}',
@@ -92,6 +98,7 @@ GOLDEN = {
     "dot": "36fd498e4ad8afd6b55db21a37945da95c5430e139310dd63631a784ddcd21ef",
     "rvq": "7f8679f662d169fe79216eed8e2e574f5f336a5a2182b161470c19860b3a9cb8",
     "rvq_sizes": "58d6c47c3274636d7303c16d6e36ebd5c1cfe5fcf7e17bb083d2971acd253661",
+    "rvq_normalized_residuals": "63a2c51e4abd20e8d37272d2fec2e3a4f4b80864a7b852e3af23bcc15d7472ff",
     "fsq": "387bbd8e21035365835d27c03f9fc02bc87c6ac0a972dd11dae09dcc2a58aa65",
     "lfq": "ed2d8b333aa8dfa94dde26cb7e523b9b2639e5c13d758ecc3bddfb800642cf67",
 }
@@ -157,8 +164,10 @@ def test_arguments_that_change_what_is_computed_change_the_digest():
         {"metric": "l2"},
         {"first_quantizers": 1},
         {"first_quantizers": 2},
+        {"normalize_residuals": True},
+        {"metric": "cosine", "normalize_residuals": True},
     )
-    assert len(digests(*(ResidualQuantizer(4, 3, 2, **options) for options in arrangements))) == 5
+    assert len(digests(*(ResidualQuantizer(4, 3, 2, **options) for options in arrangements))) == 7
 
 
 def test_the_number_of_codes_is_an_integer_where_all_stages_agree(tmp_path):
@@ -177,6 +186,17 @@ def test_the_number_of_codes_is_an_integer_where_all_stages_agree(tmp_path):
         assert again.read_bytes() == path.read_bytes()
     assert digests[0] == digests[1] == digests[2]
     assert len(set(digests)) == 3
+
+
+def test_normalised_residuals_are_written_only_where_there_are_some(path_of, tmp_path):
+    path = path_of("rvq")
+    with safe_open(path, framework="numpy") as file:
+        assert "normalize_residuals" not in json.loads(file.metadata()["vqserve.arguments"])
+    assert load_codebook(rewrite(path, normalize_residuals=False)).digest == GOLDEN["rvq"]
+    save_codebook(counted(ResidualQuantizer(2, 3, 2, normalize_residuals=True)), path)
+    with safe_open(path, framework="numpy") as file:
+        assert json.loads(file.metadata()["vqserve.arguments"])["normalize_residuals"] is True
+    assert load_codebook(path).quantizer.structure.normalize_residuals
 
 
 def test_a_file_that_lists_equal_numbers_is_the_same_codebook(path_of):
@@ -259,6 +279,9 @@ STAGE = "parts.1.stages.0.embedding.weight"
         ("rvq", {"num_quantizers": 257}, r"'num_quantizers' is 257, it must be an integer in \[1, 256\]"),
         ("rvq", {"num_quantizers": 4}, "'parts.1.stages.2.embedding.weight' is missing"),
         ("rvq", {"num_quantizers": 2}, "'parts.1.stages.1.embedding.weight' does not belong"),
+        ("rvq", {"normalize_residuals": 1}, "'normalize_residuals' is 1, it must be true or false"),
+        ("rvq", {"normalize_residuals": None}, "'normalize_residuals' is None, it must be true or false"),
+        ("rvq", {"normalize_residuals": True}, "damaged or changed|has the digest"),
         ("rvq", {"first_quantizers": 3}, "do not fit together: first_quantizers must be an integer in"),
         ("rvq", {"first_quantizers": 0}, "is missing"),
         ("rvq", {"first_quantizers": -1}, "'first_quantizers' is -1"),

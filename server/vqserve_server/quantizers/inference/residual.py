@@ -19,10 +19,12 @@ from vqserve_server.quantizers.projections import Projection, largest_projected,
 from vqserve_server.quantizers.quantizer import Metric
 from vqserve_server.quantizers.tensors import autocast_off, check_size, widen, widened
 from vqserve_server.search import SearchCounts
-from vqserve_server.search.rounding import affine
+from vqserve_server.search.rounding import affine, normalise
 
 # Trained models have 46 at most.
 MAX_QUANTIZERS = 256
+# The float32 nearest to 1e-12: shorter residuals are divided by it, as by torch.nn.functional.normalize.
+LEAST_LENGTH = float.fromhex("0x1.197998p-40")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class ResidualStructure:
         inner_dim: channels that each part projects its latents to, and back; None: no such projections.
         groups: parts that the channels are cut into.
         first_quantizers: stages of the first of two parts that both see all channels and are added; 0: no such parts.
+        normalize_residuals: whether every stage scales the residual to length one before it searches.
     """
 
     num_quantizers: int
@@ -71,6 +74,7 @@ class ResidualStructure:
     inner_dim: int | None
     groups: int
     first_quantizers: int
+    normalize_residuals: bool
 
     def __post_init__(self) -> None:
         """Refuse numbers that do not fit together.
@@ -161,6 +165,7 @@ class FrozenPart:
         projection: before the first stage; None: there is none.
         output_projection: of the sum of the stages; None: there is none.
         largest: how much the sum of the stages, and so any residual, can differ from zero, from the latents.
+        normalizes: whether every stage scales the residual to length one before it searches.
     """
 
     part: Part
@@ -168,6 +173,7 @@ class FrozenPart:
     projection: Projection | None
     output_projection: Projection | None
     largest: float
+    normalizes: bool = False
 
     def encode(self, rows: Tensor, out: Tensor) -> None:
         """Write the indices of rows (n, C) to their places in `out` (n, q), as far as it has them."""
@@ -176,13 +182,19 @@ class FrozenPart:
             return
         residual = rows[:, self.part.start : self.part.stop].contiguous()
         residual = project(residual, self.projection)
-        self._check_range(residual)
+        if not self.normalizes:
+            self._check_range(residual)
         for number, stage in enumerate(self.stages[:count]):
+            residual = self.searched(residual)
             indices = stage.encode_rows(residual)
             out[:, self.part.places[number]] = indices
             if number + 1 < count:
                 # One float32 subtraction (float64 where the latents or the codes are): defined, not approximated.
                 residual = residual - stage.decode_rows(indices)
+
+    def searched(self, residual: Tensor) -> Tensor:
+        """Return what a stage searches, and what its code is subtracted from, of a residual (n, width)."""
+        return normalise(residual, LEAST_LENGTH) if self.normalizes else residual
 
     def counting(self, counts: Sequence[SearchCounts]) -> FrozenPart:
         """Return a copy whose search for each of a token's indices adds to the counter of its place."""
