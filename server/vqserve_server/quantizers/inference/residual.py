@@ -140,7 +140,7 @@ def stage_sizes(num_codes: int | Sequence[int], num_quantizers: int) -> tuple[in
         check_size("num_codes", num_codes)
         return (int(num_codes),) * int(num_quantizers)
     if len(num_codes) != num_quantizers:
-        raise InvalidOption(f"num_codes has {len(num_codes)} numbers for {num_quantizers} stages")
+        raise InvalidOption(f"num_codes must have {num_quantizers} numbers, one for each stage, not {len(num_codes)}")
     for codes in num_codes:
         check_size("num_codes", codes)
     return tuple(int(codes) for codes in num_codes)
