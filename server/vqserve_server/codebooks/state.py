@@ -1,4 +1,4 @@
-"""A codebook as plain data: what a file holds and what a quantizer is made from, checked against itself; its digest."""
+"""A codebook as plain data, between a file and a quantizer: checks that its parts agree, and computes its digest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vqserve_server.quantizers.arguments import ArgumentError, check_arguments, 
 from vqserve_server.validation import first_non_finite
 
 Claim = tuple[str, tuple[int, ...]]
-"""The name of an element type in safetensors, and a shape: what is known of a tensor before it is read."""
+"""Element type (its name in safetensors) and shape of a tensor, from the header."""
 
 WEIGHT = "embedding.weight"
 NORM = "embedding.parametrizations.weight.original0"

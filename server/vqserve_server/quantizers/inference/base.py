@@ -125,7 +125,7 @@ def freeze(quantizer: Quantizer, *, device: torch.device | str, search: str = "a
 
     Raises:
         InvalidOption: the backend does not run on the device.
-        CodebookError: what is searched holds NaN or infinity, or decoding leaves float32's range.
+        CodebookError: the codes or the projection contain NaN or infinity, or decoding leaves float32's range.
     """
     # What depends on the codebook alone is computed on the CPU, whatever the device.
     source_device = torch.device("cpu")

@@ -24,7 +24,7 @@ from vqserve_server.search.rounding import affine
 
 @dataclass(frozen=True)
 class Channel:
-    """How one channel is quantized: its digit is the number of boundaries below its value.
+    """The quantization of one channel: its digit is the number of boundaries below its value.
 
     Attributes:
         boundaries: (L - 1,) float64, ascending; an infinite one is never, or always, below.
