@@ -68,7 +68,9 @@ def run_import(args: argparse.Namespace) -> int:
     if verified is not None:
         lines.append(f"verified  {verified}")
     made = result.quantizer
-    codes = of_stages(made.num_quantizers, made.num_codes) if made.has_stages else made.num_codes
+    codes = (
+        of_stages(made.num_quantizers, made.num_codes, made.stage_vocab_sizes) if made.has_stages else made.num_codes
+    )
     lines.append(f"wrote {output}: {made.kind}, {codes} codes, digest {digest}")
     sys.stdout.write("".join(f"{printable(line)}\n" for line in lines))
     return 0
