@@ -206,6 +206,21 @@ def test_zero_is_a_zero_bit_whatever_the_processor_does_with_small_numbers():
         torch.set_flush_denormal(False)
 
 
+def test_boundaries_hold_whatever_the_processor_does_with_small_numbers():
+    """The boundary at zero of the symmetric bound is the denormal just below it."""
+    for dtype in (torch.float32, torch.float64):
+        z = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0], dtype=dtype)[:, None]
+        for level in (2, 4, 16):
+            half = level // 2
+            expected = FiniteScalarQuantizer([level], "symmetric").encode(z).tolist()
+            assert expected[:4] == [half, half, half, half - 1]
+            try:
+                torch.set_flush_denormal(True)
+                assert FiniteScalarQuantizer([level], "symmetric").encode(z).tolist() == expected
+            finally:
+                torch.set_flush_denormal(False)
+
+
 def test_the_orders_are_the_originals():
     z = torch.tensor([[1.0, -1.0, -1.0, -1.0], [1.0, 1.0, -1.0, -1.0]])
     assert LookupFreeQuantizer(4, "big").encode(z).tolist() == [8, 12]
