@@ -58,6 +58,7 @@ PUBLIC = {
         "GumbelQuantizer",
         "LookupFreeQuantizer",
         "Quantizer",
+        "ResidualFiniteScalarQuantizer",
         "ResidualQuantizer",
         "VectorQuantizer",
         "VectorQuantizerWithInputProjection",

@@ -8,6 +8,8 @@ from vqserve.layout import Layout
 
 # Separates a codebook's name from a version number: "book@3".
 VERSION_MARK = "@"
+# Kinds with several stages.
+_RESIDUAL = frozenset({"rvq", "residual_fsq"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class CodebookInfo:
     def has_stages(self) -> bool:
         """Whether indices have an axis of `num_quantizers` indices for each token, in place of the channels."""
         # A residual codebook of one stage has that axis too; only its kind shows this.
-        return self.num_quantizers > 1 or self.kind == "rvq"
+        return self.num_quantizers > 1 or self.kind in _RESIDUAL
 
 
 def of_stages(num_quantizers: int, count: object) -> str:

@@ -130,6 +130,10 @@ class FrozenScalar(FrozenQuantizer):
         """Return the values (n, D) float32 of digits (D, n), before any projection."""
         return self._values.gather(1, digits).T.contiguous()
 
+    def largest_values(self) -> Tensor:
+        """Return the greatest magnitude (D,) float64 of every channel's values."""
+        return self._values.abs().amax(dim=1).double()
+
     @torch.no_grad()
     def check_itself(self) -> None:
         """Self-test: encode, for a sample of the codes, numbers between the boundaries of their digits.
