@@ -8,7 +8,7 @@ from vqserve.layout import Layout
 
 # Separates a codebook's name from a version number: "book@3".
 VERSION_MARK = "@"
-# Kinds with several stages.
+# Kinds of residual codebooks.
 _RESIDUAL = frozenset({"rvq", "residual_fsq"})
 
 

@@ -2,12 +2,12 @@
 
 FSQ rounds tanh(z + shift) half - offset. tanh rises, so that the rounded value reaches a digit exactly where z passes
 one number t = atanh(p) - shift, p rational. No floating-point z but zero equals a t: with shift = 0 or atanh(q) it is
-half the logarithm of a rational, which is transcendental (Lindemann), and with shift = tan(q) it is told from its
-neighbours in float64 here, or this would not end. So z > t exactly if z is greater than t rounded down to float64, and
-nothing but this comparison is left for a device to do. Without a tanh t is rational, and z reaches the digit at t
-itself: then t is replaced by the greatest float64 number below it.
+half the logarithm of a rational, which is transcendental (Lindemann), and with shift = tan(q) the
+search for t below ends only if t is no float64. So z > t exactly if z is greater than t rounded down to float64, and
+the device computes only this comparison. Without a tanh, t is rational, and z reaches the digit at t itself: then t is
+replaced by the greatest float64 number below it.
 
-A stage of residual FSQ rounds a residual divided by its scale 1/d, d an integer: the same comparison with t/d.
+A stage of residual FSQ rounds the residual divided by a scale 1/d, d an integer: the same comparison with t/d.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _tan(x: Fraction) -> Callable[[int], Decimal]:
 
 
 def _series(x: Decimal, term: Decimal, power: int, digits: int) -> Decimal:
-    """Return Taylor's series of sine or cosine for |x| < 2, of which the first term is given."""
+    """Return Taylor's series of sine or cosine for |x| < 2, from its first term on."""
     total = Decimal(0)
     while term and term.adjusted() > -digits:
         total += term

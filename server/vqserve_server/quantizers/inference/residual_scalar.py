@@ -62,7 +62,7 @@ class FrozenScalarPart:
         """Return the part's rows (n, width) float32 of indices (n, q); of zeros if they are none of its."""
         count = self.part.stages_within(indices.shape[1])
         if count == 0:
-            return torch.zeros(len(indices), self.width, device=indices.device)
+            return torch.zeros(len(indices), self.width, dtype=torch.float32, device=indices.device)
         first, *rest = (
             stage.decode_rows(indices[:, place])
             for stage, place in zip(self.stages[:count], self.part.places[:count], strict=True)

@@ -27,7 +27,7 @@ _FEW_BOUNDARIES = 8
 
 @dataclass(frozen=True)
 class Channel:
-    """How one channel is quantized: its digit is the number of boundaries below its value.
+    """The quantization of one channel: its digit is the number of boundaries below its value.
 
     Attributes:
         boundaries: (L - 1,) float64, ascending; an infinite one is never, or always, below.
