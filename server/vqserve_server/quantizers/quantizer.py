@@ -44,7 +44,7 @@ class Quantizer(nn.Module, ABC):
     arguments: ClassVar[Mapping[str, Argument]]
     training_tensors: ClassVar[frozenset[str]] = frozenset()
     metric: ClassVar[Metric | None] = None
-    is_approximate: ClassVar[bool] = True
+    is_approximate: bool = True
     num_codes: int
     input_dim: int
     code_dim: int

@@ -91,8 +91,6 @@ class ResidualFiniteScalarQuantizer(Quantizer):
         # A reader of the file should not have to know the usual layout of residual codebooks.
         "layout": served(check_layout),
     }
-    # Codes approximate what `bound` makes of projected latents, which no tool compares them with yet.
-    is_approximate: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -152,6 +150,8 @@ class ResidualFiniteScalarQuantizer(Quantizer):
             raise InvalidOption(f"{groups} groups do not divide {num_quantizers} quantizers")
         if max(self._divisors(level)[-1] for level in self.levels) > _FINEST:
             raise InvalidOption(f"the last of {num_quantizers // groups} stages is too fine for a float32 residual")
+        # Without projections codes approximate what `bound` makes of the latents, and not these.
+        self.is_approximate = input_dim is not None and input_dim == output_dim
         self.layout = Layout.CHANNELS_FIRST
         output_width = None if output_dim is None else output_dim // groups
         self.parts = nn.ModuleList(
