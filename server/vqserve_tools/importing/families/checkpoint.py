@@ -160,7 +160,8 @@ class Checkpoint:
         return full or "array", array
 
     def _take(self, full: str, array: ForeignArray) -> None:
-        self.ledger.taken[full] = f"{shape_text(array.shape)} {array.dtype}"
+        stored = f", stored as {array.stored_as}" if array.stored_as else ""
+        self.ledger.taken[full] = f"{shape_text(array.shape)} {array.dtype}{stored}"
 
     def _where(self) -> str:
         return f"under {self.prefix!r}" if self.prefix else "at its root"
