@@ -382,7 +382,7 @@ def test_pipes_devices_and_folders(refused, tmp_path):
     refused(endless, "endless.npy: it is no regular file")
     folder = tmp_path / "folder.npz"
     folder.mkdir()
-    refused(folder, "folder.npz: it is no regular file")
+    refused(folder, "folder.npz: it has no weights")
     dangling = tmp_path / "dangling.pt"
     dangling.symlink_to(tmp_path / "nowhere.pt")
     refused(dangling, "dangling.pt: there is no such file")
