@@ -13,6 +13,7 @@ from vqserve_server.codebooks.kinds import KINDS
 from vqserve_server.codebooks.state import CodebookState, StateError
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.search.searcher import first_of_equals
+from vqserve_tools.importing.config import config_of
 from vqserve_tools.importing.families import FAMILIES, Family, bare, fsq, lfq, taming
 from vqserve_tools.importing.families.checkpoint import Checkpoint, listed, places_of, shape_text
 from vqserve_tools.importing.families.family import Reading
@@ -68,7 +69,12 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
     options = options or Options()
     path = None if source is None else Path(source)
     with _opened(path, options) as checkpoint:
+        config = None if path is None or options.keys or UNNAMED in checkpoint.arrays else config_of(path)
+        if config is not None:
+            options = config.completed(options, checkpoint.arrays, checkpoint.note)
         place, reading = _read(checkpoint, options)
+        if config is not None:
+            config.check(place, reading.kind, reading.arguments, checkpoint.note)
         ledger = checkpoint.ledger
         left = tuple(name for name in checkpoint.arrays if (name or "array") not in ledger.taken)
     options.check_use(reading.kind)

@@ -6,6 +6,6 @@ a file claims is compared with the size of its data, or with a limit, before mem
 
 from vqserve_tools.importing.files.foreign_array import UNNAMED, ForeignArray
 from vqserve_tools.importing.files.opening import open_foreign
-from vqserve_tools.importing.files.weights import Weights, check_whole, weights_of
+from vqserve_tools.importing.files.weights import Weights, check_whole, has_one_model, weights_of
 
-__all__ = ["UNNAMED", "ForeignArray", "Weights", "check_whole", "open_foreign", "weights_of"]
+__all__ = ["UNNAMED", "ForeignArray", "Weights", "check_whole", "has_one_model", "open_foreign", "weights_of"]

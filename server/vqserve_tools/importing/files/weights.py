@@ -125,6 +125,17 @@ def check_whole(source: Path) -> None:
     raise ForeignCheckpointError(f"{what}: import all parts, by their folder")
 
 
+def has_one_model(source: Path) -> bool:
+    """Return whether a file or an index is of the model of its folder, and not one of several there."""
+    if any(source.name == name or source.name.startswith(f"{name}.index.") for names in _SAME for name in names):
+        return True
+    try:
+        weights = weights_of(source.parent)
+    except ForeignCheckpointError:
+        return False
+    return source.name in weights.files or (weights.index is not None and source.name == weights.index.name)
+
+
 def _of_folder(folder: Path) -> Weights:
     name = folder.absolute().name
     beside = _names(folder)
