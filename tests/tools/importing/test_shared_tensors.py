@@ -104,3 +104,8 @@ def test_pieces_of_tensors_are_refused(container):
 def test_a_second_name_of_a_stranger_is_as_long_as_any_name(container):
     with pytest.raises(ForeignCheckpointError, match="a name in it has more than 4096 characters"):
         import_checkpoint(container([STAGE.format(0)], {"a" * 5000: STAGE.format(0)}))
+
+
+def test_a_million_second_names_are_refused(container):
+    with pytest.raises(ForeignCheckpointError, match="its metadata has 150000 names of tensors"):
+        import_checkpoint(container([STAGE.format(0)], {f"a{number}": STAGE.format(0) for number in range(150_000)}))

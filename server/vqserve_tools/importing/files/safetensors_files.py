@@ -17,6 +17,8 @@ from vqserve_tools.importing.files.foreign_array import ForeignArray, check_size
 
 # Keys of the metadata that are never names of tensors, whatever the tensors are called.
 _NO_NAMES = frozenset({"format"})
+# Models have thousands of tensors; a header can have a million short names.
+_MAX_OTHER_NAMES = 1 << 17
 # torch.distributed.checkpoint writes pieces of tensors, and this key with their positions in the whole ones.
 _PIECES = "DCP_SHARDING_INFO"
 
@@ -61,13 +63,15 @@ def _other_names(path: Path, arrays: Collection[str], metadata: Mapping[str, str
     metadata, among the metadata of the user.
 
     Raises:
-        ForeignCheckpointError: a name leads to a tensor that is not stored.
+        ForeignCheckpointError: a name leads to a tensor that is not stored, or there are too many names.
     """
     others = {
         name: stored
         for name, stored in metadata.items()
         if stored in arrays and name not in arrays and name not in _NO_NAMES
     }
+    if len(others) > _MAX_OTHER_NAMES:
+        raise ForeignCheckpointError(f"{path.name}: its metadata has {len(others)} names of tensors: it is no model's")
     for name, stored in metadata.items():
         if name in arrays or name in others or name in _NO_NAMES:
             continue
