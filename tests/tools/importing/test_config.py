@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from vqserve.errors import ForeignCheckpointError
 from vqserve_tools import cli
+from vqserve_tools.importing.config_models import ROWS
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.importer import Import, import_checkpoint
 
@@ -78,6 +79,15 @@ def refused(imported) -> Callable[..., None]:
         assert "\n" not in str(caught.value)
 
     return run
+
+
+def test_the_documentation_has_all_models():
+    page = (Path(__file__).parents[3] / "docs" / "codebooks.md").read_text()
+    table = page.partition("### Folders, parts and config.json")[2].splitlines()
+    for row in ROWS:
+        [line] = [line for line in table if line.startswith(f"| {row.model} |")]
+        names = [*row.names, *(path for paths in row.paths.values() for path in paths)]
+        assert all(f"`{name}`" in line for name in names)
 
 
 # Compared.
