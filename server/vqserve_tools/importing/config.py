@@ -22,7 +22,7 @@ from vqserve_tools.importing.files.json_files import read_json
 
 _NAME = "config.json"
 # The longest configurations have some 100 KiB: lists of labels.
-_MAX_BYTES = 4 << 20
+_MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)

@@ -307,7 +307,7 @@ def test_what_is_no_fact_is_not_used(imported, config):
         ("<html>", "config.json: it is not JSON"),
         ('{"a":' * 100_000, "config.json: it is not JSON"),
         ('{"model_type": "dac", "model_type": "dac"}', "config.json: it is not JSON (a name occurs twice)"),
-        (" " * (5 << 20), "config.json: it has more than 4194304 bytes"),
+        (" " * (2 << 20), "config.json: it has more than 1048576 bytes"),
     ],
 )
 def test_a_config_that_cannot_be_read(refused, config, match):

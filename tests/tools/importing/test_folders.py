@@ -295,3 +295,10 @@ def test_a_folder_without_weights(tmp_path, files, match):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"x")
     refused(tmp_path / "m", match)
+
+
+def test_a_link_to_a_file_that_is_not_there(tmp_path):
+    # A download that was interrupted, or a cache that was copied without its blobs.
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model.safetensors").symlink_to("../blobs/1234")
+    refused(tmp_path / "m", "m: model.safetensors is a link to a file that is not there")

@@ -240,6 +240,9 @@ def _missing_parts(part: re.Match[str], beside: Iterable[str]) -> list[str]:
 
 def _no_weights(folder: Path, beside: Iterable[str]) -> str:
     """Return what a folder is that has no weights."""
+    links = sorted(path.name for path in folder.iterdir() if path.is_symlink() and not path.exists())
+    if any(map(_is_weights, links)):
+        return f"{_listed(filter(_is_weights, links))} is a link to a file that is not there: download it again"
     for pattern, what in _FOLDERS:
         if any(pattern.fullmatch(name) for name in beside):
             return what
@@ -269,7 +272,9 @@ def _entries(folder: Path, *, want_folders: bool) -> list[str]:
         with os.scandir(folder) as entries:
             for number, entry in enumerate(entries):
                 if number == _MAX_ENTRIES:
-                    raise ForeignCheckpointError(f"{folder.name}: it has more than {_MAX_ENTRIES} files: name one file")
+                    raise ForeignCheckpointError(
+                        f"{folder.name}: it has more than {_MAX_ENTRIES} files, too many to look at"
+                    )
                 if entry.is_dir() if want_folders else entry.is_file():
                     names.append(entry.name)
     except (FileNotFoundError, NotADirectoryError):
