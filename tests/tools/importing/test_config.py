@@ -51,7 +51,13 @@ def dac(stages: int) -> dict[str, torch.Tensor]:
         at = f"quantizer.quantizers.{i}."
         state |= {f"{at}codebook.weight": codes(), f"{at}in_proj.weight": codes(4, 6)[:, :, None]}
         state |= {f"{at}out_proj.weight": codes(6, 4)[:, :, None]}
+        state |= {f"{at}in_proj.bias": torch.ones(4), f"{at}out_proj.bias": torch.ones(6)}
     return state
+
+
+def projections(width: int) -> dict[str, torch.Tensor]:
+    state = {"project_in.weight": codes(width, 5), "project_in.bias": torch.ones(width)}
+    return {**state, "project_out.weight": codes(5, width), "project_out.bias": torch.ones(5)}
 
 
 def vq(**others: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -220,7 +226,7 @@ def test_the_flag_of_a_model_whose_keys_are_known(imported):
 
 
 def test_levels(imported, refused):
-    state = {"project_in.weight": codes(3, 5), "project_out.weight": codes(5, 3)}
+    state = projections(3)
     config = {"model_type": "new", "fsq_levels": [7, 5, 5]}
     result = imported(state, config, kind="fsq")
     assert result.quantizer.levels == (7, 5, 5)
@@ -229,7 +235,7 @@ def test_levels(imported, refused):
 
 
 def test_a_kind_that_a_model_only_looks_like(refused):
-    state = {"project_in.weight": codes(8, 5), "project_out.weight": codes(5, 8)}
+    state = projections(8)
     config = {"model_type": "xcodec2", "quantization_levels": [4] * 8}
     refused("X-Codec 2, not of kind fsq: its quantizer is a ResidualFSQ", state, config, kind="fsq", levels=(4,) * 8)
 
@@ -269,7 +275,7 @@ def test_the_config_beside_a_file(tmp_path, imported):
 
 
 def test_an_array_that_is_named_is_taken_as_the_user_says(tmp_path, imported):
-    result = imported(dac(3), DAC, keys=("quantizer.quantizers.0.codebook.weight",), metric="dot")
+    result = imported({"vq.codes": codes()}, DAC, keys=("vq.codes",), metric="dot")
     assert result.quantizer.metric == "dot"
     np.save(tmp_path / "codes.npy", codes().numpy())
     assert import_checkpoint(tmp_path / "codes.npy", Options(metric="dot")).quantizer.metric == "dot"
