@@ -406,7 +406,7 @@ def test_a_configuration_that_is_a_bomb(imported, tmp_path):
     (folder / "config.json").write_text('{"a": [' + ",".join(["[]"] * 300_000) + "]}")
     status, _, grown = imported(folder)
     assert status == 0
-    assert grown < _LIMIT
+    assert grown < 64 * MIB
 
 
 def test_a_configuration_and_an_index_that_have_no_end(imported, refused, tmp_path):

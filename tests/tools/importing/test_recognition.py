@@ -154,8 +154,9 @@ def test_one_array_of_any_name(tmp_path):
 
 
 def test_an_archive_of_other_files(refused):
-    for name in ("model.pt", "model.npz", "model.zip"):
-        assert "it is a zip archive without arrays (weights.txt): unpack it" in refused(name, archive_of("weights.txt"))
+    for name in ("model.npz", "model.zip", "model"):
+        assert "it is a zip archive without arrays: unpack it" in refused(name, archive_of("weights.txt"))
+    refused("model.pt", archive_of("weights.txt"))
 
 
 @pytest.mark.parametrize("part", [0.3, 0.9])

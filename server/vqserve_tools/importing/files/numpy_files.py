@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve.errors import ForeignCheckpointError
-from vqserve_tools.importing.files.archive import check_members
+from vqserve_tools.importing.files.archive import NO_ARRAYS, check_members
 from vqserve_tools.importing.files.foreign_array import UNNAMED, ForeignArray, check_size
 
 # A header of a .npy file is one line of text.
@@ -43,6 +43,8 @@ def open_npz(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
             if member.filename.endswith(".npy"):
                 name = member.filename.removesuffix(".npy")
                 arrays[name] = _npz_member(path, archive, member, taken)
+        if not arrays:
+            raise ForeignCheckpointError(f"{path.name}: {NO_ARRAYS}")
         yield arrays
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from vqserve.errors import ForeignCheckpointError
 from vqserve_server.codebooks.safetensors_file import ContainerError
+from vqserve_tools.importing.files.archive import NO_ARRAYS
 from vqserve_tools.importing.files.foreign_array import LONG_NAME, MAX_NAME_CHARACTERS, ForeignArray
 from vqserve_tools.importing.files.numpy_files import open_npy, open_npz
 from vqserve_tools.importing.files.recognition import Format, format_of
@@ -105,5 +107,6 @@ def _format(path: Path) -> Format:
     if found is None:
         if suffix == ".jit":
             raise ForeignCheckpointError(f"{path.name}: {TORCHSCRIPT}")
-        raise ForeignCheckpointError(f"{path.name}: files of type {suffix!r} are not read, only {', '.join(_SUFFIXES)}")
+        what = f"files of type {suffix!r} are not read, only {', '.join(_SUFFIXES)}"
+        raise ForeignCheckpointError(f"{path.name}: {NO_ARRAYS if zipfile.is_zipfile(path) else what}")
     return found

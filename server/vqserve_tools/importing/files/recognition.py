@@ -19,6 +19,10 @@ _HEAD_BYTES = 512
 _NPY, _ZIP = b"\x93NUMPY", b"PK\x03\x04"
 # torch.save's older format begins with the pickle of this number.
 _OLDER_TORCH = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+# What torch.save and torch.jit.save write first into an archive.
+_TORCH_MEMBERS = frozenset({b"data.pkl", b"constants.pkl", b"version", b"byteorder", b".format_version"})
+# The members of torch.save's format of 2016, a tar archive, which torch's reader names.
+_TORCH_TAR = (b"sys_info\0", b"pickle\0", b"storages\0", b"tensors\0")
 # The end of a table of LevelDB, which TensorFlow's index of a checkpoint is.
 _TABLE_END = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 
@@ -86,7 +90,7 @@ def format_of(path: Path) -> Format | None:
     if head.startswith(_OLDER_TORCH):
         return Format.TORCH
     if head.startswith(_ZIP):
-        return _archive_format(path)
+        return _archive_format(path, head)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES:
         return Format.SAFETENSORS
     what = _what(path, head, tail, size)
@@ -95,24 +99,25 @@ def format_of(path: Path) -> Format | None:
     return None
 
 
-def _archive_format(path: Path) -> Format:
+def _archive_format(path: Path, head: bytes) -> Format | None:
+    """Return the format of a zip archive, by the name of its first member; None if that has another name.
+
+    The directory of the archive is left to the reader of the format, which bounds its size.
+
+    Raises:
+        ForeignCheckpointError: the end of the archive is missing.
+    """
     if not zipfile.is_zipfile(path):
-        # The directory of an archive is at its end.
         raise ForeignCheckpointError(
             f"{path.name}: it is a zip archive (numpy.savez, torch.save) that was cut short at {path.stat().st_size} "
             f"bytes: {_DOWNLOAD}"
         )
-    with zipfile.ZipFile(path) as archive:
-        names = [member.filename for member in archive.infolist()]
+    length = int.from_bytes(head[26:28], "little")
     # torch ignores the case of member names.
-    if any(name.rpartition("/")[2].lower() in {"data.pkl", "constants.pkl"} for name in names):
-        return Format.TORCH
-    if any(name.endswith(".npy") for name in names):
+    name = head[30 : 30 + length].lower()
+    if name.endswith(b".npy"):
         return Format.NPZ
-    members = ", ".join(names)[:100]
-    raise ForeignCheckpointError(
-        f"{path.name}: it is a zip archive without arrays ({members}): unpack it, and import the file in it"
-    )
+    return Format.TORCH if name.rpartition(b"/")[2] in _TORCH_MEMBERS else None
 
 
 def _what(path: Path, head: bytes, tail: bytes, size: int) -> str:
@@ -127,6 +132,10 @@ def _what(path: Path, head: bytes, tail: bytes, size: int) -> str:
         found.append(f"it is text ({line[:60].decode('ascii')!r}), not weights: {_DOWNLOAD}")
     found += [what for suffix, what in _SUFFIXES if suffix.fullmatch(path.suffix.lower())]
     return found[0] if found else ""
+
+
+def _is_tar(head: bytes) -> bool:
+    return head[257:262] == b"ustar" and not head.startswith(_TORCH_TAR)
 
 
 def _is_onnx(head: bytes) -> bool:
@@ -144,7 +153,7 @@ def _is_msgpack(head: bytes) -> bool:
 
 # How other files look.
 _LOOKS: tuple[tuple[Callable[[bytes], object], str], ...] = (
-    (lambda head: head[257:262] == b"ustar", "it is a tar archive: unpack it, and import the file in it"),
+    (_is_tar, "it is a tar archive: unpack it, and import the file in it"),
     (_is_onnx, _ONNX),
     (_is_msgpack, _FLAX),
     (
