@@ -10,7 +10,6 @@ from vqserve.errors import ForeignCheckpointError
 
 # Compressions that zipfile unpacks in pieces of limited size. With bzip2 and LZMA a small piece can unpack to any size.
 _COMPRESSIONS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
-NO_ARRAYS = "it is a zip archive without arrays: unpack it, and import the file in it"
 
 
 def check_members(path: Path, archive: zipfile.ZipFile) -> None:

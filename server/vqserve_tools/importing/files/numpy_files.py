@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve.errors import ForeignCheckpointError
-from vqserve_tools.importing.files.archive import NO_ARRAYS, check_members
+from vqserve_tools.importing.files.archive import check_members
 from vqserve_tools.importing.files.foreign_array import UNNAMED, ForeignArray, check_size
+from vqserve_tools.importing.files.recognition import NO_ARRAYS
 
 # A header of a .npy file is one line of text.
 _MAX_NPY_HEADER_BYTES = 1 << 16

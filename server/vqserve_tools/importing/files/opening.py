@@ -10,10 +10,9 @@ from pathlib import Path
 
 from vqserve.errors import ForeignCheckpointError
 from vqserve_server.codebooks.safetensors_file import ContainerError
-from vqserve_tools.importing.files.archive import NO_ARRAYS
 from vqserve_tools.importing.files.foreign_array import LONG_NAME, MAX_NAME_CHARACTERS, ForeignArray
 from vqserve_tools.importing.files.numpy_files import open_npy, open_npz
-from vqserve_tools.importing.files.recognition import Format, format_of
+from vqserve_tools.importing.files.recognition import NO_ARRAYS, Format, format_of
 from vqserve_tools.importing.files.safetensors_files import open_safetensors
 from vqserve_tools.importing.files.torch_files import TORCH_SUFFIXES, TORCHSCRIPT, open_torch, unpickling_text
 from vqserve_tools.importing.files.weights import Weights, weights_of

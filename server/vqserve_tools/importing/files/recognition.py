@@ -30,6 +30,7 @@ _DOWNLOAD = "download it again"
 _NUMPY = "where it was made, save the codebook's array with numpy.save, and import that"
 _TENSORFLOW = f"it is part of a TensorFlow checkpoint: read it with tf.train.load_checkpoint; {_NUMPY}"
 _FLAX = f"it is a MessagePack file of Flax: read it with flax.serialization.msgpack_restore; {_NUMPY}"
+NO_ARRAYS = "it is a zip archive without arrays: unpack it, and import the file in it"
 _ONNX = f"it is an ONNX model: its arrays are initializers in onnx.load(...).graph; {_NUMPY}"
 
 # The first bytes of files, and what they are.
