@@ -35,7 +35,7 @@ def refused(tmp_path, capsys) -> Callable[[str, bytes], str]:
         assert cli.main(["import", str(source), "-o", str(out), "--metric", "l2"]) == 1
         err = capsys.readouterr().err
         assert err.count("\n") == 1
-        assert err.startswith(f"vqserved: error: {name}: it ")
+        assert err.startswith(f"vqserved: error: {name}: it")
         assert not out.exists()
         return err
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from vqserve.errors import ForeignCheckpointError
 from vqserve_server.codebooks.safetensors_file import MAX_HEADER_BYTES
 
-_HEAD_BYTES = 512
+_HEAD_BYTES = 2048
+# A tar archive has headers at multiples of this; the first one may be of further attributes of the second one.
+_TAR_BYTES = 512
 _NPY, _ZIP = b"\x93NUMPY", b"PK\x03\x04"
 # torch.save's older format begins with the pickle of this number.
 _OLDER_TORCH = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
@@ -136,7 +138,8 @@ def _what(path: Path, head: bytes, tail: bytes, size: int) -> str:
 
 
 def _is_tar(head: bytes) -> bool:
-    return head[257:262] == b"ustar" and not head.startswith(_TORCH_TAR)
+    names = [head[place:] for place in range(0, len(head), _TAR_BYTES)]
+    return head[257:262] == b"ustar" and not any(name.startswith(_TORCH_TAR) for name in names)
 
 
 def _is_onnx(head: bytes) -> bool:
