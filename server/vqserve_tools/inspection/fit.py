@@ -194,8 +194,8 @@ class FitTally:
             frozen = freeze(quantizer, device=frozen.device)
         widest = max(frozen.input_dim, frozen.code_dim, frozen.output_dim)
         self.rows_at_once = max(1, min(_MOST_ROWS_AT_ONCE, _ELEMENTS_AT_ONCE // widest))
-        self._num_codes = quantizer.num_reachable
         count = frozen.num_quantizers
+        self._num_codes = quantizer.stage_vocab_sizes or (quantizer.num_reachable,) * count
         self.usage = [UsageTally(frozen.decodable) for _ in range(count)]
         self._searches = [SearchCounts() for _ in range(count)]
         self._frozen = frozen.counting(self._searches)
@@ -240,7 +240,9 @@ class FitTally:
             ),
             device=str(frozen.device),
             backend=frozen.search_backend,
-            usage=tuple(Usage.of(tally.counts(), self._num_codes) for tally in self.usage),
+            usage=tuple(
+                Usage.of(tally.counts(), size) for tally, size in zip(self.usage, self._num_codes, strict=True)
+            ),
             rechecked=tuple(
                 Rechecked(rows=counts.rows, float64=counts.rechecked, beyond_float64=counts.arbitrated)
                 for counts in self._searches

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vqserve.codebook_info import of_stages
 from vqserve_server.codebooks import Codebook
 from vqserve_server.device import select_device
 from vqserve_server.quantizers import freeze
@@ -86,7 +87,8 @@ class Report:
     Attributes:
         kind: "vq", "ema" and so on.
         digest: lower-case hexadecimal SHA-256 of the data that encode and decode use.
-        num_codes: number of codes K; of each stage, if there are several.
+        num_codes: number of codes K; of several stages, the largest.
+        stage_vocab_sizes: number of codes of each stage, if the stages differ; else empty.
         vocab_size: indices lie in [0, vocab_size).
         num_quantizers: indices per token.
         layout: default layout of latents; None: it depends on the number of axes.
@@ -110,6 +112,7 @@ class Report:
     kind: str
     digest: str
     num_codes: int
+    stage_vocab_sizes: tuple[int, ...]
     vocab_size: int
     num_quantizers: int
     layout: str | None
@@ -128,6 +131,13 @@ class Report:
     search: Mapping[str, str]
     fit: Fit | None
     warnings: tuple[str, ...]
+
+    @property
+    def codes(self) -> str:
+        """Number of codes: "1024", "8 stages of 1024" or "1 stage of 4096 and 9 of 1024"."""
+        if self.num_quantizers == 1:
+            return str(self.num_codes)
+        return of_stages(self.num_quantizers, self.num_codes, self.stage_vocab_sizes)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; None stands for a number that is not finite."""
@@ -178,6 +188,7 @@ def inspect(codebook: Codebook, latents: LatentRows | None = None, *, progress: 
         kind=codebook.kind,
         digest=codebook.digest,
         num_codes=form.num_codes,
+        stage_vocab_sizes=form.stage_vocab_sizes,
         vocab_size=form.vocab_size,
         num_quantizers=form.num_quantizers,
         layout=None if quantizer.layout is None else str(quantizer.layout),

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vqserve.codebook_info import of_stages
 from vqserve_server.codebooks import Codebook
 from vqserve_server.codebooks.kinds import KINDS
 from vqserve_tools.inspection.inspection import Report
@@ -97,9 +98,9 @@ def _sorted(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _sizes(stages: list[npt.NDArray[Any]]) -> str:
-    shapes = sorted({rows.shape for rows in stages})
-    each = " and ".join(f"{count} x {width}" for count, width in shapes)
-    return each if len(stages) == 1 else f"{len(stages)} stages of {each}"
+    sizes = [len(rows) for rows in stages]
+    of_codes = str(sizes[0]) if len(stages) == 1 else of_stages(len(stages), sizes[0], sizes)
+    return f"{of_codes} x {stages[0].shape[1]}"
 
 
 def _changed_arguments(a: Codebook, b: Codebook) -> str:

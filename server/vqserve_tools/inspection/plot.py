@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vqserve.codebook_info import of_stages
 from vqserve.errors import InvalidOption
 from vqserve_tools.inspection.error import ErrorTally
 from vqserve_tools.inspection.fit import UsageTally
@@ -83,10 +82,9 @@ def draw(inspections: Sequence[tuple[str, Inspection]], path: Path) -> None:
 
 def _heading(inspection: Inspection, name: str) -> str:
     report = inspection.report
-    codes = of_stages(report.num_quantizers, report.num_codes) if report.stages else report.num_codes
     # Without text from the file, which matplotlib would interpret as markup; a name comes from the user.
     left = f"{name.replace('$', chr(92) + '$')}: " if name else ""
-    return f"{left}{report.kind}, {codes} x {report.code_dim}, digest {report.digest[:16]}"
+    return f"{left}{report.kind}, {report.codes} x {report.code_dim}, digest {report.digest[:16]}"
 
 
 def _panels(inspection: Inspection) -> dict[str, Callable[[Any], None]]:

@@ -71,7 +71,7 @@ def _summary(report: Report) -> Iterator[_Line]:
     """Yield the figures that fit half a line."""
     yield "kind", report.kind
     yield "digest", report.digest[:16]
-    yield "codes", f"{report.num_codes} of width {report.code_dim}, {report.dtype}"
+    yield "codes", f"{report.codes} of width {report.code_dim}, {report.dtype}"
     yield "indices", f"{report.num_quantizers} for a token"
     yield "channels", f"{report.input_dim} in, {report.output_dim} out"
     if report.norms is not None:
@@ -107,7 +107,7 @@ def _wrapped(name: str, value: str, width: int, columns: int) -> list[str]:
 def _figures(report: Report) -> Iterator[_Line]:
     yield "kind", report.kind
     yield "digest", report.digest
-    yield "codes", f"{report.num_codes} of width {report.code_dim}, {report.dtype}"
+    yield "codes", f"{report.codes} of width {report.code_dim}, {report.dtype}"
     yield "vocabulary", str(report.vocab_size)
     yield "indices", f"{report.num_quantizers} for a token"
     layout = report.layout or "layout by the number of axes"
@@ -133,7 +133,7 @@ def _fit(report: Report, fit: Fit) -> Iterator[_Line]:
     if len(fit.usage) == 1:
         yield from _usage(fit.usage[0])
     else:
-        bits, most = sum(usage.bits for usage in fit.usage), math.log2(report.num_codes) * len(fit.usage)
+        bits, most = sum(usage.bits for usage in fit.usage), sum(math.log2(usage.codes) for usage in fit.usage)
         yield "entropy", f"{bits:.2f} of {most:.2f} bits a token, each index for itself"
     if fit.outside_remap is not None:
         outside = _share(fit.outside_remap, read.tokens)
@@ -215,7 +215,8 @@ def _neighbours(report: Report) -> str:
     found = report.neighbours
     if found is None:
         return "none: there is one code"
-    all_codes = report.num_codes * max(1, len(report.stages))
+    sizes = report.stage_vocab_sizes or (report.num_codes,) * max(1, len(report.stages))
+    all_codes = sum(size for size in sizes if size > 1)
     drawn = "" if found.codes == all_codes else f", from {found.codes} codes that were drawn"
     return f"{_spread(found)} (distance to the nearest other code{drawn})"
 

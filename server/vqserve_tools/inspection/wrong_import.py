@@ -94,10 +94,12 @@ def _equal_stages(books: Sequence[AbstractQuantizer]) -> Iterator[str]:
 def _collapsed(codes: Sequence[Codes]) -> Iterator[str]:
     widest = 0.0
     for number, one in enumerate(codes, 1):
+        if one.norms.size < 2:
+            continue
         finite = one.neighbours[np.isfinite(one.neighbours)]
         distance = float(np.median(finite)) if finite.size else 0.0
         of_stage = f"stage {number}" if len(codes) > 1 else "the codebook"
-        if one.duplicates >= _MOST * one.norms.size and one.norms.size > 1:
+        if one.duplicates >= _MOST * one.norms.size:
             yield f"{of_stage} is collapsed: {one.duplicates} of its {one.norms.size} codes equal an earlier code"
         elif distance < _COLLAPSED * widest:
             yield (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from vqserve_server.search import available
 from vqserve_tools.inspection import inspect
 from vqserve_tools.inspection.codes import count_duplicates
 from vqserve_tools.inspection.text import as_text
+from vqserve_tools.latent_file import LatentRows
 
 
 def vq_of(rows, **options):
@@ -122,3 +124,19 @@ def test_what_is_not_finite_is_null(saved):
     # The squares of such codes are beyond float64.
     quantizer.embedding.weight.data.fill_(1e300)
     assert inspect(saved(quantizer)).report.as_dict()["norms"] == {"min": None, "median": None, "max": None}
+
+
+def test_stages_of_different_sizes(saved, latents_of):
+    quantizer = ResidualQuantizer(3, [40, 5, 1], 3)
+    for book in quantizer.codebooks():
+        book.embedding.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    inspection = inspect(saved(quantizer), LatentRows(latents_of(quantizer)))
+    report = inspection.report
+    assert report.stage_vocab_sizes == (40, 5, 1)
+    assert report.codes == "1 stage of 40, 1 of 5 and 1 of 1"
+    assert not any("collapsed" in warning for warning in report.warnings)
+    assert [usage.codes for usage in report.fit.usage] == [40, 5, 1]
+    assert all(0 <= usage.dead < usage.codes and usage.share <= 1 for usage in report.fit.usage)
+    lines = " ".join(as_text(report).split())
+    assert f"of {math.log2(40 * 5):.2f} bits a token" in lines
+    assert "that were drawn" not in lines
