@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from vqserve_server.codebooks.safetensors_file import ContainerError
 from vqserve_tools.importing.files.foreign_array import LONG_NAME, MAX_NAME_CHARACTERS, ForeignArray
 from vqserve_tools.importing.files.numpy_files import open_npy, open_npz
 from vqserve_tools.importing.files.safetensors_files import open_safetensors
-from vqserve_tools.importing.files.torch_files import TORCH_SUFFIXES, TORCHSCRIPT, open_torch, unpickling_text
+from vqserve_tools.importing.files.torch_files import TORCH_SUFFIXES, open_torch
 
 
 @contextmanager
@@ -28,8 +27,6 @@ def open_foreign(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
     suffix = path.suffix.lower()
     readers = {".npy": open_npy, ".npz": open_npz, ".safetensors": open_safetensors}
     reader = open_torch if suffix in TORCH_SUFFIXES else readers.get(suffix)
-    if suffix == ".jit":
-        raise ForeignCheckpointError(f"{path.name}: {TORCHSCRIPT}")
     if reader is None:
         known = ", ".join([*readers, *sorted(TORCH_SUFFIXES)])
         raise ForeignCheckpointError(f"{path.name}: files of type {suffix!r} are not read, only {known}")
@@ -47,8 +44,6 @@ def open_foreign(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
         raise ForeignCheckpointError(f"{path.name}: it {error}") from None
     except MemoryError:
         raise ForeignCheckpointError(f"{path.name}: it claims more memory than this machine has") from None
-    except pickle.UnpicklingError as error:
-        raise ForeignCheckpointError(f"{path.name}: {unpickling_text(error)}") from None
     # On a damaged file the parsers of numpy, zipfile and torch raise exceptions of many types.
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
