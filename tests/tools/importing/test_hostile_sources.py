@@ -9,54 +9,13 @@ import pickle
 import stat
 import struct
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from vqserve_tools import cli
-
-MIB = 1 << 20
-# What an import of a small array may take beyond what the process has already.
-_LIMIT = 64 * MIB
-
-
-def memory(name: str) -> int:
-    """Return VmRSS, the memory of this process, or VmHWM, its peak, in bytes."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
-    return int(line.split()[1]) * 1024
-
-
-@pytest.fixture
-def imported(capsys) -> Callable[..., tuple[int, str, int]]:
-    """Import a file; return exit status, stderr, and by how many bytes memory grew at its peak."""
-
-    def run(source: Path, *flags: str) -> tuple[int, str, int]:
-        out = source.with_name("out.safetensors")
-        # Forgets the peak so far.
-        Path("/proc/self/clear_refs").write_text("5")
-        before = memory("VmRSS")
-        status = cli.main(["import", str(source), "-o", str(out), "--metric", "l2", *flags])
-        grown = memory("VmHWM") - before
-        assert out.exists() == (status == 0)
-        return status, capsys.readouterr()[1], grown
-
-    return run
-
-
-@pytest.fixture
-def refused(imported) -> Callable[..., None]:
-    """Import a file that must be refused in one line, which `match` is part of, with no memory to speak of."""
-
-    def run(source: Path, match: str, *flags: str) -> None:
-        status, err, grown = imported(source, *flags)
-        assert (status, err.count("\n")) == (1, 1), err
-        assert match in err
-        assert grown < _LIMIT
-
-    return run
+from support.hostile import LIMIT, MIB, members_of, text, torch_archive, write_members
 
 
 def test_memory_is_seen_where_it_is_taken(imported, tmp_path):
@@ -64,12 +23,12 @@ def test_memory_is_seen_where_it_is_taken(imported, tmp_path):
     np.save(source, np.ones((3, 2), np.float32))
     status, _, grown = imported(source)
     assert status == 0
-    assert grown < _LIMIT
+    assert grown < LIMIT
     source = tmp_path / "large.npy"
     np.save(source, np.ones((1 << 16, 512), np.float32))
     status, _, grown = imported(source, "--force")
     assert status == 0
-    assert grown > _LIMIT
+    assert grown > LIMIT
 
 
 # Pickles.
@@ -93,15 +52,8 @@ def test_a_payload_is_not_run(imported, tmp_path, suffix, is_zip):
     torch.save(state, source, _use_new_zipfile_serialization=is_zip)
     status, _, grown = imported(source)
     assert status == 0
-    assert grown < _LIMIT
+    assert grown < LIMIT
     assert not marker.exists()
-
-
-def torch_archive(path: Path, description: bytes, compression: int = zipfile.ZIP_STORED) -> Path:
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        archive.writestr("archive/data.pkl", description)
-        archive.writestr("archive/version", b"3\n", zipfile.ZIP_STORED)
-    return path
 
 
 def test_a_hand_made_pickle_in_an_archive(refused, tmp_path):
@@ -139,8 +91,7 @@ def test_a_directory_that_only_torch_would_find(refused, tmp_path):
     # zipfile reads the directory in front of the end record, torch the one that the record points to.
     source = tmp_path / "two.pt"
     torch.save({"embedding.weight": torch.zeros(3, 2)}, source)
-    with zipfile.ZipFile(source) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
+    members = members_of(source)
     with zipfile.ZipFile(source, "w") as archive:
         for name, data in members.items():
             is_description = name.endswith("data.pkl")
@@ -162,16 +113,8 @@ def test_archives_with_narrow_and_wide_offsets_are_read(imported, tmp_path, monk
     torch.save({"embedding.weight": torch.ones(3, 2)}, source)
     assert (source.read_bytes()[-42:-38] == b"PK\6\7") or not is_wide
     if not is_wide:
-        with zipfile.ZipFile(source) as archive:
-            members = {name: archive.read(name) for name in archive.namelist()}
-        with zipfile.ZipFile(source, "w") as archive:
-            for name, data in members.items():
-                archive.writestr(name, data)
+        write_members(source, members_of(source))
     assert imported(source)[0] == 0
-
-
-def text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
 
 
 def test_a_key_whose_text_would_fill_memory(refused, tmp_path):
@@ -230,11 +173,8 @@ def test_a_dictionary_inside_itself_is_entered_once(imported, tmp_path):
 def test_a_storage_that_is_not_there(refused, tmp_path):
     source = tmp_path / "short.pt"
     torch.save({"a": torch.zeros(1000, 1000)}, source)
-    with zipfile.ZipFile(source) as archive:
-        members = {member.filename: archive.read(member) for member in archive.infolist()}
-    with zipfile.ZipFile(source, "w") as archive:
-        for name, data in members.items():
-            archive.writestr(name, data[:100] if "/data/" in name else data)
+    members = members_of(source)
+    write_members(source, {name: data[:100] if "/data/" in name else data for name, data in members.items()})
     refused(source, "short.pt: it", "--key", "a")
 
 
@@ -282,7 +222,7 @@ def test_a_bomb_in_many_small_pieces(imported, tmp_path):
     status, err, grown = imported(source)
     assert status == 1
     assert "no trained codebook compresses that much" in err
-    assert grown < 3 * _LIMIT
+    assert grown < 3 * LIMIT
 
 
 def test_a_header_that_is_a_bomb(refused, tmp_path):

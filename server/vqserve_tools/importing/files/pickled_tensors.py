@@ -197,17 +197,19 @@ def _on_storage(value: Instance, dtype: object, metadata: object) -> PickledTens
 
 
 def _without_numbers(shape_at: int) -> Callable[[Instance], PickledTensor]:
-    def make(value: Instance) -> PickledTensor:
-        shape = value.argument(shape_at)
-        return _unreadable(_lengths(shape) if isinstance(shape, tuple | Instance) else (), "unknown")
-
-    return make
+    return lambda value: _unreadable(_shape_among((value.argument(shape_at),)), "unknown")
 
 
 def _sparse(value: Instance) -> PickledTensor:
     parts = value.argument(1)
-    shape = parts[2] if isinstance(parts, tuple) and len(parts) > 2 else None
-    return _unreadable(_lengths(shape) if isinstance(shape, tuple | Instance) else (), "unknown")
+    return _unreadable(_shape_among(parts[:_MAX_AXES] if isinstance(parts, tuple) else ()), "unknown")
+
+
+def _shape_among(values: tuple[object, ...]) -> tuple[int, ...]:
+    for value in values:
+        if isinstance(value, tuple) or (isinstance(value, Instance) and value.path == ("torch", "Size")):
+            return _lengths(value)
+    return ()
 
 
 def _torch_type(value: object) -> str:
@@ -236,6 +238,8 @@ def _numpy_buffer(value: Instance) -> PickledTensor | None:
 def _on_bytes(data: object, dtype: object, shape: object, *, is_fortran: bool) -> PickledTensor | None:
     if isinstance(data, Instance) and data.path == ("_codecs", "encode"):
         data = data.argument(0)
+    if isinstance(data, Instance) and data.path == ("builtins", "bytes"):
+        data = b""
     if not isinstance(data, bytes | str) or not isinstance(dtype, Instance) or dtype.path != ("numpy", "dtype"):
         return None
     code, state = dtype.argument(0), dtype.state

@@ -1,0 +1,85 @@
+"""For tests of strangers' files: a witness of what reading one makes this process do, its memory, and archives."""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+MIB = 1 << 20
+# What an import of a small array may take beyond what the process has already.
+LIMIT = 64 * MIB
+
+# What was seen while somebody watched.
+_seen: list[str] | None = None
+_allowed = ""
+
+
+class _Trap(ModuleType):
+    """A module that is already imported, as os is: looking up a name in it needs no import, and is seen here."""
+
+    def __getattribute__(self, name: str) -> object:
+        if _seen is not None:
+            _seen.append(f"trap.{name}")
+        return super().__getattribute__(name)
+
+    def __getattr__(self, name: str) -> object:
+        return lambda *args, **options: None
+
+
+def _audit(event: str, args: tuple[object, ...]) -> None:
+    if _seen is not None and not (event == "open" and str(args[0]) == _allowed):
+        _seen.append(f"{event} {str(args[0])[:100] if args else ''}")
+
+
+sys.modules["trap"] = _Trap("trap")
+# It stays for the life of the process.
+sys.addaudithook(_audit)
+
+
+@contextmanager
+def watching(source: Path) -> Iterator[list[str]]:
+    """Yield what is seen: every event of Python's audit but the opening of `source`, and every look into `trap`."""
+    global _seen, _allowed  # noqa: PLW0603
+    seen: list[str] = []
+    _seen, _allowed = seen, str(source)
+    try:
+        yield seen
+    finally:
+        _seen = None
+
+
+def memory(name: str) -> int:
+    """Return VmRSS, the memory of this process, or VmHWM, its peak, in bytes."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024
+
+
+def members_of(path: Path) -> dict[str, bytes]:
+    """Return the members of a torch file, none of which is compressed."""
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def write_members(path: Path, members: Mapping[str, bytes]) -> Path:
+    """Write a torch file."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+def torch_archive(path: Path, description: bytes, compression: int = zipfile.ZIP_STORED) -> Path:
+    """Write a torch file without numbers."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", description)
+        archive.writestr("archive/version", b"3\n", zipfile.ZIP_STORED)
+    return path
+
+
+def text(value: str) -> bytes:
+    """Return the instruction that makes a string."""
+    return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
