@@ -27,6 +27,8 @@ class _Trap(ModuleType):
         return super().__getattribute__(name)
 
     def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
         return lambda *args, **options: None
 
 
@@ -35,7 +37,6 @@ def _audit(event: str, args: tuple[object, ...]) -> None:
         _seen.append(f"{event} {str(args[0])[:100] if args else ''}")
 
 
-sys.modules["trap"] = _Trap("trap")
 # It stays for the life of the process.
 sys.addaudithook(_audit)
 
@@ -45,11 +46,13 @@ def watching(source: Path) -> Iterator[list[str]]:
     """Yield what is seen: every event of Python's audit but the opening of `source`, and every look into `trap`."""
     global _seen, _allowed  # noqa: PLW0603
     seen: list[str] = []
+    sys.modules["trap"] = _Trap("trap")
     _seen, _allowed = seen, str(source)
     try:
         yield seen
     finally:
         _seen = None
+        del sys.modules["trap"]
 
 
 def memory(name: str) -> int:
