@@ -121,11 +121,10 @@ class _Archive:
             check_members(path, archive)
             members = archive.infolist()
         folder = members[0].filename.partition("/")[0] if members else ""
-        inside = {member.filename.removeprefix(f"{folder}/"): member for member in members}
-        if len({name.lower() for name in inside}) < len(members):
+        if len({member.filename.lower() for member in members}) < len(members):
             # torch ignores the case of names.
             raise ForeignCheckpointError(f"{path.name}: it has two members whose names differ in case only")
-        return cls(path, file, inside)
+        return cls(path, file, {member.filename.removeprefix(f"{folder}/"): member for member in members})
 
     def place(self, name: str) -> _Place | None:
         """Return where a member is; None: there is none."""
