@@ -93,15 +93,16 @@ def open_containers(path: Path, file: IO[bytes]) -> dict[str, Container]:
     """
     if zipfile.is_zipfile(file):
         return _open_archive(path, file)
+    length = file.seek(0, os.SEEK_END)
     file.seek(0)
-    head = file.read(MAX_PICKLE_BYTES)
+    head = file.read(min(length, MAX_PICKLE_BYTES))
     place, tar = _TAR
     if head[place] == tar:
         raise ForeignCheckpointError(
             f"{path.name}: it is in torch's tar format of 2016, which is not read; if you trust it, save it again: "
             "torch.save(torch.load(FILE, weights_only=False), 'weights.pt')"
         )
-    return {"": _open_sequence(path, file, head)}
+    return {"": _open_sequence(path, file, head, length)}
 
 
 # The zip format.
@@ -175,7 +176,7 @@ def _open_archive(path: Path, file: IO[bytes]) -> dict[str, Container]:
 # The older format: a number, a version, the system, the description, the keys of the storages, the storages.
 
 
-def _open_sequence(path: Path, file: IO[bytes], head: bytes) -> Container:
+def _open_sequence(path: Path, file: IO[bytes], head: bytes, length: int) -> Container:
     machine = Machine(head)
     try:
         is_torch = load(machine) == _MAGIC
@@ -185,7 +186,6 @@ def _open_sequence(path: Path, file: IO[bytes], head: bytes) -> Container:
         raise ForeignCheckpointError(
             f"{path.name}: it is a pickle that torch.save did not write: save it with torch.save"
         )
-    length = file.seek(0, os.SEEK_END)
     try:
         version, _, content, keys = (load(machine) for _ in range(4))
     except PickleCutOff:
