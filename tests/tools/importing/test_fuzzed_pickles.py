@@ -168,18 +168,27 @@ def read(source: Path) -> dict[str, np.ndarray]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.timeout(7200)
 def test_mutated_files_run_nothing_and_cost_little(files, tmp_path, machines, request, record_property):
-    counts: collections.Counter[str] = collections.Counter()
     for file in files:
         assert read(file)
     Path("/proc/self/clear_refs").write_text("5")
-    before = memory("VmRSS")
-    for number in range(request.config.getoption("--fuzz-pickles")):
+    before, number_of_files = memory("VmRSS"), request.config.getoption("--fuzz-pickles")
+    counts = fuzzed(files, tmp_path / "mutated.pt", machines, range(number_of_files))
+    assert memory("VmHWM") - before < 4 * LIMIT
+    for name, count in counts.items():
+        assert count > 0.01 * number_of_files
+        record_property(name, count)
+
+
+def fuzzed(files: list[Path], target: Path, machines: list[Machine], numbers: range) -> collections.Counter[str]:
+    """Mutate and read files; return how many were read and refused, and the instructions that were interpreted."""
+    counts: collections.Counter[str] = collections.Counter()
+    for number in numbers:
         chance = random.Random(number)
-        source, target = chance.choice(files), tmp_path / "mutated.pt"
+        source = chance.choice(files)
         is_pickle = mutate(source, target, chance)
         machines.clear()
-        # Counting memory takes most of the time.
-        with peak_memory() if number % 5 == 0 else nullcontext([0]) as peak, watching(target) as seen:
+        # Counting memory takes several times as long as reading.
+        with peak_memory() if number % 20 == 0 else nullcontext([0]) as peak, watching(target) as seen:
             values, message = read_or_message(target)
         where = f"{source.name}, number {number}: {message}"
         length = target.stat().st_size
@@ -190,12 +199,10 @@ def test_mutated_files_run_nothing_and_cost_little(files, tmp_path, machines, re
         assert "it cannot be read:" not in message or not is_pickle, where
         counts["instructions"] += sum(machine.instructions for machine in machines)
         counts["read" if values else "refused"] += 1
-        if source.name.startswith("plain"):
+        # torch believes more of an archive's directory than this importer, and gives memory that nobody has set.
+        if is_pickle and source.name.startswith("plain"):
             counts["read by torch too"] += compared(values, target, where)
-    assert memory("VmHWM") - before < 4 * LIMIT
-    for name, count in counts.items():
-        assert count > 0.01 * request.config.getoption("--fuzz-pickles")
-        record_property(name, count)
+    return counts
 
 
 @contextmanager

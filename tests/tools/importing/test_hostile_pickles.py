@@ -146,7 +146,7 @@ COSTS = {
     + b"cbuiltins\nset\nh\x00\x85R" * REPEATED + b"t",
     "shapes of very many axes, often": b"(" + b"K\x00" * REPEATED + b"tq\x000(" + b"ctorch\nSize\nh\x00\x85R" * REPEATED
     + b"t",
-    "a number in the memo far away": b"Nr" + struct.pack("<I", (1 << 22) - 1),
+    "a number in the memo far away": b"Nr" + struct.pack("<I", (1 << 21) - 1),
 }  # fmt: skip
 
 
@@ -208,10 +208,10 @@ def test_what_is_damaged(refused, tmp_path, more):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("instruction", [b"}\x94", b"(", b"]", b")R", b"\x8f"])
 def test_the_most_instructions_that_are_read(imported, tmp_path, instruction):
-    description = b"N" + instruction * ((1 << 22) // len(instruction) + 1)
+    description = b"N" + instruction * ((1 << 21) // len(instruction) + 1)
     status, err, grown = imported(torch_archive(tmp_path / "m.pt", description))
     assert status == 1
-    assert "more than 4194304 instructions" in err
+    assert "more than 2097152 instructions" in err
     assert grown < 8 * LIMIT
 
 

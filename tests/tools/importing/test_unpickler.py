@@ -49,7 +49,7 @@ def plain(value: object) -> object:
     """Return a value as Python's unpickler would have made it."""
     match value:
         case Table():
-            return {key: plain(inside) for key, inside in [*value.named.items(), *value.others]}
+            return {key: plain(inside) for key, inside in [*value.named.items(), *(value.others or ())]}
         case Bag():
             return set(value.members)
         case Instance():

@@ -6,8 +6,8 @@ from vqserve_tools.importing.files.pickled_values import PersistentId, PickleCut
 
 # The pickle of thousands of tensors is below 2 MiB.
 MAX_PICKLE_BYTES = 16 << 20
-# About 40 instructions describe a tensor. A value and its place in the memo take at most 200 bytes of memory.
-MAX_INSTRUCTIONS = 1 << 22
+# About 40 instructions describe a tensor. Besides its argument, an instruction makes at most 200 bytes of memory.
+MAX_INSTRUCTIONS = 1 << 21
 # The longest integers in use are states of random number generators and version numbers, far below.
 _MAX_DIGITS = 600
 

@@ -14,8 +14,9 @@ from vqserve_tools.importing.files.foreign_array import MAX_NAME_CHARACTERS
 from vqserve_tools.importing.files.pickled_tensors import PickledTensor, tensor_of
 from vqserve_tools.importing.files.pickled_values import Bag, Instance, PickleError, Table
 
-# All entries of all containers; a shared one counts once.
-_MAX_ENTRIES = 1 << 22
+# All entries of all containers, and the containers among them that may lead to tensors; a shared container counts once.
+_MAX_ENTRIES = 1 << 21
+_MAX_CONTAINERS = 1 << 19
 # Containers and tensors by name; a model has thousands. Containers that contain each other can look like billions.
 _MAX_NAMES = 1 << 17
 _MAX_CHARACTERS = 16 << 20
@@ -23,6 +24,10 @@ _MAX_DEPTH = 100
 # Levels of wrappers that are looked through.
 _MAX_WRAPPERS = 16
 _ENDLESS = "has dictionaries that contain each other: it is not a model's state dict"
+_TOO_MANY = (
+    f"has more than {_MAX_CONTAINERS} objects beside its tensors; where it was made, save its tensors alone: "
+    "torch.save(model.state_dict(), 'weights.pt')"
+)
 # What trainers put around the state dict of the whole model.
 _WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 
@@ -66,7 +71,7 @@ class _Tree:
         tensors: dict[int, PickledTensor | None] = {}
         parents: dict[int, list[int]] = {}
         leading: list[int] = []
-        left = _MAX_ENTRIES
+        entries_left, containers_left = _MAX_ENTRIES, _MAX_CONTAINERS
         todo = [root]
         while todo:
             container = todo.pop()
@@ -75,9 +80,10 @@ class _Tree:
             entries: list[tuple[object, object]] = []
             self._entries[id(container)] = entries
             for name, value in _entries_of(container):
-                left -= 1
-                if left < 0:
-                    raise PickleError(_ENDLESS)
+                entries_left -= 1
+                containers_left -= is_container(value)
+                if entries_left < 0 or containers_left < 0:
+                    raise PickleError(_TOO_MANY)
                 if not is_container(value):
                     continue
                 if isinstance(value, Instance) and id(value) not in tensors:
@@ -204,7 +210,7 @@ def _entries_of(container: object) -> Entries:
 
 def _entries_of_table(table: Table) -> Entries:
     yield from table.named.items()
-    for pair in table.others:
+    for pair in table.others or ():
         # What is no entry is yielded too, because it counts.
         key, value = pair if isinstance(pair, tuple | list) and len(pair) == 2 else (None, None)
         yield (key, value) if type(key) in (str, int) else (None, None)

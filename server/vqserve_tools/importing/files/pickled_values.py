@@ -41,17 +41,19 @@ class Table:
 
     Attributes:
         named: entries with short names.
-        others: key and value of all other entries, in no particular form.
+        others: key and value of all other entries, in no particular form; None: there are none.
     """
 
     named: dict[str, object] = field(default_factory=dict)
-    others: list[object] = field(default_factory=list)
+    others: list[object] | None = None
 
     def put(self, key: object, value: object) -> None:
         """Set an entry."""
         # Keys of other types can take very long to hash, and long strings to compare.
         if type(key) is str and len(key) <= MAX_NAME_CHARACTERS:
             self.named[key] = value
+        elif self.others is None:
+            self.others = [(key, value)]
         else:
             self.others.append((key, value))
 
