@@ -45,7 +45,8 @@ test-search: $(VENV)/.installed  ## compare every search backend with an oracle 
 	$(BIN)/python -m pytest tests/server/search/test_many_rows.py --search-rows $(ROWS) --timeout 0
 
 # The ends of the range that server/vqserve_server/grpcio_release.py says is tested. Everything else comes from
-# constraints.txt but protobuf, which the oldest grpcio-health-checking holds below 7.
+# constraints.txt but protobuf, which the oldest grpcio-health-checking holds below 7. A release of grpcio that mends
+# something need not have one of grpcio-health-checking and grpcio-reflection beside it.
 GRPCIO_OLDEST := 1.72.2
 GRPCIO_NEWEST := 1.85.3
 .venv-grpcio-oldest/.installed: GRPCIO := $(GRPCIO_OLDEST)
@@ -54,7 +55,7 @@ GRPCIO_NEWEST := 1.85.3
 	$(PYTHON) -m venv --clear $(@D)
 	grep -vE '^(grpcio.*|protobuf)==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt -e '.[dev]' \
-		$(patsubst %,%==$(GRPCIO),grpcio grpcio-health-checking grpcio-reflection)
+		grpcio==$(GRPCIO) $(patsubst %,'%<=$(GRPCIO)',grpcio-health-checking grpcio-reflection)
 	@touch $@
 
 test-grpcio: .venv-grpcio-oldest/.installed .venv-grpcio-newest/.installed  ## rpc and client tests on the oldest and newest grpcio
@@ -106,7 +107,7 @@ check: $(VENV)/.installed $(PROTO_VENV)/.installed  ## what a change must pass b
 	@diff -r -x __init__.py -x '*.proto' -x __pycache__ build/proto/vqserve/v1 proto/vqserve/v1 \
 		|| { echo 'generated code is out of step with tokenizer.proto: run `make proto`'; exit 1; }
 
-format: $(VENV)/.installed  ## mend what ruff can mend
+format: $(VENV)/.installed  ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -123,7 +124,7 @@ generate = $(PROTO_VENV)/bin/python -m grpc_tools.protoc -I proto --python_out=$
 proto: $(PROTO_VENV)/.installed  ## regenerate the code of tokenizer.proto
 	$(call generate,proto)
 
-lock: $(VENV)/.installed  ## remake constraints.txt from the newest releases that fit together
+lock: $(VENV)/.installed  ## make constraints.txt again from the newest releases that fit together
 	$(BIN)/python scripts/lock.py
 
 image:  ## build the container image (IMAGE, BUILDER and BUILD_ARGS can be set)

@@ -19,13 +19,13 @@ from typing import Self
 from cells import Cell
 from http_load import measure_http
 
-from vqserve_bench import Closed, Request, Schedule, measure
+from vqserve_bench import ClosedLoop, Request, Schedule, measure
 from vqserve_client import Client, VqserveError
 
 HERE = Path(__file__).parent
 PEERS = HERE / "peers"
 WARMUP_S = 0.3
-# A peer with the plain search has seconds of work left when its callers have gone.
+# A peer with the plain search still computes for seconds after its callers have disconnected.
 _MOST_LEFT_S = 30.0
 
 
@@ -39,7 +39,7 @@ class Contender(ABC):
     name: str
 
     def __init__(self, command: Sequence[str], environment: dict[str, str] | None = None) -> None:
-        # stderr of a peer is nobody's business unless it does not start.
+        # The peer's stderr is shown only if the peer does not start.
         self._process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -103,7 +103,7 @@ def grpc_rate(target: str, method: str, request: bytes, concurrency: int, second
         target,
         method,
         [Request(request)],
-        Closed(concurrency),
+        ClosedLoop(concurrency),
         schedule=schedule,
         streams=streams,
         max_message_bytes=(1 << 31) - 1,

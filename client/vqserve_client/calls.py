@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from vqserve import payload, wire
@@ -14,7 +15,7 @@ from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import InvalidArgument, MessageTooLarge, ProtocolError, VqserveError
 from vqserve.layout import Layout, first_channels, indices_shape, latents_shape
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve.validation import check_num_quantizers
+from vqserve.validation import check_indices, check_num_quantizers
 from vqserve_client.arrays import (
     Array,
     ArrayInput,
@@ -36,19 +37,19 @@ from vqserve_client.catalogue import Pin
 from vqserve_client.config import CallOptions, ClientConfig
 from vqserve_client.requests import Request
 
-# The generated stubs want enum classes that exist in the stubs only.
+# The generated stubs require enum classes that exist in the stubs only.
 _EncodeRequest: Any = pb.EncodeRequest
 _DecodeRequest: Any = pb.DecodeRequest
 
 
 class ArrayCall(ABC):
-    """What encoding and decoding have in common.
+    """Base of an array's encoding and decoding.
 
     Attributes:
         grid: shape of the tokens.
         layout: layout of the latents.
         stages: indices per token; None: one, without an axis of stages.
-        array: what is cut and sent.
+        array: the array that is cut and sent.
         reply_dtype: wire type of replies.
         row_bytes: sizes of one token, in the request and in the reply.
         cuts: cuts of the grid, one for each request; None stands for the whole grid.
@@ -87,8 +88,9 @@ class ArrayCall(ABC):
         rows = self.rows_within(config.max_message_bytes)
         if rows < 1:
             raise MessageTooLarge(
-                "one token takes {} bytes in the request and {} in the reply, more than a ".format(*self.row_bytes)
-                + f"message of {config.max_message_bytes} bytes has room for",
+                "one token takes {} bytes in the request and {} in the reply, ".format(*self.row_bytes)
+                + f"more than the client's limit of {config.max_message_bytes} bytes for a message has room for",
+                hint="set a larger {max_message_bytes=}",
                 target=config.target,
                 codebook=info.name,
                 option="max_message_bytes",
@@ -125,7 +127,7 @@ class ArrayCall(ABC):
         results, start = [], 0
         for one in inputs:
             stop = start + len(one.array)
-            # A copy: a caller who keeps, or pickles, one result must not keep all of them.
+            # A copy: a caller that stores or pickles one result must not hold the memory of all of them.
             results.append(to_caller(out[start:stop].copy(), self.reply_dtype, one.device))
             start = stop
         return results
@@ -249,6 +251,9 @@ class DecodeCall(ArrayCall):
         indices = self.source.array
         self.grid, self.layout = indices_geometry(indices.shape, self.options.layout, self.info, stages=self.stages)
         self.array = indices if self.stages is None else indices[first_channels(self.stages, self.layout)]
+        if self.array.dtype.itemsize == 8 and self.array.dtype.kind == "u":
+            check_indices(self.array, decodable=self.info.vocab_size)
+            self.array = self.array.astype(np.int64)
         self.reply_dtype = self.options.dtype
         reply_bytes = self._width * payload.itemsize(self.reply_dtype)
         self.row_bytes = indices.itemsize * (self.stages or 1), reply_bytes

@@ -10,12 +10,12 @@ import threading
 import grpc
 import pytest
 
-from vqserve_client import Client, VqserveClientError
+from vqserve_client import Client, VqserveError
 from vqserve_client.channel import channel_options
 
 
 class Listener:
-    """Accepts connections, counts them, and hangs up at once or passes them on."""
+    """Accepts connections, counts them, and closes them at once or passes them on."""
 
     def __init__(self, target=None):
         self._target = target
@@ -93,7 +93,7 @@ def test_without_that_option_channels_share_a_connection(tiny, listener):
 
 
 def attempts_until(listener, options, *, attempts):
-    """How many connections a channel tries while another one of this client's options tries so many."""
+    """Return how many connections a channel tries while another channel with the same options tries `attempts`."""
     ours, theirs = listener(), listener()
     channels = [
         grpc.insecure_channel(one.address, options=given)
@@ -127,7 +127,7 @@ def test_messages_up_to_the_limit_and_no_further(tiny, latents):
             client._core.connection._open = None
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("vqserve_client.channel.channel_options", lambda _, options=options: options)
-                with pytest.raises(VqserveClientError, match="larger than max"):
+                with pytest.raises(VqserveError, match="larger than the client's limit of 4096 bytes"):
                     client.encode(array)
     assert expected.nbytes > 4096
 

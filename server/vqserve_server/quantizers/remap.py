@@ -63,7 +63,10 @@ def checked_used(used: Tensor, num_codes: int) -> Tensor:
     check_integers(used)
     if used.ndim != 1 or used.numel() == 0:
         raise InvalidShape(f"a remap must be 1-D and not empty, not of shape {tuple(used.shape)}")
-    return checked_indices(used, num_codes)
+    try:
+        return checked_indices(used, num_codes)
+    except IndexOutOfRange as error:
+        raise error.with_fields(array="remap", hint="") from None
 
 
 def checked_unknown(unknown_index: UnknownIndex) -> UnknownIndex:
@@ -102,7 +105,7 @@ def splitmix64(ids: Tensor) -> Tensor:
 def hashed_positions(ids: Tensor, num_used: int) -> Tensor:
     """Return splitmix64(id) mod U in unsigned 64-bit arithmetic: the fixed stand-in of ids that are not in use."""
     bits = splitmix64(ids)
-    # torch's int64 is signed: bits = 2 * half + low, both of which are not negative.
+    # torch's int64 is signed: bits = 2 * half + low, and neither half nor low is negative.
     half, low = _shift_right(bits, 1), bits & 1
     return ((half % num_used) * 2 + low) % num_used
 
@@ -116,7 +119,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class RemappedModule(nn.Module):
-    """K codes, of which `used` lists those in use; without a remap an index is the full id.
+    """K codes; `used` lists the codes in use. Without a remap an index is the full id.
 
     The table from ids to positions is made from `used` in every call, K entries beside the N of the call: it cannot
     go stale when `used` is loaded, moved or changed in place.

@@ -18,7 +18,9 @@ from vqserve.layout import Layout, first_channels, grid_shape, parse_layout, war
 from vqserve.types import OutputName
 from vqserve.validation import (
     beyond_dtype,
+    check_call,
     check_has_output,
+    check_indices,
     check_indices_shape,
     check_latents_shape,
     check_num_quantizers,
@@ -33,7 +35,7 @@ from vqserve_server.device import to_device
 from vqserve_server.quantizers import tensors
 from vqserve_server.quantizers.inference.base import FrozenQuantizer
 from vqserve_server.rows import from_rows, to_rows
-from vqserve_server.validation import check_finite, check_indices
+from vqserve_server.validation import check_finite
 
 T = TypeVar("T")
 Indices = TypeVar("Indices", npt.NDArray[Any], Tensor)
@@ -44,17 +46,22 @@ TORCH_DTYPES: dict[np.dtype[Any], torch.dtype] = {dtype.storage: getattr(torch, 
 
 @dataclass(frozen=True)
 class Options:
-    """How an array is to be turned; checked, so that `encode_many` refuses nonsense before it begins."""
+    """The validated options of a call, so that `encode_many` rejects invalid options before it begins."""
 
     layout: Layout | None
     dtype: torch.dtype
     output: OutputName
     num_quantizers: int
+    codebook: str | None
+    digest: str | None
 
 
 def options(
-    *,
     info: CodebookInfo,
+    codebook: str | None = None,
+    digest: str | None = None,
+    timeout: float | None = None,
+    *,
     layout: str | None = None,
     dtype: Any = "float32",
     output: str = "latents",
@@ -64,23 +71,26 @@ def options(
 
     Raises:
         InvalidOption: a value is not one of an option's values, or the codebook cannot give it.
+        TypeError: codebook, digest or timeout is of another type.
     """
     check_output(output)
+    check_call(codebook=codebook, digest=digest, timeout=timeout)
     check_has_output(output, info=info)
     count = check_num_quantizers(num_quantizers, available=info.num_quantizers)
     wanted: OutputName = "code_rows" if output == "code_rows" else "latents"
-    return Options(parse_layout(layout), getattr(torch, dtypes.latent_dtype_name(dtype)), wanted, count)
+    torch_dtype = getattr(torch, dtypes.latent_dtype_name(dtype))
+    return Options(parse_layout(layout), torch_dtype, wanted, count, codebook, digest)
 
 
 @dataclass(frozen=True)
 class Given:
-    """What the caller gave, fit for a codebook.
+    """The caller's array, validated for a codebook.
 
     Attributes:
         tokens: latents as (n, input_dim) float32 or float64, finite, in C order; indices as int64, in range: (n,), of a
-            residual codebook (n, q), those of them that are asked for.
+            residual codebook (n, q), those of them that are requested.
         grid: shape of the tokens in the caller's array.
-        layout: of the latents, those that came or those that are asked for.
+        layout: layout of the latents, given or requested.
         device: the tensor's; None for numpy.
     """
 
@@ -185,7 +195,7 @@ def encode_grid(frozen: FrozenQuantizer, latents: Given, asked: Options, *, has_
 
     Args:
         frozen: the codebook.
-        latents: what is to be encoded.
+        latents: the array to encode.
         asked: how many indices each token is to have, if they have stages.
         has_stages: whether a token's indices are an axis, in the place of the channels.
 
@@ -201,10 +211,10 @@ def encode_grid(frozen: FrozenQuantizer, latents: Given, asked: Options, *, has_
 
 
 def decode_grid(frozen: FrozenQuantizer, indices: Given, asked: Options) -> Tensor:
-    """Return what indices stand for, in the layout that was resolved, on the codebook's device.
+    """Decode indices, in the resolved layout, on the codebook's device.
 
     Raises:
-        InvalidOption: names an index with a value beyond the range of the type that is asked for.
+        InvalidOption: names an index with a value beyond the range of the requested type.
     """
     rows = frozen.decode_rows(indices.tokens.to(frozen.device), output=asked.output, dtype=asked.dtype)
     narrowed = tensors.narrow(rows, asked.dtype)
@@ -221,7 +231,7 @@ def _layout_of_indices(shape: Sequence[int], asked: Options, info: CodebookInfo)
 
 
 def _used(indices: Indices, layout: Layout, asked: Options, info: CodebookInfo) -> Indices:
-    """Return the indices of each token that are asked for."""
+    """Return the requested indices of each token."""
     return indices[first_channels(asked.num_quantizers, layout)] if info.has_stages else indices
 
 

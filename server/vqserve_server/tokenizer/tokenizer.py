@@ -17,7 +17,7 @@ from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import Closed, VqserveError
 from vqserve.layout import Layout
 from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
-from vqserve.validation import check_digest, check_digest_form, no_codebook
+from vqserve.validation import check_call, check_digest, no_codebook
 from vqserve_server.codebooks import codebook_digest, load_codebook
 from vqserve_server.codebooks.kinds import kind_of
 from vqserve_server.device import select_device, to_device, to_host
@@ -43,7 +43,7 @@ class Tokenizer:
     `timeout` are a client's: the first two are held against `info`, the last has no effect.
 
     Attributes:
-        info: what a client may know about the codebook.
+        info: description of the codebook, the same as `Client.codebooks` returns.
         decodable: the exclusive bound of the indices that decode accepts: a sentinel for unknown codes can lie beyond.
         device: where the codebook is and the search runs.
         search: name of the search backend.
@@ -133,10 +133,10 @@ class Tokenizer:
                 `info.input_dim` channels.
             layout: "channels_first" or "channels_last"; None: `info.layout`, and if that is None channels first for 4
                 and 5 axes, last for 2 and 3.
-            num_quantizers: of a residual codebook, how many indices each token gets, the first ones; None: all.
+            num_quantizers: for a residual codebook, number of (first) indices for each token; None: all.
             codebook: the codebook's name, if it is to be checked.
             digest: the codebook's digest, if it is to be checked.
-            timeout: has no effect in process.
+            timeout: has no effect in process, but must be valid.
 
         Returns:
             The same kind of array, shaped as the latents without their channel axis, or, of a residual codebook, with
@@ -146,15 +146,15 @@ class Tokenizer:
         Raises:
             NotAnArray: the latents are no numpy array or dense tensor; also a TypeError.
             InvalidDtype: the latents are no array of such a type.
-            InvalidOption: there is no such layout, or there are not so many quantizers.
+            InvalidOption: `layout` is no layout, or the codebook has fewer quantizers.
             InvalidShape: the rank or the channel count is not the codebook's.
             NonFiniteLatents: names the position of a NaN or an infinity, or of a token whose projection overflows.
             CodebookNotFound: the codebook has another name.
             DigestMismatch: it has another digest.
             Closed: the tokenizer was closed.
         """
-        asked = options(info=self.info, layout=layout, num_quantizers=num_quantizers)
-        return self._encode(latents, asked, codebook, digest)
+        asked = options(self.info, codebook, digest, timeout, layout=layout, num_quantizers=num_quantizers)
+        return self._encode(latents, asked)
 
     def decode(
         self,
@@ -168,7 +168,7 @@ class Tokenizer:
         digest: str | None = None,
         timeout: float | None = None,
     ) -> ArrayT:
-        """Return what indices stand for.
+        """Decode indices to latents.
 
         Args:
             indices: any integers, shaped as `encode` returns them, in [0, decodable).
@@ -176,10 +176,10 @@ class Tokenizer:
             dtype: of the result: "float32", "float16", "float64" or "bfloat16", or numpy's or torch's type of that
                 name; rounded once from the codebook's own values. numpy has no bfloat16: float32 holds its values.
             output: "latents", which the decoder takes, or "code_rows", the codebook's rows before any projection.
-            num_quantizers: of a residual codebook, how many of each token's indices to use, the first ones; None: all.
+            num_quantizers: for a residual codebook, number of (first) indices of each token to use; None: all.
             codebook: as in `encode`.
             digest: as in `encode`.
-            timeout: has no effect in process.
+            timeout: has no effect in process, but must be valid.
 
         Returns:
             The same kind of array on the indices' device: their grid with `info.output_dim` channels, for code rows
@@ -188,13 +188,22 @@ class Tokenizer:
         Raises:
             IndexOutOfRange: names the position, the value and the range.
             InvalidDtype: the indices are no array of integers.
-            InvalidOption: there is no such layout, dtype or output, there are not so many quantizers, or a value
-                leaves the dtype's range.
+            InvalidOption: `layout`, `dtype` or `output` is not allowed, the codebook has fewer quantizers, or a value
+                exceeds the range of the dtype.
             InvalidShape: the rank, or the number of indices for a token, is not the codebook's.
             NotAnArray, CodebookNotFound, DigestMismatch, Closed: as in `encode`.
         """
-        asked = options(info=self.info, layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
-        return self._decode(indices, asked, codebook, digest)
+        asked = options(
+            self.info,
+            codebook,
+            digest,
+            timeout,
+            layout=layout,
+            dtype=dtype,
+            output=output,
+            num_quantizers=num_quantizers,
+        )
+        return self._decode(indices, asked)
 
     def encode_many(
         self,
@@ -207,8 +216,8 @@ class Tokenizer:
         timeout: float | None = None,
     ) -> Generator[ArrayT, None, None]:
         """Return the indices of each of many arrays, lazily and in order; see `encode`."""
-        asked = options(info=self.info, layout=layout, num_quantizers=num_quantizers)
-        return _each(several(items, "encode"), lambda item: self._encode(item, asked, codebook, digest))
+        asked = options(self.info, codebook, digest, timeout, layout=layout, num_quantizers=num_quantizers)
+        return _each(several(items, "encode"), lambda item: self._encode(item, asked))
 
     def decode_many(
         self,
@@ -223,16 +232,26 @@ class Tokenizer:
         timeout: float | None = None,
     ) -> Generator[ArrayT, None, None]:
         """Return the latents of each of many arrays of indices, lazily and in order; see `decode`."""
-        asked = options(info=self.info, layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
-        return _each(several(items, "decode"), lambda item: self._decode(item, asked, codebook, digest))
+        asked = options(
+            self.info,
+            codebook,
+            digest,
+            timeout,
+            layout=layout,
+            dtype=dtype,
+            output=output,
+            num_quantizers=num_quantizers,
+        )
+        return _each(several(items, "decode"), lambda item: self._decode(item, asked))
 
     def codebooks(self, *, timeout: float | None = None) -> list[CodebookInfo]:
         """Return what there is: the one codebook."""
+        check_call(timeout=timeout)
         self._open()
         return [self.info]
 
     def close(self) -> None:
-        """Let go of the codebook's memory; later calls raise Closed, those under way end. Closing twice is fine."""
+        """Free the codebook's memory. Later calls raise Closed, running calls finish; closing twice is allowed."""
         self._frozen = None
 
     def encode_rows(
@@ -242,7 +261,7 @@ class Tokenizer:
 
         Args:
             rows: (n, input_dim) float32 or float64, finite, in C order.
-            num_quantizers: of a residual codebook, how many indices each row gets, checked as well; None: all.
+            num_quantizers: for a residual codebook, number of indices for each row, validated too; None: all.
 
         Returns:
             int64: (n,), of a residual codebook (n, num_quantizers).
@@ -278,16 +297,16 @@ class Tokenizer:
         self.decode_rows(np.zeros(indices, np.int64))
         self._open().check_itself()
 
-    def _encode(self, latents: ArrayT, asked: Options, codebook: str | None, digest: str | None) -> ArrayT:
-        frozen = self._open(codebook, digest)
+    def _encode(self, latents: ArrayT, asked: Options) -> ArrayT:
+        frozen = self._open(asked.codebook, asked.digest)
         with self._named():
             given = given_latents(latents, asked, info=self.info)
             found = encode_grid(frozen, given, asked, has_stages=self.info.has_stages)
         indices: ArrayT = given.indices(found, vocab_size=self.info.vocab_size)
         return indices
 
-    def _decode(self, indices: ArrayT, asked: Options, codebook: str | None, digest: str | None) -> ArrayT:
-        frozen = self._open(codebook, digest)
+    def _decode(self, indices: ArrayT, asked: Options) -> ArrayT:
+        frozen = self._open(asked.codebook, asked.digest)
         with self._named():
             given = given_indices(indices, asked, info=self.info, decodable=self.decodable)
             latents: ArrayT = given.latents(decode_grid(frozen, given, asked))
@@ -301,7 +320,6 @@ class Tokenizer:
         if codebook is not None and codebook != self.info.name:
             raise no_codebook(codebook, [self.info.name], num_codebooks=1)
         if digest is not None:
-            check_digest_form(digest)
             check_digest(digest, info=self.info)
         return frozen
 
@@ -333,7 +351,7 @@ class Tokenizer:
 
 def _each(items: Iterable[ArrayT], convert: Callable[[ArrayT], ArrayT]) -> Generator[ArrayT, None, None]:
     """Return the results of arrays, lazily; an error says which array it is about."""
-    # What cannot be iterated is refused here, not at the first answer.
+    # A value that cannot be iterated is an error here, not at the first result.
     numbered = enumerate(items)
 
     def results() -> Generator[ArrayT, None, None]:

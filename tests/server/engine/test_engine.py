@@ -1,4 +1,4 @@
-"""The engine with its thread: every job gets its outcome, and nothing is computed for nobody."""
+"""The engine with its thread: every job gets its outcome, and nothing is computed for cancelled jobs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.engine_jobs import Jobs
 from vqserve.layout import Layout
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine import BatchFailed, EncodeJob, Engine
-from vqserve_server.errors import DeadlineExpired, DeviceBroken, Draining, InvalidOption, NonFiniteLatents, Overloaded
+from vqserve_server.errors import DeadlineExceeded, DeviceBroken, Draining, InvalidOption, NonFiniteLatents, Overloaded
 
 LAST = Layout.CHANNELS_LAST
 JOBS = Jobs()
@@ -129,7 +129,7 @@ def test_cancelled_and_expired_work_is_never_computed(fake: Callable[..., Any], 
     engine.scheduler.cancel(cancelled)
     threading.Event().wait(2e-3)  # lets the deadline pass, which nothing announces
     tokenizer.release()
-    with pytest.raises(DeadlineExpired):
+    with pytest.raises(DeadlineExceeded):
         JOBS.result(expired)
     np.testing.assert_array_equal(JOBS.array(mate), expected(mate, tokenizer.codes))
     JOBS.result(first)
@@ -168,12 +168,12 @@ def test_a_request_that_only_the_weights_show_to_be_bad_fails_alone(
     tokenizer = fake()
     plain = tokenizer.encode_rows
 
-    def refuse_large(rows: np.ndarray, **_: Any) -> np.ndarray:
+    def reject_large(rows: np.ndarray, **_: Any) -> np.ndarray:
         if rows.max() > 100:
             raise NonFiniteLatents("a projection overflows")
         return plain(rows)
 
-    tokenizer.encode_rows = refuse_large
+    tokenizer.encode_rows = reject_large
     engine = start(tokenizer)
     tokenizer.hold()
     submit(engine, encode_job(tokenizer, 1))
@@ -352,7 +352,7 @@ def test_replies_are_sent_when_the_whole_batch_is_finished(
     assert unwritten == [0] * 5
 
 
-def test_two_threads_have_two_batches_under_way(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+def test_two_threads_run_two_batches_at_once(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
     tokenizer = fake()
     engine = start(tokenizer, threads=2)
     tokenizer.hold()

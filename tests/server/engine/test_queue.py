@@ -12,7 +12,7 @@ from support.engine_jobs import Jobs
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine import EncodeJob, Job
 from vqserve_server.engine.scheduler import JobQueue
-from vqserve_server.errors import DeadlineExpired
+from vqserve_server.errors import DeadlineExceeded
 
 JOBS = Jobs()
 
@@ -87,13 +87,13 @@ def test_a_row_larger_than_a_batch_is_a_batch(fake: Callable[..., Any]) -> None:
     assert taken(queue_of(each, max_batch_bytes=1024)) == [(each, 0, 1)]
 
 
-def test_who_has_left_is_skipped(fake: Callable[..., Any]) -> None:
+def test_cancelled_requests_are_skipped(fake: Callable[..., Any]) -> None:
     tokenizer = fake()
     expired, cancelled, alive = job(tokenizer, 1, deadline=5.0), job(tokenizer, 1), job(tokenizer, 1, deadline=6.0)
     queue = queue_of(expired, cancelled, alive)
     cancelled.cancel()
     assert taken(queue, now=5.5) == [(alive, 0, 1)]
-    with pytest.raises(DeadlineExpired):
+    with pytest.raises(DeadlineExceeded):
         JOBS.result(expired, timeout=0)
 
 

@@ -51,7 +51,7 @@ def warnings(log: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in log.records if record.levelno >= logging.WARNING]
 
 
-def test_what_is_passed_over_is_not_refused(tmp_path: Path, put: Callable[..., Any]) -> None:
+def test_skipped_files_are_not_rejected(tmp_path: Path, put: Callable[..., Any]) -> None:
     put(tmp_path / "book" / "1.safetensors")
     repo = loaded(tmp_path)
     put(tmp_path / "book" / "v2.safetensors")
@@ -60,7 +60,7 @@ def test_what_is_passed_over_is_not_refused(tmp_path: Path, put: Callable[..., A
     assert tally == ReloadCounts(loaded=0, unchanged=1, skipped=2)
 
 
-def test_a_rescan_takes_what_is_new_and_drops_what_is_gone(
+def test_a_reload_adds_new_files_and_drops_deleted_ones(
     tmp_path: Path, put: Callable[..., Any], log: pytest.LogCaptureFixture
 ) -> None:
     same, old = put(tmp_path / "same.safetensors"), put(tmp_path / "book" / "1.safetensors", seed=1)
@@ -83,9 +83,7 @@ def test_a_rescan_takes_what_is_new_and_drops_what_is_gone(
     ]
 
 
-def test_what_a_name_without_a_version_stands_for_is_told_when_it_changes(
-    tmp_path: Path, put: Callable[..., Any], log: pytest.LogCaptureFixture
-) -> None:
+def test_a_new_latest_version_is_logged(tmp_path: Path, put: Callable[..., Any], log: pytest.LogCaptureFixture) -> None:
     def rescanned() -> list[str]:
         log.clear()
         repo.reload()
@@ -105,7 +103,7 @@ def test_what_a_name_without_a_version_stands_for_is_told_when_it_changes(
     assert rescanned() == []
 
 
-def test_a_folder_whose_last_version_is_gone_is_passed_over(
+def test_a_folder_whose_last_version_was_deleted_is_skipped(
     tmp_path: Path, put: Callable[..., Any], log: pytest.LogCaptureFixture
 ) -> None:
     put(tmp_path / "img" / "1.safetensors")
@@ -190,7 +188,7 @@ def test_a_file_that_is_not_whole_is_never_served(
         assert repo.tokenizers == before
         first, second = warnings(log)
         assert first.startswith(
-            f"codebook_rejected name=book path={path} kept={old.digest[:12]} error=\"codebook 'book' "
+            f'codebook_rejected name=book path={path} kept={old.digest[:12]} error="the codebook cannot '
         )
         assert second.startswith(
             f"codebook_rejected name=other path={tmp_path / 'other.safetensors'} kept=nothing error="
@@ -215,7 +213,7 @@ def test_at_start_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, put: 
     (tmp_path / "book").mkdir()
     (tmp_path / "book" / "3.safetensors").write_bytes(b"half")
     with pytest.raises(
-        CodebookFileError, match=r"book/3\.safetensors: codebook '3' cannot be used: it is 4 bytes long"
+        CodebookFileError, match=r"book/3\.safetensors: the codebook cannot be used: it is 4 bytes long"
     ):
         loaded(tmp_path)
 
@@ -224,7 +222,11 @@ def test_at_start_what_is_no_codebook_file_is_named_once(tmp_path: Path) -> None
     np.save(tmp_path / "latents.npy", np.zeros((4, 3), np.float32))
     with pytest.raises(CodebookFileError) as raised:
         loaded(tmp_path / "latents.npy")
-    assert str(raised.value).startswith(f"{tmp_path / 'latents.npy'} is a .npy file, not a codebook file: `vqserved ")
+    assert str(raised.value).startswith(f"{tmp_path / 'latents.npy'}: it is a .npy file, not a codebook file: `")
+    assert raised.value.path == str(tmp_path / "latents.npy")
+    (tmp_path / "README.md").write_text("# A text\n\nand more")
+    with pytest.raises(CodebookFileError, match=r"README\.md: it is a text file, not a codebook file: name"):
+        loaded(tmp_path / "README.md")
 
 
 def test_a_link_out_of_the_folder_does_not_replace_a_codebook(

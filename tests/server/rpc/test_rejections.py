@@ -130,7 +130,9 @@ REFUSED_DECODES: dict[str, tuple[dict[str, Any], grpc.StatusCode, str]] = {
     "a reply that fits no message": (
         {"dtype": pb.DTYPE_UINT8, "shape": [1 << 16], "indices": bytes(1 << 16)},
         INVALID,
-        "the reply would be 1048576 bytes and a message holds 1048064",
+        "the reply would have 1048576 bytes, and the server's limit of 1048576 has room for 1048064: "
+        "send fewer tokens at once (the SDK does with max_message_bytes=1048576), or start the server with a larger "
+        "--max-message-bytes",
     ),
     "unknown codebook": (
         {"codebook": "x" * 10_000, "dtype": pb.DTYPE_UINT8, "shape": [1], "indices": b"\0"},
@@ -161,25 +163,25 @@ def assert_serving(client: Any) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED_ENCODES)
-def test_refused_encodes(client: Any, name: str) -> None:
+def test_rejected_encodes(client: Any, name: str) -> None:
     fields, code, text = REFUSED_ENCODES[name]
     assert_refused(lambda: client.stub.Encode(pb.EncodeRequest(**fields)), code, text)
     assert_serving(client)
 
 
 @pytest.mark.parametrize("name", REFUSED_DECODES)
-def test_refused_decodes(client: Any, name: str) -> None:
+def test_rejected_decodes(client: Any, name: str) -> None:
     fields, code, text = REFUSED_DECODES[name]
     assert_refused(lambda: client.stub.Decode(pb.DecodeRequest(**fields)), code, text)
     assert_serving(client)
 
 
 def test_all_of_them_in_a_row(client: Any) -> None:
-    for call, kind, refused in (
+    for call, kind, rejected in (
         (client.stub.Encode, pb.EncodeRequest, REFUSED_ENCODES),
         (client.stub.Decode, pb.DecodeRequest, REFUSED_DECODES),
     ):
-        for fields, code, text in refused.values():
+        for fields, code, text in rejected.values():
             request = kind(**fields)
             assert_refused(lambda call=call, request=request: call(request), code, text)
     assert_serving(client)
