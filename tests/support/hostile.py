@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from vqserve_tools.importing.files import open_foreign
+
 MIB = 1 << 20
 # What an import of a small array may take beyond what the process has already.
 LIMIT = 64 * MIB
@@ -56,6 +58,13 @@ def watching(source: Path) -> Iterator[list[str]]:
     finally:
         _seen = None
         del sys.modules["trap"]
+
+
+def read_watched(source: Path) -> tuple[dict[str, object], list[str]]:
+    """Return the arrays in a file as lists, and what reading them made this process do."""
+    with watching(source) as seen, open_foreign(source) as arrays:
+        values = {name: array.read().tolist() for name, array in arrays.items()}
+    return values, seen
 
 
 def memory(name: str) -> int:

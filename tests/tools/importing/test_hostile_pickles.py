@@ -5,14 +5,13 @@ from __future__ import annotations
 import copyreg
 import pickle
 import struct
-import tarfile
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
-from support.hostile import LIMIT, members_of, text, torch_archive, watching, write_members
+from support.hostile import LIMIT, members_of, read_watched, text, torch_archive, watching, write_members
 from vqserve.errors import ForeignCheckpointError
 from vqserve_tools.importing.files import open_foreign
 
@@ -69,13 +68,6 @@ def with_more(path: Path, more: bytes) -> Path:
     return write_members(path, members)
 
 
-def read(source: Path) -> tuple[dict[str, object], list[str]]:
-    """Return the arrays in a file, and what reading them made this process do."""
-    with watching(source) as seen, open_foreign(source) as arrays:
-        values = {name: array.read().tolist() for name, array in arrays.items()}
-    return values, seen
-
-
 @pytest.fixture(autouse=True)
 def extension():
     copyreg.add_extension("trap", "run", EXTENSION)
@@ -85,7 +77,7 @@ def extension():
 
 @pytest.mark.parametrize("more", RUNS.values(), ids=RUNS)
 def test_nothing_is_run(tmp_path, more):
-    values, seen = read(with_more(tmp_path / "m.pt", more))
+    values, seen = read_watched(with_more(tmp_path / "m.pt", more))
     assert values == {"embedding.weight": STATE["embedding.weight"].tolist()}
     assert seen == []
 
@@ -97,7 +89,7 @@ def test_nothing_is_run_where_tensors_are_looked_for(tmp_path, more):
     members = members_of(tmp_path / "m.pt")
     [name] = [name for name in members if name.endswith("data.pkl")]
     members[name] = members[name][:-1] + text("callbacks") + more + b"s."
-    values, seen = read(write_members(tmp_path / "m.pt", members))
+    values, seen = read_watched(write_members(tmp_path / "m.pt", members))
     assert values == {"embedding.weight": STATE["embedding.weight"].tolist()}
     assert seen == []
 
@@ -213,130 +205,6 @@ def test_the_most_instructions_that_are_read(imported, tmp_path, instruction):
     assert status == 1
     assert "more than 2097152 instructions" in err
     assert grown < 8 * LIMIT
-
-
-# Tensors that lie.
-
-
-KEY = text("0")
-
-
-def tensor(shape=b"K\x03K\x02\x86", strides=b"K\x02K\x01\x86", offset=b"K\x00", kind=b"FloatStorage", length=b"K\x06",
-           key=KEY) -> bytes:  # fmt: skip
-    storage = b"(" + text("storage") + b"ctorch\n" + kind + b"\n" + key + text("cpu") + length + b"tQ"
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + offset + shape + strides + b"\x89NtR"
-
-
-def with_tensor(path: Path, description: bytes) -> Path:
-    members = {
-        "m/data.pkl": b"\x80\x02}" + text("embedding.weight") + description + b"s.",
-        "m/data/0": struct.pack("<6f", *range(6)),
-    }
-    return write_members(path, members)
-
-
-def test_the_tensor_that_does_not_lie(tmp_path):
-    values, seen = read(with_tensor(tmp_path / "m.pt", tensor()))
-    assert values == {"embedding.weight": [[0, 1], [2, 3], [4, 5]]}
-    assert seen == []
-
-
-FAR = b"\x8a\x08" + struct.pack("<q", (1 << 61) + 1)
-LIES = {
-    "an offset beyond": (tensor(offset=b"K\x01"), "claims 28 bytes, more than the file has for it (24)"),
-    "an offset far beyond": (tensor(offset=FAR), "more than the file has for it (24)"),
-    "an offset below": (tensor(offset=b"J\xff\xff\xff\xff"), "it is damaged"),
-    "an offset that is none": (tensor(offset=b"N"), "it is damaged"),
-    "an offset that is a truth": (tensor(offset=b"\x88"), "it is damaged"),
-    "strides beyond": (tensor(strides=b"K\x03K\x01\x86"), "claims 32 bytes, more than the file has for it (24)"),
-    "strides far beyond": (tensor(strides=FAR * 2 + b"\x86"), "more than the file has for it (24)"),
-    "strides below": (tensor(strides=b"J\xff\xff\xff\xffK\x01\x86"), "it is damaged"),
-    "strides of zero": (tensor(shape=FAR + b"K\x02\x86", strides=b"K\x00K\x00\x86"), "more than 4294967296"),
-    "fewer strides": (tensor(strides=b"K\x01\x85"), "it is damaged"),
-    "a shape below": (tensor(shape=b"J\xff\xff\xff\xffK\x02\x86"), "it is damaged"),
-    "a shape far beyond": (tensor(shape=FAR * 2 + b"\x86"), "more than 4294967296"),
-    "a shape that is none": (tensor(shape=b"N"), "it is damaged"),
-    "a shape of text": (tensor(shape=text("ab")), "it is damaged"),
-    "axes without end": (tensor(shape=b"(" + b"K\x01" * 65 + b"t", strides=b"(" + b"K\x01" * 65 + b"t"), "is damaged"),
-    "a longer storage": (tensor(length=b"K\x07"), "it has 24 bytes of the numbers '0', of 28 described"),
-    "a wider storage": (tensor(kind=b"DoubleStorage"), "it has 24 bytes of the numbers '0', of 48 described"),
-    "a storage of no type": (tensor(kind=b"Storage"), "numbers of an unknown type"),
-    "a storage of no length": (tensor(length=b"N"), "it is damaged"),
-    "a storage far beyond": (tensor(length=FAR), "it has 24 bytes of the numbers '0'"),
-    "another storage": (tensor(key=text("1")), "it has 0 bytes of the numbers '1'"),
-    "a storage outside": (tensor(key=text("../../etc/passwd")), "it has 0 bytes of the numbers '../../etc/passwd'"),
-    "a storage without a name": (tensor(key=b"N"), "it is damaged"),
-    "one storage of two types": (
-        tensor() + b"0" + tensor(kind=b"IntStorage"),
-        "it describes the numbers '0' in two ways",
-    ),
-}
-
-
-@pytest.mark.parametrize(("description", "match"), LIES.values(), ids=LIES)
-def test_tensors_that_lie(refused, tmp_path, description, match):
-    refused(with_tensor(tmp_path / "m.pt", description), match)
-
-
-def test_numbers_that_do_not_match_their_checksum(refused, imported, tmp_path):
-    source = tmp_path / "m.pt"
-    torch.save({"embedding.weight": torch.ones(1000, 2)}, source)
-    data = bytearray(source.read_bytes())
-    place = data.index(struct.pack("<2f", 1, 1)) + 400
-    data[place] ^= 1
-    source.write_bytes(data)
-    refused(source, "it is damaged: the checksum of its numbers '0' differs")
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save({"embedding.weight": torch.ones(1000, 2)}, source)
-    finally:
-        torch.serialization.set_crc32_options(True)
-    assert imported(source)[0] == 0
-
-
-def test_members_that_are_not_where_the_directory_says(refused, tmp_path):
-    source = with_tensor(tmp_path / "m.pt", tensor())
-    data = source.read_bytes()
-    source.write_bytes(data.replace(b"m/data/0", b"m/data/1", 1))
-    refused(source, "its member 'm/data/0' is not where its directory says")
-    for old, new, match in (
-        ("m/data/0", "M/DATA/0", "names differ in case only"),
-        ("m/data.pkl", "m/Data.pkl", "names differ in case only"),
-    ):
-        members = members_of(with_tensor(source, tensor()))
-        refused(write_members(source, {**members, new: members[old]}), match)
-    refused(write_members(source, {"m/other.pkl": b"."}), "its archive has no data.pkl, so torch.save did not write it")
-    refused(
-        write_members(source, {**members_of(with_tensor(source, tensor())), "m/byteorder": b"middle"}), "byte order"
-    )
-
-
-def test_an_archive_with_a_very_long_directory(refused, tmp_path):
-    source = tmp_path / "m.pt"
-    name = "m/" + "a" * 60_000
-    write_members(source, {f"{name}{number}": b"" for number in range(300)})
-    refused(source, "its archive's directory has")
-
-
-def test_the_older_format_that_lies(refused, tmp_path):
-    source = tmp_path / "m.pt"
-    torch.save(STATE, source, _use_new_zipfile_serialization=False)
-    data = source.read_bytes()
-    count = data.rindex(struct.pack("<q", 6) + struct.pack("<f", 0))
-    for length in (5, 7, 1 << 62, -1):
-        source.write_bytes(data[:count] + struct.pack("<q", length) + data[count + 8 :])
-        refused(source, "it is damaged")
-    source.write_bytes(data[:-1])
-    refused(source, "it is damaged: it ends early")
-    source.write_bytes(pickle.dumps({"embedding.weight": [1.0]}))
-    refused(source, "it is a pickle that torch.save did not write")
-
-
-def test_the_tar_format(refused, tmp_path):
-    source = tmp_path / "m.pt"
-    with tarfile.open(source, "w:") as archive:
-        archive.add(__file__, "storages")
-    refused(source, "it is in torch's tar format of 2016, which is not read")
 
 
 def test_errors_of_our_own(tmp_path):
