@@ -103,6 +103,10 @@ def test_members_that_are_not_where_the_directory_says(refused, tmp_path):
     ):
         members = members_of(with_tensor(source, tensor()))
         refused(write_members(source, {**members, new: members[old]}), match)
+    members = members_of(with_tensor(source, tensor()))
+    assert read_watched(write_members(source, {**members, "data.pkl": b"N.", "n/data.pkl": b"N."}))[0] == {
+        "embedding.weight": STATE["embedding.weight"].tolist()
+    }
     refused(write_members(source, {"m/other.pkl": b"."}), "its archive has no data.pkl, so torch.save did not write it")
     refused(
         write_members(source, {**members_of(with_tensor(source, tensor())), "m/byteorder": b"middle"}), "byte order"

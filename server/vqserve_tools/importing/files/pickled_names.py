@@ -55,7 +55,7 @@ def named_tensors(root: object) -> dict[str, PickledTensor]:
     return named
 
 
-def is_container(value: object) -> bool:
+def _is_container(value: object) -> bool:
     """Whether a value can contain tensors by name."""
     return isinstance(value, Table | Instance | list | tuple)
 
@@ -81,10 +81,10 @@ class _Tree:
             self._entries[id(container)] = entries
             for name, value in _entries_of(container):
                 entries_left -= 1
-                containers_left -= is_container(value)
+                containers_left -= _is_container(value)
                 if entries_left < 0 or containers_left < 0:
                     raise PickleError(_TOO_MANY)
-                if not is_container(value):
+                if not _is_container(value):
                     continue
                 if isinstance(value, Instance) and id(value) not in tensors:
                     tensors[id(value)] = tensor_of(value)
@@ -152,7 +152,7 @@ class _Tree:
         for _ in range(_MAX_WRAPPERS):
             entries = self._entries.get(id(root), [])
             inner = [(name, value) for name, value in entries if name in _WRAPPERS]
-            if table_of(root) is None or len(inner) != 1 or any(isinstance(v, PickledTensor) for _, v in entries):
+            if _table_of(root) is None or len(inner) != 1 or any(isinstance(v, PickledTensor) for _, v in entries):
                 break
             [(wrapper, model)] = inner
             names = {name for name, _ in self.tensors(model)}
@@ -176,7 +176,7 @@ def _endings(name: str) -> Iterator[str]:
         name = name.partition(".")[2]
 
 
-def table_of(value: object) -> Table | None:
+def _table_of(value: object) -> Table | None:
     """Return the entries of a dictionary, of its class or one derived from it; None: it is none."""
     if isinstance(value, Instance):
         if value.table is None and value.path == ("collections", "OrderedDict"):
@@ -188,7 +188,7 @@ def table_of(value: object) -> Table | None:
 
 
 def _entries_of(container: object) -> Entries:
-    table = table_of(container)
+    table = _table_of(container)
     if table is not None:
         return _entries_of_table(table)
     if isinstance(container, list | tuple):
@@ -220,7 +220,7 @@ def _entries_of_object(state: object) -> Entries:
     # Attributes that are in slots come in a second dictionary.
     for attributes in state if isinstance(state, tuple) and len(state) == 2 else (state,):
         if isinstance(attributes, Table):
-            tables = [table_of(attributes.named.get(name)) for name in ("_parameters", "_buffers", "_modules")]
+            tables = [_table_of(attributes.named.get(name)) for name in ("_parameters", "_buffers", "_modules")]
             parts = [table for table in tables if table is not None]
             yield from _entries_of_module(attributes, parts) if len(parts) == 3 else attributes.named.items()
 

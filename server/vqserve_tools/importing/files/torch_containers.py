@@ -64,12 +64,12 @@ class Container:
             ForeignCheckpointError: the file has changed, or the checksum of the whole storage differs.
         """
         place = self.places[key]
-        self.file.seek(place.start)
         data = np.empty(end - begin, np.uint8)
-        checksum, position = 0, 0
         # All of it is read for the checksum, in pieces.
-        while position < place.size:
-            piece = self.file.read(min(_PIECE_BYTES, place.size - position))
+        checksum, position, stop = (0, 0, place.size) if place.checksum else (0, begin, end)
+        self.file.seek(place.start + position)
+        while position < stop:
+            piece = self.file.read(min(_PIECE_BYTES, stop - position))
             if not piece:
                 raise ForeignCheckpointError(f"{self.path.name}: it ends early")
             checksum = zlib.crc32(piece, checksum)
@@ -116,16 +116,17 @@ class _Archive:
 
     @classmethod
     def of(cls, path: Path, file: IO[bytes]) -> _Archive:
-        """Read and check the directory of an archive, whose members are all in one folder."""
+        """Read and check the directory of an archive; as in torch, the first member tells the folder of all others."""
         check_directory(path, file)
         with zipfile.ZipFile(file) as archive:
             check_members(path, archive)
             members = archive.infolist()
-        folder = members[0].filename.partition("/")[0] if members else ""
+        folder = f"{members[0].filename.partition('/')[0]}/" if members else ""
         if len({member.filename.lower() for member in members}) < len(members):
             # torch ignores the case of names.
             raise ForeignCheckpointError(f"{path.name}: it has two members whose names differ in case only")
-        return cls(path, file, {member.filename.removeprefix(f"{folder}/"): member for member in members})
+        inside = (member for member in members if member.filename.startswith(folder))
+        return cls(path, file, {member.filename.removeprefix(folder): member for member in inside})
 
     def place(self, name: str) -> _Place | None:
         """Return where a member is; None: there is none."""
