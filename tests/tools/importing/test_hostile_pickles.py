@@ -207,6 +207,11 @@ def test_the_most_instructions_that_are_read(imported, tmp_path, instruction):
     assert grown < 8 * LIMIT
 
 
+def test_names_in_messages_have_no_control_characters(refused, tmp_path):
+    name = text("os\x1b[31m\n")
+    refused(torch_archive(tmp_path / "m.pt", name + name + b"\x93)R."), r"an object of os\x1b[31m\n.os\x1b[31m\n,")
+
+
 def test_errors_of_our_own(tmp_path):
     # Whatever is wrong with a file, the interpreter says so itself.
     for more in DAMAGED.values():

@@ -8,10 +8,18 @@ error, not a guess.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vqserve_tools.importing.files.pickled_values import Global, Instance, PersistentId, PickleError, Table
+from vqserve_tools.importing.files.pickled_values import (
+    Global,
+    Instance,
+    PersistentId,
+    PickleError,
+    Table,
+    described,
+)
 
 # Bytes of an element, for all types that torch has storages of.
 ITEM_BYTES = {
@@ -31,6 +39,7 @@ _NUMPY = {
     "f2": "float16", "f4": "float32", "f8": "float64", "i1": "int8", "i2": "int16", "i4": "int32", "i8": "int64",
     "u1": "uint8", "u2": "uint16", "u4": "uint32", "u8": "uint64", "b1": "bool",
 }  # fmt: skip
+_TYPE = re.compile(r"[a-z][a-z0-9_]{,40}")
 _MAX_AXES = 64
 _MAX_LENGTH = 1 << 62
 # A parameter of a class of its own around a tensor.
@@ -159,9 +168,8 @@ def tensor_of(value: Instance) -> PickledTensor | None:
 def _reason_of(kind: object) -> str:
     if isinstance(kind, Global) and kind.path in _PLAIN:
         return ""
-    name = kind.name[:100] if isinstance(kind, Global) else "object"
     return (
-        f"is a {name}, whose numbers can mean something else than a tensor's; where it was made, save "
+        f"is {described(kind)}, whose numbers can mean something else than a tensor's; where it was made, save "
         "tensor.as_subclass(torch.Tensor) in its place"
     )
 
@@ -213,9 +221,9 @@ def _shape_among(values: tuple[object, ...]) -> tuple[int, ...]:
 
 
 def _torch_type(value: object) -> str:
-    if not isinstance(value, Global) or value.module != "torch":
+    if not isinstance(value, Global) or value.module != "torch" or not _TYPE.fullmatch(value.name):
         raise _damaged()
-    return value.name[:100]
+    return value.name
 
 
 # numpy.

@@ -102,8 +102,12 @@ class Instance:
 
 
 def described(value: object) -> str:
-    """Return what a value is, for messages."""
+    """Return what a value is, for messages: in one line, without control characters."""
     kind = value.function if isinstance(value, Instance) else value
     if isinstance(kind, Global):
-        return f"an object of {kind.module[:100]}.{kind.name[:100]}"
+        return f"an object of {_shown(kind.module)}.{_shown(kind.name)}"
     return f"an object of type {type(value).__name__}"
+
+
+def _shown(text: str) -> str:
+    return text[:100].encode("unicode_escape").decode()
