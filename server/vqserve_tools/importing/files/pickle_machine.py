@@ -128,7 +128,8 @@ class Machine:
         """Keep the last value under a number; None: the next free one."""
         if index is None:
             index = self._memoized
-        if not 0 <= index < MAX_INSTRUCTIONS:
+        # Numbers are given in order, so that none is larger than the number of instructions.
+        if not 0 <= index <= self.instructions:
             raise IndexError
         # A list, because numbers of a stranger's choice can make a dictionary very slow.
         self._memo.extend([_ABSENT] * (index + 1 - len(self._memo)))
