@@ -192,7 +192,7 @@ def fuzzed(files: list[Path], target: Path, machines: list[Machine], numbers: ra
             values, message = read_or_message(target)
         where = f"{source.name}, number {number}: {message}"
         length = target.stat().st_size
-        assert seen == [], where
+        assert seen == [], (seen, where)
         assert sum(machine.instructions for machine in machines) <= 2 * length, where
         assert peak[0] <= FIXED_MEMORY + BYTES_OF_MEMORY * length, where
         # What is wrong with a pickle is found by checks, not by accident.

@@ -110,4 +110,4 @@ def described(value: object) -> str:
 
 
 def _shown(text: str) -> str:
-    return text[:100].encode("unicode_escape").decode()
+    return ascii(text[:100])[1:-1]
