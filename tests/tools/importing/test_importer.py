@@ -837,7 +837,6 @@ def test_an_output_that_is_there_is_kept(tmp_path, capsys):
         ["import", "x.npy", "-o", "o.safetensors", "--verify", "z.npy"],
         ["import", "x.npy", "-o", "o.safetensors", "--unknown-index", "-1"],
         ["inspect"],
-        ["inspect", "a", "b"],
     ],
 )
 def test_wrong_usage(capsys, args):
