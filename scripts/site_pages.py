@@ -22,7 +22,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 _OTHER_PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
-    "SECURITY.md": "security.md",
+    "SECURITY.md": "security-policy.md",
     **{
         path.relative_to(_ROOT).as_posix(): path.relative_to(_ROOT).as_posix()
         for path in sorted((_ROOT / "benchmarks" / "results").iterdir())

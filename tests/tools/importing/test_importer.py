@@ -668,13 +668,11 @@ def test_no_pickle_is_run(tmp_path, capsys, suffix, how):
     assert not (tmp_path / "o.safetensors").exists()
 
 
-def test_a_whole_pickled_model_gives_the_way_out(tmp_path, capsys):
-    source = tmp_path / "whole.pt"
-    torch.save(VectorQuantizer(3, 2), source)
-    err = fails(
-        capsys, "torch.save(model.state_dict(), 'weights.pt')", "import", source, "-o", tmp_path / "o.safetensors"
-    )
-    assert "VectorQuantizer" in err
+def test_a_whole_pickled_model_is_its_state_dict(tmp_path, capsys):
+    source, out, quantizer = tmp_path / "whole.pt", tmp_path / "o.safetensors", VectorQuantizer(3, 2)
+    torch.save(quantizer, source)
+    assert run(capsys, "import", source, "-o", out, "--metric", "l2")[0] == 0
+    assert load_codebook(out).digest == codebook_digest(quantizer)
 
 
 def npy_header(shape, descr="<f4", version=1) -> bytes:
@@ -770,7 +768,9 @@ def test_other_files(tmp_path, capsys):
     fails(capsys, "files of type '.h4' are not read", "import", other, "-o", tmp_path / "o.safetensors")
     source = tmp_path / "list.pt"
     torch.save([torch.zeros(2, 2)], source)
-    fails(capsys, "holds a list", "import", source, "-o", tmp_path / "o.safetensors")
+    fails(capsys, "with --key: 0 2x2", "import", source, "-o", tmp_path / "o.safetensors")
+    torch.save([1, 2], source)
+    fails(capsys, "holds an object of type list, and no tensors", "import", source, "-o", tmp_path / "o.safetensors")
     codebook = tmp_path / "c.safetensors"
     save_codebook(VectorQuantizer(3, 2), codebook)
     fails(capsys, "already a codebook file of vqserve", "import", codebook, "-o", tmp_path / "o.safetensors")

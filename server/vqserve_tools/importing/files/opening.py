@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -14,7 +13,7 @@ from vqserve_tools.importing.files.foreign_array import LONG_NAME, MAX_NAME_CHAR
 from vqserve_tools.importing.files.numpy_files import open_npy, open_npz
 from vqserve_tools.importing.files.recognition import NO_ARRAYS, Format, format_of
 from vqserve_tools.importing.files.safetensors_files import open_safetensors
-from vqserve_tools.importing.files.torch_files import TORCH_SUFFIXES, TORCHSCRIPT, open_torch, unpickling_text
+from vqserve_tools.importing.files.torch_files import TORCH_SUFFIXES, open_torch
 from vqserve_tools.importing.files.weights import Weights, weights_of
 
 _READERS: Mapping[Format, Callable[[Path], AbstractContextManager[Mapping[str, ForeignArray]]]] = {
@@ -92,8 +91,6 @@ def _open_file(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
         raise ForeignCheckpointError(f"{path.name}: it {error}") from None
     except MemoryError:
         raise ForeignCheckpointError(f"{path.name}: it claims more memory than this machine has") from None
-    except pickle.UnpicklingError as error:
-        raise ForeignCheckpointError(f"{path.name}: {unpickling_text(error)}") from None
     # On a damaged file the parsers of numpy, zipfile and torch raise exceptions of many types.
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -104,8 +101,6 @@ def _format(path: Path) -> Format:
     suffix = path.suffix.lower()
     found = format_of(path) or _SUFFIXES.get(suffix)
     if found is None:
-        if suffix == ".jit":
-            raise ForeignCheckpointError(f"{path.name}: {TORCHSCRIPT}")
         what = f"files of type {suffix!r} are not read, only {', '.join(_SUFFIXES)}"
         raise ForeignCheckpointError(f"{path.name}: {NO_ARRAYS if zipfile.is_zipfile(path) else what}")
     return found
