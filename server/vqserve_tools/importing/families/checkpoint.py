@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -26,6 +27,8 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 _NORMED = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1"))
 # All names of arrays that a layer can have.
 LAYER_NAMES = frozenset({"weight", "bias", *(name for pair in _NORMED for name in pair)})
+# A line with more names than this would not be read; no model has as many candidates.
+_MAX_LISTED = 1000
 
 
 @dataclass
@@ -34,11 +37,19 @@ class Ledger:
 
     Attributes:
         taken: shape and element type of each taken array, by its name in the file.
+        known: names in the file that the reader knows, taken or not.
+        accepted: names, and prefixes that end in ".*", of arrays that the user accepts to leave.
         notes: further information for the user.
     """
 
     taken: dict[str, str] = field(default_factory=dict)
+    known: set[str] = field(default_factory=set)
+    accepted: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+
+    def accepts(self, name: str) -> bool:
+        """Return whether the user accepts that an array is left."""
+        return any(accepts(pattern, name) for pattern in self.accepted)
 
 
 @dataclass(frozen=True)
@@ -90,15 +101,18 @@ class Checkpoint:
             modules: first components of the names to check; None: all names.
 
         Raises:
-            ForeignCheckpointError: an array is not known; the error names the first one.
+            ForeignCheckpointError: arrays are not known, and the user does not accept to leave them.
         """
         within = None if modules is None else set(modules)
         checked = {name for name in self.names() if within is None or name.partition(".")[0] in within}
-        unknown = sorted(checked - set(names))
+        names = set(names)
+        self.ledger.known.update(f"{self.prefix}{name}" for name in names)
+        unknown = [f"{self.prefix}{name}" for name in sorted(checked - names)]
+        unknown = [name for name in unknown if not self.ledger.accepts(name)]
         if unknown:
             raise self.error(
-                f"{self._where()} there is {unknown[0]!r} too, which is not part of any known quantizer; to import "
-                "the codes without it, name their array with --key"
+                f"{self._where()} there is {described(self, unknown)} too, which is not part of any known quantizer; "
+                f"without it the tokens may be wrong; if the model encodes without it, pass {accept_text(unknown)}"
             )
 
     def floats(self, name: str, *, rank: int | None = None, what: str = "") -> npt.NDArray[np.float32]:
@@ -171,10 +185,67 @@ def shape_text(shape: tuple[int, ...]) -> str:
     return "x".join(str(length) for length in shape) or "scalar"
 
 
-def listed(names: Iterable[str], limit: int = 12) -> str:
-    """Return names in one line; a list longer than `limit` is cut."""
+def listed(names: Iterable[str]) -> str:
+    """Return names in one line; a list of more than a thousand is cut."""
     names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(names[:_MAX_LISTED]) + (
+        f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    )
+
+
+def accepts(pattern: str, name: str) -> bool:
+    """Return whether a pattern, a name or a prefix with ".*", stands for a name."""
+    return name == pattern or (pattern.endswith(".*") and name.startswith(pattern[:-1]))
+
+
+def described(checkpoint: Checkpoint, names: Iterable[str]) -> str:
+    """Return arrays for a message, with their shapes; many are listed by module."""
+    names = list(names)
+    modules = modules_of(names, common_module(names))
+    return listed(
+        f"{module} ({len(inner)} arrays)"
+        if len(inner) > 1
+        else f"{inner[0]} ({shape_text(checkpoint.arrays[inner[0]].shape)})"
+        for module, inner in modules.items()
+    )
+
+
+def accept_text(names: Iterable[str]) -> str:
+    """Return the option that accepts that these arrays are left."""
+    names = list(names)
+    return f"--accept-left {' '.join(map(shlex.quote, modules_of(names, common_module(names))))}"
+
+
+def keys_text(names: Iterable[str]) -> str:
+    """Return the options that name these arrays as codebooks."""
+    return " ".join(f"--key {shlex.quote(name)}" for name in names)
+
+
+def common_module(names: Iterable[str]) -> str:
+    """Return the prefix of the innermost module around all names."""
+    names = sorted(names)
+    # What the first and the last of sorted names share, all of them share.
+    shared = next((i for i, (a, b) in enumerate(zip(names[0], names[-1], strict=False)) if a != b), len(names[0]))
+    return "".join(names[0][:shared].rpartition(".")[:2])
+
+
+def modules_of(names: Iterable[str], outside: str, limit: int = 8) -> dict[str, list[str]]:
+    """Return names by themselves; if there are more than `limit`, by the modules that hold them, as "module.*".
+
+    Args:
+        names: names of arrays.
+        outside: prefix around the modules; where a name does not begin with it, the first component is its module.
+        limit: number of names that are not put together.
+    """
+    names = list(names)
+    if len(names) <= limit:
+        return {name: [name] for name in names}
+    modules: dict[str, list[str]] = {}
+    for name in names:
+        shared = outside if name.startswith(outside) else ""
+        module, dot, _ = name.removeprefix(shared).partition(".")
+        modules.setdefault(f"{shared}{module}{'.*' if dot else ''}", []).append(name)
+    return {module if len(inner) > 1 else inner[0]: inner for module, inner in modules.items()}
 
 
 def places_of(arrays: Iterable[str], ending: str) -> set[str]:
