@@ -996,3 +996,85 @@ def test_a_folder_that_this_user_may_not_write_is_named(tmp_path, capsys, monkey
         "--metric",
         "l2",
     )
+
+
+# --dry-run.
+
+
+def test_a_dry_run_prints_a_table_and_writes_nothing(tmp_path, capsys):
+    state = {
+        "quantize.embedding.weight": CODES,
+        "quantize.codebook_used": np.zeros(5, np.int64),
+        "encoder.w": np.zeros((2, 3), np.float16),
+    }
+    source = write(tmp_path / "m.pt", state)
+    for output in ([], ["-o", tmp_path / "o.safetensors"]):
+        status, text, err = run(capsys, "import", source, "--dry-run", *output)
+        assert (status, err) == (0, "")
+        lines = text.splitlines()
+        assert lines[:5] == [
+            "found  LlamaGen under quantize.",
+            "key                        shape  dtype    for",
+            "quantize.embedding.weight  10x4   float32  taken: codes",
+            "quantize.codebook_used     5      int64    left: running average, moment or counter",
+            "encoder.w                  2x3    float16  left: -",
+        ]
+        assert lines[5].startswith("note  codebook_used is LlamaGen's")
+        assert lines[-1] == "would make  cosine, 10 codes; nothing was written"
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_dry_run_names_projections_and_averages(tmp_path, capsys):
+    source = write(tmp_path / "m.pt", normed())
+    _, text, _ = run(capsys, "import", source, "--dry-run")
+    assert "quantizers.0.in_proj.weight_v  4x6x1  float32  taken: part of the quantizer" in text
+    source = write(tmp_path / "c.npy", CODES)
+    assert "array  10x4   float32  taken: codes" in run(capsys, "import", source, "--dry-run", "--metric", "l2")[1]
+    _, text, _ = run(capsys, "import", "--dry-run", "--kind", "lfq", "--bits", "5")
+    assert "would make  lfq, 32 codes" in text
+
+
+def test_a_dry_run_of_a_failing_import_lists_the_arrays(tmp_path, capsys):
+    source = write(tmp_path / "m.npz", {"a": CODES, "b.embed_avg": CODES})
+    status, text, err = run(capsys, "import", source, "--dry-run")
+    assert status == 1
+    assert "there is no quantizer at its root" in err
+    assert text.splitlines()[1:] == [
+        "a            10x4   float32  -",
+        "b.embed_avg  10x4   float32  running average, moment or counter",
+    ]
+    source.write_bytes(b"noise")
+    status, text, err = run(capsys, "import", source, "--dry-run")
+    assert (status, text, err.count("\n")) == (1, "", 1)
+
+
+def test_a_dry_run_verifies_too(tmp_path, capsys):
+    source = write(tmp_path / "c.npy", CODES)
+    pair = [write(tmp_path / "z.npy", CODES), write(tmp_path / "i.npy", np.arange(10))]
+    flags = ["--metric", "l2", "--dry-run", "--verify", *pair]
+    assert "\nverified  " in run(capsys, "import", source, *flags)[1]
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        ("-o", ["a.safetensors", "b.safetensors"]),
+        ("--prefix", ["a", "b"]),
+        ("--kind", ["rvq", "rvq"]),
+        ("--metric", ["l2", "cosine"]),
+        ("--decode", ["raw", "normalized"]),
+        ("--levels", ["8,5", "8,5,5"]),
+        ("--bound", ["tan", "atanh"]),
+        ("--bits", ["3", "4"]),
+        ("--bit-order", ["big", "little"]),
+        ("--layout", ["channels_first", "channels_last"]),
+        ("--unknown-index", ["random", "extra"]),
+        ("--verify", [("a", "b"), ("c", "d")]),
+    ],
+)
+def test_a_flag_of_one_value_is_not_repeated(capsys, flag, values):
+    words = [word for value in values for word in (flag, *([value] if isinstance(value, str) else value))]
+    status, _, err = run(capsys, "import", "x.npy", *words)
+    assert status == 2
+    assert f"{flag}" in err
+    assert "it is given twice, and only one value is used: give it once" in err
