@@ -26,7 +26,7 @@ def check_left(checkpoint: Checkpoint, options: Options, *, has_codes: bool) -> 
     left = [name for name in checkpoint.arrays if name not in ledger.taken]
     for pattern in options.accept_left:
         if not any(accepts(pattern, name) for name in left):
-            raise checkpoint.error(f"no array that was left has the name of --accept-left {pattern}: leave it out")
+            raise checkpoint.error(f"no array of the name {pattern!r} was left: leave out --accept-left for it")
     left = [name for name in left if not (is_running(name) or name in ledger.known or ledger.accepts(name))]
     if options.keys:
         _check_stages(checkpoint, options, left)
@@ -47,10 +47,10 @@ def _check_stages(checkpoint: Checkpoint, options: Options, left: Iterable[str])
         siblings = [name for name in numbered_siblings(key, shapes) if name in among or name in options.keys]
         others = [name for name in siblings if name in among]
         if others:
+            keys = keys_text(siblings)
             raise checkpoint.error(
-                f"{described(checkpoint, others)} may be further stages, or groups, of {key}: pass "
-                f"{keys_text(siblings)} for stages, the same with --groups for groups of the channels, or "
-                f"{accept_text(others)} for {key} alone"
+                f"{described(checkpoint, others)} may be further stages, or groups, of {key}: pass {keys} for stages, "
+                f"{keys} --groups for groups of the channels, or {accept_text(others)} for the named arrays alone"
             )
 
 

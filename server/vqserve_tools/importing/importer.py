@@ -149,7 +149,9 @@ def _read(checkpoint: Checkpoint, options: Options) -> tuple[str, Reading]:
     without_codes = _WITHOUT_CODES.get(options.kind or "")
     if options.keys or unnamed:
         if without_codes is not None:
-            raise checkpoint.error(f"an array of codes is not of --kind {options.kind}, which has none: leave out one")
+            raise checkpoint.error(
+                f"--kind {options.kind} has no codes, and an array of codes is given: leave out --kind"
+            )
         for key in options.keys:
             if key not in checkpoint.arrays:
                 raise checkpoint.error(f"there is no array {key!r}; {candidates_text(checkpoint.arrays)}")

@@ -522,7 +522,11 @@ USAGE = {"rvq_first.vq.layers.0._codebook.cluster_usage": np.ones(10, np.float32
         ({"a.mask": np.array([4, 2, 1]), "a.w": CODES}, [], "name the codebook, likely ones first: --key a.w (10x4)"),
         (layer("project_in", 6, 5), ["--kind", "lfq", "--bits", "3"], "several codebooks side by side"),
         ({"orthogonal_rot": np.eye(2)}, ["--kind", "fsq", "--levels", "8,5"], "a rotation is not supported"),
-        (layer("a.project_in") | layer("b.project_in"), ["--kind", "lfq", "--bits", "4"], "pass --prefix a., b."),
+        (
+            layer("a.project_in") | layer("b.project_in"),
+            ["--kind", "lfq", "--bits", "4"],
+            "pass --prefix a. or --prefix b.",
+        ),
         ({"w": CODES}, ["--kind", "fsq"], "--kind fsq needs --levels"),
         ({"w": CODES}, ["--kind", "fsq", "--levels", "8,1"], "must be a list of integers in [2, 65536]"),
         ({"w": CODES}, ["--kind", "lfq", "--bits", "40"], "must be an integer in [1, 32]"),

@@ -125,11 +125,11 @@ class Options:
             ForeignCheckpointError: an option does not apply; the error names it.
         """
         if self.kind not in (None, kind):
-            raise ForeignCheckpointError(f"the checkpoint is of kind {kind}, not --kind {self.kind}")
+            raise ForeignCheckpointError(f"the checkpoint is of kind {kind}, not --kind {self.kind}: leave out --kind")
         for field in fields(self):
             if getattr(self, field.name) != field.default and not _has_use(field.name, kind):
                 flag = field.name.replace("_", "-")
-                raise ForeignCheckpointError(f"--{flag} has no meaning for kind {kind}: leave it out")
+                raise ForeignCheckpointError(f"--{flag} has no meaning for kind {kind}: leave out --{flag}")
 
     def check_place(self) -> None:
         """Check that options about arrays named by the user are not given for a quantizer that was found by its keys.
@@ -139,7 +139,9 @@ class Options:
         """
         for flag, given in (("--groups", self.groups), ("--transpose", self.transpose)):
             if given:
-                raise ForeignCheckpointError(f"{flag} is for arrays named by --key: leave it out, or name the array")
+                raise ForeignCheckpointError(
+                    f"{flag} is for arrays named by --key: leave out {flag}, or name the array"
+                )
 
     def metric_of(self, family: str, metric: Metric) -> Metric:
         """Return the only metric of a family.
@@ -149,8 +151,8 @@ class Options:
         """
         if self.metric not in (None, metric):
             raise ForeignCheckpointError(
-                f"{family} is searched by {metric}, not --metric {self.metric}: leave it out (arrays named by --key "
-                "are searched as --metric says)"
+                f"{family} is searched by {metric}, not --metric {self.metric}: leave out --metric (arrays named by "
+                "--key are searched by any metric)"
             )
         return metric
 
@@ -196,9 +198,11 @@ class Options:
             ForeignCheckpointError: the option contradicts the family, or is given for a metric other than cosine.
         """
         if self.decode is not None and metric != "cosine":
-            raise ForeignCheckpointError(f"--decode is for --metric cosine, not {metric}: leave it out")
+            raise ForeignCheckpointError(f"--decode is for --metric cosine, not {metric}: leave out --decode")
         if self.decode not in (None, decode):
-            raise ForeignCheckpointError(f"{family} decodes to {decode} rows, not --decode {self.decode}: leave it out")
+            raise ForeignCheckpointError(
+                f"{family} decodes to {decode} rows, not --decode {self.decode}: leave out --decode"
+            )
         return metric == "cosine" and decode == "normalized"
 
 
