@@ -41,10 +41,10 @@ def check_left(checkpoint: Checkpoint, options: Options, *, has_codes: bool) -> 
 
 def _check_stages(checkpoint: Checkpoint, options: Options, left: Iterable[str]) -> None:
     """Check that no array of the same name with another number was left: it may be another stage."""
-    shapes = {name: array.shape for name, array in checkpoint.arrays.items()}
+    siblings_of = numbered_siblings({name: array.shape for name, array in checkpoint.arrays.items()})
     among = set(left)
     for key in options.keys:
-        siblings = [name for name in numbered_siblings(key, shapes) if name in among or name in options.keys]
+        siblings = [name for name in siblings_of[key] if name in among or name in options.keys]
         others = [name for name in siblings if name in among]
         if others:
             keys = keys_text(siblings)

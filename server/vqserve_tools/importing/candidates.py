@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
+from vqserve_server.quantizers.inference.residual import MAX_QUANTIZERS
 from vqserve_tools.importing.families.checkpoint import keys_text, listed, places_of, shape_text
 from vqserve_tools.importing.families.names import is_part, is_running, numbered_siblings
 from vqserve_tools.importing.families.taming import CODES
@@ -27,44 +28,46 @@ def candidates_text(arrays: Mapping[str, ForeignArray]) -> str:
     """
     found = [name for name, array in arrays.items() if _may_be_codes(array)]
     matrices = [name for name in found if len(arrays[name].shape) == 2]
-    likely = [name for name in found if _likeness(name)]
-    chosen = sorted(likely or matrices or found, key=lambda name: _rank(name, arrays[name]))
+    likeness = {name: _likeness(name) for name in found}
+    likely = [name for name in found if likeness[name]]
+    chosen = sorted(likely or matrices or found, key=lambda name: (-likeness[name], *_rank(name, arrays[name].shape)))
     if not chosen:
         return _NO_CODES
-    shapes = {name: array.shape for name, array in arrays.items()}
+    shapes = {name: arrays[name].shape for name in chosen}
+    siblings_of = numbered_siblings(shapes)
     options, listed_before = [], set[str]()
     for name in chosen:
         if name in listed_before:
             continue
-        siblings = [other for other in numbered_siblings(name, shapes) if other in chosen]
-        if len(siblings) > 1 and len(shapes[name]) == 2 and _likeness(name):
+        shape, siblings = shapes[name], siblings_of[name]
+        if 1 < len(siblings) <= MAX_QUANTIZERS and len(shape) == 2 and likeness[name]:
             listed_before.update(siblings)
-            options.append(f"{keys_text(siblings)} ({len(siblings)} stages of {shape_text(shapes[name])})")
+            options.append(f"{keys_text(siblings)} ({len(siblings)} stages of {shape_text(shape)})")
         else:
-            options.append(f"{_option(name, shapes[name])} ({shape_text(shapes[name])})")
+            options.append(f"{_option(name, shape)} ({shape_text(shape)})")
     others = len(found) - len(chosen)
     rest = f"; --dry-run lists all arrays, {others} more may be it" if others else ""
     return f"name the codebook, likely ones first: {listed(options)}{rest}"
 
 
 def _may_be_codes(array: ForeignArray) -> bool:
-    return (
-        len(array.shape) in (2, 3) and all(array.shape) and ("float" in array.dtype or array.dtype[:2] in ("<f", ">f"))
-    )
+    is_float = "float" in array.dtype or array.dtype[:2] in ("<f", ">f")
+    return is_float and len(array.shape) in (2, 3) and all(array.shape)
 
 
 def _likeness(name: str) -> int:
     """Return how many words of a codebook's name an array has; none if it is a part or a running sum."""
     lower = name.lower()
-    if is_running(name) or any(map(is_part, name.split("."))):
+    words = sum(word in lower for word in _WORDS)
+    if not words or is_running(name) or any(map(is_part, name.split("."))):
         return 0
-    return sum(word in lower for word in _WORDS)
+    return words
 
 
-def _rank(name: str, array: ForeignArray) -> tuple[bool, int, bool, bool, Sequence[str | int]]:
-    rows, columns = array.shape[-2:]
+def _rank(name: str, shape: tuple[int, ...]) -> tuple[bool, bool, bool, Sequence[str | int]]:
+    rows, columns = shape[-2:]
     number = [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-    return is_running(name), -_likeness(name), len(array.shape) == 3, rows < columns, number
+    return is_running(name), len(shape) == 3, rows < columns, number
 
 
 def _option(name: str, shape: Sequence[int]) -> str:

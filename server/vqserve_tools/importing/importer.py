@@ -172,13 +172,23 @@ def _read(checkpoint: Checkpoint, options: Options) -> tuple[str, Reading]:
 
 
 def _check_counts(checkpoint: Checkpoint) -> None:
-    """Check that the codebooks that a family took have the shapes that counts of their codes say."""
+    """Check that the codebooks that a family took have the shapes that counts of their codes say.
+
+    Raises:
+        ForeignCheckpointError: counts contradict.
+    """
     names = checkpoint.names()
+    wide = []
     for name in names:
         if f"{checkpoint.prefix}{name}" in checkpoint.ledger.taken and len(names[name].shape) in (2, 3):
             layer = name.removesuffix(".weight").rpartition(".")[2]
             if not is_part(layer):
-                check_counts(checkpoint, name)
+                is_known = check_counts(checkpoint, name)
+                rows, columns = names[name].shape[-2:]
+                if rows < columns and not is_known:
+                    wide.append(f"{checkpoint.prefix}{name} was read as {rows} codes of width {columns}")
+    if wide:
+        checkpoint.note(f"{wide[0]}, fewer than its width: check that its codes are rows, as this family stores them")
 
 
 def _wrapper(names: Mapping[str, ForeignArray]) -> str:

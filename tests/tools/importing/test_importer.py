@@ -1029,7 +1029,7 @@ def test_a_dry_run_prints_a_table_and_writes_nothing(tmp_path, capsys):
 
 
 def test_a_dry_run_names_projections_and_averages(tmp_path, capsys):
-    source = write(tmp_path / "m.pt", normed())
+    source = write(tmp_path / "m.pt", normed(**{"in_proj.bias": np.ones(4, np.float32)}))
     _, text, _ = run(capsys, "import", source, "--dry-run")
     assert "quantizers.0.in_proj.weight_v  4x6x1  float32  taken: part of the quantizer" in text
     source = write(tmp_path / "c.npy", CODES)

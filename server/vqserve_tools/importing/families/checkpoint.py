@@ -276,35 +276,48 @@ def has_layer(checkpoint: Checkpoint, name: str) -> bool:
     return any(f"{name}.{end}" in checkpoint for end in ("weight", _NORMED[0][1], _NORMED[1][1]))
 
 
-def read_layer(checkpoint: Checkpoint, name: str) -> Layer:
+def read_layer(checkpoint: Checkpoint, name: str, *, biased: bool = False) -> Layer:
     """Take a layer. A missing bias becomes zeros; weight norm is computed exactly and rounded once.
 
     Weight norm has a norm for every output (torch's dim=0).
+
+    Args:
+        checkpoint: view that has the layer.
+        name: name of the layer in the view.
+        biased: whether the family's layers always have a bias, so that a missing one is an error.
 
     Raises:
         ForeignCheckpointError: the layer is missing or damaged, or is a convolution over several elements.
     """
     normed = next((pair for pair in _NORMED if f"{name}.{pair[1]}" in checkpoint), None)
+    weights = [end for end in ("weight", *(pair[1] for pair in _NORMED)) if f"{name}.{end}" in checkpoint]
+    if len(weights) > 1:
+        both = " and ".join(weights)
+        raise checkpoint.error(f"{checkpoint.prefix}{name} has {both}: which of them the model uses is not known")
     if normed is None:
         weight = _matrix(checkpoint, f"{name}.weight")
     else:
         weight = _weight_norm(checkpoint, *(f"{name}.{end}" for end in normed))
-    has_bias = f"{name}.bias" in checkpoint
+    has_bias = biased or f"{name}.bias" in checkpoint
     bias = checkpoint.floats(f"{name}.bias", rank=1, what="a bias has one axis") if has_bias else None
     if bias is not None and bias.shape != weight.shape[:1]:
         raise checkpoint.error(f"{checkpoint.prefix}{name}: its bias and weight do not fit together")
     return Layer(weight, np.zeros(len(weight), np.float32) if bias is None else bias)
 
 
-def read_pair(checkpoint: Checkpoint, names: tuple[str, str]) -> tuple[Layer | None, Layer | None]:
+def read_pair(
+    checkpoint: Checkpoint, names: tuple[str, str], *, biased: bool = False
+) -> tuple[Layer | None, Layer | None]:
     """Take the projections before and after the codes, or return (None, None) if the checkpoint has neither.
 
     Raises:
-        ForeignCheckpointError: the checkpoint has only one of them.
+        ForeignCheckpointError: the checkpoint has only one of them, or only one of them has a bias.
     """
-    if not any(has_layer(checkpoint, name) for name in names):
+    if not layer_names(names) & checkpoint.names().keys():
         return None, None
-    return read_layer(checkpoint, names[0]), read_layer(checkpoint, names[1])
+    # One constructor makes both layers: a single bias means that the other is missing.
+    biased = biased or any(f"{name}.bias" in checkpoint for name in names)
+    return read_layer(checkpoint, names[0], biased=biased), read_layer(checkpoint, names[1], biased=biased)
 
 
 def numbered(checkpoint: Checkpoint, module: str, names: Iterable[str]) -> list[Checkpoint]:

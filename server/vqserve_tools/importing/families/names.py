@@ -16,6 +16,7 @@ _OPTIMIZER = re.compile(r"(?:^|\.)optimizers?(?:_states?)?\.")
 _PART = re.compile(r"proj\w*|\w*_proj(?:ect|ection)?|code_transform|quant_resi|used|mask|scales?|bias|\w*rot(?:ation)?")
 _MODULE = re.compile(r"quanti[sz]|(?:^|_)(?:quant|r?vqs?|rq|lfq|fsq|bsq|ibq|codebooks?)(?:_|\d|$)|^regularization$")
 _LAYER = re.compile(r"conv|proj|^(?:pre|post)_")
+_NUMBER = re.compile(r"\d+")
 # A module with one of these inside is a whole model, whatever its name is.
 _MODEL = re.compile(r"(?:^|[._])(?P<name>(?:en|de)coder)")
 
@@ -74,14 +75,15 @@ def _prefixes(name: str) -> list[str]:
     return ["", *(name[: position + 1] for position, character in enumerate(name) if character == ".")]
 
 
-def numbered_siblings(name: str, arrays: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return the arrays whose names differ from `name` in a number only, itself included, in the order of the numbers.
+def numbered_siblings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+    """Return for every array those of its shape whose names differ from its own in numbers only, in their order.
 
     Args:
-        name: name of an array.
-        arrays: shapes by name; only arrays of the same shape are siblings.
+        shapes: shapes of arrays by name.
     """
-    digits = re.compile(r"\d+")
-    pattern = digits.sub("0", name)
-    found = [other for other in arrays if arrays[other] == arrays[name] and digits.sub("0", other) == pattern]
-    return sorted(found, key=lambda other: [int(number) for number in digits.findall(other)])
+    groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name, shape in shapes.items():
+        groups.setdefault((_NUMBER.sub("0", name), shape), []).append(name)
+    for group in groups.values():
+        group.sort(key=lambda name: [int(number) for number in _NUMBER.findall(name)])
+    return {name: group for group in groups.values() for name in group}
