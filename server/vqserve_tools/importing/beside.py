@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from vqserve_tools.importing.families.checkpoint import Checkpoint, accept_text, accepts, described, keys_text
+from vqserve_tools.importing.families.checkpoint import Checkpoint, described
+from vqserve_tools.importing.families.name_lists import accept_text, accepts, keys_text
 from vqserve_tools.importing.families.names import Modules, is_part, is_running, numbered_siblings, owner_of
 from vqserve_tools.importing.families.options import Options
 

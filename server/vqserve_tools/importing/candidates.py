@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from vqserve_server.quantizers.inference.residual import MAX_QUANTIZERS
-from vqserve_tools.importing.families.checkpoint import keys_text, listed, places_of, shape_text
+from vqserve_tools.importing.families.checkpoint import listed, places_of, shape_text
+from vqserve_tools.importing.families.name_lists import keys_text
 from vqserve_tools.importing.families.names import is_part, is_running, numbered_siblings
 from vqserve_tools.importing.families.taming import CODES
 from vqserve_tools.importing.files import ForeignArray

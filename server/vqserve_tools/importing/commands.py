@@ -14,7 +14,7 @@ from vqserve_server.codebooks.file import save_state
 from vqserve_server.codebooks.state import USED
 from vqserve_server.console import printable
 from vqserve_tools.flags import add_flags, from_flags
-from vqserve_tools.importing.families.checkpoint import modules_of
+from vqserve_tools.importing.families.name_lists import modules_of
 from vqserve_tools.importing.families.names import is_part, is_running
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.importer import Import, arrays_of, import_checkpoint

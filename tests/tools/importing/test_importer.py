@@ -197,7 +197,7 @@ def test_other_types_become_float32(tmp_path, capsys, dtype, exactly):
     assert np.array_equal(weight, half.astype(np.float32))
 
 
-def test_rounding_float64_is_told(tmp_path, capsys):
+def test_a_note_counts_rounded_numbers(tmp_path, capsys):
     wide = CODES.astype(np.float64)
     wide[3, 1] += 1e-12
     wide[4, 0] += 1e-12
@@ -390,7 +390,7 @@ def test_a_residual_codebook_at_the_root_and_another_one_are_a_choice(tmp_path, 
     fails(capsys, "it has several quantizers", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
 
 
-def test_codes_that_are_columns_are_refused_where_counts_tell(tmp_path, capsys):
+def test_codes_in_columns_are_an_error_if_counts_say_so(tmp_path, capsys):
     state = {"quantize_t.embed": CODES.T.copy(), "quantize_t.cluster_size": CODES[:, 0].copy()}
     source, out = write(tmp_path / "m.pt", state), tmp_path / "o.safetensors"
     flags = ["--metric", "l2", "--key", "quantize_t.embed"]
@@ -400,7 +400,7 @@ def test_codes_that_are_columns_are_refused_where_counts_tell(tmp_path, capsys):
     assert "note  array was read as 4 codes of width 10; if the columns are the codes, pass --transpose" in text
 
 
-def test_what_may_be_snac_is_told(tmp_path, capsys):
+def test_a_note_names_snac(tmp_path, capsys):
     layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(5, 3, 1))
     back = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(3, 5, 1))
     state = {f"in_proj.{name}": value for name, value in layer.state_dict().items()}
@@ -425,7 +425,7 @@ def test_a_language_model_s_embedding_is_no_second_quantizer(tmp_path, capsys):
     assert "took  regularization.embedding.weight" in text
 
 
-def test_many_layers_are_told_by_module(tmp_path, capsys):
+def test_many_layers_are_listed_by_module(tmp_path, capsys):
     at = "first_stage_model."
     state = {f"{at}encoder.down.{i}.weight": np.zeros(2) for i in range(25)}
     state |= {f"{at}quant_conv.weight": np.zeros(2), f"{at}quant_conv.bias": np.zeros(2), "logit_scale": np.zeros(1)}
@@ -560,7 +560,7 @@ def test_without_a_file_most_kinds_are_nothing(tmp_path, capsys):
     assert (load_codebook(out).arguments["bound"], load_codebook(out).quantizer.levels) == ("tan", (8, 5))
 
 
-def test_what_nobody_said_is_told(tmp_path, capsys):
+def test_defaults_are_notes(tmp_path, capsys):
     out = tmp_path / "o.safetensors"
     _, text, _ = run(capsys, "import", "-o", out, "--kind", "lfq", "--bits", "5")
     assert "the bit order is big" in text
@@ -620,13 +620,13 @@ def test_latents_come_from_behind_a_convolution_that_is_left(tmp_path, capsys):
         assert text.startswith("found  a quantizer of taming-transformers or sgm under ae.quantize.\n")
         return [line for line in text.splitlines() if line.startswith("note")]
 
-    told = "was left: the latents to encode are its output"
-    assert notes(ae__quant_conv__weight=CODES, ae__quant_conv__bias=CODES) == [f"note  ae.quant_conv {told}"]
+    note = "was left: the latents to encode are its output"
+    assert notes(ae__quant_conv__weight=CODES, ae__quant_conv__bias=CODES) == [f"note  ae.quant_conv {note}"]
     # What is behind the codes, or belongs to another model.
     assert notes(ae__post_quant_conv__weight=CODES, ae2__quant_conv__weight=CODES) == []
     key = ["--key", "ae.quantize.embedding.weight", "--metric", "l2", "--force"]
     source = write(tmp_path / "m.npz", {key[1]: CODES, "ae.quant_conv.conv.weight": CODES})
-    assert f"note  ae.quant_conv {told}\n" in run(capsys, "import", source, "-o", tmp_path / "o.safetensors", *key)[1]
+    assert f"note  ae.quant_conv {note}\n" in run(capsys, "import", source, "-o", tmp_path / "o.safetensors", *key)[1]
 
 
 @pytest.mark.parametrize(
@@ -816,7 +816,7 @@ def test_an_empty_axis_beside_a_huge_one(tmp_path, capsys):
     )
 
 
-def test_lack_of_memory_is_told(tmp_path, monkeypatch):
+def test_lack_of_memory_is_one_line(tmp_path, monkeypatch):
     def greedy(*args, **options):
         raise MemoryError
 
@@ -871,7 +871,7 @@ def test_an_output_that_is_there_is_kept(tmp_path, capsys):
         ["import", "x.npy", "-o", "o.safetensors", "--verify", "z.npy"],
         ["import", "x.npy", "-o", "o.safetensors", "--unknown-index", "-1"],
         ["inspect"],
-        ["inspect", "a", "b"],
+        ["inspect", "a", "--layout", "nchw"],
     ],
 )
 def test_wrong_usage(capsys, args):
@@ -891,7 +891,7 @@ def test_wrong_usage(capsys, args):
         ("v1.5", "v1.5.safetensors"),
     ],
 )
-def test_an_output_that_a_served_folder_would_pass_over_is_refused(tmp_path, capsys, command, name, better):
+def test_an_output_that_a_served_folder_would_skip_is_rejected(tmp_path, capsys, command, name, better):
     source = write(tmp_path / "c.npy", CODES)
     more = ["--metric", "l2"] if command == "import" else ["--num-codes", "2", "--steps", "1"]
     status, out, err = run(capsys, command, source, "-o", tmp_path / name, *more)
@@ -905,7 +905,7 @@ def test_an_output_that_a_served_folder_would_pass_over_is_refused(tmp_path, cap
 
 @pytest.mark.parametrize("command", ["import", "train"])
 @pytest.mark.parametrize("name", ["my book.safetensors", "book@2.safetensors", ".safetensors.safetensors"])
-def test_an_output_that_could_not_be_served_is_refused(tmp_path, capsys, command, name):
+def test_an_output_that_could_not_be_served_is_rejected(tmp_path, capsys, command, name):
     status, _, err = run(capsys, command, write(tmp_path / "c.npy", CODES), "-o", tmp_path / name)
     assert status == 2
     assert f"argument -o/--out: {name!r} cannot be served under its name: use letters, digits and . _ + -;" in err
@@ -927,7 +927,7 @@ def test_nothing_that_is_read_is_written_over(tmp_path, capsys):
     assert latents.read_bytes() == before
 
 
-def test_a_residual_codebook_s_stages_and_layout_are_told(tmp_path, capsys):
+def test_stages_and_layout_of_a_residual_codebook_are_printed(tmp_path, capsys):
     source = write(tmp_path / "codes.npy", np.stack([CODES] * 3))
     out = tmp_path / "o.safetensors"
     _, text, _ = run(capsys, "import", source, "-o", out, "--kind", "rvq", "--metric", "l2")

@@ -1,4 +1,4 @@
-"""Mutants of every family's example: each is imported right or refused, none gives other tokens in silence.
+"""Mutants of every family's example: each is imported right or rejected, none gives other tokens in silence.
 
 The truth about a mutant comes from what the mutation does to its example, whose formula is written down in
 test_families.py, in float64:
@@ -7,8 +7,8 @@ test_families.py, in float64:
 - Codes that are replaced in place are replaced in the formula too, which reads the same memory.
 - Stages that are gone from the end, or added there, change no token of the other stages.
 - Codes that are gone from the end change only the tokens that named one of them.
-- A gap in the stages, and an array more in the quantizer's module, can only be refused.
-- After any other mutation the import is refused, or the tokens are the example's: what was mutated is not read.
+- A gap in the stages, and an array more in the quantizer's module, can only be rejected.
+- After any other mutation the import is rejected, or the tokens are the example's: what was mutated is not read.
 
 A codebook that takes latents of another width is not silent: it rejects the model's latents. What leaves no trace in a
 file, because a file without it is as good, is listed in `NO_TRACE`.
@@ -51,8 +51,8 @@ class Mutant:
 
     Attributes:
         case: the example with mutated arrays.
-        must_import: whether a refusal is wrong.
-        must_refuse: whether any import is wrong.
+        must_import: whether a rejection is wrong.
+        must_reject: whether any import is wrong.
         stages: whether stages may be gone from the end, or added there.
         codes: number of codes that are left of each codebook; None: all.
         metadata: whether the file gets other metadata.
@@ -60,7 +60,7 @@ class Mutant:
 
     case: Case
     must_import: bool = False
-    must_refuse: bool = False
+    must_reject: bool = False
     stages: bool = False
     codes: int | None = None
     metadata: bool = False
@@ -183,7 +183,7 @@ def a_stage_gone_in_the_middle(case: Case, draw: Draw) -> Mutant | None:
         return None
     module, count = pick(draw, found)
     gone = f"{module}{int(draw.integers(count - 1))}."
-    return Mutant(without(case, [name for name in case.arrays if name.startswith(gone)]), must_refuse=True)
+    return Mutant(without(case, [name for name in case.arrays if name.startswith(gone)]), must_reject=True)
 
 
 @mutation
@@ -210,7 +210,7 @@ def a_stage_more(case: Case, draw: Draw) -> Mutant | None:
         for name, array in case.arrays.items()
         if name.startswith(f"{module}{count - 1}.")
     }
-    return Mutant(replace(case, arrays=case.arrays | more), stages=not gap, must_refuse=bool(gap))
+    return Mutant(replace(case, arrays=case.arrays | more), stages=not gap, must_reject=bool(gap))
 
 
 @mutation
@@ -233,7 +233,7 @@ def an_array_more(case: Case, draw: Draw) -> Mutant | None:
         new[f"{at}{part}.bias"] = draw.standard_normal(case.channels).astype(np.float32)
     if set(new) & set(case.arrays):
         return None
-    return Mutant(replace(case, arrays=case.arrays | new), must_refuse=True)
+    return Mutant(replace(case, arrays=case.arrays | new), must_reject=True)
 
 
 @mutation
@@ -296,14 +296,14 @@ def write(folder: Path, mutant: Mutant) -> Path:
 
 
 def verdict(folder: Path, mutant: Mutant, draw: Draw) -> str:
-    """Return what became of a mutant: "refused", "other width", "right", or "WRONG"."""
+    """Return what became of a mutant: "rejected", "other width", "right", or "WRONG"."""
     case = mutant.case
     try:
         result = import_checkpoint(write(folder, mutant), from_flags(Options, _PARSER.parse_args(case.flags)))
     except ForeignCheckpointError:
-        return "WRONG" if mutant.must_import else "refused"
+        return "WRONG" if mutant.must_import else "rejected"
     quantizer = result.quantizer
-    if mutant.must_refuse:
+    if mutant.must_reject:
         return "WRONG"
     if quantizer.input_dim != case.channels:
         return "WRONG" if mutant.must_import else "other width"
@@ -345,4 +345,4 @@ def test_there_are_three_hundred_mutants_and_half_of_them_are_imported(tmp_path)
     verdicts = Counter(what for name in list(MUTATIONS)[::3] for what in study(tmp_path, name, 1).values())
     assert verdicts.total() >= 200
     assert verdicts["right"] >= 100
-    assert verdicts["refused"] >= 40
+    assert verdicts["rejected"] >= 40

@@ -12,7 +12,7 @@ from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import projections_to
 
 _PROJECTION = "project_in.weight"
-# X-Codec 2 and NeuCodec: a residual quantizer with the keys of this one, told apart by its module or by its sizes.
+# X-Codec 2 and NeuCodec: a residual quantizer with the keys of this one, recognized by its module or by its sizes.
 _XCODEC = re.compile(r"(?:^|\.)generator\.quantizer\.project_in\.")
 _XCODEC_LEVELS, _XCODEC_SHAPE = (4,) * 8, (8, 2048)
 _RESIDUAL = "residual_fsq"

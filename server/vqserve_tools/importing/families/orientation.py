@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from vqserve_tools.importing.families.checkpoint import Checkpoint, keys_text, shape_text
+from vqserve_tools.importing.families.checkpoint import Checkpoint, shape_text
+from vqserve_tools.importing.families.name_lists import keys_text
 
 # One number for each code, and a sum for each code.
 _COUNTS = re.compile(r"(?:\w*_)?cluster_(?:size|usage)|_?ema_count|embed_prob")
