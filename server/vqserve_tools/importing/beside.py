@@ -73,8 +73,8 @@ def _membership(checkpoint: Checkpoint, options: Options, *, has_codes: bool) ->
         parents.add(place)
     else:
         whole.add(place)
-    inside = [name for name in checkpoint.arrays if name.startswith(place)]
-    if not has_codes and not checkpoint.ledger.taken:
+    if not has_codes:
+        inside = (name for name in checkpoint.arrays if name.startswith(place))
         whole.update(filter(None, map(modules.quantizer_of, inside)))
     return lambda name: (
         name.startswith(tuple(whole))

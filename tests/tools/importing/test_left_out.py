@@ -187,6 +187,16 @@ LEFT_OUT = {
         FSQ,
         ["model.scale (4)", "model.project_in_norm.weight (4)"],
     ),
+    "projection_of_an_encoder": (
+        projections("mlp.", 6, 4) | {"quantizer.project_down.weight": ones(4, 6)},
+        FSQ,
+        ["quantizer.project_down.weight (4x6)"],
+    ),
+    "moments_of_a_batch_norm": (
+        encodec("quantizer.vq.") | {"quantizer.norm.running_mean": ones(4), "quantizer.norm.running_var": ones(4)},
+        {},
+        ["quantizer.norm.running_mean (4)", "quantizer.norm.running_var (4)"],
+    ),
     "codes_where_fsq_is_named": (VAR, FSQ, ["quantize.embedding.weight (10x4)"]),
     "codes_where_lfq_is_named": (VAR, {"kind": "lfq", "bits": 4}, ["quantize.embedding.weight (10x4)"]),
     "two_masks": (

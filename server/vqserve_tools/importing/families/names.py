@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 
 # Sums and moments that training keeps; not codes.
 _RUNNING = re.compile(
-    r"_?ema_\w+|(?:\w*_)?avg(?:_sq)?|(?:\w*_)?sum|(?:max_)?exp_\w+|momentum_buffer|running_\w+|"
+    r"_?ema_\w+|(?:\w*_)?avg(?:_sq)?|(?:\w*_)?sum|(?:max_)?exp_(?:avg|inf)\w*|momentum_buffer|"
     r"(?:\w*_)?cluster_(?:size|usage)"
 )
 # Flags and counters that encode and decode do not read.
-_STATE = re.compile(r"_?init+(?:ed|ialized)|codebook_us(?:ed|age)|vocab_usage|embed_prob|num_batches_tracked")
+_STATE = re.compile(r"_?init+(?:ed|ialized)|codebook_us(?:ed|age)|vocab_usage|embed_prob")
 _OPTIMIZER = re.compile(r"(?:^|\.)optimizers?(?:_states?)?\.")
 _PART = re.compile(r"proj\w*|\w*_proj(?:ect|ection)?|code_transform|quant_resi|used|mask|scales?|bias|\w*rot(?:ation)?")
 _MODULE = re.compile(r"quanti[sz]|(?:^|_)(?:quant|r?vqs?|rq|lfq|fsq|bsq|ibq|codebooks?)(?:_|\d|$)|^regularization$")
