@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from vqserve_tools.importing.families.checkpoint import Checkpoint, described
+from vqserve_tools.importing.families.family import Family
 from vqserve_tools.importing.families.name_lists import accept_text, accepts, keys_text
 from vqserve_tools.importing.families.names import Modules, is_part, is_running, numbered_siblings, owner_of
 from vqserve_tools.importing.families.options import Options
 
 
-def check_left(checkpoint: Checkpoint, options: Options, *, has_codes: bool) -> None:
+def check_left(checkpoint: Checkpoint, options: Options, family: Family | None) -> None:
     """Check that nothing of the quantizer was left out.
 
     Running averages, and arrays that the family knows to leave, are no part of it here.
@@ -18,7 +19,8 @@ def check_left(checkpoint: Checkpoint, options: Options, *, has_codes: bool) -> 
     Args:
         checkpoint: view of the place where the quantizer was read.
         options: keys, and arrays that the user accepts to leave.
-        has_codes: whether the quantizer has codes; if not, options describe it, and any quantizer in the file counts.
+        family: family of the quantizer; None: its arrays were named. Of a family without codes any quantizer in the
+            file counts, because options describe it.
 
     Raises:
         ForeignCheckpointError: arrays of the quantizer were left out, or `accept_left` names an array that was not.
@@ -31,7 +33,7 @@ def check_left(checkpoint: Checkpoint, options: Options, *, has_codes: bool) -> 
     left = [name for name in left if not (is_running(name) or name in ledger.known or ledger.accepts(name))]
     if options.keys:
         _check_stages(checkpoint, options, left)
-    belongs = _membership(checkpoint, options, has_codes=has_codes)
+    belongs = _membership(checkpoint, family)
     names = [name for name in left if belongs(name)]
     if names:
         raise checkpoint.error(
@@ -55,7 +57,7 @@ def _check_stages(checkpoint: Checkpoint, options: Options, left: Iterable[str])
             )
 
 
-def _membership(checkpoint: Checkpoint, options: Options, *, has_codes: bool) -> Callable[[str], bool]:
+def _membership(checkpoint: Checkpoint, family: Family | None) -> Callable[[str], bool]:
     """Return the function that says whether an array belongs to the quantizer that was read."""
     modules = Modules(checkpoint.arrays)
     # All arrays below these prefixes belong to it; of those directly below `parents`, only parts by their names.
@@ -69,11 +71,11 @@ def _membership(checkpoint: Checkpoint, options: Options, *, has_codes: bool) ->
     module = modules.quantizer_of(place)
     if module is not None:
         whole.add(module)
-    elif options.keys or not has_codes or modules.is_model(place):
+    elif family is None or family.kind is not None or family.in_model or modules.is_model(place):
         parents.add(place)
     else:
         whole.add(place)
-    if not has_codes:
+    if family is not None and family.kind is not None:
         inside = (name for name in checkpoint.arrays if name.startswith(place))
         whole.update(filter(None, map(modules.quantizer_of, inside)))
     return lambda name: (

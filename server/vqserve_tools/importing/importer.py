@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from vqserve_tools.importing.files import UNNAMED, ForeignArray, open_foreign
 _WITHOUT_CODES = {family.kind: family for family in FAMILIES if family.kind is not None}
 # The convolution between the encoder and the quantizer of an autoencoder; it lies beside the quantizer.
 _BEFORE = "quant_conv"
+# Stages are numbered modules of a quantizer.
+_STAGE = re.compile(r"\w+\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ def _read(checkpoint: Checkpoint, options: Options) -> tuple[str, Reading]:
     if unnamed and (options.keys or options.prefix):
         raise checkpoint.error("it has one array without a name: leave out --key and --prefix")
     without_codes = _WITHOUT_CODES.get(options.kind or "")
+    family: Family | None = None
     if options.keys or unnamed:
         if without_codes is not None:
             raise checkpoint.error(
@@ -160,14 +164,15 @@ def _read(checkpoint: Checkpoint, options: Options) -> tuple[str, Reading]:
         options.check_place()
         prefix = options.prefix if not options.prefix or options.prefix.endswith(".") else f"{options.prefix}."
         found = checkpoint.at(prefix or _wrapper(checkpoint.arrays))
-        family = without_codes
-        if family is None:
+        if without_codes is not None:
+            family = without_codes
+        else:
             family, place = _found(found)
             found = found.at(place)
         reading = family.read(found, options)
         _check_counts(found)
     if not unnamed:
-        check_left(found, options, has_codes=without_codes is None)
+        check_left(found, options, family)
     return found.prefix, reading
 
 
@@ -185,7 +190,7 @@ def _check_counts(checkpoint: Checkpoint) -> None:
             if not is_part(layer):
                 is_known = check_counts(checkpoint, name)
                 rows, columns = names[name].shape[-2:]
-                if rows < columns and not is_known:
+                if rows < columns and not is_known and f"{checkpoint.prefix}{name}" not in checkpoint.ledger.columns:
                     wide.append(f"{checkpoint.prefix}{name} was read as {rows} codes of width {columns}")
     if wide:
         checkpoint.note(f"{wide[0]}, fewer than its width: check that its codes are rows, as this family stores them")
@@ -213,6 +218,8 @@ def _found(checkpoint: Checkpoint) -> tuple[Family, str]:
     if len(found) > 1 and found.get("") is taming.FAMILY:
         # Beside other quantizers, these names at the root are the embedding of a language model, not a codebook.
         del found[""]
+    # A stage may look like a quantizer of its own.
+    found = {place: found[place] for place in found if not any(_is_stage(place, outer) for outer in found)}
     if len(found) > 1:
         choices = [
             f"--prefix {shlex.quote(checkpoint.prefix + place)} ({family.name})" for place, family in found.items()
@@ -223,6 +230,10 @@ def _found(checkpoint: Checkpoint) -> tuple[Family, str]:
         raise checkpoint.error(f"there is no quantizer {where}; {candidates_text(checkpoint.arrays)}")
     [(place, family)] = found.items()
     return family, place
+
+
+def _is_stage(place: str, outer: str) -> bool:
+    return place.startswith(outer) and _STAGE.match(place, len(outer)) is not None
 
 
 def _state(checkpoint: Checkpoint, reading: Reading, options: Options) -> CodebookState:

@@ -404,3 +404,15 @@ def test_numbered_siblings_are_offered_as_stages(tmp_path):
     arrays["rq.vq_layers.5.embedding.weight"] = CODES[:9]
     with pytest.raises(ForeignCheckpointError, match=r"11 stages of 10x4\).*embedding\.weight|--prefix .* \(9x4\)"):
         imported(tmp_path, arrays)
+
+
+def test_a_stage_is_no_quantizer_of_its_own(tmp_path):
+    # A stage of SimVQ with the keys of LlamaGen in it.
+    arrays = {f"simvq.layers.{i}.frozen_codebook": CODES + i for i in range(2)}
+    arrays |= {f"simvq.layers.{i}.code_transform.weight": np.eye(4, dtype=np.float32) for i in range(2)}
+    arrays |= {f"simvq.layers.0.{name}": CODES for name in ("embedding.weight", "codebook_used")}
+    with pytest.raises(ForeignCheckpointError, match=r"there is simvq\.layers\.0\.codebook_used .* too"):
+        imported(tmp_path, arrays)
+    # At the root is a language model: its embedding is no quantizer around a numbered module.
+    arrays = {"embedding.weight": CODES, **{f"blocks.0.{name}": a for name, a in encodec("vq.").items()}}
+    assert imported(tmp_path, arrays).place == "blocks.0.vq."

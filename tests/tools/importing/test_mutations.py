@@ -92,7 +92,8 @@ def is_table(case: Case, name: str) -> bool:
 
 
 def tables(case: Case) -> list[str]:
-    return [name for name in case.arrays if is_table(case, name)]
+    prefix = case.flags[case.flags.index("--prefix") + 1] if "--prefix" in case.flags else ""
+    return [name for name in case.arrays if name.startswith(prefix) and is_table(case, name)]
 
 
 def stages(case: Case) -> list[tuple[str, int]]:
@@ -111,7 +112,7 @@ def pick(draw: Draw, among: Sequence) -> object:
 
 @mutation
 def a_wrapper_around_all_names(case: Case, draw: Draw) -> Mutant | None:
-    if "--key" in case.flags or "" in case.arrays:
+    if {"--key", "--prefix"} & set(case.flags) or "" in case.arrays:
         return None
     wrapper = pick(draw, ["module.", "_orig_mod.", "module._orig_mod.", "_forward_module."])
     return Mutant(with_names(case, lambda name: f"{wrapper}{name}"), must_import=True)
@@ -225,7 +226,7 @@ def an_array_more(case: Case, draw: Draw) -> Mutant | None:
     at = "".join(f"{name}." for name in pick(draw, [*around, components]))
     # No family has these, or has one without its counterpart.
     parts = ["project_in", "in_proj", "input_proj", "pre_project", "project_mid", "code_transform", "quant_resi.0"]
-    if "--key" not in case.flags:
+    if "--key" not in case.flags and not any(name.startswith(at) and "coder" in name for name in case.arrays):
         parts += ["norm", "affine"]
     part = str(pick(draw, parts))
     new = {f"{at}{part}.weight": draw.standard_normal((case.channels,) * 2).astype(np.float32)}

@@ -59,7 +59,9 @@ def _check_orientation(checkpoint: Checkpoint, key: str, *, transpose: bool) -> 
         return
     *_, rows, columns = shape
     name = key or "array"
-    is_known = check_counts(checkpoint, key, by_key=True, transpose=transpose)
+    if transpose:
+        checkpoint.has_codes_in_columns(key)
+    is_known = check_counts(checkpoint, key, by_key=True)
     if transpose:
         checkpoint.note(f"{name} was transposed: its columns are the codes, {columns} of width {rows}")
     elif rows == columns and not is_known:

@@ -38,12 +38,14 @@ class Ledger:
     Attributes:
         taken: shape and element type of each taken array, by its name in the file.
         known: names in the file that the reader knows, taken or not.
+        columns: names of codebooks whose columns are the codes.
         accepted: names, and prefixes that end in ".*", of arrays that the user accepts to leave.
         notes: further information for the user.
     """
 
     taken: dict[str, str] = field(default_factory=dict)
     known: set[str] = field(default_factory=set)
+    columns: set[str] = field(default_factory=set)
     accepted: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
@@ -88,6 +90,10 @@ class Checkpoint:
     def error(self, text: str) -> ForeignCheckpointError:
         """Return an error about the file."""
         return ForeignCheckpointError(f"{self.file}: {text}")
+
+    def has_codes_in_columns(self, name: str) -> None:
+        """Record that the columns of an array are the codes."""
+        self.ledger.columns.add(f"{self.prefix}{name}")
 
     def note(self, text: str) -> None:
         """Add information for the user."""

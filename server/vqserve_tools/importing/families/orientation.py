@@ -12,14 +12,13 @@ _COUNTS = re.compile(r"(?:\w*_)?cluster_(?:size|usage)|_?ema_count|embed_prob")
 _SUMS = re.compile(r"embed_avg|_?ema_w")
 
 
-def check_counts(checkpoint: Checkpoint, name: str, *, by_key: bool = False, transpose: bool = False) -> bool:
+def check_counts(checkpoint: Checkpoint, name: str, *, by_key: bool = False) -> bool:
     """Check a codebook against the counts and sums of its codes, if the checkpoint has any.
 
     Args:
         checkpoint: view that has the codebook.
         name: name of the codebook in the view, of shape (K, D), or (n, K, D).
         by_key: whether the user named the codebook.
-        transpose: whether the codes are its columns.
 
     Returns:
         Whether there are counts that only one orientation fits.
@@ -29,6 +28,7 @@ def check_counts(checkpoint: Checkpoint, name: str, *, by_key: bool = False, tra
     """
     shape = checkpoint.shape(name)
     rows, columns = shape[-2:]
+    transpose = f"{checkpoint.prefix}{name}" in checkpoint.ledger.columns
     codes, other = (columns, rows) if transpose else (rows, columns)
     is_known = False
     for beside, array in _beside(checkpoint, name).items():
