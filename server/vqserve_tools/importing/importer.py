@@ -21,7 +21,7 @@ from vqserve_tools.importing.candidates import candidates_text
 from vqserve_tools.importing.families import FAMILIES, Family, bare, taming
 from vqserve_tools.importing.families.checkpoint import Checkpoint, Ledger, listed, shape_text
 from vqserve_tools.importing.families.family import Reading
-from vqserve_tools.importing.families.names import is_part
+from vqserve_tools.importing.families.names import is_part, is_running
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.orientation import check_counts
 from vqserve_tools.importing.families.taming import WRAPPERS
@@ -187,7 +187,7 @@ def _check_counts(checkpoint: Checkpoint) -> None:
     for name in names:
         if f"{checkpoint.prefix}{name}" in checkpoint.ledger.taken and len(names[name].shape) in (2, 3):
             layer = name.removesuffix(".weight").rpartition(".")[2]
-            if not is_part(layer):
+            if not (is_part(layer) or is_running(name)):
                 is_known = check_counts(checkpoint, name)
                 rows, columns = names[name].shape[-2:]
                 if rows < columns and not is_known and f"{checkpoint.prefix}{name}" not in checkpoint.ledger.columns:

@@ -96,10 +96,11 @@ FSQ = {"kind": "fsq", "levels": (4,) * 4}
 
 # Arrays, options, and the names in the error.
 LEFT_OUT = {
-    "moss": (
-        dac("quantizer.") | layers("quantizer.", "input_proj", inputs=8, outputs=6),
+    # MOSS-Audio-Tokenizer has such layers, under other names.
+    "outer_projections_around_dac": (
+        dac("quantizer.") | layers("quantizer.", "pre_project", inputs=8, outputs=6),
         {},
-        ["quantizer.input_proj.weight (6x8)", "quantizer.input_proj.bias (6)"],
+        ["quantizer.pre_project.weight (6x8)", "quantizer.pre_project.bias (6)"],
     ),
     "norm_around_encodec": (
         encodec("quantizer.vq.") | {"quantizer.norm.weight": ones(4)},
@@ -377,7 +378,7 @@ def test_a_running_sum_that_is_taken_has_a_note(tmp_path):
 
 
 def test_likely_candidates_come_first(tmp_path):
-    codes = [f"net.{name}" for name in ("codebook.weight", "z_dictionary", "_embedding.weight", "vq.w", "my_quant")]
+    codes = [f"net.{name}" for name in ("codebook_a", "z_dictionary", "embed_table", "vq.w", "my_quant")]
     others = ["net.a.weight", "net._ema_w", "net.embed_avg", "optimizer.state.0.exp_avg", "net.vq.proj.weight"]
     arrays = {name: RNG.standard_normal((10, 4 + i)).astype("f4") for i, name in enumerate(sorted(codes + others))}
     arrays |= {"net.vq.bias": ones(4), "net.embed.step": np.array(3)}
@@ -395,14 +396,14 @@ def test_likely_candidates_come_first(tmp_path):
 
 
 def test_numbered_siblings_are_offered_as_stages(tmp_path):
-    arrays = {f"rq.vq_layers.{i}.embedding.weight": CODES + i for i in range(12)}
+    arrays = {f"rq.levels.{i}.codes_of_level": CODES + i for i in range(12)}
     with pytest.raises(ForeignCheckpointError) as caught:
         imported(tmp_path, arrays | {"encoder.w": ones(2, 2)})
     keys = " ".join(f"--key {name}" for name in arrays)
     assert f"likely ones first: {keys} (12 stages of 10x4)" in str(caught.value)
     # Another shape is another codebook.
-    arrays["rq.vq_layers.5.embedding.weight"] = CODES[:9]
-    with pytest.raises(ForeignCheckpointError, match=r"11 stages of 10x4\).*embedding\.weight|--prefix .* \(9x4\)"):
+    arrays["rq.levels.5.codes_of_level"] = CODES[:9]
+    with pytest.raises(ForeignCheckpointError, match=r"11 stages of 10x4\), --key rq\.levels\.5\.codes_of_level \(9x4"):
         imported(tmp_path, arrays)
 
 
