@@ -14,7 +14,7 @@ from vqserve_tools.importing.families.taming import CODES
 from vqserve_tools.importing.files import ForeignArray
 
 # Words in the names of codebooks.
-_WORDS = ("codebook", "dictionary", "embed", "vq", "quant", "code")
+_WORDS = ("codebook", "dictionary", "embed", "vq", "quant", "codes")
 _NO_CODES = (
     "it has no array of two axes: for finite scalar or lookup-free quantization, which have no codebook, pass for "
     "example --kind fsq --levels 8,8,8,5,5,5 or --kind lfq --bits 18"
