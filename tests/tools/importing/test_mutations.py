@@ -226,7 +226,8 @@ def an_array_more(case: Case, draw: Draw) -> Mutant | None:
     at = "".join(f"{name}." for name in pick(draw, [*around, components]))
     # No family has these, or has one without its counterpart.
     parts = ["project_in", "in_proj", "input_proj", "pre_project", "project_mid", "code_transform", "quant_resi.0"]
-    if "--key" not in case.flags and not any(name.startswith(at) and "coder" in name for name in case.arrays):
+    in_model = any(name.startswith(at) and re.search("coder|conv", name) for name in case.arrays)
+    if "--key" not in case.flags and not in_model:
         parts += ["norm", "affine"]
     part = str(pick(draw, parts))
     new = {f"{at}{part}.weight": draw.standard_normal((case.channels,) * 2).astype(np.float32)}
