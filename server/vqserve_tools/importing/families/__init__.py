@@ -3,7 +3,7 @@
 Each family has one module. It defines the keys by which the family is recognised, and how its arrays are read.
 """
 
-from vqserve_tools.importing.families import dac, encodec, gumbel, lfq, llamagen, lucidrains, mimi, simvq, taming
+from vqserve_tools.importing.families import dac, encodec, fsq, gumbel, lfq, llamagen, lucidrains, mimi, simvq, taming
 from vqserve_tools.importing.families.family import Family
 
 # A checkpoint is compared with the families in this order: distinctive keys first, ambiguous keys last.
@@ -16,6 +16,7 @@ FAMILIES: tuple[Family, ...] = (
     gumbel.FAMILY,
     llamagen.FAMILY,
     lfq.FAMILY,
+    fsq.FAMILY,
     taming.FAMILY,
 )
 

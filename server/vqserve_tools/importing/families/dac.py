@@ -40,7 +40,7 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
     stages = [
         Stage(
             view.floats("codebook.weight", rank=2, what="a codebook is (K, D)"),
-            *(read_layer(view, name) for name in _LAYERS),
+            *(read_layer(view, name, biased=True) for name in _LAYERS),
         )
         for view in views
     ]

@@ -39,7 +39,10 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
     known = {f"layers.{number}.{name}" for number in range(len(views)) for name in stage_names}
     checkpoint.check_known(known, modules=["layers"])
     stages = [
-        Stage(view.floats(f"{codebook}.embed", rank=2, what="a codebook is (K, D)"), *read_pair(view, _LAYERS))
+        Stage(
+            view.floats(f"{codebook}.embed", rank=2, what="a codebook is (K, D)"),
+            *read_pair(view, _LAYERS, biased=True),
+        )
         for view in views
     ]
     return residual(checkpoint, "EnCodec", [Chain(stages)], metric)
