@@ -47,6 +47,8 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
         Stage(view.floats(f"{codebook}.embed", rank=2, what="a codebook is (K, D)"), *read_pair(view, _LAYERS))
         for view in views
     ]
+    if family == "XCodec" and stages[0].proj_in is not None:
+        family = "Higgs Audio v2"
     return residual(checkpoint, family, [Chain(stages)], metric)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import NoReturn
 
@@ -15,7 +16,7 @@ from vqserve_tools.importing.files import ForeignArray
 # Usage per scale, and convolutions after the codes of a scale.
 _SCALES = re.compile(r"((?:.*\.)?)(?:ema_vocab_hit_SV|quant_resi\..*)")
 _ONE_SCALE = ("quantizer.lfq.mask", "quantize.lfq.mask")
-_STAGES = re.compile(r"((?:.*\.)?layers\.)\d+\.mask")
+_STAGES = re.compile(r"((?:.*\.)?)layers\.\d+\.mask")
 
 
 def _multi_scale_places(arrays: Mapping[str, ForeignArray]) -> set[str]:
@@ -32,18 +33,16 @@ def _read_multi_scale(checkpoint: Checkpoint, _: Options) -> NoReturn:
     )
 
 
-def _residual_lfq_places(arrays: Mapping[str, ForeignArray]) -> set[str]:
-    counts: dict[str, set[str]] = {}
-    for name in arrays:
-        if match := _STAGES.fullmatch(name):
-            counts.setdefault(match[1], set()).add(name.removesuffix("mask"))
-    return {stage for stages in counts.values() if len(stages) > 1 for stage in stages}
+def residual_lfq_places(arrays: Mapping[str, ForeignArray]) -> set[str]:
+    """Return the prefixes of residual lookup-free quantizers: of the module around `layers`."""
+    stages = Counter(match[1] for match in map(_STAGES.fullmatch, arrays) if match)
+    return {place for place, count in stages.items() if count > 1}
 
 
 def _read_residual_lfq(checkpoint: Checkpoint, _: Options) -> NoReturn:
     raise checkpoint.error(
-        f"{_module(checkpoint)} is one of several stages of residual lookup-free quantization, which is not supported: "
-        "it would need a residual quantizer whose stages are signs"
+        f"{_module(checkpoint)} is residual lookup-free quantization, which is not supported: it would need a residual "
+        "quantizer whose stages are signs"
     )
 
 
@@ -52,4 +51,4 @@ def _module(checkpoint: Checkpoint) -> str:
 
 
 MULTI_SCALE = Family("several scales, not supported", _multi_scale_places, _read_multi_scale)
-RESIDUAL_LFQ = Family("residual lookup-free quantization, not supported", _residual_lfq_places, _read_residual_lfq)
+RESIDUAL_LFQ = Family("residual lookup-free quantization, not supported", residual_lfq_places, _read_residual_lfq)

@@ -28,13 +28,14 @@ _EPS = 1e-5
 
 @dataclass(frozen=True)
 class _Names:
+    family: str
     codes: str
     sums: str
     counts: str
 
 
-_ROWS = _Names("_embedding.weight", "_ema_w", "_ema_cluster_size")
-_COLUMNS = _Names("embed", "embed_avg", "cluster_size")
+_ROWS = _Names(_NAME, "_embedding.weight", "_ema_w", "_ema_cluster_size")
+_COLUMNS = _Names(_NAME_2, "embed", "embed_avg", "cluster_size")
 
 
 def _places(arrays: Mapping[str, ForeignArray]) -> set[str]:
@@ -95,14 +96,14 @@ def _averaged(checkpoint: Checkpoint, codes: Floats, names: _Names) -> Reading:
         checkpoint.note(
             f"{names.sums} and {names.counts} do not give these codes, and were left: only training would use them"
         )
-        return single(_NAME, Stage(codes), "l2")
+        return single(names.family, Stage(codes), "l2")
     sums = checkpoint.floats(names.sums)
     tensors = {
         WEIGHT: codes,
         "embedding.cluster_size": checkpoint.floats(names.counts),
         "embedding.embed_avg": sums if names is _ROWS else np.ascontiguousarray(sums.T),
     }
-    return Reading(_NAME, "ema", {"n_embed": codes.shape[0], "embedding_dim": codes.shape[1]}, tensors)
+    return Reading(names.family, "ema", {"n_embed": codes.shape[0], "embedding_dim": codes.shape[1]}, tensors)
 
 
 def _give(checkpoint: Checkpoint, codes: Floats, names: _Names) -> bool:
