@@ -106,7 +106,7 @@ check: $(VENV)/.installed $(PROTO_VENV)/.installed  ## what a change must pass b
 	@diff -r -x __init__.py -x '*.proto' -x __pycache__ build/proto/vqserve/v1 proto/vqserve/v1 \
 		|| { echo 'generated code is out of step with tokenizer.proto: run `make proto`'; exit 1; }
 
-format: $(VENV)/.installed  ## mend what ruff can mend
+format: $(VENV)/.installed  ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -123,7 +123,7 @@ generate = $(PROTO_VENV)/bin/python -m grpc_tools.protoc -I proto --python_out=$
 proto: $(PROTO_VENV)/.installed  ## regenerate the code of tokenizer.proto
 	$(call generate,proto)
 
-lock: $(VENV)/.installed  ## remake constraints.txt from the newest releases that fit together
+lock: $(VENV)/.installed  ## make constraints.txt again from the newest releases that fit together
 	$(BIN)/python scripts/lock.py
 
 image:  ## build the container image (IMAGE, BUILDER and BUILD_ARGS can be set)

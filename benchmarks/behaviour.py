@@ -219,7 +219,7 @@ def reset_peak(pid: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a window, of which there are three")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of each of the three windows")
     parser.add_argument("--minutes", type=float, default=10.0, help="at the peak, for the memory")
     parser.add_argument("--machine", default=f"{platform.machine()}-{os.cpu_count()}cores", help="name for the results")
     options = parser.parse_args()

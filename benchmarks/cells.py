@@ -1,4 +1,4 @@
-"""What the servers are asked: codebooks of well-known shapes, so many images at once, there and back."""
+"""The measured cases: codebooks of well-known shapes, and a number of images in each request, encoded and decoded."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Cell:
 
     @cached_property
     def array(self) -> Any:
-        """What a user of the SDK gives: numpy, or torch where numpy has no such type."""
+        """The array that a user of the SDK passes: numpy, or torch if numpy does not have the type."""
         if self.operation == "decode":
             return self.indices
         return torch.from_numpy(self.latents).bfloat16() if self.dtype == "bf16" else self.latents
@@ -70,14 +70,14 @@ class Cell:
 
     @cached_property
     def given(self) -> memoryview:
-        """What a request carries."""
+        """The payload of a request."""
         if self.operation == "encode":
             return payload.view(self.latents, DTYPES[self.dtype])
         return payload.view(self.indices, payload.dtype_of(self.indices))
 
     @property
     def reply_bytes(self) -> int:
-        """What a reply carries."""
+        """The payload of a reply."""
         if self.operation == "decode":
             return payload.nbytes(DTYPES[self.dtype], self.shape)
         return self.indices.nbytes

@@ -25,7 +25,7 @@ from vqserve_client import Client, VqserveError
 HERE = Path(__file__).parent
 PEERS = HERE / "peers"
 WARMUP_S = 0.3
-# A peer with the plain search has seconds of work left when its callers have gone.
+# A peer with the plain search still computes for seconds after its callers have disconnected.
 _MOST_LEFT_S = 30.0
 
 
@@ -39,7 +39,7 @@ class Contender(ABC):
     name: str
 
     def __init__(self, command: Sequence[str], environment: dict[str, str] | None = None) -> None:
-        # stderr of a peer is nobody's business unless it does not start.
+        # The peer's stderr is shown only if the peer does not start.
         self._process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The floor of transport: a bare gRPC server that answers any bytes with so many others.
+"""The floor of transport: a bare gRPC server that answers any request with a fixed number of bytes.
 
 `python echo.py sync|aio REPLY_BYTES` prints its port. Threads or an event loop: which is faster depends on the size.
 """

@@ -7,7 +7,7 @@ import time
 
 
 def measure_http(port: int, body: bytes, concurrency: int, seconds: float, *, path: str = "/inference") -> float:
-    """Requests a second of so many callers; an answer that is not 200 ends it."""
+    """Return the requests per second of `concurrency` callers; a reply other than 200 is an error."""
     return asyncio.run(_measure(port, body, concurrency, seconds, path))
 
 

@@ -1,6 +1,6 @@
 """Exact search beside the inexact ones: rows per second, memory, rows looked at twice. `make bench-search`.
 
-Every cell compares in one process and one run, in turns; figures are medians, and what is worth reporting is the ratio.
+Every cell compares in one process and one run, in turns; figures are medians. Compare ratios, not times.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Row:
 
 
 def search_floor(cell: Cell, tokenizer: Tokenizer) -> Callable[[], float]:
-    """What the computation of one request takes in process, with the rows of several at once."""
+    """Return the time of one request's computation in process, with the rows of several requests at once."""
     if cell.operation == "encode":
         latents = np.concatenate([cell.latents] * FLOOR_REQUESTS)
         work: Callable[[], object] = lambda: tokenizer.encode(latents)  # noqa: E731

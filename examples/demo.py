@@ -63,7 +63,7 @@ class Server:
 
 @contextmanager
 def serving(log: Path) -> Iterator[Server]:
-    """Start a server on a free port; it is gone when the block is left, whatever happened in it."""
+    """Start a server on a free port, and stop it when the block ends, after an error too."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VQSERVE_")}
     command = [sys.executable, "-m", "vqserve_tools", "serve", "--port", "0"]
     with (
@@ -79,7 +79,7 @@ def serving(log: Path) -> Iterator[Server]:
 
 
 def wait_until_ready(process: subprocess.Popen[str], log: Path) -> tuple[str, str]:
-    """Return what the server's one line on stdout says: its address, and what it serves."""
+    """Return the address and the summary from the server's line on stdout."""
     impatience = threading.Timer(START_S, process.kill)
     impatience.start()
     try:
@@ -88,7 +88,7 @@ def wait_until_ready(process: subprocess.Popen[str], log: Path) -> tuple[str, st
         impatience.cancel()
     ready = _READY.match(line)
     if ready is None:
-        raise DemoError(f"the server did not start; its last words: {log.read_text()[-500:].strip() or 'none'}")
+        raise DemoError(f"the server did not start; the end of its log: {log.read_text()[-500:].strip() or 'none'}")
     return ready[1], ready[2]
 
 
@@ -106,7 +106,7 @@ def main() -> int:
 
 
 def show(original: npt.NDArray[np.uint8]) -> None:
-    """Send the picture to a server and back, and tell what happens."""
+    """Encode the picture on a server, decode it, and print what happens."""
     height, width, _ = original.shape
     print("vqserve demo: a photograph to tokens and back, through a real server\n")
     with serving(OUT / "demo-server.log") as server:
@@ -148,7 +148,7 @@ def show(original: npt.NDArray[np.uint8]) -> None:
     say("size", f"{bits:.2f} bits per pixel instead of 24: {24 / bits:.0f} times smaller")
     say("quality", f"PSNR {psnr:.2f} dB")
     write_pair(original, copy, OUT / "demo.png")
-    say("look", f"out/demo.png: the original on the left, what {tokens.size} tokens tell of it on the right")
+    say("look", f"out/demo.png: the original on the left, decoded from {tokens.size} tokens on the right")
     if psnr < LEAST_PSNR_DB:
         raise DemoError(f"PSNR {psnr:.2f} dB is below {LEAST_PSNR_DB} dB")
 

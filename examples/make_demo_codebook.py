@@ -4,7 +4,7 @@
     .venv/bin/python examples/make_demo_codebook.py
 
 The photographs are read as files of that package. Two of them train the codebook; the demo picture, a third, takes no
-part in it. server/vqserve_server/assets/README.md tells their licences.
+part in it. server/vqserve_server/assets/README.md names their licences.
 """
 
 from __future__ import annotations

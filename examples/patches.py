@@ -27,7 +27,7 @@ _FREQUENCIES = np.arange(PATCH)
 _DCT = np.sqrt(2.0 / PATCH) * np.cos(np.pi * (2 * _FREQUENCIES + 1) * _FREQUENCIES[:, None] / (2 * PATCH))
 _DCT[0] /= np.sqrt(2.0)
 
-# (3, 4, 4): which frequencies of which plane are kept; channels follow in C order.
+# (3, 4, 4): the frequencies of each plane that are kept; channels follow in C order.
 _SUMS = _FREQUENCIES[:, None] + _FREQUENCIES
 _KEPT = np.stack([_SUMS <= 3, _SUMS <= 1, _SUMS <= 1])
 

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 
-# Ends by itself when this script is gone, even if that was killed: its parent is another then.
+# Ends by itself after this script has ended, even if it was killed: the process then has another parent.
 _SPIN = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(100_000))"
 
 

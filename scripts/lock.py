@@ -1,6 +1,6 @@
 """Remakes the lower part of constraints.txt: the newest releases that fit together, as pip resolves them (`make lock`).
 
-The upper part is kept by hand and holds while the rest is resolved. Resolving installs nothing.
+The upper part is written by hand and applies while the rest is resolved. Resolving installs nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> int:
             return 1
         packages = [package["metadata"] for package in json.loads(report.read_text())["install"]]
     by_hand = {_normal(line.partition("==")[0]) for line in kept.splitlines() if "==" in line}
-    # Without the local part: one lock for torch's CPU and CUDA wheels, and for whoever builds wheels anew.
+    # Without the local part of the version: one lock for torch's CPU and CUDA wheels, and for rebuilt wheels.
     pins = {_normal(package["name"]): package["version"].partition("+")[0] for package in packages}
     lines = [f"{name}=={pins[name]}\n" for name in sorted(pins.keys() - by_hand) if not name.startswith(_OF_TORCH)]
     _LOCK.write_text(f"{kept}{_RULE}\n{''.join(lines)}")

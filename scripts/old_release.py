@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# Runs with either SDK; prints what must not depend on who answers whom.
+# Runs with either SDK; prints results that must be the same for every pair of client and server.
 SDK = r"""
 import hashlib, re, sys
 import numpy as np

@@ -1,4 +1,4 @@
-"""The files of examples/deploy: they parse, and what they tell the daemon is what it takes."""
+"""The files of examples/deploy: they parse, and their flags and variables exist."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_without_arguments_the_daemon_listens_where_a_published_port_leads():
     assert (rpc.host, shipped("EXPOSE")) == ("0.0.0.0", [str(rpc.port)])  # noqa: S104
 
 
-def test_loopback_stays_the_default_of_whoever_names_a_command():
+def test_loopback_stays_the_default_of_a_named_command():
     environment = " ".join(shipped("ENV"))
     assert "VQSERVE_HOST" not in environment
 

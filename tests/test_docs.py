@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import grpc
@@ -159,10 +162,9 @@ def test_the_client_s_commands(target, demo, tmp_path, monkeypatch):
     latents = np.random.default_rng(0).standard_normal((2, demo.info.input_dim, 8, 8)).astype(np.float32)
     np.save("latents.npy", latents)
     for line in commands("docs/client.md"):
-        # The last but one is written over its own input.
-        assert COMMANDS[line[0]]([*line[1:], *(["--force"] if line[1] == "decode" else [])]) == 0
+        assert COMMANDS[line[0]](line[1:]) == 0
     assert (np.load("indices.npy") == demo.encode(latents)).all()
-    assert (np.load("latents.npy") == demo.decode(demo.encode(latents), dtype="float16")).all()
+    assert (np.load("decoded.npy") == demo.decode(demo.encode(latents), dtype="float16")).all()
 
 
 def test_the_benchmarks_commands(vqserved, tmp_path, monkeypatch):
@@ -178,42 +180,62 @@ def test_the_benchmarks_commands(vqserved, tmp_path, monkeypatch):
     assert run(source, target)["measured"].requests > 0
 
 
-def test_the_readme_s_commands(serving, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("books").mkdir()
-    rng = np.random.default_rng(0)
-    np.save("codes.npy", rng.standard_normal((9, 4), dtype=np.float32))
-    np.save("latents.npy", rng.standard_normal((2, 4, 32, 32), dtype=np.float32))
-    server = None
-    for line in commands("README.md"):
-        if line[1] == "serve":
-            books = [Tokenizer.load(path, device="cpu") for path in find_codebooks(line[2:]).files.values()]
-            server = serving(*books)
-            monkeypatch.setenv("VQSERVE_TARGET", server.target)
-        else:
-            assert COMMANDS[line[0]]([*line[1:], *(["--steps=1"] if line[1] == "train" else [])]) == 0
-    assert sorted(book.name for book in books) == ["mine", "trained"]
-    assert (np.load("tokens.npy") == books[0].encode(np.load("latents.npy"))).all()
+# What these pages do before, or without, the shell of this test: install, start Python, and go into a container.
+NOT_RUN = ("git clone ", "python3 -m venv ", "pip install ", "make ", "docker ", ". ")
 
 
-def test_the_first_steps(serving, tmp_path, monkeypatch):
+def follow(page, vqserved, folder, run_python):
+    """Run a page's examples in their order, as printed, in an empty folder, with real servers of their own.
+
+    Args:
+        page: its path in the repository.
+        vqserved: the fixture that starts a server.
+        folder: the folder in which the reader is.
+        run_python: called for each Python example, with its source and the address of the server.
+    """
+    scripts = Path(sys.executable).parent
+    path = f"{scripts}{os.pathsep}{os.environ['PATH']}"
+    target = ""
+    for language, body in FENCED.findall((ROOT / page).read_text()):
+        if language == "python":
+            run_python(body, target)
+        elif language == "sh":
+            lines = [line for line in body.splitlines() if not line.startswith(NOT_RUN)]
+            served = [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("vqserved serve")]
+            # A short training: what it learns is not tested here.
+            script = "\n".join(line for line in lines if not line.startswith("vqserved serve"))
+            script = script.replace("vqserved train", "vqserved train --steps=1")
+            environ = {**os.environ, "PATH": path, "VQSERVE_TARGET": target}
+            subprocess.run(["sh", "-e", "-c", script], cwd=folder, env=environ, check=True)
+            for sources in served:
+                target = vqserved(*(folder / source for source in sources), "--device", "cpu").target
+
+
+def test_the_readme_s_commands(vqserved, tmp_path):
+    follow("README.md", vqserved, tmp_path, lambda source, target: None)
+    # `git status` stays clean.
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    mine = tmp_path / "out/mine"
+    books = find_codebooks([str(mine / "books")]).files
+    assert set(books) == {"mine", "trained"}
+    latents = np.load(mine / "latents.npy")
+    assert (np.load(mine / "tokens.npy") == Tokenizer.load(books["mine"], device="cpu").encode(latents)).all()
+    assert np.load(mine / "decoded.npy").shape == latents.shape
+
+
+def test_the_first_steps(vqserved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    in_python, own_codes = examples("docs/first-steps.md", "python")
-    Path("books").mkdir()
-    run(own_codes)
-    server, indices = None, None
-    for line in commands("docs/first-steps.md"):
-        if line[1] == "serve":
-            paths = find_codebooks(line[2:]).files.values()
-            server = serving(*(Tokenizer.load(path, device="cpu") for path in paths))
-            monkeypatch.setenv("VQSERVE_TARGET", server.target)
-            if indices is None:
-                indices = run(in_python, server.target)["indices"]
-        else:
-            assert COMMANDS[line[0]]([*line[1:], *(["--steps=1"] if line[1] == "train" else [])]) == 0
-    assert (np.load("tokens.npy") == indices).all()
-    mine = Tokenizer.load("books/mine.safetensors", device="cpu")
-    assert (np.load("mine.npy") == mine.encode(np.load("latents.npy"))).all()
+    results = {}
+    follow("docs/first-steps.md", vqserved, tmp_path, lambda source, target: results.update(run(source, target)))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    tour = tmp_path / "out/tour"
+    assert (np.load(tour / "tokens.npy") == results["indices"]).all()
+    mine = Tokenizer.load(tour / "books/mine.safetensors", device="cpu")
+    assert (np.load(tour / "mine.npy") == mine.encode(np.load(tour / "latents.npy"))).all()
+
+
+def test_git_ignores_what_the_first_pages_write():
+    assert {"/out/", "/env/", ".venv/"} <= set((ROOT / ".gitignore").read_text().split())
 
 
 @pytest.mark.parametrize("page", ["docs/codebooks.md", "docs/training.md"])
@@ -366,7 +388,8 @@ def test_the_recipes(tmp_path, monkeypatch):
 
 def test_the_inspecting_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    shutil.copy(DEMO_PATH, "book.safetensors")
+    for name in ("book", "old", "new"):
+        shutil.copy(DEMO_PATH, f"{name}.safetensors")
     np.save("latents.npy", np.random.default_rng(0).standard_normal((1000, 16), dtype=np.float32))
     for line in commands("docs/inspecting.md"):
         assert COMMANDS[line[0]](line[1:]) == 0

@@ -1,4 +1,4 @@
-"""The same mistake has the same words everywhere: the SDK, `Tokenizer`, the command line, a raw stub.
+"""The same mistake has the same text everywhere: the SDK, `Tokenizer`, the command line, a raw stub.
 
 docs/errors.md shows the table that `table` makes.
 """

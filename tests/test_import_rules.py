@@ -1,4 +1,4 @@
-"""Which module may use which: the contracts of pyproject.toml, which docs/architecture.md tells in words."""
+"""Which module may use which: the contracts of pyproject.toml, which docs/architecture.md describes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ CONTRACTS = {
     contract["name"]: contract
     for contract in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
 }
-LAYERS = CONTRACTS["the server is one staircase"]["layers"]
-STAIRCASE = [step for layer in LAYERS for step in layer.split(" | ")]
+LAYERS = [module for layer in CONTRACTS["the server is built in layers"]["layers"] for module in layer.split(" | ")]
 BROKEN = """
 [importlinter]
 root_package = vqserve_server
@@ -49,20 +48,20 @@ def test_a_broken_contract_is_found(tmp_path):
     assert "gRPC is where it should be BROKEN" in done.stdout
 
 
-def test_every_module_of_the_server_is_a_step():
+def test_every_module_of_the_server_is_in_a_layer():
     server = ROOT / "server/vqserve_server"
     modules = {path.stem for path in server.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert sorted(STAIRCASE) == sorted(modules - {"__init__", "__main__"})
+    assert sorted(LAYERS) == sorted(modules - {"__init__", "__main__"})
 
 
-def test_all_below_rpc_is_kept_from_grpc():
-    below = STAIRCASE[STAIRCASE.index("rpc") + 1 :]
-    listed = CONTRACTS["everything below rpc knows no grpc"]["source_modules"]
-    assert sorted(listed) == sorted(f"vqserve_server.{step}" for step in below)
+def test_the_contract_about_grpc_lists_all_layers_below_rpc():
+    below = LAYERS[LAYERS.index("rpc") + 1 :]
+    listed = CONTRACTS["the layers below rpc do not import grpc"]["source_modules"]
+    assert sorted(listed) == sorted(f"vqserve_server.{layer}" for layer in below)
 
 
-@pytest.mark.parametrize("step", STAIRCASE)
-def test_the_architecture_page_has_the_step(step):
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_architecture_page_has_the_layer(layer):
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
     named = {name.strip("`/") for row in rows for name in row.split(", ")}
-    assert step in named
+    assert layer in named

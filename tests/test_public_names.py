@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -12,6 +14,9 @@ import pytest
 import vqserve
 import vqserve_client
 
+ROOT = Path(__file__).parents[1]
+# The pages for users: docs/extending.md is for contributors, who use internal modules.
+PAGES = [ROOT / "README.md", *sorted({*(ROOT / "docs").glob("**/*.md")} - {ROOT / "docs/extending.md"})]
 CLIENT = [
     "AccessDenied",
     "AsyncClient",
@@ -46,7 +51,20 @@ CLIENT = [
 PUBLIC = {
     "vqserve": CLIENT,
     "vqserve_client": CLIENT,
+    "vqserve_bench": [
+        "Closed",
+        "Latency",
+        "Measurement",
+        "Open",
+        "Request",
+        "Schedule",
+        "Server",
+        "decode_stats",
+        "encode_stats",
+        "measure",
+    ],
     "vqserve_server": ["Tokenizer", "__version__"],
+    "vqserve_server.codebooks": ["Codebook", "codebook_digest", "load_codebook", "save_codebook"],
     "vqserve_server.quantizers": [
         "AbstractQuantizer",
         "CosineQuantizer",
@@ -66,6 +84,8 @@ PUBLIC = {
         "measure_perplexity",
     ],
 }
+# Public modules without a list of names: docs/errors.md, the types of options, and the generated code.
+UNLISTED = {"vqserve.errors", "vqserve.types", "vqserve.v1"}
 # What the modules need for themselves.
 _OWN = {"TYPE_CHECKING", "annotations", "import_module"}
 LIGHT = """
@@ -94,6 +114,23 @@ def test_the_public_names_are_these(name):
         if not found.startswith("_") and not isinstance(getattr(module, found), ModuleType)
     }
     assert plain - _OWN == set(PUBLIC[name]) - {"__version__"}
+
+
+def test_the_documentation_lists_the_public_modules():
+    section = (ROOT / "docs/client.md").read_text().partition("| Module | Public names |")[2].partition("\n\n")[0]
+    cells = [row.split("|")[1] for row in section.splitlines() if row.startswith("| ")]
+    assert {name for cell in cells for name in re.findall(r"`([\w.]+)`", cell)} == set(PUBLIC) | UNLISTED
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_pages_import_public_names_only(page):
+    imports = re.findall(r"\bfrom (vqserve[\w.]*) import ([\w, ]+|\.\.\.)", page.read_text())
+    for module, names in imports:
+        if module.startswith("vqserve.v1"):
+            continue
+        assert module in {*PUBLIC, *UNLISTED}
+        for name in re.findall(r"(\w+)(?: as \w+)?,?", names):
+            assert name in PUBLIC.get(module, [name])
 
 
 def test_importing_vqserve_is_light_and_its_names_come_when_they_are_used():

@@ -74,3 +74,17 @@ def test_the_editor_knows_the_line_length():
     settings = configparser.ConfigParser()
     settings.read_string("[top]\n" + (ROOT / ".editorconfig").read_text())
     assert f"line-length = {settings['*']['max_line_length']}\n" in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_changelog_has_the_form_that_it_describes():
+    sections = re.split(r"^## (.+)\n", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1:]
+    titles = sections[::2]
+    releases = [re.fullmatch(r"(\d+)\.(\d+)\.(\d+) - \d{4}-\d\d-\d\d", title) for title in titles[1:]]
+    assert titles[0] == "Unreleased"
+    assert all(releases), titles
+    versions = [tuple(map(int, release.groups())) for release in releases if release]
+    assert versions == sorted(set(versions), reverse=True)
+    order = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+    for body in sections[1::2]:
+        groups = re.findall(r"^### (.+)$", body, re.MULTILINE)
+        assert groups == [group for group in order if group in groups]

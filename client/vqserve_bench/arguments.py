@@ -22,8 +22,8 @@ _GRID = (1, 32, 32)
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of `vqserve bench`."""
     add_codebook(command)
-    what = command.add_argument_group("what is sent")
-    what.add_argument("--method", choices=("encode", "decode"), default="encode", help="what is measured (encode)")
+    what = command.add_argument_group("requests")
+    what.add_argument("--method", choices=("encode", "decode"), default="encode", help="method to measure (encode)")
     what.add_argument(
         "--grid",
         type=_grid,
@@ -99,7 +99,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help=f"windows agree within this of their mean, in requests/s and latency ({plan.stability * 100:g})",
     )
 
-    out = command.add_argument_group("what is written, beside the table")
+    out = command.add_argument_group("output besides the table")
     out.add_argument("--json", type=Path, metavar="FILE", help="all results as JSON")
     out.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture; needs matplotlib")
     out.add_argument("--force", action="store_true", help="replace these files if they exist")
@@ -114,14 +114,14 @@ def schedule(args: argparse.Namespace) -> Schedule:
 
 
 def loads(args: argparse.Namespace) -> tuple[Load, ...]:
-    """Return what is measured, in order."""
+    """Return the loads to measure, in order."""
     if args.rate is not None:
         return tuple(Open(rate, args.max_outstanding) for rate in args.rate)
     return tuple(Closed(concurrency) for concurrency in args.concurrency or _CONCURRENCIES)
 
 
 def workload(args: argparse.Namespace) -> Workload:
-    """Return what is sent."""
+    """Return the requests to send."""
     return Workload(
         method=args.method,
         grids=tuple(args.grid or [_GRID]),

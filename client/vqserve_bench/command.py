@@ -32,7 +32,7 @@ __all__ = ["add_arguments", "run"]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure one load after the other, print a row for each, write the files that were asked for; return 0.
+    """Measure one load after the other, print a row for each, write the requested files; return 0.
 
     Raises:
         VqserveError: if the server does not answer, or any request failed.

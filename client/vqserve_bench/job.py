@@ -1,4 +1,4 @@
-"""What one measurement does to a server: what it sends, where, and for how long."""
+"""One measurement: its requests, its target, and how long it takes."""
 
 from __future__ import annotations
 

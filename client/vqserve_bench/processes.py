@@ -85,7 +85,7 @@ def _work(job: Job, pipe: Connection) -> None:
     """Run a job in this process and send its windows to the parent."""
 
     async def send(message: Window | None) -> bool:
-        """Send a message and return whether the parent wants more; False if the parent has ended."""
+        """Send a message and return whether to continue; False if the parent has ended."""
         try:
             pipe.send(message)
             # In a thread, because the load continues meanwhile.

@@ -20,7 +20,7 @@ def unary(channel: grpc.aio.Channel, method: str, timeout_s: float | None) -> Se
     Args:
         channel: to the server.
         method: path of the method.
-        timeout_s: deadline of each call; None: there is none.
+        timeout_s: deadline of each call; None: no deadline.
     """
     return partial(channel.unary_unary(method), timeout=timeout_s)
 

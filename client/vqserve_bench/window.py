@@ -1,4 +1,4 @@
-"""What happened in one span of time."""
+"""Counts and latencies of one span of time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ clock = time.perf_counter
 
 @dataclass(frozen=True)
 class Window:
-    """What happened in one span of time.
+    """Counts and latencies of one span of time.
 
     Attributes:
         seconds: how long it was.

@@ -58,7 +58,7 @@ def add_retries(command: argparse.ArgumentParser) -> None:
         type=integer(0),
         default=ClientConfig.retries,
         metavar="N",
-        help=f"while the server is overloaded or gone ({ClientConfig.retries}, half a second; 20 are a minute)",
+        help=f"while the server is overloaded or unreachable ({ClientConfig.retries}, half a second; 20 are a minute)",
     )
 
 

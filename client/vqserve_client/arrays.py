@@ -1,6 +1,6 @@
 """The caller's arrays: numpy or torch in, the same kind out; what their shape means, and how they are cut.
 
-torch is never imported here: a caller who passes a tensor has imported it.
+torch is never imported here: a caller that passes a tensor has imported it.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ class AsyncClient(ClientBase):
         return self._convert_many(DECODE, _iterator(iterable_of_arrays(items, "decode")), options)
 
     async def codebooks(self, *, timeout: float | None = None) -> list[CodebookInfo]:
-        """Return what is served, in name order; see Client.codebooks."""
+        """Return the served codebooks, sorted by name; see Client.codebooks."""
         options = call_options(timeout=timeout)
         waker = _Waker()
         return await _run(self._core.codebooks(options, waker.wake), waker)

@@ -36,19 +36,19 @@ from vqserve_client.catalogue import Pin
 from vqserve_client.config import CallOptions, ClientConfig
 from vqserve_client.requests import Request
 
-# The generated stubs want enum classes that exist in the stubs only.
+# The generated stubs require enum classes that exist in the stubs only.
 _EncodeRequest: Any = pb.EncodeRequest
 _DecodeRequest: Any = pb.DecodeRequest
 
 
 class ArrayCall(ABC):
-    """What encoding and decoding have in common.
+    """Base of an array's encoding and decoding.
 
     Attributes:
         grid: shape of the tokens.
         layout: layout of the latents.
         stages: indices per token; None: one, without an axis of stages.
-        array: what is cut and sent.
+        array: the array that is cut and sent.
         reply_dtype: wire type of replies.
         row_bytes: sizes of one token, in the request and in the reply.
         cuts: cuts of the grid, one for each request; None stands for the whole grid.
@@ -125,7 +125,7 @@ class ArrayCall(ABC):
         results, start = [], 0
         for one in inputs:
             stop = start + len(one.array)
-            # A copy: a caller who keeps, or pickles, one result must not keep all of them.
+            # A copy: a caller that stores or pickles one result must not hold the memory of all of them.
             results.append(to_caller(out[start:stop].copy(), self.reply_dtype, one.device))
             start = stop
         return results

@@ -134,7 +134,7 @@ class Pin:
         """Pin the codebook that the caller asked for, unless another item of the call has pinned it.
 
         Args:
-            codebooks: what is served.
+            codebooks: the served codebooks.
 
         Raises:
             CodebookNotFound: it is not there, or none was named and there are several.

@@ -1,7 +1,7 @@
 """The gRPC channel of one client: opened when it is first needed, once per process, and safe across a fork.
 
 gRPC's core cannot be copied in the middle of a call: the child hangs or crashes. So a fork holds back new requests and
-waits for those that are in flight, which normally takes milliseconds. Nothing is lost, and no caller needs to know.
+waits for those that are in flight, which normally takes milliseconds. Nothing is lost, and callers do not notice it.
 """
 
 from __future__ import annotations

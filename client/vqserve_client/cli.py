@@ -73,14 +73,14 @@ def _parser(command: str) -> Parser:
             "--num-quantizers",
             type=integer(1),
             metavar="N",
-            help="of a residual codebook, how many of each token's indices (default: all)",
+            help="residual codebooks: number of indices for each token (default: all)",
         )
     decode.add_argument(
         "--dtype", choices=LATENT_NAMES, default="float32", help="of the latents (bfloat16 is stored as float32)"
     )
     decode.add_argument("--output", choices=("latents", "code_rows"), default="latents", help="what to write")
 
-    codebooks = _command(commands, "codebooks", "list what is served", _codebooks)
+    codebooks = _command(commands, "codebooks", "list the served codebooks", _codebooks)
     codebooks.add_argument("--json", action="store_true", help="as JSON, with all fields")
 
     status = _command(commands, "status", "say whether the server serves; exit 0 only if it does", _status)

@@ -190,7 +190,7 @@ class Client(ClientBase):
         return self._convert_many(DECODE, iter(iterable_of_arrays(items, "decode")), options)
 
     def codebooks(self, *, timeout: float | None = None) -> list[CodebookInfo]:
-        """Return what is served, in name order.
+        """Return the served codebooks, sorted by name.
 
         Raises:
             VqserveError: see errors.py.

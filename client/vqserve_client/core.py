@@ -36,7 +36,7 @@ DECODE = Operation(indices_input, DecodeCall)
 
 
 class Core:
-    """One client's configuration, connection and memory of what is served."""
+    """One client's configuration, connection and cached list of codebooks."""
 
     def __init__(self, config: ClientConfig) -> None:
         self.config = config
@@ -59,7 +59,7 @@ class Core:
         return Deadline(self.config.timeout if options.timeout is None else options.timeout)
 
     def codebooks(self, options: CallOptions, wake: Wake) -> Steps[list[CodebookInfo]]:
-        """Request the list of what is served."""
+        """Request the list of codebooks."""
         exchange = Exchange(
             self.connection,
             policy=self._policy,
@@ -122,7 +122,7 @@ class Core:
 
 
 class ClientBase:
-    """What the two clients have in common."""
+    """Base of both clients."""
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from vqserve_client.transport import LARGEST_STREAMED_BYTES, StreamSender
 
 Convert = Callable[[Sequence[ArrayInput]], Steps[list[Any]]]
 
-# Limits of what goes as one: bytes of the request and of the reply, and arrays, because they are taken ahead.
+# Limits of a joined request: bytes of the request and of the reply, and number of arrays, because they are read ahead.
 JOINED_BYTES = LARGEST_STREAMED_BYTES
 MOST_JOINED = 64
 
@@ -107,13 +107,13 @@ class Pipeline:
         self._changed = self._changed or self._may_begin(self._groups[-1])
 
     def advance(self) -> float | None:
-        """Send and receive what can be; return the seconds until the next time (None: until a reply comes).
+        """Send what fits the window, receive replies; return the seconds until the next call (None: a reply).
 
         Raises:
             Closed: in a process that was forked after the pipeline began.
         """
         self._check_process()
-        # Cleared before looking: a reply that comes meanwhile is seen now or next time.
+        # Cleared first, so that a reply that arrives during this is seen now or next time.
         self._changed = False
         self._due_at = math.inf
         while True:
@@ -169,7 +169,7 @@ class Pipeline:
                 group.deadline.extend(time.monotonic() - began)
 
     def close(self) -> None:
-        """Cancel what is in flight."""
+        """Cancel the requests in flight."""
         while self._groups:
             self._groups.pop().close()
         if os.getpid() == self._pid:
@@ -261,7 +261,7 @@ class _Group:
         return True
 
     def advance(self) -> float | None:
-        """Send and receive what can be; return the seconds until the next time (None: until a reply comes)."""
+        """Send what fits the window, receive replies; return the seconds until the next call (None: a reply)."""
         if self.done:
             return None
         self.begun = True
@@ -282,7 +282,7 @@ class _Group:
         return self._results.popleft()
 
     def close(self) -> None:
-        """Cancel what is in flight."""
+        """Cancel the requests in flight."""
         self._steps.close()
 
     def _run(self) -> Steps[None]:

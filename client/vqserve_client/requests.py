@@ -65,13 +65,13 @@ class Deadline:
         return self._expires_at - time.monotonic()
 
     def grpc_timeout_s(self) -> float | None:
-        """Return the seconds that are left, as gRPC takes them: None is no limit."""
+        """Return the seconds until the deadline; None, as in gRPC: no limit."""
         remaining_s = self._expires_at - time.monotonic()
         return None if remaining_s > _FOREVER_S else remaining_s
 
 
 class Window:
-    """How many more requests of one call may be in flight; the items of `encode_many` share one.
+    """Number of further requests of one call that may be in flight; the items of `encode_many` share one.
 
     Attributes:
         free: how many more may be sent now.
@@ -117,7 +117,7 @@ class Request(ABC):
 
     @abstractmethod
     def accept(self, reply: bytes) -> None:
-        """Check the reply and store what it holds."""
+        """Check the reply and store its array."""
 
     @abstractmethod
     def explain(self, error: VqserveError) -> VqserveError:
@@ -125,7 +125,7 @@ class Request(ABC):
 
 
 class Exchange:
-    """What the requests of one call have in common."""
+    """The state that the requests of one call share."""
 
     def __init__(
         self,

@@ -64,7 +64,7 @@ RETRIED: tuple[type[VqserveError], ...] = (Overloaded, Unavailable, Cancelled)
 
 @dataclass(frozen=True)
 class Failure:
-    """How a call failed, in gRPC's words."""
+    """The status and metadata of a failed call, from gRPC."""
 
     code: grpc.StatusCode
     details: str
@@ -138,7 +138,7 @@ class Failure:
 def _cause(details: str) -> str:
     """Return why there is no connection.
 
-    gRPC puts the system's reason last, behind states and addresses: "failed to connect to all addresses; last error:
+    gRPC puts the system's reason last, after states and addresses: "failed to connect to all addresses; last error:
     UNKNOWN: ipv4:127.0.0.1:1: Failed to connect to remote host: connect: Connection refused (111)".
     """
     return _printable(re.sub(r" \(\d+\)$", "", details.rstrip("]").rpartition(":")[2].strip()))

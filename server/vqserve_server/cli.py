@@ -33,7 +33,7 @@ class Command:
 
     Attributes:
         help: one line for the list of commands.
-        module: name of the module that adds its parser; imported only if the command is asked for.
+        module: name of the module that adds its parser; imported only if the command is used.
         function: name of the function that adds it to the subparsers. The parser's defaults are `run`, which takes the
             parsed arguments and returns the exit code, and perhaps `explain`, which takes them and unknown words and
             returns an error text or None.

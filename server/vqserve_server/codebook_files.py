@@ -185,7 +185,7 @@ def _versions(folder: Path, root: Path) -> Iterator[_Claim | Problem]:
         name = folder.name
         yield _Claim(name, folder, {f"{name}{VERSION_MARK}{version}": files[version] for version in sorted(files)})
     elif not candidates:
-        # Without its path, because the codebooks that were served from there are gone.
+        # Without its path, because the codebooks from there are no longer served.
         yield Problem(f"{folder} is skipped: it has no file N{SUFFIX}", is_fatal=False)
 
 

@@ -49,7 +49,7 @@ class Entry:
 
 @dataclass
 class ReloadCounts:
-    """How many codebooks a reload loaded, kept, removed, rejected (their files are bad) and skipped."""
+    """Numbers of codebooks that a reload loaded, kept, removed, rejected (invalid files) and skipped."""
 
     loaded: int = 0
     unchanged: int = 0
@@ -102,10 +102,10 @@ class Repository:
                 raise CodebookFileError(f"{path}: {text}" if rest == text else f"{path}{rest}") from None
 
     def reload(self) -> ReloadCounts:
-        """Load the files that have changed, and drop those that are gone.
+        """Load the files that have changed, and drop those whose file was removed.
 
-        A file that cannot be served is logged, and the codebook of its name stays. So does one whose file is gone if
-        the command line names that file.
+        A file that cannot be served is logged, and the codebook of its name stays. So does the codebook of a removed
+        file if the command line names that file.
         """
         found = find_codebooks(self._sources)
         entries: dict[str, Entry] = {}

@@ -15,7 +15,7 @@ from vqserve_client.channel import channel_options
 
 
 class Listener:
-    """Accepts connections, counts them, and hangs up at once or passes them on."""
+    """Accepts connections, counts them, and closes them at once or passes them on."""
 
     def __init__(self, target=None):
         self._target = target
@@ -93,7 +93,7 @@ def test_without_that_option_channels_share_a_connection(tiny, listener):
 
 
 def attempts_until(listener, options, *, attempts):
-    """How many connections a channel tries while another one of this client's options tries so many."""
+    """Return how many connections a channel tries while another channel with the same options tries `attempts`."""
     ours, theirs = listener(), listener()
     channels = [
         grpc.insecure_channel(one.address, options=given)

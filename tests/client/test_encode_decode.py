@@ -220,7 +220,7 @@ def test_options_that_make_no_sense(tiny, connect, options, text):
     client = connect(tiny.target)
     with pytest.raises(ValueError, match=text):
         client.decode(np.arange(3), **options)
-    # A generator refuses them when it is made, not when it is first asked.
+    # The error comes when the generator is made, not with its first result.
     with pytest.raises(ValueError, match=text):
         next(client.decode_many([np.arange(3)], **options))
     assert tiny.requests == []

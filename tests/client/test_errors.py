@@ -67,7 +67,7 @@ def test_a_failure_without_words():
 
 # The second where a deadline passes while a large request is still on its way.
 @pytest.mark.parametrize("details", ["Deadline Exceeded", "Stream removed (Deadline Exceeded)"])
-def test_a_deadline_in_grpcs_words_is_told_in_ours(details):
+def test_a_deadline_of_grpc_has_the_sdks_text(details):
     failure = Failure(grpc.StatusCode.DEADLINE_EXCEEDED, details, {})
     assert failure.text == "the server did not answer in time"
 

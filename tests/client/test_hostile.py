@@ -88,7 +88,7 @@ def test_a_name_listed_twice(tiny, connect):
         connect(tiny.target).codebooks()
 
 
-def test_absurd_widths_are_refused_before_memory_is_asked_for(tiny, connect):
+def test_absurd_widths_are_rejected_before_memory_is_asked_for(tiny, connect):
     tiny.replace("small", output_dim=1 << 31)
     with pytest.raises(ValueError, match="more than a message"):
         connect(tiny.target).decode(np.arange(4))

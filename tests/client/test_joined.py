@@ -163,7 +163,7 @@ def test_a_window_of_one_is_one_array_at_a_time(tiny, connect, latents):
     generator.close()
 
 
-def test_what_is_taken_ahead_is_bounded(tiny, connect, latents):
+def test_read_ahead_is_bounded(tiny, connect, latents):
     taken = []
 
     def source():
@@ -196,7 +196,7 @@ def test_a_swap_ends_the_job(tiny, connect, latents):
     assert len(tiny.requests) <= 8
 
 
-def test_what_is_taken_ahead_is_bounded_whatever_the_shapes(tiny, connect, latents):
+def test_read_ahead_is_bounded_for_any_shapes(tiny, connect, latents):
     """Sizes in turns, as buckets of images have them: none joins the one before."""
     taken = []
 
@@ -213,7 +213,7 @@ def test_what_is_taken_ahead_is_bounded_whatever_the_shapes(tiny, connect, laten
     generator.close()
 
 
-def test_an_array_without_axes_raises_in_its_turn(tiny, connect, latents):
+def test_an_array_without_axes_raises_after_the_results_before_it(tiny, connect, latents):
     client = connect(tiny.target)
     client.codebooks()
     generator = client.encode_many([latents(3, 4), latents(3, 4), np.zeros((), np.float32), latents(3, 4)])

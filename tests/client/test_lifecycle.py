@@ -228,7 +228,7 @@ def test_signals_are_put_off_and_then_come():
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_ctrl_c_while_handlers_are_put_back_leaves_the_others_theirs(monkeypatch):
+def test_ctrl_c_while_handlers_are_restored_restores_the_others(monkeypatch):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     came = []
     signal.signal(signal.SIGTERM, lambda *_: came.append("SIGTERM"))

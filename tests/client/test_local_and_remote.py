@@ -124,14 +124,14 @@ def test_a_dtype_may_be_numpy_s_or_torch_s(book, dtype, name):
     ],
     ids=str,
 )
-def test_other_dtypes_are_refused_by_name(book, dtype):
+def test_other_dtypes_are_rejected_by_name(book, dtype):
     names = "'float32', 'float16', 'bfloat16', 'float64'"
     with pytest.raises(ValueError, match=f"dtype must be one of {names} or numpy's or torch's type of that name, not"):
         book.decode(np.arange(3), dtype=dtype)
 
 
 @everywhere
-def test_many_and_what_there_is(book, quantizer, latents):
+def test_encode_many_and_codebooks(book, quantizer, latents):
     (info,) = book.codebooks()
     assert (info.name, info.input_dim, info.output_dim) == ("book", 6, 5)
     arrays = [latents(n, 6, seed=n) for n in range(4)]
@@ -194,7 +194,7 @@ def test_one_image_that_would_pass_for_sequences_is_warned_of(book, latents):
         ("decode", np.zeros(2, np.int64), {"output": "codes"}, ValueError, "codes"),
     ],
 )
-def test_refusals(book, method, array, options, error, text):
+def test_rejections(book, method, array, options, error, text):
     with pytest.raises(error, match=text):
         getattr(book, method)(array, **options)
     with pytest.raises(error, match=text):

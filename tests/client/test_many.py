@@ -61,7 +61,7 @@ def test_items_of_any_size_and_kind_share_the_window(tiny, connect, latents):
     assert [tuple(answer.shape) for answer in answers] == [(300,), (2, 9, 9), (0,), (1,), (200,)]
 
 
-def test_no_more_items_are_taken_than_the_window_holds(tiny, connect, latents):
+def test_no_more_items_are_read_than_fit_the_window(tiny, connect, latents):
     taken = []
 
     def source():
@@ -99,7 +99,7 @@ def test_a_source_that_waits_for_answers_gets_them(tiny, latents):
     assert asyncio.run(run()) == [2, 3, 4, 5]
 
 
-def test_a_failed_item_raises_in_its_turn_and_cancels_the_rest(tiny, connect, latents):
+def test_a_failed_item_raises_after_earlier_results_and_cancels_the_rest(tiny, connect, latents):
     good, bad = latents(3, 4), latents(3, 5)
     generator = connect(tiny.target).encode_many([good, good, bad, good, good])
     assert next(generator).shape == (3,)
@@ -110,7 +110,7 @@ def test_a_failed_item_raises_in_its_turn_and_cancels_the_rest(tiny, connect, la
         next(generator)
 
 
-def test_an_item_that_is_no_array_raises_in_its_turn(tiny, connect, latents):
+def test_an_item_that_is_no_array_raises_after_earlier_results(tiny, connect, latents):
     generator = connect(tiny.target).encode_many([latents(3, 4), [1, 2]])
     assert next(generator).shape == (3,)
     with pytest.raises(TypeError):
@@ -129,12 +129,12 @@ def test_a_source_that_fails_raises_after_the_answers_before_it(tiny, connect, l
         next(generator)
 
 
-def test_what_cannot_be_iterated_is_refused_at_once(tiny, connect):
+def test_what_cannot_be_iterated_is_rejected_at_once(tiny, connect):
     with pytest.raises(TypeError, match="iter"):
         next(connect(tiny.target).encode_many(3))
 
 
-def test_closing_early_cancels_what_is_under_way(tiny, connect, latents):
+def test_closing_early_cancels_requests_in_flight(tiny, connect, latents):
     hanging = threading.Event()
     cancelled = threading.Semaphore(0)
 
@@ -194,7 +194,7 @@ def test_retries_end_in_their_turn(tiny, connect, failing, latents):
     def full_for_the_long(request, context, honest):
         return honest() if request.shape[0] == 2 else full(request, context, honest)
 
-    # Which of two requests under way arrives first is open.
+    # Two requests in flight may arrive in any order.
     tiny.script.extend([full_for_the_long] * 9)
     generator = client.encode_many([latents(2, 4)] * 2 + [latents(3, 4)] * 7)
     next(generator)
@@ -204,7 +204,7 @@ def test_retries_end_in_their_turn(tiny, connect, failing, latents):
 
 
 @pytest.mark.long
-def test_a_consumer_may_take_its_time(tiny, connect, latents):
+def test_a_slow_consumer_gets_all_results(tiny, connect, latents):
     """The clock of an item stands still while its caller does something else: here longer than the timeout."""
     client = connect(tiny.target, max_message_bytes=1024, window=2)
     client.encode(latents(1, 4))

@@ -78,7 +78,7 @@ def test_chunks_are_the_whole(serving, tokenizer, connect, latents):
     assert chunked.decode(indices).tobytes() == whole.decode(indices).tobytes()
 
 
-def test_what_the_server_refuses(serving, tokenizer, connect, latents):
+def test_what_the_server_rejects(serving, tokenizer, connect, latents):
     client = connect(serving(tokenizer).target)
     array = latents(2, 8, 3, 3)
     array[1, 2, 0, 1] = np.nan

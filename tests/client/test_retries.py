@@ -95,7 +95,7 @@ def test_a_server_that_hangs(tiny, connect, latents):
     with pytest.raises(DeadlineExceeded, match=r"^the server did not answer in time \(server") as caught:
         client.encode(latents(2, 4), timeout=1)
     assert isinstance(caught.value, TimeoutError)
-    # The server is told that nobody waits any more.
+    # The server sees that the call was cancelled.
     assert tiny.cancelled.acquire(timeout=60)
 
 
@@ -109,7 +109,7 @@ def test_one_timeout_for_all_retries(tiny, connect, failing, latents):
 
 def test_no_timeout(tiny, connect, latents):
     assert connect(tiny.target, timeout=math.inf).encode(latents(2, 4)).shape == (2,)
-    # gRPC tells "none" as a few centuries.
+    # gRPC sends "no timeout" as a few centuries.
     assert tiny.timeouts[0] > 1e9
 
 
@@ -121,7 +121,7 @@ def test_no_timeout(tiny, connect, latents):
         ("unix:///nowhere/socket", "No such file or directory"),
     ],
 )
-def test_nobody_there(connect, latents, target, cause):
+def test_no_server_listens(connect, latents, target, cause):
     with pytest.raises(Unavailable) as caught:
         connect(target, retries=1).encode(latents(2, 4))
     error = caught.value
@@ -135,16 +135,16 @@ def test_nobody_there(connect, latents, target, cause):
 
 
 @pytest.mark.parametrize("words", [b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", b"SSH-2.0-OpenSSH\r\n"])
-def test_something_else_is_there(connect, latents, words):
+def test_another_protocol_answers(connect, latents, words):
     with Stranger(words) as stranger, pytest.raises(Unavailable) as caught:
         connect(stranger.target, retries=0).encode(latents(2, 4))
     assert caught.value.message == "cannot connect to the server: what listens there does not speak gRPC"
 
 
-def test_something_else_was_there(connect, latents):
+def test_another_protocol_answered_and_stopped(connect, latents):
     with Stranger(b"HTTP/1.1 400 Bad Request\r\n\r\n", patience=1) as stranger, pytest.raises(Unavailable) as caught:
         connect(stranger.target, retries=2).encode(latents(2, 4))
-    # The later attempts were refused, which tells less.
+    # The later attempts were refused, a less useful cause.
     assert caught.value.message == (
         "cannot connect to the server: what listens there does not speak gRPC; tried 3 times"
     )
@@ -234,7 +234,7 @@ class DroppingProxy:
 
 
 class Stranger:
-    """Listens, but is no gRPC server: says the same to everybody, or to so many until it is gone."""
+    """Listens, but is no gRPC server: sends the same bytes on every connection; closes after `patience` connections."""
 
     def __init__(self, words: bytes, *, patience: int | None = None) -> None:
         self._words = words
@@ -282,7 +282,7 @@ def test_no_codebook_at_all(serve_tiny, connect, latents):
         connect(serve_tiny().target).encode(latents(2, 4))
 
 
-def test_a_codebook_that_is_gone(serve_tiny, codes, connect, latents):
+def test_a_codebook_that_is_no_longer_served(serve_tiny, codes, connect, latents):
     server = serve_tiny(codes("a"), codes("b"))
     client = connect(server.target, codebook="a")
     client.encode(latents(2, 4))

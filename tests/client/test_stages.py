@@ -99,7 +99,7 @@ def test_requests_of_several_counts_at_once(serving, connect, latents, tokenizer
 
 
 @pytest.mark.parametrize("call", ["local", "remote"])
-def test_refused(serving, connect, latents, tokenizer, call):
+def test_rejected(serving, connect, latents, tokenizer, call):
     client = connect(serving(tokenizer).target) if call == "remote" else tokenizer
     array = latents(4, 6)
     indices = tokenizer.encode(array)

@@ -70,7 +70,7 @@ def test_a_server_without_streams_gets_calls(tiny: Any, connect: Any, latents: A
     assert len(tiny.requests) == 24
 
 
-def test_a_failed_item_raises_in_its_turn(streaming: Any, connect: Any, failing: Any, latents: Any) -> None:
+def test_a_failed_item_raises_after_earlier_results(streaming: Any, connect: Any, failing: Any, latents: Any) -> None:
     client = connect(streaming.target)
     honest = lambda request, context, honest: honest()  # noqa: E731
     streaming.script.extend([honest] * 3 + [failing("INVALID_ARGUMENT", "bad item", vqserve_request_id="x-1")])
@@ -129,7 +129,7 @@ def test_leaving_early_cancels_the_stream(streaming: Any, connect: Any, latents:
     check(streaming, client.encode_many(items), items)
 
 
-def test_a_server_that_answers_what_nobody_asked_is_left(streaming: Any, connect: Any, latents: Any) -> None:
+def test_a_stream_with_an_unrequested_reply_is_dropped(streaming: Any, connect: Any, latents: Any) -> None:
     streaming.script.append(lambda request, context, honest: [honest(), honest(), honest()])
     items = items_of(latents, 6)
     answers = connect(streaming.target, window=1).encode_many(items)
@@ -180,7 +180,7 @@ def test_many_generators_have_streams_of_their_own(streaming: Any, latents: Any)
 
 
 def test_a_stream_that_fails_at_once_is_a_failed_attempt(streaming: Any, latents: Any, monkeypatch: Any) -> None:
-    """Where nobody listens any more a stream may end before its first request is written: not a reason for another."""
+    """If no server listens any more, a stream may end before its first request is written; it is not replaced."""
     made = []
     plain = stream_module._Stream.__init__
 
@@ -191,8 +191,8 @@ def test_a_stream_that_fails_at_once_is_a_failed_attempt(streaming: Any, latents
         threading.Event().wait(0.05)
 
     monkeypatch.setattr(stream_module._Stream, "__init__", note)
-    with socket.create_server(("127.0.0.1", 0)) as nobody:
-        port = nobody.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
     with Client(streaming.target) as known, Client(f"127.0.0.1:{port}", retries=2, timeout=60) as client:
         known.codebooks()
         client._core._catalogue = known._core._catalogue

@@ -44,7 +44,7 @@ def books(tmp_path: Path, put: Callable[..., Any], vqserved: Callable[..., Any])
 
 @pytest.fixture
 def after_answers(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
-    """Do something once so many answers of the server have been put in their places."""
+    """Call a function when `count` replies of the server have been stored."""
 
     def make(count: int, act: Callable[[], object]) -> None:
         answers = 0

@@ -153,7 +153,7 @@ def test_perplexity_of_ids_out_of_range_is_nan():
 
 
 @pytest.mark.parametrize("value", [-1, K, 2**40])
-def test_an_index_out_of_range_is_refused_before_the_gather(make, value):
+def test_an_index_out_of_range_is_rejected_before_the_gather(make, value):
     # A gather out of range would end the process's use of the GPU.
     module = make().to(DEVICE)
     indices = torch.tensor([0, value], device=DEVICE)

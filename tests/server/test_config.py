@@ -51,7 +51,7 @@ def test_a_mistake_in_the_environment_is_named(name: str, value: str, problem: s
     assert problem in str(caught.value)
 
 
-def test_the_clients_variables_are_let_alone() -> None:
+def test_the_clients_variables_are_ignored() -> None:
     assert parse(VQSERVE_TARGET="host:1", VQSERVE_CODEBOOK="demo") == config.ServeConfig()
 
 

@@ -112,8 +112,8 @@ def test_a_folder_is_served_until_sigterm(vqserved: Callable[..., Any], folder: 
 def test_the_log_says_what_is_served(vqserved: Callable[..., Any], folder: Path) -> None:
     books = {name: Tokenizer.load(folder / f"{name}.safetensors", device="cpu") for name in ("large", "small")}
     _, log = vqserved(folder, "--device", "cpu").stop(signal.SIGTERM)
-    told = [line.partition(" INFO ")[2] for line in log.splitlines() if "codebook_" in line]
-    assert told == [
+    events = [line.partition(" INFO ")[2] for line in log.splitlines() if "codebook_" in line]
+    assert events == [
         f'codebook_loaded name=large kind=vq size="300 x 8" search={books["large"].search} device=cpu '
         f"digest={books['large'].digest[:12]}",
         f'codebook_loaded name=small kind=vq size="16 x 4" search={books["small"].search} device=cpu '
@@ -150,7 +150,7 @@ def test_started_with_its_standard_files_closed(folder: Path, tmp_path: Path, nu
             eventually(lambda: path.exists() or process.poll() is not None)
             assert process.poll() is None
             assert [book.name for book in client.codebooks()] == ["large", "small"]
-        # What native code writes to them goes nowhere, and not to whoever has a connection of that number.
+        # Native code that writes to them writes to /dev/null, not to a connection with that number.
         assert {Path(f"/proc/{process.pid}/fd/{number}").readlink() for number in numbers} == {Path(os.devnull)}
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 0
@@ -250,7 +250,7 @@ def test_a_socket_file_is_not_taken_from_a_server_that_came_meanwhile(
         assert len(client.codebooks()) == 1
 
 
-def test_grpc_itself_refuses_a_port_in_use(serving: Callable[..., Any], folder: Path) -> None:
+def test_grpc_itself_rejects_a_port_in_use(serving: Callable[..., Any], folder: Path) -> None:
     tokenizer = Tokenizer.load(folder / "small.safetensors", device="cpu")
     port = int(serving(tokenizer).target.rpartition(":")[2])
 
@@ -291,11 +291,11 @@ def test_what_cannot_be_served_is_one_line(
 def test_a_folder_that_this_user_may_not_list_is_not_called_empty(
     run_here: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Said by the test and not by the folder's mode, which root, and so many a CI, passes by.
-    def refuse(path: Path) -> Iterator[Path]:
+    # Raised by the test: root, which many CI systems use, may list a folder of any mode.
+    def reject(path: Path) -> Iterator[Path]:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr(Path, "iterdir", reject)
     text = f"user {os.geteuid()} cannot read the folder {tmp_path}: Permission denied"
     assert_fails(run_here("serve", str(tmp_path)), text)
 
@@ -350,10 +350,10 @@ def test_help_needs_no_torch(arguments: list[str]) -> None:
 def test_a_host_beyond_loopback_is_warned_of(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, run_here: Callable[..., Any]
 ) -> None:
-    def refuse(self: app.Repository) -> None:
+    def reject(self: app.Repository) -> None:
         raise StartError("enough")
 
-    monkeypatch.setattr(app.Repository, "load", refuse)
+    monkeypatch.setattr(app.Repository, "load", reject)
     run_here("serve", str(folder), "--port", "0")
     assert "listening_openly" not in caplog.text
     monkeypatch.setattr(app, "check", lambda host, port: None)
@@ -504,7 +504,7 @@ def test_a_second_signal_ends_it_at_once(stubborn: Callable[..., Any]) -> None:
     assert process.returncode == 128 + signal.SIGTERM
 
 
-def test_a_caller_who_leaves_while_the_server_stops_does_not_abort_it(
+def test_a_caller_that_disconnects_while_the_server_stops_does_not_abort_it(
     vqserved: Callable[..., Any], folder: Path
 ) -> None:
     """A thread that looks at a large request has its answer when gRPC's queue is shut already."""

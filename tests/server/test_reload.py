@@ -36,7 +36,7 @@ def check(target: str, **books: Any) -> None:
             np.testing.assert_array_equal(decoded, book.decode(indices))
 
 
-def told(lines: list[str], text: str) -> list[str]:
+def lines_with(lines: list[str], text: str) -> list[str]:
     return [line.rstrip("\n") for line in lines if text in line]
 
 
@@ -52,9 +52,9 @@ def test_a_folder_is_rescanned_on_sighup(vqserved: Callable[..., Any], put: Call
         assert [info.name for info in client.codebooks()] == ["book", "book@1", "flat"]
     lines = daemon.rescan()
     check(daemon.target, flat=flat, book=two, book_v1=one, book_v2=two)
-    assert "loaded=2 unchanged=1 removed=0 rejected=0 skipped=0" in told(lines, "reload_done ")[0]
+    assert "loaded=2 unchanged=1 removed=0 rejected=0 skipped=0" in lines_with(lines, "reload_done ")[0]
     for name, book in (("flat", flat), ("book@2", two)):
-        assert told(lines, f"codebook_loaded name={name} ")[-1].endswith(
+        assert lines_with(lines, f"codebook_loaded name={name} ")[-1].endswith(
             f"search={book.search} device=cpu digest={book.digest[:12]}"
         )
 
@@ -62,7 +62,7 @@ def test_a_folder_is_rescanned_on_sighup(vqserved: Callable[..., Any], put: Call
     (tmp_path / "flat.safetensors").unlink()
     lines = daemon.rescan()
     check(daemon.target, book=one, book_v1=one)
-    assert len(told(lines, "codebook_removed ")) == 2
+    assert len(lines_with(lines, "codebook_removed ")) == 2
     with Client(daemon.target) as client, pytest.raises(CodebookNotFound, match="'flat'"):
         client.encode(LATENTS, codebook="flat")
 
@@ -83,13 +83,13 @@ def test_a_half_written_file_is_never_served(
     with path.open("wb") as file:
         for start in range(0, len(content), len(content) // 3):
             lines = daemon.rescan()
-            [warning] = told(lines, "WARNING")
+            [warning] = lines_with(lines, "WARNING")
             assert f"codebook_rejected name=book path={path} kept={old.digest[:12]} error=" in warning
             check(daemon.target, book=old)
             file.write(content[start : start + len(content) // 3])
             file.flush()
     lines = daemon.rescan()
-    assert not told(lines, "WARNING")
+    assert not lines_with(lines, "WARNING")
     with Client(daemon.target) as client:
         assert client.codebooks()[0].digest != old.digest
     connection = Connection(ClientConfig(target=daemon.target))
@@ -151,7 +151,7 @@ def test_nothing_that_starts_threads_is_imported_before_the_signal_is_kept() -> 
     assert done.stdout == "[]\n"
 
 
-def test_a_signal_between_the_loop_and_the_end_is_nobodys() -> None:
+def test_a_signal_between_the_loop_and_the_end_is_ignored() -> None:
     code = (
         "import asyncio, signal; from vqserve_server import signals\n"
         "loop = asyncio.new_event_loop(); signals.on_sighup(loop, print); loop.close()\n"
@@ -192,14 +192,14 @@ def test_the_parent_passes_it_on_to_its_workers(
     for seed in (1, 2):
         book = put(tmp_path / "book.safetensors", seed=seed)
         lines = daemon.rescan(workers=2)
-        assert {line.partition(" worker=")[2][:1] for line in told(lines, "reload_done ")} == {"0", "1"}
+        assert {line.partition(" worker=")[2][:1] for line in lines_with(lines, "reload_done ")} == {"0", "1"}
         for _ in range(8):
             check(daemon.target, book=book)
     assert daemon.stop(signal.SIGTERM)[0] == 0
 
 
 @ON_LINUX
-def test_a_worker_that_starts_meanwhile_hears_of_it_when_it_is_ready(
+def test_a_worker_that_starts_meanwhile_reloads_when_it_is_ready(
     vqserved: Callable[..., Any], put: Callable[..., Any], tmp_path: Path
 ) -> None:
     put(tmp_path / "book.safetensors")
@@ -215,7 +215,7 @@ def test_a_worker_that_starts_meanwhile_hears_of_it_when_it_is_ready(
     # It has just begun: the signal itself would end it.
     book = put(tmp_path / "book.safetensors", seed=1)
     lines = daemon.rescan(workers=2)
-    assert {line.partition(" worker=")[2][:1] for line in told(lines, "reload_done ")} == {"0", "1"}
+    assert {line.partition(" worker=")[2][:1] for line in lines_with(lines, "reload_done ")} == {"0", "1"}
     assert workers() & started == started
     for _ in range(8):
         check(daemon.target, book=book)

@@ -1,4 +1,4 @@
-"""Which files are served under which names, and what is refused."""
+"""Which files are served under which names, and which are rejected."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_versions_are_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["0", "007", "v3", "1.2", "-1", "1 ", "³", "latest", "1234567890123456789"])
-def test_what_is_no_version_is_passed_over_aloud(tmp_path: Path, name: str) -> None:
+def test_files_that_are_no_versions_are_skipped_with_a_warning(tmp_path: Path, name: str) -> None:
     touch(
         tmp_path / "book" / "3.safetensors", tmp_path / "book" / f"{name}.safetensors", tmp_path / "book" / "notes.txt"
     )
@@ -61,15 +61,15 @@ def test_what_is_no_version_is_passed_over_aloud(tmp_path: Path, name: str) -> N
     assert f"{name}.safetensors is skipped" in text
 
 
-def test_what_begins_with_a_dot_is_passed_over(tmp_path: Path) -> None:
+def test_files_that_begin_with_a_dot_are_skipped(tmp_path: Path) -> None:
     touch(tmp_path / ".draft.safetensors", tmp_path / "..data" / "1.safetensors", tmp_path / "book" / ".9.safetensors")
     touch(tmp_path / "book" / "1.safetensors")
     assert find_codebooks([str(tmp_path)]) == Found({"book@1": tmp_path / "book" / "1.safetensors"}, [])
 
 
-def test_a_folder_without_versions_is_passed_over_aloud(tmp_path: Path) -> None:
+def test_a_folder_without_versions_is_skipped_with_a_warning(tmp_path: Path) -> None:
     touch(tmp_path / "book.safetensors", tmp_path / "sub" / "deep" / "1.safetensors", tmp_path / "notes" / "a.txt")
-    # This one's file is told of already.
+    # The file of this folder is reported already.
     touch(tmp_path / "named" / "v3.safetensors")
     found = find_codebooks([str(tmp_path)])
     found.check()
@@ -92,7 +92,7 @@ def test_a_name_can_be_claimed_once(tmp_path: Path) -> None:
         found.check()
 
 
-def test_a_checkpoint_among_codebooks_is_told(tmp_path: Path) -> None:
+def test_a_checkpoint_among_codebooks_is_reported(tmp_path: Path) -> None:
     touch(tmp_path / "book.safetensors", tmp_path / "codes.npy", tmp_path / "vqgan.ckpt", tmp_path / "README.md")
     found = find_codebooks([str(tmp_path)])
     assert list(found.files) == ["book"]
@@ -124,7 +124,7 @@ def test_a_folder_may_be_named_by_a_link(tmp_path: Path) -> None:
     "target", ["../outside.safetensors", "{absolute}", "../nowhere.safetensors", "book.safetensors"]
 )
 @pytest.mark.parametrize("link", ["book.safetensors", "book/3.safetensors"])
-def test_links_out_of_a_folder_are_refused(tmp_path: Path, link: str, target: str) -> None:
+def test_links_out_of_a_folder_are_rejected(tmp_path: Path, link: str, target: str) -> None:
     outside = tmp_path / "outside.safetensors"
     touch(outside)
     folder = tmp_path / "books"
@@ -139,12 +139,12 @@ def test_links_out_of_a_folder_are_refused(tmp_path: Path, link: str, target: st
     assert texts(found) == [
         f"{path} is a link to outside its folder: replace it by the file, or name the file (NAME=PATH)"
     ]
-    # Named by whoever starts the daemon, the same link is as good as the file.
+    # If the command line names the link itself, it counts as the file.
     if path.exists():
         assert find_codebooks([f"mine={path}"]).files == {"mine": path}
 
 
-def test_a_folder_that_is_a_link_out_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_a_link_out_is_rejected(tmp_path: Path) -> None:
     touch(tmp_path / "elsewhere" / "1.safetensors")
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "book").symlink_to("../elsewhere")
@@ -181,13 +181,13 @@ def test_a_folder_of_versions_that_may_not_be_listed(tmp_path: Path, monkeypatch
     (tmp_path / "lost+found").mkdir()
     listed = Path.iterdir
 
-    # Said by the test and not by the folder's mode, which root, and so many a CI, passes by.
-    def refuse(path: Path) -> object:
+    # Raised by the test: root, which many CI systems use, may list a folder of any mode.
+    def reject(path: Path) -> object:
         if path.name == "lost+found":
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return listed(path)
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr(Path, "iterdir", reject)
     found = find_codebooks([str(tmp_path)])
     found.check()
     assert list(found.files) == ["book"]

@@ -169,7 +169,7 @@ def test_any_memory_will_do(tokenizer):
     assert np.array_equal(tokenizer.decode_rows(frozen_ids.reshape(-1)), tokenizer.decode(expected.reshape(-1)))
 
 
-def test_arguments_are_left_alone_and_gradients_do_not_flow(tokenizer):
+def test_arguments_are_not_changed_and_gradients_do_not_flow(tokenizer):
     latents = latents_of(3, 6).requires_grad_()
     before = latents.detach().clone()
     indices = tokenizer.encode(latents)
@@ -204,7 +204,7 @@ def test_no_tokens_are_no_error(tokenizer, shape):
         torch.zeros(2, 6, device="meta"),
     ],
 )
-def test_other_latents_are_refused(tokenizer, latents):
+def test_other_latents_are_rejected(tokenizer, latents):
     with pytest.raises(InvalidDtype, match="latents must be"):
         tokenizer.encode(latents)
 
@@ -223,7 +223,7 @@ def test_other_latents_are_refused(tokenizer, latents):
         torch.zeros(2, dtype=torch.complex64),
     ],
 )
-def test_other_indices_are_refused(tokenizer, indices):
+def test_other_indices_are_rejected(tokenizer, indices):
     with pytest.raises(InvalidDtype, match="indices must be"):
         tokenizer.decode(indices)
 
@@ -265,7 +265,7 @@ def test_shapes_and_options_are_checked(tokenizer):
         tokenizer.decode(torch.zeros(2, dtype=torch.int64), output="rows")
     with pytest.raises(InvalidOption, match="dtype must be one of 'float32'"):
         tokenizer.decode(np.zeros(2, np.int64), dtype=np.int8)
-    # A generator refuses them when it is made.
+    # The error comes when the generator is made.
     with pytest.raises(InvalidOption, match="layout"):
         tokenizer.encode_many([], layout="last")
     with pytest.raises(InvalidOption, match="output"):
@@ -297,7 +297,7 @@ def test_an_overflowing_projection_is_named_in_the_callers_grid():
             tokenizer.encode(given_latents)
 
 
-def test_codes_that_overflow_in_the_projection_are_refused_at_once():
+def test_codes_that_overflow_in_the_projection_are_rejected_at_once():
     quantizer = made("projection")
     with torch.no_grad():
         quantizer.proj_out.weight.fill_(1e30)
@@ -354,7 +354,7 @@ def test_encode_rows_is_encode(tokenizer):
     assert tokenizer.weight_dtype == torch.float32
 
 
-def test_half_precision_and_subclasses_are_refused():
+def test_half_precision_and_subclasses_are_rejected():
     with pytest.raises(CodebookError, match="float"):
         Tokenizer(made("vq").half(), device="cpu")
     with pytest.raises(CodebookError, match="is not one of"):
@@ -410,7 +410,7 @@ def test_narrowing_around_half_way_points(bits, side, shift, negative):
         assert narrow(sign * value[None], dtype).double()[0] == sign * expected
 
 
-def test_values_beyond_a_types_range_are_refused():
+def test_values_beyond_a_types_range_are_rejected():
     quantizer = EMAVectorQuantizer(4, 2, 0.25)
     with torch.no_grad():
         quantizer.embedding.weight.copy_(torch.tensor([[1.0, 2.0], [65504.0, 0.0], [0.0, -70000.0], [0.0, 0.0]]))

@@ -336,7 +336,7 @@ def test_latents_that_leave_float32_on_their_way_are_named(name):
             tokenizer.encode(given)
 
 
-def test_codes_beyond_float32_are_refused_at_once():
+def test_codes_beyond_float32_are_rejected_at_once():
     quantizer = made("rvq")
     quantizer.parts[0].stages[0].embedding.weight.data[3] = 3e38
     quantizer.parts[0].stages[1].embedding.weight.data[3] = 3e38

@@ -38,7 +38,7 @@ def test_layout_of_latents(shape, layout, expected):
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (4,) * 6, (2, 5), (2, 3, 3, 4), (2, 4, 3)])
-def test_shapes_that_are_refused_name_what_is_wrong(shape):
+def test_shapes_that_are_rejected_name_what_is_wrong(shape):
     with pytest.raises(InvalidShape, match=r"channels|axes"):
         check_latents_shape(shape, None, info=INFO)
 
@@ -53,7 +53,7 @@ def test_unknown_layout_names_the_known_ones():
         check_latents_shape((2, 4), "nchw", info=INFO)
 
 
-def test_sizes_that_overflow_are_refused_also_beside_an_empty_axis():
+def test_sizes_that_overflow_are_rejected_also_beside_an_empty_axis():
     with pytest.raises(InvalidShape, match="too large"):
         check_latents_shape((0, 4, 1 << 31, 1 << 31), None, info=INFO)
     with pytest.raises(InvalidShape, match="more than can be held"):

@@ -171,7 +171,7 @@ def test_a_worker_for_which_nothing_is_left_is_started_when_there_is(
     assert daemon.stop(signal.SIGTERM)[0] == 0
 
 
-def test_what_the_parent_can_see_is_told_once(
+def test_what_the_parent_can_check_is_reported_once(
     run_vqserved: Callable[..., subprocess.CompletedProcess[str]], serving: Callable[..., Any], codebook: Path
 ) -> None:
     missing = run_vqserved("serve", "nowhere", "--workers", 2, "--port", 0)

@@ -21,7 +21,7 @@ class Jobs:
         future: Future[Any] = Future()
 
         def on_done() -> None:
-            # A Future refuses a second outcome: nothing is delivered twice.
+            # A second outcome of a Future is an error: nothing is delivered twice.
             if isinstance(job.outcome, BaseException):
                 future.set_exception(job.outcome)
             else:

@@ -14,7 +14,7 @@ _PAUSE_S = 0.005
 
 
 def eventually(condition: Callable[[], Any], *, seconds: float = DEADLINE_S) -> Any:
-    """Return what `condition` returns once that is true; the test fails if it is not within so many seconds."""
+    """Return what `condition` returns once that is true; the test fails if it is not within `seconds`."""
     until = time.monotonic() + seconds
     while not (value := condition()):
         if time.monotonic() > until:

@@ -1,4 +1,4 @@
-"""Latents of any layout as rows, read from a mapped file, refused where they cannot be trained on."""
+"""Latents of any layout as rows, read from a mapped file; an error if they cannot be trained on."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_rows_are_float32_of_any_float(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int32", "complex64", "bool", "longdouble"])
-def test_other_elements_are_refused(dtype: str) -> None:
+def test_other_elements_are_rejected(dtype: str) -> None:
     with pytest.raises(InvalidDtype, match="float16, float32 or float64"):
         LatentRows(np.zeros((2, 3), dtype))
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (1, 2, 3, 4, 5, 6), (4, 0)])
-def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+def test_other_shapes_are_rejected(shape: tuple[int, ...]) -> None:
     with pytest.raises(InvalidShape):
         LatentRows(np.zeros(shape, np.float32))
 
@@ -80,14 +80,14 @@ def test_the_first_bad_value_is_named_by_its_place_in_the_array(
 
 
 @pytest.mark.timeout(20)
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_is_rejected_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "z.npy")
     for path in (tmp_path, tmp_path / "z.npy"):
         with pytest.raises(InvalidOption, match="it is no regular file"):
             LatentRows.open(path)
 
 
-def test_files_that_hold_no_latents_are_refused(tmp_path: Path) -> None:
+def test_files_that_hold_no_latents_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "z.npy"
     for content in (b"", b"hello", b"\x93NUMPY\x01\x00"):
         path.write_bytes(content)

@@ -92,10 +92,10 @@ def test_the_least_magnitude_that_overflows(dtype):
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in LATENTS if dtype.exponent], ids=lambda dtype: dtype.name)
-def test_the_exponent_tells_what_is_not_finite(dtype):
+def test_the_exponent_finds_non_finite_values(dtype):
     values = to_torch(EVERY.view(dtype.storage).copy(), dtype.name)
-    told = (EVERY & np.uint16(dtype.exponent)) == dtype.exponent
-    assert (told == ~torch.isfinite(values).numpy()).all()
+    non_finite = (EVERY & np.uint16(dtype.exponent)) == dtype.exponent
+    assert (non_finite == ~torch.isfinite(values).numpy()).all()
 
 
 def test_a_name_for_people_is_a_row_of_the_table():

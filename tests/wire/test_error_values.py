@@ -39,7 +39,7 @@ def test_a_text_is_spelled_for_its_reader() -> None:
     )
 
 
-def test_a_stranger_s_text_is_not_looked_at_again() -> None:
+def test_a_text_from_outside_is_not_filled_in() -> None:
     error = InvalidOption("{option} is {suggestion}", option="layout", suggestion={"layout": "{where}{timeout=}"})
     assert error.message == 'layout is layout="{where}{timeout=}"'
     assert InvalidOption("{0} {x!r} {__class__} {").message == "{0} {x!r} {__class__} {"

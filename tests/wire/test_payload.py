@@ -1,4 +1,4 @@
-"""Payloads: what goes in comes out, and what does not fit is refused before memory is asked for."""
+"""Payloads: arrays survive the round trip, and wrong sizes are errors before memory is allocated."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_bytes_are_little_endian_in_c_order():
     shape=st.lists(st.integers(0, 1 << 64), max_size=6),
     data=st.binary(max_size=64),
 )
-def test_bytes_that_are_not_the_shapes_are_refused(dtype, shape, data):
+def test_bytes_that_are_not_the_shapes_are_rejected(dtype, shape, data):
     text = f"the payload has {len(data)}"
     if math.prod(shape) * payload.itemsize(dtype) == len(data):
         # An axis of zero lets the others be as large as they like.
@@ -68,7 +68,7 @@ def test_bytes_that_are_not_the_shapes_are_refused(dtype, shape, data):
 @pytest.mark.parametrize(
     "shape", [(1 << 63, 1 << 63), (1 << 32, 1 << 32), (1 << 62, 4), (1,) * 40 + (5,), (1 << 64, 1 << 64, 1 << 64)]
 )
-def test_products_that_would_wrap_are_refused(shape):
+def test_products_that_would_wrap_are_rejected(shape):
     with pytest.raises(payload.PayloadError):
         payload.from_bytes(b"", pb.DTYPE_UINT8, shape)
 

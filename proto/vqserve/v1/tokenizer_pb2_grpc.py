@@ -67,37 +67,37 @@ class TokenizerServiceServicer(object):
     """
 
     def Encode(self, request, context):
-        """Latents to indices: for every token the code of least squared distance (or greatest score), exactly.
+        """Latents to indices: for every token the code with the least squared distance (or the greatest score), exactly.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Decode(self, request, context):
-        """Indices to latents: the codes' rows, through the codebook's output projection if it has one.
+        """Indices to latents: the rows of the codes, after the codebook's output projection if it has one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EncodeStream(self, request_iterator, context):
-        """Encode for one request after the other, which may name different codebooks. Replies come in the order of the
-        requests, each as soon as it and those before it are done. A request that fails ends the stream with its status, once
-        all before it are answered: it is the one after the last reply. While replies are not read, requests are not either.
+        """Encode for many requests, which may name different codebooks. There is one reply for each request, in the order of
+        the requests. A failed request ends the stream with its status, after the replies to all earlier requests: so it is
+        the request after the last reply. The server stops reading requests while the caller does not read replies.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DecodeStream(self, request_iterator, context):
-        """Decode, likewise.
+        """Decode for many requests, with the same rules.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListCodebooks(self, request, context):
-        """What is being served.
+        """Lists the served codebooks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

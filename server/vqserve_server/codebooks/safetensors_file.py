@@ -48,7 +48,7 @@ class ContainerError(ValueError):
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """What a header says of one tensor; `begin` and `end` count bytes from the start of the file.
+    """The header's entry of one tensor; `begin` and `end` count bytes from the start of the file.
 
     Attributes:
         dtype: the name in the file: "F32", "BF16" and so on, also of types that are not read here.

@@ -1,4 +1,4 @@
-"""A codebook as plain data: what a file holds and what a quantizer is made from, checked against itself; its digest."""
+"""A codebook as plain data, between a file and a quantizer: checks that its parts agree, and computes its digest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vqserve_server.quantizers.arguments import ArgumentError, check_arguments, 
 from vqserve_server.validation import first_non_finite
 
 Claim = tuple[str, tuple[int, ...]]
-"""The name of an element type in safetensors, and a shape: what is known of a tensor before it is read."""
+"""Element type (its name in safetensors) and shape of a tensor, from the header."""
 
 WEIGHT = "embedding.weight"
 NORM = "embedding.parametrizations.weight.original0"
@@ -115,13 +115,14 @@ class CodebookState:
             raise CodebookError(f"this {type(quantizer).__name__} cannot be kept as a codebook: {error}") from None
 
     def build(self) -> Quantizer:
-        """Return the quantizer, on the CPU and in eval mode; torch's global generator is left alone."""
-        tensors = {name: torch.from_numpy(array) for name, array in self.tensors.items()}
-        quantizer = _construct(self.kind, self.arguments)
-        if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
-            quantizer.double()
-        # The constructor gets no remap: a state dict brings it.
-        quantizer.load_state_dict(tensors, strict=True)
+        """Return the quantizer, on the CPU and in eval mode; no state of the process has an effect on it."""
+        # In inference mode parameters would be made that cannot be trained.
+        with torch.inference_mode(False):
+            tensors = {name: torch.tensor(array, device="cpu") for name, array in self.tensors.items()}
+            quantizer = _shapes(self.kind, self.arguments)
+            # The constructor gets no remap: a state dict brings it. Assigned, because copies would take torch's default
+            # type and device from the constructor.
+            quantizer.load_state_dict(tensors, strict=True, assign=True)
         return quantizer.eval()
 
     def digest(self) -> str:
@@ -135,10 +136,11 @@ class CodebookState:
         return written_arguments(KINDS[self.kind].arguments, self.arguments)
 
 
-def _construct(kind: str, arguments: Mapping[str, object]) -> Quantizer:
+def _shapes(kind: str, arguments: Mapping[str, object]) -> Quantizer:
+    """Return a quantizer whose tensors have shapes and no memory."""
     options: dict[str, Any] = dict(arguments)
     layout = options.pop("layout")
-    with torch.random.fork_rng(devices=[]):
+    with torch.device("meta"), _NoInitialValues():
         quantizer = KINDS[kind](**options)
     quantizer.layout = layout
     return quantizer
@@ -172,9 +174,7 @@ def check_claims(kind: str, arguments: Mapping[str, Any], claims: Mapping[str, C
             type than it should be.
     """
     try:
-        # Tensors on this device have shapes and no memory.
-        with torch.device("meta"), _NoInitialValues():
-            model = _construct(kind, arguments)
+        model = _shapes(kind, arguments)
     except InvalidOption as error:
         raise StateError(f"its arguments do not fit together: {error}") from None
     except RuntimeError:

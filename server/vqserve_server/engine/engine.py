@@ -44,7 +44,7 @@ class LiveSet:
         """Return the tokenizer of that name; for no name the only one, of several versions the latest.
 
         Raises:
-            CodebookNotFound: there is none of that name, or no name was given and there is not just one.
+            CodebookNotFound: no codebook has that name, or no name was given and several codebooks are live.
             DigestMismatch: it has another digest than the caller expects ("": any will do).
         """
         bases = [base for base in self._by_name if VERSION_MARK not in base]
@@ -103,7 +103,7 @@ class Engine:
         self.admission.close(Draining("the server is stopping"))
 
     def stop(self, timeout_s: float = 10.0) -> bool:
-        """Finish what is queued and end the threads.
+        """Finish the queued jobs and end the threads.
 
         Args:
             timeout_s: seconds to finish; jobs that still wait then fail with Draining.

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class EncodeKey(NamedTuple):
-    """What rows must share to be encoded in one batch.
+    """The key of encode batches: rows with equal keys may share a batch.
 
     Attributes:
         tokenizer: the codebook.
@@ -64,7 +64,7 @@ class EncodeKey(NamedTuple):
 
 
 class DecodeKey(NamedTuple):
-    """What indices must share to be decoded in one batch.
+    """The key of decode batches: indices with equal keys may share a batch.
 
     Attributes:
         tokenizer: the codebook.
@@ -110,7 +110,7 @@ Key = EncodeKey | DecodeKey
 
 
 class RequestTiming(NamedTuple):
-    """Where the time of a finished job went, and the largest batch that it was part of."""
+    """Times of a finished job, and the largest batch that contained it."""
 
     queue_us: int
     compute_us: int
@@ -126,7 +126,7 @@ class Job(ABC):
     Attributes:
         key: which jobs can share a batch with this one.
         source: the array that is read.
-        result: the array that is written; it keeps its own memory alive.
+        result: the array that is written; it owns its memory.
         layout: position of the channels in the latents, and of a token's indices.
         rows: tokens of the request.
         deadline: time.monotonic() seconds, or None.
@@ -190,7 +190,7 @@ class Job(ABC):
             logger.exception(event("reply_failed"))
 
     def cancel(self) -> None:
-        """Set `Cancelled` as the outcome, if there is none yet; `on_done` is not called."""
+        """Set `Cancelled` as the outcome, unless the job has one; `on_done` is not called."""
         with _outcomes:
             if self.outcome is None:
                 self.outcome = Cancelled("the caller has left")

@@ -152,7 +152,7 @@ class Scheduler:
                 if batch is not None:
                     self._on_device[thread] = batch
                     if self._queue.waiting:
-                        # One notification may stand for several batches.
+                        # One notification may announce several batches.
                         self._changed.notify()
                     return batch
                 if self._queue.waiting:

@@ -102,7 +102,7 @@ class AbstractQuantizer(RemappedModule, Quantizer):
         return None
 
     def cluster_sizes(self) -> Tensor | None:
-        """Return the moving average (K,) of tokens per batch and code; None: there is none."""
+        """Return the moving average (K,) of tokens per batch and code; None: the kind has no average."""
         return None
 
     def codebooks(self) -> list[AbstractQuantizer]:
@@ -142,7 +142,7 @@ class AbstractQuantizer(RemappedModule, Quantizer):
             InvalidShape: another rank or channel count.
             InvalidDtype: z is not floating point.
             NonFiniteLatents: z holds NaN or infinity; names the position.
-            CodebookError: what is searched holds NaN or infinity.
+            CodebookError: the codes or the projection contain NaN or infinity.
         """
         grid = grid_of(z, self.input_dim, self.layout)
         check_finite(z)

@@ -14,7 +14,7 @@ from vqserve.layout import Layout
 from vqserve.validation import LARGEST_VOCABULARY
 
 # An index is sent as an unsigned number of at most 32 bits.
-# Wider rows or projections than this come from an overflow: nobody trained them.
+# Wider rows or projections than this come from an overflow, not from a training.
 MAX_CHANNELS = 1 << 31
 
 

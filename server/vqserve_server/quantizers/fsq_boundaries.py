@@ -2,9 +2,9 @@
 
 FSQ rounds tanh(z + shift) half - offset. tanh rises, so that the rounded value reaches a digit exactly where z passes
 one number t = atanh(p) - shift, p rational. No floating-point z but zero equals a t: with shift = 0 or atanh(q) it is
-half the logarithm of a rational, which is transcendental (Lindemann), and with shift = tan(q) it is told from its
-neighbours in float64 here, or this would not end. So z > t exactly if z is greater than t rounded down to float64, and
-nothing but this comparison is left for a device to do.
+half the logarithm of a rational, which is transcendental (Lindemann), and with shift = tan(q) the
+search for t below ends only if t is no float64. So z > t exactly if z is greater than t rounded down to float64, and
+the device computes only this comparison.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _reached(p: Fraction, shift: Callable[[int], Decimal]) -> float:
 
 
 def _rounded_down(value: Callable[[int], Decimal]) -> float:
-    """Return the greatest float64 below a number that `value` gives with so many digits."""
+    """Return the greatest float64 below a number; `value(digits)` is the number to that many digits."""
     digits = _DIGITS
     while True:
         # Some hundred roundings at most, of numbers below a hundred.
@@ -96,7 +96,7 @@ def _tan(x: Fraction) -> Callable[[int], Decimal]:
 
 
 def _series(x: Decimal, term: Decimal, power: int, digits: int) -> Decimal:
-    """Return Taylor's series of sine or cosine for |x| < 2, of which the first term is given."""
+    """Return Taylor's series of sine or cosine for |x| < 2, from its first term on."""
     total = Decimal(0)
     while term and term.adjusted() > -digits:
         total += term

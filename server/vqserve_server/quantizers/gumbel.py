@@ -186,7 +186,7 @@ class GumbelQuantizer(AbstractQuantizer):
 
     @property
     def num_reachable(self) -> int:
-        """How many different codes encode can choose: those of the remap."""
+        """Number of different codes that encode can choose: those of the remap."""
         return self.num_codes if self.used is None else int(torch.unique(self.used).numel())
 
     def without_remap(self) -> tuple[Quantizer, Tensor | None]:

@@ -21,7 +21,7 @@ from vqserve_server.search.rounding import normalise
 
 
 class LookupQuantizer(ProjectedModule, AbstractQuantizer):
-    """K codes of width D, of which a subclass says how they are searched. Inference only: there is no `forward`.
+    """K codes of width D; a subclass defines the search. Inference only: there is no `forward`.
 
     State: `embedding.weight` (K, D), `used` (U,) with a remap, and the tensors of `ProjectedModule` for the
     projections that there are.
@@ -143,7 +143,7 @@ class CosineQuantizer(LookupQuantizer):
     def _unit_rows(self) -> Tensor:
         weight = widen(self.embedding.weight)
         if not bool(torch.isfinite(weight).all()):
-            # Diverged: the search refuses it, and names the code.
+            # Diverged: the search rejects the weight, and its error names the code.
             return weight
         return normalise(weight)
 

@@ -34,8 +34,8 @@ class VectorQuantizerWithInputProjection(ProjectedModule, VectorQuantizer):
 
     Attributes:
         proj_in: the projection from C = input_dim to D = codebook_dim channels.
-        proj_out: the projection to output_dim channels; nn.Identity where none was asked for.
-        output_dim: channels of the output; D where none was asked for.
+        proj_out: the projection to output_dim channels; nn.Identity without one.
+        output_dim: channels of the output; D without a projection.
     """
 
     kind: ClassVar[str] = "vq_projection"

@@ -19,13 +19,13 @@ _ROOM = 1.0 + 2.0**-10
 
 
 class ProjectedModule(nn.Module):
-    """A module with a projection in front of its codes and one behind them, either of which may be missing.
+    """A module with an input projection before the search and an output projection after it; both are optional.
 
     State: `proj_in.weight` (D, C), `proj_in.bias` (D,), `proj_out.weight` (O, D), `proj_out.bias` (O,).
 
     Attributes:
-        proj_in: nn.Identity where there is none.
-        proj_out: nn.Identity where there is none.
+        proj_in: the input projection, or nn.Identity.
+        proj_out: the output projection, or nn.Identity.
     """
 
     proj_in: nn.Linear | nn.Identity

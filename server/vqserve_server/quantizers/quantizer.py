@@ -100,7 +100,7 @@ class Quantizer(nn.Module, ABC):
         """
 
     def sizes(self, device: torch.device) -> dict[str, Any]:
-        """Return what the form that serves on a device says of itself: the attributes of `FrozenQuantizer`."""
+        """Return the attributes of the `FrozenQuantizer` that `freeze` would make for a device."""
         return {
             "num_codes": self.num_codes,
             "vocab_size": self.vocab_size,
@@ -140,12 +140,12 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def code_space(self) -> CodeSpace:
-        """Where codes are compared with latents: as they are, scaled to length one, or as `bounded` gives them."""
+        """The space in which codes and latents are compared: unchanged, scaled to length one, or bounded."""
         return "latents"
 
     @property
     def num_reachable(self) -> int:
-        """How many different codes encode can choose."""
+        """Number of different codes that encode can choose."""
         return self.num_codes
 
     @property
@@ -154,15 +154,15 @@ class Quantizer(nn.Module, ABC):
         return bool(self.chains())
 
     def chains(self) -> list[ResidualPart]:
-        """Return the chains of codebooks that quantize residuals; none where a token has one index."""
+        """Return the chains of codebooks that quantize residuals; [] for kinds with one index for each token."""
         return []
 
     def channels(self) -> list[Channel]:
-        """Return what is done to each channel where codes are computed, one channel by itself; else none."""
+        """Return the operation on each channel for kinds that compute their codes; [] for other kinds."""
         return []
 
     def codebooks(self) -> list[AbstractQuantizer]:
-        """Return the codebooks, one for each of a token's indices; none where codes are computed."""
+        """Return the codebooks, one for each of a token's indices; [] for kinds that compute their codes."""
         return []
 
     def input_projection(self) -> Projection | None:
@@ -181,7 +181,7 @@ class Quantizer(nn.Module, ABC):
         return None
 
     def bounded(self, z: Tensor) -> Tensor:
-        """Return what is compared with codes, (N, D) float64, of channels (N, D) behind the input projection."""
+        """Return the values to compare with codes, (N, D) float64, from channels (N, D) after the input projection."""
         return z.double()
 
     def without_remap(self) -> tuple[Quantizer, Tensor | None]:

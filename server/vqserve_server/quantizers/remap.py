@@ -102,7 +102,7 @@ def splitmix64(ids: Tensor) -> Tensor:
 def hashed_positions(ids: Tensor, num_used: int) -> Tensor:
     """Return splitmix64(id) mod U in unsigned 64-bit arithmetic: the fixed stand-in of ids that are not in use."""
     bits = splitmix64(ids)
-    # torch's int64 is signed: bits = 2 * half + low, both of which are not negative.
+    # torch's int64 is signed: bits = 2 * half + low, and neither half nor low is negative.
     half, low = _shift_right(bits, 1), bits & 1
     return ((half % num_used) * 2 + low) % num_used
 
@@ -116,7 +116,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class RemappedModule(nn.Module):
-    """K codes, of which `used` lists those in use; without a remap an index is the full id.
+    """K codes; `used` lists the codes in use. Without a remap an index is the full id.
 
     The table from ids to positions is made from `used` in every call, K entries beside the N of the call: it cannot
     go stale when `used` is loaded, moved or changed in place.

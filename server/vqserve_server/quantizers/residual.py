@@ -67,7 +67,7 @@ class ResidualPart(ProjectedModule):
 
     def codebooks(self) -> list[AbstractQuantizer]:
         """Return the codebooks of the stages, in order."""
-        # nn.ModuleList forgets the type of what it holds.
+        # nn.ModuleList does not know the type of its modules.
         return [stage for stage in self.stages if isinstance(stage, AbstractQuantizer)]
 
     def frozen(self, device: torch.device, search: str) -> FrozenPart:
@@ -83,7 +83,7 @@ class ResidualPart(ProjectedModule):
 
 
 class ResidualQuantizer(Quantizer):
-    """n_q indices for a token, the first of which are the coarsest. Inference only: there is no `forward`.
+    """n_q indices for a token, from coarse to fine. Inference only: there is no `forward`.
 
     A stage encodes the residual r, and the next one gets r - q with q what the stage decodes to; decode adds the q in
     the order of the stages (Zeghidour et al. 2021, arXiv:2107.03312). Differences and sums are float32's (float64 where
@@ -140,9 +140,9 @@ class ResidualQuantizer(Quantizer):
             decode_normalized: see `CosineQuantizer`.
             stage_projections: every stage has `proj_in` and `proj_out`, from and to the residual's width.
             inner_dim: the residual's width where each part has projections from and to its channels; None: none has.
-            groups: cut the channels into so many parts of as many stages each. The indices of a token are those of all
-                groups' first stages, then of their second ones, and so on.
-            first_quantizers: make two parts, of so many stages and of the rest.
+            groups: number of parts that the channels are cut into, each with the same number of stages. The indices of
+                a token are those of the first stages of all groups, then of the second stages, and so on.
+            first_quantizers: number of stages of the first of two parts; the second has the rest. 0: one part.
 
         Raises:
             InvalidOption: the arguments do not fit together.

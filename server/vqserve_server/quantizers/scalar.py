@@ -230,9 +230,9 @@ class FiniteScalarQuantizer(ScalarQuantizer):
         ]
 
     def bounded(self, z: Tensor) -> Tensor:
-        """Return what is rounded, in the codes' own unit: (N, D) float64 of channels (N, D), after `proj_in`.
+        """Return the values before rounding, in the unit of the codes: (N, D) float64 from (N, D) after `proj_in`.
 
-        In float64 and no better, for reports: what `encode` compares with is exact.
+        Computed in float64, for reports; `encode` itself is exact.
         """
         if self.bound == "symmetric":
             return torch.tanh(z.double())
@@ -315,7 +315,7 @@ class LookupFreeQuantizer(ScalarQuantizer):
 
     @property
     def code_space(self) -> CodeSpace:
-        """Of codes of length one the lengths of latents have no effect."""
+        """Codes of length one are compared with directions: the length of a latent has no effect."""
         return "directions" if self.spherical else "latents"
 
     def channels(self) -> list[Channel]:

@@ -170,7 +170,7 @@ def autocast_off(device: torch.device) -> torch.autocast:
 def apply_layer(layer: nn.Module, x: Tensor) -> Tensor:
     """Return layer(x) in torch's promoted type of x and the layer's weight; under autocast, in autocast's.
 
-    Outside autocast torch's layers refuse an input of another type than their own.
+    Outside autocast an input of another type than the layer's own is an error in torch.
     """
     weight = layer.get_parameter("weight")
     dtype = torch.promote_types(x.dtype, weight.dtype)

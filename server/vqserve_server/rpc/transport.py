@@ -28,7 +28,7 @@ from vqserve_server.console import event
 from vqserve_server.engine import BatchFailed
 from vqserve_server.rpc.status import Status, status_of
 
-# What a call above the limit is asked to wait; the server cannot know when another call will end.
+# The retry delay for a call above the limit; the server cannot know when another call will end.
 _RETRY_AFTER_S = 1.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 # gRPC represents "no deadline" by one that is centuries away.

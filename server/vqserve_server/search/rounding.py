@@ -98,7 +98,7 @@ class _AffineElements:
     def _settle_chunk(self, x: Float64s, y: Float64s, dtype: torch.dtype) -> Float32s:
         exact_products = dtype == torch.float32 and self._weight.dtype == torch.float32
         value = sum_of_products(x, y, exact_products=exact_products)
-        with np.errstate(invalid="ignore", over="ignore"):
+        with np.errstate(all="ignore"):
             out = round_to_float32(value.hi, value.lo)
             # nextafter moves each end outwards by one step, which covers the rounding of lo -+ error.
             below = round_to_float32(*two_sum(value.hi, np.nextafter(value.lo - value.error, -np.inf)))
@@ -110,10 +110,10 @@ class _AffineElements:
         return out + np.float32(0.0)
 
 
+@np.errstate(all="ignore")
 def round_to_float32(hi: Float64s, lo: Float64s) -> Float32s:
     """Return hi + lo rounded once to float32, to nearest even; lo is much smaller than float32's spacing at hi."""
-    with np.errstate(over="ignore"):
-        nearest = hi.astype(np.float32)
+    nearest = hi.astype(np.float32)
     # Rounding to infinity means rounding to 2^128, the number that would follow float32's largest.
     back = np.where(np.isinf(nearest), np.copysign(_ABOVE_FLOAT32, nearest), nearest.astype(np.float64))
     rest = hi - back

@@ -93,7 +93,7 @@ class OnDemand:
 
 
 class CountingSearcher(Searcher):
-    """A searcher of which every search adds to the same counters."""
+    """A searcher whose searches all add to the same counters."""
 
     def __init__(self, searcher: Searcher, counts: SearchCounts) -> None:
         """Store the searcher and the counters."""

@@ -44,7 +44,7 @@ TORCH_DTYPES: dict[np.dtype[Any], torch.dtype] = {dtype.storage: getattr(torch, 
 
 @dataclass(frozen=True)
 class Options:
-    """How an array is to be turned; checked, so that `encode_many` refuses nonsense before it begins."""
+    """The validated options of a call, so that `encode_many` rejects invalid options before it begins."""
 
     layout: Layout | None
     dtype: torch.dtype
@@ -74,13 +74,13 @@ def options(
 
 @dataclass(frozen=True)
 class Given:
-    """What the caller gave, fit for a codebook.
+    """The caller's array, validated for a codebook.
 
     Attributes:
         tokens: latents as (n, input_dim) float32 or float64, finite, in C order; indices as int64, in range: (n,), of a
-            residual codebook (n, q), those of them that are asked for.
+            residual codebook (n, q), those of them that are requested.
         grid: shape of the tokens in the caller's array.
-        layout: of the latents, those that came or those that are asked for.
+        layout: layout of the latents, given or requested.
         device: the tensor's; None for numpy.
     """
 
@@ -185,7 +185,7 @@ def encode_grid(frozen: FrozenQuantizer, latents: Given, asked: Options, *, has_
 
     Args:
         frozen: the codebook.
-        latents: what is to be encoded.
+        latents: the array to encode.
         asked: how many indices each token is to have, if they have stages.
         has_stages: whether a token's indices are an axis, in the place of the channels.
 
@@ -201,10 +201,10 @@ def encode_grid(frozen: FrozenQuantizer, latents: Given, asked: Options, *, has_
 
 
 def decode_grid(frozen: FrozenQuantizer, indices: Given, asked: Options) -> Tensor:
-    """Return what indices stand for, in the layout that was resolved, on the codebook's device.
+    """Decode indices, in the resolved layout, on the codebook's device.
 
     Raises:
-        InvalidOption: names an index with a value beyond the range of the type that is asked for.
+        InvalidOption: names an index with a value beyond the range of the requested type.
     """
     rows = frozen.decode_rows(indices.tokens.to(frozen.device), output=asked.output, dtype=asked.dtype)
     narrowed = tensors.narrow(rows, asked.dtype)
@@ -221,7 +221,7 @@ def _layout_of_indices(shape: Sequence[int], asked: Options, info: CodebookInfo)
 
 
 def _used(indices: Indices, layout: Layout, asked: Options, info: CodebookInfo) -> Indices:
-    """Return the indices of each token that are asked for."""
+    """Return the requested indices of each token."""
     return indices[first_channels(asked.num_quantizers, layout)] if info.has_stages else indices
 
 

@@ -43,7 +43,7 @@ class Tokenizer:
     `timeout` are a client's: the first two are held against `info`, the last has no effect.
 
     Attributes:
-        info: what a client may know about the codebook.
+        info: description of the codebook, the same as `Client.codebooks` returns.
         decodable: the exclusive bound of the indices that decode accepts: a sentinel for unknown codes can lie beyond.
         device: where the codebook is and the search runs.
         search: name of the search backend.
@@ -133,7 +133,7 @@ class Tokenizer:
                 `info.input_dim` channels.
             layout: "channels_first" or "channels_last"; None: `info.layout`, and if that is None channels first for 4
                 and 5 axes, last for 2 and 3.
-            num_quantizers: of a residual codebook, how many indices each token gets, the first ones; None: all.
+            num_quantizers: for a residual codebook, number of (first) indices for each token; None: all.
             codebook: the codebook's name, if it is to be checked.
             digest: the codebook's digest, if it is to be checked.
             timeout: has no effect in process.
@@ -146,7 +146,7 @@ class Tokenizer:
         Raises:
             NotAnArray: the latents are no numpy array or dense tensor; also a TypeError.
             InvalidDtype: the latents are no array of such a type.
-            InvalidOption: there is no such layout, or there are not so many quantizers.
+            InvalidOption: `layout` is no layout, or the codebook has fewer quantizers.
             InvalidShape: the rank or the channel count is not the codebook's.
             NonFiniteLatents: names the position of a NaN or an infinity, or of a token whose projection overflows.
             CodebookNotFound: the codebook has another name.
@@ -168,7 +168,7 @@ class Tokenizer:
         digest: str | None = None,
         timeout: float | None = None,
     ) -> ArrayT:
-        """Return what indices stand for.
+        """Decode indices to latents.
 
         Args:
             indices: any integers, shaped as `encode` returns them, in [0, decodable).
@@ -176,7 +176,7 @@ class Tokenizer:
             dtype: of the result: "float32", "float16", "float64" or "bfloat16", or numpy's or torch's type of that
                 name; rounded once from the codebook's own values. numpy has no bfloat16: float32 holds its values.
             output: "latents", which the decoder takes, or "code_rows", the codebook's rows before any projection.
-            num_quantizers: of a residual codebook, how many of each token's indices to use, the first ones; None: all.
+            num_quantizers: for a residual codebook, number of (first) indices of each token to use; None: all.
             codebook: as in `encode`.
             digest: as in `encode`.
             timeout: has no effect in process.
@@ -188,8 +188,8 @@ class Tokenizer:
         Raises:
             IndexOutOfRange: names the position, the value and the range.
             InvalidDtype: the indices are no array of integers.
-            InvalidOption: there is no such layout, dtype or output, there are not so many quantizers, or a value
-                leaves the dtype's range.
+            InvalidOption: `layout`, `dtype` or `output` is not allowed, the codebook has fewer quantizers, or a value
+                exceeds the range of the dtype.
             InvalidShape: the rank, or the number of indices for a token, is not the codebook's.
             NotAnArray, CodebookNotFound, DigestMismatch, Closed: as in `encode`.
         """
@@ -232,7 +232,7 @@ class Tokenizer:
         return [self.info]
 
     def close(self) -> None:
-        """Let go of the codebook's memory; later calls raise Closed, those under way end. Closing twice is fine."""
+        """Free the codebook's memory. Later calls raise Closed, running calls finish; closing twice is allowed."""
         self._frozen = None
 
     def encode_rows(
@@ -242,7 +242,7 @@ class Tokenizer:
 
         Args:
             rows: (n, input_dim) float32 or float64, finite, in C order.
-            num_quantizers: of a residual codebook, how many indices each row gets, checked as well; None: all.
+            num_quantizers: for a residual codebook, number of indices for each row, validated too; None: all.
 
         Returns:
             int64: (n,), of a residual codebook (n, num_quantizers).
@@ -333,7 +333,7 @@ class Tokenizer:
 
 def _each(items: Iterable[ArrayT], convert: Callable[[ArrayT], ArrayT]) -> Generator[ArrayT, None, None]:
     """Return the results of arrays, lazily; an error says which array it is about."""
-    # What cannot be iterated is refused here, not at the first answer.
+    # A value that cannot be iterated is an error here, not at the first result.
     numbered = enumerate(items)
 
     def results() -> Generator[ArrayT, None, None]:

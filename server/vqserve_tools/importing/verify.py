@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vqserve.errors import ForeignCheckpointError, InvalidArgument
-from vqserve.layout import grid_shape
+from vqserve.layout import Layout, grid_shape
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.inference.residual import FrozenPart
 from vqserve_server.quantizers.inference.scalar import Channel
@@ -28,6 +28,7 @@ from vqserve_server.quantizers.residual import ResidualPart
 from vqserve_server.quantizers.tensors import from_rows, layout_of, to_rows, widen
 from vqserve_server.search import Objective
 from vqserve_tools.importing.files import UNNAMED, open_foreign
+from vqserve_tools.importing.reasons import Reason, find_reason
 
 # Error bound of a float32 sum of products whose factors have norm 1, for up to some hundred terms.
 _LOSS = 2.0**-20
@@ -45,12 +46,16 @@ class Verification:
         near_ties: number of differing indices that float32 cannot decide, or that follow from such an index in an
             earlier stage.
         first: text about the first difference, if possible one that is not a near-tie; "" without differences.
+        by_stage: number of indices of each stage that differ and are not near-ties; empty if a token has one index.
+        reason: a change that would make most indices agree; None: not needed, or none was found.
     """
 
     total: int
     different: int
     near_ties: int
     first: str
+    by_stage: tuple[int, ...] = ()
+    reason: Reason | None = None
 
     @property
     def holds(self) -> bool:
@@ -62,7 +67,10 @@ class Verification:
         if not self.different:
             return text
         others = f"of the {self.different} others {self.near_ties} are near-ties"
-        return f"{text}; {others} (float32 rounding explains the difference); {self.first}"
+        text += f"; {others} (float32 rounding explains the difference); {self.first}"
+        if any(self.by_stage):
+            text += f"; other indices by stage: {', '.join(map(str, self.by_stage))}"
+        return text
 
 
 def verify_files(quantizer: Quantizer, latents: Path, indices: Path) -> Verification:
@@ -71,16 +79,18 @@ def verify_files(quantizer: Quantizer, latents: Path, indices: Path) -> Verifica
     Args:
         quantizer: quantizer with its layout set.
         latents: .npy file of 2 to 5 axes.
-        indices: .npy file with the shape of `Quantizer.encode`'s result.
+        indices: .npy file with the shape of `Quantizer.encode`'s result, or flattened: (N,) or (N, 1) for N tokens.
 
     Raises:
         ForeignCheckpointError: a file cannot be read or does not fit, or indices differ by more than near-ties.
     """
     outcome = verify(quantizer, _array(latents), _array(indices), names=(latents.name, indices.name))
     if not outcome.holds:
-        raise ForeignCheckpointError(
-            f"--verify: {outcome}: the metric, the layout or another option is not the model's; nothing was written"
+        reason = outcome.reason or (
+            "no other metric, layout, bound, bit order or order of stages explains it; a projection or a norm of the "
+            "model may be left out, or the latents are from another place in it"
         )
+        raise ForeignCheckpointError(f"--verify: {outcome}; {reason}; nothing was written")
     return outcome
 
 
@@ -96,7 +106,8 @@ def verify(
     Args:
         quantizer: quantizer with its layout set.
         latents: floating-point numbers, 2 to 5 axes.
-        indices: integers, with the shape of `Quantizer.encode`'s result.
+        indices: integers, with the shape of `Quantizer.encode`'s result; if a token has one index, also flattened in
+            C order: (N,) or (N, 1) for N tokens.
         names: names of the two arrays in error messages.
 
     Raises:
@@ -111,9 +122,12 @@ def verify(
         raise ForeignCheckpointError(f"--verify: {names[0]}: {error}") from None
     if indices.dtype.kind not in "iu":
         raise ForeignCheckpointError(f"--verify: {names[1]} is {indices.dtype}: indices are integers")
+    if indices.shape in ((ours.numel(),), (ours.numel(), 1)) and not quantizer.has_stages:
+        indices = indices.reshape(tuple(ours.shape))
     if indices.shape != tuple(ours.shape):
         raise ForeignCheckpointError(
             f"--verify: {names[1]} has shape {indices.shape}, the latents' indices have {tuple(ours.shape)}"
+            f"{_axis_hint(quantizer, indices, tuple(ours.shape))}"
         )
     theirs = torch.from_numpy(indices.astype(np.int64))
     differs = ours != theirs
@@ -124,7 +138,26 @@ def verify(
     shown = differs & ~near if bool((differs & ~near).any()) else differs
     position = torch.nonzero(shown)[0].tolist()
     first = f"{position} is {int(ours[tuple(position)])} here and {int(theirs[tuple(position)])} there"
-    return Verification(ours.numel(), different, int((differs & near).sum()), first)
+    others = differs & ~near
+    return Verification(
+        total=ours.numel(),
+        different=different,
+        near_ties=int((differs & near).sum()),
+        first=first,
+        by_stage=tuple(to_rows(others, quantizer.layout).sum(dim=0).tolist()) if quantizer.has_stages else (),
+        reason=find_reason(quantizer, z, ours, theirs) if bool(others.any()) else None,
+    )
+
+
+def _axis_hint(quantizer: Quantizer, indices: npt.NDArray[Any], shape: tuple[int, ...]) -> str:
+    """Return how to move the axis of the stages, where that gives the shape; else an empty text."""
+    if not quantizer.has_stages or indices.ndim != len(shape):
+        return ""
+    to = 1 if layout_of(len(shape), quantizer.layout) is Layout.CHANNELS_FIRST else len(shape) - 1
+    for axis in range(indices.ndim):
+        if np.moveaxis(indices, axis, to).shape == shape:
+            return f": its stages are axis {axis}: save numpy.moveaxis(indices, {axis}, {to})"
+    return ""
 
 
 def _array(path: Path) -> npt.NDArray[Any]:

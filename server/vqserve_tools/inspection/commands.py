@@ -6,15 +6,17 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqserve.errors import InvalidOption, of_file
 from vqserve.layout import Layout
-from vqserve_server.codebooks import load_codebook
-from vqserve_tools.inspection.inspection import inspect
+from vqserve_server.codebooks import Codebook, load_codebook
+from vqserve_tools.inspection.inspection import FORMAT, inspect
+from vqserve_tools.inspection.pair import Side, verdict
 from vqserve_tools.inspection.plot import check_plot, draw
-from vqserve_tools.inspection.text import as_text
+from vqserve_tools.inspection.text import as_text, as_text_side_by_side
 from vqserve_tools.latent_file import LatentRows
 
 if TYPE_CHECKING:
@@ -26,9 +28,12 @@ def add_inspect_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "inspect",
         help="describe a codebook file, and how it fits latents",
-        description="Describe a codebook file: its kind and sizes, its codes and, with latents, its fit to them.",
+        description="Describe a codebook file: its kind and sizes, its codes and, with latents, its fit to them. "
+        "Two files are compared.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="a codebook file")
+    parser.add_argument(
+        "file", type=Path, nargs="+", metavar="FILE", help="a codebook file; two: they are compared, side by side"
+    )
     parser.add_argument(
         "--latents",
         type=Path,
@@ -47,7 +52,7 @@ def add_inspect_parser(subparsers: Subparsers) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    """Write the report of a codebook file to stdout, and the plot of --plot; return the exit status.
+    """Write the report of one or two codebook files to stdout, and the plot of --plot; return the exit status.
 
     Raises:
         CodebookError: the file is not a codebook file, or it cannot be served.
@@ -56,21 +61,45 @@ def run_inspect(args: argparse.Namespace) -> int:
     """
     if args.layout is not None and args.latents is None:
         raise InvalidOption("{option} says where the channels of LATENTS are: give --latents too", option="layout")
+    files: list[Path] = args.file
+    if len(files) > 2:
+        raise InvalidOption(f"{len(files)} files are given: name one to describe it, or two to compare them")
     if args.plot is not None:
-        check_plot(args.plot, force=args.force, sources=(args.file, args.latents))
-    codebook = load_codebook(args.file)
-    latents = None
-    if args.latents is not None:
-        latents = LatentRows.open(args.latents, args.layout, default=codebook.quantizer.layout, keeps_float64=True)
+        check_plot(args.plot, force=args.force, sources=(*files, args.latents))
+    codebooks = [load_codebook(file) for file in files]
+    latents = [_latents(args, codebook) for codebook in codebooks]
     # Without a terminal, stderr has errors only, for programs that read it.
     with of_file(args.latents):
-        inspection = inspect(codebook, latents, progress=sys.stderr.isatty())
+        inspections = [
+            inspect(codebook, rows, progress=sys.stderr.isatty())
+            for codebook, rows in zip(codebooks, latents, strict=True)
+        ]
+    names = _names(files)
     if args.plot is not None:
-        draw(inspection, args.plot)
+        draw(list(zip(names, inspections, strict=True)), args.plot)
     columns = shutil.get_terminal_size(fallback=(120, 0)).columns
-    whole = json.dumps(inspection.report.as_dict(), allow_nan=False)
-    sys.stdout.write(f"{whole}\n" if args.json else as_text(inspection.report, columns))
+    reports = [inspection.report for inspection in inspections]
+    if len(files) == 1:
+        whole, text = reports[0].as_dict(), as_text(reports[0], columns)
+    else:
+        first, second = (Side(*one) for one in zip(names, codebooks, reports, strict=True))
+        line = verdict(first, second, latents[0])
+        whole = {"format": FORMAT, "reports": [report.as_dict() for report in reports], "verdict": line}
+        text = as_text_side_by_side(names, reports, line, columns)
+    sys.stdout.write(f"{json.dumps(whole, allow_nan=False)}\n" if args.json else text)
     return 0
+
+
+def _latents(args: argparse.Namespace, codebook: Codebook) -> LatentRows | None:
+    if args.latents is None:
+        return None
+    return LatentRows.open(args.latents, args.layout, default=codebook.quantizer.layout, keeps_float64=True)
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """Return the shortest of stem and path that tells the files apart."""
+    stems = [file.stem for file in files]
+    return stems if len(set(stems)) == len(stems) else [str(file) for file in files]
 
 
 def _png_path(text: str) -> Path:

@@ -14,6 +14,7 @@ from vqserve_server.device import select_device
 from vqserve_server.quantizers import freeze
 from vqserve_tools.inspection.codes import Codes, count_dead_looking, measure_codes
 from vqserve_tools.inspection.fit import Fit, FitTally, check_latents, measure_fit
+from vqserve_tools.inspection.wrong_import import signs_of_wrong_import
 from vqserve_tools.latent_file import LatentRows
 
 # Version of the JSON report: increased when a field is removed or changes its meaning, not when one is added.
@@ -103,6 +104,7 @@ class Report:
         dead_looking_means: criterion of `dead_looking`.
         search: chosen search backend, by device type.
         fit: fit to latents; None without latents.
+        warnings: signs that the codebook was imported wrongly.
     """
 
     kind: str
@@ -125,6 +127,7 @@ class Report:
     dead_looking_means: str
     search: Mapping[str, str]
     fit: Fit | None
+    warnings: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; None stands for a number that is not finite."""
@@ -170,6 +173,7 @@ def inspect(codebook: Codebook, latents: LatentRows | None = None, *, progress: 
     figures = CodeFigures.of(codes) if codes else None
     dead_looking, means = count_dead_looking(codebook)
     tally = None if latents is None else FitTally(quantizer, form)
+    fit = None if tally is None or latents is None else measure_fit(tally, latents, progress=progress)
     report = Report(
         kind=codebook.kind,
         digest=codebook.digest,
@@ -190,7 +194,8 @@ def inspect(codebook: Codebook, latents: LatentRows | None = None, *, progress: 
         dead_looking=dead_looking,
         dead_looking_means=means,
         search={name: one.search_backend for name, one in frozen.items()},
-        fit=None if tally is None or latents is None else measure_fit(tally, latents, progress=progress),
+        fit=fit,
+        warnings=signs_of_wrong_import(codebook, codes, dead_looking=dead_looking, fit=fit),
     )
     return Inspection(report, codes, tally)
 

@@ -17,7 +17,10 @@ from vqserve_tools.inspection.fit import UsageTally
 from vqserve_tools.inspection.inspection import Inspection
 from vqserve_tools.output import check_output
 
-_BINS = 60
+# Odd, so that equal values are in the middle of one bin.
+_BINS = 61
+# Half the width of an axis of equal values, as a part of their median.
+_LEAST_SPREAD = 0.05
 Floats = npt.NDArray[np.float64]
 
 
@@ -40,11 +43,12 @@ def check_plot(path: Path, *, force: bool, sources: Sequence[Path | None] = ()) 
         raise InvalidOption(f"{path.name} cannot be drawn without matplotlib: pip install matplotlib") from None
 
 
-def draw(inspection: Inspection, path: Path) -> None:
+def draw(inspections: Sequence[tuple[str, Inspection]], path: Path) -> None:
     """Draw norms and distances of the codes and, with latents, usage and errors.
 
     Args:
-        inspection: inspection of a codebook with stored codes, or with latents.
+        inspections: name and inspection of one codebook, or of two that are drawn side by side on the same axes; with
+            stored codes, or with latents.
         path: PNG file to write or replace.
 
     Raises:
@@ -54,59 +58,93 @@ def draw(inspection: Inspection, path: Path) -> None:
     # pyplot would open windows and change global state.
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    report, tally = inspection.report, inspection.tally
-    panels: list[Callable[[Any], None]] = []
-    if inspection.codes:
-        norms = [codes.norms for codes in inspection.codes]
-        distances = [codes.neighbours for codes in inspection.codes]
-        panels.append(partial(_draw_histogram, values=norms, title="norms of the codes", of="norm", counted="codes"))
-        title = "from a code to the nearest other"
-        panels.append(partial(_draw_histogram, values=distances, title=title, of="distance", counted="codes"))
-    if tally is not None:
-        panels.append(partial(_draw_usage, usage=tally.usage, num_codes=report.num_codes))
-        if tally.error is not None:
-            panels.append(partial(_draw_error, error=tally.error))
-    if not panels:
-        raise InvalidOption(f"codes of kind {report.kind} are computed: without latents there is nothing to draw")
-    columns, rows = min(2, len(panels)), (len(panels) + 1) // 2
+    panels = [_panels(inspection) for _, inspection in inspections]
+    titles = list(dict.fromkeys(title for one in panels for title in one))
+    if not titles:
+        kind = inspections[0][1].report.kind
+        raise InvalidOption(f"codes of kind {kind} are computed: without latents there is nothing to draw")
+    if len(inspections) == 1:
+        columns, rows = min(2, len(titles)), (len(titles) + 1) // 2
+    else:
+        columns, rows = len(inspections), len(titles)
     figure: Any = Figure(figsize=(5.5 * columns, 4 * rows), layout="constrained")
-    # The title has no text from the file: matplotlib would interpret it as markup.
-    codes = of_stages(report.num_quantizers, report.num_codes) if report.stages else report.num_codes
-    figure.suptitle(f"{report.kind}, {codes} x {report.code_dim}, digest {report.digest[:16]}")
-    for place, paint in enumerate(panels, 1):
-        paint(figure.add_subplot(rows, columns, place))
+    figure.suptitle("\n".join(_heading(one, name if len(inspections) > 1 else "") for name, one in inspections))
+    for row, title in enumerate(titles):
+        first = None
+        for column, one in enumerate(panels):
+            place = row * columns + column + 1 if len(inspections) > 1 else row + 1
+            axes = figure.add_subplot(rows, columns, place, sharex=first, sharey=first)
+            axes.set_title(title if len(inspections) == 1 else f"{title}, {('left', 'right')[column]}")
+            if title in one:
+                one[title](axes)
+            first = first or axes
     figure.savefig(path, dpi=110, format="png")
 
 
+def _heading(inspection: Inspection, name: str) -> str:
+    report = inspection.report
+    codes = of_stages(report.num_quantizers, report.num_codes) if report.stages else report.num_codes
+    # Without text from the file, which matplotlib would interpret as markup; a name comes from the user.
+    left = f"{name.replace('$', chr(92) + '$')}: " if name else ""
+    return f"{left}{report.kind}, {codes} x {report.code_dim}, digest {report.digest[:16]}"
+
+
+def _panels(inspection: Inspection) -> dict[str, Callable[[Any], None]]:
+    """Return a function for each panel, by title; it draws into axes."""
+    report, tally = inspection.report, inspection.tally
+    panels: dict[str, Callable[[Any], None]] = {}
+    if inspection.codes:
+        for title, of, values in (
+            ("norms of the codes", "norm", [codes.norms for codes in inspection.codes]),
+            ("from a code to the nearest other", "distance", [codes.neighbours for codes in inspection.codes]),
+        ):
+            if len(values) > 1:
+                panels[title] = partial(_draw_by_stage, values=values, of=of)
+            else:
+                panels[title] = partial(_draw_histogram, values=values[0], of=of, counted="codes")
+    if tally is not None:
+        panels["usage"] = partial(_draw_usage, usage=tally.usage, num_codes=report.num_codes)
+        if tally.error is not None:
+            panels["from a token to its code"] = partial(_draw_error, error=tally.error)
+    return panels
+
+
 def _draw_histogram(
-    axes: Any,
-    *,
-    values: Sequence[Floats],
-    title: str,
-    of: str,
-    counted: str,
-    weights: npt.NDArray[np.int64] | None = None,
+    axes: Any, *, values: Floats, of: str, counted: str, weights: npt.NDArray[np.int64] | None = None
 ) -> None:
-    """Draw a histogram of values; several stages are stacked, each in its own colour."""
-    axes.set(title=title, xlabel=of, ylabel=counted)
+    axes.set(xlabel=of, ylabel=counted)
     axes.grid(alpha=0.3)
-    finite = [one[np.isfinite(one)] for one in values]
-    together = np.concatenate(finite)
-    if together.size == 0:
+    finite = values[np.isfinite(values)]
+    if finite.size == 0:
         return
-    low, high = float(together.min()), float(together.max())
+    low, high, middle = float(finite.min()), float(finite.max()), float(np.median(finite))
     # With a linear scale, nearly all norms of a codebook with norms from 0.1 to 4000 would be in the first bin.
-    if low > 0 and high > 100 * np.median(together):
+    if low > 0 and high > 100 * middle:
         axes.set_xscale("log")
         edges = np.geomspace(low, high, _BINS + 1)
     else:
-        edges = np.linspace(low, high, _BINS + 1) if high > low else np.array([low - 0.5, low + 0.5])
-    if len(finite) == 1:
-        axes.hist(together, bins=edges, weights=weights)
-        return
-    labels = [_stage_label(number, len(finite)) for number in range(len(finite))]
-    colours = [_stage_colour(number, len(finite)) for number in range(len(finite))]
-    axes.hist(finite, bins=edges, stacked=True, color=colours, label=labels)
+        # Norms that are 1 but for rounding, as those of cosine codes, would fill the axis as if they differed.
+        room = _LEAST_SPREAD * middle or 0.5
+        low, high = min(low, middle - room), max(high, middle + room)
+        edges = np.linspace(low, high, _BINS + 1)
+    axes.hist(finite, bins=edges, weights=weights)
+
+
+def _draw_by_stage(axes: Any, *, values: Sequence[Floats], of: str) -> None:
+    """Draw the median of each stage, and the range of 90 % of its codes; on a scale where a collapsed stage shows."""
+    stages = np.arange(1, len(values) + 1)
+    finite = [one[np.isfinite(one)] for one in values]
+    low, middle, high = np.array([np.percentile(one, (5, 50, 95)) if one.size else [np.nan] * 3 for one in finite]).T
+    axes.vlines(stages, low, high, linewidth=6, alpha=0.3, label="90 % of the codes")
+    axes.plot(stages, middle, marker="o", markersize=3, label="median")
+    largest = np.nanmax(high) if np.isfinite(high).any() else 0.0
+    if largest > 0:
+        # Linear near zero, so that a stage of equal codes is at the bottom and not left out.
+        axes.set_yscale("symlog", linthresh=1e-6 * largest)
+        axes.set_ylim(bottom=0)
+    axes.set(xlabel="stage", ylabel=of)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
     axes.legend()
 
 
@@ -126,7 +164,7 @@ def _draw_usage(axes: Any, *, usage: list[UsageTally], num_codes: int) -> None:
         counts = np.sort(tally.counts())[::-1]
         colour, label = _stage_colour(number, len(usage)), _stage_label(number, len(usage))
         axes.plot(np.arange(1, counts.size + 1), counts, color=colour, label=label)
-    axes.set(title="usage", xlabel="code, the most used first", ylabel="tokens", xscale="log", yscale="log")
+    axes.set(xlabel="code, the most used first", ylabel="tokens", xscale="log", yscale="log")
     axes.axvline(num_codes, color="grey", linestyle=":", label="all codes")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -134,6 +172,4 @@ def _draw_usage(axes: Any, *, usage: list[UsageTally], num_codes: int) -> None:
 
 def _draw_error(axes: Any, *, error: ErrorTally) -> None:
     values, counts = error.distances.values_and_counts()
-    title = "from a token to its code"
-    is_finite = np.isfinite(values)
-    _draw_histogram(axes, values=[values], weights=counts[is_finite], title=title, of="distance", counted="tokens")
+    _draw_histogram(axes, values=values, weights=counts[np.isfinite(values)], of="distance", counted="tokens")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from vqserve_server.console import printable
 from vqserve_tools.inspection.error import QuantizationError
@@ -39,7 +39,58 @@ def as_text(report: Report, columns: int = 120) -> str:
     width = max(len(name) for name, _ in own)
     left = max(columns - width - 2, _LEAST_VALUE_COLUMNS)
     lines += [f"{name:{width}}  {_cut(printable(value), left)}" for name, value in own]
+    lines += [line for sign in report.warnings for line in _wrapped("warning", sign, len("warning"), columns - 9)]
     return "".join(f"{line}\n" for line in lines)
+
+
+def as_text_side_by_side(names: Sequence[str], reports: Sequence[Report], verdict: str, columns: int = 120) -> str:
+    """Return the figures of two reports in two columns, and the verdict in the last line.
+
+    Args:
+        names: headings of the two columns.
+        reports: two reports.
+        verdict: one line of text.
+        columns: characters of a line.
+    """
+    tables = [dict(_summary(report)) for report in reports]
+    keys = list(dict.fromkeys(key for table in tables for key in table))
+    width = max(len("verdict"), *map(len, keys))
+    left = max((columns - width - 4) // 2, _LEAST_VALUE_COLUMNS)
+    lines = []
+    for key, cells in [("", tuple(names)), *((key, tuple(table.get(key, "-") for table in tables)) for key in keys)]:
+        first, second = (_cut(printable(cell), left) for cell in cells)
+        lines.append(f"{key:{width}}  {first:{left}}  {second}".rstrip())
+    for name, report in zip(names, reports, strict=True):
+        for sign in report.warnings:
+            lines += _wrapped("warning", f"{printable(name)}: {sign}", width, columns - width - 2)
+    lines += _wrapped("verdict", printable(verdict), width, columns - width - 2)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _summary(report: Report) -> Iterator[_Line]:
+    """Yield the figures that fit half a line."""
+    yield "kind", report.kind
+    yield "digest", report.digest[:16]
+    yield "codes", f"{report.num_codes} of width {report.code_dim}, {report.dtype}"
+    yield "indices", f"{report.num_quantizers} for a token"
+    yield "channels", f"{report.input_dim} in, {report.output_dim} out"
+    if report.norms is not None:
+        yield "norms", _short(report.norms)
+        yield "neighbours", "none" if report.neighbours is None else _short(report.neighbours)
+        yield "duplicates", str(report.duplicates)
+    if report.dead_looking is not None:
+        yield "dead-looking", str(report.dead_looking)
+    if report.fit is not None:
+        fit = report.fit
+        yield "entropy", f"{sum(usage.bits for usage in fit.usage):.2f} bits a token"
+        yield "used codes", ", ".join(str(usage.used) for usage in fit.usage)
+        if fit.error is not None:
+            snr = "" if fit.error.snr_db is None else f", SNR {fit.error.snr_db:.2f} dB"
+            yield "error", f"{fit.error.mean_squared:.6g}{snr}"
+
+
+def _short(figures: Norms | Neighbours) -> str:
+    return f"{figures.min:.4g} / {figures.median:.4g} / {figures.max:.4g}"
 
 
 def _plain(value: object) -> str:

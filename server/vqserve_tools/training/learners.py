@@ -46,7 +46,7 @@ class EmaLearner(Learner):
     def __init__(self, codes: Tensor, options: TrainingOptions, batch_size: int) -> None:
         num_codes, dim = codes.shape
         self.quantizer: EMAVectorQuantizer = EMAVectorQuantizer(num_codes, dim, options.beta, decay=options.decay)
-        self.quantizer.to(codes.device).train()
+        self.quantizer.to(codes.device, codes.dtype).train()
         self._tokens_per_step = batch_size
         self.place(torch.arange(num_codes, device=codes.device), codes)
 
@@ -68,7 +68,7 @@ class AdamLearner(Learner):
     def __init__(self, codes: Tensor, options: TrainingOptions, lr: float) -> None:
         num_codes, dim = codes.shape
         self.quantizer: VectorQuantizer = VectorQuantizer(num_codes, dim, options.beta)
-        self.quantizer.to(codes.device).train()
+        self.quantizer.to(codes.device, codes.dtype).train()
         place_vq_codes(self.quantizer, torch.arange(num_codes, device=codes.device), codes)
         self._lr = lr
         self._optimizer = torch.optim.Adam(self.quantizer.parameters(), lr=lr)

@@ -182,9 +182,12 @@ def _typical_error(rows: LatentRows, codes: Tensor) -> float:
 
 @contextmanager
 def _repeatable(device: torch.device) -> Iterator[torch.device]:
-    """Make CUDA use kernels that add in a fixed order; at the end, restore torch's random state and settings."""
+    """Make torch compute the same whatever a caller has set; at the end, restore its random state and settings.
+
+    CUDA uses kernels that add in a fixed order.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    with torch.random.fork_rng(devices=[]):
+    with device, torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

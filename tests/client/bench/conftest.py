@@ -41,7 +41,7 @@ def real() -> Iterator[str]:
 
 
 class Echo:
-    """Gives back what it gets, as calls and over streams, unless it is told to fail or to hang."""
+    """Echoes requests, as calls and over streams; a test can make it fail or hang."""
 
     call = "/test.Echo/Call"
     stream = "/test.Echo/Stream"

@@ -68,6 +68,6 @@ def test_the_order_is_seeded_and_gives_each_request_its_turn():
         lambda: Job(target="localhost:1", method="/a.B/C", requests=(), load=Closed(1)),
     ],
 )
-def test_nonsense_is_refused(make):
+def test_invalid_loads_are_rejected(make):
     with pytest.raises(ValueError, match=r"must be"):
         make()

@@ -67,8 +67,8 @@ def test_replies_that_are_not_vqserve_s(echo, quick):
     measured = measure(echo.target, echo.call, [b"a" * 100, b""], Closed(2), schedule=quick)
     assert measured.requests > 0
     assert (measured.server, measured.tokens_per_s, measured.errors) == (None, 0.0, {})
-    # Half of them are 100 bytes each way. Either end of the windows splits a round of the two and leaves out what both
-    # callers have under way: at most 3 of one kind.
+    # Half of them are 100 bytes each way. Either end of the windows splits a round of the two and leaves out the
+    # requests of both callers in flight: at most 3 of one kind.
     mean_bytes = measured.mb_per_s * 1e6 / measured.requests_per_s
     assert mean_bytes == pytest.approx(100, abs=100 * 2 * 3 / measured.requests)
     # As much as protobuf makes of it.
@@ -85,10 +85,10 @@ def test_counts_add_up(echo, quick, streams):
     run(job, Trial(load, quick, seen.append), processes=1)
     answered = sum(window.requests for window in seen)
     first = max(1, streams)
-    # What was under way at the end, and what that made its callers send, is in no window.
+    # Requests in flight at the end, and the ones that follow their replies, are in no window.
     assert 0 <= len(echo.bodies) - first - answered <= 2 * load.concurrency
     assert sum(window.bytes for window in seen) == 2 * sum(window.tokens for window in seen)
-    # By turns, but of those that were under way when the load was cancelled any may not have arrived.
+    # They alternate; a request that was in flight when the load was cancelled may not have arrived.
     assert abs(echo.bodies.count(b"abc") - echo.bodies.count(b"de")) <= first + load.concurrency
     assert echo.streams == streams
 
@@ -113,7 +113,7 @@ def test_failures_are_counted(echo, quick):
     assert list(measured.errors) == ["INTERNAL"]
     assert measured.error_texts == {"INTERNAL": "every so often it fails"}
     assert measured.requests > 0
-    # One in three of what came, but for what came when nobody counted any more.
+    # One request in three, except for a request that came after the count ended.
     assert 0 <= len(echo.bodies) // 3 - measured.errors["INTERNAL"] <= 1
 
 

@@ -122,7 +122,7 @@ def test_several_generators_at_once(window):
 
 
 def test_batches_are_counted_once(window):
-    """A batch of 3 and one of 1: four replies tell of two batches, of 2 requests on average, not of 2.5."""
+    """A batch of 3 and one of 1: four replies come from two batches, with 2 requests on average, not 2.5."""
     served = Served()
     for requests, rows in ((3, 12), (3, 12), (3, 12), (1, 2)):
         served.add(

@@ -1,4 +1,4 @@
-"""The audio codecs' own packages, of which only the quantizers' modules are imported: EnCodec, DAC, Mimi."""
+"""The audio codecs' own packages EnCodec, DAC and Mimi; only the modules of their quantizers are imported."""
 
 from __future__ import annotations
 

@@ -381,7 +381,7 @@ def nan_weight():
         (nan_weight, r"embedding.weight\[2, 1\] is nan"),
     ],
 )
-def test_what_cannot_be_kept_is_refused(tmp_path, make, match):
+def test_what_cannot_be_kept_is_rejected(tmp_path, make, match):
     with pytest.raises(CodebookError, match=match):
         save_codebook(make(), tmp_path / "c.safetensors")
     assert not list(tmp_path.iterdir())
@@ -402,7 +402,7 @@ def test_any_text_in_provenance_survives(tmp_path, make_quantizer):
 # Damage.
 
 
-def refused(path: Path, match: str) -> None:
+def rejected(path: Path, match: str) -> None:
     with pytest.raises(CodebookFileError, match=match) as caught:
         load_codebook(path)
     text = str(caught.value)
@@ -489,31 +489,31 @@ WEIGHT = "embedding.weight"
         (lambda p: rewrite(p, tensors={"used": np.array([[1]])}), "one axis"),
     ],
 )
-def test_inconsistent_files_are_refused(vq_path, change, match):
-    refused(change(vq_path), match)
+def test_inconsistent_files_are_rejected(vq_path, change, match):
+    rejected(change(vq_path), match)
 
 
-def test_mixed_types_are_refused(tmp_path, make_quantizer):
+def test_mixed_types_are_rejected(tmp_path, make_quantizer):
     path = tmp_path / "p.safetensors"
     save_codebook(make_quantizer("projection_out"), path)
-    refused(rewrite(path, tensors={"proj_in.bias": np.zeros(3)}), "some tensors are F32 and some F64")
-    refused(with_arguments(path, output_dim=None), "'proj_out.bias' does not belong")
-    refused(with_arguments(path, output_dim=0), "'output_dim' is 0")
+    rejected(rewrite(path, tensors={"proj_in.bias": np.zeros(3)}), "some tensors are F32 and some F64")
+    rejected(with_arguments(path, output_dim=None), "'proj_out.bias' does not belong")
+    rejected(with_arguments(path, output_dim=0), "'output_dim' is 0")
 
 
-def test_a_direction_of_length_zero_is_refused(tmp_path, make_quantizer):
+def test_a_direction_of_length_zero_is_rejected(tmp_path, make_quantizer):
     path = tmp_path / "w.safetensors"
     save_codebook(make_quantizer("vq_weight_norm"), path)
     name = "embedding.parametrizations.weight.original1"
     direction = load_file(path)[name]
     direction[:, 1] = 0
-    refused(rewrite(path, tensors={name: direction}), "column 1 of")
+    rejected(rewrite(path, tensors={name: direction}), "column 1 of")
     norm = name.replace("original1", "original0")
     wide = {name: np.ones((12, 3)), norm: np.full((1, 3), 1e39)}
-    refused(rewrite(path, tensors=wide), "beyond float32's range")
+    rejected(rewrite(path, tensors=wide), "beyond float32's range")
 
 
-def test_a_remap_longer_than_an_index_can_count_is_refused():
+def test_a_remap_longer_than_an_index_can_count_is_rejected():
     arguments = {"n_e": 3, "e_dim": 1, "embedding_weight_norm": False, "unknown_index": "extra", "layout": None}
     claims = {WEIGHT: ("F32", (3, 1)), "used": ("I64", (1 << 32,))}
     with pytest.raises(StateError, match="more than an index can count"):
@@ -562,19 +562,19 @@ def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
         ({"a": entry()}, bytes(3), None, "cut short or added to"),
     ],
 )
-def test_malformed_containers_are_refused(tmp_path, header, body, length, match):
-    refused(raw(tmp_path / "m.safetensors", header, body, length), match)
+def test_malformed_containers_are_rejected(tmp_path, header, body, length, match):
+    rejected(raw(tmp_path / "m.safetensors", header, body, length), match)
 
 
-def test_other_files_are_refused(tmp_path):
+def test_other_files_are_rejected(tmp_path):
     empty = tmp_path / "e.safetensors"
     empty.write_bytes(b"")
-    refused(empty, "too short")
-    refused(tmp_path / "nothing.safetensors", "there is no such file")
-    refused(tmp_path, "no regular file")
+    rejected(empty, "too short")
+    rejected(tmp_path / "nothing.safetensors", "there is no such file")
+    rejected(tmp_path, "no regular file")
     pipe = tmp_path / "pipe.safetensors"
     os.mkfifo(pipe)
-    refused(pipe, "no regular file")
+    rejected(pipe, "no regular file")
 
 
 def test_a_lying_header_takes_no_memory(tmp_path, vq_path):
@@ -596,13 +596,13 @@ def test_a_lying_header_takes_no_memory(tmp_path, vq_path):
     except OSError:
         pytest.skip("this file system has no sparse files of 1 TiB")
     tracemalloc.start()
-    refused(path, "the arguments make it")
+    rejected(path, "the arguments make it")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path, monkeypatch):
+def test_a_file_that_shrinks_while_it_is_read_is_rejected(tmp_path, monkeypatch):
     # Longer than what a reader takes in at once.
     path = tmp_path / "c.safetensors"
     save_codebook(VectorQuantizer(1 << 14, 8), path)
@@ -614,7 +614,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path, monkeypatch):
         return header
 
     monkeypatch.setattr(codebook_file, "read_header", shrinking)
-    refused(path, "became shorter")
+    rejected(path, "became shorter")
 
 
 @pytest.fixture(scope="module")
@@ -643,7 +643,7 @@ def load_damaged(sound, data: bytes) -> None:
     assert peak < 4 << 20
 
 
-def test_every_truncation_is_refused(sound):
+def test_every_truncation_is_rejected(sound):
     data, _, path = sound
     for length in range(len(data)):
         path.write_bytes(data[:length])
@@ -681,7 +681,7 @@ def test_bytes_put_in_and_taken_out(sound, position, text, removed):
 
 @settings(max_examples=150)
 @given(st.binary(max_size=200))
-def test_noise_is_refused(sound, noise):
+def test_noise_is_rejected(sound, noise):
     load_damaged(sound, noise)
 
 

@@ -40,7 +40,7 @@ def rewrite(path: Path, *, drop=(), tensors=None, **arguments) -> Path:
     return changed
 
 
-def refused(path: Path, match: str) -> None:
+def rejected(path: Path, match: str) -> None:
     with pytest.raises(CodebookFileError, match=match) as caught:
         load_codebook(path)
     assert str(path.parent) not in str(caught.value)
@@ -106,7 +106,7 @@ def test_the_canonical_form(kind):
     assert hashlib.sha256(form).hexdigest() == GOLDEN[kind]
 
 
-def test_the_page_tells_a_digest_that_it_can_be_held_against():
+def test_the_page_has_a_digest_to_compare_with():
     page = (Path(__file__).parents[3] / "docs" / "codebooks.md").read_text()
     assert GOLDEN["fsq"] in page
 
@@ -230,8 +230,8 @@ STAGE = "parts.1.stages.0.embedding.weight"
         ("rvq", {"tensors": {STAGE: np.zeros((2, 1), np.float32)}}, "damaged or changed"),
     ],
 )
-def test_inconsistent_files_are_refused(path_of, kind, change, match):
-    refused(rewrite(path_of(kind), **change), match)
+def test_inconsistent_files_are_rejected(path_of, kind, change, match):
+    rejected(rewrite(path_of(kind), **change), match)
 
 
 def test_what_only_a_module_can_be_is_not_kept(tmp_path):
@@ -267,7 +267,7 @@ def sound(request, tmp_path_factory):
     flips=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 7)), min_size=0, max_size=3),
     put=st.none() | st.tuples(st.integers(0, 1 << 20), st.sampled_from([b"9", b"-", b"[", b"1e9", b"null", b"9" * 40])),
 )
-def test_damage_is_refused_or_does_not_matter(sound, flips, put):
+def test_damage_is_rejected_or_does_not_matter(sound, flips, put):
     data, digest, path = sound
     damaged = bytearray(data)
     for position, bit in flips:

@@ -1,4 +1,4 @@
-"""The engine with its thread: every job gets its outcome, and nothing is computed for nobody."""
+"""The engine with its thread: every job gets its outcome, and nothing is computed for cancelled jobs."""
 
 from __future__ import annotations
 
@@ -168,12 +168,12 @@ def test_a_request_that_only_the_weights_show_to_be_bad_fails_alone(
     tokenizer = fake()
     plain = tokenizer.encode_rows
 
-    def refuse_large(rows: np.ndarray, **_: Any) -> np.ndarray:
+    def reject_large(rows: np.ndarray, **_: Any) -> np.ndarray:
         if rows.max() > 100:
             raise NonFiniteLatents("a projection overflows")
         return plain(rows)
 
-    tokenizer.encode_rows = refuse_large
+    tokenizer.encode_rows = reject_large
     engine = start(tokenizer)
     tokenizer.hold()
     submit(engine, encode_job(tokenizer, 1))
@@ -352,7 +352,7 @@ def test_replies_are_sent_when_the_whole_batch_is_finished(
     assert unwritten == [0] * 5
 
 
-def test_two_threads_have_two_batches_under_way(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
+def test_two_threads_run_two_batches_at_once(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
     tokenizer = fake()
     engine = start(tokenizer, threads=2)
     tokenizer.hold()

@@ -1,4 +1,4 @@
-"""Names, versions, and what is refused."""
+"""Names, versions, and what is rejected."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_a_row_larger_than_a_batch_is_a_batch(fake: Callable[..., Any]) -> None:
     assert taken(queue_of(each, max_batch_bytes=1024)) == [(each, 0, 1)]
 
 
-def test_who_has_left_is_skipped(fake: Callable[..., Any]) -> None:
+def test_cancelled_requests_are_skipped(fake: Callable[..., Any]) -> None:
     tokenizer = fake()
     expired, cancelled, alive = job(tokenizer, 1, deadline=5.0), job(tokenizer, 1), job(tokenizer, 1, deadline=6.0)
     queue = queue_of(expired, cancelled, alive)

@@ -34,7 +34,7 @@ def test_half_search_keeps_its_tokens_at_large_norms(make, dtype):
 @pytest.mark.parametrize("weight", ALL)
 @pytest.mark.parametrize("dtype", ALL)
 def test_result_types(make, latents, kind, dtype, weight):
-    # With the default eps the codes that nobody chose leave float16's range in the first step.
+    # With the default eps the codes that no row chose leave float16's range in the first step.
     arguments = {"eps": 1.0} if kind == "ema" else {"log_perplexity": True} if "vq" in kind else {}
     module = make(kind, **arguments).to(weight).train()
     z = latents(module).to(dtype)

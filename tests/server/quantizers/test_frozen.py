@@ -41,7 +41,7 @@ def test_rows_as_the_module_gives_them(make, latents, kind, arguments, training)
     assert module.training is training
 
 
-def test_what_it_says_of_itself(make, kind):
+def test_its_repr(make, kind):
     module = make(kind, remap=[9, 3, 12], unknown_index=77).double()
     frozen = freeze(module, device=torch.device("cpu"))
     assert isinstance(frozen, FrozenQuantizer)
@@ -113,7 +113,7 @@ def test_many_threads(make, latents, kind):
     assert all(len(runs) == 5 for runs in results)
 
 
-def test_unknown_options_are_refused(make, kind):
+def test_unknown_options_are_rejected(make, kind):
     module = make(kind)
     with pytest.raises(InvalidOption, match="no_such"):
         freeze(module, device="cpu", search="no_such")

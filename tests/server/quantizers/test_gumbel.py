@@ -71,7 +71,7 @@ def test_temperature_is_a_plain_attribute(make, latents):
 
 
 @pytest.mark.parametrize("temp", [0, 0.0, -1.0, float("nan")])
-def test_a_temperature_that_is_not_positive_is_refused(make, latents, temp):
+def test_a_temperature_that_is_not_positive_is_rejected(make, latents, temp):
     # Not taken for "no temperature given".
     module = make("gumbel")
     with pytest.raises(InvalidOption, match="temperature"):

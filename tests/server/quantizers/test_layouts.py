@@ -1,4 +1,4 @@
-"""Every rank, every class: the same rows, the same tokens; anything else is refused by name."""
+"""Every rank, every class: the same rows, the same tokens; anything else is an error that names it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_sane_index_shape_is_the_grid_for_every_rank_and_class(make, latents, ki
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (1, 4, 1, 1, 1, 1)])
-def test_other_ranks_are_refused(make, kind, shape):
+def test_other_ranks_are_rejected(make, kind, shape):
     module = make(kind)
     for verb in (module, module.encode):
         with pytest.raises(InvalidShape, match=f"not {len(shape)}"):
@@ -94,7 +94,7 @@ def test_other_ranks_are_refused(make, kind, shape):
 
 
 @pytest.mark.parametrize("rank", RANKS)
-def test_a_wrong_channel_count_is_refused_and_named_with_the_right_one(make, latents, kind, rank):
+def test_a_wrong_channel_count_is_rejected_and_named_with_the_right_one(make, latents, kind, rank):
     module = make(kind)
     z = latents(module, rank)
     axis = 1 if rank >= 4 else rank - 1
@@ -114,7 +114,7 @@ def test_a_channel_last_image_is_not_reinterpreted(make):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
-def test_latents_that_are_not_floating_point_are_refused(make, kind, dtype):
+def test_latents_that_are_not_floating_point_are_rejected(make, kind, dtype):
     module = make(kind)
     z = torch.zeros(3, module.input_dim, dtype=dtype)
     for verb in (module, module.encode):
@@ -123,7 +123,7 @@ def test_latents_that_are_not_floating_point_are_refused(make, kind, dtype):
 
 
 @pytest.mark.parametrize("shape", [(), (1, 1, 1, 1, 1)])
-def test_indices_of_other_ranks_are_refused(make, kind, shape):
+def test_indices_of_other_ranks_are_rejected(make, kind, shape):
     with pytest.raises(InvalidShape, match="1 to 4 axes"):
         make(kind).decode(torch.zeros(shape, dtype=torch.int64))
 
@@ -139,7 +139,7 @@ def test_indices_of_any_integer_type(make, kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
-def test_indices_that_are_not_integers_are_refused(make, kind, dtype):
+def test_indices_that_are_not_integers_are_rejected(make, kind, dtype):
     module = make(kind)
     for verb in (module.decode, module.get_codebook_entry, module.remap_to_used, module.unmap_to_all):
         with pytest.raises(InvalidDtype, match=str(dtype).removeprefix("torch.")):
@@ -148,7 +148,7 @@ def test_indices_that_are_not_integers_are_refused(make, kind, dtype):
 
 @pytest.mark.parametrize("value", [-1, 16, 2**40])
 @pytest.mark.parametrize("extra", [{}, {"unknown_index": "extra"}])
-def test_an_index_out_of_range_is_refused_with_position_value_and_range(make, kind, value, extra):
+def test_an_index_out_of_range_is_rejected_with_position_value_and_range(make, kind, value, extra):
     # Without a remap "extra" changes nothing: nothing emits the extra id, and it cannot be decoded.
     module = make(kind, **extra)
     indices = torch.zeros(2, 3, dtype=torch.int64)
@@ -183,7 +183,7 @@ def test_entries_by_shape(make, kind):
 
 
 @pytest.mark.parametrize("shape", [(4,), (12, 5), (3, 3, 4), (1, 2, 3, 2, 1, 4), (-3, -4, 4), (-1, 4), ()])
-def test_entries_of_a_shape_that_does_not_fit_are_refused(make, kind, shape):
+def test_entries_of_a_shape_that_does_not_fit_are_rejected(make, kind, shape):
     with pytest.raises(InvalidShape, match="entries of shape"):
         make(kind).get_codebook_entry(torch.zeros(12, dtype=torch.int64), shape)
 

@@ -63,7 +63,7 @@ def test_dot_is_the_greatest_product(codebook, backend):
 
 @pytest.mark.parametrize("cls", [CosineQuantizer, DotQuantizer])
 def test_near_ties_are_settled(cls):
-    # Codes that differ in their last bits, and rows half-way between them: float32 cannot tell them apart.
+    # Codes that differ in their last bits, and rows half-way between them: float32 cannot distinguish them.
     generator = torch.Generator().manual_seed(5)
     codes = torch.randn(1, 16, generator=generator) + torch.randn(40, 16, generator=generator) * 2.0**-22
     rows = torch.randn(60, 16, generator=generator)
@@ -160,7 +160,7 @@ def test_entries_carry_the_codebook_s_gradient(normalized):
 
 @pytest.mark.parametrize("cls", [CosineQuantizer, DotQuantizer])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_broken_weights_are_refused(cls, value):
+def test_broken_weights_are_rejected(cls, value):
     quantizer = cls(6, 3, input_dim=2)
     quantizer.embedding.weight.data[4, 1] = value
     for work in (lambda: quantizer.encode(torch.zeros(1, 2)), lambda: freeze(quantizer, device="cpu")):

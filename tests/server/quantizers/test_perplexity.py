@@ -32,7 +32,7 @@ def test_extremes():
     assert used.item() == 1
 
 
-def test_what_has_no_perplexity_is_refused():
+def test_what_has_no_perplexity_is_rejected():
     with pytest.raises(InvalidShape, match=r"\(0, 3\)"):
         measure_perplexity(torch.zeros(0, 3, dtype=torch.int64), 4)
     with pytest.raises(InvalidDtype):

@@ -114,7 +114,7 @@ def test_keyword_arguments_reach_the_vector_quantizer(make, latents):
 
 
 @pytest.mark.parametrize("arguments", [{"input_dim": 0}, {"output_dim": 0}, {"output_dim": -1}])
-def test_impossible_dimensions_are_refused(arguments):
+def test_impossible_dimensions_are_rejected(arguments):
     with pytest.raises(ValueError, match="must be a positive integer"):
         VectorQuantizerWithInputProjection(**{"input_dim": 6, "n_codes": 4, "codebook_dim": 2, **arguments})
 

@@ -217,7 +217,7 @@ def test_forms_of_a_remap(make, kind, tmp_path, form):
         (np.array([2**64 - 1], np.uint64), IndexOutOfRange, "18446744073709551615"),
     ],
 )
-def test_bad_remaps_are_refused(make, kind, remap, error, text):
+def test_bad_remaps_are_rejected(make, kind, remap, error, text):
     with pytest.raises(error, match=text):
         make(kind, remap=remap)
 
@@ -232,7 +232,7 @@ def test_remap_files_are_never_unpickled(make, tmp_path):
         make("vq", remap=path)
 
 
-def test_an_archive_and_a_missing_file_are_refused(make, tmp_path):
+def test_an_archive_and_a_missing_file_are_rejected(make, tmp_path):
     path = tmp_path / "used.npz"
     np.savez(path, used=np.array(USED))
     with pytest.raises(InvalidOption, match="npz"):
@@ -242,7 +242,7 @@ def test_an_archive_and_a_missing_file_are_refused(make, tmp_path):
 
 
 @pytest.mark.parametrize("unknown_index", [True, False, None, 1.0, "Extra", "5", np.int64(3), 2**63, -(2**63) - 1])
-def test_other_unknown_indices_are_refused(make, kind, unknown_index):
+def test_other_unknown_indices_are_rejected(make, kind, unknown_index):
     for remap in (None, USED):
         with pytest.raises(InvalidOption, match="unknown_index must"):
             make(kind, remap=remap, unknown_index=unknown_index)
@@ -273,7 +273,7 @@ def test_without_a_remap_there_is_no_used(make, kind):
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("built_with", [None, [5], [1, 2, 3, 4, 5]])
-def test_a_checkpoint_s_remap_is_taken_up(make, latents, kind, built_with, assign):
+def test_a_remap_is_loaded_from_a_checkpoint(make, latents, kind, built_with, assign):
     source = make(kind, remap=USED, unknown_index="extra")
     module = make(kind, remap=built_with, unknown_index="extra", seed=9)
     result = module.load_state_dict(source.state_dict(), strict=True, assign=assign)
@@ -287,7 +287,7 @@ def test_a_checkpoint_s_remap_is_taken_up(make, latents, kind, built_with, assig
     assert torch.equal(module.encode(z), source.encode(z))
 
 
-def test_a_nested_module_takes_up_a_checkpoint_s_remap_of_any_integer_type(make, kind):
+def test_a_nested_module_loads_a_remap_of_any_integer_type(make, kind):
     source = torch.nn.ModuleDict({"first_stage": torch.nn.ModuleList([make(kind, remap=USED)])})
     target = torch.nn.ModuleDict({"first_stage": torch.nn.ModuleList([make(kind)])})
     state = source.state_dict()

@@ -143,7 +143,7 @@ def test_a_batch_is_its_tokens(case):
 
 
 def test_residuals_are_float32_differences_also_where_they_cancel():
-    # After the first stage what is left are rounding errors, which the second stage's codes tell apart.
+    # The residuals of the first stage are rounding errors, which the codes of the second stage distinguish.
     first = torch.tensor([[1.0], [0.1]])
     rows = torch.tensor([[1.0 + 2.0**-23], [1.0 - 2.0**-24], [1.0]])
     second = torch.tensor([[-(2.0**-24)], [0.0], [2.0**-23]])
@@ -283,7 +283,7 @@ def test_a_latent_s_own_error_does_not_touch_others():
 
 
 @pytest.mark.parametrize("case", ["encodec", "grouped", "mimi", "split"])
-def test_codes_that_may_add_up_to_infinity_are_refused_at_once(case):
+def test_codes_that_may_add_up_to_infinity_are_rejected_at_once(case):
     quantizer = made(case)
     with torch.no_grad():
         for stage in quantizer.parts[-1].stages:
@@ -292,7 +292,7 @@ def test_codes_that_may_add_up_to_infinity_are_refused_at_once(case):
         freeze(quantizer, device="cpu")
 
 
-def test_parts_that_may_add_up_to_infinity_are_refused():
+def test_parts_that_may_add_up_to_infinity_are_rejected():
     quantizer = ResidualQuantizer(2, 3, 2, first_quantizers=1)
     for part in quantizer.parts:
         part.stages[0].embedding.weight.data[1] = 2e38
@@ -300,7 +300,7 @@ def test_parts_that_may_add_up_to_infinity_are_refused():
         freeze(quantizer, device="cpu")
 
 
-def test_an_output_projection_beyond_float32_is_refused():
+def test_an_output_projection_beyond_float32_is_rejected():
     quantizer = made("dac")
     quantizer.parts[0].stages[1].proj_out.weight.data.fill_(3e38)
     with pytest.raises(CodebookError, match=r"takes index \d beyond float32's range"):
@@ -311,7 +311,7 @@ def test_an_output_projection_beyond_float32_is_refused():
         freeze(quantizer, device="cpu")
 
 
-def test_a_nan_in_a_stage_is_refused():
+def test_a_nan_in_a_stage_is_rejected():
     quantizer = made("encodec")
     quantizer.parts[0].stages[2].embedding.weight.data[1, 0] = torch.nan
     with pytest.raises(CodebookError, match="code 1 holds NaN"):
@@ -331,7 +331,7 @@ def test_a_nan_in_a_stage_is_refused():
         ({"first_quantizers": 4}, r"first_quantizers must be an integer in \[0, 4\)"),
         ({"first_quantizers": -1}, "first_quantizers must be"),
         ({"first_quantizers": 1.0}, "first_quantizers must be"),
-        ({"groups": 2, "first_quantizers": 1}, "only one can be had"),
+        ({"groups": 2, "first_quantizers": 1}, "exclude each other"),
         ({"metric": "l1"}, "metric must be one of l2, cosine, dot"),
         ({"decode_normalized": True}, "decode_normalized is for metric 'cosine'"),
         ({"input_dim": 5}, "codes of width 3 cannot be subtracted from 5 channels"),
@@ -357,7 +357,7 @@ def test_one_stage_has_an_axis_too():
     assert quantizer.decode(torch.zeros(2, 1, 5, dtype=torch.int64)).shape == (2, 3, 5)
 
 
-def test_a_residual_of_its_own_code_is_told_at_the_first_stage():
+def test_a_residual_of_its_own_code_is_reported_at_the_first_stage():
     quantizer = made("encodec")
     codes = quantizer.parts[0].stages[0].embedding.weight.detach()
     assert quantizer.encode(codes, 1)[:, 0].tolist() == list(range(6))

@@ -238,7 +238,7 @@ def test_projections_are_exact_on_both_sides(make, double):
     assert (quantizer.input_dim, quantizer.code_dim, quantizer.output_dim) == (3, 2, 6)
 
 
-def test_projections_beyond_float32_are_refused():
+def test_projections_beyond_float32_are_rejected():
     quantizer = LookupFreeQuantizer(2, "big", input_dim=2, output_dim=2)
     quantizer.proj_in.weight.data.fill_(1e10)
     z = torch.zeros(2, 2, 3, 3)

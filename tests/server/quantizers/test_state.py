@@ -88,7 +88,7 @@ def test_initial_values(make):
 
 
 @pytest.mark.parametrize("arguments", [{"num_codes": 0}, {"code_dim": 0}, {"num_codes": -1}, {"num_codes": True}])
-def test_impossible_sizes_are_refused(make, kind, arguments):
+def test_impossible_sizes_are_rejected(make, kind, arguments):
     with pytest.raises(ValueError, match="must be a positive integer"):
         make(kind, **arguments)
 
@@ -120,7 +120,7 @@ def test_deepcopy_pickle_and_torch_save(make, kind, latents):
 
 
 def test_weight_norm_modules_can_be_pickled(make, latents):
-    # torch's own parametrization refuses.
+    # An error with torch's own parametrization.
     module = make("vq", embedding_weight_norm=True)
     z = latents(module)
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):  # noqa: S301

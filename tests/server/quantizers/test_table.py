@@ -59,7 +59,7 @@ def test_as_they_are(dtype):
 
 
 def test_what_is_beyond_the_range_leaves_the_table_as_it_is():
-    """Then whoever rounds can tell which index it is, and the others are served."""
+    """Then the code that rounds can name the index, and the other codes are served."""
     rows = rows_of(torch.float32)
     rows[17, 2] = 65520.0
     table = Table(rows)
@@ -70,7 +70,7 @@ def test_what_is_beyond_the_range_leaves_the_table_as_it_is():
     assert table.take(torch.tensor([17]), torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_what_is_taken_is_a_copy():
+def test_taken_rows_are_a_copy():
     table = Table(rows_of(torch.float32))
     for dtype in (None, torch.bfloat16):
         before = table.take(torch.arange(200), dtype)

@@ -1,4 +1,4 @@
-"""VectorQuantizer: the formulas of quantizers.md, and what all classes refuse."""
+"""VectorQuantizer: the formulas of quantizers.md, and the errors of all classes."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_perplexity_is_reported_only_when_asked_for(make, latents):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_encode_refuses_what_is_not_finite_and_names_the_position(make, latents, kind, value, dtype):
+def test_encode_rejects_non_finite_latents_and_names_the_position(make, latents, kind, value, dtype):
     module = make(kind)
     for rank, position in {2: (3, 1), 3: (1, 4, 2), 4: (1, 3, 2, 0), 5: (0, 2, 1, 2, 1)}.items():
         z = latents(module, rank).to(dtype)

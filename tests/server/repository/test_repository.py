@@ -51,7 +51,7 @@ def warnings(log: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in log.records if record.levelno >= logging.WARNING]
 
 
-def test_what_is_passed_over_is_not_refused(tmp_path: Path, put: Callable[..., Any]) -> None:
+def test_skipped_files_are_not_rejected(tmp_path: Path, put: Callable[..., Any]) -> None:
     put(tmp_path / "book" / "1.safetensors")
     repo = loaded(tmp_path)
     put(tmp_path / "book" / "v2.safetensors")
@@ -60,7 +60,7 @@ def test_what_is_passed_over_is_not_refused(tmp_path: Path, put: Callable[..., A
     assert tally == ReloadCounts(loaded=0, unchanged=1, skipped=2)
 
 
-def test_a_rescan_takes_what_is_new_and_drops_what_is_gone(
+def test_a_reload_adds_new_files_and_drops_deleted_ones(
     tmp_path: Path, put: Callable[..., Any], log: pytest.LogCaptureFixture
 ) -> None:
     same, old = put(tmp_path / "same.safetensors"), put(tmp_path / "book" / "1.safetensors", seed=1)
@@ -83,9 +83,7 @@ def test_a_rescan_takes_what_is_new_and_drops_what_is_gone(
     ]
 
 
-def test_what_a_name_without_a_version_stands_for_is_told_when_it_changes(
-    tmp_path: Path, put: Callable[..., Any], log: pytest.LogCaptureFixture
-) -> None:
+def test_a_new_latest_version_is_logged(tmp_path: Path, put: Callable[..., Any], log: pytest.LogCaptureFixture) -> None:
     def rescanned() -> list[str]:
         log.clear()
         repo.reload()
@@ -105,7 +103,7 @@ def test_what_a_name_without_a_version_stands_for_is_told_when_it_changes(
     assert rescanned() == []
 
 
-def test_a_folder_whose_last_version_is_gone_is_passed_over(
+def test_a_folder_whose_last_version_was_deleted_is_skipped(
     tmp_path: Path, put: Callable[..., Any], log: pytest.LogCaptureFixture
 ) -> None:
     put(tmp_path / "img" / "1.safetensors")

@@ -14,7 +14,7 @@ from vqserve_server.repository import ReloadCounts, Reloader
 
 
 class SlowRepository:
-    """Reloads for as long as the test likes; the first one fails if it is told to."""
+    """Reloads that end when the test says so; the first one fails if the test asks for it."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.entered = threading.Semaphore(0)
@@ -61,7 +61,7 @@ def test_asked_for_while_one_goes_on(asked_meanwhile: int) -> None:
     assert asyncio.run(run()) == (expected, expected)
 
 
-def test_a_rescan_that_fails_is_told_and_the_next_one_works(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_reload_is_logged_and_the_next_one_works(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
     async def run() -> list[int]:

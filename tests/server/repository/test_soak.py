@@ -94,7 +94,7 @@ class Journal:
 
     def digest_of(self, indices: np.ndarray) -> str:
         """Return whose answer this is; the SDK keeps digests to itself."""
-        return self._by_indices.get(indices.tobytes(), "nobody's")
+        return self._by_indices.get(indices.tobytes(), "none")
 
 
 class Swapper:
@@ -156,7 +156,7 @@ class Swapper:
 
 
 class Load:
-    """Clients of every kind, until they are told to stop."""
+    """Clients of every kind, until `stop` is set."""
 
     def __init__(self, target: str, journal: Journal) -> None:
         self._target = target
@@ -295,7 +295,7 @@ def test_no_request_fails_while_codebooks_are_swapped(
     with capsys.disabled():
         print(
             f"\n{journal.answers} answers, {swapper.swaps} swaps of two codebooks in {seconds:g} s, "
-            f"{len(journal.failures)} failures; {journal.jobs} jobs, of which {journal.jobs_stopped} met a swap and "
+            f"{len(journal.failures)} failures; {journal.jobs} jobs, {journal.jobs_stopped} of them met a swap and "
             f"stopped; resident {memory[0] / MIB:.0f} MiB after the first swap, {memory[-1] / MIB:.0f} MiB after the "
             f"last, {max(memory) / MIB:.0f} MiB at most"
         )

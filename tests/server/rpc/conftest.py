@@ -16,7 +16,7 @@ from vqserve.v1 import tokenizer_pb2_grpc
 _OPTIONS = [
     ("grpc.max_receive_message_length", 1 << 30),
     ("grpc.max_send_message_length", 1 << 30),
-    # With the probe, gRPC sometimes takes a whole large reply for a caller who does not read it.
+    # With the probe, gRPC sometimes buffers a whole large reply for a caller that does not read it.
     ("grpc.http2.bdp_probe", 0),
 ]
 

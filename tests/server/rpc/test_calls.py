@@ -86,7 +86,7 @@ def test_a_stream_without_a_request_ends(client: Any, path: str) -> None:
     assert raw_stream(client, path, iter([])) == []
 
 
-def test_too_many_calls_are_told_so_and_places_come_free(server: Any, client: Any, health: Any) -> None:
+def test_too_many_calls_are_rejected_until_others_end(server: Any, client: Any, health: Any) -> None:
     ends = [threading.Event() for _ in range(4)]
     streams = [client.stub.EncodeStream(iter(end.wait, True)) for end in ends]
     eventually(lambda: server.app._rpc._service.calls._active == 4)
@@ -117,7 +117,7 @@ def test_bytes_that_do_not_ask_for_health(client: Any, method: str) -> None:
     assert code is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_watchers_that_leave_are_forgotten(server: Any, health: Any) -> None:
+def test_watchers_that_disconnect_are_forgotten(server: Any, health: Any) -> None:
     for _ in range(20):
         watch = health.Watch(health_pb2.HealthCheckRequest())
         assert next(watch).status == SERVING

@@ -1,4 +1,4 @@
-"""Many callers at once get what each would have got alone; who is too many, late or gone costs the others nothing."""
+"""Concurrent callers get the same results as alone; rejected, late or disconnected callers do not affect the others."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def one_call(client: Any, tokenizer: Tokenizer, rng: np.random.Generator) -> Non
     np.testing.assert_array_equal(decoded, tokenizer.decode(indices, layout=layout))
 
 
-def test_mixed_callers_get_what_each_gets_alone(
+def test_mixed_callers_get_the_same_results_as_alone(
     tokenizers: dict[str, Tokenizer], serving: Callable[..., Any], connect: Callable[..., Any]
 ) -> None:
     server = serving(*tokenizers.values(), max_batch_rows=500)
@@ -149,7 +149,7 @@ def test_a_cancelled_request_is_dropped_before_it_is_computed(held: Any) -> None
     assert server.computed() == {0.0, 3.0}
 
 
-def test_overload_is_refused_at_once_with_a_hint(held: Any) -> None:
+def test_overload_is_rejected_at_once_with_a_hint(held: Any) -> None:
     server = held(max_queue_requests=2)
     submitted = server.after("put")
     second = server.send(1)
@@ -182,7 +182,7 @@ def test_bytes_are_bounded_too(held: Any) -> None:
     assert [len(call.result().indices) for call in large] == [200, 200]
 
 
-def test_a_failure_of_ours_is_told_by_a_fixed_text(held: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_internal_error_has_a_fixed_text(held: Any, caplog: pytest.LogCaptureFixture) -> None:
     server = held()
     server.tokenizer.error = ValueError("/secret/path")
     server.tokenizer.release()
@@ -211,7 +211,7 @@ def test_a_lost_device_is_unavailable_and_not_serving(held: Any) -> None:
     watch.cancel()
 
 
-def test_stopping_answers_what_is_inside_and_refuses_the_rest(held: Any) -> None:
+def test_stopping_answers_accepted_requests_and_rejects_others(held: Any) -> None:
     server = held()
     submitted, draining = server.after("put"), server.after("drain")
     inside = server.send(3)

@@ -1,4 +1,4 @@
-"""Callers who are silent, ping, or do not read: bare sockets that speak just enough HTTP/2.
+"""Callers that are silent, ping, or do not read: bare sockets that speak just enough HTTP/2.
 
 gRPC ignores options that it does not know without a word: each that the server sets must be seen to work.
 """
@@ -39,7 +39,7 @@ class Peer:
         self._socket = socket.create_connection((host, int(port)))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._unread = b""
-        self.farewell: bytes | None = None  # why the server hangs up
+        self.farewell: bytes | None = None  # the server's reason for closing
         self._socket.sendall(PREFACE)
         self.send(SETTINGS, struct.pack(">HI", INITIAL_WINDOW_SIZE, window))
         self.send(SETTINGS, flags=ACK)
@@ -49,10 +49,10 @@ class Peer:
         self._socket.sendall(struct.pack(">I", len(body))[1:] + struct.pack(">BBI", kind, flags, stream) + body)
 
     def frames(self, seconds: float = DEADLINE_S) -> Iterator[tuple[int, int, bytes]]:
-        """Yield the kind, flags and body of what comes within so many seconds.
+        """Yield the kind, flags and body of the frames that come within `seconds`.
 
         Raises:
-            EOFError: the server has hung up.
+            EOFError: the server has closed the connection.
         """
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
@@ -73,7 +73,7 @@ class Peer:
             self._unread += data
 
     def call(self, method: str, request: bytes, *, end: bool = False, stream: int = 1, said: int | None = None) -> None:
-        """Begin a call and send a request, of which it may be said that it has more bytes."""
+        """Begin a call and send a request; its length prefix can claim more bytes (`said`)."""
         fields = {
             ":method": "POST",
             ":scheme": "http",
@@ -94,7 +94,7 @@ class Peer:
             self.send(DATA, message[start : start + MAX_FRAME], flags=END_STREAM * is_last, stream=stream)
 
     def take(self, nbytes: int) -> bytes:
-        """Let the server send so many bytes of the reply, and return them."""
+        """Let the server send `nbytes` of the reply, and return them."""
         for stream in (0, 1):
             self.send(WINDOW_UPDATE, struct.pack(">I", nbytes), stream=stream)
         got = b""
@@ -129,7 +129,7 @@ def peer(server: Any) -> Iterator[Peer]:
 
 
 def pinged(peer: Peer, number: int, seconds: float) -> bool:
-    """Ping, read for so many seconds, and return whether it was answered in them."""
+    """Ping, read for `seconds`, and return whether the answer came."""
     is_answered = False
     peer.send(PING, struct.pack(">Q", number))
     for kind, flags, body in peer.frames(seconds):
@@ -139,7 +139,7 @@ def pinged(peer: Peer, number: int, seconds: float) -> bool:
     return is_answered
 
 
-def test_a_caller_who_answers_no_ping_is_hung_up_on(peer: Peer) -> None:
+def test_a_connection_that_answers_no_ping_is_closed(peer: Peer) -> None:
     seen = []
     with pytest.raises(EOFError):
         seen.extend(iter(lambda: next(peer.frames()), None))
@@ -166,7 +166,7 @@ def test_pings_are_answered_as_often_as_is_allowed_between_calls_too(peer: Peer)
     assert peer.farewell is None
 
 
-def test_who_pings_more_often_is_hung_up_on(peer: Peer) -> None:
+def test_a_connection_that_pings_too_often_is_closed(peer: Peer) -> None:
     with contextlib.suppress(EOFError, ConnectionError):
         for number in range(12):
             pinged(peer, number, 0.01)
@@ -177,7 +177,7 @@ def test_who_pings_more_often_is_hung_up_on(peer: Peer) -> None:
 def test_a_reply_that_no_message_holds_is_not_sent(
     fake: Callable[..., Any], serving: Callable[..., Any], connect: Callable[..., Any]
 ) -> None:
-    # Replies to Encode and Decode are refused before they are computed; a list of codebooks has no such limit.
+    # Replies to Encode and Decode are rejected before they are computed; a list of codebooks has no such limit.
     many = [fake(16, name=f"{number:03}-{'x' * 60}") for number in range(40)]
     client = connect(serving(*many, max_message_bytes=4096).target)
     with pytest.raises(grpc.RpcError) as caught:
@@ -192,7 +192,7 @@ REPLY_BYTES = 320_000
 
 @pytest.fixture
 def reluctant(fake: Callable[..., Any], serving: Callable[..., Any]) -> Iterator[tuple[Any, Peer]]:
-    """A server, and a caller who takes nothing of a reply before it says so."""
+    """A server, and a caller that reads no reply before the test lets it."""
     server = serving(fake())
     peer = Peer(server.target, window=0)
     yield server, peer
@@ -217,7 +217,7 @@ def test_a_reply_that_is_not_read_is_still_in_the_server(reluctant: Any, method:
 
 
 @pytest.mark.parametrize("part", ["half a request", "no reply is taken"])
-def test_who_stops_in_the_middle_is_not_waited_for(
+def test_a_connection_that_stops_in_the_middle_is_closed(
     fake: Callable[..., Any], serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     monkeypatch.setattr(transport_module, "_IDLE_CHECK_S", 0.05)
@@ -276,7 +276,7 @@ def test_a_server_that_stops_waits_for_replies_to_be_read(reluctant: Any) -> Non
 
 
 def test_none_of_a_burst_of_calls_is_dropped(fake: Callable[..., Any], serving: Callable[..., Any]) -> None:
-    # Of itself gRPC drops some at random, with the status of a caller who has left, when a thousand have come at once.
+    # With a thousand calls at once gRPC itself drops some at random, with the status CANCELLED.
     request = pb.EncodeRequest(dtype=pb.DTYPE_FLOAT32, shape=[1, 4], latents=bytes(16)).SerializeToString()
     count = 4000
     peer = Peer(serving(fake()).target)

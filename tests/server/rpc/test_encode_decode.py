@@ -85,7 +85,7 @@ def test_decode_in_every_type(client: Any, tokenizer: Any) -> None:
     np.testing.assert_array_equal(client.decode(indices, output=pb.DECODE_OUTPUT_CODE_ROWS), -want)
 
 
-def test_the_reply_says_who_made_it_and_how(client: Any, tokenizer: Any) -> None:
+def test_the_reply_has_digest_and_statistics(client: Any, tokenizer: Any) -> None:
     request = client.encode_request(np.zeros((3, 4), np.float32), expected_digest=tokenizer.info.digest)
     reply = client.stub.Encode(request)
     assert reply.digest == tokenizer.info.digest

@@ -44,7 +44,7 @@ def client(server: Any, connect: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def leave() -> Iterator[threading.Event]:
-    """What callers who say nothing wait for."""
+    """What silent callers wait for."""
     event = threading.Event()
     yield event
     event.set()
@@ -80,8 +80,8 @@ def test_a_stream_that_says_no_more_is_ended_after_its_replies(client: Any, leav
     assert "idle" in text
 
 
-def test_replies_that_nobody_takes_are_given_up(server: Any, client: Any, leave: threading.Event) -> None:
-    # More than gRPC takes for a caller who does not ask for it.
+def test_replies_that_are_not_read_are_dropped(server: Any, client: Any, leave: threading.Event) -> None:
+    # More than gRPC buffers for a caller that does not read.
     request = client.decode_request(np.zeros(300_000, np.uint8))
     calls = [client.stub.DecodeStream(silent([request] * 20, leave), timeout=60) for _ in range(3)]
     # Of each some reply is in the server until it is given up.
@@ -111,8 +111,8 @@ def test_what_the_server_itself_is_late_with_is_not_idle(
     assert not ended.wait(1)
 
 
-def test_requests_do_not_hide_a_reply_that_nobody_takes(server: Any, client: Any) -> None:
-    # The first reply is more than gRPC takes for a caller who does not ask for it; small requests go on coming.
+def test_requests_do_not_hide_a_reply_that_is_not_read(server: Any, client: Any) -> None:
+    # The first reply is more than gRPC buffers for a caller that does not read; small requests still arrive.
     large, small = (client.decode_request(np.zeros(count, np.uint8)) for count in (1_000_000, 1))
 
     left = list(range(60))
@@ -132,7 +132,7 @@ def test_requests_do_not_hide_a_reply_that_nobody_takes(server: Any, client: Any
 
 
 @pytest.mark.long
-def test_a_caller_who_says_something_now_and_then_stays(
+def test_a_caller_that_sends_now_and_then_stays_connected(
     tokenizer: Any, serving: Callable[..., Any], connect: Callable[..., Any]
 ) -> None:
     def requests() -> Iterator[Any]:
@@ -144,7 +144,7 @@ def test_a_caller_who_says_something_now_and_then_stays(
     assert len(list(client.stub.EncodeStream(requests(), timeout=60))) == 10
 
 
-def test_who_watches_the_health_stays(client: Any) -> None:
+def test_a_health_watcher_stays_connected(client: Any) -> None:
     watch = health_pb2_grpc.HealthStub(client.channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
     ended = threading.Event()

@@ -96,7 +96,7 @@ def test_codebooks_may_differ_within_a_stream(
 
 
 @pytest.mark.parametrize("place", [0, 1, 7])
-def test_a_bad_request_ends_the_stream_in_its_place(client: Any, tokenizer: Any, place: int) -> None:
+def test_a_bad_request_ends_the_stream_after_earlier_replies(client: Any, tokenizer: Any, place: int) -> None:
     good = latents_of(10)
     requests = [client.encode_request(latents) for latents in good]
     requests[place] = client.encode_request(np.full((2, 4), np.nan, np.float32))
@@ -115,7 +115,7 @@ def test_a_request_that_is_no_message_ends_the_stream(client: Any) -> None:
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_a_failure_on_the_device_comes_in_its_place(client: Any, tokenizer: Any) -> None:
+def test_a_failure_on_the_device_comes_after_earlier_replies(client: Any, tokenizer: Any) -> None:
     tokenizer.codes[3] = 1e6
     requests = [client.decode_request(np.array([i], np.uint8), latent_dtype=pb.DTYPE_FLOAT16) for i in range(6)]
     replies, error = status_of(client.stub.DecodeStream(iter(requests)))
@@ -142,7 +142,7 @@ def test_a_stream_reads_no_further_than_its_window(
     eventually(lambda: inside(server) == (0, 0, 0))
 
 
-def test_a_stream_leaves_room_for_others_however_small_its_requests(server: Any, client: Any, tokenizer: Any) -> None:
+def test_a_stream_of_small_requests_leaves_capacity_for_others(server: Any, client: Any, tokenizer: Any) -> None:
     tokenizer.hold()
     replies = client.stub.EncodeStream(client.encode_request(np.zeros((1, 4), np.float32)) for _ in range(2000))
     eventually(lambda: inside(server)[0] == stream_module.WINDOW_REQUESTS)
@@ -162,7 +162,7 @@ def test_a_full_server_makes_a_stream_wait_for_itself(
     assert len(list(replies)) == 50
 
 
-def test_a_caller_that_leaves_takes_its_requests_along(server: Any, client: Any, tokenizer: Any) -> None:
+def test_requests_of_a_disconnected_caller_are_dropped(server: Any, client: Any, tokenizer: Any) -> None:
     tokenizer.hold()
     call = client.stub.EncodeStream(client.encode_request(latents) for latents in latents_of(8))
     tokenizer.wait_entered()
@@ -217,7 +217,7 @@ def test_an_idle_stream_does_not_hold_up_a_stop(server: Any, client: Any) -> Non
     assert stopped.result()
 
 
-def test_a_stream_that_is_opened_while_the_server_stops_is_refused(server: Any, client: Any, tokenizer: Any) -> None:
+def test_a_stream_that_is_opened_while_the_server_stops_is_rejected(server: Any, client: Any, tokenizer: Any) -> None:
     go_on = threading.Event()
     tokenizer.hold()
     inside_already = client.stub.Encode.future(client.encode_request(np.zeros((1, 4), np.float32)))
@@ -234,7 +234,7 @@ def test_a_stream_that_is_opened_while_the_server_stops_is_refused(server: Any, 
 
 
 class FakeCall:
-    """What a stream has of its caller, who takes a reply when the test says so."""
+    """What a stream sees of its caller; a reply counts as read when the test says so."""
 
     deadline = None
     request_id = "one"

@@ -1,4 +1,4 @@
-"""Codebooks swapped under requests: each gets what was live when it came, and what is gone leaves nothing behind."""
+"""Codebooks replaced under load: a request gets what was live when it came, and replaced codebooks are freed."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_stream_gets_what_is_live_request_by_request(pair: Any) -> None:
     requests.put(None)
 
 
-def test_a_codebook_that_is_gone(pair: Any) -> None:
+def test_a_codebook_that_is_no_longer_served(pair: Any) -> None:
     first, second, server, client = pair
     request = client.encode_request(LATENTS, codebook="fake")
     check(client.stub.Encode(request), first)

@@ -117,7 +117,7 @@ print(searcher.search(rows).tolist())
     assert done.stdout.strip() == str(reference(codes).search(rows).tolist())
 
 
-def refuse():
+def reject():
     raise AssertionError("rows were left to the fallback")
 
 
@@ -128,7 +128,7 @@ def test_a_lattice_is_settled_in_compiled_code(level, dtype):
     codes = torch.cartesian_prod(axis, axis, axis)
     # Centres of cells are as near to eight codes, outside to four or two; only the last corner is near to one.
     rows = codes.to(dtype) + 0.5
-    searcher = NativeSearcher(codes, None, Objective.L2, fallback=refuse, level=level)
+    searcher = NativeSearcher(codes, None, Objective.L2, fallback=reject, level=level)
     counts = SearchCounts()
     winners = searcher.search(rows, counts)
     assert torch.equal(winners, reference(codes).search(rows))
@@ -145,7 +145,7 @@ def test_float64_rows_a_hair_from_the_middle_are_settled_in_compiled_code(level,
     middle = (codes[:-1].double() + codes[1:].double()) / 2
     above = torch.nextafter(middle, torch.full_like(middle, torch.inf))
     rows = torch.cat([middle, above, middle * (1 + 2.0**-40)])
-    searcher = NativeSearcher(codes, None, Objective.L2, fallback=refuse, level=level)
+    searcher = NativeSearcher(codes, None, Objective.L2, fallback=reject, level=level)
     assert torch.equal(searcher.search(rows), reference(codes).search(rows))
 
 
@@ -200,7 +200,7 @@ def test_rows_with_more_near_codes_than_it_keeps_go_to_the_fallback():
     assert left == [3]
 
 
-def test_counts_tell_how_many_rows_were_looked_at_twice():
+def test_counts_contain_the_rows_that_were_searched_again():
     g = torch.Generator().manual_seed(3)
     codes = torch.randn(2000, 4, generator=g)
     counts = SearchCounts()
@@ -244,7 +244,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     "rows",
     [torch.zeros(4, 7), torch.zeros(4, 8, dtype=torch.float16), torch.zeros(8), torch.zeros(4, 8, device="meta")],
 )
-def test_rows_of_another_width_type_or_device_are_refused_before_compiled_code_sees_them(rows):
+def test_rows_of_another_width_type_or_device_are_rejected_before_compiled_code_sees_them(rows):
     with pytest.raises(InvalidRequest, match="rows must be"):
         native(torch.zeros(3, 8)).search(rows)
 

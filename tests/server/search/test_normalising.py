@@ -48,7 +48,7 @@ def test_float64_rows_of_any_magnitude(row):
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-140, 2.0**100])
 def test_rows_whose_elements_lie_near_a_rounding_boundary(scale):
-    # Elements next to the middle of two float32 numbers, of a row whose norm is all but one: float64 cannot tell.
+    # Elements next to the middle of two float32 numbers, of a row whose norm is nearly one: float64 cannot decide.
     middle = 0.5 + 2.0**-25
     rest = np.sqrt(1 - middle**2)
     rows = np.array([[middle * (1 + side * 2.0**-53), rest] for side in range(-3, 4)]) * scale

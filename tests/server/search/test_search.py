@@ -164,7 +164,7 @@ def test_a_row_that_is_not_finite_gets_some_index_and_harms_no_other(backend, va
     assert torch.equal(got[8:], torch.arange(8, 50))
 
 
-def test_an_unknown_backend_is_refused_by_name():
+def test_an_unknown_backend_is_rejected_by_name():
     with pytest.raises(InvalidOption, match=r"no search backend .hnsw. on cpu: choose one of auto, .*reference"):
         prepare(torch.zeros(2, 2), backend="hnsw")
 

@@ -13,7 +13,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 # Triton decides when it is imported whether kernels are interpreted, and asks again when it interprets.
 with pytest.MonkeyPatch.context() as patch:
     if not torch.cuda.is_available():
-        assert "triton" not in sys.modules, "imported before it could be told to interpret"
+        assert "triton" not in sys.modules, "imported before the interpreter could be turned on"
         patch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton", reason="Triton is not installed")
     import vqserve_server.search.triton_kernel  # noqa: F401
@@ -77,7 +77,7 @@ def test_rows_that_are_not_finite_do_not_touch_others():
     assert ((got >= 0) & (got < 90)).all()
 
 
-def test_what_is_beyond_the_kernel_s_32_bits_is_refused_or_cut(monkeypatch):
+def test_what_is_beyond_the_kernel_s_32_bits_is_rejected_or_cut(monkeypatch):
     assert not fits(torch.empty(2**21, 1024, device="meta"))
     assert fits(torch.empty(2**21 - 1, 1024, device="meta"))
     device = DEVICES[-1]

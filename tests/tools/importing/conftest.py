@@ -12,7 +12,7 @@ from vqserve_server.quantizers import Quantizer
 
 @pytest.fixture(params=TRAINED)
 def trained_quantizer(request: pytest.FixtureRequest) -> Quantizer:
-    """Of the four classes whose state dicts tell them apart."""
+    """A quantizer of each of the four classes that are recognized by their state dicts."""
     return make(request.param)
 
 

@@ -75,7 +75,110 @@ def test_the_wrong_metric_is_found(run):
     z = RNG.standard_normal((1000, 4)).astype(np.float32)
     status, _, err, there = run(z, nearest(z, CODES), "--metric", "cosine", "--decode", "raw")
     assert (status, there) == (1, False)
-    assert "the metric, the layout or another option is not the model's" in err
+    assert "the metric is l2: --metric l2 (1000 of 1000 tokens would agree); nothing was written" in err
+
+
+def test_another_layout_is_found(run):
+    z = RNG.standard_normal((2, 4, 4, 4)).astype(np.float32)
+    indices = nearest(np.moveaxis(z, 1, -1).reshape(-1, 4), CODES).reshape(2, 4, 4)
+    _, _, err, _ = run(z, indices, "--metric", "l2", "--layout", "channels_last")
+    assert "the latents are channels_first: --layout channels_first (32 of 32 tokens would agree)" in err
+
+
+def test_columns_that_were_read_as_rows_are_found(run):
+    codes = RNG.standard_normal((8, 8)).astype(np.float32)
+    z = RNG.standard_normal((100, 8)).astype(np.float32)
+    _, _, err, _ = run(z, nearest(z, codes.T), codes=codes)
+    assert "the codes are the columns of the array: --transpose (100 of 100 tokens would agree)" in err
+
+
+def test_no_known_reason(run):
+    z = RNG.standard_normal((100, 4)).astype(np.float32)
+    _, _, err, _ = run(z, nearest(z @ RNG.standard_normal((4, 4)), CODES))
+    assert "a projection or a norm of the model may be left out" in err
+
+
+@pytest.mark.parametrize("shape", [(60,), (60, 1), (3, 20)])
+def test_indices_without_the_grid_are_taken(run, shape):
+    z = RNG.standard_normal((3, 20, 4)).astype(np.float32)
+    status, text, _, there = run(z, nearest(z.reshape(-1, 4), CODES).reshape(shape))
+    assert (status, there) == (0, True)
+    assert "verified  60 of 60 indices agree" in text
+
+
+def stages(count: int, **options: object) -> ResidualQuantizer:
+    quantizer = ResidualQuantizer(count, 16, 4, **options)
+    generator = torch.Generator().manual_seed(1)
+    for place, codebook in enumerate(quantizer.codebooks()):
+        codebook.embedding.weight.data.normal_(generator=generator).mul_(0.7**place)
+    return quantizer
+
+
+Z_STAGES = RNG.standard_normal((5, 4, 40)).astype(np.float32)
+
+
+def reordered(order: list[int]) -> ResidualQuantizer:
+    right, other = stages(len(order)), stages(len(order))
+    for codebook, place in zip(other.codebooks(), order, strict=True):
+        codebook.embedding.weight.data = right.codebooks()[place].embedding.weight.data
+    return other
+
+
+@pytest.mark.parametrize(
+    ("imported", "what"),
+    [
+        (stages(3, metric="dot"), "the metric is l2: --metric l2"),
+        (reordered([2, 1, 0]), "the stages are in the reversed order"),
+    ],
+)
+def test_a_reason_of_a_residual_codebook(imported, what):
+    theirs = stages(3).encode(torch.from_numpy(Z_STAGES)).numpy()
+    outcome = verify(imported, Z_STAGES, theirs)
+    assert str(outcome.reason) == f"{what} (200 of 200 tokens would agree)"
+    assert sum(outcome.by_stage) == outcome.different - outcome.near_ties
+
+
+def test_stages_in_the_order_of_their_names_as_text():
+    right = sorted(range(12), key=str)
+    outcome = verify(reordered(right), Z_STAGES, stages(12).encode(torch.from_numpy(Z_STAGES)).numpy())
+    # The importer's stage 2 is the model's stage 10.
+    assert outcome.reason is None or "order" in outcome.reason.what
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda ids: ids + 3, "the model's indices are more than ours by stage: 3, 3, 3: subtract it"),
+        (lambda ids: ids + 16 * np.arange(3)[:, None], "more than ours by stage: 0, 16, 32"),
+        (lambda ids: ids[:, [1, 2, 0]], "stages in another order: our stages are its 2, 0, 1"),
+    ],
+)
+def test_indices_that_are_written_in_another_way(change, what):
+    quantizer = stages(3)
+    outcome = verify(quantizer, Z_STAGES, change(quantizer.encode(torch.from_numpy(Z_STAGES)).numpy()))
+    assert what in str(outcome.reason)
+
+
+def test_stages_on_another_axis_are_pointed_out():
+    quantizer = stages(3)
+    theirs = np.moveaxis(quantizer.encode(torch.from_numpy(Z_STAGES)).numpy(), 1, 0)
+    with pytest.raises(ForeignCheckpointError, match=r"axis 0: save numpy.moveaxis\(indices, 0, 1\)"):
+        verify(quantizer, Z_STAGES, theirs)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "what"),
+    [
+        (FiniteScalarQuantizer([8, 6]), FiniteScalarQuantizer([8, 6], "symmetric"), "--bound symmetric"),
+        (LookupFreeQuantizer(5, "big"), LookupFreeQuantizer(5, "little"), "--bit-order little"),
+    ],
+)
+def test_a_reason_of_scalars(ours, theirs, what):
+    z = RNG.standard_normal((500, ours.input_dim)).astype(np.float32)
+    outcome = verify(ours, z, theirs.encode(torch.from_numpy(z)).numpy())
+    assert outcome.reason is not None
+    assert what in outcome.reason.what
+    assert outcome.reason.agree == 500
 
 
 def test_near_ties_of_float32_are_forgiven_and_counted(run):

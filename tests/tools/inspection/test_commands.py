@@ -57,19 +57,19 @@ def test_a_codebook_alone(tmp_path, capsys):
     assert "a\\x1b[2Jb\\nc" in text
     assert "\x1b" not in text
     status, text, _ = run(capsys, path, "--json")
-    told = json.loads(text)
-    assert told["format"] == 1
-    assert told["norms"].keys() == {"min", "median", "max"}
-    assert told["provenance"]["who"] == "a\x1b[2Jb\nc"
-    assert told["fit"] is None
+    report = json.loads(text)
+    assert report["format"] == 1
+    assert report["norms"].keys() == {"min", "median", "max"}
+    assert report["provenance"]["who"] == "a\x1b[2Jb\nc"
+    assert report["fit"] is None
 
 
 def test_latents(files, capsys):
     book, latents = files("vq")
     status, text, err = run(capsys, book, "--latents", latents)
     assert (status, err) == (0, "")
-    told = json.loads(run(capsys, book, "--latents", latents, "--json")[1])
-    fit = told["fit"]
+    report = json.loads(run(capsys, book, "--latents", latents, "--json")[1])
+    fit = report["fit"]
     assert fit["latents"] == {"shape": [500, 3], "dtype": "float32", "layout": "channels_last", "tokens": 500}
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines() if not line.startswith(" "))
     usage, error = fit["usage"][0], fit["error"]

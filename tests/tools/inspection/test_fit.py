@@ -265,7 +265,7 @@ def test_a_latent_of_zeros_has_no_direction(saved):
     assert error.mean_squared == pytest.approx(1 / 4)
 
 
-def test_latents_that_do_not_fit_are_refused(make_quantizer, saved):
+def test_latents_that_do_not_fit_are_rejected(make_quantizer, saved):
     codebook = saved(make_quantizer("vq"))
     with pytest.raises(InvalidShape, match=r'have 4 channels .* takes 3: should it be layout="channels_first"\?'):
         fit_of(codebook, np.zeros((2, 3, 4), np.float32))

@@ -12,8 +12,8 @@ from vqserve_tools.progress import progress_of
 
 
 def measured(codes, drawn):
-    with progress_of("measuring", len(drawn), "code", shown=False) as told:
-        return nearest_other(codes, drawn, told)
+    with progress_of("measuring", len(drawn), "code", shown=False) as progress:
+        return nearest_other(codes, drawn, progress)
 
 
 def expected(codes):
@@ -34,7 +34,7 @@ def test_all_codes(num_codes, dim, dtype):
     np.testing.assert_allclose(measured(codes, torch.arange(num_codes)), expected(codes), rtol=1e-12)
 
 
-def test_codes_that_differ_by_an_ulp_are_told_from_equal_ones():
+def test_codes_that_differ_by_an_ulp_are_not_equal():
     codes = torch.randn(900, 8, generator=torch.Generator().manual_seed(0)) + 1000
     codes[750] = codes[3]
     codes[750, 0] = torch.nextafter(codes[3, 0], torch.tensor(torch.inf))

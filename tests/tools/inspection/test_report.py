@@ -63,9 +63,9 @@ def test_norms_and_neighbours_are_numpy_s(quantizer, saved):
         nearest_others((codes / of[:, None]).astype(np.float32) if is_cosine else codes)
         for codes, of in zip(rows, norms, strict=True)
     ]
-    told = [(report, np.concatenate(norms), np.concatenate(neighbours))]
-    told += zip(report.stages, norms, neighbours, strict=True) if len(books) > 1 else []
-    for figures, lengths, distances in told:
+    expected = [(report, np.concatenate(norms), np.concatenate(neighbours))]
+    expected += zip(report.stages, norms, neighbours, strict=True) if len(books) > 1 else []
+    for figures, lengths, distances in expected:
         for found, values in ((figures.norms, lengths), (figures.neighbours, distances)):
             expected = [values.min(), np.median(values), values.max()]
             assert [found.min, found.median, found.max] == pytest.approx(expected, rel=1e-12)
@@ -108,7 +108,7 @@ def test_duplicates_are_codes_equal_to_an_earlier_one(codes):
     assert count_duplicates(codes) == len(codes) - len({tuple(row) for row in codes.tolist()})
 
 
-def test_every_kind_can_be_told(quantizer, saved):
+def test_every_kind_has_a_report(quantizer, saved):
     report = inspect(saved(quantizer)).report
     text = as_text(report)
     assert text.count("\n") > 10

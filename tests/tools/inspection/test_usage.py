@@ -25,7 +25,7 @@ def test_figures():
     assert bins == [(0, 0, 3), (1, 1, 2), (2, 3, 2), (4, 7, 1), (8, 15, 2)]
 
 
-def test_one_code_for_all_tells_nothing_and_even_use_tells_all():
+def test_perplexity_is_1_for_one_code_and_k_for_even_use():
     one = Usage.of(np.array([7]), 4)
     assert (one.bits, one.perplexity, str(one.bits)) == (0, 1, "0.0")
     even = Usage.of(np.array([5, 5, 5, 5]), 4)

@@ -37,21 +37,21 @@ def test_makes_a_codebook_that_serves(
 ) -> None:
     out = tmp_path / "book.safetensors"
     assert train(latents, out, f"--kind={kind}", "--beta=0.5", "--batch-size=100") == 0
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     tokenizer = Tokenizer.load(out, device="cpu")
     assert (tokenizer.info.kind, tokenizer.info.num_codes, tokenizer.info.code_dim) == (kind, 16, 3)
-    assert told.out.splitlines()[0] == f"trained {kind}, 16 codes of 3: 30 steps of 100 rows, 0 codes reseeded"
-    assert told.out.splitlines()[-1] == f"wrote {out}, digest {tokenizer.digest}"
+    assert output.out.splitlines()[0] == f"trained {kind}, 16 codes of 3: 30 steps of 100 rows, 0 codes reseeded"
+    assert output.out.splitlines()[-1] == f"wrote {out}, digest {tokenizer.digest}"
 
     z = np.load(latents)
     error = np.mean((tokenizer.decode(tokenizer.encode(z)) - z) ** 2)
-    figures = dict(line.rsplit(" ", 1) for line in told.out.splitlines()[1:3])
+    figures = dict(line.rsplit(" ", 1) for line in output.out.splitlines()[1:3])
     assert float(figures["mean squared error"]) == pytest.approx(error, rel=1e-4)
     assert 1 < float(figures["perplexity"]) <= 16
-    assert "used codes 16 of 16" in told.out
+    assert "used codes 16 of 16" in output.out
 
 
-def test_the_file_tells_where_it_comes_from(latents: Path, tmp_path: Path) -> None:
+def test_the_file_has_its_provenance(latents: Path, tmp_path: Path) -> None:
     out = tmp_path / "book.safetensors"
     assert train(latents, out, "--quiet", "--decay=0.9", "--beta=0.5", "--seed=3") == 0
     codebook = load_codebook(out)
@@ -79,18 +79,18 @@ def test_stderr_that_is_no_terminal_gets_lines(
     latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train(latents, tmp_path / "book.safetensors") == 0
-    told = capsys.readouterr().err
-    read, told = told.split("\n", 1)
+    output = capsys.readouterr().err
+    read, output = output.split("\n", 1)
     assert read == "latents (2, 3, 20, 25) read channels first: 3 channels"
-    assert re.fullmatch(r"training: 30 of 30 steps, mean squared error \S+, perplexity \S+, reseeded 0\n", told)
+    assert re.fullmatch(r"training: 30 of 30 steps, mean squared error \S+, perplexity \S+, reseeded 0\n", output)
     monkeypatch.setattr("vqserve_tools.progress._SECONDS_PER_LINE", 0)
     assert train(latents, tmp_path / "book.safetensors", "--force") == 0
-    told = capsys.readouterr().err
-    assert "k-means++: 16 of 16 codes\n" in told
-    assert "training: 2 of 30 steps, mean squared error" in told
-    assert told.count("training: 30 of 30 steps") == 1
-    assert "measuring: 1000 of 1000 rows\n" in told
-    assert "\r" not in told
+    output = capsys.readouterr().err
+    assert "k-means++: 16 of 16 codes\n" in output
+    assert "training: 2 of 30 steps, mean squared error" in output
+    assert output.count("training: 30 of 30 steps") == 1
+    assert "measuring: 1000 of 1000 rows\n" in output
+    assert "\r" not in output
 
 
 def test_a_terminal_gets_a_bar(latents: Path, tmp_path: Path) -> None:
@@ -100,14 +100,14 @@ def test_a_terminal_gets_a_bar(latents: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vqserve_tools", "train", latents, "-o", tmp_path / "b.safetensors", *options]
     with open(ours, "rb", buffering=0) as terminal, subprocess.Popen(command, stderr=theirs) as process:  # noqa: PTH123
         os.close(theirs)
-        told = b""
+        output = b""
         # A pseudo-terminal whose other side is closed cannot be read any more.
         with contextlib.suppress(OSError):
             while more := terminal.read(1 << 16):
-                told += more
+                output += more
     assert process.returncode == 0
-    assert b"\rtraining: 100%" in told
-    assert b"perplexity" in told
+    assert b"\rtraining: 100%" in output
+    assert b"perplexity" in output
 
 
 def test_quiet_is_quiet(latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,10 +144,10 @@ def test_unusable_latents_are_one_line_and_exit_1(
     np.save(tmp_path / "z.npy", array)
     out = tmp_path / "book.safetensors"
     assert train(tmp_path / "z.npy", out, "--quiet") == 1
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.count("\n") == 1
-    assert text in told.err
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert text in output.err
     assert not out.exists()
 
 
@@ -163,12 +163,12 @@ def test_options_that_do_not_fit_are_exit_1(
     latents: Path, tmp_path: Path, more: list[str], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(latents, tmp_path / "book.safetensors", "--quiet", *more) == 1
-    told = capsys.readouterr().err
-    assert text in told
-    assert told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert text in output
+    assert output.count("\n") == 1
 
 
-def test_how_latents_were_read_is_told_where_it_was_not_said(
+def test_the_layout_is_printed_if_none_was_given(
     latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, flat = tmp_path / "book.safetensors", tmp_path / "flat.npy"
@@ -182,8 +182,8 @@ def test_how_latents_were_read_is_told_where_it_was_not_said(
         (flat, [], None),
     ):
         assert train(source, out, "--force", *more) == 0
-        told = capsys.readouterr().err.splitlines()
-        assert [line for line in told if " read " in line] == ([read] if read else [])
+        output = capsys.readouterr().err.splitlines()
+        assert [line for line in output if " read " in line] == ([read] if read else [])
 
 
 def test_a_missing_file_or_folder_is_one_line(
@@ -197,7 +197,7 @@ def test_a_missing_file_or_folder_is_one_line(
     assert "there is no folder" in lines[1]
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_the_training(
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_training(
     latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)

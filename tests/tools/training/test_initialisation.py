@@ -40,7 +40,7 @@ def test_as_many_codes_as_distinct_rows_take_them_all(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["kmeans++", "sample"])
-def test_too_few_rows_are_refused(method: str) -> None:
+def test_too_few_rows_are_rejected(method: str) -> None:
     with pytest.raises(InvalidShape, match="7 rows are too few for 8 codes"):
         codes_of(np.zeros((7, 2), np.float32), 8, method)
     with pytest.raises(InvalidShape, match="20 rows with 1 distinct among them are too few for 8 codes"):

@@ -67,7 +67,7 @@ def test_adam_forgets_a_re_seeded_code_and_no_other() -> None:
     assert (state["exp_avg_sq"][1] == 0).all()
 
 
-def test_usage_names_the_codes_that_nobody_chose_since_the_last_look() -> None:
+def test_usage_names_the_codes_that_were_not_used_since_the_last_check() -> None:
     usage = CodeUsage(5, torch.device("cpu"))
     usage.add(torch.tensor([0, 0, 3]))
     usage.add(torch.tensor([4]))

@@ -113,7 +113,7 @@ def test_the_layout_does_not_matter(clustered: np.ndarray) -> None:
     assert torch.equal(one.quantizer.code_rows(), two.quantizer.code_rows())
 
 
-def test_what_cannot_be_trained_on_is_refused(clustered: np.ndarray) -> None:
+def test_what_cannot_be_trained_on_is_rejected(clustered: np.ndarray) -> None:
     with pytest.raises(InvalidShape, match="31 rows are too few for 32 codes"):
         run(clustered[:31])
     bad = clustered.copy()

@@ -122,11 +122,11 @@ def freeze(quantizer: Quantizer, *, device: torch.device | str, search: str = "a
 
     Raises:
         InvalidOption: the backend does not run on the device.
-        CodebookError: what is searched holds NaN or infinity, or decoding leaves float32's range.
+        CodebookError: the codes or the projection contain NaN or infinity, or decoding leaves float32's range.
     """
     # What depends on the codebook alone is computed on the CPU, whatever the device.
     source_device = torch.device("cpu")
-    source = copy.deepcopy(quantizer).to(source_device)
     device = torch.device(device)
-    with autocast_off(source_device), autocast_off(device):
-        return source.frozen(device, search)
+    # The caller may have set another default device, autocast or inference mode: none of them may have an effect.
+    with source_device, autocast_off(source_device), autocast_off(device), torch.inference_mode(False):
+        return copy.deepcopy(quantizer).to(source_device).frozen(device, search)

@@ -23,7 +23,7 @@ from vqserve_server.search import CountingSearcher, SearchCounts, Searcher
 class Table:
     """Rows (n, width) of one type on one device, which never change.
 
-    All rows are rounded to a narrower type when that type is first asked for, and the result is kept: rounding the
+    All rows are rounded to a narrower type when that type is first requested, and the result is cached: rounding the
     rows of each lookup would take several times as long as the lookup.
 
     Attributes:
@@ -76,7 +76,7 @@ class CodeSearch:
     _searcher: Searcher
     # Of the rows, before the search.
     _projection: Projection | None
-    # (K,) what is reported for a full id; None: the winner's index itself.
+    # (K,) the index that is returned for a full id; None: the id itself.
     _reported: Tensor | None
 
     @torch.no_grad()
@@ -91,7 +91,7 @@ class CodeSearch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FrozenLookup(CodeSearch, FrozenQuantizer):
-    """One codebook: a search, and the rows that its indices stand for."""
+    """One codebook: its search, and a table of the row for each index."""
 
     # What the searcher was made from, and holds as well: it cannot be pickled, so it is made anew.
     _problem: SearchProblem

@@ -27,12 +27,12 @@ MAX_QUANTIZERS = 256
 
 @dataclass(frozen=True)
 class Part:
-    """A chain of stages, each of which quantizes what those before it left.
+    """A chain of stages. Each quantizes the residual of the stages before it.
 
     Attributes:
         start: the first of its channels of the latents.
         stop: the channel after the last.
-        places: where in a token's indices those of its stages are.
+        places: positions of its stages' indices among the indices of a token.
     """
 
     start: int
@@ -92,7 +92,7 @@ class ResidualStructure:
         if self.decode_normalized and self.metric != "cosine":
             raise InvalidOption(f"decode_normalized is for metric 'cosine', not {self.metric!r}")
         if self.groups > 1 and first:
-            raise InvalidOption("groups and first_quantizers are two arrangements of which only one can be had")
+            raise InvalidOption("groups and first_quantizers exclude each other: set groups=1 or first_quantizers=0")
         if self.num_quantizers % self.groups or self.input_dim % self.groups:
             raise InvalidOption(
                 f"{self.groups} groups do not divide {self.num_quantizers} quantizers and {self.input_dim} channels"
@@ -132,8 +132,8 @@ class FrozenPart:
     Attributes:
         part: its channels, and its places among a token's indices.
         stages: its codebooks, in order.
-        projection: before the first stage; None: there is none.
-        output_projection: of the sum of the stages; None: there is none.
+        projection: before the first stage; None: no projection.
+        output_projection: of the sum of the stages; None: no projection.
         largest: how much the sum of the stages, and so any residual, can differ from zero, from the latents.
     """
 

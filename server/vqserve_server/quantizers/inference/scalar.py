@@ -18,12 +18,13 @@ from vqserve_server.quantizers.inference.base import FrozenQuantizer, probe_ids
 from vqserve_server.quantizers.projections import Projection, largest_projected, on_device, project
 from vqserve_server.quantizers.tensors import autocast_off
 from vqserve_server.search import available
+from vqserve_server.search.denormals import to_float64
 from vqserve_server.search.rounding import affine
 
 
 @dataclass(frozen=True)
 class Channel:
-    """How one channel is quantized: its digit is the number of boundaries below its value.
+    """The quantization of one channel: its digit is the number of boundaries below its value.
 
     Attributes:
         boundaries: (L - 1,) float64, ascending; an infinite one is never, or always, below.
@@ -110,7 +111,7 @@ class FrozenScalar(FrozenQuantizer):
 
     def _indices(self, rows: Tensor) -> Tensor:
         # Counts the boundaries that are less than the number.
-        digits = torch.searchsorted(self._boundaries, rows.T.to(torch.float64).contiguous())
+        digits = torch.searchsorted(self._boundaries, to_float64(rows).T.contiguous())
         return (digits * self._weights[:, None]).sum(dim=0)
 
     @torch.no_grad()

@@ -64,7 +64,7 @@ INLINE void visit_near_blocks(const Codebook *book, const float *z, const Length
     }
 }
 
-// The same blocks again, for a row of which some lane may have more cells within the bounds than are known.
+// Searches the same blocks again, for a row that may have lanes with more cells within the bounds than are known.
 INLINE void consider_near_blocks(const Codebook *book, const float *z, const double *wide, const Length *length,
                                  float upper, int64_t dim, Candidates *c) {
     float reach = reach_of(upper, length->square, dim);

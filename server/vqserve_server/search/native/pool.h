@@ -4,6 +4,6 @@
 
 typedef void (*Work)(void *context, int64_t task, int worker);
 
-// Calls work(context, task, worker) for every task in [0, tasks), on up to `threads` threads of which the caller is one.
+// Calls work(context, task, worker) for every task in [0, tasks), on up to `threads` threads, the caller's included.
 // Workers are numbered below `threads`. Returns when all tasks are done.
 void vq_share(Work work, void *context, int64_t tasks, int threads);

@@ -35,8 +35,8 @@ INLINE void merge(Cells *cells, const Cells *other) {
     cells->second = min(cells->second, other->second);
 }
 
-// Scales a row to float32, `stride` floats apart, and measures it. A row that is not finite, and one that is too long,
-// is packed as zeros: its norm tells.
+// Scales a row to float32, `stride` floats apart, and measures it. A row that is not finite, or is too long, is
+// packed as zeros; its norm shows which rows these are.
 INLINE Length pack(const Codebook *book, const float *narrow, const double *wide, int64_t dim, float *z, int stride) {
     double square = 0;
     int finite = 1;

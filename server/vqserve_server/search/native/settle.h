@@ -93,7 +93,7 @@ INLINE void consider_cell(const Codebook *book, const double *z, double norm, in
     }
 }
 
-// Looks at block b again, for a row of which some lane may have more cells within the bounds than are known.
+// Searches block b again, for a row that may have lanes with more cells within the bounds than are known.
 INLINE void consider_block(const Codebook *book, const float *z, const double *wide, const Length *length, float upper,
                            int64_t b, int64_t dim, const int vectors, Candidates *c) {
     vf m[1];

@@ -161,25 +161,25 @@ def assert_serving(client: Any) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED_ENCODES)
-def test_refused_encodes(client: Any, name: str) -> None:
+def test_rejected_encodes(client: Any, name: str) -> None:
     fields, code, text = REFUSED_ENCODES[name]
     assert_refused(lambda: client.stub.Encode(pb.EncodeRequest(**fields)), code, text)
     assert_serving(client)
 
 
 @pytest.mark.parametrize("name", REFUSED_DECODES)
-def test_refused_decodes(client: Any, name: str) -> None:
+def test_rejected_decodes(client: Any, name: str) -> None:
     fields, code, text = REFUSED_DECODES[name]
     assert_refused(lambda: client.stub.Decode(pb.DecodeRequest(**fields)), code, text)
     assert_serving(client)
 
 
 def test_all_of_them_in_a_row(client: Any) -> None:
-    for call, kind, refused in (
+    for call, kind, rejected in (
         (client.stub.Encode, pb.EncodeRequest, REFUSED_ENCODES),
         (client.stub.Decode, pb.DecodeRequest, REFUSED_DECODES),
     ):
-        for fields, code, text in refused.values():
+        for fields, code, text in rejected.values():
             request = kind(**fields)
             assert_refused(lambda call=call, request=request: call(request), code, text)
     assert_serving(client)
