@@ -39,7 +39,7 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
         if given not in (None, found):
             raise checkpoint.error(f"its basis has {flag} {found}, not --{flag} {given}")
     checkpoint.note(
-        f"codes have length one; for a model with l2_norm=False, whose codes are -1 and 1: --kind lfq --bits {bits}"
+        f"codes have length one; for a model with post_q_l2_norm=False, codes are -1 and 1: --kind lfq --bits {bits}"
     )
     arguments = {"bits": bits, "bit_order": "big", "spherical": True, "input_dim": None, "output_dim": None}
     return Reading(_NAME, "lfq", arguments, {})
