@@ -18,7 +18,9 @@ from vqserve.layout import Layout, first_channels, grid_shape, parse_layout, war
 from vqserve.types import OutputName
 from vqserve.validation import (
     beyond_dtype,
+    check_call,
     check_has_output,
+    check_indices,
     check_indices_shape,
     check_latents_shape,
     check_num_quantizers,
@@ -33,7 +35,7 @@ from vqserve_server.device import to_device
 from vqserve_server.quantizers import tensors
 from vqserve_server.quantizers.inference.base import FrozenQuantizer
 from vqserve_server.rows import from_rows, to_rows
-from vqserve_server.validation import check_finite, check_indices
+from vqserve_server.validation import check_finite
 
 T = TypeVar("T")
 Indices = TypeVar("Indices", npt.NDArray[Any], Tensor)
@@ -50,11 +52,16 @@ class Options:
     dtype: torch.dtype
     output: OutputName
     num_quantizers: int
+    codebook: str | None
+    digest: str | None
 
 
 def options(
-    *,
     info: CodebookInfo,
+    codebook: str | None = None,
+    digest: str | None = None,
+    timeout: float | None = None,
+    *,
     layout: str | None = None,
     dtype: Any = "float32",
     output: str = "latents",
@@ -64,12 +71,15 @@ def options(
 
     Raises:
         InvalidOption: a value is not one of an option's values, or the codebook cannot give it.
+        TypeError: codebook, digest or timeout is of another type.
     """
     check_output(output)
+    check_call(codebook=codebook, digest=digest, timeout=timeout)
     check_has_output(output, info=info)
     count = check_num_quantizers(num_quantizers, available=info.num_quantizers)
     wanted: OutputName = "code_rows" if output == "code_rows" else "latents"
-    return Options(parse_layout(layout), getattr(torch, dtypes.latent_dtype_name(dtype)), wanted, count)
+    torch_dtype = getattr(torch, dtypes.latent_dtype_name(dtype))
+    return Options(parse_layout(layout), torch_dtype, wanted, count, codebook, digest)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from vqserve.codebook_info import of_stages
 from vqserve.errors import ForeignCheckpointError
+from vqserve.text import printable
 from vqserve_server.codebooks.file import save_state
 from vqserve_server.codebooks.state import USED
-from vqserve_server.console import printable
 from vqserve_tools.flags import add_flags, from_flags
 from vqserve_tools.importing.families.name_lists import modules_of
 from vqserve_tools.importing.families.names import is_part, is_running
@@ -32,7 +32,6 @@ def add_import_parser(subparsers: Subparsers) -> None:
     """Add the parser of `import`; its default `run` takes the parsed arguments and returns the exit status."""
     parser = subparsers.add_parser(
         "import",
-        help="make a codebook file from a foreign checkpoint or an array of codes",
         description="Make a codebook file from a foreign checkpoint or an array of codes; nothing in it is run.",
     )
     parser.add_argument(
