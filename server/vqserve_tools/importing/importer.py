@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from vqserve_server.quantizers import Quantizer
 from vqserve_server.search.searcher import first_of_equals
 from vqserve_tools.importing.beside import check_left
 from vqserve_tools.importing.candidates import candidates_text
+from vqserve_tools.importing.config import config_of
 from vqserve_tools.importing.families import FAMILIES, Family, bare, taming
 from vqserve_tools.importing.families.checkpoint import Checkpoint, Ledger, listed, shape_text
 from vqserve_tools.importing.families.family import Reading
@@ -25,7 +25,7 @@ from vqserve_tools.importing.families.names import is_part, is_running
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.orientation import check_counts
 from vqserve_tools.importing.families.taming import WRAPPERS
-from vqserve_tools.importing.files import UNNAMED, ForeignArray, open_foreign
+from vqserve_tools.importing.files import UNNAMED, ForeignArray, check_whole, open_foreign, weights_of
 
 # Families without codes; a checkpoint may have projections of them.
 _WITHOUT_CODES = {family.kind: family for family in FAMILIES if family.kind is not None}
@@ -66,8 +66,9 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
     """Make a quantizer from a foreign checkpoint.
 
     Args:
-        source: .npy, .npz, .safetensors, or a torch file (.pt, .pth, .ckpt, .bin, .th); None: `options` describe the
-            whole quantizer.
+        source: .npy, .npz, .safetensors, or a torch file (.pt, .pth, .ckpt, .bin, .th); an index of several files
+            (model.safetensors.index.json); a folder with the weights of one model. None: `options` describe the whole
+            quantizer.
         options: facts that the checkpoint does not contain; None: none.
 
     Raises:
@@ -76,7 +77,12 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
     options = options or Options()
     path = None if source is None else Path(source)
     with _opened(path, options) as checkpoint:
+        config = None if path is None or options.keys or UNNAMED in checkpoint.arrays else config_of(path)
+        if config is not None:
+            options = config.completed(options, checkpoint.arrays, checkpoint.note)
         place, reading = _read(checkpoint, options)
+        if config is not None:
+            config.check(place, reading.kind, reading.arguments, checkpoint.note)
         ledger = checkpoint.ledger
         arrays = _described(checkpoint.arrays)
         left = tuple(name for name in arrays if name not in ledger.taken)
@@ -92,8 +98,7 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
         "notes": ledger.notes,
     }
     if path is not None:
-        with path.open("rb") as file:
-            provenance |= {"source": path.name, "source_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        provenance |= weights_of(path).provenance()
     if options.metric is not None:
         provenance["metric"] = options.metric
     if options.transpose:
@@ -131,8 +136,10 @@ def _described(arrays: Mapping[str, ForeignArray]) -> dict[str, str]:
 def _opened(path: Path | None, options: Options) -> Iterator[Checkpoint]:
     ledger = Ledger(accepted=options.accept_left)
     if path is not None:
+        if len(options.keys) != 1:
+            check_whole(path)
         with open_foreign(path) as arrays:
-            yield Checkpoint(path.name, arrays, ledger=ledger)
+            yield Checkpoint(weights_of(path).name, arrays, ledger=ledger)
         return
     if options.kind not in _WITHOUT_CODES:
         kinds = " and ".join(f"--kind {kind}" for kind in _WITHOUT_CODES)
