@@ -13,7 +13,8 @@ from google.protobuf.message import DecodeError
 from vqserve import payload, wire
 from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import InvalidArgument, MessageTooLarge, ProtocolError, VqserveError
-from vqserve.layout import Layout, first_channels, indices_shape, latents_shape
+from vqserve.layout import Layout, channel_axis, first_channels, indices_shape, latents_shape
+from vqserve.stages import beyond_stages
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import check_indices, check_num_quantizers
 from vqserve_client.arrays import (
@@ -232,6 +233,9 @@ class EncodeCall(ArrayCall):
         part = self._reply_array(pb.EncodeResponse, reply, shape)
         if part.size and part.max() >= self.info.vocab_size:
             raise self._bad_reply(f"index {part.max()} in a vocabulary of {self.info.vocab_size}")
+        sizes = self.info.stage_vocab_sizes
+        if sizes and beyond_stages(part, sizes, channel_axis(self.layout)).any():
+            raise self._bad_reply(f"an index beyond its stage in vocabularies of {self.info.codes}")
         return part
 
 

@@ -63,6 +63,7 @@ class ListRequest(Request):
             and 1 <= entry.vocab_size <= LARGEST_VOCABULARY
             and all(1 <= width <= _WIDEST_ROW for width in widths)
             and entry.num_quantizers >= 1
+            and _can_be_stages(entry)
             and entry.layout in LAYOUT_OF_NUMBER
         ):
             for name in ("name", "kind", "digest"):
@@ -79,8 +80,14 @@ class ListRequest(Request):
             code_dim=entry.code_dim,
             output_dim=entry.output_dim,
             num_quantizers=entry.num_quantizers,
+            stage_vocab_sizes=tuple(entry.stage_vocab_sizes),
             layout=LAYOUT_OF_NUMBER[entry.layout],
         )
+
+
+def _can_be_stages(entry: Any) -> bool:
+    sizes = entry.stage_vocab_sizes
+    return not sizes or (len(sizes) == entry.num_quantizers > 1 and min(sizes) >= 1 and max(sizes) == entry.vocab_size)
 
 
 def choose(codebooks: Sequence[CodebookInfo], name: str | None, *, target: str) -> CodebookInfo:

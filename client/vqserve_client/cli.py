@@ -192,7 +192,7 @@ def _table(codebooks: Sequence[CodebookInfo]) -> str:
         (
             info.name,
             info.kind,
-            info.staged(info.num_codes),
+            info.codes,
             str(info.vocab_size),
             str(info.input_dim),
             str(info.code_dim),

@@ -32,6 +32,7 @@ from vqserve.errors import (
     quoted,
 )
 from vqserve.layout import LATENT_RANKS, Layout, channel_axis, parse_layout, resolve_layout, wrong_rank
+from vqserve.stages import beyond_stages
 
 # Numbers of axes that indices without stages can have.
 INDEX_RANKS = (1, 2, 3, 4)
@@ -347,12 +348,16 @@ def check_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available
 # Elements of arrays.
 
 
-def check_indices(array: npt.NDArray[np.integer[Any]], *, decodable: int) -> None:
-    """Check that indices lie in [0, decodable).
+def check_indices(
+    array: npt.NDArray[np.integer[Any]], *, decodable: int, stage_sizes: Sequence[int] = (), axis: int = -1
+) -> None:
+    """Check that indices lie in [0, decodable), or in the vocabularies of their stages.
 
     Args:
         array: indices of any integer type and shape; they are compared without conversion, so none wraps.
-        decodable: exclusive upper bound.
+        decodable: exclusive upper bound; of several stages, the largest.
+        stage_sizes: exclusive upper bound of each stage, where these differ.
+        axis: axis of a token's indices, with as many elements as there are stages or fewer.
 
     Raises:
         InvalidDtype: the array does not hold integers (bool does not count).
@@ -363,14 +368,21 @@ def check_indices(array: npt.NDArray[np.integer[Any]], *, decodable: int) -> Non
     if array.size == 0:
         return
     low, high = int(array.min()), int(array.max())
-    if low >= 0 and high < decodable:
+    if low >= 0 and high < min(stage_sizes, default=decodable):
         return
-    # If `decodable` does not fit the array's type, no element can exceed it.
     outside = array < 0
-    if high >= decodable:
+    if stage_sizes:
+        outside |= beyond_stages(array, stage_sizes, axis)
+        if not outside.any():
+            return
+    elif high >= decodable:
+        # If `decodable` does not fit the array's type, no element can exceed it.
         outside |= array >= np.asarray(decodable).astype(array.dtype)
     position = tuple(int(i) for i in np.unravel_index(int(outside.argmax()), array.shape))
-    raise not_an_index(position, int(array[position]), decodable)
+    value = int(array[position])
+    if not stage_sizes:
+        raise not_an_index(position, value, decodable)
+    raise not_an_index(position, value, stage_sizes[position[axis]], stage=position[axis])
 
 
 def not_an_array(array: str, value: object) -> NotAnArray:
@@ -432,14 +444,20 @@ def not_finite(position: Sequence[int], value: float, *, as_float32: bool = Fals
     return NonFiniteLatents(f"{{where}} is {value}", array="latents", position=position)
 
 
-def not_an_index(position: Sequence[int] | None, value: int, decodable: int) -> IndexOutOfRange:
-    """Return the error for an index that is not in [0, decodable)."""
-    return IndexOutOfRange(
-        f"{{where}} is {value}, not in [0, {decodable})",
-        array="indices",
-        position=position,
-        hint="are the indices from this codebook?",
-    )
+def not_an_index(
+    position: Sequence[int] | None, value: int, decodable: int, *, stage: int | None = None
+) -> IndexOutOfRange:
+    """Return the error for an index that is not in [0, decodable).
+
+    Args:
+        position: position of the index.
+        value: the index.
+        decodable: exclusive upper bound.
+        stage: stage of the index, counted from 0; None: all indices have the same bound.
+    """
+    of_stage = "" if stage is None else f", the vocabulary of stage {stage}"
+    text = f"{{where}} is {value}, not in [0, {decodable}){of_stage}"
+    return IndexOutOfRange(text, array="indices", position=position, hint="are the indices from this codebook?")
 
 
 def beyond_dtype(row: int, dtype: str, *, has_stages: bool) -> InvalidOption:

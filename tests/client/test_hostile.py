@@ -67,13 +67,22 @@ def test_a_lying_decode_reply(tiny, connect, lying, lie, text):
         {"output_dim": 1 << 63},
         {"code_dim": 0},
         {"num_quantizers": 0},
+        {"stage_vocab_sizes": [300, 5]},
+        {"stage_vocab_sizes": [300]},
+        {"num_quantizers": 3, "stage_vocab_sizes": [300, 5]},
+        {"num_quantizers": 2, "stage_vocab_sizes": [300, 0]},
+        {"num_quantizers": 2, "stage_vocab_sizes": [300, 301]},
+        {"num_quantizers": 2, "stage_vocab_sizes": [5, 5]},
         {"layout": 9},
     ],
 )
 def test_a_list_that_cannot_be(tiny, connect, latents, lie):
     def change(reply: pb.ListCodebooksResponse) -> None:
         for name, value in lie.items():
-            setattr(reply.codebooks[0], name, value)
+            if isinstance(value, list):
+                getattr(reply.codebooks[0], name).extend(value)
+            else:
+                setattr(reply.codebooks[0], name, value)
 
     client = connect(tiny.target)
     for call in (client.codebooks, lambda: client.encode(latents(2, 4))):

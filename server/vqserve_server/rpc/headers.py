@@ -216,7 +216,8 @@ class DecodeHeader(RequestHeader[pb.DecodeRequest]):
         """
         count = self._key.num_quantizers
         used = array if count is None else array[first_channels(count, self._layout)]
-        check_indices(used, decodable=self._tokenizer.decodable)
+        tokenizer, axis = self._tokenizer, layout.channel_axis(self._layout)
+        check_indices(used, decodable=tokenizer.decodable, stage_sizes=tokenizer.info.stage_vocab_sizes, axis=axis)
         return used
 
 

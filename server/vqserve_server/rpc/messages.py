@@ -130,5 +130,6 @@ def codebook_message(info: CodebookInfo) -> pb.CodebookInfo:
         code_dim=info.code_dim,
         output_dim=info.output_dim,
         num_quantizers=info.num_quantizers,
+        stage_vocab_sizes=info.stage_vocab_sizes,
         layout=payload.NUMBER_OF_LAYOUT[info.layout],  # type: ignore[arg-type]
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from vqserve import dtypes
 from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import rows_placed
-from vqserve.layout import Layout, first_channels, grid_shape, parse_layout, warn_of_an_image
+from vqserve.layout import Layout, channel_axis, first_channels, grid_shape, parse_layout, warn_of_an_image
 from vqserve.types import OutputName
 from vqserve.validation import (
     beyond_dtype,
@@ -175,14 +175,16 @@ def given_indices(indices: object, asked: Options, *, info: CodebookInfo, decoda
         tensors.check_integers(indices)
         layout = _layout_of_indices(indices.shape, asked, info)
         used_ids = _used(indices.detach(), layout, asked, info)
-        ids, device = tensors.checked_indices(used_ids, decodable), indices.device
+        axis = channel_axis(layout)
+        ids = tensors.checked_indices(used_ids, decodable, info.stage_vocab_sizes, axis)
+        device: torch.device | None = indices.device
     else:
         array = _plain_array(indices, "indices")
         if array.dtype.kind not in "iu":
             raise not_indices(array.dtype)
         layout = _layout_of_indices(array.shape, asked, info)
         used = _used(array, layout, asked, info)
-        check_indices(used, decodable=decodable)
+        check_indices(used, decodable=decodable, stage_sizes=info.stage_vocab_sizes, axis=channel_axis(layout))
         ids, device = torch.from_numpy(used.astype(np.int64)), None
     if not info.has_stages:
         return Given(ids.reshape(-1), tuple(ids.shape), layout, device)

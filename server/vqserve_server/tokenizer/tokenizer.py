@@ -84,6 +84,7 @@ class Tokenizer:
             code_dim=frozen.code_dim,
             output_dim=frozen.output_dim,
             num_quantizers=frozen.num_quantizers,
+            stage_vocab_sizes=frozen.stage_vocab_sizes,
             layout=quantizer.layout,
         )
         self.decodable = frozen.decodable
@@ -171,7 +172,8 @@ class Tokenizer:
         """Decode indices to latents.
 
         Args:
-            indices: any integers, shaped as `encode` returns them, in [0, decodable).
+            indices: any integers, shaped as `encode` returns them, in [0, decodable), or where the stages differ in
+                [0, info.stage_vocab_sizes[i]).
             layout: of the result, as in `encode`.
             dtype: of the result: "float32", "float16", "float64" or "bfloat16", or numpy's or torch's type of that
                 name; rounded once from the codebook's own values. numpy has no bfloat16: float32 holds its values.
@@ -275,7 +277,8 @@ class Tokenizer:
         """Return the rows of indices that were checked before.
 
         Args:
-            indices: int64 in [0, decodable): (n,), of a residual codebook (n, q) with the first q indices of each row.
+            indices: int64 in [0, decodable), or where the stages differ in [0, info.stage_vocab_sizes[i]): (n,), of a
+                residual codebook (n, q) with the first q indices of each row.
             output: "latents" or "code_rows".
             dtype: what the rows are wanted in, as a hint: a type's `storage` (vqserve.dtypes).
 

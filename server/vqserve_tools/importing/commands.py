@@ -148,7 +148,9 @@ def _found(result: Import) -> str:
 
 def _made(result: Import) -> str:
     made = result.quantizer
-    codes = of_stages(made.num_quantizers, made.num_codes) if made.has_stages else made.num_codes
+    codes = (
+        of_stages(made.num_quantizers, made.num_codes, made.stage_vocab_sizes) if made.has_stages else made.num_codes
+    )
     return f"{made.kind}, {codes} codes"
 
 

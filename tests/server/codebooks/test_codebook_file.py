@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from kinds import ONE_OF_EACH
+from kinds import ONE_OF_EACH, bounds
 from vqserve_server.codebooks import codebook_digest, load_codebook, save_codebook
 from vqserve_server.codebooks import file as codebook_file
 from vqserve_server.codebooks.kinds import KINDS
@@ -49,7 +49,7 @@ def latents_for(quantizer, n=64):
 def all_indices(quantizer):
     """Every index, in a shape that the quantizer decodes."""
     ids = torch.arange(min(quantizer.decodable, 500))
-    return ids[:, None].expand(-1, quantizer.num_quantizers) if quantizer.has_stages else ids
+    return ids[:, None].expand(-1, quantizer.num_quantizers) % bounds(quantizer) if quantizer.has_stages else ids
 
 
 def rewrite(path: Path, *, tensors=None, metadata=None, drop=()) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 from vqserve.errors import ForeignCheckpointError
-from vqserve_server.codebooks.kinds import KINDS
 from vqserve_tools.importing.families.checkpoint import Checkpoint
 from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.options import Options
@@ -15,7 +14,6 @@ _PROJECTION = "project_in.weight"
 # X-Codec 2 and NeuCodec: a residual quantizer with the keys of this one, recognized by its module or by its sizes.
 _XCODEC = re.compile(r"(?:^|\.)generator\.quantizer\.project_in\.")
 _XCODEC_LEVELS, _XCODEC_SHAPE = (4,) * 8, (8, 2048)
-_RESIDUAL = "residual_fsq"
 
 
 def _read(checkpoint: Checkpoint, options: Options) -> Reading:
@@ -52,10 +50,10 @@ def _check_residual(checkpoint: Checkpoint, levels: tuple[int, ...]) -> None:
         full = f"{checkpoint.prefix}{name}"
         sizes = full.endswith(_PROJECTION) and levels == _XCODEC_LEVELS and array.shape == _XCODEC_SHAPE
         if sizes or _XCODEC.search(full):
-            remedy = f"pass --kind {_RESIDUAL}" if _RESIDUAL in KINDS else "it is not supported"
             raise checkpoint.error(
                 f"{full} is of X-Codec 2 or NeuCodec, whose quantizer is a residual one (ResidualFSQ): finite scalar "
-                f"quantization would give other tokens; {remedy}"
+                "quantization would give other tokens; load the projections into a ResidualFiniteScalarQuantizer, and "
+                "write it with save_codebook"
             )
 
 
