@@ -19,6 +19,7 @@ import torch
 from google.protobuf import json_format
 from safetensors.torch import save_file
 
+from support.foreign import CASES
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from vqserve_client.cli import main as vqserve
@@ -339,9 +340,34 @@ def sources_of_the_recipes():
     }
 
 
+# Of the recipes that have their checkpoints in `support.foreign`.
+FOREIGN = {
+    "emu35_vision_tokenizer.safetensors": "emu3_5",
+    "unitok_tokenizer.pth": "unitok",
+    "bsqvit_18bit.pt": "bsq",
+    "xcodec.safetensors": "xcodec",
+    "higgs_audio_v2_tokenizer.safetensors": "higgs_audio_v2",
+    "maskgct_semantic_codec.safetensors": "repcodec",
+    "moss_audio_tokenizer.safetensors": "moss_audio_tokenizer",
+    "xy_tokenizer.ckpt": "xy_tokenizer",
+    "qwen3_tts_12hz.safetensors": "qwen_12hz",
+    "qwen3_tts_25hz.safetensors": "qwen_25hz",
+    "glm_4_voice_tokenizer.safetensors": "whisper_vq",
+    "speech_tokenizer_v2.pt": "s3_tokenizer",
+    "rqvae.pth": "semantic_ids",
+    "vqvae.pt": "vqvae",
+    "vqvae_ema.pt": "vqvae_with_averages",
+    "vqvae2.pt": "vqvae_2",
+    "own_vq_layer.pt": "vq_layer",
+    "own_codebook.pt": "codebook",
+}
+
+
 def test_the_recipes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sources = sources_of_the_recipes()
+    for name, family in FOREIGN.items():
+        sources[name] = {name: torch.from_numpy(np.array(array)) for name, array in CASES[family]().arrays.items()}
     for name, content in sources.items():
         Path(name).parent.mkdir(exist_ok=True)
         match Path(name).suffix:

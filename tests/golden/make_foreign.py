@@ -30,7 +30,15 @@ _GOLDEN_ROWS = 256
 # Module of libraries/: the functions in it that make a golden each.
 FAMILIES = {
     "from_diffusers": ("diffusers_vqmodel", "amused"),
-    "from_transformers": ("chameleon", "emu3", "encodec_transformers", "dac_transformers", "mimi_transformers"),
+    "from_transformers": (
+        "chameleon",
+        "emu3",
+        "encodec_transformers",
+        "dac_transformers",
+        "mimi_transformers",
+        "xcodec",
+        "higgs_audio_v2",
+    ),
     "from_codecs": ("encodec", "dac", "mimi", "speechtokenizer"),
     "from_lucidrains": (
         "lucidrains_vq",
@@ -44,6 +52,7 @@ FAMILIES = {
         "lucidrains_lfq",
         "lucidrains_simvq",
     ),
+    "from_speech": ("qwen_25hz", "qwen_25hz_residual", "s3_tokenizer"),
     "from_taming": ("taming", "taming_gumbel", "open_magvit2"),
 }
 MODULE_OF = {family: module for module, families in FAMILIES.items() for family in families}

@@ -1,18 +1,23 @@
-"""Hugging Face transformers: Chameleon and Emu3 for images, EnCodec, DAC and Mimi for sound."""
+"""Hugging Face transformers: Chameleon and Emu3 for images; EnCodec, DAC, Mimi, XCodec and Higgs Audio for sound."""
 
 from __future__ import annotations
 
+import importlib
+from types import SimpleNamespace
+
 import torch
+from torch import nn
 from transformers import ChameleonVQVAEConfig, DacConfig, Emu3VQVAEConfig, EncodecConfig, MimiConfig
 from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 from transformers.models.dac.modeling_dac import DacResidualVectorQuantizer
 from transformers.models.emu3.modeling_emu3 import Emu3VQVAE
 from transformers.models.encodec.modeling_encodec import EncodecResidualVectorQuantizer
 from transformers.models.mimi.modeling_mimi import MimiSplitResidualVectorQuantizer
+from transformers.models.xcodec.modeling_xcodec import XcodecResidualVectorQuantization
 
 from libraries.draw import Draw, by_parts
 from libraries.golden import Golden
-from libraries.library import fill, golden, named
+from libraries.library import fill, golden, named, pretend
 
 _AROUND = ("quantize.", "quant_conv.", "post_quant_conv.", "encoder.conv_in.")
 
@@ -142,3 +147,42 @@ def mimi_transformers(draw: Draw) -> Golden:
     decoded = by_parts(module.decode, indices)
     state = named(module, "quantizer.")
     return golden("transformers", state, latents, indices, decoded, suffix=".safetensors")
+
+
+def xcodec(draw: Draw) -> Golden:
+    """Make XCodec's: EnCodec's stages, wider."""
+    stages, codes, width = draw.size(4, 8), draw.size(64, 1024), draw.size(16, 1024)
+    config = SimpleNamespace(num_quantizers=stages, frame_rate=50, codebook_size=codes, codebook_dim=width)
+    module = XcodecResidualVectorQuantization(config)
+    codebooks = [draw.codes(codes, width, 0.7**stage) for stage in range(stages)]
+    return _of_buffers(draw, module, codebooks, draw.near(codebooks))
+
+
+def higgs_audio_v2(draw: Draw) -> Golden:
+    """Make Higgs Audio v2's: every stage between projections."""
+    # The module imports it for what comes before the quantizer.
+    pretend("torchaudio")
+    library = importlib.import_module("transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokenizer")
+    stages, codes, width, hidden = draw.size(4, 8), draw.size(64, 1024), draw.size(8, 64), draw.size(24, 1024)
+    config = SimpleNamespace(
+        num_quantizers=stages, frame_rate=50, codebook_size=codes, codebook_dim=width, hidden_size=hidden
+    )
+    module = library.HiggsAudioV2TokenizerResidualVectorQuantization(config)
+    codebooks = [draw.codes(codes, width, 0.7**stage) for stage in range(stages)]
+    return _of_buffers(draw, module, codebooks, 1.5 * draw.normal(draw.rows, hidden))
+
+
+def _of_buffers(draw: Draw, module: nn.Module, codebooks: list[torch.Tensor], rows: torch.Tensor) -> Golden:
+    values = {}
+    for stage, codebook in enumerate(codebooks):
+        usage = draw.positive(len(codebook))
+        where = f"quantizers.{stage}.codebook"
+        values[f"{where}.embed"] = codebook
+        values[f"{where}.cluster_size"] = usage
+        values[f"{where}.embed_avg"] = codebook * usage[:, None]
+        values[f"{where}.inited"] = torch.ones(1)
+    fill(module, draw, **values)
+    latents = draw.sequences(rows).movedim(-1, 1).contiguous()
+    indices = by_parts(lambda part: module.encode(part).movedim(0, 1), latents)
+    decoded = by_parts(lambda part: module.decode(part.movedim(1, 0)), indices)
+    return golden("transformers", named(module, "quantizer."), latents, indices, decoded, suffix=".safetensors")

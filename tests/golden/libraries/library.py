@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import torch
@@ -38,6 +39,12 @@ def module_alone(name: str) -> ModuleType:
             bare.__path__ = list(spec.submodule_search_locations)
             sys.modules[package] = bare
     return importlib.import_module(name)
+
+
+def pretend(*packages: str) -> None:
+    """Let packages be imported that are not installed and that a quantizer does not use."""
+    for package in packages:
+        sys.modules.setdefault(package, MagicMock(__spec__=None))
 
 
 def fill(module: nn.Module, draw: Draw, **values: Tensor) -> None:

@@ -305,7 +305,8 @@ def test_a_remap_may_be_of_any_integer_type(tmp_path, capsys):
     [
         ({"embedding.weight": CODES, "head.weight": CODES}, [], "head.weight (10x4) too"),
         ({"quantize.embedding.weight": CODES}, [], "quantize.embedding.weight does not define the metric"),
-        ({"vq.embedding.weight": CODES}, [], "--prefix vq. (10x4)"),
+        ({"vq.embedding.weight": CODES}, [], "vq.embedding.weight does not define the metric"),
+        ({"net.embedding.weight": CODES}, [], "--prefix net. (10x4)"),
         ({"quantize.embedding.weight": CODES}, ["--prefix", "quantize"], "does not define the metric"),
         ({"q.embedding.weight": CODES, "q.vocab_hits": CODES[0]}, ["--prefix", "q."], "q.vocab_hits (4) too"),
         ({"q.embedding.weight": CODES}, ["--prefix", "nowhere."], "no quantizer under 'nowhere.'"),

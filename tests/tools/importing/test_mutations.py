@@ -1,7 +1,7 @@
 """Mutants of every family's example: each is imported right or rejected, none gives other tokens in silence.
 
 The truth about a mutant comes from what the mutation does to its example, whose formula is written down in
-test_families.py, in float64:
+tests/support/foreign, in float64:
 
 - A wrapper, a prefix, other metadata or a wider type change no number: the tokens are the example's.
 - Codes that are replaced in place are replaced in the formula too, which reads the same memory.
@@ -29,7 +29,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tools.importing.test_families import CASES, RNG, Case
+from support.foreign import CASES, RNG, Case
 from vqserve.errors import ForeignCheckpointError
 from vqserve_tools.flags import add_flags, from_flags
 from vqserve_tools.importing.families.options import Options

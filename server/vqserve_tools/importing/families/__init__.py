@@ -3,21 +3,56 @@
 Each family has one module. It defines the keys by which the family is recognised, and how its arrays are read.
 """
 
-from vqserve_tools.importing.families import dac, encodec, fsq, gumbel, lfq, llamagen, lucidrains, mimi, simvq, taming
+from vqserve_tools.importing.families import (
+    bsq,
+    dac,
+    encodec,
+    fsq,
+    gumbel,
+    lfq,
+    llamagen,
+    lucidrains,
+    mimi,
+    named,
+    qwen,
+    s3_tokenizer,
+    semantic_ids,
+    simvq,
+    taming,
+    unitok,
+    unsupported,
+    vqvae,
+    whisper_vq,
+    xy_tokenizer,
+)
 from vqserve_tools.importing.families.family import Family
 
 # A checkpoint is compared with the families in this order: distinctive keys first, ambiguous keys last.
-FAMILIES: tuple[Family, ...] = (
+_BY_KEYS: tuple[Family, ...] = (
+    unsupported.MULTI_SCALE,
+    unsupported.RESIDUAL_LFQ,
     mimi.FAMILY,
+    dac.FISH,
     dac.FAMILY,
+    dac.AMPHION,
+    xy_tokenizer.FAMILY,
     lucidrains.FAMILY,
     encodec.FAMILY,
+    qwen.FAMILY,
+    unitok.FAMILY,
+    semantic_ids.FAMILY,
     simvq.FAMILY,
     gumbel.FAMILY,
     llamagen.FAMILY,
+    s3_tokenizer.FAMILY,
+    bsq.FAMILY,
     lfq.FAMILY,
     fsq.FAMILY,
+    whisper_vq.FAMILY,
+    vqvae.FAMILY,
+    vqvae.COLUMNS,
     taming.FAMILY,
 )
+FAMILIES: tuple[Family, ...] = (*_BY_KEYS, named.last_resort(_BY_KEYS))
 
 __all__ = ["FAMILIES", "Family"]

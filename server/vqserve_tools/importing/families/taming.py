@@ -1,8 +1,8 @@
 """State dicts with the names of taming-transformers and sgm, which many models share.
 
 The name `quantize.embedding.weight` does not determine the metric: latent diffusion, diffusers' VQModel, aMUSEd,
-Chameleon and Emu3 search by distance, some TiTok models by cosine, IBQ by dot product. sgm's own name is
-`regularization.embedding.weight`; it searches by distance.
+Chameleon and Emu3 search by distance, some TiTok models by cosine, IBQ and Emu3.5 by dot product. sgm's own name is
+`regularization.embedding.weight`; it searches by distance. In many models the module has one of a few other names.
 """
 
 from __future__ import annotations
@@ -26,15 +26,26 @@ _AVERAGES = ("embedding.cluster_size", "embedding.embed_avg")
 _LAYERS = ("proj_in", "proj_out")
 _PROJECTIONS = tuple(f"{layer}.{name}" for layer in _LAYERS for name in ("weight", "bias"))
 _KNOWN = frozenset({*CODES, *LEGACY_NAMES, NORM, *_AVERAGES, *_PROJECTIONS, USED})
-# Modules of the quantizer: in taming-transformers, in sgm, and in the quantizer's own state dict.
-_MODULES = ("quantize.", "regularization.", "")
+# Modules of the quantizer: in taming-transformers, in sgm, in other models, and in the quantizer's own state dict.
+_OTHERS = (
+    "codebook.",
+    "quantization.",
+    "quantizer.",
+    "vector_quantization.",
+    "vector_quantizer.",
+    "vq.",
+    "vq_layer.",
+)
+_ENDINGS = tuple(f".{module}" for module in ("quantize.", "regularization.", *_OTHERS))
 WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
 
 _NAME = "a quantizer of taming-transformers or sgm"
+_OTHER_NAME = "a quantizer with the names of taming-transformers"
 _WHY = (
     "taming-transformers, latent diffusion, diffusers and Chameleon search these keys by l2, TiTok's 12-channel models "
-    "by cosine, IBQ by dot"
+    "by cosine, IBQ and Emu3.5 by dot"
 )
+_OTHER_WHY = "some models search by distance, some by cosine, some by dot product"
 _OUR_WHY = "VectorQuantizer, CosineQuantizer and DotQuantizer have the same keys"
 # TiTok has this array beside a codebook that training clusters.
 _CLUSTERING = "embed_prob"
@@ -42,9 +53,7 @@ _CLUSTERING = "embed_prob"
 
 def _places(arrays: Mapping[str, ForeignArray]) -> set[str]:
     places = {place for name in CODES for place in places_of(arrays, name)}
-    return {place for place in places if place == "" or place.endswith((".quantize.", ".regularization."))} | (
-        places & set(_MODULES)
-    )
+    return {place for place in places if f".{place}".endswith(_ENDINGS)} | places & {""}
 
 
 def _read(checkpoint: Checkpoint, options: Options) -> Reading:
@@ -66,7 +75,11 @@ def _bare(checkpoint: Checkpoint, options: Options, model: str) -> Reading:
     if model == "Emu3" or f".{checkpoint.prefix}".endswith(".regularization."):
         metric = options.metric or "l2"
     else:
-        why = _WHY if f".{checkpoint.prefix}".endswith(".quantize.") else _OUR_WHY
+        why = _OUR_WHY
+        if f".{checkpoint.prefix}".endswith(".quantize."):
+            why = _WHY
+        elif model == _OTHER_NAME:
+            why = _OTHER_WHY
         metric = options.asked_metric(checkpoint, f"{checkpoint.prefix}{WEIGHT}", why)
     if model == "TiTok":
         decode_normalized = options.decode_of(model, metric, "normalized")
@@ -93,7 +106,10 @@ def _model(checkpoint: Checkpoint) -> str:
     first = checkpoint.arrays.get(f"{outside}quant_conv.conv.weight")
     if first is not None and len(first.shape) == 5:
         return "Emu3"
-    return "TiTok" if f"{outside}latent_tokens" in checkpoint.arrays else _NAME
+    if f"{outside}latent_tokens" in checkpoint.arrays:
+        return "TiTok"
+    is_other = f".{checkpoint.prefix}".endswith(tuple(f".{module}" for module in _OTHERS))
+    return _OTHER_NAME if is_other else _NAME
 
 
 def _note_average(checkpoint: Checkpoint, metric: str) -> None:

@@ -1,0 +1,141 @@
+"""Checkpoints that are recognised and refused: the error says why, and nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from support.foreign.case import layer, linear, normal
+from vqserve_server.tokenizer import Tokenizer
+from vqserve_tools import cli
+
+K, D, C = 12, 4, 6
+
+
+def import_of(arrays: dict[str, np.ndarray], tmp_path: Path, *flags: str) -> tuple[int, Path]:
+    source, out = tmp_path / "model.npz", tmp_path / "out.safetensors"
+    np.savez(source, **arrays)
+    return cli.main(["import", str(source), "-o", str(out), *flags]), out
+
+
+def refuse(arrays: dict[str, np.ndarray], tmp_path: Path, capsys, *flags: str) -> str:
+    status, out = import_of(arrays, tmp_path, *flags)
+    text, error = capsys.readouterr()
+    assert (status, text, error.count("\n")) == (1, "", 1)
+    assert not out.exists()
+    return error
+
+
+def var() -> dict[str, np.ndarray]:
+    at = "quantize."
+    arrays = {f"{at}embedding.weight": normal(K, D), f"{at}ema_vocab_hit_SV": normal(10, K)}
+    for i in range(4):
+        arrays |= {
+            f"{at}quant_resi.qresi_ls.{i}.weight": normal(D, D, 3, 3),
+            f"{at}quant_resi.qresi_ls.{i}.bias": normal(D),
+        }
+    return arrays
+
+
+def infinity() -> dict[str, np.ndarray]:
+    return {"vae.quantizer.lfq.mask": 2 ** np.arange(9, -1, -1), "vae.decoder.bias": normal(2)}
+
+
+@pytest.mark.parametrize("flags", [(), ("--metric", "l2"), ("--prefix", "quantize.", "--metric", "l2")])
+def test_several_scales(tmp_path, capsys, flags):
+    error = refuse(var(), tmp_path, capsys, *flags)
+    assert "quantize is a quantizer of several scales" in error
+    assert "needs all tokens of an image at once" in error
+
+
+@pytest.mark.parametrize("left_out", ["ema_vocab_hit_SV", "quant_resi"])
+def test_several_scales_by_one_sign_alone(tmp_path, capsys, left_out):
+    arrays = {name: array for name, array in var().items() if left_out not in name}
+    assert "several scales" in refuse(arrays, tmp_path, capsys, "--metric", "l2")
+
+
+def test_several_scales_of_signs(tmp_path, capsys):
+    error = refuse(infinity(), tmp_path, capsys)
+    assert "several scales" in error
+    assert "if this one has a single scale, pass --kind lfq --bits" in error
+    status, out = import_of(infinity(), tmp_path, "--kind", "lfq", "--bits", "10", "--spherical")
+    assert status == 0
+    assert Tokenizer.load(out, device="cpu").info.num_codes == 1024
+
+
+def test_stages_of_signs(tmp_path, capsys):
+    arrays = {f"rlfq.layers.{i}.mask": 2 ** np.arange(9, -1, -1) for i in range(3)}
+    assert "rlfq is residual lookup-free quantization, which is not supported" in refuse(arrays, tmp_path, capsys)
+
+
+def test_more_bits_than_an_index_has(tmp_path, capsys):
+    arrays = {"quantize.basis": np.ones(36, np.int64), "quantize.group_basis": 2 ** np.arange(8, -1, -1)}
+    error = refuse(arrays, tmp_path, capsys)
+    assert (
+        "its tokens have 36 bits, and an index has at most 32: it would need an index for each group of 9 bits" in error
+    )
+
+
+@pytest.mark.parametrize(
+    ("arrays", "flags", "match"),
+    [
+        ({"q.basis": 2 ** np.arange(6), "q.group_basis": np.arange(3)}, [], "does not hold descending powers of two"),
+        ({"q.basis": 2 ** np.arange(5, -1, -1), "q.group_basis": np.arange(3)}, ["--bits", "7"], "not --bits 7"),
+        ({"q.basis": np.ones((2, 2), int), "q.group_basis": np.arange(3)}, [], "do not hold a power of two for a bit"),
+        ({"rvqs.0.embed": normal(1, K, D), "rvqs.1.embed": normal(1, K, D)}, [], "it has 2 groups"),
+        ({"rvqs.0.embed": normal(0, K, D)}, [], "has no stages"),
+        ({"rvqs.0.embed": normal(1, K, D), "rvqs.0.shift": normal(2)}, [], "rvqs.0.shift ("),
+        ({"_embedding.weight": normal(D, K), "_ema_cluster_size": normal(K)}, [], "a count for each of its K rows"),
+        ({"_embedding.weight": normal(K, D), "_ema_w": normal(K, D)}, ["--metric", "dot"], "is searched by l2"),
+        ({"vq.dictionary": normal(D, K)}, ["--metric", "l2"], "pass --key vq.dictionary if they are rows"),
+        ({"vq.dictionary": normal(K, D), "vq.scale": normal(1)}, ["--metric", "l2"], "scale ("),
+        ({"q.embed": normal(K, K), "q.embed_avg": normal(K, K), "q.cluster_size": normal(K)}, [], "does not show"),
+        ({"codebooks.0.vocab_usage": normal(K), "codebooks.0.codebook.weight": normal(K, D)}, ["--decode", "raw"],
+         "UniTok decodes to normalized rows"),
+        ({"vq_layers.0.embedding.weight": normal(K, D), "vq_layers.2.embedding.weight": normal(K, D)}, [],
+         "vq_layers.1 is missing"),
+        ({"vq_layers.0.embedding.weight": normal(K, D), "vq_layers.0.scale": normal(1)}, [], "vq_layers.0.scale ("),
+    ],
+)  # fmt: skip
+def test_what_a_family_does_not_have(tmp_path, capsys, arrays, flags, match):
+    assert match in refuse(arrays, tmp_path, capsys, *flags)
+
+
+def moss(*outer: str) -> dict[str, np.ndarray]:
+    arrays = {"quantizers.0.codebook.weight": normal(K, 2)}
+    layer(arrays, "quantizers.0.in_proj", C, 2, "new")
+    layer(arrays, "quantizers.0.out_proj", 2, C, "new")
+    for name in outer:
+        layer(arrays, name, 7 if name == "input_proj" else C, C if name == "input_proj" else 8, "new")
+    return arrays
+
+
+def test_a_projection_around_all_stages_without_its_counterpart(tmp_path, capsys):
+    assert "'output_proj.weight' is missing" in refuse(moss("input_proj"), tmp_path, capsys, "--metric", "cosine")
+
+
+def test_decoded_latents_of_another_width(tmp_path, capsys):
+    error = refuse(moss("input_proj", "output_proj"), tmp_path, capsys, "--metric", "cosine")
+    assert "parts.0.proj_out.weight" in error
+
+
+def test_the_third_metric_is_none_of_amphion_s(tmp_path, capsys):
+    arrays = {"quantizers.0.codebook.weight": normal(K, 2)}
+    layer(arrays, "quantizers.0.in_project", C, 2, "old")
+    layer(arrays, "quantizers.0.out_project", 2, C, "old")
+    assert "RepCodec is not searched by dot" in refuse(arrays, tmp_path, capsys, "--metric", "dot")
+
+
+def test_s3_tokenizer_s_levels_are_known(tmp_path, capsys):
+    arrays = {f"_codebook.{name}": array for name, array in linear("project_down", C, 3).items()}
+    error = refuse(arrays, tmp_path, capsys, "--levels", "4,4,4")
+    assert "S3Tokenizer has levels 3,3,3, not --levels 4,4,4" in error
+
+
+def test_two_codebooks_by_name_are_a_choice(tmp_path, capsys):
+    arrays = {"a.codebook.weight": normal(K, D), "b.codebook.weight": normal(K, D)}
+    error = refuse(arrays, tmp_path, capsys, "--metric", "l2")
+    assert "--key a.codebook.weight (12x4)" in error
+    assert "--key b.codebook.weight (12x4)" in error
