@@ -15,7 +15,7 @@ from vqserve_server.codebooks import codebook_digest, load_codebook, save_codebo
 def answers(tokenizer: Tokenizer, latents: np.ndarray) -> tuple[object, ...]:
     indices = tokenizer.encode(latents)
     info = tokenizer.info
-    tokens = np.arange(info.num_codes if info.has_stages else tokenizer.decodable)
+    tokens = np.arange(min(info.stage_vocab_sizes, default=tokenizer.decodable))
     decoded = tokenizer.decode(np.repeat(tokens[:, None], info.num_quantizers, axis=1) if info.has_stages else tokens)
     return (info, tokenizer.weight_dtype, indices.dtype, indices.tobytes(), decoded.dtype, decoded.tobytes())
 

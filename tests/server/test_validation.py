@@ -123,7 +123,7 @@ def test_indices_of_stages_of_every_type(dtype, axis):
     def check(rows):
         array = np.array([[row] for row in rows], dtype)
         moved = array if axis == -1 else np.moveaxis(array, -1, 1)
-        validation.check_indices(moved, decodable=1 << 32, stage_sizes=sizes, axis=axis)
+        check_indices(moved, decodable=1 << 32, stage_sizes=sizes, axis=axis)
 
     for count in range(1, 6):
         check([[0] * count, most[:count]])
@@ -138,10 +138,10 @@ def test_indices_of_stages_of_every_type(dtype, axis):
 
 def test_indices_of_stages_never_wrap():
     with pytest.raises(IndexOutOfRange, match=r"indices\[0, 1\] is 18446744073709551615, not in \[0, 9\)"):
-        validation.check_indices(np.array([[1, (1 << 64) - 1]], np.uint64), decodable=300, stage_sizes=(300, 9))
+        check_indices(np.array([[1, (1 << 64) - 1]], np.uint64), decodable=300, stage_sizes=(300, 9))
     with pytest.raises(IndexOutOfRange, match=r"indices\[0, 0\] is -1, not in \[0, 300\), the vocabulary of stage 0"):
-        validation.check_indices(np.array([[-1, 3]], np.int8), decodable=300, stage_sizes=(300, 9))
-    validation.check_indices(np.empty((0, 2), np.int64), decodable=300, stage_sizes=(300, 9))
+        check_indices(np.array([[-1, 3]], np.int8), decodable=300, stage_sizes=(300, 9))
+    check_indices(np.empty((0, 2), np.int64), decodable=300, stage_sizes=(300, 9))
 
 
 def test_no_indices_are_in_range():

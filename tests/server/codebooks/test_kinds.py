@@ -124,7 +124,7 @@ def test_golden_digests(name):
 @pytest.mark.parametrize("name", FIXED)
 def test_the_canonical_form(name):
     make, arguments = FIXED[name]
-    fields = [b"vqserve codebook digest 1", name.partition("_")[0].encode(), arguments.encode()]
+    fields = [b"vqserve codebook digest 1", make().kind.encode(), arguments.encode()]
     for key, tensor in sorted(make().state_dict().items()):
         shape = json.dumps(list(tensor.shape), separators=(",", ":")).encode()
         fields += [key.encode(), b"F32", shape, tensor.numpy().astype("<f4").tobytes()]

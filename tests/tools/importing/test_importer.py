@@ -803,7 +803,7 @@ def test_other_files(tmp_path, capsys):
     fails(capsys, "files of type '.h4' are not read", "import", other, "-o", tmp_path / "o.safetensors")
     source = tmp_path / "list.pt"
     torch.save([torch.zeros(2, 2)], source)
-    fails(capsys, "with --key: 0 2x2", "import", source, "-o", tmp_path / "o.safetensors")
+    fails(capsys, "likely ones first: --key 0 (2x2)", "import", source, "-o", tmp_path / "o.safetensors")
     torch.save([1, 2], source)
     fails(capsys, "holds an object of type list, and no tensors", "import", source, "-o", tmp_path / "o.safetensors")
     codebook = tmp_path / "c.safetensors"
