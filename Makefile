@@ -45,7 +45,8 @@ test-search: $(VENV)/.installed  ## compare every search backend with an oracle 
 	$(BIN)/python -m pytest tests/server/search/test_many_rows.py --search-rows $(ROWS) --timeout 0
 
 # The ends of the range that server/vqserve_server/grpcio_release.py says is tested. Everything else comes from
-# constraints.txt but protobuf, which the oldest grpcio-health-checking holds below 7.
+# constraints.txt but protobuf, which the oldest grpcio-health-checking holds below 7. A release of grpcio that mends
+# something need not have one of grpcio-health-checking and grpcio-reflection beside it.
 GRPCIO_OLDEST := 1.72.2
 GRPCIO_NEWEST := 1.85.3
 .venv-grpcio-oldest/.installed: GRPCIO := $(GRPCIO_OLDEST)
@@ -54,7 +55,7 @@ GRPCIO_NEWEST := 1.85.3
 	$(PYTHON) -m venv --clear $(@D)
 	grep -vE '^(grpcio.*|protobuf)==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt -e '.[dev]' \
-		$(patsubst %,%==$(GRPCIO),grpcio grpcio-health-checking grpcio-reflection)
+		grpcio==$(GRPCIO) $(patsubst %,'%<=$(GRPCIO)',grpcio-health-checking grpcio-reflection)
 	@touch $@
 
 test-grpcio: .venv-grpcio-oldest/.installed .venv-grpcio-newest/.installed  ## rpc and client tests on the oldest and newest grpcio

@@ -21,14 +21,14 @@ from contenders import Echo, Ours
 from serving import CALLERS, RESULTS
 
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_bench import Closed, Measurement, Open, Request, Schedule, measure
+from vqserve_bench import ClosedLoop, Measurement, OpenLoop, Request, Schedule, measure
 
 TINY = Cell("tiny", 1, "encode", "fp32")
 MIB = 1 << 20
 
 
 def put(
-    target: str, method: str, request: bytes, load: Closed | Open, *, seconds: float, processes: int = 1
+    target: str, method: str, request: bytes, load: ClosedLoop | OpenLoop, *, seconds: float, processes: int = 1
 ) -> Measurement:
     schedule = Schedule(warmup_s=0.5, window_s=seconds, max_windows=3, stability=1e-9)
     return measure(
@@ -49,8 +49,8 @@ def alone(ours: Ours, seconds: float) -> list[str]:
         with Echo("sync", cell.reply_bytes + 120) as echo:
             pairs = []
             for _ in range(3):
-                floor = put(echo.target, "/bench.Echo/Echo", cell.request, Closed(1), seconds=seconds)
-                served = put(ours.target, cell.method, cell.request, Closed(1), seconds=seconds)
+                floor = put(echo.target, "/bench.Echo/Echo", cell.request, ClosedLoop(1), seconds=seconds)
+                served = put(ours.target, cell.method, cell.request, ClosedLoop(1), seconds=seconds)
                 pairs.append((p50(floor), p50(served)))
         floor_ms, served_ms = (statistics.median(values) for values in zip(*pairs, strict=True))
         lines.append(f"| {cell.name} | {floor_ms:.3f} | {served_ms:.3f} | **{served_ms - floor_ms:.3f}** |")
@@ -70,8 +70,8 @@ def poisson(ours: Ours, seconds: float) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for cell in (TINY, Cell("ldm-f8", 16, "encode", "fp32"), Cell("vqgan-f16", 16, "encode", "fp32")):
-        peak = put(ours.target, cell.method, cell.request, Closed(CALLERS), seconds=seconds).requests_per_s
-        load = Open(0.7 * peak)
+        peak = put(ours.target, cell.method, cell.request, ClosedLoop(CALLERS), seconds=seconds).requests_per_s
+        load = OpenLoop(0.7 * peak)
         runs = []
         for _ in range(3):
             latency = put(ours.target, cell.method, cell.request, load, seconds=3 * seconds).latency_ms
@@ -109,7 +109,7 @@ def batching(folder: Path, seconds: float, tokenizers: dict[str, object]) -> lis
                 rates: tuple[list[float], ...] = [], [], []
                 for _ in range(3):
                     for (target, method), into in zip(ways, rates, strict=True):
-                        into.append(put(target, method, request, Closed(CALLERS), seconds=seconds).requests_per_s)
+                        into.append(put(target, method, request, ClosedLoop(CALLERS), seconds=seconds).requests_per_s)
             on, off, floor = (statistics.median(of_way) for of_way in rates)
             encode_rows: Callable[[object], object] = tokenizer.encode_rows  # type: ignore[attr-defined]
             search = rate_of(encode_rows, rows) / rate_of(encode_rows, rows[:64])
@@ -141,7 +141,9 @@ def transports(folder: Path, seconds: float) -> list[str]:
             rates: dict[str, list[float]] = {ours.target: [], f"unix:{path}": []}
             for _ in range(3):
                 for target, into in rates.items():
-                    into.append(put(target, cell.method, cell.request, Closed(CALLERS), seconds=seconds).requests_per_s)
+                    into.append(
+                        put(target, cell.method, cell.request, ClosedLoop(CALLERS), seconds=seconds).requests_per_s
+                    )
             port, file = (statistics.median(values) for values in rates.values())
             lines.append(f"| {cell.name} | {port:.0f} | {file:.0f} | **{file / port:.2f}** |")
     return lines
@@ -162,7 +164,7 @@ def workers(folder: Path, seconds: float) -> list[str]:
                     server.target,
                     cell.method,
                     [Request(cell.request)],
-                    Closed(CALLERS),
+                    ClosedLoop(CALLERS),
                     schedule=schedule,
                     connections=2 * count,
                     processes=max(1, count // 2),
@@ -182,10 +184,10 @@ def memory(folder: Path, minutes: float) -> list[str]:
     with Ours(folder) as ours, Echo("aio", reply_bytes) as echo:
         rises = []
         for server, method in ((ours, TINY.method), (echo, "/bench.Echo/Echo")):
-            put(server.target, method, TINY.request, Closed(4), seconds=0.3)
+            put(server.target, method, TINY.request, ClosedLoop(4), seconds=0.3)
             reset_peak(server.pid)
             before = status_kib(server.pid, "VmHWM")
-            put(server.target, method, request, Closed(1), seconds=0.5)
+            put(server.target, method, request, ClosedLoop(1), seconds=0.5)
             rises.append((status_kib(server.pid, "VmHWM") - before) / 1024)
         lines.append(f"| a request of 32 MiB raises the peak by | **{rises[0]:.0f}** | {rises[1]:.0f} |")
     with Ours(folder) as ours:
@@ -194,12 +196,12 @@ def memory(folder: Path, minutes: float) -> list[str]:
             Cell("vqgan-f16", 1, "encode", "fp32"),
         ]
         for cell in mixed:
-            put(ours.target, cell.method, cell.request, Closed(CALLERS), seconds=2)
+            put(ours.target, cell.method, cell.request, ClosedLoop(CALLERS), seconds=2)
         warm = status_kib(ours.pid, "VmRSS") / 1024
         ends = time.monotonic() + 60 * minutes
         while time.monotonic() < ends:
             for cell in mixed:
-                put(ours.target, cell.method, cell.request, Closed(CALLERS), seconds=2)
+                put(ours.target, cell.method, cell.request, ClosedLoop(CALLERS), seconds=2)
         after = status_kib(ours.pid, "VmRSS") / 1024
         lines.append(f"| resident after warm-up | {warm:.0f} | |")
         lines.append(f"| after {minutes:g} minutes at the peak | {after:.0f} (**{after - warm:+.0f}**) | |")

@@ -19,7 +19,7 @@ from typing import Self
 from cells import Cell
 from http_load import measure_http
 
-from vqserve_bench import Closed, Request, Schedule, measure
+from vqserve_bench import ClosedLoop, Request, Schedule, measure
 from vqserve_client import Client, VqserveError
 
 HERE = Path(__file__).parent
@@ -103,7 +103,7 @@ def grpc_rate(target: str, method: str, request: bytes, concurrency: int, second
         target,
         method,
         [Request(request)],
-        Closed(concurrency),
+        ClosedLoop(concurrency),
         schedule=schedule,
         streams=streams,
         max_message_bytes=(1 << 31) - 1,

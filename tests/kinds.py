@@ -60,6 +60,12 @@ CASES: dict[str, Callable[[], Quantizer]] = {
     "rvq_mimi": lambda: ResidualQuantizer(4, 12, 2, 5, inner_dim=2, first_quantizers=1),
     "rvq_normalized": lambda: ResidualQuantizer(2, 12, 3, metric="cosine", decode_normalized=True),
     "rvq_dot": lambda: ResidualQuantizer(2, 12, 3, metric="dot"),
+    "rvq_normalized_residuals": lambda: ResidualQuantizer(3, 12, 4, normalize_residuals=True),
+    "rvq_sizes": lambda: ResidualQuantizer(3, [5, 12, 7], 3),
+    # fish-speech's arrangement, in small: a semantic stage with more codes, then nine acoustic ones.
+    "rvq_fish": lambda: ResidualQuantizer(10, [40] + [12] * 9, 2, 5, "cosine", stage_projections=True),
+    # UniTok's: one stage for each group of channels.
+    "rvq_unitok": lambda: ResidualQuantizer(4, [12, 5, 12, 7], 2, 8, "cosine", decode_normalized=True, groups=4),
     "fsq": lambda: FiniteScalarQuantizer([8, 5, 5]),
     "fsq_all": lambda: FiniteScalarQuantizer([3, 4], "tan", input_dim=5, output_dim=4).double(),
     "lfq": lambda: LookupFreeQuantizer(7, "big"),
@@ -81,3 +87,8 @@ def make(name: str, seed: int = 0) -> Quantizer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CASES[name]().eval()
+
+
+def bounds(quantizer: Quantizer) -> torch.Tensor:
+    """Return the exclusive bound of each of a token's indices that decode takes, (n_q,), or (1,) if they share one."""
+    return torch.tensor(quantizer.stage_vocab_sizes or [quantizer.decodable])

@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -44,7 +45,6 @@ CLIENT = [
     "ServerError",
     "TokenBeyondRange",
     "Unavailable",
-    "VqserveClientError",
     "VqserveError",
     "__version__",
 ]
@@ -52,10 +52,10 @@ PUBLIC = {
     "vqserve": CLIENT,
     "vqserve_client": CLIENT,
     "vqserve_bench": [
-        "Closed",
+        "ClosedLoop",
         "Latency",
         "Measurement",
-        "Open",
+        "OpenLoop",
         "Request",
         "Schedule",
         "Server",
@@ -87,7 +87,7 @@ PUBLIC = {
 # Public modules without a list of names: docs/errors.md, the types of options, and the generated code.
 UNLISTED = {"vqserve.errors", "vqserve.types", "vqserve.v1"}
 # What the modules need for themselves.
-_OWN = {"TYPE_CHECKING", "annotations", "import_module"}
+_OWN = {"TYPE_CHECKING", "annotations", "import_module", "missing_package", "renamed", "warn_renamed"}
 LIGHT = """
 import sys
 import vqserve
@@ -147,3 +147,44 @@ def test_an_unknown_name_is_an_attribute_error():
         vqserve.Klient  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'Klient' from 'vqserve'"):
         exec("from vqserve import Klient")  # noqa: S102
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("vqserve", "VqserveClientError", "VqserveError"),
+        ("vqserve_client", "VqserveClientError", "VqserveError"),
+        ("vqserve_client.errors", "VqserveClientError", "VqserveError"),
+        ("vqserve_bench", "Closed", "ClosedLoop"),
+        ("vqserve_bench", "Open", "OpenLoop"),
+        ("vqserve_server.errors", "InvalidRequest", "InvalidArgument"),
+        ("vqserve_server.errors", "UnknownCodebook", "CodebookNotFound"),
+        ("vqserve_server.errors", "DeadlineExpired", "DeadlineExceeded"),
+    ],
+)
+def test_an_old_name_works_and_every_use_warns(module: str, old: str, new: str) -> None:
+    home = "vqserve_bench.load" if module == "vqserve_bench" else "vqserve.errors"
+    kind = getattr(importlib.import_module(home), new)
+    says = rf"^{module}\.{old} is {home}\.{new} now; the old name goes with the next release$"
+    for _ in range(2):
+        with pytest.warns(DeprecationWarning, match=says) as caught:
+            assert getattr(importlib.import_module(module), old) is kind
+        assert [warning.filename for warning in caught] == [__file__]
+    names: dict[str, type[Exception]] = {}
+    with pytest.warns(DeprecationWarning, match=says):
+        exec(f"from {module} import {old}", names)  # noqa: S102
+    assert names[old] is kind
+    if issubclass(kind, Exception):
+        with pytest.raises(names[old]):
+            raise kind("x")
+    with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'Nothing'"):
+        _ = importlib.import_module(module).Nothing
+
+
+@pytest.mark.parametrize(
+    "module", ["vqserve", "vqserve_client", "vqserve_client.errors", "vqserve_server.errors", "vqserve_bench"]
+)
+def test_no_old_name_is_used_here(module: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(f"from {module} import *", {})  # noqa: S102

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vqserve.dtypes import LATENT_NAMES
-from vqserve_bench.load import DEFAULT_MAX_OUTSTANDING, Closed, Load, Open
+from vqserve_bench.load import DEFAULT_MAX_OUTSTANDING, ClosedLoop, Load, OpenLoop
 from vqserve_bench.schedule import Schedule
 from vqserve_bench.workload import Grid, Workload
 from vqserve_client.arguments import add_codebook, add_message_limit, add_progress, integer
@@ -116,8 +116,8 @@ def schedule(args: argparse.Namespace) -> Schedule:
 def loads(args: argparse.Namespace) -> tuple[Load, ...]:
     """Return the loads to measure, in order."""
     if args.rate is not None:
-        return tuple(Open(rate, args.max_outstanding) for rate in args.rate)
-    return tuple(Closed(concurrency) for concurrency in args.concurrency or _CONCURRENCIES)
+        return tuple(OpenLoop(rate, args.max_outstanding) for rate in args.rate)
+    return tuple(ClosedLoop(concurrency) for concurrency in args.concurrency or _CONCURRENCIES)
 
 
 def workload(args: argparse.Namespace) -> Workload:

@@ -22,7 +22,7 @@ import grpc
 
 from vqserve.errors import DeadlineExceeded
 from vqserve_bench.job import Job
-from vqserve_bench.load import Closed, Open, gaps
+from vqserve_bench.load import ClosedLoop, OpenLoop, gaps
 from vqserve_bench.request import Request
 from vqserve_bench.transport import Send, stream, unary
 from vqserve_bench.window import Recorder, Window, clock, failure
@@ -117,7 +117,7 @@ async def drive(job: Job, each_window: EachWindow, begin: Callable[[], Awaitable
             await begin()
         recorder = Recorder(job.read_stats)
         async with asyncio.TaskGroup() as group:
-            if isinstance(job.load, Closed):
+            if isinstance(job.load, ClosedLoop):
                 load = group.create_task(_closed(job.load, sends, order, recorder))
             else:
                 load = group.create_task(_open(job.load, job.seed, sends, order, recorder))
@@ -164,7 +164,7 @@ async def _windows(job: Job, recorder: Recorder, each_window: EachWindow) -> Non
         length_s = job.schedule.window_s
 
 
-async def _closed(load: Closed, sends: Sequence[Send], order: Iterator[Request], recorder: Recorder) -> None:
+async def _closed(load: ClosedLoop, sends: Sequence[Send], order: Iterator[Request], recorder: Recorder) -> None:
     async with asyncio.TaskGroup() as group:
         for i in range(load.concurrency):
             group.create_task(_caller(sends[i % len(sends)], order, recorder))
@@ -183,7 +183,7 @@ async def _caller(send: Send, order: Iterator[Request], recorder: Recorder) -> N
             recorder.answered(request, reply, clock() - began)
 
 
-async def _open(load: Open, seed: int, sends: Sequence[Send], order: Iterator[Request], recorder: Recorder) -> None:
+async def _open(load: OpenLoop, seed: int, sends: Sequence[Send], order: Iterator[Request], recorder: Recorder) -> None:
     in_flight: set[asyncio.Task[None]] = set()
     due = clock()
     async with asyncio.TaskGroup() as group:

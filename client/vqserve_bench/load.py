@@ -12,7 +12,7 @@ DEFAULT_MAX_OUTSTANDING = 500
 
 
 @dataclass(frozen=True)
-class Closed:
+class ClosedLoop:
     """Callers that send their next request when they have the reply to the last (a closed loop).
 
     Attributes:
@@ -29,13 +29,13 @@ class Closed:
     def __str__(self) -> str:
         return f"concurrency {self.concurrency}"
 
-    def split(self, parts: int) -> tuple[Closed, ...]:
+    def split(self, parts: int) -> tuple[ClosedLoop, ...]:
         """Return at most `parts` loads that add up to this one."""
-        return tuple(Closed(size) for size in shares(self.concurrency, parts))
+        return tuple(ClosedLoop(size) for size in shares(self.concurrency, parts))
 
 
 @dataclass(frozen=True)
-class Open:
+class OpenLoop:
     """Requests that come whether or not the ones before are answered, at random times (an open loop).
 
     Attributes:
@@ -56,13 +56,13 @@ class Open:
     def __str__(self) -> str:
         return f"rate {self.rate:g}/s"
 
-    def split(self, parts: int) -> tuple[Open, ...]:
+    def split(self, parts: int) -> tuple[OpenLoop, ...]:
         """Return at most `parts` loads that add up to this one: a sum of Poisson processes is one."""
         limits = shares(self.max_outstanding, parts)
-        return tuple(Open(self.rate / len(limits), limit) for limit in limits)
+        return tuple(OpenLoop(self.rate / len(limits), limit) for limit in limits)
 
 
-Load: TypeAlias = Closed | Open
+Load: TypeAlias = ClosedLoop | OpenLoop
 
 
 def shares(total: int, parts: int) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ def measure(
         method: path of the method, "/package.Service/Method"; a bidirectional one if there are streams, else a unary
             one. Whatever its messages are, it must give one reply for each request, in order.
         requests: what to send, serialized, each as often as any other; a Request says how many tokens it holds.
-        load: Closed(concurrency) or Open(rate).
+        load: ClosedLoop(concurrency) or OpenLoop(rate).
         schedule: the lengths of warm-up and windows.
         streams: bidirectional calls that share the requests in flight; 0: each request is a call of its own.
         connections: HTTP/2 connections of each process; a server of several processes needs several.

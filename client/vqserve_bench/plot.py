@@ -24,7 +24,7 @@ def check_plot(path: Path) -> None:
     try:
         import matplotlib.figure  # noqa: F401, PLC0415
     except ImportError:
-        raise FileError(f"{path} cannot be drawn without matplotlib: pip install matplotlib") from None
+        raise FileError(f"{path} cannot be drawn without matplotlib: pip install 'vqserve[plot]'") from None
 
 
 def draw(measurements: Sequence[Measurement], path: Path, *, title: str) -> None:

@@ -120,7 +120,7 @@ class Recorder:
         name = error.code().name
         self._errors[name] += 1
         if name not in self._texts:
-            self._texts[name] = failure(error).text
+            self._texts[name] = failure(error).explained().message
 
     def dropped(self) -> None:
         """Count an arrival beyond max_outstanding."""

@@ -137,7 +137,8 @@ class Workload:
         shape = (tokens, info.num_quantizers) if info.has_stages else (tokens,)
         smallest = payload.numpy_dtype(payload.index_dtype(info.vocab_size))
         if self.data is None:
-            return np.random.default_rng(self.seed).integers(info.vocab_size, size=shape).astype(smallest)
+            sizes = info.stage_vocab_sizes or info.vocab_size
+            return np.random.default_rng(self.seed).integers(sizes, size=shape).astype(smallest)
         array = open_array(self.data)
         with of_file(self.data):
             indices_input(array[:0] if array.ndim else array)

@@ -1,8 +1,11 @@
 """The client of vqserve: latents to indices and back, over gRPC, without torch."""
 
+from typing import TYPE_CHECKING
+
 from vqserve import __version__
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout
+from vqserve.renamed import renamed
 from vqserve_client.async_client import AsyncClient
 from vqserve_client.client import Client
 from vqserve_client.errors import (
@@ -28,9 +31,13 @@ from vqserve_client.errors import (
     ServerError,
     TokenBeyondRange,
     Unavailable,
-    VqserveClientError,
     VqserveError,
 )
+
+if TYPE_CHECKING:
+    VqserveClientError = VqserveError
+else:
+    __getattr__ = renamed(__name__, VqserveClientError=VqserveError)
 
 __all__ = [
     "AccessDenied",
@@ -59,7 +66,6 @@ __all__ = [
     "ServerError",
     "TokenBeyondRange",
     "Unavailable",
-    "VqserveClientError",
     "VqserveError",
     "__version__",
 ]

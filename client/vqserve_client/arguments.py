@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig, check_digest, check_timeout
+from vqserve.validation import check_digest_form, check_timeout
+from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig
 
 LAYOUTS = ("channels_first", "channels_last")
 
@@ -87,8 +88,13 @@ def seconds(text: str) -> float:
     """Return a positive number of seconds."""
     try:
         return check_timeout(float(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}") from None
+
+
+def seconds_or_zero(text: str) -> float:
+    """Return a number of seconds that may be 0."""
+    return 0.0 if re.fullmatch(r"0+(\.0*)?", text) else seconds(text)
 
 
 def target(text: str) -> str:
@@ -110,7 +116,7 @@ def new_file(text: str) -> Path:
 def digest(text: str) -> str:
     """Return a codebook's digest."""
     try:
-        check_digest(text)
+        check_digest_form(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{error}: `vqserve codebooks --json` has them") from None
     return text

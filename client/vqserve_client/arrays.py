@@ -22,11 +22,9 @@ from vqserve.layout import Layout, channel_axis, grid_shape, warn_of_an_image
 from vqserve.payload import ENVELOPE_BYTES
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import (
-    LARGEST_VOCABULARY,
     check_indices_shape,
     check_latents_shape,
     not_an_array,
-    not_an_index,
     not_dense,
     not_indices,
     not_latents,
@@ -80,7 +78,6 @@ def indices_input(indices: object) -> ArrayInput:
     Raises:
         NotAnArray: for what is neither a numpy array nor a torch tensor.
         InvalidDtype: for elements that are no integers.
-        IndexOutOfRange: for one that int64 does not hold.
     """
     return _array_input(indices, "indices", payload.INDEX_DTYPES, not_indices, _wire_integers)
 
@@ -146,7 +143,10 @@ def _tensor_input(torch: Any, tensor: Any, what: str, prepare: Callable[[Array],
 def _wire_dtype(array: Array) -> int:
     """Return the wire type of an array; unspecified where it has none."""
     dtype = dtypes.of_numpy(array.dtype)
-    return pb.DTYPE_UNSPECIFIED if dtype is None else dtype.number
+    if dtype is not None:
+        return dtype.number
+    # Only if a value is beyond int64: see _wire_integers.
+    return pb.DTYPE_INT64 if array.dtype.newbyteorder("=") == np.uint64 else pb.DTYPE_UNSPECIFIED
 
 
 def _wire_integers(array: Array) -> Array:
@@ -157,13 +157,9 @@ def _wire_integers(array: Array) -> Array:
     wider = dtypes.smallest_holding(native)
     if wider is not None:
         return array.astype(wider)
-    if native == np.uint64:
-        beyond = array > np.iinfo(np.int64).max
-        if beyond.any():
-            position = tuple(int(i) for i in np.unravel_index(int(beyond.argmax()), array.shape))
-            raise not_an_index(position, int(array[position]), LARGEST_VOCABULARY)
-        return array.astype(np.int64)
-    return array
+    # What is beyond int64 is in no vocabulary; the codebook's is in the text of the error (DecodeCall).
+    fits = native == np.uint64 and (array.size == 0 or int(array.max()) <= np.iinfo(np.int64).max)
+    return array.astype(np.int64) if fits else array
 
 
 def empty_indices(shape: tuple[int, ...], dtype: int, device: object) -> Array:

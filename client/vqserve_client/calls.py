@@ -7,14 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from vqserve import payload, wire
 from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import InvalidArgument, MessageTooLarge, ProtocolError, VqserveError
-from vqserve.layout import Layout, first_channels, indices_shape, latents_shape
+from vqserve.layout import Layout, channel_axis, first_channels, indices_shape, latents_shape
+from vqserve.stages import beyond_stages
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve.validation import check_num_quantizers
+from vqserve.validation import check_indices, check_num_quantizers
 from vqserve_client.arrays import (
     Array,
     ArrayInput,
@@ -87,8 +89,9 @@ class ArrayCall(ABC):
         rows = self.rows_within(config.max_message_bytes)
         if rows < 1:
             raise MessageTooLarge(
-                "one token takes {} bytes in the request and {} in the reply, more than a ".format(*self.row_bytes)
-                + f"message of {config.max_message_bytes} bytes has room for",
+                "one token takes {} bytes in the request and {} in the reply, ".format(*self.row_bytes)
+                + f"more than the client's limit of {config.max_message_bytes} bytes for a message has room for",
+                hint="set a larger {max_message_bytes=}",
                 target=config.target,
                 codebook=info.name,
                 option="max_message_bytes",
@@ -230,6 +233,9 @@ class EncodeCall(ArrayCall):
         part = self._reply_array(pb.EncodeResponse, reply, shape)
         if part.size and part.max() >= self.info.vocab_size:
             raise self._bad_reply(f"index {part.max()} in a vocabulary of {self.info.vocab_size}")
+        sizes = self.info.stage_vocab_sizes
+        if sizes and beyond_stages(part, sizes, channel_axis(self.layout)).any():
+            raise self._bad_reply(f"an index beyond its stage in vocabularies of {self.info.codes}")
         return part
 
 
@@ -249,6 +255,9 @@ class DecodeCall(ArrayCall):
         indices = self.source.array
         self.grid, self.layout = indices_geometry(indices.shape, self.options.layout, self.info, stages=self.stages)
         self.array = indices if self.stages is None else indices[first_channels(self.stages, self.layout)]
+        if self.array.dtype.itemsize == 8 and self.array.dtype.kind == "u":
+            check_indices(self.array, decodable=self.info.vocab_size)
+            self.array = self.array.astype(np.int64)
         self.reply_dtype = self.options.dtype
         reply_bytes = self._width * payload.itemsize(self.reply_dtype)
         self.row_bytes = indices.itemsize * (self.stages or 1), reply_bytes

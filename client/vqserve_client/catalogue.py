@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from google.protobuf.message import DecodeError
 
 from vqserve.codebook_info import CodebookInfo
-from vqserve.errors import CodebookNotFound, DigestChanged, DigestMismatch, ProtocolError, VqserveError
+from vqserve.errors import CodebookNotFound, DigestChanged, DigestMismatch, ProtocolError, VqserveError, escape, quoted
 from vqserve.payload import LAYOUT_OF_NUMBER
+from vqserve.text import is_name, printable
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import LARGEST_VOCABULARY, is_digest, no_codebook, wrong_digest
 from vqserve_client.requests import Request
@@ -47,22 +49,27 @@ class ListRequest(Request):
         codebooks = tuple(self._checked(entry) for entry in listed.codebooks)
         names = [info.name for info in codebooks]
         if len(set(names)) != len(names):
-            raise ProtocolError(f"the server lists a codebook twice: {', '.join(names)}", target=self._target)
+            twice, _ = Counter(names).most_common(1)[0]
+            raise ProtocolError(f"the server lists a codebook twice: {quoted(twice, 200)}", target=self._target)
         self.codebooks = codebooks
 
     def _checked(self, entry: Any) -> CodebookInfo:
         widths = (entry.input_dim, entry.code_dim, entry.output_dim)
         if not (
-            entry.name
+            is_name(entry.name)
+            and is_name(entry.kind)
             and is_digest(entry.digest)
             and 1 <= entry.num_codes <= LARGEST_VOCABULARY
             and 1 <= entry.vocab_size <= LARGEST_VOCABULARY
             and all(1 <= width <= _WIDEST_ROW for width in widths)
             and entry.num_quantizers >= 1
+            and _can_be_stages(entry)
             and entry.layout in LAYOUT_OF_NUMBER
         ):
-            described = " ".join(str(entry).split())
-            raise ProtocolError(f"the server lists a codebook that cannot be: {described[:500]}", target=self._target)
+            for name in ("name", "kind", "digest"):
+                setattr(entry, name, getattr(entry, name)[:80])
+            described = escape(printable(" ".join(str(entry).split()), 500))
+            raise ProtocolError(f"the server lists a codebook that cannot be: {described}", target=self._target)
         return CodebookInfo(
             name=entry.name,
             digest=entry.digest,
@@ -73,8 +80,14 @@ class ListRequest(Request):
             code_dim=entry.code_dim,
             output_dim=entry.output_dim,
             num_quantizers=entry.num_quantizers,
+            stage_vocab_sizes=tuple(entry.stage_vocab_sizes),
             layout=LAYOUT_OF_NUMBER[entry.layout],
         )
+
+
+def _can_be_stages(entry: Any) -> bool:
+    sizes = entry.stage_vocab_sizes
+    return not sizes or (len(sizes) == entry.num_quantizers > 1 and min(sizes) >= 1 and max(sizes) == entry.vocab_size)
 
 
 def choose(codebooks: Sequence[CodebookInfo], name: str | None, *, target: str) -> CodebookInfo:
@@ -190,7 +203,8 @@ class Pin:
             else (DigestMismatch, f"digest {self._digest} was pinned, the codebook has another")
         )
         request_id = error.request_id if isinstance(error, VqserveError) else None
-        raise kind(text, target=self._target, codebook=info.name, request_id=request_id) from error
+        hint = None if self._digest is None else "pin its new digest with {digest=}, or serve the old codebook again"
+        raise kind(text, target=self._target, codebook=info.name, request_id=request_id, hint=hint) from error
 
     def _refresh(self) -> None:
         self._refreshes += 1

@@ -22,6 +22,7 @@ from vqserve.arguments import Parser
 from vqserve.codebook_info import CodebookInfo
 from vqserve.dtypes import LATENT_NAMES
 from vqserve.errors import COMMAND_LINE, LayoutWarning, VqserveError
+from vqserve.text import printable
 from vqserve_client.arguments import (
     add_codebook,
     add_connection,
@@ -30,7 +31,7 @@ from vqserve_client.arguments import (
     add_retries,
     integer,
     new_file,
-    seconds,
+    seconds_or_zero,
 )
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig
@@ -84,7 +85,7 @@ def _parser(command: str) -> Parser:
     codebooks.add_argument("--json", action="store_true", help="as JSON, with all fields")
 
     status = _command(commands, "status", "say whether the server serves; exit 0 only if it does", _status)
-    status.add_argument("--wait", type=seconds, metavar="SECONDS", help="wait at most this long until it does")
+    status.add_argument("--wait", type=seconds_or_zero, metavar="SECONDS", help="wait at most this long until it does")
 
     for name, (text, module) in _TOOLS.items():
         tool = _command(commands, name, text, partial(_run_tool, module))
@@ -131,7 +132,7 @@ def _convert(args: argparse.Namespace, convert: Callable[[Client, Task, Progress
     if not args.quiet:
         shape = "x".join(map(str, done.shape))
         summary = f"{shape} {done.dtype}, codebook {done.info.name}, digest {done.info.digest}"
-        print(_printable(f"wrote {task.target}: {summary}"), file=sys.stderr)
+        print(printable(f"wrote {task.target}: {summary}"), file=sys.stderr)
     return 0
 
 
@@ -162,7 +163,7 @@ def _status(args: argparse.Namespace) -> int:
 
     connection = Connection(ClientConfig(target=args.target))
     try:
-        if args.wait is None:
+        if not args.wait:
             status = health.status(connection, timeout_s=args.timeout)
         else:
             status = health.wait_until_serving(connection, timeout_s=args.wait)
@@ -191,7 +192,7 @@ def _table(codebooks: Sequence[CodebookInfo]) -> str:
         (
             info.name,
             info.kind,
-            info.staged(info.num_codes),
+            info.codes,
             str(info.vocab_size),
             str(info.input_dim),
             str(info.code_dim),
@@ -202,7 +203,7 @@ def _table(codebooks: Sequence[CodebookInfo]) -> str:
         for info in codebooks
     ]
     # A name comes from the server: it must not send control characters to the terminal.
-    cells = [[_printable(cell) for cell in row] for row in (heads, *rows)]
+    cells = [[printable(cell) for cell in row] for row in (heads, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
@@ -253,7 +254,7 @@ def _warnings_of_one_line() -> Iterator[None]:
 
     def show(message: Warning | str, *_: object) -> None:
         text = message.text(COMMAND_LINE) if isinstance(message, LayoutWarning) else str(message)
-        print(f"vqserve: warning: {_printable(text)}", file=sys.stderr)
+        print(f"vqserve: warning: {printable(text)}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]
@@ -264,11 +265,7 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "out of memory"
     text = error.text(COMMAND_LINE) if isinstance(error, VqserveError) else str(error)
-    return _printable(" ".join(text.split())) or type(error).__name__
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text)
+    return printable(" ".join(text.split())) or type(error).__name__
 
 
 if __name__ == "__main__":

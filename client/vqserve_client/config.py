@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from vqserve import payload
@@ -11,7 +10,7 @@ from vqserve.errors import InvalidOption, quoted
 from vqserve.layout import Layout, parse_layout
 from vqserve.types import LatentDType, LayoutName, OutputName
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve.validation import check_count, check_digest_form, check_output
+from vqserve.validation import check_call, check_digest_form, check_name, check_output, check_timeout
 
 DEFAULT_MAX_MESSAGE_BYTES = 64 << 20
 # Room for the envelope and a row of a small codebook; gRPC takes the limit as a C int.
@@ -40,7 +39,7 @@ class ClientConfig:
                 option="target",
             )
         check_name("codebook", self.codebook)
-        check_digest(self.digest)
+        check_digest_form(self.digest)
         object.__setattr__(self, "timeout", check_timeout(self.timeout))
         _check_integer("retries", self.retries, range(1 << 31))
         _check_integer("window", self.window, range(1, 1 << 31))
@@ -85,14 +84,7 @@ def call_options(
         InvalidOption: an option has none of its values.
         TypeError: codebook, digest or timeout is of another type.
     """
-    if codebook is not None:
-        check_name("codebook", codebook)
-    if digest is not None:
-        check_digest(digest)
-    if timeout is not None:
-        check_timeout(timeout)
-    if num_quantizers is not None:
-        check_count(num_quantizers)
+    check_call(codebook=codebook, digest=digest, timeout=timeout, num_quantizers=num_quantizers)
     parsed = None if layout is None else parse_layout(layout)
     return CallOptions(codebook, digest, timeout, parsed, num_quantizers, dtype, output)
 
@@ -130,45 +122,6 @@ def _is_target(target: str) -> bool:
     # gRPC would take port 443 where there is none, and one that is too large modulo 65536.
     host, _, port = target.rpartition(":")
     return host != "" and "://" not in host and port.isdecimal() and int(port) < 1 << 16
-
-
-def check_name(what: str, name: str | None) -> None:
-    """Check an optional name.
-
-    Raises:
-        TypeError: if it is not a string.
-        InvalidOption: if it is empty.
-    """
-    if name is not None and not isinstance(name, str):
-        raise TypeError(f"{what} must be a string, not {type(name).__name__}")
-    if name == "":
-        raise InvalidOption("{option} must not be empty", option=what)
-
-
-def check_digest(digest: str | None) -> None:
-    """Check an optional digest.
-
-    Raises:
-        TypeError: if it is not a string.
-        InvalidOption: if it is not 64 lower-case hexadecimal digits.
-    """
-    check_name("digest", digest)
-    if digest is not None:
-        check_digest_form(digest)
-
-
-def check_timeout(timeout_s: float) -> float:
-    """Return a timeout, checked.
-
-    Raises:
-        TypeError: it is not a number.
-        InvalidOption: it is not above 0; infinity is.
-    """
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float):
-        raise TypeError(f"timeout must be a number of seconds, not {timeout_s!r}")
-    if math.isnan(timeout_s) or timeout_s <= 0:
-        raise InvalidOption(f"{{option}} must be above 0 seconds, not {timeout_s}", option="timeout")
-    return float(timeout_s)
 
 
 def _check_integer(what: str, value: int, allowed: range) -> None:

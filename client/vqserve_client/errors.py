@@ -3,6 +3,8 @@
 `VqserveClientError` is the name that `VqserveError` had here; it goes with the next release.
 """
 
+from typing import TYPE_CHECKING
+
 from vqserve.errors import (
     AccessDenied,
     Cancelled,
@@ -28,8 +30,12 @@ from vqserve.errors import (
     Unavailable,
     VqserveError,
 )
+from vqserve.renamed import renamed
 
-VqserveClientError = VqserveError
+if TYPE_CHECKING:
+    VqserveClientError = VqserveError
+else:
+    __getattr__ = renamed(__name__, VqserveClientError=VqserveError)
 
 __all__ = [
     "AccessDenied",
@@ -54,6 +60,5 @@ __all__ = [
     "ServerError",
     "TokenBeyondRange",
     "Unavailable",
-    "VqserveClientError",
     "VqserveError",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from vqserve.errors import DeadlineExceeded
 from vqserve_client.channel import Connection
 from vqserve_client.requests import Deadline, RetryPolicy
 from vqserve_client.status import Failure, text_metadata
@@ -26,7 +27,10 @@ def status(connection: Connection, *, timeout_s: float) -> str:
     try:
         reply = _Stub(connection.channel()).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
     except grpc.RpcError as error:
-        raise _failure(error).error(target=connection.target, codebook=None, request_id="") from error
+        failed = _failure(error).error(target=connection.target, codebook=None, request_id="")
+        if isinstance(failed, DeadlineExceeded):
+            failed.hint = "allow more time with {timeout=}, or look into the server's log"
+        raise failed from error
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
 
 

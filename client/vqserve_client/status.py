@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import grpc
 
-from vqserve.error_wire import ERROR_KEY, REQUEST_ID_KEY, RETRY_AFTER_KEY, RETRY_PUSHBACK_KEY, read
+from vqserve.error_wire import ERROR_KEY, REQUEST_ID, REQUEST_ID_KEY, RETRY_AFTER_KEY, RETRY_PUSHBACK_KEY, read
 from vqserve.errors import (
     AccessDenied,
     Cancelled,
@@ -27,6 +27,7 @@ from vqserve.errors import (
     VqserveError,
     escape,
 )
+from vqserve.text import printable
 
 ERROR_OF_CODE: Mapping[grpc.StatusCode, type[VqserveError]] = MappingProxyType(
     {
@@ -52,9 +53,14 @@ ERROR_OF_CODE: Mapping[grpc.StatusCode, type[VqserveError]] = MappingProxyType(
 _LONGEST_TEXT = 2000
 
 # The beginnings of gRPC's own texts for a missing connection. They differ between releases; any other text is shown
-# unchanged, like a server's.
+# like a server's.
 _NO_CONNECTION = re.compile(r"failed to connect to all addresses|errors resolving|DNS resolution failed")
 _LOST_CONNECTION = re.compile(r"Stream removed|Socket closed|recvmsg:|sendmsg:|GOAWAY received|ping timeout")
+_NO_SERVER = "is the server running, and is this its address? `vqserved serve` starts one"
+_LIMIT = "max_message_bytes"
+# gRPC's own texts for a message or metadata beyond a limit. Its code for both is that of a full queue.
+_TOO_LARGE = re.compile(r"(?:(CLIENT|SERVER): )?(Sent|Received) message larger than max \((\d{1,18}) vs\. (\d{1,18})\)")
+_METADATA_TOO_LARGE = re.compile(r"received metadata size exceeds (?:hard|soft) limit")
 
 # Requests that failed like this are sent again: nothing was computed, or the same result would be computed again.
 # CANCELLED is among them because a server that stops cancels the calls that still reach it; the client's own cancels
@@ -92,19 +98,6 @@ class Failure:
         return self.is_unsent and "SETTINGS frame" in self.details
 
     @property
-    def text(self) -> str:
-        """Return what went wrong: a server's words as they are, gRPC's own about the connection in ours."""
-        if self.is_foreign:
-            return "cannot connect to the server: what listens there does not speak gRPC"
-        if self.is_unsent:
-            return f"cannot connect to the server: {_cause(self.details)}"
-        if self.code is grpc.StatusCode.UNAVAILABLE and _LOST_CONNECTION.match(self.details):
-            return "the connection to the server was lost"
-        if self.code is grpc.StatusCode.DEADLINE_EXCEEDED and "Deadline Exceeded" in self.details:
-            return "the server did not answer in time"
-        return _printable(self.details) or f"{self.code.name} without a text"
-
-    @property
     def is_retried(self) -> bool:
         """Return whether the request is worth sending again."""
         return issubclass(self.error_class, RETRIED)
@@ -113,26 +106,68 @@ class Failure:
     def error_class(self) -> type[VqserveError]:
         """Return the class of error that this failure is.
 
-        gRPC itself reports a message over the limit with the code of a full queue; only its text distinguishes them.
+        gRPC itself reports what is over a limit with the code of a full queue; only its text distinguishes them.
         """
-        if self.code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in self.details:
-            return MessageTooLarge
+        if self.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            if _TOO_LARGE.search(self.details):
+                return MessageTooLarge
+            if _METADATA_TOO_LARGE.search(self.details):
+                return ProtocolError
         return ERROR_OF_CODE.get(self.code, ServerError)
 
     def error(self, *, target: str, codebook: str | None, request_id: str) -> VqserveError:
         """Return the error: the server's own, with all its fields, where it sent one that can be read."""
-        error = read(self.metadata.get(ERROR_KEY), code=self.code.name) or self.error_class(code=self.code.name)
+        error = read(self.metadata.get(ERROR_KEY), code=self.code.name)
+        if error is None or not error.template:
+            explained = self.explained()
+            # An entry without its text still has the reason and the position.
+            error = explained if error is None else error.with_fields(template=explained.template, hint=explained.hint)
+        error.code = self.code.name
         error.target = target
         error.codebook = codebook or error.codebook
         # No log has a request that reached no server.
-        error.request_id = None if self.is_unsent else _printable(self.metadata.get(REQUEST_ID_KEY, request_id))
+        received = self.metadata.get(REQUEST_ID_KEY, "")
+        error.request_id = None if self.is_unsent else received if REQUEST_ID.fullmatch(received) else request_id
         if isinstance(error, Overloaded):
             error.retry_after_s = self.retry_after_s
-        if error.template:
-            return error
-        # A server of this version has added what to do to its text.
-        text = self.text.removesuffix(f": {error.advice()}")
-        return error.with_fields(template=escape(text))
+        return error
+
+    def explained(self) -> VqserveError:
+        """Return the error for a failure without fields: in our words for what gRPC reports, else in the server's."""
+        kind = self.error_class
+        if self.is_unsent:
+            cause = "what listens there does not speak gRPC" if self.is_foreign else escape(_cause(self.details))
+            return kind(f"cannot connect to the server: {cause}", hint=_NO_SERVER)
+        if self.code is grpc.StatusCode.UNAVAILABLE and _LOST_CONNECTION.match(self.details):
+            return kind("the connection to the server was lost", hint=_NO_SERVER)
+        if self.code is grpc.StatusCode.DEADLINE_EXCEEDED and "Deadline Exceeded" in self.details:
+            return kind("the server did not answer in time")
+        if kind is MessageTooLarge and (limit := _TOO_LARGE.search(self.details)):
+            return _too_large(*limit.groups())
+        if kind is ProtocolError and self.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return kind("the server sent more metadata than gRPC accepts")
+        text = escape(printable(" ".join(self.details[: _LONGEST_TEXT + 1].split()), _LONGEST_TEXT))
+        # vqserve servers add to their texts what to do.
+        return kind(text or f"{self.code.name} without a text", hint=None if kind is ProtocolError else "")
+
+
+def _too_large(side: str | None, verb: str, size: str, limit: str) -> MessageTooLarge:
+    is_request = (side, verb) in {("CLIENT", "Sent"), ("SERVER", "Received")}
+    text = f"{'a request' if is_request else 'a reply' if side else 'a message'} of {size} bytes is larger than"
+    if side == "CLIENT":
+        return MessageTooLarge(
+            f"{text} the client's limit of {limit} bytes", hint="set a larger {max_message_bytes=}", option=_LIMIT
+        )
+    if side == "SERVER":
+        return MessageTooLarge(
+            f"{text} the server's limit of {limit} bytes",
+            hint="set {suggestion} in the client, or start the server with a larger --max-message-bytes",
+            option=_LIMIT,
+            suggestion={_LIMIT: int(limit)},
+        )
+    return MessageTooLarge(
+        f"{text} the limit of client or server, {limit} bytes", hint="set a larger {max_message_bytes=} on both"
+    )
 
 
 def _cause(details: str) -> str:
@@ -141,13 +176,8 @@ def _cause(details: str) -> str:
     gRPC puts the system's reason last, after states and addresses: "failed to connect to all addresses; last error:
     UNKNOWN: ipv4:127.0.0.1:1: Failed to connect to remote host: connect: Connection refused (111)".
     """
-    return _printable(re.sub(r" \(\d+\)$", "", details.rstrip("]").rpartition(":")[2].strip()))
-
-
-def _printable(text: str) -> str:
-    """Return a server's text as one may print it: no control characters, and not without end."""
-    shown = "".join(char if char.isprintable() else " " for char in text[: _LONGEST_TEXT + 1])
-    return shown if len(shown) <= _LONGEST_TEXT else f"{shown[:_LONGEST_TEXT]}..."
+    cause = details.rstrip("]").rpartition(":")[2].strip()
+    return printable(re.sub(r" \(\d+\)$", "", cause), _LONGEST_TEXT)
 
 
 def text_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from vqserve.renamed import warn_renamed
+
 if TYPE_CHECKING:
     from vqserve_client import (
         AccessDenied,
@@ -37,9 +39,10 @@ if TYPE_CHECKING:
         ServerError,
         TokenBeyondRange,
         Unavailable,
-        VqserveClientError,
         VqserveError,
     )
+
+    VqserveClientError = VqserveError
 
 __version__ = "0.1.0"
 
@@ -70,7 +73,6 @@ __all__ = [
     "ServerError",
     "TokenBeyondRange",
     "Unavailable",
-    "VqserveClientError",
     "VqserveError",
     "__version__",
 ]
@@ -78,7 +80,7 @@ __all__ = [
 
 # The modules of the names that do not need the client; all other such names are errors.
 _HOMES = {"CodebookInfo": "vqserve.codebook_info", "Layout": "vqserve.layout"}
-_CLIENT = {"AsyncClient", "Client", "VqserveClientError"}
+_CLIENT = {"AsyncClient", "Client"}
 
 
 def __getattr__(name: str) -> object:
@@ -87,6 +89,11 @@ def __getattr__(name: str) -> object:
         value: object = getattr(import_module(home), name)
         globals()[name] = value
         return value
+    if name == "VqserveClientError":
+        from vqserve.errors import VqserveError  # noqa: PLC0415
+
+        warn_renamed(__name__, name, VqserveError)
+        return VqserveError
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

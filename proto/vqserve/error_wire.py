@@ -14,9 +14,11 @@ from typing import Any
 
 from vqserve import errors
 from vqserve.errors import VqserveError
+from vqserve.text import LONGEST_NAME
 
 ERROR_KEY = "vqserve-error"
 REQUEST_ID_KEY = "vqserve-request-id"
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 # Names of the retry hint: gRPC's own, and the name that older clients read.
 RETRY_PUSHBACK_KEY = "grpc-retry-pushback-ms"
 RETRY_AFTER_KEY = "vqserve-retry-after-ms"
@@ -24,12 +26,11 @@ RETRY_AFTER_KEY = "vqserve-retry-after-ms"
 # The entry is an HTTP/2 header, and gRPC accepts 8 KiB of headers in all.
 MAX_BYTES = 2048
 _LONGEST_MESSAGE = 1000
-_LONGEST_NAME = 200
 _MOST_AXES = 32
 _MOST_SUGGESTIONS = 8
 _LARGEST = 1 << 63
 # Fields that can be long.
-_LONG = frozenset({"message", "suggestion", "codebook"})
+_LONG = frozenset({"message", "hint", "suggestion", "codebook"})
 
 
 def reason_of(kind: type[VqserveError]) -> str:
@@ -72,6 +73,8 @@ def written(error: VqserveError) -> str | None:
     fields: dict[str, object] = {
         "reason": reason,
         "message": error.template,
+        # The reader has the hints of the classes.
+        "hint": None if error.hint == type(error).hint else error.hint,
         "array": error.array,
         "position": error.position,
         "option": error.option,
@@ -116,7 +119,7 @@ def read(entry: str | None, *, code: str) -> VqserveError | None:
     return kind(taken.pop("message", ""), code=code, **taken)
 
 
-def _is_text(value: object, longest: int = _LONGEST_NAME) -> bool:
+def _is_text(value: object, longest: int = LONGEST_NAME) -> bool:
     return isinstance(value, str) and 0 < len(value) <= longest and value.isprintable()
 
 
@@ -147,6 +150,7 @@ def _is_digest(value: object) -> bool:
 _FIELDS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
     {
         "message": lambda value: _is_text(value, _LONGEST_MESSAGE),
+        "hint": lambda value: value == "" or _is_text(value, _LONGEST_MESSAGE),
         "array": lambda value: isinstance(value, str) and value in errors.ARRAY_NAMES,
         "position": _is_position,
         "option": _is_option,

@@ -96,6 +96,7 @@ class VqserveError(Exception):
         option: name of the argument that the error is about, as in Python.
         suggestion: arguments to try, by name.
         path: file of the offending array or codebook; it is never sent to a caller.
+        hint: what to do about the error, with placeholders as in `template`; "" if the message says it.
     """
 
     hint = ""
@@ -117,6 +118,7 @@ class VqserveError(Exception):
         option: str | None = None,
         suggestion: Mapping[str, str | int] | None = None,
         path: str | PathLike[str] | None = None,
+        hint: str | None = None,
     ) -> None:
         # Pickling calls the class with `args`, here the template, and then restores the other fields.
         super().__init__(template)
@@ -133,6 +135,9 @@ class VqserveError(Exception):
         self.option = option
         self.suggestion = dict(suggestion or {})
         self.path = None if path is None else fspath(path)
+        # Without one, the hint of the class counts.
+        if hint is not None:
+            self.hint = hint
 
     @property
     def message(self) -> str:
@@ -153,8 +158,8 @@ class VqserveError(Exception):
         return stated if self.path is None else f"{self.path}: {stated}"
 
     def advice(self, spelling: Spelling = PYTHON) -> str:
-        """Return what to do about errors of this class; "" if the message says it."""
-        return _filled(self.hint, spelling)
+        """Return what to do, with arguments written in this spelling; "" if the message says it."""
+        return _filled(self.hint, spelling, option=self.option, suggestion=self.suggestion)
 
     def text(self, spelling: Spelling = PYTHON) -> str:
         """Return the whole text for a user: what went wrong, in which call, and what to do."""
@@ -292,13 +297,9 @@ class TokenBeyondRange(NonFiniteLatents):
 class IndexOutOfRange(InvalidArgument):
     """An index is not in the vocabulary."""
 
-    hint = "are the indices from this codebook?"
-
 
 class MessageTooLarge(InvalidArgument):
     """A message exceeds the limit of the client or of the server, or one row alone does."""
-
-    hint = "set a larger {max_message_bytes=} on client and server"
 
 
 class CodebookNotFound(VqserveError, LookupError):
@@ -347,7 +348,6 @@ class Unavailable(VqserveError, ConnectionError):
     """The server cannot be reached or is stopping; the SDK raises this after its last retry."""
 
     default_code = "UNAVAILABLE"
-    hint = "is the server running, and is this its address? `vqserved serve` starts one"
 
 
 class Draining(Unavailable):

@@ -1,16 +1,20 @@
 """Checks of a caller's arrays and options, and their error texts, for client and server.
 
-The SDK checks before it sends, the server checks because other clients send too, and `Tokenizer` checks in process. The
-checks do not read the data of an array; code that does makes its errors with the functions at the end.
+The SDK checks before it sends, the server checks because other clients send too, and `Tokenizer` checks in process. Of
+these checks only `check_indices` reads the data of an array; other code that does makes its errors with the functions
+at the end.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate, takewhile
 from numbers import Integral, Number
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from vqserve.codebook_info import CodebookInfo
 from vqserve.dtypes import BY_NAME, LATENTS
@@ -23,10 +27,12 @@ from vqserve.errors import (
     InvalidShape,
     NonFiniteLatents,
     NotAnArray,
+    TokenBeyondRange,
     escape,
     quoted,
 )
 from vqserve.layout import LATENT_RANKS, Layout, channel_axis, parse_layout, resolve_layout, wrong_rank
+from vqserve.stages import beyond_stages
 
 # Numbers of axes that indices without stages can have.
 INDEX_RANKS = (1, 2, 3, 4)
@@ -37,6 +43,8 @@ OUTPUTS = ("latents", "code_rows")
 _MAX_ELEMENTS = (1 << 63) // 8
 # An error text quotes at most this much of a name or a digest that a caller sent.
 _QUOTED_CHARACTERS = 80
+# Characters of a list of names in an error text; status details hold 1024.
+_LONGEST_LIST = 700
 _DIGEST_CHARACTERS = 64
 
 
@@ -107,13 +115,61 @@ def check_has_output(output: str, *, info: CodebookInfo) -> None:
         )
 
 
-def check_digest_form(digest: str) -> None:
-    """Check that a text has the form of a digest.
+def check_call(
+    *, codebook: object = None, digest: object = None, timeout: object = None, num_quantizers: object = None
+) -> None:
+    """Check the options of a call for which no codebook is known yet; None stands for an option that is not given.
 
     Raises:
+        InvalidOption: an option has a value that is not allowed.
+        TypeError: codebook, digest or timeout is of another type.
+    """
+    if codebook is not None:
+        check_name("codebook", codebook)
+    if digest is not None:
+        check_digest_form(digest)
+    if timeout is not None:
+        check_timeout(timeout)
+    if num_quantizers is not None:
+        check_count(num_quantizers)
+
+
+def check_name(option: str, name: object) -> None:
+    """Check an optional name.
+
+    Raises:
+        TypeError: it is not a string.
+        InvalidOption: it is empty.
+    """
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"{option} must be a string, not {type(name).__name__}")
+    if name == "":
+        raise InvalidOption("{option} must not be empty", option=option)
+
+
+def check_timeout(timeout_s: object) -> float:
+    """Return a timeout, checked.
+
+    Raises:
+        TypeError: it is not a number.
+        InvalidOption: it is not above 0; infinity is.
+    """
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float):
+        raise TypeError(f"timeout must be a number of seconds, not {repr(timeout_s)[:_QUOTED_CHARACTERS]}")
+    if math.isnan(timeout_s) or timeout_s <= 0:
+        raise InvalidOption(f"{{option}} must be above 0 seconds, not {timeout_s}", option="timeout")
+    return float(timeout_s)
+
+
+def check_digest_form(digest: object) -> None:
+    """Check that an optional text has the form of a digest.
+
+    Raises:
+        TypeError: it is not a string.
         InvalidOption: it is not 64 lower-case hexadecimal digits.
     """
-    if not is_digest(digest):
+    check_name("digest", digest)
+    if isinstance(digest, str) and not is_digest(digest):
         raise InvalidOption(
             f"{{option}} must be the codebook's 64 lower-case hexadecimal digits, not {quoted(digest, 80)}",
             option="digest",
@@ -152,13 +208,21 @@ def no_codebook(name: str | None, served: Sequence[str], *, num_codebooks: int) 
         served: names of all served codebooks.
         num_codebooks: number of served codebooks; versions of one count once.
     """
-    names = escape(", ".join(served))
+    names = _listed(served)
     if not served:
         return CodebookNotFound("no codebook is served", codebook=name)
     if not name:
         return CodebookNotFound(f"{num_codebooks} codebooks are served, choose one with {{codebook=}}: {names}")
     shown = name[:_QUOTED_CHARACTERS]
     return CodebookNotFound(f"no codebook {escape(repr(shown))} is served, only: {names}", codebook=shown)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names for a template, only the first ones if there are many."""
+    ends = accumulate(len(name) + 2 for name in names)
+    count = max(1, sum(1 for _ in takewhile(lambda end: end <= _LONGEST_LIST, ends)))
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return escape(", ".join(names[:count])) + more
 
 
 # Shapes.
@@ -281,7 +345,44 @@ def check_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available
     raise InvalidShape(text, array="indices")
 
 
-# Errors about the elements of arrays.
+# Elements of arrays.
+
+
+def check_indices(
+    array: npt.NDArray[np.integer[Any]], *, decodable: int, stage_sizes: Sequence[int] = (), axis: int = -1
+) -> None:
+    """Check that indices lie in [0, decodable), or in the vocabularies of their stages.
+
+    Args:
+        array: indices of any integer type and shape; they are compared without conversion, so none wraps.
+        decodable: exclusive upper bound; of several stages, the largest.
+        stage_sizes: exclusive upper bound of each stage, where these differ.
+        axis: axis of a token's indices, with as many elements as there are stages or fewer.
+
+    Raises:
+        InvalidDtype: the array does not hold integers (bool does not count).
+        IndexOutOfRange: an index is outside; the error names the position and value of the first, and the range.
+    """
+    if array.dtype.kind not in "iu":
+        raise not_indices(array.dtype)
+    if array.size == 0:
+        return
+    low, high = int(array.min()), int(array.max())
+    if low >= 0 and high < min(stage_sizes, default=decodable):
+        return
+    outside = array < 0
+    if stage_sizes:
+        outside |= beyond_stages(array, stage_sizes, axis)
+        if not outside.any():
+            return
+    elif high >= decodable:
+        # If `decodable` does not fit the array's type, no element can exceed it.
+        outside |= array >= np.asarray(decodable).astype(array.dtype)
+    position = tuple(int(i) for i in np.unravel_index(int(outside.argmax()), array.shape))
+    value = int(array[position])
+    if not stage_sizes:
+        raise not_an_index(position, value, decodable)
+    raise not_an_index(position, value, stage_sizes[position[axis]], stage=position[axis])
 
 
 def not_an_array(array: str, value: object) -> NotAnArray:
@@ -337,13 +438,26 @@ def not_finite(position: Sequence[int], value: float, *, as_float32: bool = Fals
         value: the value.
         as_float32: whether the value is finite but becomes infinite in float32.
     """
-    beyond = ", beyond float32's range" if as_float32 else ""
-    return NonFiniteLatents(f"{{where}} is {value}{beyond}", array="latents", position=position)
+    if as_float32:
+        text, hint = f"{{where}} is {value}, beyond float32's range", TokenBeyondRange.hint
+        return NonFiniteLatents(text, array="latents", position=position, hint=hint)
+    return NonFiniteLatents(f"{{where}} is {value}", array="latents", position=position)
 
 
-def not_an_index(position: Sequence[int] | None, value: int, decodable: int) -> IndexOutOfRange:
-    """Return the error for an index that is not in [0, decodable)."""
-    return IndexOutOfRange(f"{{where}} is {value}, not in [0, {decodable})", array="indices", position=position)
+def not_an_index(
+    position: Sequence[int] | None, value: int, decodable: int, *, stage: int | None = None
+) -> IndexOutOfRange:
+    """Return the error for an index that is not in [0, decodable).
+
+    Args:
+        position: position of the index.
+        value: the index.
+        decodable: exclusive upper bound.
+        stage: stage of the index, counted from 0; None: all indices have the same bound.
+    """
+    of_stage = "" if stage is None else f", the vocabulary of stage {stage}"
+    text = f"{{where}} is {value}, not in [0, {decodable}){of_stage}"
+    return IndexOutOfRange(text, array="indices", position=position, hint="are the indices from this codebook?")
 
 
 def beyond_dtype(row: int, dtype: str, *, has_stages: bool) -> InvalidOption:

@@ -6,6 +6,7 @@
 from typing import TYPE_CHECKING
 
 from vqserve import __version__
+from vqserve_server.extra import missing_package
 
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
@@ -15,8 +16,13 @@ __all__ = ["Tokenizer", "__version__"]
 
 def __getattr__(name: str) -> object:
     if name == "Tokenizer":
-        from vqserve_server.tokenizer import Tokenizer  # noqa: PLC0415
-
+        try:
+            from vqserve_server.tokenizer import Tokenizer  # noqa: PLC0415
+        except ModuleNotFoundError as error:
+            text = missing_package(error)
+            if text is None:
+                raise
+            raise ImportError(f"Tokenizer cannot be imported: {text}", name=error.name) from error
         return Tokenizer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

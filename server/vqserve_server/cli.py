@@ -19,12 +19,10 @@ from types import MappingProxyType
 from vqserve import __version__
 from vqserve.arguments import Parser
 from vqserve.errors import COMMAND_LINE, VqserveError
+from vqserve.text import printable
 from vqserve_server import config as settings
 from vqserve_server import signals, supervisor
-from vqserve_server.console import printable
-
-# What the extra `server` brings; without it the client still works.
-_EXTRA = frozenset({"einops", "grpc_reflection", "torch"})
+from vqserve_server.extra import missing_package
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,13 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = NO
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _EXTRA:
-            return _complain(f"{error.name} is missing: install vqserve with its extra `server`")
-        # An unexpected error is one line too; the traceback is in the log with --log-level debug.
+        missing = missing_package(error)
+        if missing is not None:
+            return _complain(missing)
+        # An unexpected error is one line too; the traceback is in the log with --log-level debug, a flag of `serve`.
         logging.getLogger(__name__).debug("unexpected error", exc_info=True)
-        return _complain(f"{type(error).__name__}: {error} (--log-level debug shows where)")
+        where = " (--log-level debug shows where)" if arguments[:1] == ["serve"] else ""
+        return _complain(f"{type(error).__name__}: {error}{where}")
 
 
 def _explained(args: argparse.Namespace, words: Sequence[str]) -> str | None:

@@ -184,8 +184,11 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServeConfig
     known = {variable(setting.name) for _, setting in _settings()}
     for name in environ:
         if name.startswith(ENV_PREFIX) and name not in known | CLIENT_VARIABLES:
-            near = difflib.get_close_matches(name, known, 1)
-            raise ConfigError(f"unknown environment variable {name}{f': did you mean {near[0]}?' if near else ''}")
+            # The prefix would make every two names similar.
+            bare = [one.removeprefix(ENV_PREFIX) for one in known]
+            near = difflib.get_close_matches(name.removeprefix(ENV_PREFIX), bare, 1, cutoff=0.75)
+            hint = f": did you mean {ENV_PREFIX}{near[0]}?" if near else ""
+            raise ConfigError(f"unknown environment variable {name}{hint}")
     values: dict[str | None, dict[str, Any]] = {None: {}, **{group: {} for group in _GROUPS}}
     for group, setting in _settings():
         name = setting.name

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 
+from vqserve.text import printable
+
 
 def set_up(level: str, *, worker: int | None = None) -> None:
     """Send the log to stderr, one line for each event.
@@ -43,8 +45,3 @@ class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         record.origin = "" if record.name.partition(".")[0] == "vqserve_server" else f"{record.name}: "
         return super().format(record)
-
-
-def printable(text: str) -> str:
-    """Return a text in which control characters are escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -1,58 +1,19 @@
-"""The errors of `vqserve.errors`, with aliases for their former names here, until the next release."""
+"""The errors of `vqserve.errors`, which were here, also by their former names; until the next release."""
 
-from vqserve.errors import (
-    Cancelled,
-    Closed,
-    CodebookError,
-    CodebookFileError,
-    CodebookNotFound,
-    DeadlineExceeded,
-    DeviceBroken,
-    DigestMismatch,
-    Draining,
-    ForeignCheckpointError,
-    IndexOutOfRange,
-    InvalidArgument,
-    InvalidDtype,
-    InvalidOption,
-    InvalidShape,
-    MessageTooLarge,
-    NonFiniteLatents,
-    NotAnArray,
-    Overloaded,
-    StartError,
-    TokenBeyondRange,
-    VqserveError,
-)
+from typing import TYPE_CHECKING
 
-InvalidRequest = InvalidArgument
-UnknownCodebook = CodebookNotFound
-DeadlineExpired = DeadlineExceeded
+from vqserve.errors import *  # noqa: F403
+from vqserve.errors import CodebookNotFound, DeadlineExceeded, InvalidArgument
+from vqserve.renamed import renamed
 
-__all__ = [
-    "Cancelled",
-    "Closed",
-    "CodebookError",
-    "CodebookFileError",
-    "CodebookNotFound",
-    "DeadlineExceeded",
-    "DeadlineExpired",
-    "DeviceBroken",
-    "DigestMismatch",
-    "Draining",
-    "ForeignCheckpointError",
-    "IndexOutOfRange",
-    "InvalidArgument",
-    "InvalidDtype",
-    "InvalidOption",
-    "InvalidRequest",
-    "InvalidShape",
-    "MessageTooLarge",
-    "NonFiniteLatents",
-    "NotAnArray",
-    "Overloaded",
-    "StartError",
-    "TokenBeyondRange",
-    "UnknownCodebook",
-    "VqserveError",
-]
+if TYPE_CHECKING:
+    InvalidRequest = InvalidArgument
+    UnknownCodebook = CodebookNotFound
+    DeadlineExpired = DeadlineExceeded
+else:
+    __getattr__ = renamed(
+        __name__,
+        InvalidRequest=InvalidArgument,
+        UnknownCodebook=CodebookNotFound,
+        DeadlineExpired=DeadlineExceeded,
+    )

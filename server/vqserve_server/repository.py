@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vqserve.codebook_info import VERSION_MARK
-from vqserve.errors import CodebookError, CodebookFileError, VqserveError
+from vqserve.errors import CodebookError, VqserveError
 from vqserve_server.codebook_files import find_codebooks, latest
 from vqserve_server.codebooks import load_codebook
 from vqserve_server.console import event
@@ -96,10 +96,7 @@ class Repository:
             try:
                 self._entries[name] = self._load(name, path)
             except CodebookError as error:
-                # Some texts begin with the name of the file: replace it by the path.
-                text = str(error)
-                rest = text.removeprefix(path.name)
-                raise CodebookFileError(f"{path}: {text}" if rest == text else f"{path}{rest}") from None
+                raise error.with_fields(path=str(path)) from None
 
     def reload(self) -> ReloadCounts:
         """Load the files that have changed, and drop those whose file was removed.
@@ -242,5 +239,6 @@ def _is_below(path: Path, folders: Sequence[Path]) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error) if isinstance(error, VqserveError) else f"{type(error).__name__}: {error}"
+    # The event has the path in a field of its own.
+    text = str(error.with_fields(path=None)) if isinstance(error, VqserveError) else f"{type(error).__name__}: {error}"
     return " ".join(text.split())

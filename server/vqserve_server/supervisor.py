@@ -109,7 +109,10 @@ class Workers:
             self.send(signal.SIGKILL)
         # A worker that is still loading is ended by the signal.
         expected = {0, 128 + number, -number}
-        return expected.issuperset(await asyncio.gather(*self._keepers))
+        failed = {i: code for i, code in enumerate(await asyncio.gather(*self._keepers)) if code not in expected}
+        for i, code in failed.items():
+            logger.error(event("worker_failed", number=i, code=code))
+        return not failed
 
     def send(self, number: int) -> None:
         """Send a signal to all workers."""
@@ -183,9 +186,10 @@ class Workers:
 
 
 def _send(process: asyncio.subprocess.Process, number: int) -> None:
-    # The process may just have ended.
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(number)
+    # Not process.send_signal: it reaps a process that has just ended, and asyncio then reports exit code 255 for it.
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
 
 
 async def serve(sources: Sequence[str], config: ServeConfig, port: int) -> int:

@@ -1,7 +1,7 @@
-"""Checks of the elements of a caller's arrays, before anything is computed.
+"""Checks of latents and weights, before anything is computed.
 
 The gRPC layer, the tokenizer and the tools share them. They need numpy only, so that the gRPC layer can reject a
-request without torch. `vqserve.validation` checks options and shapes, also for the SDK.
+request without torch. `vqserve.validation` has what the SDK checks as well.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve import dtypes
-from vqserve.validation import not_an_index, not_finite, not_indices
+from vqserve.validation import not_finite
 
 
 def first_non_finite(array: npt.NDArray[Any]) -> tuple[int, ...] | None:
@@ -54,29 +54,3 @@ def check_finite(array: npt.NDArray[Any]) -> None:
     if position is not None:
         value = float(dtypes.LATENTS_BY_STORAGE[array.dtype].widen(array[position]))
         raise not_finite(position, value)
-
-
-def check_indices(array: npt.NDArray[np.integer[Any]], *, decodable: int) -> None:
-    """Check that indices lie in [0, decodable).
-
-    Args:
-        array: indices of any integer type and shape; they are compared without conversion, so none wraps.
-        decodable: exclusive upper bound.
-
-    Raises:
-        InvalidDtype: the array does not hold integers (bool does not count).
-        IndexOutOfRange: an index is outside; the error names the position and value of the first, and the range.
-    """
-    if array.dtype.kind not in "iu":
-        raise not_indices(array.dtype)
-    if array.size == 0:
-        return
-    low, high = int(array.min()), int(array.max())
-    if low >= 0 and high < decodable:
-        return
-    # If `decodable` does not fit the array's type, no element can exceed it.
-    outside = array < 0
-    if high >= decodable:
-        outside |= array >= np.asarray(decodable).astype(array.dtype)
-    position = tuple(int(i) for i in np.unravel_index(int(outside.argmax()), array.shape))
-    raise not_an_index(position, int(array[position]), decodable)

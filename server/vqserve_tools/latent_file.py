@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vqserve.errors import InvalidOption, InvalidShape, of_file
+from vqserve.errors import InvalidOption, InvalidShape, escape, of_file
 from vqserve.layout import Layout, parse_layout, resolve_layout
 from vqserve.validation import not_finite, not_latents
 from vqserve_server.rows import channels_last
@@ -76,18 +76,19 @@ class LatentRows:
         """
         # Opening a pipe would wait for a writer.
         if path.exists() and not path.is_file():
-            raise InvalidOption(f"{path} is no .npy file of latents: it is no regular file")
+            what = "a folder" if path.is_dir() else "no regular file"
+            raise InvalidOption(f"it is {what}: name a .npy file of latents", path=path)
         try:
             with path.open("rb") as file:
                 if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
-                    raise InvalidOption(f"{path} is not a .npy file")
+                    raise InvalidOption("it is not a .npy file", path=path)
             array = np.lib.format.open_memmap(path, mode="r")
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: there is no such file") from None
         except InvalidOption:
             raise
         except ValueError as error:
-            raise InvalidOption(f"{path} is not a .npy file of numbers: {error}") from None
+            raise InvalidOption(f"it is not a .npy file of numbers: {escape(str(error))}", path=path) from None
         with of_file(path):
             return cls(array, layout, default=default, keeps_float64=keeps_float64)
 

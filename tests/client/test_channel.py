@@ -10,7 +10,7 @@ import threading
 import grpc
 import pytest
 
-from vqserve_client import Client, VqserveClientError
+from vqserve_client import Client, VqserveError
 from vqserve_client.channel import channel_options
 
 
@@ -127,7 +127,7 @@ def test_messages_up_to_the_limit_and_no_further(tiny, latents):
             client._core.connection._open = None
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("vqserve_client.channel.channel_options", lambda _, options=options: options)
-                with pytest.raises(VqserveClientError, match="larger than max"):
+                with pytest.raises(VqserveError, match="larger than the client's limit of 4096 bytes"):
                     client.encode(array)
     assert expected.nbytes > 4096
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -127,7 +128,7 @@ def test_errors_name_flags_where_the_sdk_names_options(vqserve, tiny, serve_tiny
     assert "2 codebooks are served, choose one with --codebook: a, b (server" in err
     assert "lists what is served" not in err
     tiny.script.append(failing("RESOURCE_EXHAUSTED", "Received message larger than max (9 vs. 4)"))
-    assert "set a larger --max-message-bytes on client and server" in vqserve("encode", source, "-o", middle)[2]
+    assert "set a larger --max-message-bytes on both" in vqserve("encode", source, "-o", middle)[2]
     assert "pin that digest with --digest" in vqserve("encode", source, "-o", middle, "--digest", "0" * 64)[2]
     np.save(source, np.zeros((2, 3, 3, 4), np.float32))
     assert "should it be --layout channels_last?" in vqserve("encode", source, "-o", middle)[2]
@@ -139,7 +140,10 @@ def test_errors_name_flags_where_the_sdk_names_options(vqserve, tiny, serve_tiny
 def test_a_server_that_takes_small_messages_only(vqserve, tiny, serve_tiny, codes, files):
     source, middle, _ = files
     small = serve_tiny(codes("small"), **{"grpc.max_receive_message_length": 20_000})
-    assert vqserve("encode", source, "-o", middle, "--target", small.target)[0] == 1
+    status, _, err = vqserve("encode", source, "-o", middle, "--target", small.target)
+    assert status == 1
+    assert "larger than the server's limit of 20000 bytes" in err
+    assert "set --max-message-bytes 20000 in the client, or start the server" in err
     assert vqserve("encode", source, "-o", middle, "--target", small.target, "--max-message-bytes", 20_000)[0] == 0
     with Client(tiny.target) as client:
         assert (np.load(middle) == client.encode(np.load(source))).all()
@@ -301,6 +305,20 @@ def test_status(vqserve, healthy):
     code, out, err = vqserve("status", "--target", "127.0.0.1:1", "--wait", "0.2")
     assert (code, out) == (1, "UNREACHABLE\n")
     assert "is the server running" in err
+    code, out, err = vqserve("status", "--target", "127.0.0.1:1", "--wait", "0")
+    assert (code, out) == (1, "")
+    assert "cannot connect to the server: " in err
+    assert "is the server running" in err
+    servicer.set("", statuses.SERVING)
+    assert vqserve("status", "--target", target, "--wait", "0") == (0, "SERVING\n", "")
+
+
+def test_status_of_what_does_not_answer(vqserve):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        code, out, err = vqserve("status", "--target", f"127.0.0.1:{silent.getsockname()[1]}", "--timeout", "0.2")
+    assert (code, out) == (1, "")
+    assert "allow more time with --timeout, or look into the server's log" in err
+    assert "vqserve status" not in err
 
 
 def test_status_waits_until_it_serves(healthy):

@@ -12,7 +12,7 @@ import pytest
 
 import vqserve.errors
 import vqserve_client
-from vqserve.errors import Overloaded, VqserveError
+from vqserve.errors import COMMAND_LINE, Overloaded, VqserveError
 from vqserve_client import Client, errors
 from vqserve_client.status import ERROR_OF_CODE, RETRIED, Failure
 
@@ -24,7 +24,6 @@ PAGE, ERRORS_PAGE = DOCS / "client.md", DOCS / "errors.md"
 def test_every_status_is_mapped():
     assert set(ERROR_OF_CODE) == set(grpc.StatusCode) - {grpc.StatusCode.OK}
     assert set(RETRIED) == {errors.Overloaded, errors.Unavailable, errors.Cancelled}
-    assert errors.VqserveClientError is VqserveError
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,7 +68,9 @@ def test_a_failure_without_words():
 @pytest.mark.parametrize("details", ["Deadline Exceeded", "Stream removed (Deadline Exceeded)"])
 def test_a_deadline_of_grpc_has_the_sdks_text(details):
     failure = Failure(grpc.StatusCode.DEADLINE_EXCEEDED, details, {})
-    assert failure.text == "the server did not answer in time"
+    error = failure.error(target="there", codebook=None, request_id="one")
+    assert error.message == "the server did not answer in time"
+    assert "allow more time with timeout=" in str(error)
 
 
 def test_a_hostile_server_s_words_are_cut_and_cannot_steer_a_terminal():
@@ -111,8 +112,49 @@ def test_a_text_without_its_fields_has_its_advice_once():
     details = f"the queue is full: {Overloaded.hint}"
     failure = Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, details, {})
     error = failure.error(target="there", codebook=None, request_id="one")
-    assert error.message == "the queue is full"
+    assert error.message == details
     assert str(error).count(Overloaded.hint) == 1
+
+
+def test_only_who_cannot_be_reached_may_not_be_running():
+    texts = {
+        "failed to connect to all addresses; last error: UNKNOWN: connect: Connection refused (111)": True,
+        "Socket closed": True,
+        "the call was idle for 0.4 s: make another one": False,
+    }
+    for details, is_gone in texts.items():
+        error = Failure(grpc.StatusCode.UNAVAILABLE, details, {}).error(target="there", codebook=None, request_id="one")
+        assert ("is the server running" in str(error)) is is_gone
+
+
+@pytest.mark.parametrize(
+    ("details", "says"),
+    [
+        (
+            "Stream removed (CLIENT: Received message larger than max (2000 vs. 1500))",
+            "a reply of 2000 bytes is larger than the client's limit of 1500 bytes: set a larger --max-message-bytes",
+        ),
+        (
+            "CLIENT: Sent message larger than max (2000 vs. 1500)",
+            "a request of 2000 bytes is larger than the client's limit of 1500 bytes: set a larger --max-message-bytes",
+        ),
+        (
+            "SERVER: Received message larger than max (2000 vs. 1500)",
+            "a request of 2000 bytes is larger than the server's limit of 1500 bytes: set --max-message-bytes 1500 "
+            "in the client, or start the server with a larger --max-message-bytes",
+        ),
+        (
+            "Received message larger than max (2000 vs. 1500)",
+            "a message of 2000 bytes is larger than the limit of client or server, 1500 bytes: "
+            "set a larger --max-message-bytes on both",
+        ),
+    ],
+)
+def test_which_limit_a_message_exceeds(details, says):
+    failure = Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, details, {})
+    error = failure.error(target=None, codebook=None, request_id=None)
+    assert type(error) is errors.MessageTooLarge
+    assert error.text(COMMAND_LINE) == says
 
 
 def test_a_foreign_text_is_no_template():

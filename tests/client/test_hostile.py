@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_client import DigestChanged, DigestMismatch, ProtocolError, ServerError
+from vqserve_client import CodebookNotFound, DigestChanged, DigestMismatch, ProtocolError, ServerError
 
 OTHER = "f" * 64
 
@@ -67,13 +67,22 @@ def test_a_lying_decode_reply(tiny, connect, lying, lie, text):
         {"output_dim": 1 << 63},
         {"code_dim": 0},
         {"num_quantizers": 0},
+        {"stage_vocab_sizes": [300, 5]},
+        {"stage_vocab_sizes": [300]},
+        {"num_quantizers": 3, "stage_vocab_sizes": [300, 5]},
+        {"num_quantizers": 2, "stage_vocab_sizes": [300, 0]},
+        {"num_quantizers": 2, "stage_vocab_sizes": [300, 301]},
+        {"num_quantizers": 2, "stage_vocab_sizes": [5, 5]},
         {"layout": 9},
     ],
 )
 def test_a_list_that_cannot_be(tiny, connect, latents, lie):
     def change(reply: pb.ListCodebooksResponse) -> None:
         for name, value in lie.items():
-            setattr(reply.codebooks[0], name, value)
+            if isinstance(value, list):
+                getattr(reply.codebooks[0], name).extend(value)
+            else:
+                setattr(reply.codebooks[0], name, value)
 
     client = connect(tiny.target)
     for call in (client.codebooks, lambda: client.encode(latents(2, 4))):
@@ -90,7 +99,7 @@ def test_a_name_listed_twice(tiny, connect):
 
 def test_absurd_widths_are_rejected_before_memory_is_asked_for(tiny, connect):
     tiny.replace("small", output_dim=1 << 31)
-    with pytest.raises(ValueError, match="more than a message"):
+    with pytest.raises(ValueError, match="more than the client's limit of 67108864 bytes"):
         connect(tiny.target).decode(np.arange(4))
 
 
@@ -212,3 +221,58 @@ def test_a_server_whose_method_raises(tiny, connect, latents):
         connect(tiny.target).encode(latents(2, 4))
     assert caught.value.code == "UNKNOWN"
     assert len(tiny.requests) == 1
+
+
+@pytest.mark.parametrize("sent", ["x" * 2003, "a b", "\u00e9", ""])
+def test_a_request_id_that_is_none_is_dropped(tiny, connect, failing, latents, sent):
+    client = connect(tiny.target)
+    client.codebooks()
+    tiny.script.append(failing("INTERNAL", vqserve_request_id=sent) if sent.isascii() else failing("INTERNAL"))
+    with pytest.raises(ServerError) as caught:
+        client.encode(latents(2, 4))
+    assert caught.value.request_id == tiny.request_ids[-1]
+
+
+def test_a_server_s_request_id(tiny, connect, failing, latents):
+    tiny.script.append(failing("INTERNAL", vqserve_request_id="its-own.1"))
+    with pytest.raises(ServerError) as caught:
+        connect(tiny.target).encode(latents(2, 4))
+    assert caught.value.request_id == "its-own.1"
+
+
+def test_metadata_without_end(tiny, connect, failing, latents):
+    tiny.script.extend([failing("INTERNAL", x="a" * 100_000)] * 9)
+    with pytest.raises(ProtocolError, match="more metadata than gRPC accepts") as caught:
+        connect(tiny.target).encode(latents(2, 4))
+    assert len(str(caught.value)) < 500
+    assert len(tiny.requests) == 1
+
+
+ODD_TEXTS = ("evil\x1b[2J", "x" * 1_000_000, "line\nline", "a\u202eb")
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS, ids=["escape", "long", "line", "direction"])
+@pytest.mark.parametrize("field", ["name", "kind"])
+def test_a_list_with_texts_that_cannot_be_shown(tiny, connect, field, text):
+    tiny.list_script.append(lambda reply: setattr(reply.codebooks[0], field, text))
+    with pytest.raises(ProtocolError, match="cannot be") as caught:
+        connect(tiny.target).codebooks()
+    assert len(str(caught.value)) < 1000
+    assert str(caught.value).isprintable()
+
+
+def test_a_list_of_very_many_names(tiny, connect, latents):
+    def change(reply: pb.ListCodebooksResponse) -> None:
+        for number in range(10_000):
+            reply.codebooks.add().CopyFrom(reply.codebooks[0])
+            reply.codebooks[-1].name = f"{'n' * 100}{number}"
+
+    client = connect(tiny.target)
+    tiny.list_script.append(change)
+    with pytest.raises(CodebookNotFound, match="10001 codebooks are served") as caught:
+        client.encode(latents(2, 4))
+    assert len(str(caught.value)) < 2000
+    tiny.list_script.append(lambda reply: [change(reply), change(reply)])
+    with pytest.raises(ProtocolError, match="twice") as caught:
+        client.codebooks()
+    assert len(str(caught.value)) < 1000

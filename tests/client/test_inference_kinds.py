@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kinds import with_every_kind
+from kinds import CASES, with_every_kind
 from vqserve_server.quantizers import CosineQuantizer, DotQuantizer, FiniteScalarQuantizer, LookupFreeQuantizer
 from vqserve_server.tokenizer import Tokenizer
 
@@ -16,6 +16,7 @@ KINDS = with_every_kind(
         "dot": lambda: DotQuantizer(300, 4, input_dim=6, output_dim=5),
         "fsq": lambda: FiniteScalarQuantizer([8, 8, 8, 5, 5, 5]),
         "lfq": lambda: LookupFreeQuantizer(32, "big", input_dim=6, output_dim=6),
+        **{name: CASES[name] for name in ("rvq", "rvq_sizes", "rvq_fish", "rvq_unitok", "rvq_normalized_residuals")},
     }
 )
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from vqserve.errors import InvalidOption
 from vqserve_client import AsyncClient, Client
 from vqserve_server import Tokenizer
 from vqserve_server.quantizers import VectorQuantizerWithInputProjection
@@ -192,6 +193,11 @@ def test_one_image_that_would_pass_for_sequences_is_warned_of(book, latents):
         ("decode", torch.tensor([-1]), {}, ValueError, r"indices\[0\] is -1"),
         ("decode", np.zeros(2, np.int64), {"dtype": "int8"}, ValueError, "int8"),
         ("decode", np.zeros(2, np.int64), {"output": "codes"}, ValueError, "codes"),
+        *(
+            ("decode", make([3, 1, 1 << 63, 300]), {}, ValueError, rf"^indices\[2\] is {1 << 63}, not in \[0, 300\)")
+            for make in (lambda ids: np.array(ids, np.uint64), lambda ids: torch.tensor(ids, dtype=torch.uint64))
+        ),
+        ("decode", np.array([300, 1 << 63], np.uint64), {}, ValueError, r"^indices\[0\] is 300, not in \[0, 300\)"),
     ],
 )
 def test_rejections(book, method, array, options, error, text):
@@ -210,3 +216,38 @@ def test_pinning_and_closing(book):
     with pytest.raises(Exception, match="closed") as closed:
         book.decode(np.arange(2))
     assert [type(caught.value).__name__ for caught in (pinned, closed)] == ["DigestMismatch", "Closed"]
+
+
+@everywhere
+@pytest.mark.parametrize("method", ["encode", "decode", "encode_many", "decode_many"])
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"codebook": 5}, TypeError, "codebook must be a string, not int"),
+        ({"codebook": ""}, InvalidOption, "codebook must not be empty"),
+        ({"digest": 5}, TypeError, "digest must be a string, not int"),
+        ({"digest": ""}, InvalidOption, "digest must not be empty"),
+        (
+            {"digest": "abc"},
+            InvalidOption,
+            "digest must be the codebook's 64 lower-case hexadecimal digits, not 'abc'",
+        ),
+        ({"timeout": -1}, InvalidOption, "timeout must be above 0 seconds, not -1"),
+        ({"timeout": float("nan")}, InvalidOption, "timeout must be above 0 seconds, not nan"),
+        ({"timeout": "soon"}, TypeError, "timeout must be a number of seconds, not 'soon'"),
+        ({"num_quantizers": 0}, InvalidOption, "num_quantizers must be an integer of 1 or more, not 0"),
+    ],
+    ids=str,
+)
+def test_options_that_are_none_before_anything_is_read(book, method, options, error, text):
+    with pytest.raises(error) as caught:
+        getattr(book, method)(None, **options)
+    assert str(caught.value) == text
+    assert type(caught.value) is error
+
+
+@everywhere
+def test_the_time_that_a_list_may_take_is_checked(book):
+    with pytest.raises(InvalidOption, match="timeout must be above 0 seconds, not 0"):
+        book.codebooks(timeout=0)
+    assert book.codebooks(timeout=float("inf"))

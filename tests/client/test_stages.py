@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from vqserve_client import InvalidArgument
+from vqserve_client import IndexOutOfRange, InvalidArgument, ProtocolError
 from vqserve_client.cli import main
 from vqserve_server.errors import InvalidOption, InvalidShape
 from vqserve_server.quantizers import ResidualQuantizer, VectorQuantizer
@@ -15,9 +17,9 @@ from vqserve_server.tokenizer import Tokenizer
 STAGES, CHANNELS = 5, 6
 
 
-def make(num_quantizers=STAGES, layout=None):
+def make(num_quantizers=STAGES, layout=None, n_e=300):
     torch.manual_seed(1)
-    quantizer = ResidualQuantizer(num_quantizers, 300, CHANNELS)
+    quantizer = ResidualQuantizer(num_quantizers, n_e, CHANNELS)
     with torch.no_grad():
         for parameter in quantizer.parameters():
             parameter.normal_()
@@ -171,9 +173,101 @@ def test_a_codebook_without_stages(serving, connect, latents):
         assert one.encode(latents(3, 6), num_quantizers=1).shape == (3,)
 
 
+# Stages of different sizes.
+
+SIZES = (300, 5, 7, 300, 2)
+
+
+@pytest.fixture
+def uneven():
+    return make(n_e=SIZES)
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last", None])
+@pytest.mark.parametrize("shape", [(9, 6), (2, 6, 6), (2, 6, 3, 6), (1, 6, 2, 3, 6)])
+@pytest.mark.parametrize("count", [1, 3, None])
+def test_remote_is_local_for_stages_of_different_sizes(serving, connect, latents, uneven, layout, shape, count):
+    client = connect(serving(uneven).target)
+    [info] = client.codebooks()
+    assert info == uneven.info
+    assert (info.stage_vocab_sizes, info.vocab_size, info.num_codes) == (SIZES, 300, 300)
+    array = latents(*shape)
+    layout = layout if len(shape) > 2 else None
+    indices = client.encode(array, layout=layout, num_quantizers=count)
+    assert indices.dtype == np.uint16
+    np.testing.assert_array_equal(indices, uneven.encode(array, layout=layout, num_quantizers=count))
+    every = uneven.encode(array, layout=layout)
+    expected = uneven.decode(every, layout=layout, num_quantizers=count)
+    for given in (indices, every, torch.from_numpy(every.astype(np.int64))):
+        np.testing.assert_array_equal(client.decode(given, layout=layout, num_quantizers=count), expected)
+
+
+def test_the_info_of_equal_stages_is_as_ever(tokenizer):
+    assert tokenizer.info.stage_vocab_sizes == ()
+
+
+@pytest.mark.parametrize("call", ["local", "remote"])
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_an_index_beyond_its_stage_is_named(serving, connect, uneven, call, kind):
+    client = connect(serving(uneven).target) if call == "remote" else uneven
+
+    def decode(indices, **options):
+        return client.decode(torch.from_numpy(indices) if kind == "torch" else indices, **options)
+
+    most = np.tile(np.array(SIZES) - 1, (4, 1))
+    decode(most)
+    for stage, size in enumerate(SIZES):
+        wrong = most.copy()
+        # Most of these are fine in stage 0.
+        wrong[2, stage] = size
+        match = rf"indices\[2, {stage}\] is {size}, not in \[0, {size}\), the vocabulary of stage {stage} "
+        with pytest.raises(IndexOutOfRange, match=match) as caught:
+            decode(wrong)
+        assert caught.value.position == (2, stage)
+        if stage:
+            # What is not used is not looked at.
+            decode(wrong, num_quantizers=stage)
+    first = np.zeros((2, len(SIZES), 3), np.int64)
+    first[1, 1, 2] = 5
+    with pytest.raises(IndexOutOfRange, match=r"indices\[1, 1, 2\] is 5, not in \[0, 5\), the vocabulary of stage 1 "):
+        decode(first, layout="channels_first")
+    with pytest.raises(IndexOutOfRange, match=r"indices\[3, 4\] is -1, not in \[0, 2\), the vocabulary of stage 4 "):
+        decode(np.where(np.arange(20).reshape(4, 5) == 19, -1, most))
+
+
+def test_positions_count_in_the_caller_s_array(serving, connect, uneven):
+    wrong = np.zeros((3, 5, 40, 6), np.int64)
+    wrong[2, 1, 33, 4] = 299
+    client = connect(serving(uneven).target, max_message_bytes=1500)
+    with pytest.raises(
+        IndexOutOfRange, match=r"indices\[2, 1, 33, 4\] is 299, not in \[0, 5\), the vocabulary of stage 1"
+    ):
+        client.decode(wrong, layout="channels_first")
+    client = connect(serving(uneven).target)
+    items = [np.zeros((1, 5, 4), np.int64) for _ in range(6)]
+    items[4][0, 4, 3] = 2
+    with pytest.raises(
+        IndexOutOfRange, match=r"indices\[0, 4, 3\] is 2, not in \[0, 2\), the vocabulary of stage 4"
+    ) as caught:
+        list(client.decode_many(items, layout="channels_first"))
+    assert caught.value.item == 4
+
+
+def test_a_reply_with_an_index_beyond_its_stage_is_refused(serving, connect, latents, tokenizer):
+    tokenizer.info = replace(tokenizer.info, stage_vocab_sizes=(300, 5, 300, 300, 300))
+    with pytest.raises(ProtocolError, match="beyond its stage in vocabularies of 1 stage of 300, 1 of 5 and 3 of 300"):
+        connect(serving(tokenizer).target).encode(latents(40, 6))
+
+
+def test_the_list_tells_the_sizes(serving, uneven, capsys):
+    assert main(["codebooks", "--target", serving(uneven).target]) == 0
+    assert "5 stages of 2 to 300" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sizes", [300, SIZES])
 @pytest.mark.parametrize("method", ["encode", "decode"])
-def test_bench(serving, tokenizer, method, capsys):
-    target = serving(tokenizer).target
+def test_bench(serving, sizes, method, capsys):
+    target = serving(make(n_e=sizes)).target
     arguments = [
         "bench",
         "--method",

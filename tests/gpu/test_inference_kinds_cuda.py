@@ -34,6 +34,9 @@ KINDS = {
     "rvq_grouped": lambda: ResidualQuantizer(8, 512, 6, groups=2),
     "rvq_dac": lambda: ResidualQuantizer(9, 512, 8, 12, "cosine", stage_projections=True),
     "rvq_mimi": lambda: ResidualQuantizer(8, 512, 6, 12, inner_dim=6, first_quantizers=1),
+    "rvq_sizes": lambda: ResidualQuantizer(4, [4096, 512, 7, 512], 12),
+    "rvq_unitok": lambda: ResidualQuantizer(3, [512, 300, 512], 4, 12, "cosine", decode_normalized=True, groups=3),
+    "rvq_normalized_residuals": lambda: ResidualQuantizer(4, 512, 12, normalize_residuals=True),
     "rvq_double": lambda: ResidualQuantizer(4, 512, 12).double(),
 }
 

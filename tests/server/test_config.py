@@ -24,6 +24,12 @@ def test_defaults() -> None:
     assert parse().rpc.max_message_bytes == 64 << 20
 
 
+@pytest.mark.parametrize("name", ["VQSERVE_X", "VQSERVE_TOKEN", "VQSERVE_SECRET"])
+def test_a_name_that_is_not_near_is_not_suggested(name: str) -> None:
+    with pytest.raises(config.ConfigError, match=f"^unknown environment variable {name}$"):
+        parse(**{name: "1"})
+
+
 def test_flags_win_over_environment_over_defaults() -> None:
     settings = parse("--port", "1", "--drain-seconds", "2.5", VQSERVE_PORT="2", VQSERVE_MAX_BATCH_ROWS="3", HOME="/")
     assert (settings.rpc.port, settings.drain_seconds, settings.engine.max_batch_rows) == (1, 2.5, 3)
@@ -32,7 +38,12 @@ def test_flags_win_over_environment_over_defaults() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [
-        ("VQSERVE_PRT", "1", "unknown environment variable VQSERVE_PRT"),
+        ("VQSERVE_PRT", "1", "unknown environment variable VQSERVE_PRT: did you mean VQSERVE_PORT?"),
+        (
+            "VQSERVE_MAX_BATCH_ROW",
+            "1",
+            "unknown environment variable VQSERVE_MAX_BATCH_ROW: did you mean VQSERVE_MAX_",
+        ),
         ("VQSERVE_PORT", "65536", "VQSERVE_PORT must be an integer from 0 to 65535, not '65536'"),
         ("VQSERVE_PORT", "٣", "VQSERVE_PORT must be an integer"),
         ("VQSERVE_MAX_BATCH_ROWS", "0", "VQSERVE_MAX_BATCH_ROWS must be an integer from 1"),

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import grpc
 import numpy as np
@@ -304,7 +305,15 @@ def test_an_unforeseen_error_is_one_line_too(
     run_here: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app.Repository, "load", lambda self: 1 / 0)
-    assert_fails(run_here("serve", str(folder), "--port", "0"), "ZeroDivisionError: division by zero")
+    expected = "ZeroDivisionError: division by zero (--log-level debug shows where)"
+    assert_fails(run_here("serve", str(folder), "--port", "0"), expected)
+
+
+def test_a_flag_is_named_only_where_it_is(run_here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vqserve_tools.inspection.commands.load_codebook", lambda path: 1 / 0)
+    result = run_here("inspect", "x")
+    assert_fails(result, "ZeroDivisionError: division by zero")
+    assert "--log-level" not in result.stderr
 
 
 def test_a_mistake_in_the_environment_is_one_line(
@@ -336,7 +345,20 @@ def test_without_the_extra_it_says_what_to_install(command: list[str]) -> None:
     result = subprocess.run(
         [sys.executable, "-c", TORCH_IS_MISSING, *command], capture_output=True, text=True, check=False
     )
-    assert_fails(result, "torch is missing: install vqserve with its extra `server`")
+    assert_fails(result, "torch is not installed: pip install 'vqserve[server]'")
+
+
+def test_a_tokenizer_without_the_extra_says_what_to_install() -> None:
+    program = TORCH_IS_MISSING.partition("from vqserve_tools")[0] + (
+        "import vqserve_server\n"
+        "try:\n"
+        "    from vqserve_server import Tokenizer\n"
+        "except ImportError as error:\n"
+        "    print(type(error).__name__, error.name, error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    expected = "ImportError torch Tokenizer cannot be imported: torch is not installed: pip install 'vqserve[server]'\n"
+    assert result.stdout == expected
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["serve", "--help"]])
@@ -482,7 +504,7 @@ def test_sighup_to_the_very_end_changes_nothing(vqserved: Callable[..., Any], fo
     while process.poll() is None:
         process.send_signal(signal.SIGHUP)
         threading.Event().wait(0.002)
-    assert process.returncode == 0
+    assert (process.returncode, process.stderr.read()) == (0, ANY)
 
 
 def test_sigterm_while_codebooks_are_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

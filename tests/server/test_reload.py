@@ -235,4 +235,4 @@ def test_a_signal_while_it_fails_to_start_does_not_swallow_the_reason(tmp_path: 
     process.send_signal(signal.SIGHUP)
     _, error = process.communicate()
     assert process.returncode == 1
-    assert error.startswith(f"vqserved: error: {tmp_path / 'book.safetensors'}: codebook 'book' cannot be used")
+    assert error.startswith(f"vqserved: error: {tmp_path / 'book.safetensors'}: the codebook cannot be used")

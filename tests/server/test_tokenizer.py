@@ -16,6 +16,7 @@ from vqserve_server.errors import (
     Closed,
     CodebookError,
     CodebookFileError,
+    CodebookNotFound,
     DigestMismatch,
     IndexOutOfRange,
     InvalidDtype,
@@ -23,7 +24,6 @@ from vqserve_server.errors import (
     InvalidShape,
     NonFiniteLatents,
     NotAnArray,
-    UnknownCodebook,
 )
 from vqserve_server.quantizers import (
     EMAVectorQuantizer,
@@ -453,7 +453,7 @@ def test_codebook_and_digest_are_held_against_the_info(tokenizer):
     indices = tokenizer.encode(latents, **fits)
     assert torch.equal(tokenizer.decode(indices, **fits), tokenizer.decode(indices))
     for options, error, text in (
-        ({"codebook": "other"}, UnknownCodebook, "no codebook 'other' is served, only: plain"),
+        ({"codebook": "other"}, CodebookNotFound, "no codebook 'other' is served, only: plain"),
         ({"digest": "0" * 64}, DigestMismatch, "'plain' has digest"),
     ):
         for call, array in ((tokenizer.encode, latents), (tokenizer.decode, indices)):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kinds import with_every_kind
+from kinds import bounds, with_every_kind
 from vqserve_server.codebooks import codebook_digest, save_codebook
 from vqserve_server.errors import (
     CodebookError,
@@ -47,6 +47,7 @@ RESIDUAL = {
     "rvq_mimi": lambda: ResidualQuantizer(5, 40, 2, 6, inner_dim=2, first_quantizers=1),
     "rvq_double": lambda: ResidualQuantizer(5, 40, 6).double(),
     "rvq_single": lambda: ResidualQuantizer(1, 40, 6),
+    "rvq_sizes": lambda: ResidualQuantizer(4, [40, 300, 7, 1], 6),
 }
 QUANTIZERS = with_every_kind(PLAIN | RESIDUAL)
 GRIDS = [(12,), (2, 6), (2, 2, 3), (2, 2, 3, 1)]
@@ -84,7 +85,7 @@ def latents_of(*shape, dtype=torch.float32):
 def index_grid(quantizer, grid):
     """Indices of a grid, channels last."""
     shape = (*grid, quantizer.num_quantizers) if quantizer.has_stages else grid
-    return torch.arange(torch.Size(shape).numel()).reshape(shape) % quantizer.decodable
+    return torch.arange(torch.Size(shape).numel()).reshape(shape) % bounds(quantizer)
 
 
 def first(array, quantizer):

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from vqserve.codebook_info import CodebookInfo
 from vqserve.layout import Layout
-from vqserve.validation import check_has_output, check_indices_shape, check_latents_shape
+from vqserve.validation import check_has_output, check_indices, check_indices_shape, check_latents_shape
 from vqserve_server import validation
 from vqserve_server.errors import IndexOutOfRange, InvalidDtype, InvalidOption, InvalidShape, NonFiniteLatents
 
@@ -98,29 +98,60 @@ def test_the_largest_numbers_are_finite():
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64])
 def test_indices_of_every_type(dtype):
-    validation.check_indices(np.array([[0, 6]], dtype), decodable=7)
+    check_indices(np.array([[0, 6]], dtype), decodable=7)
     with pytest.raises(IndexOutOfRange, match=r"indices\[0, 1\] is 7, not in \[0, 7\)"):
-        validation.check_indices(np.array([[0, 7]], dtype), decodable=7)
-    validation.check_indices(np.array([np.iinfo(dtype).max], dtype), decodable=1 << 64)
+        check_indices(np.array([[0, 7]], dtype), decodable=7)
+    check_indices(np.array([np.iinfo(dtype).max], dtype), decodable=1 << 64)
 
 
 def test_indices_never_wrap():
     with pytest.raises(IndexOutOfRange, match=r"indices\[1\] is 18446744073709551615"):
-        validation.check_indices(np.array([0, (1 << 64) - 1], np.uint64), decodable=7)
+        check_indices(np.array([0, (1 << 64) - 1], np.uint64), decodable=7)
     with pytest.raises(IndexOutOfRange, match=r"indices\[0\] is -1"):
-        validation.check_indices(np.array([-1, 9], np.int8), decodable=1000)
+        check_indices(np.array([-1, 9], np.int8), decodable=1000)
     with pytest.raises(IndexOutOfRange, match=r"indices\[1\] is -128"):
-        validation.check_indices(np.array([100, -128], np.int8), decodable=1 << 32)
+        check_indices(np.array([100, -128], np.int8), decodable=1 << 32)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_indices_of_stages_of_every_type(dtype, axis):
+    # Some types do not hold all sizes.
+    sizes = (5, 1 << 32, 200, 7, 1)
+    most = [min(size - 1, int(np.iinfo(dtype).max)) for size in sizes]
+
+    def check(rows):
+        array = np.array([[row] for row in rows], dtype)
+        moved = array if axis == -1 else np.moveaxis(array, -1, 1)
+        validation.check_indices(moved, decodable=1 << 32, stage_sizes=sizes, axis=axis)
+
+    for count in range(1, 6):
+        check([[0] * count, most[:count]])
+    for stage, size in ((0, 5), (3, 7), (4, 1)):
+        wrong = list(most)
+        wrong[stage] = size
+        position = f"1, 0, {stage}" if axis == -1 else f"1, {stage}, 0"
+        match = rf"indices\[{position}\] is {size}, not in \[0, {size}\), the vocabulary of stage {stage}"
+        with pytest.raises(IndexOutOfRange, match=match):
+            check([most, wrong])
+
+
+def test_indices_of_stages_never_wrap():
+    with pytest.raises(IndexOutOfRange, match=r"indices\[0, 1\] is 18446744073709551615, not in \[0, 9\)"):
+        validation.check_indices(np.array([[1, (1 << 64) - 1]], np.uint64), decodable=300, stage_sizes=(300, 9))
+    with pytest.raises(IndexOutOfRange, match=r"indices\[0, 0\] is -1, not in \[0, 300\), the vocabulary of stage 0"):
+        validation.check_indices(np.array([[-1, 3]], np.int8), decodable=300, stage_sizes=(300, 9))
+    validation.check_indices(np.empty((0, 2), np.int64), decodable=300, stage_sizes=(300, 9))
 
 
 def test_no_indices_are_in_range():
-    validation.check_indices(np.empty((0, 3), np.int64), decodable=1)
+    check_indices(np.empty((0, 3), np.int64), decodable=1)
 
 
 @pytest.mark.parametrize("dtype", [np.bool_, np.float32, np.complex64, object])
 def test_other_types_are_no_indices(dtype):
     with pytest.raises(InvalidDtype, match="integers"):
-        validation.check_indices(np.zeros(3, dtype), decodable=7)
+        check_indices(np.zeros(3, dtype), decodable=7)
 
 
 def test_infos_layout_is_the_default():

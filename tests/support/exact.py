@@ -18,9 +18,9 @@ def round32(value: mpmath.mpf | Fraction) -> np.float32:
     return min(near, key=lambda x: (abs(mpmath.mpf(float(x)) - exact), int(x.view(np.uint32)) & 1)) + np.float32(0)
 
 
-def unit_row(row: list[float]) -> list[float]:
-    """Return a row / its length, each element rounded once to float32; zeros stay zeros."""
-    length = mpmath.sqrt(mpmath.fsum(mpmath.mpf(x) ** 2 for x in row))
+def unit_row(row: list[float], least: float = 0.0) -> list[float]:
+    """Return a row / its length, or the least length, each element rounded once to float32; zeros stay zeros."""
+    length = max(mpmath.sqrt(mpmath.fsum(mpmath.mpf(x) ** 2 for x in row)), mpmath.mpf(least))
     return [float(round32(mpmath.mpf(x) / length)) if length else 0.0 for x in row]
 
 

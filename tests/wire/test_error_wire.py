@@ -17,7 +17,19 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(), values, max_size=4),
 )
-FIELDS = ("message", "array", "position", "option", "suggestion", "codebook", "digest", "path", "target", "item")
+FIELDS = (
+    "message",
+    "array",
+    "position",
+    "option",
+    "suggestion",
+    "codebook",
+    "digest",
+    "path",
+    "target",
+    "item",
+    "hint",
+)
 
 
 @given(
@@ -100,6 +112,15 @@ def test_an_error_that_no_caller_may_see_has_no_entry() -> None:
 def test_reasons() -> None:
     assert reason_of(errors.NonFiniteLatents) == "non_finite_latents"
     assert KINDS["token_beyond_range"] is errors.TokenBeyondRange
+
+
+@pytest.mark.parametrize("hint", ["", "send {suggestion}", "é"])
+def test_a_hint_of_its_own_is_sent(hint) -> None:
+    for kind in (errors.MessageTooLarge, errors.NonFiniteLatents):
+        error = kind("{where}", array="latents", suggestion={"layout": "x"}, hint=hint)
+        again = read(written(error), code="INVALID_ARGUMENT")
+        assert (again.hint, str(again)) == (hint, str(error))
+    assert "hint" not in json.loads(written(errors.NonFiniteLatents("x", hint=errors.NonFiniteLatents.hint)))
 
 
 def test_what_is_too_long_keeps_its_position() -> None:

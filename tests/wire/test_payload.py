@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from vqserve import payload
+from vqserve import dtypes, payload
 from vqserve.v1 import tokenizer_pb2 as pb
 
 DTYPES = [dtype for dtype in pb.DType.values() if dtype != pb.DTYPE_UNSPECIFIED]
-NUMPY = ["f2", "f4", "f8", "u1", "u2", "u4", "i4", "i8"]
+NUMPY = sorted({dtype.storage.str[1:] for dtype in dtypes.DTYPES})
 
 
 @given(
@@ -128,20 +128,13 @@ def test_the_envelope_is_the_most_that_a_message_holds_beside_name_and_payload(k
 def test_index_dtype_is_the_smallest_that_holds_the_vocabulary(vocab_size):
     dtype = payload.index_dtype(vocab_size)
     assert payload.holds_vocabulary(dtype, vocab_size)
-    smaller = {pb.DTYPE_UINT16: pb.DTYPE_UINT8, pb.DTYPE_UINT32: pb.DTYPE_UINT16}.get(dtype)
-    assert smaller is None or not payload.holds_vocabulary(smaller, vocab_size)
+    for other in dtypes.INDICES:
+        if other.storage.itemsize < payload.itemsize(dtype):
+            assert not payload.holds_vocabulary(other.number, vocab_size)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "most"),
-    [
-        (pb.DTYPE_UINT8, 1 << 8),
-        (pb.DTYPE_UINT16, 1 << 16),
-        (pb.DTYPE_UINT32, 1 << 32),
-        (pb.DTYPE_INT32, 1 << 31),
-        (pb.DTYPE_INT64, 1 << 63),
-    ],
-)
-def test_holds_vocabulary_to_the_last_index(dtype, most):
-    assert payload.holds_vocabulary(dtype, most)
-    assert not payload.holds_vocabulary(dtype, most + 1)
+@pytest.mark.parametrize("dtype", dtypes.INDICES, ids=lambda dtype: dtype.name)
+def test_holds_vocabulary_to_the_last_index(dtype):
+    most = int(np.iinfo(dtype.storage).max) + 1
+    assert payload.holds_vocabulary(dtype.number, most)
+    assert not payload.holds_vocabulary(dtype.number, most + 1)

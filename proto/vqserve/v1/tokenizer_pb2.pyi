@@ -143,7 +143,7 @@ class ListCodebooksResponse(_message.Message):
     def __init__(self, codebooks: _Optional[_Iterable[_Union[CodebookInfo, _Mapping]]] = ...) -> None: ...
 
 class CodebookInfo(_message.Message):
-    __slots__ = ("name", "digest", "kind", "num_codes", "vocab_size", "input_dim", "code_dim", "output_dim", "num_quantizers", "layout")
+    __slots__ = ("name", "digest", "kind", "num_codes", "vocab_size", "input_dim", "code_dim", "output_dim", "num_quantizers", "layout", "stage_vocab_sizes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +154,7 @@ class CodebookInfo(_message.Message):
     OUTPUT_DIM_FIELD_NUMBER: _ClassVar[int]
     NUM_QUANTIZERS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    STAGE_VOCAB_SIZES_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     kind: str
@@ -164,4 +165,5 @@ class CodebookInfo(_message.Message):
     output_dim: int
     num_quantizers: int
     layout: Layout
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., kind: _Optional[str] = ..., num_codes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., input_dim: _Optional[int] = ..., code_dim: _Optional[int] = ..., output_dim: _Optional[int] = ..., num_quantizers: _Optional[int] = ..., layout: _Optional[_Union[Layout, str]] = ...) -> None: ...
+    stage_vocab_sizes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., kind: _Optional[str] = ..., num_codes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., input_dim: _Optional[int] = ..., code_dim: _Optional[int] = ..., output_dim: _Optional[int] = ..., num_quantizers: _Optional[int] = ..., layout: _Optional[_Union[Layout, str]] = ..., stage_vocab_sizes: _Optional[_Iterable[int]] = ...) -> None: ...

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from vqserve.errors import CodebookError, CodebookFileError
-from vqserve_server.codebook_files import SUFFIX
+from vqserve.errors import CodebookError, CodebookFileError, escape
+from vqserve_server.codebook_files import NAME, SUFFIX
 from vqserve_server.codebooks.kinds import KINDS
 from vqserve_server.codebooks.safetensors_file import ContainerError, read_header, read_tensor, unique_names, write_file
 from vqserve_server.codebooks.state import CodebookState, StateError, canonical_json
@@ -25,14 +25,14 @@ _KEYS = ("format", "kind", "arguments", "digest", "provenance")
 # A codebook has a handful of tensors and a page of provenance.
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_PROVENANCE_BYTES = 1 << 18
-# How files begin that codebooks come in, too: read as the length of a header, each is more than a codebook's.
+# How files begin that codebooks come in, too. What is read as the length of a header is then more than a codebook's.
 _FOREIGN = {
     b"\x93NUMPY": "a .npy file",
     b"PK\x03\x04": "a torch file",
     # A pickle, as torch wrote it until 1.6.
     b"\x80\x02\x8a\x0a": "a torch file",
 }
-_LONGEST_MAGIC = max(map(len, _FOREIGN))
+_IMPORT = "not a codebook file: `vqserved import --help` shows how to make one from it"
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,6 @@ class Codebook:
     arguments: Mapping[str, object]
     digest: str
     provenance: Mapping[str, object] = field(default_factory=dict)
-
-
-class _NotACodebook(Exception):
-    """A safetensors file that is not a codebook."""
 
 
 def codebook_digest(quantizer: Quantizer) -> str:
@@ -117,49 +113,48 @@ def load_codebook(path: str | Path) -> Codebook:
     """Read a codebook file; nothing in it is trusted, and memory is bounded by a few times its length.
 
     Raises:
-        CodebookFileError: names the file without its folder, says what is wrong and what to do.
+        CodebookFileError: says what is wrong and what to do; its `path` is the file.
     """
     path = Path(path)
     try:
         # Opening a pipe would wait for a writer.
         if path.exists() and not path.is_file():
-            raise CodebookFileError(f"codebook {path.stem!r} is no regular file: name the {SUFFIX} file itself")
+            what = "a folder" if path.is_dir() else "no regular file"
+            raise CodebookFileError(f"it is {what}: name a {SUFFIX} file")
         with path.open("rb") as file:
             _check_is_ours(file, path)
             state, digest, provenance = _read(file)
+    except CodebookFileError as error:
+        raise error.with_fields(path=str(path)) from None
     except FileNotFoundError:
-        raise CodebookFileError(f"{path.name}: there is no such file") from None
+        raise CodebookFileError("there is no such file", path=path) from None
     except OSError as error:
-        raise CodebookFileError(f"codebook {path.stem!r} cannot be read: {error.strerror or error}") from None
-    except _NotACodebook:
-        raise CodebookFileError(
-            f"{path.name} is a safetensors file, but not a codebook file: `vqserved import {shlex.quote(path.name)} "
-            f"-o NAME{SUFFIX}`"
-        ) from None
+        raise CodebookFileError(f"it cannot be read: {error.strerror or error}", path=path) from None
     except (ContainerError, StateError) as error:
-        what = f"it {error}" if isinstance(error, ContainerError) else str(error)
-        advice = "copy the file again or make it anew with `vqserved import`"
-        raise CodebookFileError(f"codebook {path.stem!r} cannot be used: {what}; {advice}") from None
+        what = escape(f"it {error}" if isinstance(error, ContainerError) else str(error))
+        text = f"the codebook cannot be used: {what}; copy the file again or make it anew with `vqserved import`"
+        raise CodebookFileError(text, path=path) from None
     return Codebook(state.build(), state.kind, state.arguments, digest, provenance)
 
 
 def _check_is_ours(file: BufferedReader, path: Path) -> None:
-    """Check that a file does not have a known format that must be imported first.
+    """Check that a file is not of another known format.
 
     Raises:
-        CodebookFileError: it has; the error gives the format and the command that imports it.
+        CodebookFileError: it is; the error gives the format, and how to make a codebook from it.
     """
-    begin = file.read(_LONGEST_MAGIC)
-    for magic, what in _FOREIGN.items():
-        if begin.startswith(magic):
-            raise CodebookFileError(_import_first(path, "an .npz file" if path.suffix == ".npz" else what))
-
-
-def _import_first(path: Path, what: str) -> str:
-    # The file itself may be named as a codebook file is.
-    out = f"{path.stem}{'-codebook' if path.suffix == SUFFIX else ''}{SUFFIX}"
-    command = f"vqserved import {shlex.quote(path.name)} -o {shlex.quote(out)}"
-    return f"{path.name} is {what}, not a codebook file: `{command}`"
+    begin = file.read(8)
+    what = next((what for magic, what in _FOREIGN.items() if begin.startswith(magic)), None)
+    if what == "a .npy file" and path.suffix == ".npy":
+        stem = path.stem if NAME.fullmatch(path.stem) else "codebook"
+        command = f"vqserved import {shlex.quote(str(path))} -o {stem}{SUFFIX} --metric l2"
+        raise CodebookFileError(
+            f"it is {what}, not a codebook file: `{escape(command)}`, or with the model's other metric, makes one"
+        )
+    if what is not None:
+        raise CodebookFileError(f"it is {'an .npz file' if path.suffix == '.npz' else what}, {_IMPORT}")
+    if len(begin) == 8 and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in begin):
+        raise CodebookFileError(f"it is a text file, not a codebook file: name a {SUFFIX} file")
 
 
 def _read(file: BufferedReader) -> tuple[CodebookState, str, dict[str, Any]]:
@@ -183,7 +178,7 @@ def _read(file: BufferedReader) -> tuple[CodebookState, str, dict[str, Any]]:
 def _read_metadata(metadata: Mapping[str, str]) -> tuple[str, dict[str, Any], dict[str, Any]]:
     version = metadata.get("vqserve.format")
     if version is None:
-        raise _NotACodebook
+        raise CodebookFileError(f"it is a safetensors file, but {_IMPORT}")
     if version != FORMAT_VERSION:
         raise StateError(f"it has format {version[:20]!r}, this vqserve reads {FORMAT_VERSION!r}: use a newer one")
     ours = {name.removeprefix(_PREFIX): text for name, text in metadata.items() if name.startswith(_PREFIX)}

@@ -80,7 +80,7 @@ class CodebookState:
         """
         names = _canonical_names(set(claims))
         try:
-            complete = check_arguments(kind, KINDS[kind].arguments, arguments)
+            complete = KINDS[kind].canonical_arguments(check_arguments(kind, KINDS[kind].arguments, arguments))
         except ArgumentError as error:
             raise StateError(str(error)) from None
         num_codes = check_claims(kind, complete, {names[name]: claim for name, claim in claims.items()})

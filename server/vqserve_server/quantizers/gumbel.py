@@ -64,7 +64,7 @@ class GumbelQuantizer(AbstractQuantizer):
         "loss_key": LOSS_KEY,
         "layout": LAYOUT,
     }
-    is_approximate: ClassVar[bool] = False
+    is_approximate = False
 
     def __init__(  # noqa: PLR0917
         self,

@@ -33,7 +33,8 @@ class Quantizer(nn.Module, ABC):
         training_tensors: names in the state dict that neither encode nor decode reads.
         metric: how codes are searched; None: not by one metric that all quantizers of the class share.
         is_approximate: whether codes approximate latents, so that the distance between the two is an error.
-        num_codes: K, the indices that encode can give (of each stage, if there are several).
+        num_codes: K, the indices that encode can give (of each stage, if there are several; of the largest, where
+            they differ).
         input_dim: channels that encode takes.
         code_dim: D, the width of a code.
         output_dim: channels that decode returns.
@@ -44,7 +45,7 @@ class Quantizer(nn.Module, ABC):
     arguments: ClassVar[Mapping[str, Argument]]
     training_tensors: ClassVar[frozenset[str]] = frozenset()
     metric: ClassVar[Metric | None] = None
-    is_approximate: ClassVar[bool] = True
+    is_approximate: bool = True
     num_codes: int
     input_dim: int
     code_dim: int
@@ -76,6 +77,11 @@ class Quantizer(nn.Module, ABC):
     def vocab_size(self) -> int:
         """The exclusive bound of the indices that are ever reported or decoded."""
         return self.decodable
+
+    @property
+    def stage_vocab_sizes(self) -> tuple[int, ...]:
+        """The exclusive bound of each stage's indices where these differ; empty: `vocab_size` bounds all indices."""
+        return ()
 
     @property
     @abstractmethod
@@ -111,6 +117,7 @@ class Quantizer(nn.Module, ABC):
             "weight_dtype": self.weight_dtype,
             "device": device,
             "num_quantizers": self.num_quantizers,
+            "stage_vocab_sizes": self.stage_vocab_sizes,
         }
 
     # What a codebook file needs.
@@ -118,6 +125,11 @@ class Quantizer(nn.Module, ABC):
     def current_arguments(self) -> dict[str, object]:
         """Return the arguments, not checked, by which the constructor makes a quantizer like this one as it is now."""
         return {name: attrgetter(argument.attribute or name)(self) for name, argument in self.arguments.items()}
+
+    @classmethod
+    def canonical_arguments(cls, arguments: Mapping[str, object]) -> dict[str, object]:
+        """Return checked arguments in the form that files and digests have, where a value can be given in several."""
+        return dict(arguments)
 
     @classmethod
     def served_arguments(cls, arguments: Mapping[str, object], *, remapped: bool) -> dict[str, object]:

@@ -63,7 +63,10 @@ def checked_used(used: Tensor, num_codes: int) -> Tensor:
     check_integers(used)
     if used.ndim != 1 or used.numel() == 0:
         raise InvalidShape(f"a remap must be 1-D and not empty, not of shape {tuple(used.shape)}")
-    return checked_indices(used, num_codes)
+    try:
+        return checked_indices(used, num_codes)
+    except IndexOutOfRange as error:
+        raise error.with_fields(array="remap", hint="") from None
 
 
 def checked_unknown(unknown_index: UnknownIndex) -> UnknownIndex:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, get_args
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from vqserve.errors import rows_placed
-from vqserve.layout import Layout, grid_shape
-from vqserve.validation import check_num_quantizers, check_stages
+from vqserve.layout import Layout, channel_axis, grid_shape
+from vqserve.validation import LARGEST_VOCABULARY, check_num_quantizers, check_stages
 from vqserve_server.quantizers.abstract import AbstractQuantizer
 from vqserve_server.quantizers.arguments import (
     CODE_DIM,
-    CODES,
     INPUT_DIM,
     MAYBE_CHANNELS,
     Argument,
+    ArgumentError,
     check_layout,
     choice,
     flag,
@@ -33,6 +33,8 @@ from vqserve_server.quantizers.inference.residual import (
     Part,
     ResidualStructure,
     check_sums,
+    sizes_written,
+    stage_sizes,
     sum_of_largest,
 )
 from vqserve_server.quantizers.lookup import CosineQuantizer, DotQuantizer
@@ -50,6 +52,21 @@ from vqserve_server.quantizers.tensors import (
 )
 from vqserve_server.quantizers.vector import VectorQuantizer
 
+_codes_of_a_stage = integer(1, LARGEST_VOCABULARY)
+
+
+def _check_stage_codes(value: object) -> object:
+    """Return K of every stage, or a list of K of each stage, if it can be one.
+
+    Raises:
+        ArgumentError: it cannot.
+    """
+    if type(value) is not list:
+        return _codes_of_a_stage(value)
+    if not 1 <= len(value) <= MAX_QUANTIZERS:
+        raise ArgumentError(f"must have 1 to {MAX_QUANTIZERS} numbers, one for each stage")
+    return [_codes_of_a_stage(codes) for codes in value]
+
 
 class ResidualPart(ProjectedModule):
     """A chain of codebooks, behind a projection of its own or none.
@@ -61,7 +78,8 @@ class ResidualPart(ProjectedModule):
     def __init__(self, part: Part, structure: ResidualStructure) -> None:
         super().__init__()
         self.part = part
-        self.stages = nn.ModuleList(_stage(structure) for _ in part.places)
+        self.normalizes = structure.normalize_residuals
+        self.stages = nn.ModuleList(_stage(structure, place) for place in part.places)
         self.proj_in = projection("input_dim", part.stop - part.start, structure.inner_dim)
         self.proj_out = projection("input_dim", structure.inner_dim, part.stop - part.start)
 
@@ -79,6 +97,7 @@ class ResidualPart(ProjectedModule):
             projection=on_device(self.input_projection(), device),
             output_projection=on_device(self.output_projection(), device),
             largest=float(sum_of_largest(stages).max()),
+            normalizes=self.normalizes,
         )
 
 
@@ -90,7 +109,8 @@ class ResidualQuantizer(Quantizer):
     latents or codes are). The stages may be one chain (EnCodec); one chain for each group of channels (Yang et al.
     2023, arXiv:2305.02765); or two chains that both see the latents and are added, each behind projections of its own
     (Mimi: Defossez et al. 2024, arXiv:2410.00037). With `stage_projections` every stage projects the residual to its
-    codes' width and its codes back (DAC: Kumar et al. 2023, arXiv:2306.06546).
+    codes' width and its codes back (DAC: Kumar et al. 2023, arXiv:2306.06546). With `normalize_residuals` a stage
+    encodes r / |r|, each element rounded once to float32, and the next one gets r / |r| - q.
 
     State: `parts.{p}.` with that of each `ResidualPart`.
 
@@ -102,7 +122,7 @@ class ResidualQuantizer(Quantizer):
     kind: ClassVar[str] = "rvq"
     arguments: ClassVar[Mapping[str, Argument]] = {
         "num_quantizers": served(integer(1, MAX_QUANTIZERS)),
-        "n_e": CODES,
+        "n_e": served(_check_stage_codes),
         "e_dim": CODE_DIM,
         "input_dim": INPUT_DIM,
         "metric": served(choice(*get_args(Metric)), "structure.metric"),
@@ -113,12 +133,13 @@ class ResidualQuantizer(Quantizer):
         "first_quantizers": served(integer(0, MAX_QUANTIZERS), "structure.first_quantizers"),
         # A reader of the file should not have to know the usual layout of residual codebooks.
         "layout": served(check_layout),
+        "normalize_residuals": Argument(flag, served=True, default=False, attribute="structure.normalize_residuals"),
     }
 
     def __init__(
         self,
         num_quantizers: int,
-        n_e: int,
+        n_e: int | Sequence[int],
         e_dim: int,
         input_dim: int | None = None,
         metric: Metric = "l2",
@@ -128,12 +149,13 @@ class ResidualQuantizer(Quantizer):
         inner_dim: int | None = None,
         groups: int = 1,
         first_quantizers: int = 0,
+        normalize_residuals: bool = False,
     ) -> None:
         """Draw the codebooks and projections as their classes do; a state dict is to follow.
 
         Args:
             num_quantizers: n_q, stages in all, at most 256.
-            n_e: K, codes of every stage.
+            n_e: K, codes of every stage; or a list with K of each stage, in the order of a token's indices.
             e_dim: D, the width of the codes.
             input_dim: C, channels of the latents; None: D of each group.
             metric: "l2", "cosine" or "dot", for all stages.
@@ -143,6 +165,9 @@ class ResidualQuantizer(Quantizer):
             groups: number of parts that the channels are cut into, each with the same number of stages. The indices of
                 a token are those of the first stages of all groups, then of the second stages, and so on.
             first_quantizers: number of stages of the first of two parts; the second has the rest. 0: one part.
+            normalize_residuals: every stage divides the residual by its length before it searches, and its code is
+                subtracted from that (GRID's semantic ids: `torch.nn.functional.normalize`). Decoded sums then do not
+                approximate the latents.
 
         Raises:
             InvalidOption: the arguments do not fit together.
@@ -150,7 +175,7 @@ class ResidualQuantizer(Quantizer):
         super().__init__()
         self.structure = ResidualStructure(
             num_quantizers=num_quantizers,
-            num_codes=n_e,
+            stage_codes=stage_sizes(n_e, num_quantizers),
             code_dim=e_dim,
             input_dim=e_dim * groups if input_dim is None else input_dim,
             metric=metric,
@@ -159,16 +184,38 @@ class ResidualQuantizer(Quantizer):
             inner_dim=inner_dim,
             groups=groups,
             first_quantizers=first_quantizers,
+            normalize_residuals=bool(normalize_residuals),
         )
-        self.num_codes, self.code_dim, self.num_quantizers = n_e, e_dim, num_quantizers
+        self.is_approximate = not self.structure.normalize_residuals
+        self.num_codes, self.code_dim, self.num_quantizers = max(self.structure.stage_codes), e_dim, num_quantizers
         self.input_dim = self.output_dim = self.structure.input_dim
         self.layout = Layout.CHANNELS_FIRST
         self.parts = nn.ModuleList(ResidualPart(part, self.structure) for part in self.structure.parts)
 
     @property
+    def n_e(self) -> int | list[int]:
+        """K of every stage; a list with K of each stage where they differ."""
+        return sizes_written(self.structure.stage_codes)
+
+    @property
+    def stage_vocab_sizes(self) -> tuple[int, ...]:
+        """The exclusive bound of each stage's indices where these differ; empty: `vocab_size` bounds all indices."""
+        sizes = self.structure.stage_codes
+        return sizes if len(set(sizes)) > 1 else ()
+
+    @property
     def weight_dtype(self) -> torch.dtype:
         """The type that decode returns."""
         return next(self.parameters()).dtype
+
+    @classmethod
+    def canonical_arguments(cls, arguments: Mapping[str, object]) -> dict[str, object]:
+        """Return checked arguments, K of each stage in the one form that files and digests have."""
+        n_e = arguments["n_e"]
+        # A list of another length stays one: the constructor refuses it.
+        if isinstance(n_e, list) and len(n_e) == arguments["num_quantizers"]:
+            return {**arguments, "n_e": sizes_written(n_e)}
+        return dict(arguments)
 
     def codebooks(self) -> list[AbstractQuantizer]:
         """Return the codebooks of the stages, in the order of a token's indices."""
@@ -213,7 +260,7 @@ class ResidualQuantizer(Quantizer):
 
         Args:
             indices: (b, n_q, s), (b, n_q, h, w), (b, n_q, t, h, w) or (n, n_q), or as `layout` says; any integer type,
-                in [0, K).
+                in [0, K) of their stage.
             num_quantizers: how many indices of each token to use; the axis may have more, but not more than there are
                 stages. None: all stages'.
 
@@ -229,7 +276,7 @@ class ResidualQuantizer(Quantizer):
         count = check_num_quantizers(num_quantizers, available=self.num_quantizers)
         layout = layout_of(indices.ndim, self.layout)
         check_stages(indices.shape, layout, wanted=count, available=self.num_quantizers)
-        ids = checked_indices(indices, self.num_codes)
+        ids = checked_indices(indices, self.num_codes, self.stage_vocab_sizes, channel_axis(layout))
         grid = grid_shape(ids.shape, layout)
         rows = freeze(self, device=ids.device).decode_rows(to_rows(ids, self.layout)[:, :count])
         return from_rows(rows, grid, self.layout)
@@ -246,8 +293,8 @@ class ResidualQuantizer(Quantizer):
         )
 
 
-def _stage(structure: ResidualStructure) -> AbstractQuantizer:
-    codes, width = structure.num_codes, structure.code_dim
+def _stage(structure: ResidualStructure, place: int) -> AbstractQuantizer:
+    codes, width = structure.stage_codes[place], structure.code_dim
     outer = structure.width if structure.stage_projections else None
     match structure.metric:
         case "cosine":

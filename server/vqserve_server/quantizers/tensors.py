@@ -49,8 +49,14 @@ def check_integers(indices: Tensor) -> None:
         raise not_indices(indices.dtype)
 
 
-def checked_indices(indices: Tensor, bound: int) -> Tensor:
-    """Return indices of any shape and integer type as int64, all within [0, bound).
+def checked_indices(indices: Tensor, bound: int, stage_sizes: Sequence[int] = (), axis: int = -1) -> Tensor:
+    """Return indices of any shape and integer type as int64, all within [0, bound), or those of their stages.
+
+    Args:
+        indices: the indices.
+        bound: exclusive upper bound; of several stages, the largest.
+        stage_sizes: exclusive upper bound of each stage, where these differ.
+        axis: axis of a token's indices, with as many elements as there are stages or fewer.
 
     Raises:
         InvalidDtype: the tensor does not hold integers.
@@ -62,9 +68,18 @@ def checked_indices(indices: Tensor, bound: int) -> Tensor:
     if not wide.numel():
         return wide
     low, high = torch.aminmax(wide)
-    if low < 0 or high >= bound:
-        position = torch.nonzero((wide < 0) | (wide >= bound))[0].tolist()
-        raise not_an_index(position, int(indices[tuple(position)].item()), bound)
+    if low >= 0 and high < min(stage_sizes, default=bound):
+        return wide
+    shape = [1] * wide.ndim
+    if stage_sizes:
+        shape[axis] = wide.shape[axis]
+    bounds = torch.tensor(stage_sizes[: wide.shape[axis]] if stage_sizes else [bound], device=wide.device)
+    outside = torch.nonzero((wide < 0) | (wide >= bounds.reshape(shape)))
+    if len(outside):
+        position = outside[0].tolist()
+        stage = position[axis] if stage_sizes else None
+        size = bound if stage is None else stage_sizes[stage]
+        raise not_an_index(position, int(indices[tuple(position)].item()), size, stage=stage)
     return wide
 
 

@@ -22,21 +22,23 @@ from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import (
     INDEX_RANKS,
     check_has_output,
+    check_indices,
     check_indices_shape,
     check_latents_shape,
     check_num_quantizers,
+    not_indices,
+    not_latents,
 )
 from vqserve_server.engine import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, LiveSet
 from vqserve_server.rpc.messages import (
+    check_array_dtype,
     check_dtype,
-    check_index_dtype,
-    check_latent_dtype,
     check_payload,
     check_reply_size,
     layout_of,
     read,
 )
-from vqserve_server.validation import check_finite, check_indices
+from vqserve_server.validation import check_finite
 
 RequestT = TypeVar("RequestT", pb.EncodeRequest, pb.DecodeRequest)
 Array = npt.NDArray[Any]
@@ -150,7 +152,7 @@ class EncodeHeader(RequestHeader[pb.EncodeRequest]):
     job_type = EncodeJob
 
     def _read(self, message: pb.EncodeRequest, payload_bytes: int, info: CodebookInfo) -> None:
-        check_latent_dtype(message.dtype)
+        check_array_dtype(message.dtype, payload.LATENT_DTYPES, not_latents)
         shape = check_payload(payload_bytes, message.dtype, message.shape, "latents", LATENT_RANKS)
         self._layout = check_latents_shape(shape, layout_of(message.layout), info=info)
         grid = layout.grid_shape(shape, self._layout)
@@ -186,7 +188,7 @@ class DecodeHeader(RequestHeader[pb.DecodeRequest]):
     job_type = DecodeJob
 
     def _read(self, message: pb.DecodeRequest, payload_bytes: int, info: CodebookInfo) -> None:
-        check_index_dtype(message.dtype)
+        check_array_dtype(message.dtype, payload.INDEX_DTYPES, not_indices)
         ranks = LATENT_RANKS if info.has_stages else INDEX_RANKS
         shape = check_payload(payload_bytes, message.dtype, message.shape, "indices", ranks)
         count = check_num_quantizers(message.num_quantizers or None, available=info.num_quantizers)
@@ -214,7 +216,8 @@ class DecodeHeader(RequestHeader[pb.DecodeRequest]):
         """
         count = self._key.num_quantizers
         used = array if count is None else array[first_channels(count, self._layout)]
-        check_indices(used, decodable=self._tokenizer.decodable)
+        tokenizer, axis = self._tokenizer, layout.channel_axis(self._layout)
+        check_indices(used, decodable=tokenizer.decodable, stage_sizes=tokenizer.info.stage_vocab_sizes, axis=axis)
         return used
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -12,7 +12,6 @@ from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import InvalidArgument, InvalidDtype, InvalidOption, InvalidShape, MessageTooLarge
 from vqserve.layout import Layout, wrong_rank
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve.validation import not_indices, not_latents
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -68,26 +67,15 @@ def check_dtype(field: str, dtype: int, allowed: frozenset[int]) -> None:
         raise InvalidDtype(f"{{option}} must be one of {names}, not {payload.dtype_name(dtype)}", option=field)
 
 
-def check_latent_dtype(dtype: int) -> None:
-    """Check that an element type is a type of latents.
+def check_array_dtype(dtype: int, allowed: frozenset[int], wrong: Callable[[object], InvalidDtype]) -> None:
+    """Check that the payload of a request may have an element type: one of latents, or one of indices.
 
     Raises:
-        InvalidDtype: it is not; for a type of indices the text is the SDK's.
+        InvalidDtype: it may not; if it is a type of the other arrays, the text is the SDK's, made by `wrong`.
     """
-    if dtype in payload.INDEX_DTYPES:
-        raise not_latents(payload.dtype_name(dtype))
-    check_dtype("dtype", dtype, payload.LATENT_DTYPES)
-
-
-def check_index_dtype(dtype: int) -> None:
-    """Check that an element type is a type of indices.
-
-    Raises:
-        InvalidDtype: it is not; for a type of latents the text is the SDK's.
-    """
-    if dtype in payload.LATENT_DTYPES:
-        raise not_indices(payload.dtype_name(dtype))
-    check_dtype("dtype", dtype, payload.INDEX_DTYPES)
+    if dtype in (payload.LATENT_DTYPES | payload.INDEX_DTYPES) - allowed:
+        raise wrong(payload.dtype_name(dtype))
+    check_dtype("dtype", dtype, allowed)
 
 
 def check_payload(nbytes: int, dtype: int, shape: Sequence[int], array: str, ranks: Sequence[int]) -> tuple[int, ...]:
@@ -122,7 +110,11 @@ def check_reply_size(nbytes: int, limit: int) -> None:
     most = limit - payload.ENVELOPE_BYTES
     if nbytes > most:
         raise MessageTooLarge(
-            f"the reply would be {nbytes} bytes and a message holds {most}: send fewer tokens at once"
+            f"the reply would have {nbytes} bytes, and the server's limit of {limit} has room for {most}",
+            option="max_message_bytes",
+            suggestion={"max_message_bytes": limit},
+            hint="send fewer tokens at once (the SDK does with {suggestion}), or start the server with a larger "
+            "--max-message-bytes",
         )
 
 
@@ -138,5 +130,6 @@ def codebook_message(info: CodebookInfo) -> pb.CodebookInfo:
         code_dim=info.code_dim,
         output_dim=info.output_dim,
         num_quantizers=info.num_quantizers,
+        stage_vocab_sizes=info.stage_vocab_sizes,
         layout=payload.NUMBER_OF_LAYOUT[info.layout],  # type: ignore[arg-type]
     )

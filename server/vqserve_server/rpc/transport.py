@@ -11,7 +11,6 @@ uses it in the same way.
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 import threading
 import time
@@ -22,7 +21,7 @@ from typing import Any
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-from vqserve.error_wire import REQUEST_ID_KEY
+from vqserve.error_wire import REQUEST_ID, REQUEST_ID_KEY
 from vqserve.errors import InvalidArgument, Overloaded
 from vqserve_server.console import event
 from vqserve_server.engine import BatchFailed
@@ -30,7 +29,6 @@ from vqserve_server.rpc.status import Status, status_of
 
 # The retry delay for a call above the limit; the server cannot know when another call will end.
 _RETRY_AFTER_S = 1.0
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 # gRPC represents "no deadline" by one that is centuries away.
 _NO_DEADLINE_S = 1e9
 _OK = Status(grpc.StatusCode.OK, "")
@@ -74,7 +72,7 @@ class Call:
     def request_id(self) -> str:
         """Return the caller's name for the call in logs, or a random one."""
         for key, value in self._metadata or ():
-            if key == REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
+            if key == REQUEST_ID_KEY and isinstance(value, str) and REQUEST_ID.fullmatch(value):
                 return value
         return secrets.token_hex(8)
 

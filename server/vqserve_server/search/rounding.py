@@ -29,9 +29,7 @@ _SAFE_FROM_FLUSHING = 2.0**-125
 # A sum of squares between these did not overflow, and no square that matters underflowed.
 _SAFE_SQUARES = (2.0**-900, 2.0**1000)
 # Elements that `normalise` works on at once.
-_NORMALISED_PER_CHUNK = 1 << 20
-# An absolute error above that of any float64 underflow, and far below float32's smallest number.
-_LOST = 2.0**-1000
+_NORMALISED_PER_CHUNK = 1 << 16
 
 
 @denormals_enabled()
@@ -194,11 +192,13 @@ def round_quotient(numerator: Fraction, square: Fraction) -> np.float32:
     return round_fraction(value if numerator > 0 else -value)
 
 
-def normalise(rows: Tensor) -> Tensor:
-    """Return rows / |row|, each element the exact value rounded once to float32, to nearest even.
+@denormals_enabled()
+def normalise(rows: Tensor, least: float = 0.0) -> Tensor:
+    """Return rows / max(|row|, least), each element the exact value rounded once to float32, to nearest even.
 
     Args:
         rows: (n, D) float32 or float64, finite.
+        least: a float32 number; shorter rows are divided by it.
 
     Returns:
         (n, D) float32 on the rows' device; zero is +0.0, and a row of zeros stays zero.
@@ -208,26 +208,49 @@ def normalise(rows: Tensor) -> Tensor:
     step = max(1, _NORMALISED_PER_CHUNK // values.shape[1])
     for start in range(0, values.shape[0], step):
         chunk = slice(start, start + step)
-        out[chunk] = _normalised(values[chunk].astype(np.float64))
+        out[chunk] = _normalised(values[chunk], least)
     return torch.from_numpy(out).to(rows.device)
 
 
-def _normalised(rows: npt.NDArray[np.float64]) -> Float32s:
-    # Scaling by a power of two does not change the quotient, and keeps the squares within float64's range.
-    _, exponents = np.frexp(np.abs(rows).max(axis=1, keepdims=True))
-    scaled = np.ldexp(rows, -exponents)
-    norms = np.sqrt(np.square(scaled).sum(axis=1, keepdims=True))
-    quotients = scaled / np.where(norms > 0, norms, 1.0)
+def _normalised(rows: npt.NDArray[np.floating], least: float) -> Float32s:
+    wide, shortest = rows.astype(np.float64), np.full((len(rows), 1), least)
+    if rows.dtype != np.float32:
+        # Scaling by a power of two does not change the quotient, and keeps the squares within float64's range. The
+        # squares of float32 numbers are within it anyway.
+        _, exponents = np.frexp(np.abs(wide).max(axis=1, keepdims=True))
+        wide = np.ldexp(wide, -exponents)
+        # Infinite only beside numbers so small that their quotients are zero.
+        with np.errstate(over="ignore"):
+            shortest = np.ldexp(shortest, -exponents)
+    lengths = np.maximum(np.sqrt(np.square(wide).sum(axis=1, keepdims=True)), shortest)
     # Rounded are: D squares, D sums, a root, which halves the relative error so far, and a quotient.
-    error = np.abs(quotients) * gamma(rows.shape[1] + 8, torch.float64) + _LOST
-    below, above = (quotients - error).astype(np.float32), (quotients + error).astype(np.float32)
-    out: Float32s = quotients.astype(np.float32) + np.float32(0.0)
-    for row in np.nonzero(~(below == above).all(axis=1))[0]:
-        exact = [Fraction(x) for x in scaled[row].tolist()]
-        square = sum((x * x for x in exact), Fraction(0))
-        for column in np.nonzero(~(below[row] == above[row]))[0]:
-            out[row, column] = round_quotient(exact[column], square)
+    out, is_open = _rounded_quotients(wide, np.where(lengths > 0, lengths, 1.0), roundings=rows.shape[1] + 10)
+    for row in np.nonzero(is_open.any(axis=1))[0]:
+        out[row] = _normalised_row(wide[row], float(shortest[row, 0]))
     return out
+
+
+def _normalised_row(row: Float64s, shortest: float) -> Float32s:
+    # fsum rounds once, and so do the squares.
+    length = max(math.sqrt(math.fsum(np.square(row))), shortest)
+    out, is_open = _rounded_quotients(row, np.float64(length), roundings=10)
+    if is_open.any():
+        exact = [Fraction(x) for x in row.tolist()]
+        square = max(sum((x * x for x in exact), Fraction(0)), Fraction(shortest) ** 2)
+        for column in np.nonzero(is_open)[0]:
+            out[column] = round_quotient(exact[column], square)
+    return out
+
+
+def _rounded_quotients(
+    values: Float64s, lengths: Float64s | np.float64, *, roundings: int
+) -> tuple[Float32s, npt.NDArray[np.bool_]]:
+    """Return values / lengths in float32, and where that is open after so many roundings, each of 2^-53 at most."""
+    quotients = values / lengths
+    # Quotients that underflow in float64 have no such relative error, but all of them are zero in float32.
+    error = gamma(roundings, torch.float64)
+    below, above = (quotients * (1.0 - error)).astype(np.float32), (quotients * (1.0 + error)).astype(np.float32)
+    return below + np.float32(0.0), below != above
 
 
 def round_inverse_root(count: int) -> np.float32:

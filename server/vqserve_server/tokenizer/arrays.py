@@ -14,11 +14,13 @@ from torch import Tensor
 from vqserve import dtypes
 from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import rows_placed
-from vqserve.layout import Layout, first_channels, grid_shape, parse_layout, warn_of_an_image
+from vqserve.layout import Layout, channel_axis, first_channels, grid_shape, parse_layout, warn_of_an_image
 from vqserve.types import OutputName
 from vqserve.validation import (
     beyond_dtype,
+    check_call,
     check_has_output,
+    check_indices,
     check_indices_shape,
     check_latents_shape,
     check_num_quantizers,
@@ -33,7 +35,7 @@ from vqserve_server.device import to_device
 from vqserve_server.quantizers import tensors
 from vqserve_server.quantizers.inference.base import FrozenQuantizer
 from vqserve_server.rows import from_rows, to_rows
-from vqserve_server.validation import check_finite, check_indices
+from vqserve_server.validation import check_finite
 
 T = TypeVar("T")
 Indices = TypeVar("Indices", npt.NDArray[Any], Tensor)
@@ -50,11 +52,16 @@ class Options:
     dtype: torch.dtype
     output: OutputName
     num_quantizers: int
+    codebook: str | None
+    digest: str | None
 
 
 def options(
-    *,
     info: CodebookInfo,
+    codebook: str | None = None,
+    digest: str | None = None,
+    timeout: float | None = None,
+    *,
     layout: str | None = None,
     dtype: Any = "float32",
     output: str = "latents",
@@ -64,12 +71,15 @@ def options(
 
     Raises:
         InvalidOption: a value is not one of an option's values, or the codebook cannot give it.
+        TypeError: codebook, digest or timeout is of another type.
     """
     check_output(output)
+    check_call(codebook=codebook, digest=digest, timeout=timeout)
     check_has_output(output, info=info)
     count = check_num_quantizers(num_quantizers, available=info.num_quantizers)
     wanted: OutputName = "code_rows" if output == "code_rows" else "latents"
-    return Options(parse_layout(layout), getattr(torch, dtypes.latent_dtype_name(dtype)), wanted, count)
+    torch_dtype = getattr(torch, dtypes.latent_dtype_name(dtype))
+    return Options(parse_layout(layout), torch_dtype, wanted, count, codebook, digest)
 
 
 @dataclass(frozen=True)
@@ -165,14 +175,16 @@ def given_indices(indices: object, asked: Options, *, info: CodebookInfo, decoda
         tensors.check_integers(indices)
         layout = _layout_of_indices(indices.shape, asked, info)
         used_ids = _used(indices.detach(), layout, asked, info)
-        ids, device = tensors.checked_indices(used_ids, decodable), indices.device
+        axis = channel_axis(layout)
+        ids = tensors.checked_indices(used_ids, decodable, info.stage_vocab_sizes, axis)
+        device: torch.device | None = indices.device
     else:
         array = _plain_array(indices, "indices")
         if array.dtype.kind not in "iu":
             raise not_indices(array.dtype)
         layout = _layout_of_indices(array.shape, asked, info)
         used = _used(array, layout, asked, info)
-        check_indices(used, decodable=decodable)
+        check_indices(used, decodable=decodable, stage_sizes=info.stage_vocab_sizes, axis=channel_axis(layout))
         ids, device = torch.from_numpy(used.astype(np.int64)), None
     if not info.has_stages:
         return Given(ids.reshape(-1), tuple(ids.shape), layout, device)

@@ -17,7 +17,7 @@ from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import Closed, VqserveError
 from vqserve.layout import Layout
 from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
-from vqserve.validation import check_digest, check_digest_form, no_codebook
+from vqserve.validation import check_call, check_digest, no_codebook
 from vqserve_server.codebooks import codebook_digest, load_codebook
 from vqserve_server.codebooks.kinds import kind_of
 from vqserve_server.device import select_device, to_device, to_host
@@ -84,6 +84,7 @@ class Tokenizer:
             code_dim=frozen.code_dim,
             output_dim=frozen.output_dim,
             num_quantizers=frozen.num_quantizers,
+            stage_vocab_sizes=frozen.stage_vocab_sizes,
             layout=quantizer.layout,
         )
         self.decodable = frozen.decodable
@@ -136,7 +137,7 @@ class Tokenizer:
             num_quantizers: for a residual codebook, number of (first) indices for each token; None: all.
             codebook: the codebook's name, if it is to be checked.
             digest: the codebook's digest, if it is to be checked.
-            timeout: has no effect in process.
+            timeout: has no effect in process, but must be valid.
 
         Returns:
             The same kind of array, shaped as the latents without their channel axis, or, of a residual codebook, with
@@ -153,8 +154,8 @@ class Tokenizer:
             DigestMismatch: it has another digest.
             Closed: the tokenizer was closed.
         """
-        asked = options(info=self.info, layout=layout, num_quantizers=num_quantizers)
-        return self._encode(latents, asked, codebook, digest)
+        asked = options(self.info, codebook, digest, timeout, layout=layout, num_quantizers=num_quantizers)
+        return self._encode(latents, asked)
 
     def decode(
         self,
@@ -171,7 +172,8 @@ class Tokenizer:
         """Decode indices to latents.
 
         Args:
-            indices: any integers, shaped as `encode` returns them, in [0, decodable).
+            indices: any integers, shaped as `encode` returns them, in [0, decodable), or where the stages differ in
+                [0, info.stage_vocab_sizes[i]).
             layout: of the result, as in `encode`.
             dtype: of the result: "float32", "float16", "float64" or "bfloat16", or numpy's or torch's type of that
                 name; rounded once from the codebook's own values. numpy has no bfloat16: float32 holds its values.
@@ -179,7 +181,7 @@ class Tokenizer:
             num_quantizers: for a residual codebook, number of (first) indices of each token to use; None: all.
             codebook: as in `encode`.
             digest: as in `encode`.
-            timeout: has no effect in process.
+            timeout: has no effect in process, but must be valid.
 
         Returns:
             The same kind of array on the indices' device: their grid with `info.output_dim` channels, for code rows
@@ -193,8 +195,17 @@ class Tokenizer:
             InvalidShape: the rank, or the number of indices for a token, is not the codebook's.
             NotAnArray, CodebookNotFound, DigestMismatch, Closed: as in `encode`.
         """
-        asked = options(info=self.info, layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
-        return self._decode(indices, asked, codebook, digest)
+        asked = options(
+            self.info,
+            codebook,
+            digest,
+            timeout,
+            layout=layout,
+            dtype=dtype,
+            output=output,
+            num_quantizers=num_quantizers,
+        )
+        return self._decode(indices, asked)
 
     def encode_many(
         self,
@@ -207,8 +218,8 @@ class Tokenizer:
         timeout: float | None = None,
     ) -> Generator[ArrayT, None, None]:
         """Return the indices of each of many arrays, lazily and in order; see `encode`."""
-        asked = options(info=self.info, layout=layout, num_quantizers=num_quantizers)
-        return _each(several(items, "encode"), lambda item: self._encode(item, asked, codebook, digest))
+        asked = options(self.info, codebook, digest, timeout, layout=layout, num_quantizers=num_quantizers)
+        return _each(several(items, "encode"), lambda item: self._encode(item, asked))
 
     def decode_many(
         self,
@@ -223,11 +234,21 @@ class Tokenizer:
         timeout: float | None = None,
     ) -> Generator[ArrayT, None, None]:
         """Return the latents of each of many arrays of indices, lazily and in order; see `decode`."""
-        asked = options(info=self.info, layout=layout, dtype=dtype, output=output, num_quantizers=num_quantizers)
-        return _each(several(items, "decode"), lambda item: self._decode(item, asked, codebook, digest))
+        asked = options(
+            self.info,
+            codebook,
+            digest,
+            timeout,
+            layout=layout,
+            dtype=dtype,
+            output=output,
+            num_quantizers=num_quantizers,
+        )
+        return _each(several(items, "decode"), lambda item: self._decode(item, asked))
 
     def codebooks(self, *, timeout: float | None = None) -> list[CodebookInfo]:
         """Return what there is: the one codebook."""
+        check_call(timeout=timeout)
         self._open()
         return [self.info]
 
@@ -256,7 +277,8 @@ class Tokenizer:
         """Return the rows of indices that were checked before.
 
         Args:
-            indices: int64 in [0, decodable): (n,), of a residual codebook (n, q) with the first q indices of each row.
+            indices: int64 in [0, decodable), or where the stages differ in [0, info.stage_vocab_sizes[i]): (n,), of a
+                residual codebook (n, q) with the first q indices of each row.
             output: "latents" or "code_rows".
             dtype: what the rows are wanted in, as a hint: a type's `storage` (vqserve.dtypes).
 
@@ -278,16 +300,16 @@ class Tokenizer:
         self.decode_rows(np.zeros(indices, np.int64))
         self._open().check_itself()
 
-    def _encode(self, latents: ArrayT, asked: Options, codebook: str | None, digest: str | None) -> ArrayT:
-        frozen = self._open(codebook, digest)
+    def _encode(self, latents: ArrayT, asked: Options) -> ArrayT:
+        frozen = self._open(asked.codebook, asked.digest)
         with self._named():
             given = given_latents(latents, asked, info=self.info)
             found = encode_grid(frozen, given, asked, has_stages=self.info.has_stages)
         indices: ArrayT = given.indices(found, vocab_size=self.info.vocab_size)
         return indices
 
-    def _decode(self, indices: ArrayT, asked: Options, codebook: str | None, digest: str | None) -> ArrayT:
-        frozen = self._open(codebook, digest)
+    def _decode(self, indices: ArrayT, asked: Options) -> ArrayT:
+        frozen = self._open(asked.codebook, asked.digest)
         with self._named():
             given = given_indices(indices, asked, info=self.info, decodable=self.decodable)
             latents: ArrayT = given.latents(decode_grid(frozen, given, asked))
@@ -301,7 +323,6 @@ class Tokenizer:
         if codebook is not None and codebook != self.info.name:
             raise no_codebook(codebook, [self.info.name], num_codebooks=1)
         if digest is not None:
-            check_digest_form(digest)
             check_digest(digest, info=self.info)
         return frozen
 

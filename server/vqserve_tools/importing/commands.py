@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqserve.codebook_info import of_stages
+from vqserve.text import printable
 from vqserve_server.codebooks.file import save_state
 from vqserve_server.codebooks.state import USED
-from vqserve_server.console import printable
 from vqserve_tools.flags import add_flags, from_flags
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.importer import Import, import_checkpoint
@@ -29,7 +29,6 @@ def add_import_parser(subparsers: Subparsers) -> None:
     """Add the parser of `import`; its default `run` takes the parsed arguments and returns the exit status."""
     parser = subparsers.add_parser(
         "import",
-        help="make a codebook file from a foreign checkpoint or an array of codes",
         description="Make a codebook file from a foreign checkpoint or an array of codes; nothing in it is run.",
     )
     parser.add_argument(
@@ -69,7 +68,9 @@ def run_import(args: argparse.Namespace) -> int:
     if verified is not None:
         lines.append(f"verified  {verified}")
     made = result.quantizer
-    codes = of_stages(made.num_quantizers, made.num_codes) if made.has_stages else made.num_codes
+    codes = (
+        of_stages(made.num_quantizers, made.num_codes, made.stage_vocab_sizes) if made.has_stages else made.num_codes
+    )
     lines.append(f"wrote {output}: {made.kind}, {codes} codes, digest {digest}")
     sys.stdout.write("".join(f"{printable(line)}\n" for line in lines))
     return 0

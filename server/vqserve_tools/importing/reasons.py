@@ -192,7 +192,9 @@ def _stage_orders(state: CodebookState) -> Iterator[tuple[str, Callable[[], Quan
         (sorted(numbers, key=str), "the stages are in the order 0, 1, 10, 11, ..., 2 of names that are sorted as text"),
     ):
         if order != numbers:
-            yield what, partial(_build, state.kind, state.arguments, _reordered(state.tensors, order))
+            n_e = state.arguments["n_e"]
+            sizes = [n_e[old] for old in order] if isinstance(n_e, list) else n_e
+            yield what, partial(_build, state.kind, {**state.arguments, "n_e": sizes}, _reordered(state.tensors, order))
 
 
 def _reordered(tensors: Any, order: list[int]) -> Arrays:

@@ -21,7 +21,7 @@ from torch import Tensor
 from vqserve.errors import ForeignCheckpointError, InvalidArgument
 from vqserve.layout import Layout, grid_shape
 from vqserve_server.quantizers import Quantizer
-from vqserve_server.quantizers.inference.residual import FrozenPart
+from vqserve_server.quantizers.inference.residual import LEAST_LENGTH, FrozenPart
 from vqserve_server.quantizers.inference.scalar import Channel
 from vqserve_server.quantizers.projections import Projection, project
 from vqserve_server.quantizers.residual import ResidualPart
@@ -251,6 +251,10 @@ def _stages(module: ResidualPart, rows: Tensor, ours: Tensor, theirs: Tensor) ->
     residual, noise = _projected(residual, rows.new_zeros(len(rows), dtype=torch.float64), frozen.projection)
     has_differed = is_accepted = torch.zeros(len(rows), dtype=torch.bool)
     for stage, table, place in zip(module.codebooks(), frozen.stages, module.part.places, strict=True):
+        if frozen.normalizes:
+            length = residual.double().norm(dim=1).clamp_min(LEAST_LENGTH)
+            # An error of the residual turns its direction and changes its length.
+            residual, noise = frozen.searched(residual), 2 * noise / length + _LOSS
         mine, yours = ours[:, place], theirs[:, place]
         first = (mine != yours) & ~has_differed
         is_accepted = is_accepted | (first & _single(stage, residual, noise, mine, yours))

@@ -27,7 +27,6 @@ def add_inspect_parser(subparsers: Subparsers) -> None:
     """Add the parser of `inspect`; its default `run` takes the parsed arguments and returns the exit status."""
     parser = subparsers.add_parser(
         "inspect",
-        help="describe a codebook file, and how it fits latents",
         description="Describe a codebook file: its kind and sizes, its codes and, with latents, its fit to them. "
         "Two files are compared.",
     )

@@ -40,7 +40,7 @@ def check_plot(path: Path, *, force: bool, sources: Sequence[Path | None] = ()) 
     try:
         import matplotlib.figure  # noqa: F401, PLC0415
     except ImportError:
-        raise InvalidOption(f"{path.name} cannot be drawn without matplotlib: pip install matplotlib") from None
+        raise InvalidOption(f"{path.name} cannot be drawn without matplotlib: pip install 'vqserve[plot]'") from None
 
 
 def draw(inspections: Sequence[tuple[str, Inspection]], path: Path) -> None:

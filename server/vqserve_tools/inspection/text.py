@@ -7,7 +7,7 @@ import math
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from vqserve_server.console import printable
+from vqserve.text import printable
 from vqserve_tools.inspection.error import QuantizationError
 from vqserve_tools.inspection.fit import Fit, Usage, UsageBin
 from vqserve_tools.inspection.inspection import CodeFigures, Neighbours, Norms, Report

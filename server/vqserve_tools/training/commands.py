@@ -22,7 +22,6 @@ def add_train_parser(subparsers: Subparsers) -> None:
     """Add the parser of `train`; its default `run` takes the parsed arguments and returns the exit status."""
     parser = subparsers.add_parser(
         "train",
-        help="train a codebook on latents",
         description="Train a codebook on latents. The same latents, options and seed give the same file.",
     )
     parser.add_argument(

@@ -91,7 +91,7 @@ def test_requests_that_fail_are_an_error(bench, tiny, failing, tmp_path):
     assert code == 1
     assert out.splitlines()[-1].partition("  not stable")[0].split()[-1] == "1"
     assert one_line(err)
-    assert f"1 requests failed: 1 INTERNAL (a line and another [31m) (server {tiny.target})" in err
+    assert f"1 requests failed: 1 INTERNAL (a line and another\\x1b[31m) (server {tiny.target})" in err
     assert json.loads((tmp_path / "x.json").read_text())["loads"][0]["errors"] == {"INTERNAL": 1}
 
 
@@ -116,7 +116,7 @@ def test_errors_before_anything_is_measured(bench, tiny, failing, tmp_path, monk
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, _, err = bench(tiny.target, "--plot", tmp_path / "x.png")
     assert code == 1
-    assert "without matplotlib: pip install matplotlib" in err
+    assert "without matplotlib: pip install 'vqserve[plot]'" in err
 
 
 def test_a_server_that_is_not_there(bench):

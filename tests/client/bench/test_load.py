@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from vqserve_bench import Closed, Open, Request
+from vqserve_bench import ClosedLoop, OpenLoop, Request
 from vqserve_bench.job import Job
 from vqserve_bench.load import gaps, shares
 
@@ -36,20 +36,20 @@ def job(load, **more):
 
 
 def test_jobs_of_several_processes_are_the_whole_together():
-    parts = job(Closed(10), streams=3).split(4)
+    parts = job(ClosedLoop(10), streams=3).split(4)
     assert [part.load.concurrency for part in parts] == [4, 3, 3]
     assert [part.streams for part in parts] == [1, 1, 1]
-    parts = job(Open(90.0, max_outstanding=8), seed=5).split(3)
-    assert [part.load for part in parts] == [Open(30.0, 3), Open(30.0, 3), Open(30.0, 2)]
+    parts = job(OpenLoop(90.0, max_outstanding=8), seed=5).split(3)
+    assert [part.load for part in parts] == [OpenLoop(30.0, 3), OpenLoop(30.0, 3), OpenLoop(30.0, 2)]
     # Two processes that draw the same gaps would send in pairs.
     assert len({part.seed for part in parts}) == 3
-    assert len(job(Closed(1), streams=2).split(2)) == 1
-    assert len(job(Closed(5)).split(1)) == 1
+    assert len(job(ClosedLoop(1), streams=2).split(2)) == 1
+    assert len(job(ClosedLoop(5)).split(1)) == 1
 
 
 def test_the_order_is_seeded_and_gives_each_request_its_turn():
     requests = tuple(Request(bytes([i])) for i in range(9))
-    made = Job(target="localhost:1", method="/a.B/C", requests=requests, load=Closed(1), seed=3)
+    made = Job(target="localhost:1", method="/a.B/C", requests=requests, load=ClosedLoop(1), seed=3)
     order = list(islice(made.order(), 18))
     assert sorted(order[:9]) == sorted(requests)
     assert order[:9] == order[9:] != list(requests)
@@ -59,13 +59,13 @@ def test_the_order_is_seeded_and_gives_each_request_its_turn():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Closed(0),
-        lambda: Open(0.0),
-        lambda: Open(math.inf),
-        lambda: Open(1.0, 0),
-        lambda: job(Closed(1), streams=-1),
-        lambda: job(Closed(1), connections=0),
-        lambda: Job(target="localhost:1", method="/a.B/C", requests=(), load=Closed(1)),
+        lambda: ClosedLoop(0),
+        lambda: OpenLoop(0.0),
+        lambda: OpenLoop(math.inf),
+        lambda: OpenLoop(1.0, 0),
+        lambda: job(ClosedLoop(1), streams=-1),
+        lambda: job(ClosedLoop(1), connections=0),
+        lambda: Job(target="localhost:1", method="/a.B/C", requests=(), load=ClosedLoop(1)),
     ],
 )
 def test_invalid_loads_are_rejected(make):

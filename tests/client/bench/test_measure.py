@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from vqserve_bench import Closed, Open, Request, Schedule, encode_stats, measure
+from vqserve_bench import ClosedLoop, OpenLoop, Request, Schedule, encode_stats, measure
 from vqserve_bench.driver import _arrival
 from vqserve_bench.job import Job
 from vqserve_bench.measure import run
@@ -20,16 +20,16 @@ from vqserve_client import Client, DeadlineExceeded, ProtocolError, Unavailable
 from vqserve_client.config import ClientConfig
 
 WAYS = [
-    (Closed(1), {}),
-    (Closed(5), {}),
-    (Closed(5), {"streams": 2}),
-    (Closed(1), {"streams": 4}),
-    (Closed(4), {"connections": 2}),
-    (Closed(4), {"streams": 3, "connections": 2}),
-    (Closed(3), {"processes": 2}),
-    (Open(200.0), {}),
-    (Open(200.0), {"streams": 2}),
-    (Open(200.0), {"processes": 2, "streams": 2}),
+    (ClosedLoop(1), {}),
+    (ClosedLoop(5), {}),
+    (ClosedLoop(5), {"streams": 2}),
+    (ClosedLoop(1), {"streams": 4}),
+    (ClosedLoop(4), {"connections": 2}),
+    (ClosedLoop(4), {"streams": 3, "connections": 2}),
+    (ClosedLoop(3), {"processes": 2}),
+    (OpenLoop(200.0), {}),
+    (OpenLoop(200.0), {"streams": 2}),
+    (OpenLoop(200.0), {"processes": 2, "streams": 2}),
 ]
 
 
@@ -64,7 +64,7 @@ def test_every_way_answers(real, quick, load, how, method):
 
 
 def test_replies_that_are_not_vqserve_s(echo, quick):
-    measured = measure(echo.target, echo.call, [b"a" * 100, b""], Closed(2), schedule=quick)
+    measured = measure(echo.target, echo.call, [b"a" * 100, b""], ClosedLoop(2), schedule=quick)
     assert measured.requests > 0
     assert (measured.server, measured.tokens_per_s, measured.errors) == (None, 0.0, {})
     # Half of them are 100 bytes each way. Either end of the windows splits a round of the two and leaves out the
@@ -72,13 +72,16 @@ def test_replies_that_are_not_vqserve_s(echo, quick):
     mean_bytes = measured.mb_per_s * 1e6 / measured.requests_per_s
     assert mean_bytes == pytest.approx(100, abs=100 * 2 * 3 / measured.requests)
     # As much as protobuf makes of it.
-    assert measure(echo.target, echo.call, [b"\xff"], Closed(2), schedule=quick, read_stats=encode_stats).server is None
+    assert (
+        measure(echo.target, echo.call, [b"\xff"], ClosedLoop(2), schedule=quick, read_stats=encode_stats).server
+        is None
+    )
 
 
 @pytest.mark.parametrize("streams", [0, 2])
 def test_counts_add_up(echo, quick, streams):
     seen = []
-    load = Closed(4)
+    load = ClosedLoop(4)
     requests = (Request(b"abc", 3), Request(b"de", 2))
     method = echo.stream if streams else echo.call
     job = Job(target=echo.target, method=method, requests=requests, load=load, schedule=quick, streams=streams)
@@ -98,18 +101,20 @@ def test_one_after_the_other(echo, caplog):
     """What is left of one measurement's calls does not show up in the next."""
     schedule = Schedule(warmup_s=0.02, window_s=0.02, max_windows=1)
     for i in range(20):
-        measure(echo.target, echo.stream if i % 2 else echo.call, [b""], Closed(16), schedule=schedule, streams=i % 2)
+        measure(
+            echo.target, echo.stream if i % 2 else echo.call, [b""], ClosedLoop(16), schedule=schedule, streams=i % 2
+        )
     assert caplog.records == []
 
 
 def test_connections(echo, quick):
-    measure(echo.target, echo.call, [b""], Closed(1), schedule=quick, connections=3)
+    measure(echo.target, echo.call, [b""], ClosedLoop(1), schedule=quick, connections=3)
     assert len(echo.peers) == 3
 
 
 def test_failures_are_counted(echo, quick):
     echo.fail_every = 3
-    measured = measure(echo.target, echo.call, [b"x"], Closed(1), schedule=replace(quick, window_s=0.5))
+    measured = measure(echo.target, echo.call, [b"x"], ClosedLoop(1), schedule=replace(quick, window_s=0.5))
     assert list(measured.errors) == ["INTERNAL"]
     assert measured.error_texts == {"INTERNAL": "every so often it fails"}
     assert measured.requests > 0
@@ -119,7 +124,9 @@ def test_failures_are_counted(echo, quick):
 
 def test_a_stream_that_failed_is_opened_again(echo, quick):
     echo.fail_every = 3
-    measured = measure(echo.target, echo.stream, [b"x"], Closed(1), schedule=replace(quick, window_s=0.5), streams=1)
+    measured = measure(
+        echo.target, echo.stream, [b"x"], ClosedLoop(1), schedule=replace(quick, window_s=0.5), streams=1
+    )
     assert list(measured.errors) == ["INTERNAL"]
     assert measured.requests > 0
     assert echo.streams >= measured.errors["INTERNAL"] > 1
@@ -128,14 +135,14 @@ def test_a_stream_that_failed_is_opened_again(echo, quick):
 def test_nothing_but_failures_ends_it(echo):
     echo.fail_after = 1
     schedule = Schedule(warmup_s=0.3, window_s=3600)
-    measured = measure(echo.target, echo.call, [b"x"], Open(100.0), schedule=schedule)
+    measured = measure(echo.target, echo.call, [b"x"], OpenLoop(100.0), schedule=schedule)
     assert (measured.windows, measured.latency_ms) == ((), None)
     assert measured.errors["INTERNAL"] > 1
 
 
 def test_arrivals_beyond_the_bound_are_dropped(echo, quick):
     echo.hang_after = 1
-    measured = measure(echo.target, echo.call, [b"x"], Open(500.0, max_outstanding=2), schedule=quick)
+    measured = measure(echo.target, echo.call, [b"x"], OpenLoop(500.0, max_outstanding=2), schedule=quick)
     assert (measured.requests, measured.latency_ms, measured.errors) == (0, None, {})
     assert not measured.stable
     assert measured.dropped > 0
@@ -156,17 +163,17 @@ def test_latency_counts_from_when_a_request_was_due():
 def test_a_server_that_does_not_answer_is_an_error(tiny, echo, quick, processes):
     how = {"schedule": quick, "processes": processes}
     with pytest.raises(Unavailable, match="Connection refused"):
-        measure("127.0.0.1:1", echo.call, [b""], Closed(2), **how)
+        measure("127.0.0.1:1", echo.call, [b""], ClosedLoop(2), **how)
     with pytest.raises(ProtocolError):
-        measure(tiny.target, "/vqserve.v1.TokenizerService/EncodeStream", [b""], Closed(2), streams=2, **how)
+        measure(tiny.target, "/vqserve.v1.TokenizerService/EncodeStream", [b""], ClosedLoop(2), streams=2, **how)
     echo.hang_after = 0
     with pytest.raises(DeadlineExceeded):
-        measure(echo.target, echo.stream, [b""], Closed(2), streams=2, timeout=0.5, **how)
+        measure(echo.target, echo.stream, [b""], ClosedLoop(2), streams=2, timeout=0.5, **how)
 
 
 def test_a_process_that_ends_is_an_error(echo, quick):
     with pytest.raises(ChildProcessError, match="exit code 1"):
-        measure(echo.target, echo.call, [b""], Closed(2), schedule=quick, processes=2, read_stats=sys.exit)
+        measure(echo.target, echo.call, [b""], ClosedLoop(2), schedule=quick, processes=2, read_stats=sys.exit)
 
 
 def test_a_window_after_a_late_one_has_its_length(real):
@@ -185,7 +192,7 @@ def test_a_window_after_a_late_one_has_its_length(real):
         target=real,
         method=workload.path(stream=False),
         requests=tuple(workload.requests(info, ClientConfig(target=real))),
-        load=Closed(1),
+        load=ClosedLoop(1),
         schedule=Schedule(warmup_s=0.1, window_s=0.2, max_windows=4, stability=1e-9),
         read_stats=sleep_once,
     )

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from vqserve.codebook_info import CodebookInfo
-from vqserve_bench import Closed, Open, Schedule
+from vqserve_bench import ClosedLoop, OpenLoop, Schedule
 from vqserve_bench.plot import draw_latency, time_spent
 from vqserve_bench.report import report, to_json
 from vqserve_bench.served import Served
@@ -57,7 +57,7 @@ def measured(window):
 
 
 def test_columns(measured, window):
-    loads = Closed(8), Open(500.0)
+    loads = ClosedLoop(8), OpenLoop(500.0)
     served = Served(4, 1000, 2000, 4000, 2.0, 64.0)
     good = measured(loads[0], *[window(0.01, tokens=32, bytes=1000, served=served)] * 3)
     poor = measured(loads[1], window(errors=Counter(A=2, B=1), dropped=7, busy_s=0.95))
@@ -81,8 +81,8 @@ def test_columns(measured, window):
 
 
 def test_json_has_no_numbers_that_json_has_not(measured, window):
-    nothing = measured(Closed(1))
-    some = measured(Closed(1), window())
+    nothing = measured(ClosedLoop(1))
+    some = measured(ClosedLoop(1), window())
     text = to_json(report([nothing, some], target="t", codebook=INFO, settings={"seed": 0}, began="now"))
     loads = json.loads(text, parse_constant=pytest.fail)["loads"]
     assert loads[0]["requests_per_s"] is None
@@ -91,10 +91,10 @@ def test_json_has_no_numbers_that_json_has_not(measured, window):
 
 def test_where_the_time_goes(measured, window):
     served = Served(1, 1000, 2000, 4000, 1.0, 1.0)
-    spent = time_spent(measured(Closed(1), window(0.01, served=served)))
+    spent = time_spent(measured(ClosedLoop(1), window(0.01, served=served)))
     assert list(spent.values()) == pytest.approx([1.0, 2.0, 1.0, 6.0])
-    assert time_spent(measured(Closed(1), window(0.01))) == {"outside the server": 10.0}
-    assert time_spent(measured(Closed(1), window())) == {}
+    assert time_spent(measured(ClosedLoop(1), window(0.01))) == {"outside the server": 10.0}
+    assert time_spent(measured(ClosedLoop(1), window())) == {}
 
 
 def test_points_and_labels_are_inside_the_plot(measured, window):
@@ -104,7 +104,7 @@ def test_points_and_labels_are_inside_the_plot(measured, window):
     figure = Figure(figsize=(5.5, 4.5), layout="constrained")
     axes = figure.subplots()
     latencies = {1: (0.004,) * 30, 8: (0.02,) * 31, 32: (0.3,) * 36}
-    draw_latency(axes, [measured(Closed(n), *[window(*of)] * 3) for n, of in latencies.items()])
+    draw_latency(axes, [measured(ClosedLoop(n), *[window(*of)] * 3) for n, of in latencies.items()])
     FigureCanvasAgg(figure).draw()
     frame = axes.get_window_extent()
     for label in axes.texts:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vqserve_bench import Closed, Latency, Schedule, Server
+from vqserve_bench import ClosedLoop, Latency, Schedule, Server
 from vqserve_bench.schedule import agree
 from vqserve_bench.served import Served
 from vqserve_bench.trial import Trial
@@ -55,7 +55,7 @@ def test_a_schedule_that_cannot_be(wrong):
 
 def test_a_trial_ends_when_windows_agree(window):
     seen = []
-    trial = Trial(Closed(1), Schedule(max_windows=9), seen.append)
+    trial = Trial(ClosedLoop(1), Schedule(max_windows=9), seen.append)
     for one in windows(window, (50, 1.0), (1, 1.0), (9, 1.0), (9, 1.0)):
         assert trial.add(one)
     assert not trial.add(window(*[1.0] * 9))
@@ -68,25 +68,25 @@ def test_a_trial_ends_when_windows_agree(window):
 
 
 def test_a_trial_ends_when_it_must(window):
-    trial = Trial(Closed(1), Schedule(max_windows=4))
+    trial = Trial(ClosedLoop(1), Schedule(max_windows=4))
     assert [trial.add(window(*[1.0] * requests)) for requests in (9, 1, 2, 4, 8)] == [True, True, True, True, False]
     assert not trial.measurement().stable
     assert trial.measurement().requests == 14
 
 
 def test_a_trial_in_which_all_fails_ends_at_once(window):
-    trial = Trial(Closed(1), Schedule())
+    trial = Trial(ClosedLoop(1), Schedule())
     assert not trial.add(window(errors=Counter(UNAVAILABLE=3), error_texts={"UNAVAILABLE": "gone"}))
     measured = trial.measurement()
     assert (measured.errors, measured.error_texts) == ({"UNAVAILABLE": 3}, {"UNAVAILABLE": "gone"})
     assert (measured.requests, measured.latency_ms, measured.windows) == (0, None, ())
     # Slow is not failing.
-    assert Trial(Closed(1), Schedule()).add(window())
+    assert Trial(ClosedLoop(1), Schedule()).add(window())
 
 
 def test_percentiles_are_numpy_s(window):
     latencies = np.random.default_rng(0).exponential(0.01, 3000)
-    trial = Trial(Closed(1), Schedule())
+    trial = Trial(ClosedLoop(1), Schedule())
     for part in (latencies[:1], *np.split(latencies, 3)):
         trial.add(window(*part))
     measured = trial.measurement().latency_ms
@@ -97,7 +97,7 @@ def test_percentiles_are_numpy_s(window):
 
 
 def test_rates_and_errors_add_up(window):
-    trial = Trial(Closed(1), Schedule(max_windows=2))
+    trial = Trial(ClosedLoop(1), Schedule(max_windows=2))
     trial.add(window(1.0, errors=Counter(A=1), error_texts={"A": "first"}, dropped=1))
     trial.add(window(1.0, 3.0, seconds=2.0, tokens=20, bytes=6_000_000, busy_s=0.5, errors=Counter(A=2, B=1)))
     trial.add(window(2.0, seconds=2.0, tokens=10, bytes=2_000_000, busy_s=0.5, dropped=2, error_texts={"A": "later"}))
@@ -128,7 +128,7 @@ def test_batches_are_counted_once(window):
         served.add(
             SimpleNamespace(queue_us=1000, compute_us=2000, total_us=4000, batch_requests=requests, batch_rows=rows)
         )
-    trial = Trial(Closed(1), Schedule(max_windows=1))
+    trial = Trial(ClosedLoop(1), Schedule(max_windows=1))
     trial.add(window(1.0))
     trial.add(window(1.0, served=served))
     measured = trial.measurement().server

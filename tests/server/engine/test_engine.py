@@ -17,7 +17,7 @@ from support.engine_jobs import Jobs
 from vqserve.layout import Layout
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine import BatchFailed, EncodeJob, Engine
-from vqserve_server.errors import DeadlineExpired, DeviceBroken, Draining, InvalidOption, NonFiniteLatents, Overloaded
+from vqserve_server.errors import DeadlineExceeded, DeviceBroken, Draining, InvalidOption, NonFiniteLatents, Overloaded
 
 LAST = Layout.CHANNELS_LAST
 JOBS = Jobs()
@@ -129,7 +129,7 @@ def test_cancelled_and_expired_work_is_never_computed(fake: Callable[..., Any], 
     engine.scheduler.cancel(cancelled)
     threading.Event().wait(2e-3)  # lets the deadline pass, which nothing announces
     tokenizer.release()
-    with pytest.raises(DeadlineExpired):
+    with pytest.raises(DeadlineExceeded):
         JOBS.result(expired)
     np.testing.assert_array_equal(JOBS.array(mate), expected(mate, tokenizer.codes))
     JOBS.result(first)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vqserve_server.engine import LiveSet
-from vqserve_server.errors import DigestMismatch, UnknownCodebook
+from vqserve_server.errors import CodebookNotFound, DigestMismatch
 
 
 def test_the_latest_version_has_the_bare_name(fake: Callable[..., Any]) -> None:
@@ -28,14 +28,14 @@ def test_the_latest_version_has_the_bare_name(fake: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("name", ["b@8", "b@", "b@09", "b@9 ", "b@-1", "b@../9", "../b", "b/9", "@", "a@1", "B"])
 def test_names_that_are_not_served(fake: Callable[..., Any], name: str) -> None:
     live = LiveSet([fake(name="b@9"), fake(name="b@10"), fake(name="a")])
-    with pytest.raises(UnknownCodebook, match=r"^no codebook .* is served, only: a, b, b@9, b@10"):
+    with pytest.raises(CodebookNotFound, match=r"^no codebook .* is served, only: a, b, b@9, b@10"):
         live.resolve(name)
 
 
 def test_no_name_is_the_only_codebook_whatever_its_versions(fake: Callable[..., Any]) -> None:
     latest = fake(name="b@10")
     assert LiveSet([fake(name="b@9"), latest]).resolve("") is latest
-    with pytest.raises(UnknownCodebook, match="2 codebooks are served, choose one with codebook=: a, b, b@10"):
+    with pytest.raises(CodebookNotFound, match="2 codebooks are served, choose one with codebook=: a, b, b@10"):
         LiveSet([latest, fake(name="a")]).resolve("")
-    with pytest.raises(UnknownCodebook, match="no codebook is served"):
+    with pytest.raises(CodebookNotFound, match="no codebook is served"):
         LiveSet([]).resolve("")

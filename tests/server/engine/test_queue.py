@@ -12,7 +12,7 @@ from support.engine_jobs import Jobs
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine import EncodeJob, Job
 from vqserve_server.engine.scheduler import JobQueue
-from vqserve_server.errors import DeadlineExpired
+from vqserve_server.errors import DeadlineExceeded
 
 JOBS = Jobs()
 
@@ -93,7 +93,7 @@ def test_cancelled_requests_are_skipped(fake: Callable[..., Any]) -> None:
     queue = queue_of(expired, cancelled, alive)
     cancelled.cancel()
     assert taken(queue, now=5.5) == [(alive, 0, 1)]
-    with pytest.raises(DeadlineExpired):
+    with pytest.raises(DeadlineExceeded):
         JOBS.result(expired, timeout=0)
 
 

@@ -218,8 +218,9 @@ def test_forms_of_a_remap(make, kind, tmp_path, form):
     ],
 )
 def test_bad_remaps_are_rejected(make, kind, remap, error, text):
-    with pytest.raises(error, match=text):
+    with pytest.raises(error, match=text) as caught:
         make(kind, remap=remap)
+    assert caught.value.advice() == ""
 
 
 def test_remap_files_are_never_unpickled(make, tmp_path):

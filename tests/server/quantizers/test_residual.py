@@ -32,6 +32,18 @@ MIMI = {"num_quantizers": 4, "n_e": 6, "e_dim": 2, "input_dim": 5, "inner_dim": 
 SPLIT = {"num_quantizers": 5, "n_e": 6, "e_dim": 3, "first_quantizers": 2}
 DOT = {"num_quantizers": 3, "n_e": 6, "e_dim": 3, "metric": "dot"}
 NORMALIZED = {**ENCODEC, "metric": "cosine", "decode_normalized": True}
+# Stages of different K; fish-speech's, of one chain; UniTok's, one stage for each group of channels.
+SIZES = {**ENCODEC, "n_e": [7, 3, 1, 6]}
+FISH = {**DAC, "num_quantizers": 5, "n_e": [9, 4, 4, 4, 4]}
+UNITOK = {**NORMALIZED, "num_quantizers": 3, "n_e": [5, 2, 7], "e_dim": 2, "groups": 3}
+GROUPED_SIZES = {**GROUPED, "n_e": [5, 2, 7, 3, 1, 4]}
+MIMI_SIZES = {**MIMI, "n_e": [9, 4, 4, 4]}
+# GRID's semantic ids, and the same with everything else.
+GRID = {**ENCODEC, "normalize_residuals": True}
+GRID_DAC = {**DAC_L2, "normalize_residuals": True}
+GRID_GROUPED = {**GROUPED_INNER, "normalize_residuals": True}
+GRID_MIMI = {**MIMI_SIZES, "normalize_residuals": True}
+GRID_COSINE = {**NORMALIZED, "normalize_residuals": True}
 CASES = {
     "encodec": ENCODEC,
     "lucidrains": LUCIDRAINS,
@@ -43,6 +55,16 @@ CASES = {
     "split": SPLIT,
     "dot": DOT,
     "normalized": NORMALIZED,
+    "sizes": SIZES,
+    "fish": FISH,
+    "unitok": UNITOK,
+    "grouped_sizes": GROUPED_SIZES,
+    "mimi_sizes": MIMI_SIZES,
+    "grid": GRID,
+    "grid_dac": GRID_DAC,
+    "grid_grouped": GRID_GROUPED,
+    "grid_mimi": GRID_MIMI,
+    "grid_cosine": GRID_COSINE,
 }
 
 
@@ -69,6 +91,8 @@ def oracle(quantizer: ResidualQuantizer, row: list[float]) -> tuple[list[int], l
         if arguments.inner_dim is not None:
             residual = exact.affine(residual, *lists(chain.proj_in))
         for place, stage in zip(part.places, chain.stages, strict=True):
+            if arguments.normalize_residuals:
+                residual = exact.unit_row(residual, float(np.float32(1e-12)))
             codes = stage.embedding.weight.tolist()
             unit = [exact.unit_row(code) for code in codes]
             z = exact.affine(residual, *lists(stage.proj_in)) if arguments.stage_projections else residual
@@ -117,6 +141,7 @@ def test_every_stage_is_exact(case, seed, integers, data):
     quantizer = made(case, seed, integers=integers)
     drawn = torch.randn(7, quantizer.input_dim, generator=torch.Generator().manual_seed(seed + 1))
     rows = (3 * drawn).round() if integers else 2 * drawn
+    rows[3] = 0
     expected, outputs = zip(*(oracle(quantizer, row) for row in rows.tolist()), strict=True)
     assert quantizer.encode(rows).tolist() == list(expected)
     frozen = freeze(quantizer, device="cpu", search=data.draw(st.sampled_from(available("cpu"))))
@@ -324,6 +349,14 @@ def test_a_nan_in_a_stage_is_rejected():
         ({"num_quantizers": 0}, "num_quantizers must be a positive integer"),
         ({"num_quantizers": 257}, "257 quantizers are more than 256"),
         ({"n_e": 0}, "num_codes must be"),
+        ({"n_e": [6, 6, 6]}, "num_codes must have 4 numbers, one for each stage, not 3"),
+        ({"n_e": [6] * 5}, "num_codes must have 4 numbers, one for each stage, not 5"),
+        ({"n_e": []}, "num_codes must have 4 numbers, one for each stage, not 0"),
+        ({"n_e": [6, 6, 0, 6]}, "num_codes must be a positive integer, not 0"),
+        ({"n_e": [6, 6, True, 6]}, "num_codes must be a positive integer, not True"),
+        ({"n_e": [6, 6, [6], 6]}, r"num_codes must be a positive integer, not \[6\]"),
+        ({"n_e": "6666"}, "num_codes must be a positive integer, not '6666'"),
+        ({"n_e": {6}}, "num_codes must be a positive integer"),
         ({"e_dim": True}, "code_dim must be"),
         ({"groups": 0}, "groups must be"),
         ({"groups": 3}, "3 groups do not divide 4 quantizers"),

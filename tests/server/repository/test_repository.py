@@ -188,7 +188,7 @@ def test_a_file_that_is_not_whole_is_never_served(
         assert repo.tokenizers == before
         first, second = warnings(log)
         assert first.startswith(
-            f"codebook_rejected name=book path={path} kept={old.digest[:12]} error=\"codebook 'book' "
+            f'codebook_rejected name=book path={path} kept={old.digest[:12]} error="the codebook cannot '
         )
         assert second.startswith(
             f"codebook_rejected name=other path={tmp_path / 'other.safetensors'} kept=nothing error="
@@ -213,7 +213,7 @@ def test_at_start_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, put: 
     (tmp_path / "book").mkdir()
     (tmp_path / "book" / "3.safetensors").write_bytes(b"half")
     with pytest.raises(
-        CodebookFileError, match=r"book/3\.safetensors: codebook '3' cannot be used: it is 4 bytes long"
+        CodebookFileError, match=r"book/3\.safetensors: the codebook cannot be used: it is 4 bytes long"
     ):
         loaded(tmp_path)
 
@@ -222,7 +222,11 @@ def test_at_start_what_is_no_codebook_file_is_named_once(tmp_path: Path) -> None
     np.save(tmp_path / "latents.npy", np.zeros((4, 3), np.float32))
     with pytest.raises(CodebookFileError) as raised:
         loaded(tmp_path / "latents.npy")
-    assert str(raised.value).startswith(f"{tmp_path / 'latents.npy'} is a .npy file, not a codebook file: `vqserved ")
+    assert str(raised.value).startswith(f"{tmp_path / 'latents.npy'}: it is a .npy file, not a codebook file: `")
+    assert raised.value.path == str(tmp_path / "latents.npy")
+    (tmp_path / "README.md").write_text("# A text\n\nand more")
+    with pytest.raises(CodebookFileError, match=r"README\.md: it is a text file, not a codebook file: name"):
+        loaded(tmp_path / "README.md")
 
 
 def test_a_link_out_of_the_folder_does_not_replace_a_codebook(

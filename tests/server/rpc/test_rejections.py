@@ -130,7 +130,9 @@ REFUSED_DECODES: dict[str, tuple[dict[str, Any], grpc.StatusCode, str]] = {
     "a reply that fits no message": (
         {"dtype": pb.DTYPE_UINT8, "shape": [1 << 16], "indices": bytes(1 << 16)},
         INVALID,
-        "the reply would be 1048576 bytes and a message holds 1048064",
+        "the reply would have 1048576 bytes, and the server's limit of 1048576 has room for 1048064: "
+        "send fewer tokens at once (the SDK does with max_message_bytes=1048576), or start the server with a larger "
+        "--max-message-bytes",
     ),
     "unknown codebook": (
         {"codebook": "x" * 10_000, "dtype": pb.DTYPE_UINT8, "shape": [1], "indices": b"\0"},

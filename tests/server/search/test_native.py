@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vqserve_server.errors import InvalidRequest
+from vqserve_server.errors import InvalidArgument
 from vqserve_server.search import Objective, SearchCounts, available, prepare
 from vqserve_server.search.native import NativeSearcher, levels
 from vqserve_server.search.tiled import TiledSearcher
@@ -245,7 +245,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     [torch.zeros(4, 7), torch.zeros(4, 8, dtype=torch.float16), torch.zeros(8), torch.zeros(4, 8, device="meta")],
 )
 def test_rows_of_another_width_type_or_device_are_rejected_before_compiled_code_sees_them(rows):
-    with pytest.raises(InvalidRequest, match="rows must be"):
+    with pytest.raises(InvalidArgument, match="rows must be"):
         native(torch.zeros(3, 8)).search(rows)
 
 

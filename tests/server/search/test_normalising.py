@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from vqserve_server.search.rounding import normalise
 
 
-def is_rounded_once(got: np.float32, x: float, row: list[float]) -> bool:
-    """Whether x / |row| lies between the middles of a float32 and its neighbours, by signed squares."""
-    square = sum((Fraction(y) ** 2 for y in row), Fraction(0))
+def is_rounded_once(got: np.float32, x: float, row: list[float], least: float = 0.0) -> bool:
+    """Whether x / max(|row|, least) lies between the middles of a float32 and its neighbours, by signed squares."""
+    square = max(sum((Fraction(y) ** 2 for y in row), Fraction(0)), Fraction(least) ** 2)
     below, above = (np.nextafter(got, np.float32(end)) for end in (-np.inf, np.inf))
 
     def signed(value: Fraction) -> Fraction:
@@ -44,6 +44,39 @@ def test_float64_rows_of_any_magnitude(row):
     got = normalise(torch.tensor([row], dtype=torch.float64)).numpy()[0]
     if any(row):
         assert all(is_rounded_once(value, x, row) for value, x in zip(got, row, strict=True))
+
+
+@given(st.lists(st.integers(-8, 8), min_size=1, max_size=6), st.integers(-30, 30), st.booleans())
+@settings(max_examples=300)
+def test_rows_near_the_least_length(digits, exponent, is_wide):
+    least = float(np.float32(1e-12))
+    row = [digit * least / 8 * 2.0**exponent for digit in digits]
+    dtype = torch.float64 if is_wide else torch.float32
+    got = normalise(torch.tensor([row], dtype=dtype), least).numpy()[0]
+    assert all(is_rounded_once(value, x, row, least) for value, x in zip(got, row, strict=True))
+    if not any(row):
+        assert (got == 0).all()
+
+
+@given(st.lists(doubles, min_size=1, max_size=4))
+@settings(max_examples=300)
+def test_the_least_length_beside_numbers_of_any_magnitude(row):
+    least = float(np.float32(1e-12))
+    got = normalise(torch.tensor([row], dtype=torch.float64), least).numpy()[0]
+    assert all(is_rounded_once(value, x, row, least) for value, x in zip(got, row, strict=True))
+
+
+def test_long_rows_and_torch_s_least_length():
+    rows = torch.randn(40, 3000, generator=torch.Generator().manual_seed(1))
+    for scale in (1.0, 1e-13, 1e-12, 1e20):
+        got = normalise(rows * scale, float(np.float32(1e-12)))
+        wide = (rows * scale).double().numpy()
+        wanted = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), float(np.float32(1e-12)))
+        np.testing.assert_array_max_ulp(got.numpy(), wanted.astype(np.float32), 1)
+        if scale <= 1.0:
+            # Beyond, torch's squares overflow.
+            theirs = torch.nn.functional.normalize(rows * scale, dim=-1)
+            assert ((got - theirs).abs() <= 2.0**-20 * theirs.abs()).all()
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-140, 2.0**100])

@@ -117,6 +117,14 @@ def stages(count: int, **options: object) -> ResidualQuantizer:
 Z_STAGES = RNG.standard_normal((5, 4, 40)).astype(np.float32)
 
 
+def test_stages_of_different_sizes_in_the_reversed_order():
+    right, reversed_ = ResidualQuantizer(3, [16, 5, 9], 4), ResidualQuantizer(3, [9, 5, 16], 4)
+    for ours, theirs in zip(reversed_.codebooks(), right.codebooks()[::-1], strict=True):
+        ours.embedding.weight.data = theirs.embedding.weight.data.normal_(generator=torch.Generator().manual_seed(2))
+    outcome = verify(reversed_, Z_STAGES, right.encode(torch.from_numpy(Z_STAGES)).numpy())
+    assert str(outcome.reason) == "the stages are in the reversed order (200 of 200 tokens would agree)"
+
+
 def reordered(order: list[int]) -> ResidualQuantizer:
     right, other = stages(len(order)), stages(len(order))
     for codebook, place in zip(other.codebooks(), order, strict=True):
@@ -235,6 +243,8 @@ QUANTIZERS = {
     "grouped": lambda: ResidualQuantizer(4, 16, 2, 4, groups=2),
     "dac": lambda: ResidualQuantizer(4, 16, 2, 4, "cosine", stage_projections=True),
     "mimi": lambda: ResidualQuantizer(4, 16, 3, 4, inner_dim=3, first_quantizers=1),
+    "sizes": lambda: ResidualQuantizer(4, [16, 9, 5, 16], 4),
+    "normalized_residuals": lambda: ResidualQuantizer(4, 16, 4, normalize_residuals=True),
 }
 
 
@@ -272,6 +282,35 @@ def test_what_follows_from_a_near_tie_is_one():
     assert outcome.holds
     # After a difference that is none, nothing is forgiven.
     assert not verify(quantizer, z, np.array([[5, theirs[0, 1]]])).holds
+
+
+def test_near_ties_of_normalised_residuals():
+    """In two dimensions, rows a hair beside the boundary of two codes, searched as GRID does in float32."""
+    quantizer = ResidualQuantizer(2, 8, 2, normalize_residuals=True)
+    generator = torch.Generator().manual_seed(3)
+    for stage in quantizer.codebooks():
+        stage.embedding.weight.data.normal_(generator=generator)
+    angles = torch.linspace(0, 6.28, 200_001, dtype=torch.float64)
+    circle = torch.stack([angles.cos(), angles.sin()], dim=1)
+    ids = quantizer.encode(circle)
+    edges = torch.nonzero((ids[1:] != ids[:-1]).any(dim=1))[:, 0]
+    low, high = angles[edges], angles[edges + 1]
+    for _ in range(40):
+        middle = (low + high) / 2
+        same = (quantizer.encode(torch.stack([middle.cos(), middle.sin()], dim=1)) == ids[edges]).all(dim=1)
+        low, high = torch.where(same, middle, low), torch.where(same, high, middle)
+    z = (torch.stack([low.cos(), low.sin()], dim=1) * 7.3).float()
+    z = torch.cat([z, torch.nextafter(z, torch.tensor(9.0)), torch.nextafter(z, torch.tensor(-9.0))])
+    residual, theirs = z, []
+    for stage in quantizer.codebooks():
+        residual = torch.nn.functional.normalize(residual, dim=-1)
+        codes = stage.code_rows()
+        distances = residual.square().sum(1, keepdim=True) - 2 * residual @ codes.T + codes.square().sum(1)
+        theirs.append(distances.argmin(dim=1))
+        residual = residual - codes[theirs[-1]]
+    outcome = verify(quantizer, z.numpy(), torch.stack(theirs, dim=1).numpy())
+    assert outcome.different > 5
+    assert outcome.holds
 
 
 def test_scalars_next_to_a_jump():

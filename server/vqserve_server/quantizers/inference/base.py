@@ -37,6 +37,8 @@ class FrozenQuantizer(ABC):
         weight_dtype: the type of decoded rows.
         device: where rows, indices and tables are.
         num_quantizers: indices per token.
+        stage_vocab_sizes: the exclusive bound of each stage's indices where these differ; empty: `vocab_size` bounds
+            all indices.
     """
 
     num_codes: int
@@ -48,6 +50,7 @@ class FrozenQuantizer(ABC):
     weight_dtype: torch.dtype
     device: torch.device
     num_quantizers: int = 1
+    stage_vocab_sizes: tuple[int, ...] = ()
 
     @property
     @abstractmethod
@@ -84,8 +87,8 @@ class FrozenQuantizer(ABC):
         """Return a row for every token, the same as the quantizer's `decode` and `get_codebook_entry`.
 
         Args:
-            indices: int64 on the device, in [0, decodable), checked by the caller: (n,), of a residual quantizer
-                (n, q) with the first q indices of each token.
+            indices: int64 on the device, in [0, decodable), or where the stages differ in [0, stage_vocab_sizes[i]),
+                checked by the caller: (n,), of a residual quantizer (n, q) with the first q indices of each token.
             output: "latents" or "code_rows".
             dtype: the type that the caller will round the rows to; a hint.
 

@@ -19,10 +19,12 @@ from vqserve_server.quantizers.projections import Projection, largest_projected,
 from vqserve_server.quantizers.quantizer import Metric
 from vqserve_server.quantizers.tensors import autocast_off, check_size, widen, widened
 from vqserve_server.search import SearchCounts
-from vqserve_server.search.rounding import affine
+from vqserve_server.search.rounding import affine, normalise
 
 # Trained models have 46 at most.
 MAX_QUANTIZERS = 256
+# The float32 nearest to 1e-12: shorter residuals are divided by it, as by torch.nn.functional.normalize.
+LEAST_LENGTH = float.fromhex("0x1.197998p-40")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class ResidualStructure:
 
     Attributes:
         num_quantizers: stages in all, indices per token.
-        num_codes: K of every stage.
+        stage_codes: K of each stage, in the order of a token's indices.
         code_dim: D of every stage.
         input_dim: C, channels of the latents.
         metric: how every stage is searched.
@@ -59,10 +61,11 @@ class ResidualStructure:
         inner_dim: channels that each part projects its latents to, and back; None: no such projections.
         groups: parts that the channels are cut into.
         first_quantizers: stages of the first of two parts that both see all channels and are added; 0: no such parts.
+        normalize_residuals: whether every stage scales the residual to length one before it searches.
     """
 
     num_quantizers: int
-    num_codes: int
+    stage_codes: tuple[int, ...]
     code_dim: int
     input_dim: int
     metric: Metric
@@ -71,6 +74,7 @@ class ResidualStructure:
     inner_dim: int | None
     groups: int
     first_quantizers: int
+    normalize_residuals: bool
 
     def __post_init__(self) -> None:
         """Refuse numbers that do not fit together.
@@ -78,15 +82,13 @@ class ResidualStructure:
         Raises:
             InvalidOption: says which.
         """
-        for name in ("groups", "num_quantizers", "num_codes", "code_dim", "input_dim"):
+        for name in ("groups", "code_dim", "input_dim"):
             check_size(name, getattr(self, name))
         if self.inner_dim is not None:
             check_size("inner_dim", self.inner_dim)
         first = self.first_quantizers
         if not isinstance(first, Integral) or isinstance(first, bool) or not 0 <= first < self.num_quantizers:
             raise InvalidOption(f"first_quantizers must be an integer in [0, {self.num_quantizers}), not {first!r:.40}")
-        if self.num_quantizers > MAX_QUANTIZERS:
-            raise InvalidOption(f"{self.num_quantizers} quantizers are more than {MAX_QUANTIZERS}")
         if self.metric not in get_args(Metric):
             raise InvalidOption(f"metric must be one of {', '.join(get_args(Metric))}, not {self.metric!r}")
         if self.decode_normalized and self.metric != "cosine":
@@ -121,6 +123,34 @@ class ResidualStructure:
         )
 
 
+def stage_sizes(num_codes: int | Sequence[int], num_quantizers: int) -> tuple[int, ...]:
+    """Return K of each stage.
+
+    Args:
+        num_codes: K of every stage, or a list with K of each, in the order of a token's indices.
+        num_quantizers: n_q, the number of stages.
+
+    Raises:
+        InvalidOption: there are too many stages, the list has another length, or a number is not a positive integer.
+    """
+    check_size("num_quantizers", num_quantizers)
+    if num_quantizers > MAX_QUANTIZERS:
+        raise InvalidOption(f"{num_quantizers} quantizers are more than {MAX_QUANTIZERS}")
+    if isinstance(num_codes, str) or not isinstance(num_codes, Sequence):
+        check_size("num_codes", num_codes)
+        return (int(num_codes),) * int(num_quantizers)
+    if len(num_codes) != num_quantizers:
+        raise InvalidOption(f"num_codes must have {num_quantizers} numbers, one for each stage, not {len(num_codes)}")
+    for codes in num_codes:
+        check_size("num_codes", codes)
+    return tuple(int(codes) for codes in num_codes)
+
+
+def sizes_written(sizes: Sequence[int]) -> int | list[int]:
+    """Return K of each stage in the form of files and digests: one integer where all are equal, else a list."""
+    return sizes[0] if len(set(sizes)) == 1 else list(sizes)
+
+
 # Sums of a few hundred terms exceed those of their magnitudes by less.
 _ROOM = 1.0 + 2.0**-10
 
@@ -135,6 +165,7 @@ class FrozenPart:
         projection: before the first stage; None: no projection.
         output_projection: of the sum of the stages; None: no projection.
         largest: how much the sum of the stages, and so any residual, can differ from zero, from the latents.
+        normalizes: whether every stage scales the residual to length one before it searches.
     """
 
     part: Part
@@ -142,6 +173,7 @@ class FrozenPart:
     projection: Projection | None
     output_projection: Projection | None
     largest: float
+    normalizes: bool = False
 
     def encode(self, rows: Tensor, out: Tensor) -> None:
         """Write the indices of rows (n, C) to their places in `out` (n, q), as far as it has them."""
@@ -150,13 +182,19 @@ class FrozenPart:
             return
         residual = rows[:, self.part.start : self.part.stop].contiguous()
         residual = project(residual, self.projection)
-        self._check_range(residual)
+        if not self.normalizes:
+            self._check_range(residual)
         for number, stage in enumerate(self.stages[:count]):
+            residual = self.searched(residual)
             indices = stage.encode_rows(residual)
             out[:, self.part.places[number]] = indices
             if number + 1 < count:
                 # One float32 subtraction (float64 where the latents or the codes are): defined, not approximated.
                 residual = residual - stage.decode_rows(indices)
+
+    def searched(self, residual: Tensor) -> Tensor:
+        """Return what a stage searches, and what its code is subtracted from, of a residual (n, width)."""
+        return normalise(residual, LEAST_LENGTH) if self.normalizes else residual
 
     def counting(self, counts: Sequence[SearchCounts]) -> FrozenPart:
         """Return a copy whose search for each of a token's indices adds to the counter of its place."""
