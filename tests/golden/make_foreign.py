@@ -52,7 +52,7 @@ FAMILIES = {
         "lucidrains_lfq",
         "lucidrains_simvq",
     ),
-    "from_speech": ("qwen_25hz", "qwen_25hz_residual", "s3_tokenizer"),
+    "from_speech": ("fish_speech", "qwen_25hz", "qwen_25hz_residual", "s3_tokenizer"),
     "from_taming": ("taming", "taming_gumbel", "open_magvit2"),
 }
 MODULE_OF = {family: module for module, families in FAMILIES.items() for family in families}

@@ -139,3 +139,14 @@ def test_two_codebooks_by_name_are_a_choice(tmp_path, capsys):
     error = refuse(arrays, tmp_path, capsys, "--metric", "l2")
     assert "a.codebook.weight 12x4" in error
     assert "b.codebook.weight 12x4" in error
+
+
+def test_codes_of_different_widths(tmp_path, capsys):
+    arrays = {f"vq_layers.{i}.embedding.weight": normal(K, D + i) for i in range(2)}
+    assert "its stages have codes of different widths, 12x4 and 12x5" in refuse(arrays, tmp_path, capsys)
+
+
+def test_normalised_residuals_are_for_stages(tmp_path, capsys):
+    arrays = {"vq.embedding.weight": normal(K, D)}
+    error = refuse(arrays, tmp_path, capsys, "--metric", "l2", "--normalize-residuals")
+    assert "--normalize-residuals has no meaning for kind vq" in error

@@ -26,7 +26,14 @@ def read(checkpoint: Checkpoint, options: Options) -> Reading:
         _check_orientation(checkpoint, key)
     if options.kind == "rvq" or len(keys) > 1:
         chain = Chain([Stage(codes) for codes in _stages(checkpoint, keys)])
-        return residual(checkpoint, "arrays of codes", [chain], metric, decode_normalized=decode_normalized)
+        return residual(
+            checkpoint,
+            "arrays of codes",
+            [chain],
+            metric,
+            decode_normalized=decode_normalized,
+            normalize_residuals=options.normalize_residuals,
+        )
     hint = ": one of (n_q, K, D) is a residual one with --kind rvq" if len(checkpoint.shape(keys[0])) == 3 else ""
     codes = checkpoint.floats(keys[0], rank=2, what=f"the codebook must be (K, D){hint}")
     return single("an array of codes", Stage(codes), metric, decode_normalized=decode_normalized)

@@ -30,6 +30,7 @@ _ARGUMENTS: Mapping[str, str] = {
     "bit_order": "bit_order",
     "spherical": "spherical",
     "metric": "metric",
+    "normalize_residuals": "normalize_residuals",
     "decode": "decode_normalized",
 }
 
@@ -60,6 +61,7 @@ class Options:
         kind: kind of the quantizer.
         metric: metric of the search.
         decode: whether a cosine codebook decodes to rows of length one ("normalized") or to stored rows ("raw").
+        normalize_residuals: whether every stage of a residual codebook searches its residual scaled to length one.
         levels: levels of finite scalar quantization.
         bound: bound of finite scalar quantization.
         bits: number of bits of lookup-free quantization.
@@ -84,6 +86,11 @@ class Options:
     )
     decode: Decode | None = option(
         None, "whether a cosine codebook decodes to rows of length one or to stored rows", choices=DECODES
+    )
+    normalize_residuals: bool = option(
+        False,
+        "every stage of a residual codebook searches its residual scaled to length one (GRID)",
+        action="store_true",
     )
     levels: tuple[int, ...] | None = option(
         None, "levels of --kind fsq, for example 8,8,8,5,5,5", type=_levels, metavar="L,L,..."
