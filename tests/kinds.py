@@ -14,6 +14,7 @@ from vqserve_server.quantizers import (
     GumbelQuantizer,
     LookupFreeQuantizer,
     Quantizer,
+    ResidualFiniteScalarQuantizer,
     ResidualQuantizer,
     VectorQuantizer,
     VectorQuantizerWithInputProjection,
@@ -68,6 +69,13 @@ CASES: dict[str, Callable[[], Quantizer]] = {
     "rvq_unitok": lambda: ResidualQuantizer(4, [12, 5, 12, 7], 2, 8, "cosine", decode_normalized=True, groups=4),
     "fsq": lambda: FiniteScalarQuantizer([8, 5, 5]),
     "fsq_all": lambda: FiniteScalarQuantizer([3, 4], "tan", input_dim=5, output_dim=4).double(),
+    "residual_fsq": lambda: ResidualFiniteScalarQuantizer([4, 3], 3, "atanh_twice", "levels_minus_one"),
+    "residual_fsq_one": lambda: ResidualFiniteScalarQuantizer(
+        [4, 4], 1, "atanh", "levels_minus_one", input_dim=5, output_dim=4
+    ),
+    "residual_fsq_grouped": lambda: ResidualFiniteScalarQuantizer(
+        [4, 3], 6, "soft_clamp", "levels", groups=2, input_dim=6, output_dim=8
+    ).double(),
     "lfq": lambda: LookupFreeQuantizer(7, "big"),
     "lfq_all": lambda: LookupFreeQuantizer(4, "little", spherical=True, input_dim=5, output_dim=4),
 }

@@ -248,6 +248,13 @@ def test_the_commands_that_make_codebooks(page, tmp_path, monkeypatch):
     np.save("latents.npy", rng.standard_normal((10_000, 4), dtype=np.float32))
     for name, prefix in (("last", "model.regularization."), ("vqgan", "quantize.")):
         torch.save({"state_dict": {f"{prefix}embedding.weight": torch.from_numpy(codes)}}, f"{name}.ckpt")
+    Path("encodec").mkdir()
+    places = {}
+    for i in range(2):
+        name, file = f"quantizer.layers.{i}.codebook.embed", f"model-{i + 1:05}-of-00002.safetensors"
+        save_file({name: torch.from_numpy(codes)}, f"encodec/{file}")
+        places[name] = file
+    Path("encodec/model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     for line in commands(page):
         if line[1] == "serve":
             assert find_codebooks(line[2:]).files

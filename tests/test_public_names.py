@@ -76,6 +76,7 @@ PUBLIC = {
         "GumbelQuantizer",
         "LookupFreeQuantizer",
         "Quantizer",
+        "ResidualFiniteScalarQuantizer",
         "ResidualQuantizer",
         "VectorQuantizer",
         "VectorQuantizerWithInputProjection",

@@ -12,6 +12,8 @@ from vqserve.layout import Layout
 VERSION_MARK = "@"
 # A text lists at most so many runs of equal stages.
 _MOST_RUNS = 4
+# Kinds of residual codebooks.
+_RESIDUAL = frozenset({"rvq", "residual_fsq"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,7 @@ class CodebookInfo:
     def has_stages(self) -> bool:
         """Whether indices have an axis of `num_quantizers` indices for each token, in place of the channels."""
         # A residual codebook of one stage has that axis too; only its kind shows this.
-        return self.num_quantizers > 1 or self.kind == "rvq"
+        return self.num_quantizers > 1 or self.kind in _RESIDUAL
 
 
 def of_stages(num_quantizers: int, count: int, sizes: Sequence[int] = ()) -> str:

@@ -11,10 +11,12 @@ from vqserve_server.quantizers import (
     FiniteScalarQuantizer,
     LookupFreeQuantizer,
     Quantizer,
+    ResidualFiniteScalarQuantizer,
     ResidualQuantizer,
     freeze,
 )
 from vqserve_server.quantizers.fsq_boundaries import boundaries
+from vqserve_server.quantizers.inference.first_bound import Curve, FirstBound
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,6 +40,13 @@ KINDS = {
     "rvq_unitok": lambda: ResidualQuantizer(3, [512, 300, 512], 4, 12, "cosine", decode_normalized=True, groups=3),
     "rvq_normalized_residuals": lambda: ResidualQuantizer(4, 512, 12, normalize_residuals=True),
     "rvq_double": lambda: ResidualQuantizer(4, 512, 12).double(),
+    "residual_fsq": lambda: ResidualFiniteScalarQuantizer([2, 3, 4, 5, 6, 7] * 2, 4, "symmetric", "levels_minus_one"),
+    "residual_fsq_x_codec": lambda: ResidualFiniteScalarQuantizer(
+        [4] * 8, 1, "atanh_twice", "levels_minus_one", input_dim=12, output_dim=12
+    ),
+    "residual_fsq_grouped": lambda: ResidualFiniteScalarQuantizer(
+        [17, 8, 5, 5], 8, "soft_clamp", "levels", groups=2, input_dim=12, output_dim=8
+    ),
 }
 
 
@@ -82,3 +91,13 @@ def test_the_numbers_around_every_boundary():
         quantizer = FiniteScalarQuantizer([level])
         for z in (near, near.float()):
             assert torch.equal(quantizer.encode(z.to(DEVICE)).cpu(), quantizer.encode(z))
+
+
+@pytest.mark.parametrize("curve", [Curve.of_fsq(2), Curve.of_fsq(5), Curve.of_fsq(8), Curve.of_soft_clamp(4)])
+def test_the_bound_before_the_first_stage_of_residual_fsq(curve):
+    z = torch.randn(200_000, 2, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.tensor([0.0, -3.0])
+    z[:8, 0] = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e30, -1e30, 64.0, 3e-39])
+    for numbers in (z, z.double() * 1.1):
+        on_cpu = FirstBound.of([curve, curve], torch.device("cpu"))(numbers)
+        on_gpu = FirstBound.of([curve, curve], torch.device(DEVICE))(numbers.to(DEVICE))
+        assert torch.equal(on_gpu.cpu().view(torch.int32), on_cpu.view(torch.int32))

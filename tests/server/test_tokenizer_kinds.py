@@ -25,6 +25,7 @@ from vqserve_server.quantizers import (
     DotQuantizer,
     FiniteScalarQuantizer,
     LookupFreeQuantizer,
+    ResidualFiniteScalarQuantizer,
     ResidualQuantizer,
     VectorQuantizer,
 )
@@ -48,6 +49,13 @@ RESIDUAL = {
     "rvq_double": lambda: ResidualQuantizer(5, 40, 6).double(),
     "rvq_single": lambda: ResidualQuantizer(1, 40, 6),
     "rvq_sizes": lambda: ResidualQuantizer(4, [40, 300, 7, 1], 6),
+    "residual_fsq": lambda: ResidualFiniteScalarQuantizer([3, 2, 3, 2, 4, 3], 5, "atanh", "levels_minus_one"),
+    "residual_fsq_grouped": lambda: ResidualFiniteScalarQuantizer(
+        [8, 5], 6, "soft_clamp", "levels", groups=3, input_dim=6, output_dim=6
+    ),
+    "residual_fsq_single": lambda: ResidualFiniteScalarQuantizer(
+        [4] * 8, 1, "atanh_twice", "levels_minus_one", input_dim=6, output_dim=6
+    ),
 }
 QUANTIZERS = with_every_kind(PLAIN | RESIDUAL)
 GRIDS = [(12,), (2, 6), (2, 2, 3), (2, 2, 3, 1)]
@@ -159,7 +167,7 @@ def test_every_search_backend(quantizer, name):
             Tokenizer(quantizer, device="cpu", search=name)
         return
     tokenizer = Tokenizer(quantizer, device="cpu", search=name)
-    assert tokenizer.search == ("none" if quantizer.kind in {"fsq", "lfq"} else name)
+    assert tokenizer.search == ("none" if quantizer.kind in {"fsq", "lfq", "residual_fsq"} else name)
     latents = latents_of(20, quantizer.input_dim)
     assert torch.equal(tokenizer.encode(latents), quantizer.encode(latents))
 

@@ -44,6 +44,8 @@ def encode(quantizer, state, z):
     z = z.astype(np.float64)
     if quantizer.kind == "rvq":
         return _residual(quantizer, state, z)
+    if quantizer.kind == "residual_fsq":
+        return _residual_grid(quantizer, state, z)
     if quantizer.kind in {"fsq", "lfq"}:
         return _grid(quantizer, state, z)
     return _single(quantizer, state, z)
@@ -139,3 +141,39 @@ def _grid(quantizer, state, z):
     if "proj_in.weight" in state and "proj_out.weight" in state and quantizer.input_dim == quantizer.output_dim:
         return Encoded(ids, z, [_affine(state, "proj_out", codes)])
     return Encoded(ids, wanted, [codes])
+
+
+def _residual_grid(quantizer, state, z):
+    levels, groups, count = np.array(quantizer.levels), quantizer.groups, quantizer.num_quantizers
+    half, offset = (levels - 1) * 1.001 / 2, np.where(levels % 2, 0, 0.5)
+    limit, is_symmetric = levels / (levels - 1), quantizer.bound in {"symmetric", "soft_clamp"}
+
+    def bounded(x):
+        return np.tanh(x + np.arctanh(offset / half)) * half - offset
+
+    ids, steps = np.zeros((len(z), count), np.int64), {}
+    for group, channels in enumerate(np.split(z, groups, axis=1)):
+        rest = _affine(state, f"parts.{group}.proj_in", channels)
+        if quantizer.bound == "atanh_twice":
+            rest = bounded(rest)
+        if quantizer.bound == "soft_clamp":
+            rest = np.tanh(rest / limit) * limit
+        for stage, place in enumerate(range(group, count, groups)):
+            scale = (levels - 1.0 if quantizer.scales == "levels_minus_one" else levels * 1.0) ** -stage
+            if is_symmetric:
+                unit = np.tanh(rest / scale) if quantizer.bound == "symmetric" else np.clip(rest / scale, -1, 1)
+                digits = np.floor((levels - 1) * (unit + 1) / 2 + 0.5).astype(np.int64)
+                steps[place] = (2 * digits / (levels - 1) - 1) * scale
+            else:
+                digits = np.rint(bounded(rest / scale)).astype(np.int64) + levels // 2
+                steps[place] = (digits / (levels // 2) - 1) * scale
+            ids[:, place] = (digits * np.concatenate([[1], np.cumprod(levels)[:-1]])).sum(axis=1)
+            rest = rest - steps[place]
+    found = []
+    for stages in sorted({2**k for k in range(9) if 2**k < count} | {count}):
+        sums = [[steps[place] for place in range(group, stages, groups)] for group in range(groups)]
+        outputs = [_affine(state, f"parts.{group}.proj_out", sum(taken)) for group, taken in enumerate(sums) if taken]
+        # A group without indices decodes to zeros.
+        missing = np.zeros((len(z), quantizer.output_dim - sum(output.shape[1] for output in outputs)))
+        found.append(np.concatenate([*outputs, missing], axis=1))
+    return Encoded(ids, z, found)

@@ -13,6 +13,7 @@ from vqserve_server.quantizers import (
     GumbelQuantizer,
     LookupFreeQuantizer,
     Quantizer,
+    ResidualFiniteScalarQuantizer,
     ResidualQuantizer,
     VectorQuantizer,
     VectorQuantizerWithInputProjection,
@@ -28,6 +29,7 @@ _CLASSES: tuple[type[Quantizer], ...] = (
     ResidualQuantizer,
     FiniteScalarQuantizer,
     LookupFreeQuantizer,
+    ResidualFiniteScalarQuantizer,
 )
 KINDS: Mapping[str, type[Quantizer]] = {cls.kind: cls for cls in _CLASSES}
 

@@ -15,6 +15,7 @@ from vqserve_server.quantizers.perplexity import measure_perplexity
 from vqserve_server.quantizers.projected import VectorQuantizerWithInputProjection
 from vqserve_server.quantizers.quantizer import Quantizer
 from vqserve_server.quantizers.residual import ResidualQuantizer
+from vqserve_server.quantizers.residual_scalar import ResidualFiniteScalarQuantizer
 from vqserve_server.quantizers.scalar import FiniteScalarQuantizer, LookupFreeQuantizer
 from vqserve_server.quantizers.vector import VectorQuantizer, legacy_weight_norm_names
 
@@ -29,6 +30,7 @@ __all__ = [
     "GumbelQuantizer",
     "LookupFreeQuantizer",
     "Quantizer",
+    "ResidualFiniteScalarQuantizer",
     "ResidualQuantizer",
     "VectorQuantizer",
     "VectorQuantizerWithInputProjection",

@@ -61,10 +61,7 @@ class ScalarQuantizer(ProjectedModule, Quantizer):
             InvalidOption: the values' combinations are more than an index can name, or a width is none.
         """
         super().__init__()
-        # Python's integers cannot overflow.
-        self.num_codes = int(np.prod([int(level) for level in levels], dtype=object))
-        if self.num_codes > LARGEST_VOCABULARY:
-            raise InvalidOption(f"{self.num_codes} codes are more than an index of 32 bits can name")
+        self.num_codes = number_of_codes(levels)
         self.code_dim = len(levels)
         self.input_dim = self.code_dim if input_dim is None else input_dim
         self.output_dim = self.code_dim if output_dim is None else output_dim
@@ -169,6 +166,9 @@ def _check_levels(value: object) -> object:
     return given
 
 
+LEVELS = served(_check_levels)
+
+
 class FiniteScalarQuantizer(ScalarQuantizer):
     """Digit = round(tanh(z + shift) half - offset) + L // 2 for every channel (Mentzer et al. 2023, arXiv:2309.15505).
 
@@ -183,7 +183,7 @@ class FiniteScalarQuantizer(ScalarQuantizer):
 
     kind: ClassVar[str] = "fsq"
     arguments: ClassVar[Mapping[str, Argument]] = {
-        "levels": served(_check_levels),
+        "levels": LEVELS,
         "bound": served(choice(*get_args(Bound))),
         **PROJECTIONS,
         "layout": LAYOUT,
@@ -209,12 +209,11 @@ class FiniteScalarQuantizer(ScalarQuantizer):
         Raises:
             InvalidOption: an argument has none of its values, or the levels' product exceeds 2^32.
         """
-        if isinstance(levels, str) or not levels or not all(_is_level(level) for level in levels):
-            raise InvalidOption(f"levels must be integers in [2, {MAX_LEVEL}], at least one, not {levels!r:.60}")
+        levels = checked_levels(levels)
         if bound not in BOUNDS:
             raise InvalidOption(f"bound must be one of {', '.join(BOUNDS)}, not {bound!r}")
         super().__init__(levels, input_dim, output_dim)
-        self.levels = tuple(int(level) for level in levels)
+        self.levels = levels
         self.bound: Bound = bound
 
     @property
@@ -241,6 +240,30 @@ class FiniteScalarQuantizer(ScalarQuantizer):
         offset = (1 - levels % 2) / 2
         shift = (torch.atanh if self.bound == "atanh" else torch.tan)(offset / half)
         return (torch.tanh(z.double() + shift) * half - offset) / (levels // 2)
+
+
+def checked_levels(levels: Sequence[int]) -> tuple[int, ...]:
+    """Return levels as plain integers.
+
+    Raises:
+        InvalidOption: they are not integers in [2, MAX_LEVEL], or there are none.
+    """
+    if isinstance(levels, str) or not levels or not all(_is_level(level) for level in levels):
+        raise InvalidOption(f"levels must be integers in [2, {MAX_LEVEL}], at least one, not {levels!r:.60}")
+    return tuple(int(level) for level in levels)
+
+
+def number_of_codes(levels: Sequence[int]) -> int:
+    """Return the product of levels.
+
+    Raises:
+        InvalidOption: it is more than an index can name.
+    """
+    # Python's integers cannot overflow.
+    product = math.prod(int(level) for level in levels)
+    if product > LARGEST_VOCABULARY:
+        raise InvalidOption(f"{product} codes are more than an index of 32 bits can name")
+    return product
 
 
 def _is_level(value: object) -> bool:

@@ -14,6 +14,7 @@ from vqserve_server.codebooks.file import save_state
 from vqserve_server.codebooks.state import USED
 from vqserve_tools.flags import add_flags, from_flags
 from vqserve_tools.importing.families.options import Options
+from vqserve_tools.importing.files import weights_of
 from vqserve_tools.importing.importer import Import, import_checkpoint
 from vqserve_tools.importing.verify import verify_files
 from vqserve_tools.output import add_output, check_output
@@ -36,7 +37,8 @@ def add_import_parser(subparsers: Subparsers) -> None:
         type=Path,
         nargs="?",
         metavar="SRC",
-        help=".npy, .npz, .safetensors or a torch file; not needed for --kind fsq and --kind lfq",
+        help=".npy, .npz, .safetensors, a torch file, an index of several, or a folder with the weights of one model; "
+        "not needed for --kind fsq and --kind lfq",
     )
     add_output(parser)
     add_flags(parser, Options)
@@ -59,7 +61,8 @@ def run_import(args: argparse.Namespace) -> int:
         OSError: the file cannot be written.
     """
     output: Path = args.out
-    check_output(output, force=args.force, sources=(args.source, *(args.verify or ())))
+    files = [] if args.source is None else weights_of(args.source).files.values()
+    check_output(output, force=args.force, sources=(*files, *(args.verify or ())))
     options = from_flags(Options, args)
     result = import_checkpoint(args.source, options)
     verified = None if args.verify is None else verify_files(result.quantizer, *args.verify)

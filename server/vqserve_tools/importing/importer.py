@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ from vqserve_server.codebooks.kinds import KINDS
 from vqserve_server.codebooks.state import CodebookState, StateError
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.search.searcher import first_of_equals
+from vqserve_tools.importing.config import config_of
 from vqserve_tools.importing.families import FAMILIES, Family, bare, fsq, lfq, taming
 from vqserve_tools.importing.families.checkpoint import Checkpoint, listed, places_of, shape_text
 from vqserve_tools.importing.families.family import Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.taming import CODES, WRAPPERS
-from vqserve_tools.importing.files import UNNAMED, ForeignArray, open_foreign
+from vqserve_tools.importing.files import UNNAMED, ForeignArray, check_whole, open_foreign, weights_of
 
 # Readers of the kinds that need no checkpoint; a checkpoint may have projections of them.
 _WITHOUT_CODES = {"fsq": fsq.read, "lfq": lfq.read}
@@ -58,8 +58,9 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
     """Make a quantizer from a foreign checkpoint.
 
     Args:
-        source: .npy, .npz, .safetensors, or a torch file (.pt, .pth, .ckpt, .bin, .th); None: `options` describe the
-            whole quantizer.
+        source: .npy, .npz, .safetensors, or a torch file (.pt, .pth, .ckpt, .bin, .th); an index of several files
+            (model.safetensors.index.json); a folder with the weights of one model. None: `options` describe the whole
+            quantizer.
         options: facts that the checkpoint does not contain; None: none.
 
     Raises:
@@ -68,7 +69,12 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
     options = options or Options()
     path = None if source is None else Path(source)
     with _opened(path, options) as checkpoint:
+        config = None if path is None or options.keys or UNNAMED in checkpoint.arrays else config_of(path)
+        if config is not None:
+            options = config.completed(options, checkpoint.arrays, checkpoint.note)
         place, reading = _read(checkpoint, options)
+        if config is not None:
+            config.check(place, reading.kind, reading.arguments, checkpoint.note)
         ledger = checkpoint.ledger
         left = tuple(name for name in checkpoint.arrays if (name or "array") not in ledger.taken)
     options.check_use(reading.kind)
@@ -83,8 +89,7 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
         "notes": ledger.notes,
     }
     if path is not None:
-        with path.open("rb") as file:
-            provenance |= {"source": path.name, "source_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        provenance |= weights_of(path).provenance()
     if options.metric is not None:
         provenance["metric"] = options.metric
     return Import(
@@ -102,8 +107,10 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
 @contextmanager
 def _opened(path: Path | None, options: Options) -> Iterator[Checkpoint]:
     if path is not None:
+        if len(options.keys) != 1:
+            check_whole(path)
         with open_foreign(path) as arrays:
-            yield Checkpoint(path.name, arrays)
+            yield Checkpoint(weights_of(path).name, arrays)
         return
     if options.kind not in _WITHOUT_CODES:
         raise ForeignCheckpointError("name a file to import: only --kind fsq and --kind lfq need none")

@@ -146,12 +146,20 @@ def _fit(report: Report, fit: Fit) -> Iterator[_Line]:
     yield from _rechecked(fit)
     if report.stages:
         yield "stage", f"{_STAGE_HEAD} {'used':>7} {'bits':>6} {'float16':>9} {'float64':>9}"
-        for number, (stage, usage, rechecked) in enumerate(zip(report.stages, fit.usage, fit.rechecked, strict=True)):
-            both = fit.rounded["float16"].both
-            changed = "-" if both is None else _percent(both.indices[number], read.tokens)
+        for number, (stage, rechecked) in enumerate(zip(report.stages, fit.rechecked, strict=True)):
             searched_again = _percent(rechecked.float64, rechecked.rows)
-            line = f"{_stage(stage)} {usage.used:7} {usage.bits:6.2f} {changed:>9} {searched_again:>9}"
-            yield f"{number + 1:5}", line
+            yield f"{number + 1:5}", f"{_stage(stage)} {_stage_fit(fit, number)} {searched_again:>9}"
+    elif len(fit.usage) > 1:
+        # Their codes are computed: they have no figures of their own, and nothing is searched.
+        yield "stage", f"{'used':>7} {'bits':>6} {'float16':>9}"
+        for number in range(len(fit.usage)):
+            yield f"{number + 1:5}", _stage_fit(fit, number)
+
+
+def _stage_fit(fit: Fit, number: int) -> str:
+    usage, both = fit.usage[number], fit.rounded["float16"].both
+    changed = "-" if both is None else _percent(both.indices[number], fit.latents.tokens)
+    return f"{usage.used:7} {usage.bits:6.2f} {changed:>9}"
 
 
 def _usage(usage: Usage) -> Iterator[_Line]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import struct
 import tracemalloc
@@ -24,6 +25,7 @@ from vqserve_server.quantizers import (
     DotQuantizer,
     FiniteScalarQuantizer,
     LookupFreeQuantizer,
+    ResidualFiniteScalarQuantizer,
     ResidualQuantizer,
     VectorQuantizer,
 )
@@ -87,6 +89,15 @@ FIXED = {
         lambda: FiniteScalarQuantizer([8, 5, 5]),
         '{"bound":"atanh","input_dim":null,"levels":[8,5,5],"output_dim":null}',
     ),
+    "residual_fsq": (
+        lambda: counted(
+            ResidualFiniteScalarQuantizer(
+                [4, 4], 4, "atanh_twice", "levels_minus_one", groups=2, input_dim=6, output_dim=6
+            )
+        ),
+        '{"bound":"atanh_twice","groups":2,"input_dim":6,"layout":"channels_first","levels":[4,4],"num_quantizers":4,'
+        '"output_dim":6,"scales":"levels_minus_one"}',
+    ),
     "lfq": (
         lambda: LookupFreeQuantizer(18, "little"),
         '{"bit_order":"little","bits":18,"input_dim":null,"output_dim":null,"spherical":false}',
@@ -100,6 +111,7 @@ GOLDEN = {
     "rvq_sizes": "58d6c47c3274636d7303c16d6e36ebd5c1cfe5fcf7e17bb083d2971acd253661",
     "rvq_normalized_residuals": "63a2c51e4abd20e8d37272d2fec2e3a4f4b80864a7b852e3af23bcc15d7472ff",
     "fsq": "387bbd8e21035365835d27c03f9fc02bc87c6ac0a972dd11dae09dcc2a58aa65",
+    "residual_fsq": "4aeff79a25919f6ef9a2bbdea5edb14a8908105661345cf98580c957f5b51e87",
     "lfq": "ed2d8b333aa8dfa94dde26cb7e523b9b2639e5c13d758ecc3bddfb800642cf67",
 }
 
@@ -156,6 +168,10 @@ def test_arguments_that_change_what_is_computed_change_the_digest():
     assert len(digests(CosineQuantizer(3, 2), CosineQuantizer(3, 2, True), DotQuantizer(3, 2))) == 3
     assert len(digests(*(FiniteScalarQuantizer([5, 5], bound) for bound in ("atanh", "tan", "symmetric")))) == 3
     assert len(digests(*(FiniteScalarQuantizer(levels) for levels in ([8, 5], [5, 8], [40])))) == 3
+    versions = itertools.product(
+        ("atanh_twice", "atanh", "symmetric", "soft_clamp"), ("levels_minus_one", "levels"), (2, 4), (1, 2)
+    )
+    assert len(digests(*(ResidualFiniteScalarQuantizer([5, 5], n, b, s, groups=g) for b, s, n, g in versions))) == 32
     orders, shapes = ("big", "little"), (False, True)
     assert len(digests(*(LookupFreeQuantizer(8, order, shape) for order in orders for shape in shapes))) == 4
     arrangements = (
@@ -223,6 +239,7 @@ def path_of(tmp_path):
 
 
 STAGE = "parts.1.stages.0.embedding.weight"
+PROJECTION = "parts.1.proj_in.weight"
 
 
 @pytest.mark.parametrize(
@@ -252,6 +269,33 @@ STAGE = "parts.1.stages.0.embedding.weight"
         ("fsq", {"tensors": {"codes": np.zeros(1, np.float32)}}, "'codes' does not belong"),
         ("fsq", {"levels": [8, 5]}, "has the digest"),
         ("fsq", {"unknown_index": "random"}, "'unknown_index' is not one of kind 'fsq'"),
+        ("residual_fsq", {"levels": [4]}, "has shape"),
+        ("residual_fsq", {"levels": [4, 5]}, "has the digest"),
+        ("residual_fsq", {"levels": [4, 1]}, "must be a list of integers in"),
+        ("residual_fsq", {"levels": [65536, 65536], "num_quantizers": 256}, "do not fit together: .* too fine"),
+        ("residual_fsq", {"num_quantizers": 0}, r"'num_quantizers' is 0, it must be an integer in \[1, 256\]"),
+        ("residual_fsq", {"num_quantizers": 257}, "'num_quantizers' is 257"),
+        ("residual_fsq", {"num_quantizers": 3}, "do not fit together: 2 groups do not divide 3 quantizers"),
+        ("residual_fsq", {"num_quantizers": 6}, "has the digest"),
+        ("residual_fsq", {"bound": "tan"}, "'bound' is 'tan', it must be one of \"atanh_twice\", \"atanh\""),
+        ("residual_fsq", {"bound": "soft_clamp"}, "has the digest"),
+        ("residual_fsq", {"drop": ["bound"]}, "'bound' is missing"),
+        ("residual_fsq", {"scales": 4}, "'scales' is 4, it must be one of"),
+        ("residual_fsq", {"scales": "levels"}, "has the digest"),
+        ("residual_fsq", {"drop": ["scales"]}, "'scales' is missing"),
+        ("residual_fsq", {"groups": 4}, "do not fit together: 4 groups do not divide 6 channels of input_dim"),
+        ("residual_fsq", {"groups": 1}, "'parts.1.proj_in.bias' does not belong"),
+        ("residual_fsq", {"groups": 257}, "'groups' is 257"),
+        ("residual_fsq", {"input_dim": 8}, "has shape"),
+        ("residual_fsq", {"input_dim": None}, "'parts.0.proj_in.bias' does not belong"),
+        ("residual_fsq", {"output_dim": None}, "'parts.0.proj_out.bias' does not belong"),
+        ("residual_fsq", {"output_dim": 1 << 30}, "the arguments make it"),
+        ("residual_fsq", {"layout": None}, "has the digest"),
+        ("residual_fsq", {"drop": ["layout"]}, "'layout' is missing"),
+        ("residual_fsq", {"drop": [PROJECTION]}, f"'{PROJECTION}' is missing"),
+        ("residual_fsq", {"tensors": {PROJECTION: np.zeros((2, 3), np.float32)}}, "damaged or changed"),
+        ("residual_fsq", {"tensors": {PROJECTION: np.full((2, 3), np.nan, np.float32)}}, r"weight\[0, 0\] is nan"),
+        ("residual_fsq", {"tensors": {"used": np.array([1])}}, "'used' does not belong to kind 'residual_fsq'"),
         ("lfq", {"bits": 33}, r"'bits' is 33, it must be an integer in \[1, 32\]"),
         ("lfq", {"bits": 0}, "'bits' is 0"),
         ("lfq", {"bit_order": "middle"}, 'must be one of "big", "little"'),
@@ -330,7 +374,7 @@ def test_as_many_stages_as_there_may_be(tmp_path):
     assert load_codebook(path).digest == digest
 
 
-@pytest.fixture(scope="module", params=["rvq", "fsq", "cosine"])
+@pytest.fixture(scope="module", params=["rvq", "fsq", "cosine", "residual_fsq"])
 def sound(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("sound") / "sound.safetensors"
     digest = save_codebook(FIXED[request.param][0](), path)

@@ -206,10 +206,68 @@ def test_zero_is_a_zero_bit_whatever_the_processor_does_with_small_numbers():
         torch.set_flush_denormal(False)
 
 
+def test_boundaries_hold_whatever_the_processor_does_with_small_numbers():
+    """The boundary at zero of the symmetric bound is the denormal just below it."""
+    for dtype in (torch.float32, torch.float64):
+        z = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0], dtype=dtype)[:, None]
+        for level in (2, 4, 16):
+            half = level // 2
+            expected = FiniteScalarQuantizer([level], "symmetric").encode(z).tolist()
+            assert expected[:4] == [half, half, half, half - 1]
+            try:
+                torch.set_flush_denormal(True)
+                assert FiniteScalarQuantizer([level], "symmetric").encode(z).tolist() == expected
+            finally:
+                torch.set_flush_denormal(False)
+
+
 def test_the_orders_are_the_originals():
     z = torch.tensor([[1.0, -1.0, -1.0, -1.0], [1.0, 1.0, -1.0, -1.0]])
     assert LookupFreeQuantizer(4, "big").encode(z).tolist() == [8, 12]
     assert LookupFreeQuantizer(4, "little").encode(z).tolist() == [1, 3]
+
+
+# The speech tokenizers of CosyVoice 2 and 3 (S3Tokenizer): round(tanh(x) * 0.999) + 1, index = sum of digits times 3^i.
+
+
+def cosyvoice(x: torch.Tensor) -> torch.Tensor:
+    """The original's own arithmetic, on channels."""
+    digits = (x.tanh() * 0.9990000128746033).round() + 1
+    return (digits * 3 ** torch.arange(8)).sum(dim=1).to(torch.int64)
+
+
+def test_cosyvoice_is_fsq_with_three_levels():
+    quantizer = FiniteScalarQuantizer([3] * 8, "tan", input_dim=1280)
+    assert (quantizer.num_codes, quantizer.input_dim, quantizer.output_dim) == (6561, 1280, 8)
+    assert sorted(quantizer.state_dict()) == ["proj_in.bias", "proj_in.weight"]
+    torch.manual_seed(0)
+    rows = 2 * torch.randn(2000, 1280)
+    with torch.no_grad():
+        quantizer.proj_in.weight.normal_(0, 1280**-0.5)
+        projected = quantizer.proj_in(rows)
+    indices = quantizer.encode(rows)
+    differing = indices != cosyvoice(projected)
+    edge = boundaries(3, "tan")[1]
+    nearest = (projected.double().abs() - edge).abs().min(dim=1).values
+    assert differing.sum() <= 2
+    assert bool((nearest[differing] < 1e-5).all())
+    # There is no decoder upstream: the digits, -1, 0 or 1.
+    assert torch.equal(quantizer.decode(indices)[~differing], projected.tanh().mul(0.999).round()[~differing])
+
+
+def test_cosyvoice_s_constant_is_0_999_for_every_number_of_float32():
+    """Its factor is 0.999 rounded to float32: between the boundaries of the two no number of float32 lies."""
+    theirs = mpmath.atanh(mpmath.mpf(1) / 2 / mpmath.mpf(0.9990000128746033))
+    below, above = (
+        max(mpmath.mpf(x) for x in neighbours(edge, np.float32) if x < edge)
+        for edge in (theirs, mpmath.mpf(boundaries(3, "tan")[1]))
+    )
+    assert below == above
+    assert boundaries(3, "tan").tolist() == [-np.nextafter(boundaries(3, "tan")[1], 1), boundaries(3, "tan")[1]]
+    near = torch.tensor([*neighbours(float(theirs), np.float32), 0.0])
+    z = torch.cat([near, -near])[:, None]
+    expected = (mpmath.nint(mpmath.tanh(mpmath.mpf(x)) * mpmath.mpf(0.9990000128746033)) + 1 for x in z[:, 0].tolist())
+    assert FiniteScalarQuantizer([3], "tan").encode(z).tolist() == [int(x) for x in expected]
 
 
 # Projections.

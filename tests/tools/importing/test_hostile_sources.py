@@ -382,7 +382,7 @@ def test_pipes_devices_and_folders(refused, tmp_path):
     refused(endless, "endless.npy: it is no regular file")
     folder = tmp_path / "folder.npz"
     folder.mkdir()
-    refused(folder, "folder.npz: it is no regular file")
+    refused(folder, "folder.npz: it has no weights")
     dangling = tmp_path / "dangling.pt"
     dangling.symlink_to(tmp_path / "nowhere.pt")
     refused(dangling, "dangling.pt: there is no such file")
@@ -394,3 +394,26 @@ def test_a_link_to_a_file_is_the_file(imported, tmp_path):
     link = tmp_path / "codes.npy"
     link.symlink_to("blob.npy")
     assert imported(link)[0] == 0
+
+
+# Folders.
+
+
+def test_a_configuration_that_is_a_bomb(imported, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch.save({"quantize.embedding.weight": torch.zeros(3, 2)}, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text('{"a": [' + ",".join(["[]"] * 300_000) + "]}")
+    status, _, grown = imported(folder)
+    assert status == 0
+    assert grown < 64 * MIB
+
+
+def test_a_configuration_and_an_index_that_have_no_end(imported, refused, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch.save({"quantize.embedding.weight": torch.zeros(3, 2)}, folder / "pytorch_model.bin")
+    os.mkfifo(folder / "config.json")
+    (folder / "model.safetensors.index.json").symlink_to("/dev/zero")
+    assert imported(folder)[0] == 0
+    refused(folder / "model.safetensors.index.json", "it is no regular file")

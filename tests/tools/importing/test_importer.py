@@ -454,6 +454,14 @@ USAGE = {"rvq_first.vq.layers.0._codebook.cluster_usage": np.ones(10, np.float32
             "'mlps.0.proj_in.bias' too",
         ),
         (stage(0) | stage(2), [], "layers.1 is missing, and later ones exist"),
+        (stage(0) | layer("in_proj.1"), [], "layers.1 is missing, and in_proj.1.weight is for 2"),
+        (stage(0) | {"cluster_size": np.ones((3, 10))}, [], "layers.1 is missing, and cluster_size is for 3"),
+        (stage(0) | {"layers.1._codebook.cluster_size": np.ones(10)}, [], "'layers.1._codebook.embed' is missing"),
+        (
+            {f"rvqs.{g}.layers.{i}.{n}": a for g, i in ((0, 0), (0, 1), (1, 0)) for n, a in heads(1).items()},
+            LUCIDRAINS,
+            "2 groups do not divide 3 quantizers",
+        ),
         (stage(0) | stage(1, width=5), [], "different widths, 10x4 and 10x5: all codes must have one width"),
         (stage(0), ["--metric", "cosine"], "EnCodec is searched by l2, not --metric cosine"),
         (stage(0), ["--decode", "raw"], "--decode is for --metric cosine, not l2"),
@@ -758,13 +766,12 @@ def test_text_is_no_npy(tmp_path, capsys):
 
 def test_other_files(tmp_path, capsys):
     fails(capsys, "no such file", "import", tmp_path / "none.pt", "-o", tmp_path / "o.safetensors")
-    fails(capsys, "files of type '.h5' are not read", "import", tmp_path / "none.h5", "-o", tmp_path / "o.safetensors")
+    other = tmp_path / "other.h4"
+    other.write_bytes(bytes(10))
+    fails(capsys, "files of type '.h4' are not read", "import", other, "-o", tmp_path / "o.safetensors")
     source = tmp_path / "list.pt"
     torch.save([torch.zeros(2, 2)], source)
     fails(capsys, "holds a list", "import", source, "-o", tmp_path / "o.safetensors")
-    source = tmp_path / "zip.npy"
-    source.write_bytes(write(tmp_path / "z.npz", {"a": CODES}).read_bytes())
-    fails(capsys, "name it .npz", "import", source, "-o", tmp_path / "o.safetensors", "--metric", "l2")
     codebook = tmp_path / "c.safetensors"
     save_codebook(VectorQuantizer(3, 2), codebook)
     fails(capsys, "already a codebook file of vqserve", "import", codebook, "-o", tmp_path / "o.safetensors")
@@ -838,7 +845,7 @@ def test_an_output_that_is_there_is_kept(tmp_path, capsys):
         ["import", "x.npy", "-o", "o.safetensors", "--verify", "z.npy"],
         ["import", "x.npy", "-o", "o.safetensors", "--unknown-index", "-1"],
         ["inspect"],
-        ["inspect", "a", "b"],
+        ["inspect", "a", "--layout", "nchw"],
     ],
 )
 def test_wrong_usage(capsys, args):

@@ -20,6 +20,7 @@ from vqserve_server.quantizers import (
     GumbelQuantizer,
     LookupFreeQuantizer,
     Quantizer,
+    ResidualFiniteScalarQuantizer,
     ResidualQuantizer,
     VectorQuantizer,
     VectorQuantizerWithInputProjection,
@@ -54,6 +55,14 @@ KINDS = with_every_kind(
         "fsq_tan": lambda: FiniteScalarQuantizer([8, 5, 3], "tan", input_dim=5),
         "fsq_symmetric": lambda: FiniteScalarQuantizer([7, 4], "symmetric"),
         "fsq_back": lambda: FiniteScalarQuantizer([8, 5, 3], input_dim=5, output_dim=5),
+        "residual_fsq": lambda: ResidualFiniteScalarQuantizer([8, 5, 3], 4, "atanh_twice", "levels_minus_one"),
+        "residual_fsq_atanh": lambda: ResidualFiniteScalarQuantizer(
+            [8, 5], 2, "atanh", "levels_minus_one", input_dim=5
+        ),
+        "residual_fsq_symmetric": lambda: ResidualFiniteScalarQuantizer([6, 5], 3, "symmetric", "levels"),
+        "residual_fsq_back": lambda: ResidualFiniteScalarQuantizer(
+            [8, 5], 6, "soft_clamp", "levels", groups=2, input_dim=6, output_dim=6
+        ),
         "lfq": lambda: LookupFreeQuantizer(6, "big"),
         "lfq_spherical": lambda: LookupFreeQuantizer(32, "little", spherical=True),
     }

@@ -121,13 +121,13 @@ def test_a_layout_is_the_codebook_s_unless_it_is_given(make_quantizer, saved, tm
     assert err == "vqserved: error: --layout says where the channels of LATENTS are: give --latents too\n"
 
 
-@pytest.mark.parametrize("name", ["vq", "vq_remap", "gumbel", "rvq", "fsq", "lfq_spherical"])
+@pytest.mark.parametrize("name", ["vq", "vq_remap", "gumbel", "rvq", "fsq", "residual_fsq_back", "lfq_spherical"])
 def test_a_plot(name, files, tmp_path, capsys):
     book, latents = files(name)
     both, alone = tmp_path / "both.png", tmp_path / "alone.png"
     status, _, err = run(capsys, book, "--latents", latents, "--plot", both)
     assert (status, err) == (0, "")
-    panels = 2 * (name not in {"fsq", "lfq_spherical"}) + 2 - (name == "gumbel")
+    panels = 2 * (name not in {"fsq", "residual_fsq_back", "lfq_spherical"}) + 2 - (name == "gumbel")
     assert size_of(both) == (1210, 440 * ((panels + 1) // 2))
     status, _, err = run(capsys, book, "--plot", alone)
     if panels == 2:

@@ -21,6 +21,9 @@ from vqserve_server.search import available
 from vqserve_server.search.denormals import to_float64
 from vqserve_server.search.rounding import affine
 
+# Up to so many boundaries of a channel, comparing with each of them is faster than a binary search.
+_FEW_BOUNDARIES = 8
+
 
 @dataclass(frozen=True)
 class Channel:
@@ -107,12 +110,29 @@ class FrozenScalar(FrozenQuantizer):
         """Return the index (n,) of every row; see `FrozenQuantizer.encode_rows`."""
         with autocast_off(self.device):
             rows = project(rows, self._projection)
-        return self._indices(rows)
+        return self.indices_of(self.digits(rows))
 
-    def _indices(self, rows: Tensor) -> Tensor:
-        # Counts the boundaries that are less than the number.
-        digits = torch.searchsorted(self._boundaries, to_float64(rows).T.contiguous())
+    def digits(self, rows: Tensor) -> Tensor:
+        """Return the digits (D, n) int64 of channels (n, D) float32 or float64, behind any projection."""
+        numbers, boundaries = _ordered(to_float64(rows).T.contiguous()), _ordered(self._boundaries)
+        if boundaries.shape[1] > _FEW_BOUNDARIES:
+            return torch.searchsorted(boundaries, numbers)
+        digits = torch.zeros(numbers.shape, dtype=torch.int32, device=numbers.device)
+        for boundary in boundaries.unbind(dim=1):
+            digits += numbers > boundary[:, None]
+        return digits.long()
+
+    def indices_of(self, digits: Tensor) -> Tensor:
+        """Return the indices (n,) of digits (D, n)."""
         return (digits * self._weights[:, None]).sum(dim=0)
+
+    def values_of(self, digits: Tensor) -> Tensor:
+        """Return the values (n, D) float32 of digits (D, n), before any projection."""
+        return self._values.gather(1, digits).T.contiguous()
+
+    def largest_values(self) -> Tensor:
+        """Return the greatest magnitude (D,) float64 of every channel's values."""
+        return self._values.abs().amax(dim=1).double()
 
     @torch.no_grad()
     def check_itself(self) -> None:
@@ -130,7 +150,7 @@ class FrozenScalar(FrozenQuantizer):
         # A number's digit counts the boundaries below it, so the boundary above a digit is the digit's own last number.
         rows = torch.where(above.isinf(), torch.nextafter(below, above), above)
         # Between equal boundaries there is no number.
-        is_right = (self._indices(rows) == probes) | (below >= above).any(dim=1)
+        is_right = (self.indices_of(self.digits(rows)) == probes) | (below >= above).any(dim=1)
         if not bool(is_right.all()):
             raise CodebookError(f"index {int(probes[~is_right][0])} is not found between its own boundaries")
 
@@ -140,9 +160,17 @@ class FrozenScalar(FrozenQuantizer):
     ) -> Tensor:
         """Return the row of every index (n,); see `FrozenQuantizer.decode_rows`."""
         check_output(output)
-        digits = indices[:, None] // self._weights % self._levels
-        rows = self._values[torch.arange(self.code_dim, device=self.device), digits]
+        rows = self.values_of(indices // self._weights[:, None] % self._levels[:, None])
         if output == "latents" and self._output_projection is not None:
             with autocast_off(self.device):
                 rows = affine(rows, *self._output_projection)
         return rows.to(self.weight_dtype)
+
+
+def _ordered(numbers: Tensor) -> Tensor:
+    """Return int64 in the order of float64 numbers, with -0.0 just below 0.0.
+
+    Unlike numbers, integers are compared exactly also where the processor takes denormals for zero.
+    """
+    bits = numbers.view(torch.int64)
+    return bits ^ ((bits >> 63) & torch.iinfo(torch.int64).max)

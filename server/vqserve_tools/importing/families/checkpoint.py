@@ -24,6 +24,14 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 
 # torch's names of the norms and directions of weight norm; the older pair first.
 _NORMED = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1"))
+# What quantizers have beside their stages: modules that are numbered as the stages are (`in_proj.3.weight`), and arrays
+# of all stages (`cluster_size`, (n_q, K)).
+_STAGE_MODULES = frozenset(
+    f"{name}{plural}"
+    for name in ("in_proj", "out_proj", "input_proj", "output_proj", "project_in", "project_out", "projection")
+    for plural in ("", "s")
+) | {"codebooks", "embeddings", "scales", "norms"}
+_STAGE_ARRAYS = frozenset({"cluster_size", "cluster_usage", "embed_avg"})
 # All names of arrays that a layer can have.
 LAYER_NAMES = frozenset({"weight", "bias", *(name for pair in _NORMED for name in pair)})
 
@@ -160,7 +168,8 @@ class Checkpoint:
         return full or "array", array
 
     def _take(self, full: str, array: ForeignArray) -> None:
-        self.ledger.taken[full] = f"{shape_text(array.shape)} {array.dtype}"
+        stored = f", stored as {array.stored_as}" if array.stored_as else ""
+        self.ledger.taken[full] = f"{shape_text(array.shape)} {array.dtype}{stored}"
 
     def _where(self) -> str:
         return f"under {self.prefix!r}" if self.prefix else "at its root"
@@ -240,14 +249,39 @@ def numbered(checkpoint: Checkpoint, module: str, names: Iterable[str]) -> list[
     """Return the views of `module.0.`, `module.1.` and so on, up to the greatest number in the names.
 
     Raises:
-        ForeignCheckpointError: a number is missing.
+        ForeignCheckpointError: a number is missing, or other arrays beside the module are for more stages.
     """
+    names = list(names)
     matches = [re.match(rf"{re.escape(module)}\.(\d+)\.", name) for name in names]
     numbers = sorted({int(match[1]) for match in matches if match})
     if numbers != list(range(len(numbers))):
         missing = min(set(range(len(numbers))) - set(numbers))
         raise checkpoint.error(f"{checkpoint.prefix}{module}.{missing} is missing, and later ones exist")
+    if numbers:
+        _check_siblings(checkpoint, module, names, len(numbers))
     return [checkpoint.at(f"{module}.{number}.") for number in numbers]
+
+
+def _check_siblings(checkpoint: Checkpoint, module: str, names: Iterable[str], count: int) -> None:
+    """Check that no array beside a module of `count` stages is for a further stage.
+
+    Raises:
+        ForeignCheckpointError: there is one; stages of the module are missing.
+    """
+    outside = "".join(module.rpartition(".")[:2])
+    for name in names:
+        first, _, rest = name.removeprefix(outside).partition(".")
+        number = rest.partition(".")[0]
+        shape = checkpoint.shape(name)
+        stages = 0
+        if first in _STAGE_MODULES and number.isdecimal():
+            stages = int(number) + 1
+        elif first in _STAGE_ARRAYS and not rest and len(shape) > 1:
+            stages = shape[0]
+        if name.startswith(outside) and stages > count:
+            raise checkpoint.error(
+                f"{checkpoint.prefix}{module}.{count} is missing, and {checkpoint.prefix}{name} is for {stages} stages"
+            )
 
 
 def layer_names(names: Iterable[str]) -> set[str]:

@@ -1,4 +1,4 @@
-"""Reading of untrusted files (.npy, .npz, .safetensors, torch files) as named arrays.
+"""Reading of untrusted files (.npy, .npz, .safetensors, torch files) and folders of them as named arrays.
 
 No pickle is ever run: numpy files are read with allow_pickle=False, torch files with weights_only=True. Every size that
 a file claims is compared with the size of its data, or with a limit, before memory is allocated.
@@ -6,5 +6,6 @@ a file claims is compared with the size of its data, or with a limit, before mem
 
 from vqserve_tools.importing.files.foreign_array import UNNAMED, ForeignArray
 from vqserve_tools.importing.files.opening import open_foreign
+from vqserve_tools.importing.files.weights import Weights, check_whole, has_one_model, weights_of
 
-__all__ = ["UNNAMED", "ForeignArray", "open_foreign"]
+__all__ = ["UNNAMED", "ForeignArray", "Weights", "check_whole", "has_one_model", "open_foreign", "weights_of"]

@@ -26,11 +26,13 @@ class ForeignArray:
         shape: lengths of the axes.
         dtype: name of the element type: "float32", "bfloat16" and so on.
         read: returns the array; a type that numpy lacks comes widened to float32, which is exact.
+        stored_as: the name under which the file has the data, if this is a second name of it; "" otherwise.
     """
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], npt.NDArray[Any]]
+    stored_as: str = ""
 
 
 def check_size(label: str, size: int) -> None:

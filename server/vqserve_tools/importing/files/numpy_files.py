@@ -16,6 +16,7 @@ import numpy.typing as npt
 from vqserve.errors import ForeignCheckpointError
 from vqserve_tools.importing.files.archive import check_members
 from vqserve_tools.importing.files.foreign_array import UNNAMED, ForeignArray, check_size
+from vqserve_tools.importing.files.recognition import NO_ARRAYS
 
 # A header of a .npy file is one line of text.
 _MAX_NPY_HEADER_BYTES = 1 << 16
@@ -28,8 +29,6 @@ _MAX_RATIO = 100
 @contextmanager
 def open_npy(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
     """Yield the one array of a .npy file, without a name."""
-    if zipfile.is_zipfile(path):
-        raise ForeignCheckpointError(f"{path.name}: it is a zip archive: name it .npz")
     with path.open("rb") as file:
         shape, dtype = _npy_claims(path.name, file, path.stat().st_size)
         yield {UNNAMED: _numpy_array(path.name, shape, dtype, lambda: _read_npy(file))}
@@ -45,6 +44,8 @@ def open_npz(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
             if member.filename.endswith(".npy"):
                 name = member.filename.removesuffix(".npy")
                 arrays[name] = _npz_member(path, archive, member, taken)
+        if not arrays:
+            raise ForeignCheckpointError(f"{path.name}: {NO_ARRAYS}")
         yield arrays
 
 
@@ -81,6 +82,8 @@ def _npy_claims(label: str, stream: IO[bytes], size: int) -> tuple[tuple[int, ..
     if length > _MAX_NPY_HEADER_BYTES:
         # numpy would read the whole header before it checks the length.
         raise ForeignCheckpointError(f"{label} claims a header of {length} bytes: it is no array that numpy wrote")
+    if stream.tell() + length > size:
+        raise ForeignCheckpointError(f"{label} has {size} bytes, and its header needs more: it was cut short")
     stream.seek(start)
     if version == (1, 0):
         shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
@@ -92,7 +95,8 @@ def _npy_claims(label: str, stream: IO[bytes], size: int) -> tuple[tuple[int, ..
     claimed, held = math.prod(shape) * dtype.itemsize, size - stream.tell()
     # With an axis of length zero the other axes can have any length: numpy warns and fails if it cannot address them.
     if claimed != held or min(shape, default=0) < 0 or max(shape, default=0) >= 1 << 62:
-        raise ForeignCheckpointError(f"{label} claims {claimed} bytes for shape {shape} and has {held}")
+        cut = ": it was cut short" if 0 <= held < claimed else ""
+        raise ForeignCheckpointError(f"{label} claims {claimed} bytes for shape {shape} and has {held}{cut}")
     return shape, dtype
 
 

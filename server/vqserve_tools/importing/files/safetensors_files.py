@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,17 @@ from vqserve.errors import ForeignCheckpointError
 from vqserve_server.codebooks.safetensors_file import NUMPY_DTYPES, TensorEntry, read_header, read_tensor
 from vqserve_tools.importing.files.foreign_array import ForeignArray, check_size
 
+# Keys of the metadata that are never names of tensors, whatever the tensors are called.
+_NO_NAMES = frozenset({"format"})
+# Models have thousands of tensors; a header can have a million short names.
+_MAX_OTHER_NAMES = 1 << 17
+# torch.distributed.checkpoint writes pieces of tensors, and this key with their positions in the whole ones.
+_PIECES = "DCP_SHARDING_INFO"
+
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
-    """Yield the tensors of a safetensors file by name."""
+    """Yield the tensors of a safetensors file by name; a tensor that is stored once for several names has them all."""
     with path.open("rb") as file:
 
         def reader(name: str, entry: TensorEntry) -> Callable[[], npt.NDArray[Any]]:
@@ -35,10 +43,51 @@ def open_safetensors(path: Path) -> Iterator[Mapping[str, ForeignArray]]:
             raise ForeignCheckpointError(
                 f"{path.name}: it is already a codebook file of vqserve: serve it without an import"
             )
-        yield {
+        if _PIECES in header.metadata:
+            raise ForeignCheckpointError(
+                f"{path.name}: it has pieces of tensors, which torch.distributed.checkpoint wrote: join its files with "
+                "torch.distributed.checkpoint's consolidate_safetensors_files, and import the result"
+            )
+        arrays = {
             name: ForeignArray(entry.shape, _safetensors_dtype(entry.dtype), reader(name, entry))
             for name, entry in header.tensors.items()
         }
+        others = _other_names(path, arrays, header.metadata)
+        yield arrays | {name: replace(arrays[stored], stored_as=stored) for name, stored in others.items()}
+
+
+def _other_names(path: Path, arrays: Collection[str], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the further names of stored tensors, each with the name that the tensor is stored under.
+
+    safetensors' save_model writes a tensor that several modules share once, and the names that it leaves out into the
+    metadata, among the metadata of the user.
+
+    Raises:
+        ForeignCheckpointError: a name leads to a tensor that is not stored, or there are too many names.
+    """
+    others = {
+        name: stored
+        for name, stored in metadata.items()
+        if stored in arrays and name not in arrays and name not in _NO_NAMES
+    }
+    if len(others) > _MAX_OTHER_NAMES:
+        raise ForeignCheckpointError(f"{path.name}: its metadata has {len(others)} names of tensors: it is no model's")
+    for name, stored in metadata.items():
+        if name in arrays or name in others or name in _NO_NAMES:
+            continue
+        # Nothing writes a name of a name. The metadata of users is seldom two dotted names with the same end.
+        if stored in others or (stored not in arrays and "." in name and _ends_alike(name, stored)):
+            raise ForeignCheckpointError(
+                f"{path.name}: its metadata has {name!r} as another name of {stored!r}, which is no tensor in it: "
+                "parts of the model are missing; save the model again"
+            )
+    return others
+
+
+def _ends_alike(name: str, stored: str) -> bool:
+    return (
+        "." in stored and not set(name + stored) & set(" /:") and name.rpartition(".")[2] == stored.rpartition(".")[2]
+    )
 
 
 def _safetensors_dtype(name: str) -> str:
