@@ -360,6 +360,8 @@ FOREIGN = {
     "vqvae2.pt": "vqvae_2",
     "own_vq_layer.pt": "vq_layer",
     "own_codebook.pt": "codebook",
+    "openaudio_codec.pth": "fish_speech",
+    "grid.ckpt": "grid",
 }
 
 
