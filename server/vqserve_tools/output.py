@@ -11,13 +11,18 @@ from vqserve.errors import InvalidOption
 from vqserve_server.codebook_files import IMPORTED, NAME, SUFFIX
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name the codebook file to write."""
+def add_output(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add the options that name the codebook file to write.
+
+    Args:
+        parser: parser of the command.
+        required: whether argparse rejects a command line without the name.
+    """
     parser.add_argument(
         "-o",
         "--out",
         type=_new_codebook_path,
-        required=True,
+        required=required,
         metavar="OUT.safetensors",
         help="codebook file to write; the name must end in .safetensors",
     )

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqserve.codebook_info import of_stages
+from vqserve.errors import ForeignCheckpointError
 from vqserve.text import printable
 from vqserve_server.codebooks.file import save_state
 from vqserve_server.codebooks.state import USED
 from vqserve_tools.flags import add_flags, from_flags
+from vqserve_tools.importing.families.name_lists import modules_of
+from vqserve_tools.importing.families.names import is_part, is_running
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.files import weights_of
-from vqserve_tools.importing.importer import Import, import_checkpoint
+from vqserve_tools.importing.importer import Import, arrays_of, import_checkpoint
 from vqserve_tools.importing.verify import verify_files
 from vqserve_tools.output import add_output, check_output
 
@@ -40,7 +43,10 @@ def add_import_parser(subparsers: Subparsers) -> None:
         help=".npy, .npz, .safetensors, a torch file, an index of several, or a folder with the weights of one model; "
         "not needed for --kind fsq and --kind lfq",
     )
-    add_output(parser)
+    add_output(parser, required=False)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be taken and left, as a table, and write nothing"
+    )
     add_flags(parser, Options)
     parser.add_argument(
         "--verify",
@@ -49,7 +55,7 @@ def add_import_parser(subparsers: Subparsers) -> None:
         metavar=("LATENTS.npy", "INDICES.npy"),
         help="latents, and their indices from the model's own code: compared before OUT is written",
     )
-    parser.set_defaults(run=run_import, explain=_spaced_levels)
+    parser.set_defaults(run=run_import, explain=_spaced_levels, wrong_usage=parser.error)
 
 
 def run_import(args: argparse.Namespace) -> int:
@@ -60,6 +66,12 @@ def run_import(args: argparse.Namespace) -> int:
         CodebookError: the checkpoint cannot be imported, or does not give the expected indices.
         OSError: the file cannot be written.
     """
+    if args.dry_run:
+        _dry_run(args)
+        return 0
+    if args.out is None:
+        wrong_usage: Callable[[str], None] = args.wrong_usage
+        wrong_usage("the following arguments are required: -o/--out")
     output: Path = args.out
     files = [] if args.source is None else weights_of(args.source).files.values()
     check_output(output, force=args.force, sources=(*files, *(args.verify or ())))
@@ -67,16 +79,60 @@ def run_import(args: argparse.Namespace) -> int:
     result = import_checkpoint(args.source, options)
     verified = None if args.verify is None else verify_files(result.quantizer, *args.verify)
     digest = save_state(result.state, output, provenance=result.provenance)
-    lines = _story(result)
+    lines = [_found(result)]
+    lines += [f"took  {name}  {what}" for name, what in result.taken.items()]
+    lines += [f"left  {what}" for what in _left(result)]
+    lines += _notes(result)
     if verified is not None:
         lines.append(f"verified  {verified}")
-    made = result.quantizer
-    codes = (
-        of_stages(made.num_quantizers, made.num_codes, made.stage_vocab_sizes) if made.has_stages else made.num_codes
-    )
-    lines.append(f"wrote {output}: {made.kind}, {codes} codes, digest {digest}")
-    sys.stdout.write("".join(f"{printable(line)}\n" for line in lines))
+    lines.append(f"wrote {output}: {_made(result)}, digest {digest}")
+    _print(lines)
     return 0
+
+
+def _dry_run(args: argparse.Namespace) -> None:
+    """Print every array of the file and what an import would do with it.
+
+    Raises:
+        ForeignCheckpointError: the import would fail; the arrays are printed before if the file can be read.
+    """
+    try:
+        result = import_checkpoint(args.source, from_flags(Options, args))
+    except ForeignCheckpointError:
+        if args.source is not None:
+            arrays = arrays_of(args.source)
+            _print(_table([(name, *what.split(" "), _guess(name)) for name, what in arrays.items()]))
+        raise
+    rows = [
+        (name, *what.split(" "), f"taken: {_role(name)}" if name in result.taken else f"left: {_guess(name)}")
+        for name, what in result.arrays.items()
+    ]
+    lines = [_found(result), *_table(rows), *_notes(result)]
+    if args.verify is not None:
+        lines.append(f"verified  {verify_files(result.quantizer, *args.verify)}")
+    _print([*lines, f"would make  {_made(result)}; nothing was written"])
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    rows = [("key", "shape", "dtype", "for"), *rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _role(name: str) -> str:
+    """Return what a taken array is for, by its name."""
+    if any(map(is_part, name.split("."))):
+        return "part of the quantizer"
+    return "running average" if is_running(name) else "codes"
+
+
+def _guess(name: str) -> str:
+    """Return what another array is for, as far as its name says."""
+    return "running average, moment or counter" if is_running(name) else "-"
+
+
+def _print(lines: Sequence[str]) -> None:
+    sys.stdout.write("".join(f"{printable(line)}\n" for line in lines))
 
 
 def _spaced_levels(args: argparse.Namespace, words: Sequence[str]) -> str | None:
@@ -86,12 +142,20 @@ def _spaced_levels(args: argparse.Namespace, words: Sequence[str]) -> str | None
     return None
 
 
-def _story(result: Import) -> list[str]:
-    where = f" under {result.place}" if result.place else ""
-    lines = [f"found  {result.family}{where}"]
-    lines += [f"took  {name}  {what}" for name, what in result.taken.items()]
-    lines += [f"left  {what}" for what in _left(result)]
-    lines += [f"note  {note}" for note in result.notes]
+def _found(result: Import) -> str:
+    return f"found  {result.family}{f' under {result.place}' if result.place else ''}"
+
+
+def _made(result: Import) -> str:
+    made = result.quantizer
+    codes = (
+        of_stages(made.num_quantizers, made.num_codes, made.stage_vocab_sizes) if made.has_stages else made.num_codes
+    )
+    return f"{made.kind}, {codes} codes"
+
+
+def _notes(result: Import) -> list[str]:
+    lines = [f"note  {note}" for note in result.notes]
     arguments = result.state.arguments
     if arguments.get("layout") is not None:
         lines.append(f"note  latents of 3 to 5 axes are {arguments['layout']} where a call does not say")
@@ -102,18 +166,7 @@ def _story(result: Import) -> list[str]:
 
 def _left(result: Import) -> list[str]:
     """Return a line for every array that was left; if there are many, for every module beside the quantizer."""
-    if len(result.left) <= _MAX_LINES:
-        return list(result.left)
     outside = result.place.removesuffix(".").rpartition(".")[0]
-    modules = _by_module(result.left, f"{outside}." if outside else "")
-    lines = [f"{name}  ({count} arrays)" if count > 1 else name for name, count in modules.items()]
+    modules = modules_of(result.left, f"{outside}." if outside else "", _MAX_LINES)
+    lines = [f"{name}  ({len(inner)} arrays)" if len(inner) > 1 else name for name, inner in modules.items()]
     return lines if len(lines) <= _MAX_LINES else [*lines[:_MAX_LINES], f"and {len(lines) - _MAX_LINES} more"]
-
-
-def _by_module(names: Sequence[str], outside: str) -> dict[str, int]:
-    counts: dict[str, list[str]] = {}
-    for name in names:
-        shared = outside if name.startswith(outside) else ""
-        module, dot, _ = name.removeprefix(shared).partition(".")
-        counts.setdefault(f"{shared}{module}{'.*' if dot else ''}", []).append(name)
-    return {module if len(inner) > 1 else inner[0]: len(inner) for module, inner in counts.items()}

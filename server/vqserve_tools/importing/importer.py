@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,20 +15,24 @@ from vqserve_server.codebooks.kinds import KINDS
 from vqserve_server.codebooks.state import CodebookState, StateError
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.search.searcher import first_of_equals
+from vqserve_tools.importing.beside import check_left
+from vqserve_tools.importing.candidates import candidates_text
 from vqserve_tools.importing.config import config_of
-from vqserve_tools.importing.families import FAMILIES, Family, bare, fsq, lfq, taming
-from vqserve_tools.importing.families.checkpoint import Checkpoint, listed, places_of, shape_text
+from vqserve_tools.importing.families import FAMILIES, Family, bare, taming
+from vqserve_tools.importing.families.checkpoint import Checkpoint, Ledger, listed, shape_text
 from vqserve_tools.importing.families.family import Reading
+from vqserve_tools.importing.families.names import is_part, is_running
 from vqserve_tools.importing.families.options import Options
-from vqserve_tools.importing.families.taming import CODES, WRAPPERS
+from vqserve_tools.importing.families.orientation import check_counts
+from vqserve_tools.importing.families.taming import WRAPPERS
 from vqserve_tools.importing.files import UNNAMED, ForeignArray, check_whole, open_foreign, weights_of
 
-# Readers of the kinds that need no checkpoint; a checkpoint may have projections of them.
-_WITHOUT_CODES = {"fsq": fsq.read, "lfq": lfq.read}
+# Families without codes; a checkpoint may have projections of them.
+_WITHOUT_CODES = {family.kind: family for family in FAMILIES if family.kind is not None}
 # The convolution between the encoder and the quantizer of an autoencoder; it lies beside the quantizer.
 _BEFORE = "quant_conv"
-# Endings of names that indicate a codebook in the state dict of a model.
-_ENDINGS = (*CODES, "embed.weight")
+# Stages are numbered modules of a quantizer.
+_STAGE = re.compile(r"\w+\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,9 @@ class Import:
         state: for `save_state`: kind, constructor arguments and tensors, checked.
         quantizer: made from the state, on the CPU, in eval mode.
         family: name of the checkpoint's family, for messages.
-        taken: names in the checkpoint, with shape and element type.
-        left: the other names in the checkpoint.
+        arrays: shape and element type of every array in the checkpoint, by name.
+        taken: those that were taken.
+        left: names of the others.
         place: prefix of the quantizer in the checkpoint.
         notes: further information for the user.
         provenance: for `save_state`.
@@ -47,6 +54,7 @@ class Import:
     state: CodebookState
     quantizer: Quantizer
     family: str
+    arrays: Mapping[str, str]
     taken: Mapping[str, str]
     left: tuple[str, ...]
     place: str
@@ -76,7 +84,8 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
         if config is not None:
             config.check(place, reading.kind, reading.arguments, checkpoint.note)
         ledger = checkpoint.ledger
-        left = tuple(name for name in checkpoint.arrays if (name or "array") not in ledger.taken)
+        arrays = _described(checkpoint.arrays)
+        left = tuple(name for name in arrays if name not in ledger.taken)
     options.check_use(reading.kind)
     state = _state(checkpoint, reading, options)
     quantizer = state.build()
@@ -92,10 +101,15 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
         provenance |= weights_of(path).provenance()
     if options.metric is not None:
         provenance["metric"] = options.metric
+    if options.transpose:
+        provenance["transposed"] = True
+    if options.accept_left:
+        provenance["accepted_left"] = list(options.accept_left)
     return Import(
         state=state,
         quantizer=quantizer,
         family=reading.family,
+        arrays=arrays,
         taken=ledger.taken,
         left=left,
         place=place,
@@ -104,41 +118,89 @@ def import_checkpoint(source: str | Path | None, options: Options | None = None)
     )
 
 
+def arrays_of(source: str | Path) -> Mapping[str, str]:
+    """Return shape and element type of every array of a foreign file, by name.
+
+    Raises:
+        ForeignCheckpointError: the file cannot be read.
+    """
+    with open_foreign(Path(source)) as arrays:
+        return _described(arrays)
+
+
+def _described(arrays: Mapping[str, ForeignArray]) -> dict[str, str]:
+    return {name or "array": f"{shape_text(array.shape)} {array.dtype}" for name, array in arrays.items()}
+
+
 @contextmanager
 def _opened(path: Path | None, options: Options) -> Iterator[Checkpoint]:
+    ledger = Ledger(accepted=options.accept_left)
     if path is not None:
         if len(options.keys) != 1:
             check_whole(path)
         with open_foreign(path) as arrays:
-            yield Checkpoint(weights_of(path).name, arrays)
+            yield Checkpoint(weights_of(path).name, arrays, ledger=ledger)
         return
     if options.kind not in _WITHOUT_CODES:
-        raise ForeignCheckpointError("name a file to import: only --kind fsq and --kind lfq need none")
-    yield Checkpoint(f"--kind {options.kind}", {})
+        kinds = " and ".join(f"--kind {kind}" for kind in _WITHOUT_CODES)
+        raise ForeignCheckpointError(f"name a file to import: only {kinds} need none")
+    yield Checkpoint(f"--kind {options.kind}", {}, ledger=ledger)
 
 
 def _read(checkpoint: Checkpoint, options: Options) -> tuple[str, Reading]:
-    """Return the prefix of the quantizer and its reading by the family."""
+    """Return the prefix of the quantizer and its reading by the family.
+
+    Raises:
+        ForeignCheckpointError: there is no quantizer, it cannot be read, or parts of it were left out.
+    """
     unnamed = UNNAMED in checkpoint.arrays
     if unnamed and (options.keys or options.prefix):
         raise checkpoint.error("it has one array without a name: leave out --key and --prefix")
-    reader = _WITHOUT_CODES.get(options.kind or "")
-    if options.keys or (unnamed and reader is None):
-        for number, key in enumerate(options.keys):
+    without_codes = _WITHOUT_CODES.get(options.kind or "")
+    family: Family | None = None
+    if options.keys or unnamed:
+        if without_codes is not None:
+            raise checkpoint.error(
+                f"--kind {options.kind} has no codes, and an array of codes is given: leave out --kind"
+            )
+        for key in options.keys:
             if key not in checkpoint.arrays:
-                raise checkpoint.error(f"there is no array {key!r}; {_candidates(checkpoint.arrays)}")
-            if key in options.keys[:number]:
-                raise checkpoint.error(
-                    f"--key {key} is given twice: if stages share a codebook, the file has the array twice"
-                )
-        return "", bare.read(checkpoint, options)
-    prefix = options.prefix if not options.prefix or options.prefix.endswith(".") else f"{options.prefix}."
-    within = checkpoint.at(prefix or _wrapper(checkpoint.arrays))
-    if reader is not None:
-        return within.prefix, reader(within, options)
-    family, place = _found(within)
-    found = within.at(place)
-    return found.prefix, family.read(found, options)
+                raise checkpoint.error(f"there is no array {key!r}; {candidates_text(checkpoint.arrays)}")
+        found, reading = checkpoint, bare.read(checkpoint, options)
+    else:
+        options.check_place()
+        prefix = options.prefix if not options.prefix or options.prefix.endswith(".") else f"{options.prefix}."
+        found = checkpoint.at(prefix or _wrapper(checkpoint.arrays))
+        if without_codes is not None:
+            family = without_codes
+        else:
+            family, place = _found(found)
+            found = found.at(place)
+        reading = family.read(found, options)
+        _check_counts(found)
+    if not unnamed:
+        check_left(found, options, family)
+    return found.prefix, reading
+
+
+def _check_counts(checkpoint: Checkpoint) -> None:
+    """Check that the codebooks that a family took have the shapes that counts of their codes say.
+
+    Raises:
+        ForeignCheckpointError: counts contradict.
+    """
+    names = checkpoint.names()
+    wide = []
+    for name in names:
+        if f"{checkpoint.prefix}{name}" in checkpoint.ledger.taken and len(names[name].shape) in (2, 3):
+            layer = name.removesuffix(".weight").rpartition(".")[2]
+            if not (is_part(layer) or is_running(name)):
+                is_known = check_counts(checkpoint, name)
+                rows, columns = names[name].shape[-2:]
+                if rows < columns and not is_known and f"{checkpoint.prefix}{name}" not in checkpoint.ledger.columns:
+                    wide.append(f"{checkpoint.prefix}{name} was read as {rows} codes of width {columns}")
+    if wide:
+        checkpoint.note(f"{wide[0]}, fewer than its width: check that its codes are rows, as this family stores them")
 
 
 def _wrapper(names: Mapping[str, ForeignArray]) -> str:
@@ -163,31 +225,22 @@ def _found(checkpoint: Checkpoint) -> tuple[Family, str]:
     if len(found) > 1 and found.get("") is taming.FAMILY:
         # Beside other quantizers, these names at the root are the embedding of a language model, not a codebook.
         del found[""]
+    # A stage may look like a quantizer of its own.
+    found = {place: found[place] for place in found if not any(_is_stage(place, outer) for outer in found)}
     if len(found) > 1:
-        choices = [f"--prefix {checkpoint.prefix}{place} ({family.name})" for place, family in found.items()]
+        choices = [
+            f"--prefix {shlex.quote(checkpoint.prefix + place)} ({family.name})" for place, family in found.items()
+        ]
         raise checkpoint.error(f"it has several quantizers: choose one with {listed(choices)}")
     if not found:
         where = f"under {checkpoint.prefix!r}" if checkpoint.prefix else "at its root"
-        raise checkpoint.error(f"there is no quantizer {where}; {_candidates(checkpoint.arrays)}")
+        raise checkpoint.error(f"there is no quantizer {where}; {candidates_text(checkpoint.arrays)}")
     [(place, family)] = found.items()
     return family, place
 
 
-def _candidates(arrays: Mapping[str, ForeignArray]) -> str:
-    """Return suggestions for --prefix or --key, in one line."""
-    prefixes = {place for ending in _ENDINGS for place in places_of(arrays, ending)} - {""}
-    if prefixes:
-        return f"try --prefix {listed(sorted(prefixes))}, or --key with the name of the codebook's array"
-    matrices = sorted(f"{name} {shape_text(array.shape)}" for name, array in arrays.items() if len(array.shape) == 2)
-    if matrices:
-        return f"name the codebook's array with --key: {listed(matrices)}"
-    stacks = sorted(f"{name} {shape_text(array.shape)}" for name, array in arrays.items() if len(array.shape) == 3)
-    if stacks:
-        return f"name a residual codebook's array with --key, and pass --kind rvq: {listed(stacks)}"
-    return (
-        "it has no array of two axes: for finite scalar or lookup-free quantization, which have no codebook, pass "
-        "--kind fsq --levels or --kind lfq --bits"
-    )
+def _is_stage(place: str, outer: str) -> bool:
+    return place.startswith(outer) and _STAGE.match(place, len(outer)) is not None
 
 
 def _state(checkpoint: Checkpoint, reading: Reading, options: Options) -> CodebookState:

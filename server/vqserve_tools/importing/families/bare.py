@@ -1,12 +1,16 @@
-"""Arrays named by the user: a codebook (K, D), or the stages of a residual codebook."""
+"""Arrays named by the user: a codebook (K, D), the stages of a residual codebook, or one codebook per group."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from vqserve_tools.importing.families.checkpoint import Checkpoint, Floats, shape_text
 from vqserve_tools.importing.families.family import Reading
+from vqserve_tools.importing.families.names import is_running
 from vqserve_tools.importing.families.options import Options
+from vqserve_tools.importing.families.orientation import check_counts
 from vqserve_tools.importing.families.tables import Chain, Stage, residual, single
 from vqserve_tools.importing.files import UNNAMED
 
@@ -22,50 +26,80 @@ def read(checkpoint: Checkpoint, options: Options) -> Reading:
     metric = options.asked_metric(checkpoint, "an array of codes", _WHY)
     decode_normalized = options.asked_decode(checkpoint, "an array of codes", metric)
     keys = options.keys or (UNNAMED,)
-    for key in keys:
-        _check_orientation(checkpoint, key)
-    if options.kind == "rvq" or len(keys) > 1:
-        chain = Chain([Stage(codes) for codes in _stages(checkpoint, keys)])
-        return residual(
-            checkpoint,
-            "arrays of codes",
-            [chain],
-            metric,
-            decode_normalized=decode_normalized,
-            normalize_residuals=options.normalize_residuals,
+    for key in dict.fromkeys(keys):
+        _check_orientation(checkpoint, key, transpose=options.transpose)
+        if is_running(key):
+            checkpoint.note(f"{key} is a running sum or a counter by its name: it may not be the codes")
+    stages = [Stage(codes) for codes in _codebooks(checkpoint, keys, options)]
+    if options.groups:
+        if len(stages) == 1:
+            raise checkpoint.error("--groups needs a codebook for each group: it has one, leave out --groups")
+        chains = [Chain([stage]) for stage in stages]
+        family = "codebooks of groups of the channels"
+    elif options.kind == "rvq" or len(stages) > 1:
+        chains = [Chain(stages)]
+        family = "arrays of codes"
+    else:
+        return single("an array of codes", stages[0], metric, decode_normalized=decode_normalized)
+    if len(keys) > 1 and not options.groups:
+        checkpoint.note(
+            f"the {len(keys)} arrays are the stages of a residual quantizer; --groups for groups of the channels"
         )
-    hint = ": one of (n_q, K, D) is a residual one with --kind rvq" if len(checkpoint.shape(keys[0])) == 3 else ""
-    codes = checkpoint.floats(keys[0], rank=2, what=f"the codebook must be (K, D){hint}")
-    return single("an array of codes", Stage(codes), metric, decode_normalized=decode_normalized)
-
-
-def _check_orientation(checkpoint: Checkpoint, key: str) -> None:
-    """Check that codes are rows, not columns as in the first VQ-VAEs; add a note if both are possible.
-
-    Raises:
-        ForeignCheckpointError: the checkpoint has a count for each column, so the codes are columns.
-    """
-    shape = checkpoint.shape(key)
-    if len(shape) < 2 or shape[-1] <= shape[-2]:
-        return
-    num_codes, width = shape[-2:]
-    counts = f"{key.rpartition('.')[0]}.cluster_size".removeprefix(".")
-    if counts in checkpoint and checkpoint.shape(counts) == (width,):
-        raise checkpoint.error(
-            f"{key} is {shape_text(shape)} and {counts} has {width}: its codes are columns, and a codebook is (K, D); "
-            "save the array's transpose with numpy.save and import that"
-        )
-    checkpoint.note(
-        f"{key or 'array'} was read as {num_codes} codes of width {width}; if its codes are the columns, save its "
-        "transpose with numpy.save and import that"
+    return residual(
+        checkpoint,
+        family,
+        chains,
+        metric,
+        decode_normalized=decode_normalized,
+        are_groups=options.groups,
+        normalize_residuals=options.normalize_residuals,
     )
 
 
-def _stages(checkpoint: Checkpoint, keys: Sequence[str]) -> list[Floats]:
+def _check_orientation(checkpoint: Checkpoint, key: str, *, transpose: bool) -> None:
+    """Check that codes are rows, or columns if `transpose` says so; add a note if both are possible.
+
+    Raises:
+        ForeignCheckpointError: the checkpoint has counts for the codes, and they contradict.
+    """
+    shape = checkpoint.shape(key)
+    if len(shape) not in (2, 3):
+        return
+    *_, rows, columns = shape
+    name = key or "array"
+    if transpose:
+        checkpoint.has_codes_in_columns(key)
+    is_known = check_counts(checkpoint, key, by_key=True)
+    if transpose:
+        checkpoint.note(f"{name} was transposed: its columns are the codes, {columns} of width {rows}")
+    elif rows == columns and not is_known:
+        checkpoint.note(f"{name} is square: its rows are the codes; if the columns are, pass --transpose")
+    elif rows < columns and not is_known:
+        checkpoint.note(
+            f"{name} was read as {rows} codes of width {columns}; if the columns are the codes, pass --transpose"
+        )
+
+
+def _codebooks(checkpoint: Checkpoint, keys: Sequence[str], options: Options) -> list[Floats]:
+    """Return the codebooks (K, D) of the arrays, in order."""
     if len(keys) == 1 and len(checkpoint.shape(keys[0])) == 3:
-        stages = list(checkpoint.floats(keys[0]))
-        if not stages:
-            raise checkpoint.error(f"{keys[0] or 'array'} has no stages")
-        return stages
-    what = "a residual codebook is one array (n_q, K, D), or an array (K, D) for each stage"
-    return [checkpoint.floats(key, rank=2, what=what) for key in keys]
+        shape = checkpoint.shape(keys[0])
+        name = keys[0] or "array"
+        if not (options.groups or options.kind == "rvq"):
+            raise checkpoint.error(
+                f"{name} has shape {shape_text(shape)}: the codebook must be (K, D), and {shape[0]} of them "
+                "may be the stages of a residual quantizer, or quantize groups of the channels; look it up in the "
+                "model, and pass --kind rvq or --groups"
+            )
+        if not shape[0]:
+            raise checkpoint.error(f"{name} has no stages")
+        codebooks = list(checkpoint.floats(keys[0]))
+    else:
+        several = len(keys) > 1 or options.kind == "rvq" or options.groups
+        what = (
+            "a residual codebook is one array (n_q, K, D), or an array (K, D) for each stage"
+            if several
+            else "the codebook must be (K, D)"
+        )
+        codebooks = [checkpoint.floats(key, rank=2, what=what) for key in keys]
+    return [np.ascontiguousarray(codes.T) for codes in codebooks] if options.transpose else codebooks

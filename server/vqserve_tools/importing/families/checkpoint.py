@@ -18,6 +18,7 @@ import torch
 from vqserve.errors import ForeignCheckpointError
 from vqserve_server.search import rounding
 from vqserve_server.validation import first_non_finite
+from vqserve_tools.importing.families.name_lists import accept_text, accepts, common_module, modules_of
 from vqserve_tools.importing.files import ForeignArray
 
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -34,6 +35,8 @@ _STAGE_MODULES = frozenset(
 _STAGE_ARRAYS = frozenset({"cluster_size", "cluster_usage", "embed_avg"})
 # All names of arrays that a layer can have.
 LAYER_NAMES = frozenset({"weight", "bias", *(name for pair in _NORMED for name in pair)})
+# A line with more names than this would not be read; no model has as many candidates.
+_MAX_LISTED = 1000
 
 
 @dataclass
@@ -42,11 +45,21 @@ class Ledger:
 
     Attributes:
         taken: shape and element type of each taken array, by its name in the file.
+        known: names in the file that the reader knows, taken or not.
+        columns: names of codebooks whose columns are the codes.
+        accepted: names, and prefixes that end in ".*", of arrays that the user accepts to leave.
         notes: further information for the user.
     """
 
     taken: dict[str, str] = field(default_factory=dict)
+    known: set[str] = field(default_factory=set)
+    columns: set[str] = field(default_factory=set)
+    accepted: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+
+    def accepts(self, name: str) -> bool:
+        """Return whether the user accepts that an array is left."""
+        return any(accepts(pattern, name) for pattern in self.accepted)
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,10 @@ class Checkpoint:
         """Return an error about the file."""
         return ForeignCheckpointError(f"{self.file}: {text}")
 
+    def has_codes_in_columns(self, name: str) -> None:
+        """Record that the columns of an array are the codes."""
+        self.ledger.columns.add(f"{self.prefix}{name}")
+
     def note(self, text: str) -> None:
         """Add information for the user."""
         self.ledger.notes.append(text)
@@ -98,15 +115,18 @@ class Checkpoint:
             modules: first components of the names to check; None: all names.
 
         Raises:
-            ForeignCheckpointError: an array is not known; the error names the first one.
+            ForeignCheckpointError: arrays are not known, and the user does not accept to leave them.
         """
         within = None if modules is None else set(modules)
         checked = {name for name in self.names() if within is None or name.partition(".")[0] in within}
-        unknown = sorted(checked - set(names))
+        names = set(names)
+        self.ledger.known.update(f"{self.prefix}{name}" for name in names)
+        unknown = [f"{self.prefix}{name}" for name in sorted(checked - names)]
+        unknown = [name for name in unknown if not self.ledger.accepts(name)]
         if unknown:
             raise self.error(
-                f"{self._where()} there is {unknown[0]!r} too, which is not part of any known quantizer; to import "
-                "the codes without it, name their array with --key"
+                f"{self._where()} there is {described(self, unknown)} too, which is not part of any known quantizer; "
+                f"without it the tokens may be wrong; if the model encodes without it, pass {accept_text(unknown)}"
             )
 
     def floats(self, name: str, *, rank: int | None = None, what: str = "") -> npt.NDArray[np.float32]:
@@ -180,10 +200,24 @@ def shape_text(shape: tuple[int, ...]) -> str:
     return "x".join(str(length) for length in shape) or "scalar"
 
 
-def listed(names: Iterable[str], limit: int = 12) -> str:
-    """Return names in one line; a list longer than `limit` is cut."""
+def listed(names: Iterable[str]) -> str:
+    """Return names in one line; a list of more than a thousand is cut."""
     names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(names[:_MAX_LISTED]) + (
+        f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    )
+
+
+def described(checkpoint: Checkpoint, names: Iterable[str]) -> str:
+    """Return arrays for a message, with their shapes; many are listed by module."""
+    names = list(names)
+    modules = modules_of(names, common_module(names))
+    return listed(
+        f"{module} ({len(inner)} arrays)"
+        if len(inner) > 1
+        else f"{inner[0]} ({shape_text(checkpoint.arrays[inner[0]].shape)})"
+        for module, inner in modules.items()
+    )
 
 
 def places_of(arrays: Iterable[str], ending: str) -> set[str]:
@@ -214,35 +248,48 @@ def has_layer(checkpoint: Checkpoint, name: str) -> bool:
     return any(f"{name}.{end}" in checkpoint for end in ("weight", _NORMED[0][1], _NORMED[1][1]))
 
 
-def read_layer(checkpoint: Checkpoint, name: str) -> Layer:
+def read_layer(checkpoint: Checkpoint, name: str, *, biased: bool = False) -> Layer:
     """Take a layer. A missing bias becomes zeros; weight norm is computed exactly and rounded once.
 
     Weight norm has a norm for every output (torch's dim=0).
+
+    Args:
+        checkpoint: view that has the layer.
+        name: name of the layer in the view.
+        biased: whether the family's layers always have a bias, so that a missing one is an error.
 
     Raises:
         ForeignCheckpointError: the layer is missing or damaged, or is a convolution over several elements.
     """
     normed = next((pair for pair in _NORMED if f"{name}.{pair[1]}" in checkpoint), None)
+    weights = [end for end in ("weight", *(pair[1] for pair in _NORMED)) if f"{name}.{end}" in checkpoint]
+    if len(weights) > 1:
+        both = " and ".join(weights)
+        raise checkpoint.error(f"{checkpoint.prefix}{name} has {both}: which of them the model uses is not known")
     if normed is None:
         weight = _matrix(checkpoint, f"{name}.weight")
     else:
         weight = _weight_norm(checkpoint, *(f"{name}.{end}" for end in normed))
-    has_bias = f"{name}.bias" in checkpoint
+    has_bias = biased or f"{name}.bias" in checkpoint
     bias = checkpoint.floats(f"{name}.bias", rank=1, what="a bias has one axis") if has_bias else None
     if bias is not None and bias.shape != weight.shape[:1]:
         raise checkpoint.error(f"{checkpoint.prefix}{name}: its bias and weight do not fit together")
     return Layer(weight, np.zeros(len(weight), np.float32) if bias is None else bias)
 
 
-def read_pair(checkpoint: Checkpoint, names: tuple[str, str]) -> tuple[Layer | None, Layer | None]:
+def read_pair(
+    checkpoint: Checkpoint, names: tuple[str, str], *, biased: bool = False
+) -> tuple[Layer | None, Layer | None]:
     """Take the projections before and after the codes, or return (None, None) if the checkpoint has neither.
 
     Raises:
-        ForeignCheckpointError: the checkpoint has only one of them.
+        ForeignCheckpointError: the checkpoint has only one of them, or only one of them has a bias.
     """
-    if not any(has_layer(checkpoint, name) for name in names):
+    if not layer_names(names) & checkpoint.names().keys():
         return None, None
-    return read_layer(checkpoint, names[0]), read_layer(checkpoint, names[1])
+    # One constructor makes both layers: a single bias means that the other is missing.
+    biased = biased or any(f"{name}.bias" in checkpoint for name in names)
+    return read_layer(checkpoint, names[0], biased=biased), read_layer(checkpoint, names[1], biased=biased)
 
 
 def numbered(checkpoint: Checkpoint, module: str, names: Iterable[str]) -> list[Checkpoint]:

@@ -51,7 +51,7 @@ def _stages(checkpoint: Checkpoint, names: tuple[str, str]) -> list[Stage]:
     return [
         Stage(
             view.floats("codebook.weight", rank=2, what="a codebook is (K, D)"),
-            *(read_layer(view, name) for name in names),
+            *(read_layer(view, name, biased=True) for name in names),
         )
         for view in views
     ]
@@ -70,7 +70,7 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
             _METRICS,
         )
         options.decode_of("MOSS-Audio-Tokenizer", metric, "raw")
-        chain = Chain(_stages(checkpoint, _DAC), *read_pair(checkpoint, OUTER))
+        chain = Chain(_stages(checkpoint, _DAC), *read_pair(checkpoint, OUTER, biased=True))
         return residual(checkpoint, "MOSS-Audio-Tokenizer", [chain], metric)
     metric = options.metric_of("DAC", "cosine")
     options.decode_of("DAC", metric, "raw")

@@ -44,7 +44,10 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
     known = {f"{stages_name}.{number}.{name}" for number in range(len(views)) for name in stage_names}
     checkpoint.check_known(known, modules=[stages_name])
     stages = [
-        Stage(view.floats(f"{codebook}.embed", rank=2, what="a codebook is (K, D)"), *read_pair(view, _LAYERS))
+        Stage(
+            view.floats(f"{codebook}.embed", rank=2, what="a codebook is (K, D)"),
+            *read_pair(view, _LAYERS, biased=True),
+        )
         for view in views
     ]
     if family == "XCodec" and stages[0].proj_in is not None:

@@ -38,8 +38,14 @@ class Family:
         name: name for messages.
         places: function that returns the prefixes of the family's quantizers, each "" or ending in a dot.
         read: function that reads the quantizer of a checkpoint at such a prefix.
+        kind: kind that has no codes, only options and perhaps projections: --kind names it, and a file is optional;
+            None for a family with codes.
+        in_model: whether the place is a module of a whole model, not the quantizer's own: what is beside the codes may
+            be left, except what has the name of a part of a quantizer.
     """
 
     name: str
     places: Callable[[Mapping[str, ForeignArray]], Set[str]]
     read: Callable[[Checkpoint, Options], Reading]
+    kind: str | None = None
+    in_model: bool = False

@@ -37,7 +37,7 @@ def _is_mask(array: ForeignArray) -> bool:
     return array.dtype == "int64" and len(array.shape) == 1 and 2 <= array.shape[0] <= MAX_BITS
 
 
-def read(checkpoint: Checkpoint, options: Options) -> Reading:
+def _read(checkpoint: Checkpoint, options: Options) -> Reading:
     """Return the quantizer that options and checkpoint describe.
 
     Raises:
@@ -51,7 +51,7 @@ def read(checkpoint: Checkpoint, options: Options) -> Reading:
     bits = bits if options.bits is None else options.bits
     if bits is None:
         raise ForeignCheckpointError(
-            "--kind lfq needs --bits: they are in the model's configuration, not in a checkpoint"
+            "--kind lfq needs --bits, for example --bits 18: they are in the model's configuration, not in a checkpoint"
         )
     order = options.bit_order or order
     if order is None:
@@ -77,4 +77,4 @@ def _read_mask(checkpoint: Checkpoint) -> tuple[int | None, BitOrder | None]:
     raise checkpoint.error(f"{checkpoint.prefix}{_MASK} does not hold powers of two: its bit order is unknown")
 
 
-FAMILY = Family("lookup-free quantization", _places, read)
+FAMILY = Family("lookup-free quantization", _places, _read, kind="lfq")

@@ -60,7 +60,7 @@ def _vector_quantize(checkpoint: Checkpoint, metric: Metric) -> Reading:
     heads = _heads(checkpoint)
     family = f"{_NAME} VectorQuantize"
     if len(heads) == 1:
-        layers = read_pair(checkpoint, _LAYERS)
+        layers = read_pair(checkpoint, _LAYERS, biased=True)
         _check_width(checkpoint, heads[0], layers[0])
         return single(family, Stage(heads[0], *layers), metric)
     if has_layer(checkpoint, "project_in"):
@@ -76,7 +76,7 @@ def _chain(checkpoint: Checkpoint) -> Chain:
         if len(heads) > 1:
             raise checkpoint.error(f"{view.prefix}_codebook.embed has {len(heads)} heads: a stage has one")
         stages.append(Stage(heads[0]))
-    layers = read_pair(checkpoint, _LAYERS)
+    layers = read_pair(checkpoint, _LAYERS, biased=True)
     _check_width(checkpoint, stages[0].codes, layers[0])
     return Chain(stages, *layers)
 

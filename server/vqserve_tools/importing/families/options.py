@@ -58,6 +58,9 @@ class Options:
     Attributes:
         keys: names of the codebook arrays; for a residual codebook in the order of its stages.
         prefix: prefix of the quantizer in the checkpoint.
+        groups: whether several codebooks quantize groups of the channels, instead of the residual one after the other.
+        transpose: whether the codes are the columns of the arrays in `keys`.
+        accept_left: names, or prefixes that end in ".*", of arrays of the quantizer that may be left out.
         kind: kind of the quantizer.
         metric: metric of the search.
         decode: whether a cosine codebook decodes to rows of length one ("normalized") or to stored rows ("raw").
@@ -73,13 +76,28 @@ class Options:
 
     keys: tuple[str, ...] = option(
         (),
-        "name of the array that is the codebook, (K, D); several in the order of a residual codebook's stages",
+        "name of the array that is the codebook, (K, D); several in the order of a residual codebook's stages, or with "
+        "--groups of the groups",
         flag="--key",
         group="place",
         action="append",
         metavar="KEY",
     )
     prefix: str = option("", "prefix of the quantizer in the checkpoint, for example first_stage_model.", group="place")
+    groups: bool = option(
+        False,
+        "codebooks of several --key, or of an array (groups, K, D), quantize groups of the channels (product "
+        "quantization), not the residual one after the other",
+        action="store_true",
+    )
+    transpose: bool = option(False, "codes are the columns of the array named by --key", action="store_true")
+    accept_left: tuple[str, ...] = option(
+        (),
+        "arrays of the quantizer that may be left out: names, or a prefix such as model.quantize.norm.*",
+        action="extend",
+        nargs="+",
+        metavar="KEY",
+    )
     kind: str | None = option(None, "kind of the quantizer, if the keys do not determine it", choices=tuple(KINDS))
     metric: Metric | None = option(
         None, "metric of the search, if the checkpoint does not determine it", choices=METRICS
@@ -114,11 +132,23 @@ class Options:
             ForeignCheckpointError: an option does not apply; the error names it.
         """
         if self.kind not in (None, kind):
-            raise ForeignCheckpointError(f"the checkpoint is of kind {kind}, not --kind {self.kind}")
+            raise ForeignCheckpointError(f"the checkpoint is of kind {kind}, not --kind {self.kind}: leave out --kind")
         for field in fields(self):
             if getattr(self, field.name) != field.default and not _has_use(field.name, kind):
                 flag = field.name.replace("_", "-")
-                raise ForeignCheckpointError(f"--{flag} has no meaning for kind {kind}: leave it out")
+                raise ForeignCheckpointError(f"--{flag} has no meaning for kind {kind}: leave out --{flag}")
+
+    def check_place(self) -> None:
+        """Check that options about arrays named by the user are not given for a quantizer that was found by its keys.
+
+        Raises:
+            ForeignCheckpointError: one was given; the error names it.
+        """
+        for flag, given in (("--groups", self.groups), ("--transpose", self.transpose)):
+            if given:
+                raise ForeignCheckpointError(
+                    f"{flag} is for arrays named by --key: leave out {flag}, or name the array"
+                )
 
     def metric_of(self, family: str, metric: Metric) -> Metric:
         """Return the only metric of a family.
@@ -128,8 +158,8 @@ class Options:
         """
         if self.metric not in (None, metric):
             raise ForeignCheckpointError(
-                f"{family} is searched by {metric}, not --metric {self.metric}: leave it out (arrays named by --key "
-                "are searched as --metric says)"
+                f"{family} is searched by {metric}, not --metric {self.metric}: leave out --metric (arrays named by "
+                "--key are searched by any metric)"
             )
         return metric
 
@@ -175,9 +205,11 @@ class Options:
             ForeignCheckpointError: the option contradicts the family, or is given for a metric other than cosine.
         """
         if self.decode is not None and metric != "cosine":
-            raise ForeignCheckpointError(f"--decode is for --metric cosine, not {metric}: leave it out")
+            raise ForeignCheckpointError(f"--decode is for --metric cosine, not {metric}: leave out --decode")
         if self.decode not in (None, decode):
-            raise ForeignCheckpointError(f"{family} decodes to {decode} rows, not --decode {self.decode}: leave it out")
+            raise ForeignCheckpointError(
+                f"{family} decodes to {decode} rows, not --decode {self.decode}: leave out --decode"
+            )
         return metric == "cosine" and decode == "normalized"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,6 @@ from vqserve_tools.importing.families.checkpoint import (
     Checkpoint,
     Floats,
     Layer,
-    listed,
     places_of,
     read_pair,
     shape_text,
@@ -168,7 +168,8 @@ def projections_to(checkpoint: Checkpoint, width: int) -> tuple[dict[str, int | 
     if rotations:
         raise checkpoint.error(f"{checkpoint.prefix}{rotations[0]}{_ROTATION}: a rotation is not supported")
     if len(places) > 1:
-        raise checkpoint.error(f"it has several projections to {width} channels: pass --prefix {listed(places)}")
+        choices = " or ".join(f"--prefix {shlex.quote(checkpoint.prefix + place)}" for place in places)
+        raise checkpoint.error(f"it has several projections to {width} channels: pass {choices}")
     if not places:
         several = places_of(arrays, f"{_LAYERS[0]}.weight") & {""}
         if several:

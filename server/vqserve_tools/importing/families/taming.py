@@ -93,7 +93,7 @@ def _bare(checkpoint: Checkpoint, options: Options, model: str) -> Reading:
 
 
 def _layer(checkpoint: Checkpoint, name: str) -> Layer | None:
-    return read_layer(checkpoint, name) if layer_names([name]) & set(checkpoint.names()) else None
+    return read_layer(checkpoint, name, biased=True) if layer_names([name]) & set(checkpoint.names()) else None
 
 
 def _remap(checkpoint: Checkpoint) -> npt.NDArray[Any]:
