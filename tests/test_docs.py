@@ -361,6 +361,8 @@ FOREIGN = {
     "own_vq_layer.pt": "vq_layer",
     "own_codebook.pt": "codebook",
     "openaudio_codec.pth": "fish_speech",
+    "xcodec2.safetensors": "xcodec_2",
+    "residual_fsq.pt": "residual_fsq_1_17_8",
     "grid.ckpt": "grid",
 }
 

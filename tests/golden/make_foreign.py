@@ -37,6 +37,7 @@ FAMILIES = {
         "dac_transformers",
         "mimi_transformers",
         "xcodec",
+        "xcodec_2",
         "higgs_audio_v2",
     ),
     "from_codecs": ("encodec", "dac", "mimi", "speechtokenizer"),

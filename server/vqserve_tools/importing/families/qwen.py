@@ -37,7 +37,7 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
     checkpoint.check_known({f"rvqs.0.{name}" for name in names}, modules=["rvqs"])
     if not len(embed):
         raise checkpoint.error(f"{group.prefix}embed has no stages")
-    stages = [Stage(codes, *read_pair(group.at(f"layers.{i}."), _LAYERS)) for i, codes in enumerate(embed)]
+    stages = [Stage(codes, *read_pair(group.at(f"layers.{i}."), _LAYERS, biased=True)) for i, codes in enumerate(embed)]
     if len(stages) == 1:
         # The library's indices have no axis of stages either.
         return single(_NAME, stages[0], metric)

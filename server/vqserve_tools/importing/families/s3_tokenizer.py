@@ -30,7 +30,7 @@ def _weight(place: str) -> str:
 def _read(checkpoint: Checkpoint, options: Options) -> Reading:
     codebook = checkpoint.at("_codebook.")
     codebook.check_known(layer_names([_LAYER]))
-    layer = read_layer(codebook, _LAYER)
+    layer = read_layer(codebook, _LAYER, biased=True)
     levels = (_LEVELS,) * layer.outputs
     for flag, given, found in (("levels", options.levels, levels), ("bound", options.bound, "tan")):
         if given not in (None, found):

@@ -149,8 +149,10 @@ def residual(
     return Reading(family, "rvq", arguments, tensors)
 
 
-def projections_to(checkpoint: Checkpoint, width: int) -> tuple[dict[str, int | None], dict[str, Floats]]:
-    """Take the projections to `width` channels and back, if the checkpoint has them.
+def projections_to(
+    checkpoint: Checkpoint, width: int, *, biased: bool = False
+) -> tuple[dict[str, int | None], dict[str, Floats]]:
+    """Take the projections to `width` channels and back, if the checkpoint has them; see `read_pair`.
 
     Returns:
         The arguments `input_dim` and `output_dim`, and the tensors.
@@ -178,7 +180,7 @@ def projections_to(checkpoint: Checkpoint, width: int) -> tuple[dict[str, int | 
                 "side by side, or other levels or bits than the options give"
             )
         return {"input_dim": None, "output_dim": None}, {}
-    proj_in, proj_out = read_pair(checkpoint.at(places[0]), _LAYERS)
+    proj_in, proj_out = read_pair(checkpoint.at(places[0]), _LAYERS, biased=biased)
     return {
         "input_dim": None if proj_in is None else proj_in.inputs,
         "output_dim": None if proj_out is None else proj_out.outputs,

@@ -29,4 +29,4 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
     return single(_NAME, Stage(checkpoint.floats(_CODES, rank=2, what="the codebook must be (K, D)")), metric)
 
 
-FAMILY = Family("WhisperVQ (GLM-4-Voice, Kimi-Audio)", _places, _read)
+FAMILY = Family("WhisperVQ (GLM-4-Voice, Kimi-Audio)", _places, _read, in_model=True)

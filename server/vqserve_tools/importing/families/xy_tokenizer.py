@@ -30,9 +30,10 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
     known = {f"quantizers.{number}.{name}" for number in range(len(views)) for name in stage_names}
     checkpoint.check_known(known, modules=["quantizers"])
     stages = [
-        Stage(view.floats("codebook", rank=2, what="a codebook is (K, D)"), *read_pair(view, _LAYERS)) for view in views
+        Stage(view.floats("codebook", rank=2, what="a codebook is (K, D)"), *read_pair(view, _LAYERS, biased=True))
+        for view in views
     ]
-    return residual(checkpoint, "XY-Tokenizer", [Chain(stages, *read_pair(checkpoint, _OUTER))], metric)
+    return residual(checkpoint, "XY-Tokenizer", [Chain(stages, *read_pair(checkpoint, _OUTER, biased=True))], metric)
 
 
 FAMILY = Family("XY-Tokenizer", _places, _read)
