@@ -360,6 +360,10 @@ FOREIGN = {
     "vqvae2.pt": "vqvae_2",
     "own_vq_layer.pt": "vq_layer",
     "own_codebook.pt": "codebook",
+    "openaudio_codec.pth": "fish_speech",
+    "xcodec2.safetensors": "xcodec_2",
+    "residual_fsq.pt": "residual_fsq_1_17_8",
+    "grid.ckpt": "grid",
 }
 
 

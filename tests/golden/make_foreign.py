@@ -37,6 +37,7 @@ FAMILIES = {
         "dac_transformers",
         "mimi_transformers",
         "xcodec",
+        "xcodec_2",
         "higgs_audio_v2",
     ),
     "from_codecs": ("encodec", "dac", "mimi", "speechtokenizer"),
@@ -52,7 +53,7 @@ FAMILIES = {
         "lucidrains_lfq",
         "lucidrains_simvq",
     ),
-    "from_speech": ("qwen_25hz", "qwen_25hz_residual", "s3_tokenizer"),
+    "from_speech": ("fish_speech", "qwen_25hz", "qwen_25hz_residual", "s3_tokenizer"),
     "from_taming": ("taming", "taming_gumbel", "open_magvit2"),
 }
 MODULE_OF = {family: module for module, families in FAMILIES.items() for family in families}

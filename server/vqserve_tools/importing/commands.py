@@ -41,7 +41,7 @@ def add_import_parser(subparsers: Subparsers) -> None:
         nargs="?",
         metavar="SRC",
         help=".npy, .npz, .safetensors, a torch file, an index of several, or a folder with the weights of one model; "
-        "not needed for --kind fsq and --kind lfq",
+        "not needed for --kind fsq, residual_fsq and lfq",
     )
     add_output(parser, required=False)
     parser.add_argument(

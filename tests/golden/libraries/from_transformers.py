@@ -1,4 +1,4 @@
-"""Hugging Face transformers: Chameleon and Emu3 for images; EnCodec, DAC, Mimi, XCodec and Higgs Audio for sound."""
+"""Hugging Face transformers: Chameleon and Emu3 for images; EnCodec, DAC, Mimi, XCodec and others for sound."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers.models.emu3.modeling_emu3 import Emu3VQVAE
 from transformers.models.encodec.modeling_encodec import EncodecResidualVectorQuantizer
 from transformers.models.mimi.modeling_mimi import MimiSplitResidualVectorQuantizer
 from transformers.models.xcodec.modeling_xcodec import XcodecResidualVectorQuantization
+from transformers.models.xcodec2.modeling_xcodec2 import Xcodec2Quantizer
 
 from libraries.draw import Draw, by_parts
 from libraries.golden import Golden
@@ -170,6 +171,20 @@ def higgs_audio_v2(draw: Draw) -> Golden:
     module = library.HiggsAudioV2TokenizerResidualVectorQuantization(config)
     codebooks = [draw.codes(codes, width, 0.7**stage) for stage in range(stages)]
     return _of_buffers(draw, module, codebooks, 1.5 * draw.normal(draw.rows, hidden))
+
+
+def xcodec_2(draw: Draw) -> Golden:
+    """Make X-Codec 2's: one stage of residual FSQ as vector-quantize-pytorch 1.17.8 has it, bounded twice."""
+    levels, width = [4] * 8, draw.size(24, 2048)
+    module = Xcodec2Quantizer(SimpleNamespace(quantization_dim=width, quantization_levels=levels))
+    fill(module, draw)
+    latents = draw.sequences(2 * draw.normal(draw.rows, width))
+    indices = by_parts(lambda part: module(part)[1], latents)
+    decoded = by_parts(module.from_codes, indices)
+    flags = ("--kind", "residual_fsq", "--levels", ",".join(map(str, levels)), "--stages", "1")
+    flags = (*flags, "--library-version", "1.17.8", "--layout", "channels_last")
+    state = named(module, "quantizer.")
+    return golden("transformers", state, latents, indices, decoded, suffix=".safetensors", flags=flags)
 
 
 def _of_buffers(draw: Draw, module: nn.Module, codebooks: list[torch.Tensor], rows: torch.Tensor) -> Golden:

@@ -16,8 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqserve_server.quantizers import LookupFreeQuantizer, Quantizer, ResidualQuantizer
+from vqserve_server.quantizers import (
+    LookupFreeQuantizer,
+    Quantizer,
+    ResidualFiniteScalarQuantizer,
+    ResidualQuantizer,
+    freeze,
+)
 from vqserve_server.quantizers.abstract import AbstractQuantizer
+from vqserve_server.quantizers.inference.residual_scalar import FrozenResidualScalar
 from vqserve_server.quantizers.projections import ProjectedModule, Projection
 from vqserve_server.quantizers.scalar import ScalarQuantizer
 from vqserve_server.search import Objective
@@ -73,6 +80,8 @@ def largest_share(quantizer: Quantizer, rows: Tensor, ours: np.ndarray, theirs: 
     """
     if isinstance(quantizer, ScalarQuantizer):
         return _largest_of_digits(quantizer, rows, ours[:, 0], theirs[:, 0])
+    if isinstance(quantizer, ResidualFiniteScalarQuantizer):
+        return _largest_of_residual_digits(quantizer, rows, theirs)
     if isinstance(quantizer, AbstractQuantizer):
         return _largest_of_stages([quantizer], _Rows.exactly(rows), ours, theirs)
     assert isinstance(quantizer, ResidualQuantizer)
@@ -150,4 +159,30 @@ def _largest_of_digits(quantizer: ScalarQuantizer, rows: Tensor, ours: np.ndarra
             if abs(int(our[row]) - int(their[row])) != 1 or not abs(z - boundary) <= bound:
                 raise NoNearTie(f"channel {place} is {z:.9g}, and the digit changes at {boundary:.9g}")
             largest = max(largest, float(abs(z - boundary) / bound))
+    return largest
+
+
+def _largest_of_residual_digits(quantizer: ResidualFiniteScalarQuantizer, rows: Tensor, theirs: np.ndarray) -> float:
+    frozen = freeze(quantizer, device="cpu")
+    assert isinstance(frozen, FrozenResidualScalar)
+    levels = np.array(quantizer.levels)
+    largest = 0.0
+    for part in frozen._parts:
+        searched = _Rows.exactly(rows[:, part.part.start : part.part.stop]).projected(part.projection)
+        residual, error = searched.values, searched.error
+        if part.first_bound is not None:
+            # Its slope is at most half the levels.
+            residual, error = part.first_bound(residual), error * levels / 2
+        for stage, place in zip(part.stages, part.part.places, strict=True):
+            # tanh is off by a few u, here or in the bound before, and so are quotients and differences.
+            error = error + 2 * _FEW * _U * (levels + residual.abs().numpy())
+            our, values = stage.digits(residual).numpy().T, residual.double().numpy()
+            their = theirs[:, place, None] // stage._weights.numpy() % levels
+            for row, channel in np.argwhere(our != their):
+                low, high = sorted((our[row, channel], their[row, channel]))
+                gap = abs(float(stage._boundaries[channel, low]) - values[row, channel])
+                if high - low != 1 or not gap <= error[row, channel]:
+                    raise NoNearTie(f"channel {channel} is {gap:.3g} from the boundary of its digit")
+                largest = max(largest, gap / error[row, channel])
+            residual = residual - stage.values_of(torch.from_numpy(their.T.astype(np.int64)))
     return largest

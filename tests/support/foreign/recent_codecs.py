@@ -99,6 +99,16 @@ def moss_audio_tokenizer_by_distance() -> Case:
     return moss_case(nearest, "l2")
 
 
+@case
+def fish_speech() -> Case:
+    arrays = {f"quantizer.{name}": normal(2, 2) for name in ("downsample.0.0.conv.weight", "pre_module.norm.weight")}
+    semantic = narrow_stages(arrays, "quantizer.semantic_quantizer.quantizers.", normal(1, 3 * K, NARROW), C, "new")
+    acoustic = narrow_stages(arrays, "quantizer.quantizer.quantizers.", normal(3, K, NARROW), C, "new")
+    stages = [*semantic, *acoustic]
+    return Case(".pth", arrays, lambda z: chain(z, stages), C, "rvq", "fish-speech under quantizer.", [], "",
+                ["quantizer.downsample.0.0.conv.weight"])  # fmt: skip
+
+
 def xy_case(narrow: int | None) -> Case:
     codes = normal(3, K, narrow or C)
     arrays: dict[str, np.ndarray] = {"semantic_encoder.conv.bias": normal(2)}

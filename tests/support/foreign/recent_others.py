@@ -72,6 +72,32 @@ def semantic_ids() -> Case:
 
 
 @case
+def semantic_ids_of_three_sizes() -> Case:
+    codes = [normal(count, D) for count in (3 * K, K, 2 * K)]
+    arrays = {f"rq.vq_layers.{i}.embedding.weight": stage for i, stage in enumerate(codes)}
+    return Case(".pth", arrays, lambda z: chain(z, [plain(stage) for stage in codes]), D, "rvq", "RQ-VAE")
+
+
+@case
+def grid() -> Case:
+    """Residual k-means of residuals that are scaled to length one."""
+    codes = normal(3, K, D) / 2
+
+    def oracle(z):
+        indices, total = [], np.zeros_like(z)
+        for stage in codes:
+            found, decoded = plain(stage)(unit(z))
+            indices.append(found)
+            z, total = unit(z) - decoded, total + decoded
+        return np.stack(indices, axis=1), total
+
+    flags = ["--metric", "l2", "--normalize-residuals"]
+    flags += [word for i in range(3) for word in ("--key", f"quantization_layer_list.{i}.centroids")]
+    arrays = {f"quantization_layer_list.{i}.centroids": stage for i, stage in enumerate(codes)}
+    return Case(".ckpt", arrays, oracle, D, "rvq", "arrays of codes", flags, "state_dict", [], METRIC)
+
+
+@case
 def vqvae() -> Case:
     codes = normal(K, D)
     arrays = {"_vq_vae._embedding.weight": codes, "_encoder._conv_1.bias": normal(2)}

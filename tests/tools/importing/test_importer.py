@@ -483,9 +483,9 @@ USAGE = {"rvq_first.vq.layers.0._codebook.cluster_usage": np.ones(10, np.float32
         (
             {f"rvqs.{g}.layers.{i}.{n}": a for g, i in ((0, 0), (0, 1), (1, 0)) for n, a in heads(1).items()},
             LUCIDRAINS,
-            "2 groups do not divide 3 quantizers",
+            "its groups have different numbers of stages",
         ),
-        (stage(0) | stage(1, codes=12), [], "different shapes, 10x4 and 12x4: all stages must have one shape"),
+        (stage(0) | stage(1, width=5), [], "different widths, 10x4 and 10x5: all codes must have one width"),
         (stage(0), ["--metric", "cosine"], "EnCodec is searched by l2, not --metric cosine"),
         (stage(0), ["--decode", "raw"], "--decode is for --metric cosine, not l2"),
         (stage(0) | {"layers.0.norm.weight": np.ones(4)}, [], "layers.0.norm.weight (4) too"),

@@ -86,17 +86,17 @@ def test_more_bits_than_an_index_has(tmp_path, capsys):
         ({"q.basis": np.ones((2, 2), int), "q.group_basis": np.arange(3)}, [], "do not hold a power of two for a bit"),
         ({"rvqs.0.embed": normal(1, K, D), "rvqs.1.embed": normal(1, K, D)}, [], "it has 2 groups"),
         ({"rvqs.0.embed": normal(0, K, D)}, [], "has no stages"),
-        ({"rvqs.0.embed": normal(1, K, D), "rvqs.0.shift": normal(2)}, [], "rvqs.0.shift ("),
+        ({"rvqs.0.embed": normal(1, K, D), "rvqs.0.shift": normal(2)}, [], "rvqs.0.shift (2) too"),
         ({"_embedding.weight": normal(D, K), "_ema_cluster_size": normal(K)}, [], "a count for each of its K rows"),
         ({"_embedding.weight": normal(K, D), "_ema_w": normal(K, D)}, ["--metric", "dot"], "is searched by l2"),
         ({"vq.dictionary": normal(D, K)}, ["--metric", "l2"], "pass --key vq.dictionary if they are rows"),
-        ({"vq.dictionary": normal(K, D), "vq.scale": normal(1)}, ["--metric", "l2"], "scale ("),
+        ({"vq.dictionary": normal(K, D), "vq.scale": normal(1)}, ["--metric", "l2"], "vq.scale (1) too"),
         ({"q.embed": normal(K, K), "q.embed_avg": normal(K, K), "q.cluster_size": normal(K)}, [], "does not show"),
         ({"codebooks.0.vocab_usage": normal(K), "codebooks.0.codebook.weight": normal(K, D)}, ["--decode", "raw"],
          "UniTok decodes to normalized rows"),
         ({"vq_layers.0.embedding.weight": normal(K, D), "vq_layers.2.embedding.weight": normal(K, D)}, [],
          "vq_layers.1 is missing"),
-        ({"vq_layers.0.embedding.weight": normal(K, D), "vq_layers.0.scale": normal(1)}, [], "vq_layers.0.scale ("),
+        ({"vq_layers.0.embedding.weight": normal(K, D), "vq_layers.0.scale": normal(1)}, [], "vq_layers.0.scale (1)"),
     ],
 )  # fmt: skip
 def test_what_a_family_does_not_have(tmp_path, capsys, arrays, flags, match):
@@ -139,3 +139,55 @@ def test_two_codebooks_by_name_are_a_choice(tmp_path, capsys):
     error = refuse(arrays, tmp_path, capsys, "--metric", "l2")
     assert "--key a.codebook.weight (12x4)" in error
     assert "--key b.codebook.weight (12x4)" in error
+
+
+RESIDUAL = ["--kind", "residual_fsq"]
+GRID = [*RESIDUAL, "--levels", "5,5", "--stages", "2"]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "flags", "match"),
+    [
+        ({"a": normal(2)}, RESIDUAL, "needs --levels and --stages"),
+        ({"a": normal(2)}, [*RESIDUAL, "--levels", "5,5"], "needs --levels and --stages"),
+        ({"a": normal(2)}, GRID, "needs --library-version, for example --library-version 1.17.8, or --bound and"),
+        ({"a": normal(2)}, [*GRID, "--bound", "atanh"], "needs --library-version"),
+        ({"a": normal(2)}, [*GRID, "--bound", "tan", "--scales", "levels"], "'bound' is 'tan', it must be one of"),
+        ({"a": normal(2)}, [*GRID[:-1], "0", "--library-version", "1.32"], "num_quantizers"),
+        ({"a": normal(2)}, ["--kind", "fsq", "--levels", "5,5", "--stages", "2"], "--stages has no meaning for kind"),
+        ({"a": normal(2)}, ["--kind", "fsq", "--levels", "5,5", "--bound", "soft_clamp"], "is 'soft_clamp', it"),
+        ({**linear("rvqs.0.project_in", C, 2), **linear("rvqs.0.project_out", 2, C),
+          **linear("rvqs.1.project_in", D, 2), **linear("rvqs.1.project_out", 2, D)},
+         [*GRID, "--library-version", "1.32.0"], "its groups have projections of different sizes"),
+        ({**linear("rvqs.0.project_in", C, 2), **linear("rvqs.0.project_out", 2, C), "rvqs.0.norm.weight": normal(C)},
+         [*GRID, "--library-version", "1.32.0"], "rvqs.0.norm.weight (6) too"),
+    ],
+)  # fmt: skip
+def test_residual_grids_that_are_not_described(tmp_path, capsys, arrays, flags, match):
+    assert match in refuse(arrays, tmp_path, capsys, *flags)
+
+
+def test_xcodec_2_s_formula_is_known(tmp_path, capsys):
+    arrays = {**linear("quantizer.project_in", 2048, 8), **linear("quantizer.project_out", 8, 2048)}
+    error = refuse(arrays, tmp_path, capsys, "--library-version", "1.32.0")
+    assert "--library-version of X-Codec 2 (or NeuCodec) is known: leave out --library-version" in error
+    flags = ["--levels", ",".join(["4"] * 8), "--stages", "1", "--library-version", "1.32.0"]
+    assert import_of(arrays, tmp_path, *RESIDUAL, *flags)[0] == 0
+    assert "X-Codec 2 or NeuCodec" in refuse_again(arrays, tmp_path, capsys, "--kind", "fsq", *flags[:2])
+
+
+def refuse_again(arrays: dict[str, np.ndarray], tmp_path: Path, capsys, *flags: str) -> str:
+    (tmp_path / "out.safetensors").unlink()
+    capsys.readouterr()
+    return refuse(arrays, tmp_path, capsys, *flags)
+
+
+def test_codes_of_different_widths(tmp_path, capsys):
+    arrays = {f"vq_layers.{i}.embedding.weight": normal(K, D + i) for i in range(2)}
+    assert "its stages have codes of different widths, 12x4 and 12x5" in refuse(arrays, tmp_path, capsys)
+
+
+def test_normalised_residuals_are_for_stages(tmp_path, capsys):
+    arrays = {"vq.embedding.weight": normal(K, D)}
+    error = refuse(arrays, tmp_path, capsys, "--metric", "l2", "--normalize-residuals")
+    assert "--normalize-residuals has no meaning for kind vq" in error

@@ -45,7 +45,15 @@ def read(checkpoint: Checkpoint, options: Options) -> Reading:
         checkpoint.note(
             f"the {len(keys)} arrays are the stages of a residual quantizer; --groups for groups of the channels"
         )
-    return residual(checkpoint, family, chains, metric, decode_normalized=decode_normalized, are_groups=options.groups)
+    return residual(
+        checkpoint,
+        family,
+        chains,
+        metric,
+        decode_normalized=decode_normalized,
+        are_groups=options.groups,
+        normalize_residuals=options.normalize_residuals,
+    )
 
 
 def _check_orientation(checkpoint: Checkpoint, key: str, *, transpose: bool) -> None:

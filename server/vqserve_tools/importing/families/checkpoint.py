@@ -161,6 +161,11 @@ class Checkpoint:
         self._take(full, array)
         return narrowed
 
+    def columns(self, name: str) -> Floats:
+        """Take an array (D, K) with a column for each code, and return it as (K, D); see `floats`."""
+        self.has_codes_in_columns(name)
+        return np.ascontiguousarray(self.floats(name, rank=2).T)
+
     def integers(self, name: str, what: str) -> npt.NDArray[np.int64]:
         """Take an array of integers with one axis, as int64; unsigned numbers beyond int64 become negative.
 

@@ -33,6 +33,7 @@ _AMPHION = ("in_project", "out_project")
 OUTER = ("input_proj", "output_proj")
 # fish-speech has two such quantizers, of which the second one quantizes the residual of the first.
 _FISH = ("semantic_quantizer.", "quantizer.")
+_FISH_AROUND = ("downsample.", "pre_module.", "post_module.", "upsample.", "semantic_predictor_module.")
 _METRICS: tuple[Metric, ...] = ("l2", "cosine")
 
 
@@ -110,6 +111,9 @@ def _read_fish(checkpoint: Checkpoint, options: Options) -> Reading:
     metric = options.metric_of("fish-speech", "cosine")
     options.decode_of("fish-speech", metric, "raw")
     stages = [stage for part in _FISH for stage in _stages(checkpoint.at(part), _DAC)]
+    # Before and after the codes; they change the rate.
+    around = {name for name in checkpoint.names() if name.startswith(_FISH_AROUND)}
+    checkpoint.check_known(around, modules=[module.removesuffix(".") for module in _FISH_AROUND])
     return residual(checkpoint, "fish-speech", [Chain(stages)], metric)
 
 

@@ -14,7 +14,6 @@ from vqserve_tools.importing.families.checkpoint import Checkpoint, layer_names,
 from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import projections_to
-from vqserve_tools.importing.families.unsupported import residual_lfq_places
 from vqserve_tools.importing.files import ForeignArray
 
 _MASK = "mask"
@@ -23,13 +22,11 @@ _NAMES = frozenset({_MASK} | layer_names(("project_in", "project_out")))
 
 def _places(arrays: Mapping[str, ForeignArray]) -> set[str]:
     # Many modules have an array named mask: it counts only if nothing but projections is beside it.
-    stages = tuple(f"{place}layers." for place in residual_lfq_places(arrays))
     return {
         place
         for place in places_of(arrays, _MASK)
         if _is_mask(arrays[f"{place}{_MASK}"])
         and all(name.removeprefix(place) in _NAMES for name in arrays if name.startswith(place))
-        and not place.startswith(stages)
     }
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence, Set
 
-import numpy as np
-
 from vqserve_tools.importing.families.checkpoint import Checkpoint, Floats, shape_text
 from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.name_lists import keys_text
@@ -21,8 +19,8 @@ from vqserve_tools.importing.files import ForeignArray
 _QUANTIZER = r"(?:vq|vq_layers?|vector_quanti\w+|quanti[sz]\w+|codebooks?)"
 _TABLE = r"(?:codebook|codes|dictionary|embed|embeddings?)"
 _MODULE = re.compile(rf"(?:.*\.)?{_QUANTIZER}\.")
-# A table in a quantizer's module, or a table that is named codebook or dictionary.
-_CODES = re.compile(rf"(?:.*\.)?(?:{_QUANTIZER}\.{_TABLE}|codebook|dictionary)(?:\.weight)?")
+# A table in a quantizer's module, or a table that is named codebook, dictionary or _embedding.
+_CODES = re.compile(rf"(?:.*\.)?(?:{_QUANTIZER}\.{_TABLE}|codebook|dictionary|_embedding)(?:\.weight)?")
 # What training counts for each code.
 _COUNTS = re.compile(r"_?(?:ema_)?(?:cluster_size|cluster_usage|counts?|usage|N)")
 # What training keeps for each number of a code.
@@ -35,7 +33,7 @@ def last_resort(families: Sequence[Family]) -> Family:
     """Return the family, which takes a checkpoint only if it has the keys of none of the other families."""
 
     def places(arrays: Mapping[str, ForeignArray]) -> Set[str]:
-        found = _arrays_of_codes(arrays)
+        found = arrays_of_codes(arrays)
         # Two such arrays may be two quantizers or two stages: the user must say.
         if len(found) != 1 or any(family.places(arrays) for family in families):
             return set()
@@ -44,7 +42,8 @@ def last_resort(families: Sequence[Family]) -> Family:
     return Family("a codebook by its name", places, _read, in_model=True)
 
 
-def _arrays_of_codes(arrays: Mapping[str, ForeignArray], prefix: str = "") -> list[str]:
+def arrays_of_codes(arrays: Mapping[str, ForeignArray], prefix: str = "") -> list[str]:
+    """Return the names of arrays that only their names tell to be codebooks."""
     return [name for name, array in arrays.items() if len(array.shape) == 2 and _CODES.fullmatch(f"{prefix}{name}")]
 
 
@@ -53,7 +52,7 @@ def _module_of(name: str) -> str:
 
 
 def _read(checkpoint: Checkpoint, options: Options) -> Reading:
-    [name] = _arrays_of_codes(checkpoint.names(), checkpoint.prefix)
+    [name] = arrays_of_codes(checkpoint.names(), checkpoint.prefix)
     training = {n for n in checkpoint.names() if _COUNTS.fullmatch(n) or _AVERAGES.fullmatch(n)}
     # A module with a quantizer's name has nothing else in it; other modules may be the whole model.
     within = None if _MODULE.fullmatch(checkpoint.prefix) else [name.partition(".")[0]]
@@ -78,9 +77,7 @@ def _rows(checkpoint: Checkpoint, name: str) -> Floats:
             f"{keys_text([checkpoint.prefix + name])} if they are rows, or "
             f"{keys_text([checkpoint.prefix + name])} --transpose if they are columns"
         )
-    codes = checkpoint.floats(name)
     if rows != columns and (columns,) in counted and (rows,) not in counted:
         checkpoint.note(f"{where}, and there is a number for each column: its codes are the columns")
-        checkpoint.has_codes_in_columns(name)
-        return np.ascontiguousarray(codes.T)
-    return codes
+        return checkpoint.columns(name)
+    return checkpoint.floats(name)

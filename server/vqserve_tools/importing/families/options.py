@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
@@ -13,6 +14,7 @@ from vqserve_server.codebooks.kinds import KINDS
 from vqserve_server.quantizers.arguments import check_unknown_index
 from vqserve_server.quantizers.fsq_boundaries import Bound
 from vqserve_server.quantizers.quantizer import Metric
+from vqserve_server.quantizers.residual_scalar import ResidualBound, Scales
 from vqserve_server.quantizers.scalar import BOUNDS, BitOrder
 from vqserve_tools.flags import option
 from vqserve_tools.importing.families.checkpoint import Checkpoint
@@ -20,16 +22,22 @@ from vqserve_tools.importing.families.checkpoint import Checkpoint
 Decode = Literal["normalized", "raw"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 DECODES: tuple[Decode, ...] = get_args(Decode)
+RESIDUAL_BOUNDS: tuple[ResidualBound, ...] = get_args(ResidualBound)
+SCALES: tuple[Scales, ...] = get_args(Scales)
 BIT_ORDERS: tuple[BitOrder, ...] = get_args(BitOrder)
 
 # Constructor argument of each option that applies only to kinds with this argument.
 _ARGUMENTS: Mapping[str, str] = {
     "levels": "levels",
     "bound": "bound",
+    "scales": "scales",
+    "stages": "scales",
+    "library_version": "scales",
     "bits": "bits",
     "bit_order": "bit_order",
     "spherical": "spherical",
     "metric": "metric",
+    "normalize_residuals": "normalize_residuals",
     "decode": "decode_normalized",
 }
 
@@ -39,6 +47,12 @@ def _levels(text: str) -> tuple[int, ...]:
         return tuple(int(level) for level in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers such as 8,8,8,5,5,5") from None
+
+
+def _version(text: str) -> str:
+    if re.fullmatch(r"\d+(\.\d+){1,2}", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a version such as 1.17.8")
+    return text
 
 
 def _unknown_index(text: str) -> str | int:
@@ -63,8 +77,12 @@ class Options:
         kind: kind of the quantizer.
         metric: metric of the search.
         decode: whether a cosine codebook decodes to rows of length one ("normalized") or to stored rows ("raw").
+        normalize_residuals: whether every stage of a residual codebook searches its residual scaled to length one.
         levels: levels of finite scalar quantization.
-        bound: bound of finite scalar quantization.
+        bound: bound of finite scalar quantization, or of its residual form.
+        scales: scales of the stages of residual finite scalar quantization.
+        stages: number of stages of residual finite scalar quantization, in each group.
+        library_version: version of vector-quantize-pytorch that determines this bound and these scales.
         bits: number of bits of lookup-free quantization.
         bit_order: bit order of lookup-free quantization.
         spherical: whether lookup-free quantization decodes to codes of length one.
@@ -103,10 +121,29 @@ class Options:
     decode: Decode | None = option(
         None, "whether a cosine codebook decodes to rows of length one or to stored rows", choices=DECODES
     )
+    normalize_residuals: bool = option(
+        False,
+        "every stage of a residual codebook searches its residual scaled to length one (GRID)",
+        action="store_true",
+    )
     levels: tuple[int, ...] | None = option(
         None, "levels of --kind fsq, for example 8,8,8,5,5,5", type=_levels, metavar="L,L,..."
     )
-    bound: Bound | None = option(None, "bound of --kind fsq (default: atanh)", choices=BOUNDS)
+    bound: Bound | ResidualBound | None = option(
+        None,
+        f"bound of --kind fsq: {', '.join(BOUNDS)} (default: atanh); of --kind residual_fsq: "
+        f"{', '.join(RESIDUAL_BOUNDS)}",
+        choices=tuple(dict.fromkeys((*BOUNDS, *RESIDUAL_BOUNDS))),
+    )
+    scales: Scales | None = option(None, "scales of the stages of --kind residual_fsq", choices=SCALES)
+    stages: int | None = option(None, "number of stages of --kind residual_fsq", type=int, metavar="N")
+    library_version: str | None = option(
+        None,
+        "version of vector-quantize-pytorch that the model was trained with: it gives --bound and --scales of --kind "
+        "residual_fsq",
+        type=_version,
+        metavar="X.Y.Z",
+    )
     bits: int | None = option(None, "number of bits of --kind lfq", type=int, metavar="N")
     bit_order: BitOrder | None = option(None, "bit order of --kind lfq (default: big)", choices=BIT_ORDERS)
     spherical: bool = option(False, "codes of --kind lfq have length one", action="store_true")

@@ -34,7 +34,14 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
     views = numbered(checkpoint, "vq_layers", checkpoint.names())
     checkpoint.check_known({f"vq_layers.{number}.{_CODES}" for number in range(len(views))}, modules=["vq_layers"])
     stages = [Stage(view.floats(_CODES, rank=2, what="a codebook is (K, D)")) for view in views]
-    return residual(checkpoint, _NAME, [Chain(stages)], metric, decode_normalized=decode_normalized)
+    return residual(
+        checkpoint,
+        _NAME,
+        [Chain(stages)],
+        metric,
+        decode_normalized=decode_normalized,
+        normalize_residuals=options.normalize_residuals,
+    )
 
 
 FAMILY = Family("RQ-VAE (LC-Rec, MiniOneRec)", _places, _read)

@@ -95,6 +95,7 @@ def residual(
     *,
     decode_normalized: bool = False,
     are_groups: bool = False,
+    normalize_residuals: bool = False,
 ) -> Reading:
     """Return the reading of a residual quantizer.
 
@@ -106,18 +107,23 @@ def residual(
         metric: metric of every stage.
         decode_normalized: whether a cosine stage decodes to rows of length one.
         are_groups: whether the chains have groups of channels.
+        normalize_residuals: whether every stage searches its residual scaled to length one.
 
     Raises:
-        ForeignCheckpointError: the codebooks of the stages have different shapes.
+        ForeignCheckpointError: the codes of the stages have different widths, or the groups differ in stages.
     """
     stages = [stage for chain in chains for stage in chain.stages]
-    shapes = sorted({stage.codes.shape for stage in stages})
-    if len(shapes) > 1:
-        listing = " and ".join(map(shape_text, shapes))
-        raise checkpoint.error(
-            f"its stages have codebooks of different shapes, {listing}: all stages must have one shape"
-        )
-    [(codes, width)] = shapes
+    widths = {stage.codes.shape[1] for stage in stages}
+    if len(widths) > 1:
+        listing = " and ".join(map(shape_text, sorted({stage.codes.shape for stage in stages})))
+        raise checkpoint.error(f"its stages have codes of different widths, {listing}: all codes must have one width")
+    [width] = widths
+    if are_groups and len({len(chain.stages) for chain in chains}) > 1:
+        raise checkpoint.error("its groups have different numbers of stages, which is not supported")
+    if are_groups:
+        # The indices of groups are those of all first stages, then of all second ones.
+        stages = [stage for places in zip(*(chain.stages for chain in chains), strict=True) for stage in places]
+    sizes = [len(stage.codes) for stage in stages]
     first = chains[0]
     outer = width if stages[0].proj_in is None else stages[0].proj_in.inputs
     channels = outer if first.proj_in is None else first.proj_in.inputs
@@ -128,7 +134,7 @@ def residual(
             tensors |= stage.tensors(f"parts.{part}.stages.{place}.")
     arguments: Mapping[str, object] = {
         "num_quantizers": len(stages),
-        "n_e": codes,
+        "n_e": sizes if len(set(sizes)) > 1 else sizes[0],
         "e_dim": width,
         "input_dim": channels * len(chains) if are_groups else channels,
         "metric": metric,
@@ -137,13 +143,16 @@ def residual(
         "inner_dim": None if first.proj_in is None else first.proj_in.outputs,
         "groups": len(chains) if are_groups else 1,
         "first_quantizers": len(first.stages) if len(chains) > 1 and not are_groups else 0,
+        "normalize_residuals": normalize_residuals,
         "layout": "channels_first",
     }
     return Reading(family, "rvq", arguments, tensors)
 
 
-def projections_to(checkpoint: Checkpoint, width: int) -> tuple[dict[str, int | None], dict[str, Floats]]:
-    """Take the projections to `width` channels and back, if the checkpoint has them.
+def projections_to(
+    checkpoint: Checkpoint, width: int, *, biased: bool = False
+) -> tuple[dict[str, int | None], dict[str, Floats]]:
+    """Take the projections to `width` channels and back, if the checkpoint has them; see `read_pair`.
 
     Returns:
         The arguments `input_dim` and `output_dim`, and the tensors.
@@ -171,7 +180,7 @@ def projections_to(checkpoint: Checkpoint, width: int) -> tuple[dict[str, int | 
                 "side by side, or other levels or bits than the options give"
             )
         return {"input_dim": None, "output_dim": None}, {}
-    proj_in, proj_out = read_pair(checkpoint.at(places[0]), _LAYERS)
+    proj_in, proj_out = read_pair(checkpoint.at(places[0]), _LAYERS, biased=biased)
     return {
         "input_dim": None if proj_in is None else proj_in.inputs,
         "output_dim": None if proj_out is None else proj_out.outputs,

@@ -33,8 +33,7 @@ def _read_multi_scale(checkpoint: Checkpoint, _: Options) -> NoReturn:
     )
 
 
-def residual_lfq_places(arrays: Mapping[str, ForeignArray]) -> set[str]:
-    """Return the prefixes of residual lookup-free quantizers: of the module around `layers`."""
+def _residual_lfq_places(arrays: Mapping[str, ForeignArray]) -> set[str]:
     stages = Counter(match[1] for match in map(_STAGES.fullmatch, arrays) if match)
     return {place for place, count in stages.items() if count > 1}
 
@@ -51,4 +50,4 @@ def _module(checkpoint: Checkpoint) -> str:
 
 
 MULTI_SCALE = Family("several scales, not supported", _multi_scale_places, _read_multi_scale)
-RESIDUAL_LFQ = Family("residual lookup-free quantization, not supported", residual_lfq_places, _read_residual_lfq)
+RESIDUAL_LFQ = Family("residual lookup-free quantization, not supported", _residual_lfq_places, _read_residual_lfq)

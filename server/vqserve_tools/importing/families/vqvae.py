@@ -15,6 +15,7 @@ import numpy as np
 from vqserve_server.codebooks.state import WEIGHT
 from vqserve_tools.importing.families.checkpoint import Checkpoint, Floats, places_of, shape_text
 from vqserve_tools.importing.families.family import Family, Reading
+from vqserve_tools.importing.families.named import arrays_of_codes
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Stage, single
 from vqserve_tools.importing.files import ForeignArray
@@ -39,7 +40,9 @@ _COLUMNS = _Names(_NAME_2, "embed", "embed_avg", "cluster_size")
 
 
 def _places(arrays: Mapping[str, ForeignArray]) -> set[str]:
-    return {place for place in places_of(arrays, _ROWS.codes) if len(arrays[f"{place}{_ROWS.codes}"].shape) == 2}
+    found = {place for place in places_of(arrays, _ROWS.codes) if len(arrays[f"{place}{_ROWS.codes}"].shape) == 2}
+    # Beside another codebook by its name, none is certain: the user must say.
+    return found if len(arrays_of_codes(arrays)) <= len(found) else set()
 
 
 def _read(checkpoint: Checkpoint, options: Options) -> Reading:
@@ -85,10 +88,8 @@ def _read_columns(checkpoint: Checkpoint, options: Options) -> Reading:
             f"{where} and {_COLUMNS.counts} is {shape_text(checkpoint.shape(_COLUMNS.counts))}: in a checkpoint of "
             "VQ-VAE-2 the codes are the columns, which this does not show; name the array with --key"
         )
-    codes = np.ascontiguousarray(checkpoint.floats(_COLUMNS.codes).T)
     checkpoint.note(f"{where}, and its codes are the columns")
-    checkpoint.has_codes_in_columns(_COLUMNS.codes)
-    return _averaged(checkpoint, codes, _COLUMNS)
+    return _averaged(checkpoint, checkpoint.columns(_COLUMNS.codes), _COLUMNS)
 
 
 def _averaged(checkpoint: Checkpoint, codes: Floats, names: _Names) -> Reading:
@@ -98,11 +99,10 @@ def _averaged(checkpoint: Checkpoint, codes: Floats, names: _Names) -> Reading:
             f"{names.sums} and {names.counts} do not give these codes, and were left: only training would use them"
         )
         return single(names.family, Stage(codes), "l2")
-    sums = checkpoint.floats(names.sums)
     tensors = {
         WEIGHT: codes,
         "embedding.cluster_size": checkpoint.floats(names.counts),
-        "embedding.embed_avg": sums if names is _ROWS else np.ascontiguousarray(sums.T),
+        "embedding.embed_avg": (checkpoint.floats if names is _ROWS else checkpoint.columns)(names.sums),
     }
     return Reading(names.family, "ema", {"n_embed": codes.shape[0], "embedding_dim": codes.shape[1]}, tensors)
 
