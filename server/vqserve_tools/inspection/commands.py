@@ -6,11 +6,12 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vqserve.errors import InvalidOption, of_file
+from vqserve.errors import InvalidArgument, InvalidOption, of_file
 from vqserve.layout import Layout
 from vqserve_server.codebooks import Codebook, load_codebook
 from vqserve_tools.inspection.inspection import FORMAT, inspect
@@ -67,13 +68,12 @@ def run_inspect(args: argparse.Namespace) -> int:
         check_plot(args.plot, force=args.force, sources=(*files, args.latents))
     codebooks = [load_codebook(file) for file in files]
     latents = [_latents(args, codebook) for codebook in codebooks]
-    # Without a terminal, stderr has errors only, for programs that read it.
-    with of_file(args.latents):
-        inspections = [
-            inspect(codebook, rows, progress=sys.stderr.isatty())
-            for codebook, rows in zip(codebooks, latents, strict=True)
-        ]
     names = _names(files)
+    inspections = []
+    for name, codebook, rows in zip(names, codebooks, latents, strict=True):
+        with of_file(args.latents), _of_codebook(name if len(files) > 1 else None):
+            # Without a terminal, stderr has errors only, for programs that read it.
+            inspections.append(inspect(codebook, rows, progress=sys.stderr.isatty()))
     if args.plot is not None:
         draw(list(zip(names, inspections, strict=True)), args.plot)
     columns = shutil.get_terminal_size(fallback=(120, 0)).columns
@@ -93,6 +93,15 @@ def _latents(args: argparse.Namespace, codebook: Codebook) -> LatentRows | None:
     if args.latents is None:
         return None
     return LatentRows.open(args.latents, args.layout, default=codebook.quantizer.layout, keeps_float64=True)
+
+
+@contextmanager
+def _of_codebook(name: str | None) -> Iterator[None]:
+    """Add the name of the codebook to errors about the latents that the block raises; None: there is only one."""
+    try:
+        yield
+    except InvalidArgument as error:
+        raise error.with_fields(codebook=name) from None
 
 
 def _names(files: Sequence[Path]) -> list[str]:

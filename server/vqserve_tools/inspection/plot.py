@@ -20,6 +20,8 @@ from vqserve_tools.output import check_output
 _BINS = 61
 # Half the width of an axis of equal values, as a part of their median.
 _LEAST_SPREAD = 0.05
+# Where the two codebooks of a comparison are drawn.
+_SIDES = ("left", "right")
 Floats = npt.NDArray[np.float64]
 
 
@@ -67,15 +69,22 @@ def draw(inspections: Sequence[tuple[str, Inspection]], path: Path) -> None:
     else:
         columns, rows = len(inspections), len(titles)
     figure: Any = Figure(figsize=(5.5 * columns, 4 * rows), layout="constrained")
-    figure.suptitle("\n".join(_heading(one, name if len(inspections) > 1 else "") for name, one in inspections))
+    figure.suptitle(
+        "\n".join(
+            _heading(one, f"{side}, {name}" if len(inspections) > 1 else "")
+            for side, (name, one) in zip(_SIDES, inspections, strict=False)
+        )
+    )
     for row, title in enumerate(titles):
         first = None
         for column, one in enumerate(panels):
             place = row * columns + column + 1 if len(inspections) > 1 else row + 1
             axes = figure.add_subplot(rows, columns, place, sharex=first, sharey=first)
-            axes.set_title(title if len(inspections) == 1 else f"{title}, {('left', 'right')[column]}")
+            axes.set_title(title if len(inspections) == 1 else f"{title}, {_SIDES[column]}")
             if title in one:
                 one[title](axes)
+            else:
+                axes.text(0.5, 0.5, "none for this kind", transform=axes.transAxes, ha="center", va="center")
             first = first or axes
     figure.savefig(path, dpi=110, format="png")
 
@@ -137,8 +146,9 @@ def _draw_by_stage(axes: Any, *, values: Sequence[Floats], of: str) -> None:
     axes.plot(stages, middle, marker="o", markersize=3, label="median")
     largest = np.nanmax(high) if np.isfinite(high).any() else 0.0
     if largest > 0:
-        # Linear near zero, so that a stage of equal codes is at the bottom and not left out.
-        axes.set_yscale("symlog", linthresh=1e-6 * largest)
+        # Linear near zero, so that a stage of equal codes is at the bottom and not left out. The linear part ends just
+        # below the stages, or all of them would be in the uppermost part of the axis.
+        axes.set_yscale("symlog", linthresh=max(1e-6 * largest, 0.1 * np.nanmin(low[low > 0], initial=largest)))
         axes.set_ylim(bottom=0)
     axes.set(xlabel="stage", ylabel=of)
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -135,6 +135,34 @@ def test_one_picture_on_common_axes(pair, tmp_path, capsys):
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_says_which_codebook_is_where_and_what_has_no_figures(pair, tmp_path, capsys, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure", reason="the extra plot is not installed")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    files = pair(vq(), FiniteScalarQuantizer([5, 5]))
+    assert run(capsys, *files, "--plot", tmp_path / "p.png")[0] == 0
+    headings = drawn[0].get_suptitle().splitlines()
+    assert [heading.partition(":")[0] for heading in headings] == ["left, a", "right, b"]
+    texts = [[text.get_text() for text in axes.texts] for axes in drawn[0].axes]
+    assert texts == [[], ["none for this kind"]] * 2
+
+
+def test_stages_fill_the_axis_unless_one_is_collapsed(pair, tmp_path, capsys, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure", reason="the extra plot is not installed")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    files = pair(rvq([0, 1, 2]), rvq([2, 1, 0]))
+    assert run(capsys, *files, "--plot", tmp_path / "p.png")[0] == 0
+    assert all(axes.yaxis.get_transform().linthresh > 0.001 for axes in drawn[0].axes)
+
+
+def test_latents_that_fit_one_codebook_only(pair, tmp_path, capsys):
+    np.save(tmp_path / "z.npy", np.zeros((10, 3), np.float32))
+    status, _, err = run(capsys, *pair(vq(), columns()), "--latents", tmp_path / "z.npy")
+    assert status == 1
+    assert err.endswith("have 3 channels in layout channels_last, the codebook takes 12 (codebook 'b')\n")
+
+
 def test_three_files_are_too_many(pair, capsys):
     a, b = pair(vq(), vq())
     status, _, err = run(capsys, a, b, a)
