@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from types import EllipsisType
 from vqserve.errors import InvalidOption, InvalidShape, LayoutWarning, quoted
 
 LATENT_RANKS = (2, 3, 4, 5)
+# A warning names the line of the program that uses them.
+_OWN_PACKAGES = ("vqserve", "vqserve_client", "vqserve_server", "vqserve_tools")
 
 
 class Layout(StrEnum):
@@ -78,8 +81,16 @@ def warn_of_an_image(shape: Sequence[int], layout: Layout | None, default: Layou
                 "latents[None]; if they are sequences, pass {suggestion}",
                 {"layout": str(Layout.CHANNELS_LAST)},
             ),
-            stacklevel=2,
+            stacklevel=_level_of_the_caller(),
         )
+
+
+def _level_of_the_caller() -> int:
+    """Return the `stacklevel`, for the function that calls this one, of the first frame that is not vqserve's own."""
+    level, frame = 0, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OWN_PACKAGES:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def wrong_rank(array: str, ranks: Sequence[int], rank: int) -> InvalidShape:
