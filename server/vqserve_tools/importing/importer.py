@@ -142,8 +142,8 @@ def _opened(path: Path | None, options: Options) -> Iterator[Checkpoint]:
             yield Checkpoint(weights_of(path).name, arrays, ledger=ledger)
         return
     if options.kind not in _WITHOUT_CODES:
-        kinds = " and ".join(f"--kind {kind}" for kind in _WITHOUT_CODES)
-        raise ForeignCheckpointError(f"name a file to import: only {kinds} need none")
+        kinds = " or ".join(f"--kind {kind}" for kind in _WITHOUT_CODES)
+        raise ForeignCheckpointError(f"name a file to import: it may be omitted only with {kinds}")
     yield Checkpoint(f"--kind {options.kind}", {}, ledger=ledger)
 
 

@@ -100,7 +100,7 @@ def _offsets(mine: Tensor, yours: Tensor) -> Iterator[tuple[str, tuple[Tensor, T
     if bool(offsets.any()):
         each = ", ".join(map(str, offsets.tolist()))
         what = f"{each} more than ours" if len(offsets) == 1 else f"more than ours by stage: {each}"
-        yield f"the model's indices are {what}: subtract it", (mine, yours - offsets)
+        yield f"the model's indices are {what}: subtract that from them", (mine, yours - offsets)
 
 
 def _stage_axes(mine: Tensor, yours: Tensor) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:

@@ -156,7 +156,7 @@ def test_stages_in_the_order_of_their_names_as_text():
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda ids: ids + 3, "the model's indices are more than ours by stage: 3, 3, 3: subtract it"),
+        (lambda ids: ids + 3, "the model's indices are more than ours by stage: 3, 3, 3: subtract that from them"),
         (lambda ids: ids + 16 * np.arange(3)[:, None], "more than ours by stage: 0, 16, 32"),
         (lambda ids: ids[:, [1, 2, 0]], "stages in another order: our stages are its 2, 0, 1"),
     ],
