@@ -118,7 +118,7 @@ def show(original: npt.NDArray[np.uint8]) -> None:
 
             latents = picture_to_latents(original)
             _, _, rows, columns = latents.shape
-            say("picture", f"{width} x {height} pixels, which the codebook has never seen")
+            say("picture", f"{width} x {height} pixels, not one that the codebook was trained with")
             say("latents", f"{columns} x {rows} patches of {PATCH} x {PATCH} pixels, {CHANNELS} numbers each")
 
             started = time.perf_counter()
@@ -127,7 +127,7 @@ def show(original: npt.NDArray[np.uint8]) -> None:
             decoded = client.decode(tokens)
             finished = time.perf_counter()
 
-        say("tokens", f"{tokens.size} indices, {tokens.dtype}, one a patch; the top left corner:")
+        say("tokens", f"{tokens.size} indices, {tokens.dtype}, one for each patch; the top left corner:")
         for row in tokens[0, : CORNER[0], : CORNER[1]]:
             say("", " ".join(f"{index:5d}" for index in row) + " ...")
         encode_ms, decode_ms = 1e3 * (encoded - started), 1e3 * (finished - encoded)
