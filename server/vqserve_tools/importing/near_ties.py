@@ -8,17 +8,19 @@ search and of the projections and residuals before it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vqserve.layout import grid_shape
-from vqserve_server.quantizers import Quantizer
+from vqserve_server.quantizers import Quantizer, ResidualFiniteScalarQuantizer
 from vqserve_server.quantizers.inference.residual import LEAST_LENGTH, FrozenPart
 from vqserve_server.quantizers.inference.scalar import Channel
 from vqserve_server.quantizers.projections import Projection, project
 from vqserve_server.quantizers.residual import ResidualPart
+from vqserve_server.quantizers.residual_scalar import ScalarPart
 from vqserve_server.quantizers.tensors import from_rows, layout_of, to_rows, widen
 from vqserve_server.search import Objective
 
@@ -55,9 +57,14 @@ def near_ties(quantizer: Quantizer, z: Tensor, ours: Tensor, theirs: Tensor) -> 
     mine, yours = (to_rows(indices, quantizer.layout) for indices in (ours, theirs))
     differs = torch.nonzero((mine != yours).any(dim=1))[:_MAX_DIFFERENCES, 0]
     near = torch.zeros(mine.shape, dtype=torch.bool)
-    for part in quantizer.chains():
-        for place, found in _stages(part, rows[differs], mine[differs], yours[differs]):
-            near[differs, place] = found
+    for places, steps in _chains(quantizer, rows[differs], mine[differs]):
+        has_differed = is_accepted = torch.zeros(len(differs), dtype=torch.bool)
+        for place, accepts in zip(places, steps, strict=True):
+            ours_here, theirs_here = mine[differs, place], yours[differs, place]
+            differs_here = ours_here != theirs_here
+            is_accepted = is_accepted | (differs_here & ~has_differed & accepts(ours_here, theirs_here))
+            has_differed = has_differed | differs_here
+            near[differs, place] = is_accepted & differs_here
     return from_rows(near, grid_shape(ours.shape, layout), quantizer.layout)
 
 
@@ -96,35 +103,65 @@ def _scalar(channels: Sequence[Channel], z: Tensor, noise: Tensor, ours: Tensor,
     for number, channel in enumerate(channels):
         levels = len(channel.values)
         there = (theirs // channel.weight) % levels
-        # tanh is flat at the outer levels: there the error in its argument grows with the number of levels.
+        # tanh is flat at the outer levels: there the error in its argument grows with the number of levels. The values
+        # of a later stage are closer together.
         x = z[:, number].double()
-        room = _LOSS * (x.abs() + levels) + noise
+        room = _LOSS * (x.abs() + levels * float(channel.values.max())) + noise
         jumps = torch.from_numpy(channel.boundaries)
         excused &= torch.searchsorted(jumps, x - room) <= there
         excused &= there <= torch.searchsorted(jumps, x + room)
     return excused
 
 
-def _stages(module: ResidualPart, rows: Tensor, ours: Tensor, theirs: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield the position of every stage, and which of its indices (n,) are accepted."""
+def _chains(
+    quantizer: Quantizer, rows: Tensor, ours: Tensor
+) -> Iterator[tuple[Sequence[int], Iterator[Callable[[Tensor, Tensor], Tensor]]]]:
+    """Yield, for each chain of stages, the positions of its indices, and a judge of each stage.
+
+    A judge takes our indices and theirs (n,), and returns which are accepted.
+    """
+    for module in quantizer.chains():
+        yield module.part.places, _searched(module, rows, ours)
+    if isinstance(quantizer, ResidualFiniteScalarQuantizer):
+        for part in quantizer.chain_modules():
+            yield part.part.places, _rounded(quantizer, part, rows, ours)
+
+
+def _searched(module: ResidualPart, rows: Tensor, ours: Tensor) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
     frozen: FrozenPart = module.frozen(torch.device("cpu"), "auto")
     residual = rows[:, module.part.start : module.part.stop]
     residual, noise = _projected(residual, rows.new_zeros(len(rows), dtype=torch.float64), frozen.projection)
-    has_differed = is_accepted = torch.zeros(len(rows), dtype=torch.bool)
     for stage, table, place in zip(module.codebooks(), frozen.stages, module.part.places, strict=True):
         if frozen.normalizes:
             length = residual.double().norm(dim=1).clamp_min(LEAST_LENGTH)
             # An error of the residual turns its direction and changes its length.
             residual, noise = frozen.searched(residual), 2 * noise / length + _LOSS
-        mine, yours = ours[:, place], theirs[:, place]
-        first = (mine != yours) & ~has_differed
-        is_accepted = is_accepted | (first & _single(stage, residual, noise, mine, yours))
-        has_differed = has_differed | (mine != yours)
-        yield place, is_accepted & (mine != yours)
-        decoded = table.decode_rows(mine)
-        residual = residual - decoded
-        # Both the decoded row and the difference are rounded.
-        noise = noise + _LOSS * decoded.double().norm(dim=1)
+        yield partial(_single, stage, residual, noise)
+        decoded = table.decode_rows(ours[:, place])
+        residual, noise = _subtracted(residual, noise, decoded)
+
+
+def _rounded(
+    quantizer: ResidualFiniteScalarQuantizer, module: ScalarPart, rows: Tensor, ours: Tensor
+) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    residual = rows[:, module.part.start : module.part.stop].contiguous()
+    residual, noise = _projected(residual, rows.new_zeros(len(rows), dtype=torch.float64), module.input_projection())
+    bound = quantizer.first_bound(torch.device("cpu"))
+    if bound is not None:
+        # The bound's slope is at most half the number of levels, and its values are at most 1 and a little.
+        most = max(quantizer.levels)
+        noise = most * (noise + _LOSS * residual.double().abs().amax(dim=1)) + most * _LOSS
+        residual = bound(residual)
+    for channels, place in zip(quantizer.stages(), module.part.places, strict=True):
+        yield partial(_scalar, channels, residual, noise)
+        digits = [ours[:, place] // channel.weight % len(channel.values) for channel in channels]
+        values = [torch.from_numpy(channel.values)[digit] for channel, digit in zip(channels, digits, strict=True)]
+        residual, noise = _subtracted(residual, noise, torch.stack(values, dim=1))
+
+
+def _subtracted(residual: Tensor, noise: Tensor, decoded: Tensor) -> tuple[Tensor, Tensor]:
+    # Both the decoded row and the difference are rounded.
+    return residual - decoded, noise + _LOSS * decoded.double().norm(dim=1)
 
 
 def _projected(rows: Tensor, noise: Tensor, projection: Projection | None) -> tuple[Tensor, Tensor]:
