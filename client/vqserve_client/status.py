@@ -55,6 +55,8 @@ _LONGEST_TEXT = 2000
 # The beginnings of gRPC's own texts for a missing connection. They differ between releases; any other text is shown
 # like a server's.
 _NO_CONNECTION = re.compile(r"failed to connect to all addresses|errors resolving|DNS resolution failed")
+# What is missing is the first frame of a gRPC server: another kind of server sends something else, or waits for more.
+_FOREIGN = re.compile(r"SETTINGS frame|http1\.x server|Failed parsing HTTP/2")
 _LOST_CONNECTION = re.compile(r"Stream removed|Socket closed|recvmsg:|sendmsg:|GOAWAY received|ping timeout")
 _NO_SERVER = "is the server running, and is this its address? `vqserved serve` starts one"
 _LIMIT = "max_message_bytes"
@@ -94,8 +96,7 @@ class Failure:
     @property
     def is_foreign(self) -> bool:
         """Return whether what was reached does not speak gRPC."""
-        # The first frame of a gRPC server: another kind of server sends something else, or waits for more.
-        return self.is_unsent and "SETTINGS frame" in self.details
+        return self.is_unsent and _FOREIGN.search(self.details) is not None
 
     @property
     def is_retried(self) -> bool:

@@ -30,7 +30,7 @@ from vqserve import __version__
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1 import tokenizer_pb2_grpc
 from vqserve_client import Client
-from vqserve_server import app, cli, console
+from vqserve_server import app, cli, console, extra
 from vqserve_server.codebooks import save_codebook
 from vqserve_server.config import RpcConfig
 from vqserve_server.errors import StartError
@@ -130,7 +130,7 @@ def test_a_value_in_the_log_cannot_pass_for_another_field() -> None:
 def test_every_package_of_the_extra_is_known_to_be_of_it() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     names = {re.match(r"[\w-]+", need).group() for need in project["optional-dependencies"]["server"]}
-    assert {name.replace("grpcio", "grpc").replace("-", "_") for name in names} == cli._EXTRA
+    assert {name.replace("grpcio", "grpc").replace("-", "_") for name in names} == extra._PACKAGES
 
 
 def test_as_a_module_it_is_the_command() -> None:

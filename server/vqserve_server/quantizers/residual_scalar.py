@@ -279,7 +279,7 @@ class ResidualFiniteScalarQuantizer(Quantizer):
             )
             for channels in self.stages()
         )
-        first_bound = self._first_bound(device)
+        first_bound = self.first_bound(device)
         parts = tuple(
             FrozenScalarPart(
                 part=module.part,
@@ -294,7 +294,8 @@ class ResidualFiniteScalarQuantizer(Quantizer):
             part.check_outputs()
         return FrozenResidualScalar(**sizes, _parts=parts)
 
-    def _first_bound(self, device: torch.device) -> FirstBound | None:
+    def first_bound(self, device: torch.device) -> FirstBound | None:
+        """Return what makes r_0 of a group's channels; None: r_0 is the channels."""
         match self.bound:
             case "atanh_twice":
                 return FirstBound.of([Curve.of_fsq(level) for level in self.levels], device)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, get_args
 
 import numpy as np
@@ -16,9 +17,11 @@ from vqserve.errors import CodebookError, InvalidArgument
 from vqserve.layout import Layout
 from vqserve_server.codebooks.kinds import KINDS
 from vqserve_server.codebooks.state import WEIGHT, CodebookState
-from vqserve_server.quantizers import Quantizer
+from vqserve_server.quantizers import Quantizer, ResidualFiniteScalarQuantizer
 from vqserve_server.quantizers.fsq_boundaries import Bound
 from vqserve_server.quantizers.quantizer import Metric
+from vqserve_server.quantizers.residual_scalar import ResidualBound, Scales
+from vqserve_server.quantizers.scalar import BitOrder
 from vqserve_server.quantizers.tensors import to_rows, widen
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -27,7 +30,6 @@ _MAX_TOKENS = 4096
 # Near-ties and a few damaged tokens may remain.
 _AGREES = 0.9
 _METRICS: tuple[Metric, ...] = get_args(Metric)
-_BOUNDS: tuple[Bound, ...] = get_args(Bound)
 
 
 @dataclass(frozen=True)
@@ -133,22 +135,30 @@ def _under_layout(quantizer: Quantizer, z: Tensor, layout: Layout) -> Tensor | N
 def _variants(state: CodebookState, quantizer: Quantizer) -> Iterator[tuple[str, Callable[[], Quantizer]]]:
     """Yield what is changed, and a function that builds the changed quantizer."""
     arguments, tensors = dict(state.arguments), dict(state.tensors)
-    for name, values, flag in (
-        ("bound", _BOUNDS, "--bound"),
-        ("bit_order", ("big", "little"), "--bit-order"),
-        ("metric", _METRICS, "--metric"),
-    ):
-        for value in values:
-            if name in arguments and arguments[name] != value:
-                changed = {**arguments, name: value}
-                if value != "cosine" and "decode_normalized" in changed:
-                    changed["decode_normalized"] = False
-                what = f"the {name.replace('_', ' ')} is {value}: {flag} {value}"
-                yield what, partial(_build, state.kind, changed, tensors)
+    for changes in _changes(state.kind):
+        if not all(name in arguments for name in changes) or changes.items() <= arguments.items():
+            continue
+        changed = {**arguments, **changes}
+        if changed.get("metric") != "cosine" and "decode_normalized" in changed:
+            changed["decode_normalized"] = False
+        names = " and ".join(f"the {name.replace('_', ' ')} is {value}" for name, value in changes.items())
+        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items())
+        yield f"{names}: {flags}", partial(_build, state.kind, changed, tensors)
     if quantizer.chains():
         yield from _stage_orders(state)
     elif quantizer.codebooks():
         yield from _single_variants(state, quantizer)
+
+
+def _changes(kind: str) -> Iterator[Mapping[str, object]]:
+    """Yield values of arguments that a checkpoint may not determine."""
+    if kind == ResidualFiniteScalarQuantizer.kind:
+        for bound, scales in product(get_args(ResidualBound), get_args(Scales)):
+            yield {"bound": bound, "scales": scales}
+        return
+    yield from ({"bound": bound} for bound in get_args(Bound))
+    yield from ({"bit_order": order} for order in get_args(BitOrder))
+    yield from ({"metric": metric} for metric in _METRICS)
 
 
 def _single_variants(state: CodebookState, quantizer: Quantizer) -> Iterator[tuple[str, Callable[[], Quantizer]]]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kinds import with_every_kind
 from support.brute_force import nearest
 from vqserve_server.errors import ForeignCheckpointError
 from vqserve_server.quantizers import (
@@ -16,6 +17,7 @@ from vqserve_server.quantizers import (
     FiniteScalarQuantizer,
     GumbelQuantizer,
     LookupFreeQuantizer,
+    ResidualFiniteScalarQuantizer,
     ResidualQuantizer,
     VectorQuantizer,
     VectorQuantizerWithInputProjection,
@@ -179,6 +181,11 @@ def test_stages_on_another_axis_are_pointed_out():
     [
         (FiniteScalarQuantizer([8, 6]), FiniteScalarQuantizer([8, 6], "symmetric"), "--bound symmetric"),
         (LookupFreeQuantizer(5, "big"), LookupFreeQuantizer(5, "little"), "--bit-order little"),
+        (
+            ResidualFiniteScalarQuantizer([5, 5], 3, "atanh", "levels_minus_one"),
+            ResidualFiniteScalarQuantizer([5, 5], 3, "soft_clamp", "levels"),
+            "--bound soft_clamp --scales levels",
+        ),
     ],
 )
 def test_a_reason_of_scalars(ours, theirs, what):
@@ -230,22 +237,24 @@ def test_a_file_that_is_not_there_or_holds_names(run, tmp_path, capsys):
     assert "z.npz holds arrays by name" in capsys.readouterr()[1]
 
 
-QUANTIZERS = {
-    "vq": lambda: VectorQuantizer(16, 4),
-    "remap": lambda: VectorQuantizer(16, 4, remap=[3, 1, 8]),
-    "projection": lambda: VectorQuantizerWithInputProjection(4, 16, 3),
-    "cosine": lambda: CosineQuantizer(16, 4),
-    "dot": lambda: DotQuantizer(16, 4),
-    "gumbel": lambda: GumbelQuantizer(4, 2, 16),
-    "fsq": lambda: FiniteScalarQuantizer([8, 5, 3, 4]),
-    "lfq": lambda: LookupFreeQuantizer(4, "big"),
-    "rvq": lambda: ResidualQuantizer(4, 16, 4),
-    "grouped": lambda: ResidualQuantizer(4, 16, 2, 4, groups=2),
-    "dac": lambda: ResidualQuantizer(4, 16, 2, 4, "cosine", stage_projections=True),
-    "mimi": lambda: ResidualQuantizer(4, 16, 3, 4, inner_dim=3, first_quantizers=1),
-    "sizes": lambda: ResidualQuantizer(4, [16, 9, 5, 16], 4),
-    "normalized_residuals": lambda: ResidualQuantizer(4, 16, 4, normalize_residuals=True),
-}
+QUANTIZERS = with_every_kind(
+    {
+        "vq": lambda: VectorQuantizer(16, 4),
+        "remap": lambda: VectorQuantizer(16, 4, remap=[3, 1, 8]),
+        "projection": lambda: VectorQuantizerWithInputProjection(4, 16, 3),
+        "cosine": lambda: CosineQuantizer(16, 4),
+        "dot": lambda: DotQuantizer(16, 4),
+        "gumbel": lambda: GumbelQuantizer(4, 2, 16),
+        "fsq": lambda: FiniteScalarQuantizer([8, 5, 3, 4]),
+        "lfq": lambda: LookupFreeQuantizer(4, "big"),
+        "rvq": lambda: ResidualQuantizer(4, 16, 4),
+        "grouped": lambda: ResidualQuantizer(4, 16, 2, 4, groups=2),
+        "dac": lambda: ResidualQuantizer(4, 16, 2, 4, "cosine", stage_projections=True),
+        "mimi": lambda: ResidualQuantizer(4, 16, 3, 4, inner_dim=3, first_quantizers=1),
+        "sizes": lambda: ResidualQuantizer(4, [16, 9, 5, 16], 4),
+        "normalized_residuals": lambda: ResidualQuantizer(4, 16, 4, normalize_residuals=True),
+    }
+)
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
@@ -253,7 +262,8 @@ def test_every_kind_tells_wrong_indices(name):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         quantizer = QUANTIZERS[name]()
-        z = torch.randn(3, 4, 5) if isinstance(quantizer, ResidualQuantizer) else torch.randn(3, 5, 4)
+        quantizer.layout = "channels_last"
+        z = torch.randn(3, 5, quantizer.input_dim)
     for parameter in quantizer.parameters():
         parameter.data.normal_(generator=torch.Generator().manual_seed(1))
     indices = quantizer.encode(z).numpy()
@@ -321,6 +331,28 @@ def test_scalars_next_to_a_jump():
     outcome = verify(quantizer, z, ours - 1)
     assert (outcome.different, outcome.near_ties) == (1, 1)
     assert not verify(quantizer, z, ours - 5).holds
+
+
+@pytest.mark.parametrize("bound", ["atanh", "atanh_twice", "soft_clamp", "symmetric"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_near_ties_of_residual_grids(bound, groups):
+    quantizer = ResidualFiniteScalarQuantizer([5, 5], 3 * groups, bound, "levels_minus_one", groups=groups)
+    at_jump = RNG.standard_normal((400, 2 * groups)).astype(np.float32)
+    digit = quantizer.encode(torch.from_numpy(at_jump))[:, 0].numpy()
+    # Two latents with adjacent numbers in one channel, on the two sides of a jump: rounding confuses them.
+    beyond = at_jump.copy()
+    beyond[:, 0] += 2
+    for _ in range(40):
+        middle = at_jump.copy()
+        middle[:, 0] = (at_jump[:, 0] + beyond[:, 0]) / 2
+        is_before = quantizer.encode(torch.from_numpy(middle))[:, 0].numpy() == digit
+        at_jump[is_before], beyond[~is_before] = middle[is_before], middle[~is_before]
+    here, there = (quantizer.encode(torch.from_numpy(rows)).numpy() for rows in (at_jump, beyond))
+    assert (here[:, 0] != there[:, 0]).mean() > 0.5
+    outcome = verify(quantizer, at_jump, there)
+    assert outcome.different > 100
+    assert outcome.holds
+    assert not verify(quantizer, at_jump, (here + 7) % 25).holds
 
 
 def test_very_many_differences_are_not_all_looked_at():
