@@ -105,9 +105,9 @@ def _scalar(channels: Sequence[Channel], z: Tensor, noise: Tensor, ours: Tensor,
         there = (theirs // channel.weight) % levels
         # tanh is flat at the outer levels: there the error in its argument grows with the number of levels. The values
         # of a later stage are closer together.
-        x = z[:, number].double()
+        x = z[:, number].contiguous().double()
         room = _LOSS * (x.abs() + levels * float(channel.values.max())) + noise
-        jumps = torch.from_numpy(channel.boundaries)
+        jumps = torch.from_numpy(channel.boundaries).contiguous()
         excused &= torch.searchsorted(jumps, x - room) <= there
         excused &= there <= torch.searchsorted(jumps, x + room)
     return excused

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from support.foreign.case import layer, linear, normal
+from vqserve_server.codebooks import load_codebook
 from vqserve_server.tokenizer import Tokenizer
 from vqserve_tools import cli
 
@@ -165,6 +166,30 @@ GRID = [*RESIDUAL, "--levels", "5,5", "--stages", "2"]
 )  # fmt: skip
 def test_residual_grids_that_are_not_described(tmp_path, capsys, arrays, flags, match):
     assert match in refuse(arrays, tmp_path, capsys, *flags)
+
+
+@pytest.mark.parametrize(
+    ("version", "bound", "scales"),
+    [
+        ("1.17.8", "atanh_twice", "levels_minus_one"),
+        ("1.18.3", "atanh_twice", "levels_minus_one"),
+        ("1.18.5", "atanh", "levels_minus_one"),
+        ("1.25.2", "atanh", "levels_minus_one"),
+        ("1.26", "soft_clamp", "levels"),
+        ("1.32.0", "soft_clamp", "levels"),
+    ],
+)
+def test_a_version_has_the_formula_of_its_sources(tmp_path, version, bound, scales):
+    status, path = import_of({"a": normal(2)}, tmp_path, *GRID, "--library-version", version)
+    assert status == 0
+    arguments = load_codebook(path).arguments
+    assert (arguments["bound"], arguments["scales"]) == (bound, scales)
+
+
+@pytest.mark.parametrize("version", ["1.18.4", "1.33.0", "2"])
+def test_a_version_whose_formula_is_not_known_is_no_guess(tmp_path, capsys, version):
+    error = refuse({"a": normal(2)}, tmp_path, capsys, *GRID, "--library-version", version)
+    assert "none of the releases whose formula is known" in error
 
 
 def test_xcodec_2_s_formula_is_known(tmp_path, capsys):

@@ -21,11 +21,12 @@ from vqserve_tools.importing.files import ForeignArray
 _KIND = "residual_fsq"
 _LAYERS = ("project_in", "project_out")
 _NAME = "residual finite scalar quantization"
-# From this version on, the default bound and scales of vector-quantize-pytorch.
-_VERSIONS: tuple[tuple[tuple[int, ...], ResidualBound, Scales], ...] = (
-    ((1, 26), "soft_clamp", "levels"),
-    ((1, 18, 3), "atanh", "levels_minus_one"),
-    ((0,), "atanh_twice", "levels_minus_one"),
+# The default bound and scales of vector-quantize-pytorch, from a release to below another, as their sources have them.
+# There is no release 1.18.4; those after 1.32 may change the formula again.
+_VERSIONS: tuple[tuple[tuple[int, ...], tuple[int, ...], ResidualBound, Scales], ...] = (
+    ((0,), (1, 18, 4), "atanh_twice", "levels_minus_one"),
+    ((1, 18, 5), (1, 26), "atanh", "levels_minus_one"),
+    ((1, 26), (1, 33), "soft_clamp", "levels"),
 )
 _XCODEC = "X-Codec 2 (or NeuCodec)"
 _XCODEC_WIDTH = 2048
@@ -78,8 +79,13 @@ def _bound_and_scales(options: Options) -> tuple[str, str]:
             )
         return options.bound, options.scales
     version = tuple(map(int, options.library_version.split(".")))
-    bound, scales = next((bound, scales) for first, bound, scales in _VERSIONS if version >= first)
-    return options.bound or bound, options.scales or scales
+    for first, below, bound, scales in _VERSIONS:
+        if first <= version < below:
+            return options.bound or bound, options.scales or scales
+    raise ForeignCheckpointError(
+        f"--library-version {options.library_version} is none of the releases whose formula is known (up to 1.18.3, 1.18.5 "
+        "to 1.32): pass --bound and --scales as its ResidualFSQ has them"
+    )
 
 
 def _reading(family: str, chains: Sequence[Checkpoint], formula: _Formula) -> Reading:
