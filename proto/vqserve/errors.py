@@ -29,7 +29,7 @@ VqserveError
     └── ForeignCheckpointError
 
 An error consists of fields. Its text is made where it is shown (`VqserveError.text`). docs/errors.md has the table.
-This module imports only the standard library, so that every other module can import it.
+This module imports only the standard library and `text`, so that every other module can import it.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any, Literal, Self, get_args
 
+from vqserve.text import printable
+
 ArrayName = Literal["latents", "indices", "tokens"]
 """The array that a position indexes: one of the caller's arrays, or the grid of their tokens."""
 ARRAY_NAMES: tuple[str, ...] = get_args(ArrayName)
@@ -50,6 +52,9 @@ ARRAY_NAMES: tuple[str, ...] = get_args(ArrayName)
 # {NAME=} stands for the argument NAME, for example {timeout=}.
 # With one more brace before it (see `escape`), a placeholder stands for itself.
 _PLACEHOLDER = re.compile(r"\{*\{(?:(where|option|suggestion)|([a-z_]{1,40})=)\}")
+
+# Characters of a message about a file; a list of a thousand names of arrays has fewer.
+_LONGEST_FOREIGN = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -405,7 +410,15 @@ class CodebookFileError(CodebookError):
 
 
 class ForeignCheckpointError(CodebookError):
-    """A foreign checkpoint cannot be read, or does not contain enough to be imported."""
+    """A foreign checkpoint cannot be read, or does not contain enough to be imported.
+
+    The text has names that a stranger chose: it is shown in one line, printable, of bounded length, and has no
+    placeholders.
+    """
+
+    def __init__(self, text: str = "", **fields: Any) -> None:
+        super().__init__(escape(printable(text, _LONGEST_FOREIGN)), **fields)
+        self.args = (text,)
 
 
 def _filled(

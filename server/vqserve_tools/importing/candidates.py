@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 
 from vqserve_server.quantizers.inference.residual import MAX_QUANTIZERS
 from vqserve_tools.importing.families.checkpoint import listed, places_of, shape_text
-from vqserve_tools.importing.families.name_lists import keys_text
+from vqserve_tools.importing.families.name_lists import keys_text, prefix_text
 from vqserve_tools.importing.families.names import is_part, is_running, numbered_siblings
 from vqserve_tools.importing.families.taming import CODES
 from vqserve_tools.importing.files import ForeignArray
@@ -43,7 +42,8 @@ def candidates_text(arrays: Mapping[str, ForeignArray]) -> str:
         shape, siblings = shapes[name], siblings_of[name]
         if 1 < len(siblings) <= MAX_QUANTIZERS and len(shape) == 2 and likeness[name]:
             listed_before.update(siblings)
-            options.append(f"{keys_text(siblings)} ({len(siblings)} stages of {shape_text(shape)})")
+            each = ", ".join(dict.fromkeys(shape_text(shapes[sibling]) for sibling in siblings))
+            options.append(f"{keys_text(siblings)} ({len(siblings)} stages of {each})")
         else:
             options.append(f"{_option(name, shape)} ({shape_text(shape)})")
     others = len(found) - len(chosen)
@@ -74,6 +74,6 @@ def _rank(name: str, shape: tuple[int, ...]) -> tuple[bool, bool, bool, Sequence
 def _option(name: str, shape: Sequence[int]) -> str:
     place = next((place for ending in CODES for place in places_of([name], ending)), "")
     if place:
-        return f"--prefix {shlex.quote(place)}"
+        return prefix_text(place)
     key = keys_text([name])
     return key if len(shape) == 2 else f"{key} --kind rvq or {key} --groups"

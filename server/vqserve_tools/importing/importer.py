@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from vqserve_tools.importing.config import config_of
 from vqserve_tools.importing.families import FAMILIES, Family, bare, taming
 from vqserve_tools.importing.families.checkpoint import Checkpoint, Ledger, listed, shape_text
 from vqserve_tools.importing.families.family import Reading
+from vqserve_tools.importing.families.name_lists import prefix_text
 from vqserve_tools.importing.families.names import is_part, is_running
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.orientation import check_counts
@@ -226,11 +226,9 @@ def _found(checkpoint: Checkpoint) -> tuple[Family, str]:
         # Beside other quantizers, these names at the root are the embedding of a language model, not a codebook.
         del found[""]
     # A stage may look like a quantizer of its own.
-    found = {place: found[place] for place in found if not any(_is_stage(place, outer) for outer in found)}
+    found = {place: family for place, family in found.items() if not _is_stage(place, found)}
     if len(found) > 1:
-        choices = [
-            f"--prefix {shlex.quote(checkpoint.prefix + place)} ({family.name})" for place, family in found.items()
-        ]
+        choices = [f"{prefix_text(checkpoint.prefix + place)} ({family.name})" for place, family in found.items()]
         raise checkpoint.error(f"it has several quantizers: choose one with {listed(choices)}")
     if not found:
         where = f"under {checkpoint.prefix!r}" if checkpoint.prefix else "at its root"
@@ -239,8 +237,10 @@ def _found(checkpoint: Checkpoint) -> tuple[Family, str]:
     return family, place
 
 
-def _is_stage(place: str, outer: str) -> bool:
-    return place.startswith(outer) and _STAGE.match(place, len(outer)) is not None
+def _is_stage(place: str, found: Mapping[str, Family]) -> bool:
+    """Return whether a place is in a numbered module of another one."""
+    starts = (0, *(position + 1 for position, character in enumerate(place) if character == "."))
+    return any(place[:start] in found and _STAGE.match(place, start) for start in starts)
 
 
 def _state(checkpoint: Checkpoint, reading: Reading, options: Options) -> CodebookState:

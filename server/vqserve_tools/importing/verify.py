@@ -112,6 +112,11 @@ def verify(
             f"--verify: {names[1]} has shape {indices.shape}, the latents' indices have {tuple(ours.shape)}"
             f"{_axis_hint(quantizer, indices, tuple(ours.shape))}"
         )
+    if not indices.size:
+        raise ForeignCheckpointError(f"--verify: {names[1]} has no indices, so nothing would be compared")
+    if indices.dtype.kind == "u":
+        # An index beyond int64 would become a negative one.
+        indices = np.minimum(indices.astype(np.uint64), np.uint64(np.iinfo(np.int64).max))
     theirs = torch.from_numpy(indices.astype(np.int64))
     differs = ours != theirs
     different = int(differs.sum())

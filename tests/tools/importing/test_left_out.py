@@ -158,6 +158,16 @@ LEFT_OUT = {
         {"metric": "l2", "keys": tuple(f"ceps{i}" for i in range(11))},
         ["ceps11 (10x4) may be further stages", f"pass {' '.join(f'--key ceps{i}' for i in range(12))} for stages"],
     ),
+    "stage_with_fewer_codes_not_named": (
+        {"ceps0": CODES, "ceps1": CODES[:7], "ceps2": CODES[:5]},
+        {"metric": "l2", "keys": ("ceps0", "ceps1")},
+        ["ceps2 (5x4) may be further stages", "pass --key ceps0 --key ceps1 --key ceps2 for stages"],
+    ),
+    "stage_with_fewer_columns_not_named": (
+        {"ceps0": CODES.T.copy(), "ceps1": CODES[:7].T.copy()},
+        {"metric": "l2", "keys": ("ceps0",), "transpose": True},
+        ["ceps1 (4x7) may be further stages"],
+    ),
     "one_quantizer_of_a_list": (
         encodec("quantizer.0.") | encodec("quantizer.1."),
         {"prefix": "quantizer.0"},
@@ -192,6 +202,36 @@ LEFT_OUT = {
         projections("mlp.", 6, 4) | {"quantizer.project_down.weight": ones(4, 6)},
         FSQ,
         ["quantizer.project_down.weight (4x6)"],
+    ),
+    "fsq_of_other_levels_in_a_module_of_any_name": (
+        projections("tokenizer.", 6, 4),
+        {"kind": "fsq", "levels": (8, 5, 5)},
+        ["tokenizer.project_in.weight (4x6)", "tokenizer.project_out.weight (6x4)"],
+    ),
+    "projections_of_fsq_by_other_names": (
+        layers("bottleneck.", "proj_in", inputs=6),
+        FSQ,
+        ["bottleneck.proj_in.weight (4x6)", "bottleneck.proj_in.bias (4)"],
+    ),
+    "projections_of_lfq_with_weight_norm": (
+        {"model.neck.project_in.weight_v": ones(4, 6), "model.neck.project_in.weight_g": ones(4, 1)},
+        {"kind": "lfq", "bits": 4},
+        ["model.neck.project_in.weight_v (4x6)", "model.neck.project_in.weight_g (4x1)"],
+    ),
+    "second_quantizer_by_its_name": (
+        encodec("acoustic_vq.") | {"semantic_vq.codebook.weight": CODES},
+        {},
+        ["pass --prefix acoustic_vq. for the first, or --key semantic_vq.codebook.weight for"],
+    ),
+    "second_quantizer_with_a_number": (
+        {f"{at}.embedding.weight": CODES for at in ("quantize", "quantize2")},
+        {"metric": "l2"},
+        ["pass --prefix quantize. for the first, or --key quantize2.embedding.weight for"],
+    ),
+    "codebook_without_a_module": (
+        {"quantize.embedding.weight": CODES, "semantic_codebook": CODES},
+        {"metric": "l2"},
+        ["semantic_codebook (10x4)"],
     ),
     "moments_of_a_batch_norm": (
         encodec("quantizer.vq.") | {"quantizer.norm.running_mean": ones(4), "quantizer.norm.running_var": ones(4)},
@@ -244,6 +284,18 @@ LEAVE = {
     "average_of_a_model_by_key": (
         {f"model_ema.{name}": CODES for name in ("quantizeembeddingweight", "encoderconv_inweight", "decay")},
         {"metric": "l2", "keys": ("model_ema.quantizeembeddingweight",)},
+    ),
+    "second_quantizer_beside_a_prefix": (
+        encodec("acoustic_vq.") | {"semantic_vq.codebook.weight": CODES},
+        {"prefix": "acoustic_vq"},
+    ),
+    "second_quantizer_beside_a_key": (
+        encodec("acoustic_vq.") | {"semantic_vq.codebook.weight": CODES},
+        {"metric": "l2", "keys": ("semantic_vq.codebook.weight",)},
+    ),
+    "projections_of_an_encoder_beside_those_of_fsq": (
+        projections("quantizer.", 6, 4) | projections("encoder.", 9, 6),
+        FSQ,
     ),
     "layers_around_fsq": (
         {"encoder.w": ones(2, 2), "quant_conv.weight": ones(6, 6), "decoder.conv_out.bias": ones(3)},
@@ -305,6 +357,15 @@ def test_codes_in_columns(tmp_path):
     stack = {"q.embed": np.stack([CODES.T, CODES.T + 1])}
     result = imported(tmp_path, stack, keys=("q.embed",), metric="l2", transpose=True, kind="rvq")
     assert np.array_equal(np.stack(rows_of(result)), np.stack([CODES, CODES + 1]))
+
+
+@pytest.mark.parametrize("name", ["vq.embeddings", "codebook"])
+def test_a_square_codebook_that_only_its_name_tells_is_asked_about(tmp_path, name):
+    arrays = {name: CODES[:4], "encoder.w": ones(2)}
+    with pytest.raises(ForeignCheckpointError, match=f"{name} is 4x4.* pass --key {name} if they are rows"):
+        imported(tmp_path, arrays, metric="l2")
+    # An embedding of torch has a code in each row.
+    assert imported(tmp_path, {f"{name}.weight": CODES[:4]}, metric="l2").state.kind == "vq"
 
 
 def test_a_square_codebook_has_a_note(tmp_path):
@@ -401,9 +462,14 @@ def test_numbered_siblings_are_offered_as_stages(tmp_path):
         imported(tmp_path, arrays | {"encoder.w": ones(2, 2)})
     keys = " ".join(f"--key {name}" for name in arrays)
     assert f"likely ones first: {keys} (12 stages of 10x4)" in str(caught.value)
-    # Another shape is another codebook.
+    # A stage may have fewer codes; another width is another codebook.
     arrays["rq.levels.5.codes_of_level"] = CODES[:9]
-    with pytest.raises(ForeignCheckpointError, match=r"11 stages of 10x4\), --key rq\.levels\.5\.codes_of_level \(9x4"):
+    with pytest.raises(ForeignCheckpointError, match=r"\(12 stages of 10x4, 9x4\)"):
+        imported(tmp_path, arrays)
+    arrays["rq.levels.5.codes_of_level"] = CODES[:, :3]
+    with pytest.raises(
+        ForeignCheckpointError, match=r"11 stages of 10x4\), --key rq\.levels\.5\.codes_of_level \(10x3"
+    ):
         imported(tmp_path, arrays)
 
 
@@ -417,3 +483,13 @@ def test_a_stage_is_no_quantizer_of_its_own(tmp_path):
     # At the root is a language model: its embedding is no quantizer around a numbered module.
     arrays = {"embedding.weight": CODES, **{f"blocks.0.{name}": a for name, a in encodec("vq.").items()}}
     assert imported(tmp_path, arrays).place == "blocks.0.vq."
+
+
+def test_groups_of_residual_fsq_are_found_inside_a_model(tmp_path):
+    arrays = projections("net.rvqs.0.", 6, 3) | projections("net.rvqs.1.", 6, 3) | {"encoder.w": ones(2)}
+    options = {"kind": "residual_fsq", "levels": (8, 5, 5), "stages": 2, "library_version": "1.17.8"}
+    found = imported(tmp_path, arrays, **options)
+    named = imported(tmp_path, arrays, prefix="net", **options)
+    assert found.state.arguments["groups"] == 2
+    assert found.state.arguments == named.state.arguments
+    assert all(np.array_equal(found.state.tensors[name], array) for name, array in named.state.tensors.items())

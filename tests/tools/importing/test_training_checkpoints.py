@@ -284,6 +284,28 @@ def test_names_of_an_optimizer_tell_what_they_are(tmp_path, fakes):
     assert "callbacks.ModelCheckpoint{'monitor': 'loss'}.best_model_score" in names
 
 
+@pytest.mark.parametrize(
+    ("around_model", "around_copy"),
+    [("module.", ""), ("", "module."), ("_orig_mod.", "module."), ("vqvae.", "ema_model."), ("", "state.module.net.")],
+)
+def test_names_stay_complete_beside_a_copy_in_other_wrappers(tmp_path, around_model, around_copy):
+    path = tmp_path / "last.pt"
+    model = {"encoder.w": torch.ones(3, 3), "quantize.embedding.weight": torch.ones(5, 4)}
+    content = {
+        key: {f"{around}{name}": tensor for name, tensor in model.items()}
+        for key, around in (("model", around_model), ("averaged", around_copy))
+    }
+    torch.save(content, path)
+    assert f"averaged.{around_copy}quantize.embedding.weight" in read(path)
+    assert f"model.{around_model}quantize.embedding.weight" in read(path)
+
+
+def test_a_quantizer_beside_the_model_is_not_lost(tmp_path):
+    path = tmp_path / "last.pt"
+    torch.save({"model": {"encoder.w": torch.ones(3, 3)}, "quantizer": {"embedding.weight": torch.ones(5, 4)}}, path)
+    assert set(read(path)) == {"model.encoder.w", "quantizer.embedding.weight"}
+
+
 def test_attributes_of_objects_are_names(tmp_path, fakes):
     content = {"scaler": fakes.Scaler(torch.ones(1)), "slots": fakes.Slots(torch.ones(2)),
                "queue": collections.deque([torch.ones(3)]), "more": collections.defaultdict(list, {"a": torch.ones(4)}),

@@ -61,6 +61,17 @@ def test_a_pair_over_a_grid(run):
     assert run(last, indices, "--metric", "l2", "--layout", "channels_last", "--force")[0] == 0
 
 
+def test_an_empty_pair_is_no_verification(run):
+    status, _, err, _ = run(np.zeros((0, CODES.shape[1]), np.float32), np.zeros(0, np.int64))
+    assert status == 1
+    assert "nothing would be compared" in err
+
+
+def test_indices_beyond_int64_stay_large(run):
+    _, _, err, _ = run(CODES[:5], np.arange(5, dtype=np.uint64) + 2**63)
+    assert "is 0 here and 9223372036854775807 there" in err
+
+
 def test_one_wrong_index_is_found(run):
     z = RNG.standard_normal((100, 4)).astype(np.float32)
     indices = nearest(z, CODES)

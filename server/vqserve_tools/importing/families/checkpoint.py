@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from vqserve.errors import ForeignCheckpointError
+from vqserve.text import printable
 from vqserve_server.search import rounding
 from vqserve_server.validation import first_non_finite
 from vqserve_tools.importing.families.name_lists import accept_text, accepts, common_module, modules_of
@@ -103,9 +104,13 @@ class Checkpoint:
         """Record that the columns of an array are the codes."""
         self.ledger.columns.add(f"{self.prefix}{name}")
 
+    def knows(self, name: str) -> None:
+        """Record that the reader knows an array, by its full name, and leaves it."""
+        self.ledger.known.add(name)
+
     def note(self, text: str) -> None:
         """Add information for the user."""
-        self.ledger.notes.append(text)
+        self.ledger.notes.append(printable(text))
 
     def check_known(self, names: Iterable[str], modules: Iterable[str] | None = None) -> None:
         """Check that the reader knows all arrays; an unknown array may change the results of the model.

@@ -52,8 +52,7 @@ def _check_residual(checkpoint: Checkpoint, levels: tuple[int, ...]) -> None:
         if sizes or _XCODEC.search(full):
             raise checkpoint.error(
                 f"{full} is of X-Codec 2 or NeuCodec, whose quantizer is a residual one (ResidualFSQ): finite scalar "
-                "quantization would give other tokens; load the projections into a ResidualFiniteScalarQuantizer, and "
-                "write it with save_codebook"
+                "quantization would give other tokens: leave out --kind and --levels, or pass --kind residual_fsq"
             )
 
 

@@ -14,12 +14,35 @@ def accepts(pattern: str, name: str) -> bool:
 def accept_text(names: Iterable[str]) -> str:
     """Return the option that accepts that these arrays are left."""
     names = list(names)
-    return f"--accept-left {' '.join(map(shlex.quote, modules_of(names, common_module(names))))}"
+    return f"--accept-left {' '.join(map(_argument, modules_of(names, common_module(names))))}"
 
 
 def keys_text(names: Iterable[str]) -> str:
     """Return the options that name these arrays as codebooks."""
-    return " ".join(f"--key {shlex.quote(name)}" for name in names)
+    return " ".join(_option("--key", name) for name in names)
+
+
+def prefix_text(place: str) -> str:
+    """Return the option that says where the quantizer is."""
+    return _option("--prefix", place)
+
+
+def _option(flag: str, value: str) -> str:
+    return f"{flag}{'=' if value.startswith('-') else ' '}{_argument(value)}"
+
+
+def _argument(name: str) -> str:
+    """Return a name as a shell reads it; what is not printable is written as bash, ksh and zsh read it."""
+    if name.isprintable() and "  " not in name:
+        return shlex.quote(name)
+    return f"$'{''.join(map(_escaped, name))}'"
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if character in "\\' " or (code < 0x80 and not character.isprintable()):
+        return f"\\x{code:02x}"
+    return character if character.isprintable() else f"\\U{code:08x}"
 
 
 def common_module(names: Iterable[str]) -> str:

@@ -71,7 +71,9 @@ def _rows(checkpoint: Checkpoint, name: str) -> Floats:
     rows, columns = checkpoint.shape(name)
     counted = {array.shape for other, array in checkpoint.names().items() if _COUNTS.fullmatch(other)}
     where = f"{checkpoint.prefix}{name} is {shape_text((rows, columns))}"
-    if rows < columns and not counted & {(rows,), (columns,)}:
+    # Layers of torch have outputs, which are the codes, as rows; a square array of another name may have either.
+    is_open = rows < columns or (rows == columns and not name.endswith(".weight"))
+    if is_open and (rows == columns or not counted & {(rows,), (columns,)}):
         raise checkpoint.error(
             f"{where}, and nothing beside it tells whether its codes are rows or columns: pass "
             f"{keys_text([checkpoint.prefix + name])} if they are rows, or "

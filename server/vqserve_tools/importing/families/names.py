@@ -18,6 +18,9 @@ _PART = re.compile(
 )
 _MODULE = re.compile(r"quanti[sz]|(?:^|_)(?:quant|r?vqs?|rq|r?lfq|r?fsq|bsq|ibq|codebooks?)(?:_|\d|$)|^regularization$")
 _LAYER = re.compile(r"conv|proj|^(?:pre|post)_")
+_TABLE = re.compile(r"_?(?:embed|embeddings?|codebooks?|codes|dictionary)")
+_NAMED_TABLE = re.compile(r"(?:^|_)(?:codebooks?|dictionary)$")
+_PROJECTION = re.compile(r"project_(?:in|out)|proj_(?:in|out)|(?:in|out)(?:put)?_(?:proj|project)")
 _NUMBER = re.compile(r"\d+")
 # A module with one of these inside is a whole model, whatever its name is.
 _MODEL = re.compile(r"(?:^|[._])(?P<name>(?:en|de)coder)")
@@ -32,6 +35,11 @@ def is_running(name: str) -> bool:
 def is_part(name: str) -> bool:
     """Return whether a name, seen from the module that holds it, is a part of a quantizer beside its codes."""
     return bool(_PART.fullmatch(name.partition(".")[0]))
+
+
+def is_projection(name: str) -> bool:
+    """Return whether an array is of a layer with the name of a projection to or from codes."""
+    return any(map(_PROJECTION.fullmatch, name.split(".")))
 
 
 def owner_of(name: str) -> str:
@@ -71,21 +79,31 @@ class Modules:
                 return prefix
         return None
 
+    def may_be_codes(self, name: str) -> bool:
+        """Return whether an array is a table of codes by its name: in a quantizer's module, or named codebook."""
+        last = name.removesuffix(".weight").rpartition(".")[2]
+        in_quantizer = self.quantizer_of(name) is not None
+        return bool(_NAMED_TABLE.search(last) or (in_quantizer and _TABLE.fullmatch(last)))
+
 
 def _prefixes(name: str) -> list[str]:
     """Return the prefixes of all modules around an array, the empty one of the file first."""
     return ["", *(name[: position + 1] for position, character in enumerate(name) if character == ".")]
 
 
-def numbered_siblings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
-    """Return for every array those of its shape whose names differ from its own in numbers only, in their order.
+def numbered_siblings(shapes: Mapping[str, tuple[int, ...]], *, width_axis: int = -1) -> dict[str, list[str]]:
+    """Return for every array those of its width whose names differ from its own in numbers only, in their order.
+
+    Stages may differ in the number of codes.
 
     Args:
         shapes: shapes of arrays by name.
+        width_axis: axis of the codes' width in arrays of two axes.
     """
-    groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    groups: dict[tuple[str, int, tuple[int, ...]], list[str]] = {}
     for name, shape in shapes.items():
-        groups.setdefault((_NUMBER.sub("0", name), shape), []).append(name)
+        sizes = (shape[width_axis],) if len(shape) == 2 else shape
+        groups.setdefault((_NUMBER.sub("0", name), len(shape), sizes), []).append(name)
     for group in groups.values():
         group.sort(key=lambda name: [int(number) for number in _NUMBER.findall(name)])
     return {name: group for group in groups.values() for name in group}

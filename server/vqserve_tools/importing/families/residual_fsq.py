@@ -20,6 +20,7 @@ from vqserve_tools.importing.files import ForeignArray
 
 _KIND = "residual_fsq"
 _LAYERS = ("project_in", "project_out")
+_GROUPS = re.compile(r"((?:.*?\.)?)rvqs\.\d+\.project_in\.")
 _NAME = "residual finite scalar quantization"
 # The default bound and scales of vector-quantize-pytorch, from a release to below another, as their sources have them.
 # There is no release 1.18.4; those after 1.32 may change the formula again.
@@ -56,6 +57,9 @@ def _read(checkpoint: Checkpoint, options: Options) -> Reading:
             "model's configuration, not in a checkpoint"
         )
     formula = _Formula(options.levels, options.stages, *_bound_and_scales(options))
+    places = {match[1] for match in map(_GROUPS.match, checkpoint.names()) if match}
+    if len(places) == 1:
+        checkpoint = checkpoint.at(*places)
     groups = numbered(checkpoint, "rvqs", checkpoint.names())
     if groups:
         checkpoint.check_known(

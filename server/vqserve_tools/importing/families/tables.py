@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from vqserve_tools.importing.families.checkpoint import (
     shape_text,
 )
 from vqserve_tools.importing.families.family import Reading
+from vqserve_tools.importing.families.name_lists import prefix_text
 
 _LAYERS = ("project_in", "project_out")
 _ROTATION = "orthogonal_rot"
@@ -170,7 +170,7 @@ def projections_to(
     if rotations:
         raise checkpoint.error(f"{checkpoint.prefix}{rotations[0]}{_ROTATION}: a rotation is not supported")
     if len(places) > 1:
-        choices = " or ".join(f"--prefix {shlex.quote(checkpoint.prefix + place)}" for place in places)
+        choices = " or ".join(prefix_text(checkpoint.prefix + place) for place in places)
         raise checkpoint.error(f"it has several projections to {width} channels: pass {choices}")
     if not places:
         several = places_of(arrays, f"{_LAYERS[0]}.weight") & {""}

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from vqserve_server.codebooks.state import DIRECTION, LEGACY_NAMES, NORM, USED, WEIGHT
 from vqserve_tools.importing.families.checkpoint import Checkpoint, Layer, layer_names, places_of, read_layer
 from vqserve_tools.importing.families.family import Family, Reading
+from vqserve_tools.importing.families.name_lists import keys_text
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.tables import Stage, single
 from vqserve_tools.importing.files import ForeignArray
@@ -82,6 +83,8 @@ def _bare(checkpoint: Checkpoint, options: Options, model: str) -> Reading:
             why = _OTHER_WHY
         metric = options.asked_metric(checkpoint, f"{checkpoint.prefix}{WEIGHT}", why)
     if model == "TiTok":
+        # The codes that its decoder predicts are not those of its tokens.
+        checkpoint.knows(f"{checkpoint.prefix.removesuffix('quantize.')}pixel_quantize.{WEIGHT}")
         decode_normalized = options.decode_of(model, metric, "normalized")
     else:
         decode_normalized = options.asked_decode(checkpoint, f"{checkpoint.prefix}{WEIGHT}", metric)
@@ -119,7 +122,7 @@ def _note_average(checkpoint: Checkpoint, metric: str) -> None:
     average = f"{outside}model_ema.{f'{place}{WEIGHT}'.replace('.', '')}"
     if average in checkpoint.arrays:
         checkpoint.note(
-            f"{average} is a moving average of the imported codes; --key {average} --metric {metric} imports it"
+            f"{average} is a moving average of the imported codes; {keys_text([average])} --metric {metric} imports it"
         )
 
 

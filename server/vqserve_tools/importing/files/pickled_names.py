@@ -7,6 +7,7 @@ configurations, callbacks and their references to each other.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
@@ -30,6 +31,10 @@ _TOO_MANY = (
 )
 # What trainers put around the state dict of the whole model.
 _WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
+# Levels of names that wrappers may have added to a model or to its copy.
+_MAX_ADDED = 8
+# A quantizer that was saved beside the model, not in it.
+_QUANTIZER = re.compile(r"quanti[sz]|codebook|(?:^|[._])r?vq")
 
 Entries: TypeAlias = Iterable[tuple[object, object]]
 
@@ -147,7 +152,7 @@ class _Tree:
         """Return the container of the model inside dictionaries around it.
 
         Names stay complete if the wrapper is ambiguous: beside tensors, with both wrappers, or beside another copy of
-        the same model, such as its moving average.
+        the same model, such as its moving average, or a quantizer that is not in the model.
         """
         for _ in range(_MAX_WRAPPERS):
             entries = self._entries.get(id(root), [])
@@ -155,25 +160,28 @@ class _Tree:
             if _table_of(root) is None or len(inner) != 1 or any(isinstance(v, PickledTensor) for _, v in entries):
                 break
             [(wrapper, model)] = inner
-            names = {name for name, _ in self.tensors(model)}
             others = (
-                ending
+                (f"{name}.{inside}", tensor)
                 for name, value in entries
-                if name != wrapper
-                for inside, _ in self.tensors(value)
-                # The copy may have more wrappers than the model.
-                for ending in _endings(inside)
+                # Optimizers of the model and of a wrapper around it have the same names.
+                if name != wrapper and not (isinstance(name, str) and "optim" in name)
+                for inside, tensor in self.tensors(value)
             )
-            if any(ending in names for ending in others):
+            # Wrappers of the model and of its copy may differ.
+            names = {ending for name, tensor in self.tensors(model) for ending in _endings(name, tensor, 2)}
+            if any(_QUANTIZER.search(name) or names.intersection(_endings(name, tensor, 1)) for name, tensor in others):
                 break
             root = model
         return root
 
 
-def _endings(name: str) -> Iterator[str]:
-    for _ in range(_MAX_WRAPPERS):
-        yield name
-        name = name.partition(".")[2]
+def _endings(name: str, tensor: PickledTensor, least: int) -> Iterator[int]:
+    """Yield hashes of a tensor's shape with its name, and with the ends of its name of at least `least` components."""
+    # Hashes, because the ends of many long names would take much memory. Two that are equal by chance do no harm.
+    yield hash((tensor.shape, name))
+    components = name.split(".")
+    for start in range(1, min(len(components) - least, _MAX_ADDED) + 1):
+        yield hash((tensor.shape, ".".join(components[start:])))
 
 
 def _table_of(value: object) -> Table | None:

@@ -19,6 +19,7 @@ _MAX_FILES = 512
 # Entries of a folder that are looked at.
 _MAX_ENTRIES = 10_000
 _MAX_INDEX_BYTES = 16 << 20
+_MAX_FILE_CHARACTERS = 200
 _INDEX = re.compile(r".+\.index(\.[\w-]+)?\.json")
 _PART = re.compile(r"(?P<before>.*?)[-_.]?(?P<number>\d+)[-_.]of[-_.](?P<count>\d+)(?P<after>.*)", re.IGNORECASE)
 # What trainers write beside the weights.
@@ -194,7 +195,8 @@ def _read_index(path: Path, name: str) -> Weights:
     files = sorted(set(places.values()))
     for file in files:
         parts = file.replace("\\", "/").split("/")
-        if file.startswith(("/", "\\")) or ".." in parts or re.match(r"[A-Za-z]:", file) or "\0" in file:
+        is_name = file.isprintable() and len(file) <= _MAX_FILE_CHARACTERS
+        if not is_name or file.startswith(("/", "\\")) or ".." in parts or re.match(r"[A-Za-z]:", file):
             raise ForeignCheckpointError(f"{name}: its file {file[:200]!r} is not in the folder of the index")
     return Weights(name, {file: path.parent / file for file in files}, places, path)
 
