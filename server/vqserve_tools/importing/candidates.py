@@ -12,6 +12,8 @@ from vqserve_tools.importing.families.names import is_part, is_running, numbered
 from vqserve_tools.importing.families.taming import CODES
 from vqserve_tools.importing.files import ForeignArray
 
+# The projection of quantizers whose codes are computed.
+_PROJECTED = "project_in.weight"
 # Words in the names of codebooks.
 _WORDS = ("codebook", "dictionary", "embed", "vq", "quant", "codes")
 _NO_CODES = (
@@ -30,6 +32,11 @@ def candidates_text(arrays: Mapping[str, ForeignArray]) -> str:
     matrices = [name for name in found if len(arrays[name].shape) == 2]
     likeness = {name: _likeness(name) for name in found}
     likely = [name for name in found if likeness[name]]
+    projected = sorted(
+        place for place in places_of(arrays, _PROJECTED) if len(arrays[f"{place}{_PROJECTED}"].shape) == 2
+    )
+    if projected and not likely:
+        return _grid_text(f"{projected[0]}{_PROJECTED}", arrays)
     chosen = sorted(likely or matrices or found, key=lambda name: (-likeness[name], *_rank(name, arrays[name].shape)))
     if not chosen:
         return _NO_CODES
@@ -49,6 +56,15 @@ def candidates_text(arrays: Mapping[str, ForeignArray]) -> str:
     others = len(found) - len(chosen)
     rest = f"; --dry-run lists all arrays, {others} more may be it" if others else ""
     return f"name the codebook, likely ones first: {listed(options)}{rest}"
+
+
+def _grid_text(name: str, arrays: Mapping[str, ForeignArray]) -> str:
+    shape = arrays[name].shape
+    return (
+        f"{name} ({shape_text(shape)}) is of a quantizer without a codebook: pass --kind fsq or --kind residual_fsq "
+        f"with --levels, {shape[0]} numbers of the model's configuration, or --kind lfq with --bits {shape[0]}; if the "
+        "codebook is another array, name it with --key (--dry-run lists all)"
+    )
 
 
 def _may_be_codes(array: ForeignArray) -> bool:

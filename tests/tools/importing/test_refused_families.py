@@ -168,6 +168,18 @@ def test_residual_grids_that_are_not_described(tmp_path, capsys, arrays, flags, 
     assert match in refuse(arrays, tmp_path, capsys, *flags)
 
 
+@pytest.mark.parametrize("beside", [{}, {"decoder.weight": normal(12, 4)}])
+def test_projections_alone_are_of_a_quantizer_without_a_codebook(tmp_path, capsys, beside):
+    arrays = {**linear("q.project_in", C, 3), **linear("q.project_out", 3, C), **beside}
+    error = refuse(arrays, tmp_path, capsys)
+    assert (
+        "q.project_in.weight (3x6) is of a quantizer without a codebook: pass --kind fsq or --kind residual_fsq"
+        in error
+    )
+    assert "--levels, 3 numbers" in error
+    assert "--key q." not in error
+
+
 @pytest.mark.parametrize(
     ("version", "bound", "scales"),
     [
@@ -186,7 +198,7 @@ def test_a_version_has_the_formula_of_its_sources(tmp_path, version, bound, scal
     assert (arguments["bound"], arguments["scales"]) == (bound, scales)
 
 
-@pytest.mark.parametrize("version", ["1.18.4", "1.33.0", "2"])
+@pytest.mark.parametrize("version", ["1.18.4", "1.33.0", "2.0"])
 def test_a_version_whose_formula_is_not_known_is_no_guess(tmp_path, capsys, version):
     error = refuse({"a": normal(2)}, tmp_path, capsys, *GRID, "--library-version", version)
     assert "none of the releases whose formula is known" in error

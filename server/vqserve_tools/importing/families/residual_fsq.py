@@ -87,8 +87,8 @@ def _bound_and_scales(options: Options) -> tuple[str, str]:
         if first <= version < below:
             return options.bound or bound, options.scales or scales
     raise ForeignCheckpointError(
-        f"--library-version {options.library_version} is none of the releases whose formula is known (up to 1.18.3, 1.18.5 "
-        "to 1.32): pass --bound and --scales as its ResidualFSQ has them"
+        f"--library-version {options.library_version} is none of the releases whose formula is known (up to 1.18.3, "
+        "1.18.5 to 1.32): pass --bound and --scales as its ResidualFSQ has them"
     )
 
 
