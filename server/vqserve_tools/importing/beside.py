@@ -120,10 +120,16 @@ def _membership(checkpoint: Checkpoint, family: Family | None, modules: Modules)
         parents.add(place)
     else:
         whole.add(place)
+    # Around a quantizer that is saved alone may be a module with its projections; `quant_proj` is the encoder's.
+    outside = {"".join(module[:-1].rpartition(".")[:2]) for module in whole if module}
+    around = [module for module in outside if not modules.is_model(module)]
     if family is not None and family.kind is not None:
         inside = (name for name in checkpoint.arrays if name.startswith(place))
         whole.update(filter(None, map(modules.quantizer_of, inside)))
     return lambda name: (
         name.startswith(tuple(whole))
         or any(name.startswith(parent) and is_part(name.removeprefix(parent)) for parent in parents)
+        or any(
+            name.startswith(module) and is_part(name.removeprefix(module)) for module in around if "quant_" not in name
+        )
     )

@@ -228,6 +228,16 @@ LEFT_OUT = {
         {"metric": "l2"},
         ["pass --prefix quantize. for the first, or --key quantize2.embedding.weight for"],
     ),
+    "projections_around_a_quantizer_that_is_saved_alone": (
+        {"vq._codebook.embed": CODES[None], "rand_projs": ones(1, 6, 4), "project_in.weight": ones(4, 6)},
+        {"metric": "cosine"},
+        ["rand_projs (1x6x4), project_in.weight (4x6)"],
+    ),
+    "norm_of_a_codebook": (
+        {"codebook.weight": CODES, "codebook_norm.weight": ones(4), "encoder.w": ones(3)},
+        {"metric": "l2"},
+        ["codebook_norm.weight (4)"],
+    ),
     "codebook_without_a_module": (
         {"quantize.embedding.weight": CODES, "semantic_codebook": CODES},
         {"metric": "l2"},

@@ -14,7 +14,7 @@ _RUNNING = re.compile(
 _STATE = re.compile(r"_?init+(?:ed|ialized)|codebook_us(?:ed|age)|vocab_usage|embed_prob")
 _OPTIMIZER = re.compile(r"(?:^|\.)optimizers?(?:_states?)?\.")
 _PART = re.compile(
-    r"proj\w*|\w*_proj|\w*_project|\w*_projection|code_transform|quant_resi|used|mask|scales?|bias|\w*rot(?:ation)?"
+    r"proj\w*|\w*_projs?|codebook_(?:norm|mlp|scale|bias)|\w*_project|\w*_projection|code_transform|quant_resi|used|mask|scales?|bias|\w*rot(?:ation)?"
 )
 _MODULE = re.compile(r"quanti[sz]|(?:^|_)(?:quant|r?vqs?|rq|r?lfq|r?fsq|bsq|ibq|codebooks?)(?:_|\d|$)|^regularization$")
 _LAYER = re.compile(r"conv|proj|^(?:pre|post)_")
