@@ -21,7 +21,7 @@ from vqserve_tools.importing.families import FAMILIES, Family, bare, taming
 from vqserve_tools.importing.families.checkpoint import Checkpoint, Ledger, listed, shape_text
 from vqserve_tools.importing.families.family import Reading
 from vqserve_tools.importing.families.name_lists import prefix_text
-from vqserve_tools.importing.families.names import is_part, is_running
+from vqserve_tools.importing.families.names import is_part, is_running, missing_before
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.families.orientation import check_counts
 from vqserve_tools.importing.families.taming import WRAPPERS
@@ -178,9 +178,26 @@ def _read(checkpoint: Checkpoint, options: Options) -> tuple[str, Reading]:
             found = found.at(place)
         reading = family.read(found, options)
         _check_counts(found)
+        if not prefix:
+            _check_first_stage(checkpoint)
     if not unnamed:
         check_left(found, options, family)
     return found.prefix, reading
+
+
+def _check_first_stage(checkpoint: Checkpoint) -> None:
+    """Check that what a family took is not a later stage of a quantizer whose first stages are in another file.
+
+    Raises:
+        ForeignCheckpointError: it is; the error names the stages that are missing.
+    """
+    for name in checkpoint.ledger.taken:
+        module = missing_before(name, checkpoint.arrays)
+        if module:
+            raise checkpoint.error(
+                f"it has {module}, but no module of this quantizer with a smaller number: the other stages are "
+                f"missing; to import this one alone, pass {prefix_text(f'{module}.')}"
+            )
 
 
 def _check_counts(checkpoint: Checkpoint) -> None:

@@ -47,6 +47,24 @@ def owner_of(name: str) -> str:
     return "".join(name.removesuffix(".weight").rpartition(".")[:2])
 
 
+def missing_before(name: str, names: Iterable[str]) -> str:
+    """Return the numbered module of a quantizer that holds an array, if no module before it is there; else "".
+
+    Args:
+        name: name of the array.
+        names: names of all arrays.
+    """
+    parts = name.split(".")
+    for place, part in enumerate(parts[1:], 1):
+        is_stage = _NUMBER.fullmatch(part) and any(map(_MODULE.search, parts[:place]))
+        if is_stage and int(part) > 0:
+            siblings = ".".join(parts[:place]) + "."
+            numbers = {other.removeprefix(siblings).partition(".")[0] for other in names if other.startswith(siblings)}
+            if not any(_NUMBER.fullmatch(number) and int(number) < int(part) for number in numbers):
+                return siblings + part
+    return ""
+
+
 class Modules:
     """The modules of a file, by the names of its arrays."""
 
