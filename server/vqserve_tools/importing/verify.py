@@ -114,6 +114,8 @@ def verify(
         )
     if not indices.size:
         raise ForeignCheckpointError(f"--verify: {names[1]} has no indices, so nothing would be compared")
+    if not latents.any():
+        raise ForeignCheckpointError(f"--verify: {names[0]} holds only zeros, which do not tell one code from another")
     if indices.dtype.kind == "u":
         # An index beyond int64 would become a negative one.
         indices = np.minimum(indices.astype(np.uint64), np.uint64(np.iinfo(np.int64).max))

@@ -226,8 +226,9 @@ def test_near_ties_of_float32_are_forgiven_and_counted(run):
         (np.zeros((3, 4), int), np.zeros(3, int), "z.npy is int64: latents are floating-point numbers"),
         (np.zeros((3, 5), np.float32), np.zeros(3, int), "z.npy: latents of shape (3, 5) have 5 channels"),
         (np.full((1, 4), np.nan, np.float32), np.zeros(1, int), "z.npy: latents[0, 0] is nan"),
-        (np.zeros((1, 4), np.float32), np.array([-1]), "0 of 1 indices agree"),
-        (np.zeros((1, 4), np.float32), np.array([1 << 40]), "0 of 1 indices agree"),
+        (np.ones((1, 4), np.float32), np.array([-1]), "0 of 1 indices agree"),
+        (np.ones((1, 4), np.float32), np.array([1 << 40]), "0 of 1 indices agree"),
+        (np.zeros((3, 4), np.float32), np.zeros(3, int), "z.npy holds only zeros, which do not tell one code from"),
         (np.array([{}]), np.zeros(1, int), "Python objects"),
     ],
 )
