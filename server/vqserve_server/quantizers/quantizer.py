@@ -163,7 +163,7 @@ class Quantizer(nn.Module, ABC):
     @property
     def has_stages(self) -> bool:
         """Whether indices have an axis for a token's `num_quantizers` indices, in the place of the channels."""
-        return bool(self.chains())
+        return False
 
     def chains(self) -> list[ResidualPart]:
         """Return the chains of codebooks that quantize residuals; [] for kinds with one index for each token."""

@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import ClassVar, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vqserve.errors import rows_placed
-from vqserve.layout import Layout, channel_axis, grid_shape
-from vqserve.validation import LARGEST_VOCABULARY, check_num_quantizers, check_stages
+from vqserve.layout import Layout
+from vqserve.validation import LARGEST_VOCABULARY
 from vqserve_server.quantizers.abstract import AbstractQuantizer
 from vqserve_server.quantizers.arguments import (
     CODE_DIM,
@@ -25,7 +24,6 @@ from vqserve_server.quantizers.arguments import (
     integer,
     served,
 )
-from vqserve_server.quantizers.inference.base import freeze
 from vqserve_server.quantizers.inference.residual import (
     MAX_QUANTIZERS,
     FrozenPart,
@@ -40,16 +38,8 @@ from vqserve_server.quantizers.inference.residual import (
 from vqserve_server.quantizers.lookup import CosineQuantizer, DotQuantizer
 from vqserve_server.quantizers.projected import VectorQuantizerWithInputProjection
 from vqserve_server.quantizers.projections import ProjectedModule, on_device, projection
-from vqserve_server.quantizers.quantizer import Metric, Quantizer
-from vqserve_server.quantizers.tensors import (
-    check_finite,
-    checked_indices,
-    from_rows,
-    grid_of,
-    layout_of,
-    to_rows,
-    widen,
-)
+from vqserve_server.quantizers.quantizer import Metric
+from vqserve_server.quantizers.staged import StagedQuantizer
 from vqserve_server.quantizers.vector import VectorQuantizer
 
 _codes_of_a_stage = integer(1, LARGEST_VOCABULARY)
@@ -101,7 +91,7 @@ class ResidualPart(ProjectedModule):
         )
 
 
-class ResidualQuantizer(Quantizer):
+class ResidualQuantizer(StagedQuantizer):
     """n_q indices for a token, from coarse to fine. Inference only: there is no `forward`.
 
     A stage encodes the residual r, and the next one gets r - q with q what the stage decodes to; decode adds the q in
@@ -227,59 +217,6 @@ class ResidualQuantizer(Quantizer):
     def chains(self) -> list[ResidualPart]:
         """Return the parts."""
         return [part for part in self.parts if isinstance(part, ResidualPart)]
-
-    @torch.no_grad()
-    def encode(self, z: Tensor, num_quantizers: int | None = None) -> Tensor:
-        """Return the indices of every token, stage by stage exact and the same on every device.
-
-        Args:
-            z: (b, C, s), (b, C, h, w), (b, C, t, h, w) or (n, C), or as `layout` says; floating point.
-            num_quantizers: how many indices of each token, the first ones; None: all.
-
-        Returns:
-            int64, n_q in the place of C: (b, n_q, s), (b, n_q, h, w), (b, n_q, t, h, w) or (n, n_q).
-
-        Raises:
-            InvalidOption: num_quantizers is not in [1, n_q].
-            InvalidShape: another rank or channel count.
-            InvalidDtype: z is not floating point.
-            NonFiniteLatents: z holds NaN or infinity, or leaves float32's range on its way; names the position.
-            CodebookError: a weight is NaN or infinite.
-        """
-        count = check_num_quantizers(num_quantizers, available=self.num_quantizers)
-        grid = grid_of(z, self.input_dim, self.layout)
-        check_finite(z)
-        rows = widen(to_rows(z, self.layout))
-        with rows_placed(grid):
-            indices = freeze(self, device=z.device).encode_rows(rows, num_quantizers=count)
-        return from_rows(indices, grid, self.layout)
-
-    @torch.no_grad()
-    def decode(self, indices: Tensor, num_quantizers: int | None = None) -> Tensor:
-        """Return the latents of the first indices of every token.
-
-        Args:
-            indices: (b, n_q, s), (b, n_q, h, w), (b, n_q, t, h, w) or (n, n_q), or as `layout` says; any integer type,
-                in [0, K) of their stage.
-            num_quantizers: how many indices of each token to use; the axis may have more, but not more than there are
-                stages. None: all stages'.
-
-        Returns:
-            C in the place of n_q, contiguous, of the weight's type.
-
-        Raises:
-            InvalidOption: num_quantizers is not in [1, n_q].
-            InvalidShape: another rank, or another number of indices for a token.
-            InvalidDtype: they are not integers.
-            IndexOutOfRange: one is out of range; names the position.
-        """
-        count = check_num_quantizers(num_quantizers, available=self.num_quantizers)
-        layout = layout_of(indices.ndim, self.layout)
-        check_stages(indices.shape, layout, wanted=count, available=self.num_quantizers)
-        ids = checked_indices(indices, self.num_codes, self.stage_vocab_sizes, channel_axis(layout))
-        grid = grid_shape(ids.shape, layout)
-        rows = freeze(self, device=ids.device).decode_rows(to_rows(ids, self.layout)[:, :count])
-        return from_rows(rows, grid, self.layout)
 
     def frozen(self, device: torch.device, search: str = "auto") -> FrozenResidual:
         """Return the form that serves; see `Quantizer.frozen`."""

@@ -10,30 +10,21 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vqserve.errors import InvalidOption, rows_placed
-from vqserve.layout import Layout, grid_shape
-from vqserve.validation import check_num_quantizers, check_stages
+from vqserve.errors import InvalidOption
+from vqserve.layout import Layout
 from vqserve_server.quantizers.arguments import PROJECTIONS, Argument, check_layout, choice, integer, served
 from vqserve_server.quantizers.fsq_boundaries import StageBound, stage_boundaries
-from vqserve_server.quantizers.inference.base import freeze
 from vqserve_server.quantizers.inference.first_bound import Curve, FirstBound
 from vqserve_server.quantizers.inference.residual import MAX_QUANTIZERS, Part
 from vqserve_server.quantizers.inference.residual_scalar import FrozenResidualScalar, FrozenScalarPart
 from vqserve_server.quantizers.inference.scalar import Channel, FrozenScalar
 from vqserve_server.quantizers.projections import ProjectedModule, on_device, projection
-from vqserve_server.quantizers.quantizer import Quantizer
 from vqserve_server.quantizers.scalar import LEVELS, checked_levels, number_of_codes
+from vqserve_server.quantizers.staged import StagedQuantizer
 from vqserve_server.quantizers.tensors import (
-    check_finite,
     check_size,
-    checked_indices,
-    from_rows,
-    grid_of,
-    layout_of,
-    to_rows,
-    widen,
 )
 from vqserve_server.search.rounding import round_fraction
 
@@ -60,7 +51,7 @@ class ScalarPart(ProjectedModule):
         self.proj_out = projection("output_dim", code_dim, output_width)
 
 
-class ResidualFiniteScalarQuantizer(Quantizer):
+class ResidualFiniteScalarQuantizer(StagedQuantizer):
     """n_q indices for a token, the first of which are the coarsest. Inference only: there is no `forward`.
 
     Stage i rounds the residual r_i, divided by its scale s_i, to the grid of FSQ, and the next one gets r_i - q_i, with
@@ -189,68 +180,10 @@ class ResidualFiniteScalarQuantizer(Quantizer):
         """The type that decode returns: the projections', and float32 without any."""
         return next((parameter.dtype for parameter in self.parameters()), torch.float32)
 
-    @property
-    def has_stages(self) -> bool:
-        """Indices have an axis for the stages, also for one."""
-        return True
-
     def chain_modules(self) -> list[ScalarPart]:
         """Return the parts."""
         # nn.ModuleList forgets the type of what it holds.
         return [part for part in self.parts if isinstance(part, ScalarPart)]
-
-    @torch.no_grad()
-    def encode(self, z: Tensor, num_quantizers: int | None = None) -> Tensor:
-        """Return the indices of every token, stage by stage exact and the same on every device.
-
-        Args:
-            z: (b, C, s), (b, C, h, w), (b, C, t, h, w) or (n, C), or as `layout` says; floating point.
-            num_quantizers: how many indices of each token, the first ones; None: all.
-
-        Returns:
-            int64, n_q in the place of C: (b, n_q, s), (b, n_q, h, w), (b, n_q, t, h, w) or (n, n_q).
-
-        Raises:
-            InvalidOption: num_quantizers is not in [1, n_q].
-            InvalidShape: another rank or channel count.
-            InvalidDtype: z is not floating point.
-            NonFiniteLatents: z holds NaN or infinity, or a projection leaves float32's range; names the position.
-            CodebookError: a projection holds NaN or infinity.
-        """
-        count = check_num_quantizers(num_quantizers, available=self.num_quantizers)
-        grid = grid_of(z, self.input_dim, self.layout)
-        check_finite(z)
-        rows = widen(to_rows(z, self.layout))
-        with rows_placed(grid):
-            indices = freeze(self, device=z.device).encode_rows(rows, num_quantizers=count)
-        return from_rows(indices, grid, self.layout)
-
-    @torch.no_grad()
-    def decode(self, indices: Tensor, num_quantizers: int | None = None) -> Tensor:
-        """Return the latents of the first indices of every token.
-
-        Args:
-            indices: (b, n_q, s), (b, n_q, h, w), (b, n_q, t, h, w) or (n, n_q), or as `layout` says; any integer type,
-                in [0, K).
-            num_quantizers: how many indices of each token to use; the axis may have more, but not more than there are
-                stages. None: all stages'.
-
-        Returns:
-            C in the place of n_q, contiguous, of the weight's type.
-
-        Raises:
-            InvalidOption: num_quantizers is not in [1, n_q].
-            InvalidShape: another rank, or another number of indices for a token.
-            InvalidDtype: they are not integers.
-            IndexOutOfRange: one is out of range; names the position.
-        """
-        count = check_num_quantizers(num_quantizers, available=self.num_quantizers)
-        layout = layout_of(indices.ndim, self.layout)
-        check_stages(indices.shape, layout, wanted=count, available=self.num_quantizers)
-        ids = checked_indices(indices, self.num_codes)
-        grid = grid_shape(ids.shape, layout)
-        rows = freeze(self, device=ids.device).decode_rows(to_rows(ids, self.layout)[:, :count])
-        return from_rows(rows, grid, self.layout)
 
     def stages(self) -> list[list[Channel]]:
         """Return what becomes of each of a group's D channels in every stage: of the residual, not divided."""

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from vqserve.errors import CodebookError, InvalidOption, TokenBeyondRange
-from vqserve.types import OutputName
-from vqserve.validation import check_output
-from vqserve_server.quantizers.inference.base import FrozenQuantizer
 from vqserve_server.quantizers.inference.lookup import FrozenLookup
+from vqserve_server.quantizers.inference.staged import FrozenStages
 from vqserve_server.quantizers.projections import Projection, largest_projected, project
 from vqserve_server.quantizers.quantizer import Metric
-from vqserve_server.quantizers.tensors import autocast_off, check_size, widen, widened
+from vqserve_server.quantizers.tensors import check_size, widen, widened
 from vqserve_server.search import SearchCounts
 from vqserve_server.search.rounding import affine, normalise
 
@@ -225,7 +223,7 @@ class FrozenPart:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class FrozenResidual(FrozenQuantizer):
+class FrozenResidual(FrozenStages):
     """Parts that have channels of their own, side by side, or that all have the same channels and are added."""
 
     _parts: tuple[FrozenPart, ...]
@@ -236,48 +234,13 @@ class FrozenResidual(FrozenQuantizer):
         """The name of the first stage's search backend."""
         return self._parts[0].stages[0].search_backend
 
-    @torch.no_grad()
-    def encode_rows(self, rows: Tensor, *, num_quantizers: int | None = None) -> Tensor:
-        """Return the indices (n, num_quantizers) of every row; see `FrozenQuantizer.encode_rows`."""
-        count = self.num_quantizers if num_quantizers is None else num_quantizers
-        out = torch.empty(rows.shape[0], count, dtype=torch.int64, device=rows.device)
-        with autocast_off(self.device):
-            for part in self._parts:
-                part.encode(rows, out)
-        return out
-
     def counting(self, counts: Sequence[SearchCounts]) -> FrozenResidual:
         """Return a copy whose stages count; see `FrozenQuantizer.counting`."""
         return replace(self, _parts=tuple(part.counting(counts) for part in self._parts))
 
-    @torch.no_grad()
-    def decode_rows(
-        self, indices: Tensor, *, output: OutputName = "latents", dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """Return the row of every token's first q indices (n, q), in order; see `FrozenQuantizer.decode_rows`."""
-        check_output(output)
-        if output == "code_rows":
-            raise InvalidOption(
-                "a residual codebook has a code row for each index, and none for a token: take latents", option="output"
-            )
-        with autocast_off(self.device):
-            rows = [part.decode(indices) for part in self._parts]
-            return (self._added(rows) if self._are_added else self._side_by_side(rows, len(indices))).to(
-                self.weight_dtype
-            )
-
-    def check_itself(self) -> None:
-        """Check the codebook of every stage; see `FrozenLookup.check_itself`.
-
-        Raises:
-            CodebookError: names the part and the stage.
-        """
-        for number, part in enumerate(self._parts):
-            for stage, lookup in enumerate(part.stages):
-                try:
-                    lookup.check_itself()
-                except CodebookError as error:
-                    raise CodebookError(f"part {number}, stage {stage}: {error}") from None
+    def _decoded(self, indices: Tensor) -> Tensor:
+        rows = [part.decode(indices) for part in self._parts]
+        return self._added(rows) if self._are_added else self._side_by_side(rows, len(indices))
 
     def _added(self, rows: list[Tensor | None]) -> Tensor:
         total, *rest = [part_rows for part_rows in rows if part_rows is not None]

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqserve.errors import CodebookError, InvalidOption
-from vqserve.types import OutputName
-from vqserve.validation import check_output
-from vqserve_server.quantizers.inference.base import FrozenQuantizer
+from vqserve.errors import CodebookError
 from vqserve_server.quantizers.inference.first_bound import FirstBound
 from vqserve_server.quantizers.inference.residual import Part
 from vqserve_server.quantizers.inference.scalar import FrozenScalar
+from vqserve_server.quantizers.inference.staged import FrozenStages
 from vqserve_server.quantizers.projections import Projection, largest_projected, project
-from vqserve_server.quantizers.tensors import autocast_off
 from vqserve_server.search.rounding import affine
 
 
@@ -84,7 +81,7 @@ class FrozenScalarPart:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class FrozenResidualScalar(FrozenQuantizer):
+class FrozenResidualScalar(FrozenStages):
     """Parts that have channels of their own, side by side."""
 
     _parts: Sequence[FrozenScalarPart]
@@ -94,39 +91,5 @@ class FrozenResidualScalar(FrozenQuantizer):
         """No search."""
         return "none"
 
-    @torch.no_grad()
-    def encode_rows(self, rows: Tensor, *, num_quantizers: int | None = None) -> Tensor:
-        """Return the indices (n, num_quantizers) of every row; see `FrozenQuantizer.encode_rows`."""
-        count = self.num_quantizers if num_quantizers is None else num_quantizers
-        out = torch.empty(rows.shape[0], count, dtype=torch.int64, device=rows.device)
-        with autocast_off(self.device):
-            for part in self._parts:
-                part.encode(rows, out)
-        return out
-
-    @torch.no_grad()
-    def decode_rows(
-        self, indices: Tensor, *, output: OutputName = "latents", dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """Return the row of every token's first q indices (n, q), in order; see `FrozenQuantizer.decode_rows`."""
-        check_output(output)
-        if output == "code_rows":
-            raise InvalidOption(
-                "a residual codebook has a code row for each index, and none for a token: take latents", option="output"
-            )
-        with autocast_off(self.device):
-            return torch.cat([part.decode(indices) for part in self._parts], dim=1).to(self.weight_dtype)
-
-    @torch.no_grad()
-    def check_itself(self) -> None:
-        """Check the grid of every stage; see `FrozenScalar.check_itself`.
-
-        Raises:
-            CodebookError: names the part and the stage.
-        """
-        for number, part in enumerate(self._parts):
-            for stage, grid in enumerate(part.stages):
-                try:
-                    grid.check_itself()
-                except CodebookError as error:
-                    raise CodebookError(f"part {number}, stage {stage}: {error}") from None
+    def _decoded(self, indices: Tensor) -> Tensor:
+        return torch.cat([part.decode(indices) for part in self._parts], dim=1)
