@@ -23,6 +23,7 @@ from vqserve_bench import ClosedLoop, Request, Schedule, measure
 from vqserve_client import Client, VqserveError
 
 HERE = Path(__file__).parent
+BEFORE = "vqserve, before"
 PEERS = HERE / "peers"
 WARMUP_S = 0.3
 # A peer with the plain search still computes for seconds after its callers have disconnected.
@@ -129,13 +130,16 @@ class Echo(Contender):
 
 
 class Ours(Contender):
-    """`vqserved serve`, for all cells."""
+    """`vqserved serve`, for all cells: of this checkout, or of `checkout`, where `make install` has run."""
 
     name = "vqserve"
 
-    def __init__(self, folder: Path, *flags: str) -> None:
-        command = [sys.executable, "-m", "vqserve_tools", "serve", str(folder), "--port", "0", *flags]
-        super().__init__(command, {"VQSERVE_LOG_LEVEL": "error"})
+    def __init__(self, folder: Path, *flags: str, checkout: Path | None = None) -> None:
+        program = [sys.executable, "-m", "vqserve_tools"]
+        if checkout is not None:
+            self.name = BEFORE
+            program = [str(checkout / ".venv" / "bin" / "vqserved")]
+        super().__init__([*program, "serve", str(folder), "--port", "0", *flags], {"VQSERVE_LOG_LEVEL": "error"})
         self.target = self.first_line().removeprefix("vqserved: ready on ").partition(",")[0]
 
     def rate(self, cell: Cell, concurrency: int, seconds: float) -> float:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from cells import BOOKS, Cell, make_books
-from contenders import PEER_KINDS, Contender, Echo, Ours, PeerFailed, environment_of, wait_for_idle
+from contenders import BEFORE, PEER_KINDS, Contender, Echo, Ours, PeerFailed, environment_of, wait_for_idle
 from tqdm import tqdm
 
 from vqserve_server import Tokenizer
@@ -72,14 +72,16 @@ def search_floor(cell: Cell, tokenizer: Tokenizer) -> Callable[[], float]:
     return once
 
 
-def measure_cell(cell: Cell, ours: Ours, tokenizer: Tokenizer, folder: Path, options: argparse.Namespace) -> Row:
+def measure_cell(
+    cell: Cell, servers: Sequence[Ours], tokenizer: Tokenizer, folder: Path, options: argparse.Namespace
+) -> Row:
     row = Row(cell)
     with ExitStack() as stack:
         overhead = 120
         contenders: list[Contender] = [
             stack.enter_context(Echo(kind, cell.reply_bytes + overhead)) for kind in ("sync", "aio")
         ]
-        contenders.append(ours)
+        contenders += servers
         if cell.dtype == "fp32" and not options.no_peers:
             # The plain search takes minutes for as many large requests as there are callers.
             kernels = ("ours", "plain") if cell.images == 1 else ("ours",)
@@ -92,10 +94,11 @@ def measure_cell(cell: Cell, ours: Ours, tokenizer: Tokenizer, folder: Path, opt
         rates: dict[str, list[float]] = {}
         floors = []
         floor = search_floor(cell, tokenizer)
-        for _ in range(options.rounds):
+        for turn in range(options.rounds):
             wait_for_idle()
             floors.append(floor())
-            for contender in list(contenders):
+            # The order alternates, so that none is always measured after the same other.
+            for contender in contenders[:: -1 if turn % 2 else 1]:
                 wait_for_idle()
                 try:
                     rate = contender.rate(cell, CALLERS, options.seconds)
@@ -106,8 +109,10 @@ def measure_cell(cell: Cell, ours: Ours, tokenizer: Tokenizer, folder: Path, opt
                 else:
                     rates.setdefault(contender.name, []).append(rate)
             wait_for_idle()
-            rates.setdefault("vqserve, streams", []).append(ours.stream_rate(cell, CALLERS, options.seconds, STREAMS))
-            rates.setdefault("vqserve, many", []).append(ours.many_rate(cell, options.seconds))
+            rates.setdefault("vqserve, streams", []).append(
+                servers[0].stream_rate(cell, CALLERS, options.seconds, STREAMS)
+            )
+            rates.setdefault("vqserve, many", []).append(servers[0].many_rate(cell, options.seconds))
     row.rates = {name: statistics.median(values) for name, values in rates.items()}
     row.search_s = statistics.median(floors)
     return row
@@ -127,12 +132,14 @@ def cells(names: Sequence[str]) -> list[Cell]:
 
 
 def table(rows: list[Row]) -> list[str]:
+    compared = any(BEFORE in row.rates for row in rows)
     peers = list(dict.fromkeys(name for row in rows for name in row.rates if "," in name and "vqserve" not in name))
     heads = [
         "request",
         "echo/s",
         "search, us",
         "vqserve/s",
+        *(["before/s", "after over before"] if compared else []),
         "**efficiency**",
         "by stream/s",
         "by encode_many or decode_many/s",
@@ -145,6 +152,7 @@ def table(rows: list[Row]) -> list[str]:
             f"{row.echo:.0f}",
             f"{row.search_s * 1e6:.0f}",
             f"{row.rates['vqserve']:.0f}",
+            *([f"{row.rates[BEFORE]:.0f}", f"{row.rates['vqserve'] / row.rates[BEFORE]:.2f}"] if compared else []),
             f"**{row.efficiency:.2f}**",
             f"{row.rates['vqserve, streams']:.0f}",
             f"{row.rates['vqserve, many']:.0f}",
@@ -178,15 +186,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.8, help="of each measurement")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--before", type=Path, help="another checkout, installed, whose server is measured in turn")
     parser.add_argument("--machine", default=f"{platform.machine()}-{os.cpu_count()}cores", help="name for the results")
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tokenizers = make_books(folder)
-        with Ours(folder) as ours:
+        with ExitStack() as stack:
+            servers = [stack.enter_context(Ours(folder))]
+            if options.before:
+                servers.append(stack.enter_context(Ours(folder, checkout=options.before)))
             for cell in tqdm(cells(options.cells)):
-                rows.append(measure_cell(cell, ours, tokenizers[cell.book], folder, options))
+                rows.append(measure_cell(cell, servers, tokenizers[cell.book], folder, options))
                 tqdm.write(table(rows[-1:])[-1])
     report = [
         f"# Serving on {options.machine}",
