@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from vqserve.layout import Layout
-from vqserve_server.engine import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job
+from vqserve_server.engine import Caller, DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job
+
+CALLER = Caller("192.0.2.1")
 
 
 class Jobs:
@@ -31,11 +33,15 @@ class Jobs:
         self._futures[job] = future
         return job
 
-    def encode(self, tokenizer: Any, latents: np.ndarray, *, deadline: float | None = None) -> EncodeJob:
+    def encode(
+        self, tokenizer: Any, latents: np.ndarray, *, caller: Caller = CALLER, deadline: float | None = None
+    ) -> EncodeJob:
         """A job for rows (n, C)."""
         key = EncodeKey(tokenizer, np.dtype(np.float64 if latents.dtype == np.float64 else np.float32))
         indices = np.empty(len(latents), np.uint16)
-        return self._make(EncodeJob, key, latents, indices, Layout.CHANNELS_LAST, rows=len(latents), deadline=deadline)
+        return self._make(
+            EncodeJob, key, caller, latents, indices, Layout.CHANNELS_LAST, rows=len(latents), deadline=deadline
+        )
 
     def decode(
         self,
@@ -48,7 +54,7 @@ class Jobs:
     ) -> DecodeJob:
         """A job that writes `latents`."""
         key = DecodeKey(tokenizer, output, latents.dtype)
-        return self._make(DecodeJob, key, indices, latents, layout, rows=indices.size)
+        return self._make(DecodeJob, key, CALLER, indices, latents, layout, rows=indices.size)
 
     def result(self, job: Job, timeout: float | None = 60.0) -> Any:
         """Wait for a job's outcome, and raise it if it is an error."""

@@ -6,12 +6,14 @@ requests, a device thread, and `Job.resolve`.
 
 from vqserve_server.engine.admission import Admission
 from vqserve_server.engine.batch import BatchFailed
+from vqserve_server.engine.caller import Caller
 from vqserve_server.engine.engine import Engine, LiveSet
 from vqserve_server.engine.job import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, RequestTiming
 
 __all__ = [
     "Admission",
     "BatchFailed",
+    "Caller",
     "DecodeJob",
     "DecodeKey",
     "EncodeJob",

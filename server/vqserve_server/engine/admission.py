@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from vqserve.errors import Overloaded, VqserveError
 from vqserve_server.config import EngineConfig
+from vqserve_server.engine.caller import Caller
 
 
 @dataclass
@@ -90,8 +91,8 @@ class Admission:
         with self._lock:
             self._closed = self._closed or reason
 
-    def enter(self, rows: int, nbytes: int) -> None:
-        """Count a request: its rows, and the bytes of it and its reply.
+    def enter(self, caller: Caller, rows: int, nbytes: int) -> None:
+        """Count a request of a caller: its rows, and the bytes of it and its reply.
 
         Raises:
             Overloaded: a limit would be exceeded.
@@ -106,16 +107,20 @@ class Admission:
                 raise self._overloaded("requests")
             if self.requests:
                 self._check(rows, nbytes)
-            self.requests += 1
-            self.rows += rows
-            self.bytes += nbytes
+            self._count(caller, 1, rows, nbytes)
 
-    def leave(self, rows: int, nbytes: int) -> None:
-        """Stop counting a request that entered with these numbers."""
+    def leave(self, caller: Caller, rows: int, nbytes: int) -> None:
+        """Stop counting a request that entered with these arguments."""
         with self._lock:
-            self.requests -= 1
-            self.rows -= rows
-            self.bytes -= nbytes
+            self._count(caller, -1, -rows, -nbytes)
+
+    def _count(self, caller: Caller, requests: int, rows: int, nbytes: int) -> None:
+        self.requests += requests
+        self.rows += rows
+        self.bytes += nbytes
+        caller.requests += requests
+        caller.rows += rows
+        caller.bytes += nbytes
 
     def _check(self, rows: int, nbytes: int) -> None:
         if self.rows + rows > self._config.max_queue_rows:

@@ -19,6 +19,7 @@ from vqserve.types import OutputName
 from vqserve.validation import beyond_dtype
 from vqserve_server.config import EngineConfig
 from vqserve_server.console import event
+from vqserve_server.engine.caller import Caller
 from vqserve_server.engine.copy import first_overflow, read_rows, read_tokens, write_rows, write_tokens
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ class Job(ABC):
 
     Attributes:
         key: which jobs can share a batch with this one.
+        caller: who sent the request.
         source: the array that is read.
         result: the array that is written; it owns its memory.
         layout: position of the channels in the latents, and of a token's indices.
@@ -137,6 +139,7 @@ class Job(ABC):
     def __init__(
         self,
         key: Key,
+        caller: Caller,
         source: Array,
         result: Array,
         layout: Layout,
@@ -147,6 +150,7 @@ class Job(ABC):
     ) -> None:
         """Make the job; `on_done` is called once, on any thread, when the outcome is set (`cancel` apart)."""
         self.key = key
+        self.caller = caller
         self.source = source
         self.result = result
         self.layout = layout

@@ -29,7 +29,7 @@ from vqserve.validation import (
     not_indices,
     not_latents,
 )
-from vqserve_server.engine import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, LiveSet
+from vqserve_server.engine import Caller, DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, LiveSet
 from vqserve_server.rpc.messages import (
     check_array_dtype,
     check_dtype,
@@ -90,12 +90,13 @@ class RequestHeader(ABC, Generic[RequestT]):
         check_reply_size(self.reply_bytes, max_message_bytes)
 
     def job(
-        self, data: memoryview, *, on_done: Callable[[], None], deadline: float | None
+        self, data: memoryview, *, caller: Caller, on_done: Callable[[], None], deadline: float | None
     ) -> tuple[Job, wire.ReplyBuffer]:
         """Validate a payload, and return the job that reads it and the reply that the job writes.
 
         Args:
             data: the payload.
+            caller: who sent the request.
             on_done: called once, on any thread, when the job has an outcome.
             deadline: time.monotonic() seconds, or None.
 
@@ -107,6 +108,7 @@ class RequestHeader(ABC, Generic[RequestT]):
         result = np.frombuffer(memoryview(reply.memory), self._reply_dtype, offset=self._template.start)
         job = self.job_type(
             self._key,
+            caller,
             source,
             result.reshape(self._reply_shape),
             self._layout,

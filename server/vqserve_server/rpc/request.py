@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from vqserve import wire
 from vqserve.errors import Draining
-from vqserve_server.engine import Engine, Job
+from vqserve_server.engine import Caller, Engine, Job
 from vqserve_server.rpc.headers import HeaderCache, RequestHeader
 from vqserve_server.rpc.transport import Call
 
@@ -23,11 +23,15 @@ _INLINE_BYTES = 2 << 20
 _fields = threading.Lock()
 
 
-class Caller(Protocol):
+class Recipient(Protocol):
     """The call that waits for the reply of a request. Its methods may be called on any thread.
 
     Either `rejected` is called, or `accepted` and after it `ready`.
     """
+
+    @property
+    def caller(self) -> Caller:
+        """Who made the call."""
 
     @property
     def deadline(self) -> float | None:
@@ -55,11 +59,13 @@ class Requests:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def start(self, caller: Caller, headers: HeaderCache[Any], raw: bytes, *, received_at: float | None = None) -> None:
+    def start(
+        self, recipient: Recipient, headers: HeaderCache[Any], raw: bytes, *, received_at: float | None = None
+    ) -> None:
         """Validate a request and queue it, here or, if it is large, on another thread.
 
         Args:
-            caller: call that waits for the reply.
+            recipient: call that waits for the reply.
             headers: known headers of the method.
             raw: the message.
             received_at: time of arrival in time.monotonic() seconds; None: now.
@@ -68,26 +74,28 @@ class Requests:
             received_at = time.monotonic()
             if len(raw) > _INLINE_BYTES:
                 try:
-                    self._pool.submit(self.start, caller, headers, raw, received_at=received_at)
+                    self._pool.submit(self.start, recipient, headers, raw, received_at=received_at)
                 except RuntimeError:
-                    caller.rejected(Draining("the server is stopping"))
+                    recipient.rejected(Draining("the server is stopping"))
                 return
         try:
             header, data = headers.find(raw)
-            request = Request(self._engine, header, len(raw) + header.reply_bytes, received_at)
+            request = Request(self._engine, recipient.caller, header, len(raw) + header.reply_bytes, received_at)
             try:
                 if header.rows:
-                    request.job, request.buffer = header.job(data, on_done=caller.ready, deadline=caller.deadline)
+                    request.job, request.buffer = header.job(
+                        data, caller=recipient.caller, on_done=recipient.ready, deadline=recipient.deadline
+                    )
             except BaseException:
                 request.release()
                 raise
         except Exception as error:
-            caller.rejected(error)
+            recipient.rejected(error)
             return
-        if not caller.accepted(request):
+        if not recipient.accepted(request):
             request.release()
         elif request.job is None:
-            caller.ready()
+            recipient.ready()
         else:
             try:
                 self._engine.scheduler.put(request.job)
@@ -107,15 +115,18 @@ class Request:
     job: Job | None = None
     buffer: wire.ReplyBuffer | None = None
 
-    def __init__(self, engine: Engine, header: RequestHeader[Any], nbytes: int, received_at: float) -> None:
+    def __init__(
+        self, engine: Engine, caller: Caller, header: RequestHeader[Any], nbytes: int, received_at: float
+    ) -> None:
         """Enter the admission.
 
         Raises:
             Overloaded, Draining, DeviceBroken: the server accepts no more.
         """
-        engine.admission.enter(header.rows, nbytes)
+        engine.admission.enter(caller, header.rows, nbytes)
         self.nbytes = nbytes
         self._engine = engine
+        self._caller = caller
         self._header = header
         self._received_at = received_at
 
@@ -147,7 +158,7 @@ class Request:
         """Stop counting the request, after its reply is sent or its caller has left."""
         if self.job is not None and self.job.outcome is None:
             self._engine.scheduler.cancel(self.job)
-        self._engine.admission.leave(self._header.rows, self.nbytes)
+        self._engine.admission.leave(self._caller, self._header.rows, self.nbytes)
 
 
 class UnaryCall:
@@ -157,6 +168,7 @@ class UnaryCall:
         self, call: Call, requests: Requests, headers: HeaderCache[Any], *, on_close: Callable[[], None]
     ) -> None:
         """Wait for the request; `on_close` is called when the call has ended."""
+        self.caller = call.caller
         self.deadline = call.deadline
         self._call = call
         self._on_close = on_close

@@ -67,13 +67,13 @@ class Calls:
 
         return handle
 
-    def plain(self, answer: Callable[[bytes], bytes]) -> Handler:
+    def plain(self, answer: Callable[[Call, bytes], bytes]) -> Handler:
         """Return the handler of a method whose request is answered at once."""
 
         def handle(call: Call) -> None:
             def received(raw: bytes) -> None:
                 try:
-                    reply = answer(raw)
+                    reply = answer(call, raw)
                 except Exception as error:
                     call.fail(error)
                 else:
@@ -130,15 +130,15 @@ class TokenizerService:
         """End the threads."""
         self._requests.close()
 
-    def _list_codebooks(self, raw: bytes) -> bytes:
+    def _list_codebooks(self, call: Call, raw: bytes) -> bytes:
         """Return the served codebooks as a ListCodebooksResponse."""
         parse(pb.ListCodebooksRequest, raw)
-        self._engine.admission.enter(0, len(raw))
+        self._engine.admission.enter(call.caller, 0, len(raw))
         try:
             codebooks = [codebook_message(info) for info in self._engine.live.infos()]
             return pb.ListCodebooksResponse(codebooks=codebooks).SerializeToString()
         finally:
-            self._engine.admission.leave(0, len(raw))
+            self._engine.admission.leave(call.caller, 0, len(raw))
 
 
 class Reflection:

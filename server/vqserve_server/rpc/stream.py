@@ -33,6 +33,7 @@ class StreamCall:
         on_close: Callable[[StreamCall], None],
     ) -> None:
         """Take the call; `on_close` is called with this stream when it has ended."""
+        self.caller = call.caller
         self.deadline = call.deadline
         self._call = call
         self._requests = requests

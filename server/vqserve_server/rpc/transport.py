@@ -24,7 +24,8 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 from vqserve.error_wire import REQUEST_ID, REQUEST_ID_KEY
 from vqserve.errors import InvalidArgument, Overloaded
 from vqserve_server.console import event
-from vqserve_server.engine import BatchFailed
+from vqserve_server.engine import BatchFailed, Caller
+from vqserve_server.rpc.callers import Callers
 from vqserve_server.rpc.status import Status, status_of
 
 # The retry delay for a call above the limit; the server cannot know when another call will end.
@@ -41,13 +42,15 @@ class Call:
 
     Attributes:
         method: full name.
+        caller: who made it.
         deadline: time.monotonic() seconds, or None.
         on_close: called once, when the caller has received everything, or has left.
         owes_reply: returns whether the server owes a reply, although another message may be received.
     """
 
-    def __init__(self, event: Any, on_end: Callable[[Call], None]) -> None:
+    def __init__(self, event: Any, caller: Caller, on_end: Callable[[Call], None]) -> None:
         """Take the call that an event announces; `on_end` is called with it, before `on_close`."""
+        self.caller = caller
         self._call = event.call
         self._metadata = event.invocation_metadata
         self._on_end = on_end
@@ -213,6 +216,7 @@ class Transport:
         self._max_calls = max_calls
         self._idle_s = idle_s
         self._calls: set[Call] = set()
+        self._callers = Callers()
         self._queue = cygrpc.CompletionQueue()
         self._server = cygrpc.Server(list(options), False)
         self._server.register_completion_queue(self._queue)
@@ -279,7 +283,7 @@ class Transport:
                 self._server.request_call(self._queue, self._queue, self._on_call)
         if not event.success:
             return
-        call = Call(event, self._calls.discard)
+        call = Call(event, self._callers.enter(event.call.peer().decode()), self._on_end)
         self._calls.add(call)
         handler = self._handlers.get(call.method)
         if handler is None:
@@ -291,6 +295,10 @@ class Transport:
                 handler(call)
             except Exception as error:
                 call.fail(error)
+
+    def _on_end(self, call: Call) -> None:
+        self._calls.discard(call)
+        self._callers.leave(call.caller)
 
     def _end_idle(self) -> None:
         if not self._idle_s:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from support.brute_force import nearest
-from support.engine_jobs import Jobs
+from support.engine_jobs import CALLER, Jobs
 from vqserve.layout import Layout
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine import BatchFailed, EncodeJob, Engine
@@ -235,7 +235,7 @@ def test_a_lost_device_resolves_every_future(
     with pytest.raises(DeviceBroken):
         engine.scheduler.put(encode_job(tokenizer, 1))
     with pytest.raises(DeviceBroken):
-        engine.admission.enter(0, 1)
+        engine.admission.enter(CALLER, 0, 1)
     assert not other.batches
 
 
@@ -273,7 +273,7 @@ def test_stop_finishes_what_is_queued(fake: Callable[..., Any], start: Callable[
     tokenizer.wait_entered()
     engine.drain()
     with pytest.raises(Draining):
-        engine.admission.enter(0, 1)
+        engine.admission.enter(CALLER, 0, 1)
     tokenizer.release()
     assert engine.stop()
     for job in jobs:
@@ -305,25 +305,25 @@ def test_an_idle_device_waits_max_wait_us_for_more(fake: Callable[..., Any], sta
 
 def test_limits(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
     engine = start(fake(), max_queue_requests=3, max_queue_rows=100, max_queue_bytes=2048)
-    engine.admission.enter(60, 1000)
+    engine.admission.enter(CALLER, 60, 1000)
     with pytest.raises(Overloaded, match="bytes"):
-        engine.admission.enter(0, 1500)
+        engine.admission.enter(CALLER, 0, 1500)
     with pytest.raises(Overloaded, match="rows") as caught:
-        engine.admission.enter(60, 100)
+        engine.admission.enter(CALLER, 60, 100)
     assert 0.05 <= caught.value.retry_after_s <= 10
-    engine.admission.enter(1, 100)
-    engine.admission.enter(0, 1)
+    engine.admission.enter(CALLER, 1, 100)
+    engine.admission.enter(CALLER, 0, 1)
     with pytest.raises(Overloaded, match="requests"):
-        engine.admission.enter(0, 1)
+        engine.admission.enter(CALLER, 0, 1)
     for rows, nbytes in ((60, 1000), (1, 100), (0, 1)):
-        engine.admission.leave(rows, nbytes)
+        engine.admission.leave(CALLER, rows, nbytes)
     # What is larger than a limit by itself is served when it is alone, and all that was counted has been given back.
-    engine.admission.enter(1000, 10**6)
+    engine.admission.enter(CALLER, 1000, 10**6)
     with pytest.raises(Overloaded):
-        engine.admission.enter(0, 1)
-    engine.admission.leave(1000, 10**6)
-    engine.admission.enter(50, 2000)
-    engine.admission.enter(50, 48)
+        engine.admission.enter(CALLER, 0, 1)
+    engine.admission.leave(CALLER, 1000, 10**6)
+    engine.admission.enter(CALLER, 50, 2000)
+    engine.admission.enter(CALLER, 50, 48)
 
 
 def test_replies_are_sent_when_the_whole_batch_is_finished(

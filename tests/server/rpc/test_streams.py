@@ -236,6 +236,7 @@ def test_a_stream_that_is_opened_while_the_server_stops_is_rejected(server: Any,
 class FakeCall:
     """What a stream sees of its caller; a reply counts as read when the test says so."""
 
+    caller = None
     deadline = None
     request_id = "one"
     method = "EncodeStream"
