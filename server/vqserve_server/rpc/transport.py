@@ -22,7 +22,7 @@ import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from vqserve.error_wire import REQUEST_ID, REQUEST_ID_KEY
-from vqserve.errors import InvalidArgument, Overloaded
+from vqserve.errors import InvalidArgument, Overloaded, Unauthenticated
 from vqserve_server.console import event
 from vqserve_server.engine import BatchFailed, Caller
 from vqserve_server.rpc.callers import Callers
@@ -48,9 +48,10 @@ class Call:
         owes_reply: returns whether the server owes a reply, although another message may be received.
     """
 
-    def __init__(self, event: Any, caller: Caller, on_end: Callable[[Call], None]) -> None:
+    def __init__(self, event: Any, caller: Caller, method: str, on_end: Callable[[Call], None]) -> None:
         """Take the call that an event announces; `on_end` is called with it, before `on_close`."""
         self.caller = caller
+        self.method = method
         self._call = event.call
         self._metadata = event.invocation_metadata
         self._on_end = on_end
@@ -62,9 +63,7 @@ class Call:
         self._sending_since: float | None = None
         self._sent_at = 0.0
         self._lock = threading.Lock()
-        details = event.call_details
-        self.method: str = details.method.decode("ascii", "backslashreplace")
-        left_s = details.deadline - time.time()
+        left_s = event.call_details.deadline - time.time()
         self.deadline = None if left_s > _NO_DEADLINE_S else time.monotonic() + left_s
         self.on_close: Callable[[], None] = _nothing
         self.owes_reply: Callable[[], bool] = _no
@@ -203,6 +202,7 @@ class Transport:
         options: Sequence[tuple[str, int]],
         max_calls: int,
         idle_s: float = 0.0,
+        callers: Callers | None = None,
     ) -> None:
         """Make the transport; `listen` to some addresses before `start`.
 
@@ -211,12 +211,13 @@ class Transport:
             options: options of gRPC, as pairs of name and value.
             max_calls: open calls at once; more fail with RESOURCE_EXHAUSTED.
             idle_s: how long a call may wait for its caller before it ends with UNAVAILABLE; 0: for ever.
+            callers: decides who may call; None: everyone.
         """
         self._handlers = handlers
         self._max_calls = max_calls
         self._idle_s = idle_s
         self._calls: set[Call] = set()
-        self._callers = Callers()
+        self._callers = callers or Callers()
         self._queue = cygrpc.CompletionQueue()
         self._server = cygrpc.Server(list(options), False)
         self._server.register_completion_queue(self._queue)
@@ -225,13 +226,18 @@ class Transport:
         self._is_stopping = False
         self._stopped = threading.Event()
 
-    def listen(self, address: str) -> int:
+    def listen(self, address: str, credentials: Any = None) -> int:
         """Listen on HOST:PORT or unix:PATH, and return the port.
+
+        Args:
+            address: where.
+            credentials: grpc.ServerCredentials, for TLS; None: plaintext.
 
         Raises:
             RuntimeError: the address cannot be bound.
         """
-        port: int = self._server.add_http2_port(address.encode())
+        own = None if credentials is None else credentials._credentials
+        port: int = self._server.add_http2_port(address.encode(), own)
         if not port:
             raise RuntimeError(f"cannot bind {address}")
         return port
@@ -283,10 +289,18 @@ class Transport:
                 self._server.request_call(self._queue, self._queue, self._on_call)
         if not event.success:
             return
-        call = Call(event, self._callers.enter(event.call.peer().decode()), self._on_end)
+        peer, refusal = event.call.peer().decode(), None
+        method = event.call_details.method.decode("ascii", "backslashreplace")
+        try:
+            caller = self._callers.enter(peer, method, event.invocation_metadata)
+        except Unauthenticated as error:
+            caller, refusal = self._callers.enter_stranger(peer), error
+        call = Call(event, caller, method, self._on_end)
         self._calls.add(call)
-        handler = self._handlers.get(call.method)
-        if handler is None:
+        handler = self._handlers.get(method)
+        if refusal is not None:
+            call.fail(refusal)
+        elif handler is None:
             call.end(Status(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}"))
         elif len(self._calls) > self._max_calls:
             call.fail(Overloaded("too many calls at once", retry_after_s=_RETRY_AFTER_S))
