@@ -13,7 +13,6 @@ import grpc
 
 from vqserve.error_wire import ERROR_KEY, REQUEST_ID, REQUEST_ID_KEY, RETRY_AFTER_KEY, RETRY_PUSHBACK_KEY, read
 from vqserve.errors import (
-    AccessDenied,
     Cancelled,
     CodebookNotFound,
     DeadlineExceeded,
@@ -21,8 +20,10 @@ from vqserve.errors import (
     InvalidArgument,
     MessageTooLarge,
     Overloaded,
+    PermissionDenied,
     ProtocolError,
     ServerError,
+    Unauthenticated,
     Unavailable,
     VqserveError,
     escape,
@@ -38,8 +39,8 @@ ERROR_OF_CODE: Mapping[grpc.StatusCode, type[VqserveError]] = MappingProxyType(
         grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
         grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
         grpc.StatusCode.UNAVAILABLE: Unavailable,
-        grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
-        grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
+        grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+        grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
         grpc.StatusCode.CANCELLED: Cancelled,
         grpc.StatusCode.UNIMPLEMENTED: ProtocolError,
         grpc.StatusCode.INTERNAL: ServerError,
