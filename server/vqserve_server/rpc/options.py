@@ -20,7 +20,7 @@ def channel_options(config: RpcConfig, *, shares_port: bool) -> list[tuple[str, 
         # keepalive_timeout_ms has no effect: gRPC waits for the answer as for any other ping.)
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.http2.ping_timeout_ms", 20_000),
-        # Callers may send pings every ten seconds, also between requests; gRPC disconnects those that send more.
+        # The SDK sends a ping every ten seconds; gRPC disconnects callers that send them more often than this.
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ]
