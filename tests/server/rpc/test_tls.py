@@ -18,6 +18,7 @@ from support.certificates import Authority, Folder, Pair, connect, free_port, re
 from support.waiting import eventually
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1.tokenizer_pb2_grpc import TokenizerServiceStub
+from vqserve_client.cli import main as vqserve
 
 LATENTS = np.zeros((3, 4), np.float32)
 _TOMORROW = datetime.now(UTC) + timedelta(days=1)
@@ -235,3 +236,12 @@ def test_health_answers_with_tls_as_well(
 ) -> None:
     with connect(serving(fake(), **folder.settings()).target, authority.pem) as channel:
         assert health(channel) == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_the_status_of_a_server_with_tls_is_asked_on_the_port_of_health(
+    serving: Callable[..., Any], fake: Callable[..., Any], folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = free_port()
+    serving(fake(), health_port=port, **folder.settings(mutual=True))
+    assert vqserve(["status", "--target", f"localhost:{port}"]) == 0
+    assert capsys.readouterr().out == "SERVING\n"

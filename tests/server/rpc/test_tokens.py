@@ -22,7 +22,7 @@ from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from vqserve_server.access.token_file import hash_of, new_secret
 
-TEXT = "the server needs a valid token: call with a valid token="
+TEXT = "the server needs a valid access token: call with a valid token="
 S = grpc.StatusCode
 
 
@@ -144,12 +144,12 @@ def test_a_codebook_that_the_token_may_not_use(stub: TokenizerServiceStub, names
         assert encode(stub, request("audio"), names.secrets["both"]) == [3]
     code, details = status(lambda: encode(stub, request("audio"), names.secrets["faces"]))
     assert code is S.PERMISSION_DENIED
-    assert details.startswith("the token may not use codebook 'audio'")
+    assert details.startswith("the access token may not use codebook 'audio'")
     # Nothing tells whether there is such a codebook, or what it is.
     for wrong in (request("nosuch"), request("audio", expected_digest="0" * 64), request("audio", rows=0)):
         code, details = status(lambda: encode(stub, wrong, names.secrets["faces"]))  # noqa: B023
         assert code is S.PERMISSION_DENIED
-        assert details.replace("nosuch", "audio").startswith("the token may not use codebook 'audio'")
+        assert details.replace("nosuch", "audio").startswith("the access token may not use codebook 'audio'")
         assert "faces" not in details
     assert encode(stub, request("faces"), names.secrets["faces"]) == [3]
 
@@ -264,7 +264,7 @@ def test_the_rate_of_a_token(stub: TokenizerServiceStub, server: Any, names: Nam
     with pytest.raises(grpc.RpcError) as caught:
         encode(stub, request("faces", 1), names.secrets["slow"])
     assert caught.value.code() is S.RESOURCE_EXHAUSTED
-    assert caught.value.details().startswith("the token may send 0.001 rows per second")
+    assert caught.value.details().startswith("the access token may send 0.001 rows per second")
     metadata = dict(caught.value.trailing_metadata() or ())
     assert 990_000_000 < int(metadata["grpc-retry-pushback-ms"]) < 1_002_000_000
     for _ in range(5):
