@@ -88,6 +88,23 @@ class EngineConfig:
     max_queue_bytes: int = _setting(
         1024 * MIB, "most bytes of all requests in the server and their replies", _integer(1024, 1 << 44)
     )
+    max_caller_requests: int = _setting(
+        0,
+        "most requests of one caller in the server; 0: three times what is left free for others",
+        _integer(0, 1 << 20),
+    )
+    max_caller_rows: int = _setting(0, "most rows of one caller in the server; 0: likewise", _integer(0, 1 << 40))
+    max_caller_bytes: int = _setting(
+        0, "most bytes of one caller's requests and replies in the server; 0: likewise", _integer(0, 1 << 44)
+    )
+    max_queue_ms: int = _setting(
+        30_000,
+        "most milliseconds that a new request would wait for others, by the measured speed; 0: no limit",
+        _integer(0, 86_400_000),
+    )
+    max_batch_ms: int = _setting(
+        4, "milliseconds that a batch may take, by the measured speed; 0: no limit", _integer(0, 60_000)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

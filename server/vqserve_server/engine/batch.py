@@ -61,6 +61,8 @@ class Batch:
         self.key = key
         self.parts: list[Part] = []
         self.rows = 0
+        # Seconds that it is expected to take.
+        self.cost = 0.0
 
     def add(self, job: Job, rows: int) -> None:
         """Add the next rows of a job."""

@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallerLimits:
+    """What one caller may have in the server at a time; 0: no limit of its own.
+
+    Attributes:
+        requests: its requests.
+        rows: rows of those requests.
+        bytes: bytes of those requests and their replies.
+    """
+
+    requests: int = 0
+    rows: int = 0
+    bytes: int = 0
+
 
 class Caller:
     """One caller: all calls of an address, whichever connections they come on.
@@ -10,13 +27,15 @@ class Caller:
 
     Attributes:
         name: names the caller in the log: its address without the port, or "unix".
+        limits: what it may have in the server; None: what the settings say.
         requests: its requests in the server.
         rows: rows of those requests.
         bytes: bytes of those requests and their replies.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, limits: CallerLimits | None = None) -> None:
         self.name = name
+        self.limits = limits
         self.requests = 0
         self.rows = 0
         self.bytes = 0

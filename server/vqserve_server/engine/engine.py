@@ -84,8 +84,8 @@ class Engine:
         self.live = _live(tokenizers)
         self.stats = EngineStats()
         self._on_broken = on_broken
-        self.admission = Admission(config, retry_after_s=self.stats.retry_after_s)
-        self.scheduler = Scheduler(config)
+        self.admission = Admission(config, self.stats)
+        self.scheduler = Scheduler(config, self.stats)
         if threads is None:
             threads = max((_threads(tokenizer) for tokenizer in tokenizers), default=1)
         self._worker = Worker(self.scheduler, self.stats, threads=threads, on_broken=self._broken)

@@ -80,6 +80,8 @@ class Requests:
                 return
         try:
             header, data = headers.find(raw)
+            if header.rows:
+                self._engine.scheduler.check(recipient.caller, header.key, header.rows, recipient.deadline)
             request = Request(self._engine, recipient.caller, header, len(raw) + header.reply_bytes, received_at)
             try:
                 if header.rows:
