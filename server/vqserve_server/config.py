@@ -84,7 +84,7 @@ class EngineConfig:
         0, "microseconds that an idle device waits for a fuller batch; 0: it starts at once", _integer(0, 10**7)
     )
     max_queue_requests: int = _setting(1024, "most requests in the server", _integer(1, 1 << 20))
-    max_queue_rows: int = _setting(1 << 24, "most rows of all requests in the server", _integer(1, 1 << 40))
+    max_queue_rows: int = _setting(1 << 26, "most rows of all requests in the server", _integer(1, 1 << 40))
     max_queue_bytes: int = _setting(
         1024 * MIB, "most bytes of all requests in the server and their replies", _integer(1024, 1 << 44)
     )

@@ -100,8 +100,8 @@ class EngineStats:
         }
 
 
-# A caller may have this many times what it leaves free of each limit: alone three quarters of it, or with small requests
-# seven eighths, so that its large ones do not keep its small ones out.
+# A caller may have this many times what it leaves free of each limit: alone three quarters of it, or with small
+# requests seven eighths, so that its large ones do not keep its small ones out.
 _SHARE, _SHARE_WITH_SMALL = 3, 7
 # A request is small if it takes at most this part of the limits.
 _SMALL = 1 / 1024

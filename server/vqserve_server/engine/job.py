@@ -207,7 +207,7 @@ class Job(ABC):
     def is_wanted(self, now: float) -> bool:
         """Return whether the job still needs its result; one whose deadline has passed is resolved here."""
         if self.deadline is not None and self.deadline <= now:
-            self.resolve(DeadlineExceeded("the deadline passed before the request was computed"))
+            self.resolve(DeadlineExceeded("the deadline passed while the request was computed"))
         return self.outcome is None
 
     def finish_part(self, rows: int, *, started: float, ended: float, batch: tuple[int, int]) -> RequestTiming | None:

@@ -34,8 +34,7 @@ class Scheduler:
         self._speeds = Speeds(config)
         self._queue = JobQueue(config, self._speeds)
         self._changed = threading.Condition(threading.Lock())
-        # By the id of the thread that computes it: a batch, and when it was taken.
-        self._on_device: dict[int, tuple[Batch, float]] = {}
+        self._on_device: dict[int, Batch] = {}  # by the id of the thread that computes it
         self._on_device_s = 0.0  # seconds that those are expected to take
         self._last_done = 0.0
         self._closed: VqserveError | None = None
@@ -93,7 +92,7 @@ class Scheduler:
             self._closed = self._closed or reason
             if drop:
                 jobs = self._queue.clear()
-                jobs += [part.job for batch, _ in self._on_device.values() for part in batch.parts]
+                jobs += [part.job for batch in self._on_device.values() for part in batch.parts]
             self._changed.notify_all()
         for job in jobs:
             job.resolve(reason)
@@ -105,11 +104,14 @@ class Scheduler:
         """
         thread = threading.get_ident()
         with self._changed:
-            self._finish(thread)
+            finished = self._on_device.pop(thread, None)
+            if finished is not None:
+                self._learn(finished)
             while True:
                 batch, late = self._queue.take(time.monotonic(), allow_wait=self._closed is None)
                 if batch is not None:
-                    self._on_device[thread] = batch, time.monotonic()
+                    self._on_device[thread] = batch
+                    batch.taken_at = time.monotonic()
                     self._on_device_s += batch.cost
                     if self._queue:
                         # One notification may announce several batches.
@@ -133,14 +135,11 @@ class Scheduler:
                 else:
                     self._changed.wait()
 
-    def _finish(self, thread: int) -> None:
-        """Learn from the batch that a thread has finished."""
-        batch, since = self._on_device.pop(thread, (None, 0.0))
-        if batch is None:
-            return
+    def _learn(self, batch: Batch) -> None:
+        """Learn how fast the device is from a batch that is finished, its replies included."""
         now = time.monotonic()
         # Of two threads that compute at once each makes half of the progress.
-        seconds = now - max(since, self._last_done)
+        seconds = now - max(batch.taken_at, self._last_done)
         self._last_done = now
         self._on_device_s = self._on_device_s - batch.cost if self._on_device else 0.0
         self._speeds.of(batch.key).measure(len(batch.parts), batch.rows, seconds)
