@@ -58,6 +58,14 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _watchdog_seconds(text: str) -> float:
+    value = _seconds(text)
+    # Below this a pause of a busy machine would be a fault.
+    if 0 < value < 3:
+        raise ValueError(f"must be 0 or from 3 to 86400 seconds, not {text!r}")
+    return value
+
+
 def _integer(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else -1
@@ -142,6 +150,11 @@ class ServeConfig:
         _text,
     )
     drain_seconds: float = _setting(30.0, "seconds to answer accepted requests after SIGTERM or SIGINT", _seconds)
+    watchdog_seconds: float = _setting(
+        30.0,
+        "seconds after which a computation that has not returned is a fault, which ends the process; 0: never",
+        _watchdog_seconds,
+    )
     log_level: str = _setting("info", f"one of {', '.join(LOG_LEVELS)}", _log_level)
 
 

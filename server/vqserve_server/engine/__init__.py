@@ -9,6 +9,7 @@ from vqserve_server.engine.batch import BatchFailed
 from vqserve_server.engine.caller import Caller, CallerLimits
 from vqserve_server.engine.engine import Engine, LiveSet
 from vqserve_server.engine.job import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, RequestTiming
+from vqserve_server.engine.watchdog import Watchdog
 
 __all__ = [
     "Admission",
@@ -23,4 +24,5 @@ __all__ = [
     "Job",
     "LiveSet",
     "RequestTiming",
+    "Watchdog",
 ]

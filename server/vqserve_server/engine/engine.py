@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from vqserve.errors import DeviceBroken, Draining
 from vqserve.validation import check_digest, no_codebook
 from vqserve_server.codebook_files import latest, version_order
 from vqserve_server.config import EngineConfig
+from vqserve_server.console import event
 from vqserve_server.device import wait_for_stream
 from vqserve_server.engine.admission import Admission, EngineStats
 from vqserve_server.engine.scheduler import Scheduler
@@ -18,6 +20,8 @@ from vqserve_server.engine.worker import Worker
 
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # A GPU is idle while a thread copies rows and replies; on a CPU the same cores do both.
 _CUDA_THREADS = 2
@@ -35,6 +39,10 @@ class LiveSet:
 
     def __len__(self) -> int:
         return len(self._by_name)
+
+    def tokenizers(self) -> list[Tokenizer]:
+        """Return the tokenizers, in name order, each once."""
+        return list({self._by_name[name]: None for name in self._names()})
 
     def infos(self) -> list[CodebookInfo]:
         """Return the codebook of each name, in name order, versions as numbers."""
@@ -77,7 +85,7 @@ class Engine:
             tokenizers: the codebooks to serve, under their names.
             config: batching and limits.
             threads: number of batches that are computed at once; None: a number that suits the device.
-            on_broken: called, from another thread, when the device is lost.
+            on_broken: called, from another thread, when the engine can serve no longer, before its jobs fail.
         """
         config = config or EngineConfig()
         tokenizers = list(tokenizers)
@@ -88,7 +96,7 @@ class Engine:
         self.scheduler = Scheduler(config, self.stats)
         if threads is None:
             threads = max((_threads(tokenizer) for tokenizer in tokenizers), default=1)
-        self._worker = Worker(self.scheduler, self.stats, threads=threads, on_broken=self._broken)
+        self._worker = Worker(self.scheduler, self.stats, threads=threads, on_broken=self._lost)
 
     def swap(self, tokenizers: Iterable[Tokenizer]) -> None:
         """Serve these codebooks from now on; jobs that were made for others finish with those."""
@@ -119,9 +127,23 @@ class Engine:
         self.scheduler.close(stopping, drop=True)
         return self._worker.join(0.0)
 
-    def _broken(self, error: DeviceBroken) -> None:
-        self.admission.close(error)
+    def break_down(self, message: str, line: str, cause: BaseException | None = None) -> None:
+        """Serve no longer: refuse requests, and fail those in the server with DeviceBroken.
+
+        Args:
+            message: for the callers.
+            line: for the log.
+            cause: its traceback goes to the log.
+        """
+        broken = DeviceBroken(message)
+        self.admission.close(broken)
         self._on_broken()
+        self.scheduler.close(broken, drop=True)
+        # Last: whoever reads the log may be slow.
+        logger.critical(line, exc_info=cause)
+
+    def _lost(self, error: BaseException) -> None:
+        self.break_down("the device failed", event("device_failed"), error)
 
 
 def _live(tokenizers: Sequence[Tokenizer]) -> LiveSet:

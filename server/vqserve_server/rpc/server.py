@@ -98,12 +98,16 @@ class RpcServer:
         self._transport.start()
         return port
 
+    def turns(self) -> int:
+        """Return a number that grows at least once per second while the transport's thread is not stuck."""
+        return self._transport.turns
+
     def use_live_set(self) -> None:
         """Serve the codebooks that the engine has live now."""
         self._service.use_live_set()
 
     def not_serving(self) -> None:
-        """Report NOT_SERVING to health checks from now on."""
+        """Report NOT_SERVING to health checks from now on. Any thread may call it."""
         self._health.set_serving(False)
 
     def stop(self, drain_seconds: float) -> bool:
