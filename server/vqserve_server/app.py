@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import faulthandler
 import gc
 import logging
+import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TextIO
 
 from vqserve.errors import StartError
 from vqserve_server import console, grpcio_release, signals
@@ -16,14 +22,20 @@ from vqserve_server.access import Access
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
-from vqserve_server.engine import Engine
+from vqserve_server.engine import Engine, Watchdog
+from vqserve_server.heartbeat import Heartbeat
 from vqserve_server.network import address, check, check_protected, check_unix_socket
 from vqserve_server.repository import Reloader, Repository
 from vqserve_server.rpc import RpcServer
+from vqserve_server.rpc.transport import THREAD_NAME
 from vqserve_server.tokenizer import Tokenizer
 
 # An idle device thread needs a moment to end.
 _IDLE_END_S = 0.5
+# A broken server fails all requests at once. This is for sending those replies; callers try again meanwhile, in vain.
+_BROKEN_DRAIN_S = 0.25
+# Whatever is stuck, a broken process has ended after so many seconds.
+_BROKEN_END_S = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +50,7 @@ class App:
         *,
         access: Access | None = None,
         shares_port: bool = False,
+        on_broken: Callable[[], None] = lambda: None,
     ) -> None:
         """Make the server; nothing runs before `start`.
 
@@ -46,10 +59,13 @@ class App:
             config: all settings.
             access: certificates and tokens; None: those of the settings.
             shares_port: whether other processes listen on the port too.
+            on_broken: called, from any thread, when the server can serve no longer.
         """
         self._config = config or ServeConfig()
         self._loop = asyncio.get_running_loop()
+        self._loop_turns = 0
         self.broken = asyncio.Event()
+        self._when_broken = on_broken
         self.engine = Engine(
             tokenizers,
             self._config.engine,
@@ -95,31 +111,53 @@ class App:
 
     async def stop(self) -> bool:
         """Accept no more requests, answer the accepted ones, and stop; return whether all were answered in time."""
-        deadline = self._loop.time() + self._config.drain_seconds
+        drain_s = min(self._config.drain_seconds, _BROKEN_DRAIN_S if self.broken.is_set() else math.inf)
+        deadline = self._loop.time() + drain_s
         self._rpc.not_serving()
         self.engine.drain()
-        finished = await asyncio.to_thread(self._rpc.stop, self._config.drain_seconds)
+        finished = await asyncio.to_thread(self._rpc.stop, drain_s)
         left_s = max(deadline - self._loop.time(), _IDLE_END_S)
         stopped = await asyncio.to_thread(self.engine.stop, left_s)
         logger.info(event("served", **self.engine.stats.summary()))
         return finished and stopped
 
-    def _on_broken(self) -> None:
-        def stop_serving() -> None:
-            self._rpc.not_serving()
-            self.broken.set()
+    def threads(self) -> Mapping[str, Callable[[], int]]:
+        """Return the threads that a watchdog should check; see `Watchdog`."""
+        return {THREAD_NAME: self._rpc.turns, threading.current_thread().name: self._count_loop_turns}
 
-        self._loop.call_soon_threadsafe(stop_serving)
+    def _count_loop_turns(self) -> int:
+        """Return a number that grows if the loop has run since the last call."""
+
+        def count() -> None:
+            self._loop_turns += 1
+
+        self._loop.call_soon_threadsafe(count)
+        return self._loop_turns
+
+    def _on_broken(self) -> None:
+        # Not on the loop, which may be what is stuck.
+        self._rpc.not_serving()
+        self._when_broken()
+        # The loop is closed after the stop.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self.broken.set)
 
 
 async def serve(
-    repository: Repository, config: ServeConfig, access: Access | None = None, *, worker: int | None = None
+    repository: Repository,
+    config: ServeConfig,
+    access: Access | None = None,
+    *,
+    worker: int | None = None,
+    heartbeat: Heartbeat | None = None,
+    on_broken: Callable[[], None] = lambda: None,
 ) -> int:
-    """Serve until a stop signal arrives or the device is lost; return the exit code.
+    """Serve until a stop signal arrives; return the exit code. A fault of the device ends the process with 1.
 
     SIGHUP reloads the repository. A SIGHUP during the start is handled when the server is ready.
     """
-    app = App(repository.tokenizers, config, access=access, shares_port=worker is not None)
+    app = App(repository.tokenizers, config, access=access, shares_port=worker is not None, on_broken=on_broken)
+    watchdog = _watchdog(app, config, heartbeat)
     reloader = Reloader(repository, lambda: app.swap(repository.tokenizers))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -149,6 +187,8 @@ async def serve(
         # The parent's end of the pipe closes when the parent ends.
         loop.add_reader(sys.stdin.fileno(), on_orphaned)
     port = await app.start()
+    if watchdog is not None:
+        watchdog.start()
     _announce(repository.tokenizers, config.rpc.host, port)
     done, pending = await asyncio.wait(
         [asyncio.create_task(stop.wait()), asyncio.create_task(app.broken.wait())],
@@ -157,14 +197,20 @@ async def serve(
     del done
     for task in pending:
         task.cancel()
+    if watchdog is not None:
+        watchdog.stop()
+    if heartbeat is not None:
+        heartbeat.close()
     in_time = await app.stop()
-    code = 1 if app.broken.is_set() else 0
+    if app.broken.is_set():
+        sys.stderr.write("vqserved: error: the device failed; the log has the reason\n")
+        _exit_now(1)
     if not in_time:
         logger.warning(event("drain_expired", drain_seconds=config.drain_seconds))
     if not in_time or reloader.is_busy:
         # A thread that computes cannot be stopped, and the interpreter may crash if it exits meanwhile.
-        _exit_now(code)
-    return code
+        _exit_now(0)
+    return 0
 
 
 def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = None) -> int:
@@ -194,10 +240,29 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
     repository.load()
     # The present objects stay alive; a collection after a swap can skip them.
     gc.freeze()
-    code = asyncio.run(serve(repository, config, access, worker=worker))
-    if code:
-        raise StartError("the device failed; the log has the reason")
-    return code
+    heartbeat = None if worker is None else Heartbeat.of(os.environ)
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        on_broken = partial(_end_in_any_case, nowhere)
+        return asyncio.run(serve(repository, config, access, worker=worker, heartbeat=heartbeat, on_broken=on_broken))
+
+
+def _watchdog(app: App, config: ServeConfig, heartbeat: Heartbeat | None) -> Watchdog | None:
+    if not config.watchdog_seconds:
+        return None
+    # A batch that is not full may wait on purpose.
+    seconds = config.watchdog_seconds + config.engine.max_wait_us * 1e-6
+    on_alive = _nothing if heartbeat is None else heartbeat.beat
+    return Watchdog(app.engine, seconds, threads=app.threads(), on_alive=on_alive)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _end_in_any_case(nowhere: TextIO) -> None:
+    """End the process in a few seconds, also if no thread can run Python code by then."""
+    # Traces of all threads go nowhere: stderr may be a pipe that nobody reads.
+    faulthandler.dump_traceback_later(_BROKEN_END_S, exit=True, file=nowhere)
 
 
 def _announce(tokenizers: Sequence[Tokenizer], host: str, port: int) -> None:

@@ -84,6 +84,14 @@ def _switch(text: str) -> bool:
     return _SWITCH[text.lower()]
 
 
+def _watchdog_seconds(text: str) -> float:
+    value = _seconds(text)
+    # Below this a pause of a busy machine would be a fault.
+    if 0 < value < 3:
+        raise ValueError(f"must be 0 or from 3 to 86400 seconds, not {text!r}")
+    return value
+
+
 def _integer(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else -1
@@ -110,9 +118,26 @@ class EngineConfig:
         0, "microseconds that an idle device waits for a fuller batch; 0: it starts at once", _integer(0, 10**7)
     )
     max_queue_requests: int = _setting(1024, "most requests in the server", _integer(1, 1 << 20))
-    max_queue_rows: int = _setting(1 << 24, "most rows of all requests in the server", _integer(1, 1 << 40))
+    max_queue_rows: int = _setting(1 << 26, "most rows of all requests in the server", _integer(1, 1 << 40))
     max_queue_bytes: int = _setting(
         1024 * MIB, "most bytes of all requests in the server and their replies", _integer(1024, 1 << 44)
+    )
+    max_caller_requests: int = _setting(
+        0,
+        "most requests of one caller in the server; 0: three times what is left free for others",
+        _integer(0, 1 << 20),
+    )
+    max_caller_rows: int = _setting(0, "most rows of one caller in the server; 0: likewise", _integer(0, 1 << 40))
+    max_caller_bytes: int = _setting(
+        0, "most bytes of one caller's requests and replies in the server; 0: likewise", _integer(0, 1 << 44)
+    )
+    max_queue_ms: int = _setting(
+        30_000,
+        "most milliseconds that a new request would wait for others, by the measured speed; 0: no limit",
+        _integer(0, 86_400_000),
+    )
+    max_batch_ms: int = _setting(
+        4, "milliseconds that a batch may take, by the measured speed; 0: no limit", _integer(0, 60_000)
     )
 
 
@@ -175,6 +200,11 @@ class ServeConfig:
         _text,
     )
     drain_seconds: float = _setting(30.0, "seconds to answer accepted requests after SIGTERM or SIGINT", _seconds)
+    watchdog_seconds: float = _setting(
+        30.0,
+        "seconds after which a computation that has not returned is a fault, which ends the process; 0: never",
+        _watchdog_seconds,
+    )
     log_level: str = _setting("info", f"one of {', '.join(LOG_LEVELS)}", _log_level)
 
 

@@ -428,6 +428,7 @@ from vqserve_server import app
 
 class Stubborn:
     device = torch.device("cpu")
+    probe = None
     info = CodebookInfo(
         name="stubborn", digest="", kind="vq", num_codes=2, vocab_size=2, input_dim=1, code_dim=1, output_dim=1
     )

@@ -58,7 +58,7 @@ class Callers:
     def _entered(self, key: Token | str, name: str, token: Token | None) -> Caller:
         caller = self._callers.get(key)
         if caller is None:
-            caller = self._callers[key] = Caller(name, token)
+            caller = self._callers[key] = Caller(name, token=token)
         self._calls[key] = self._calls.get(key, 0) + 1
         return caller
 

@@ -134,6 +134,11 @@ class RequestHeader(ABC, Generic[RequestT]):
         )
         return job, reply
 
+    @property
+    def key(self) -> EncodeKey | DecodeKey:
+        """Return which requests can share a batch with those of this header."""
+        return self._key
+
     @abstractmethod
     def _read(self, message: RequestT, payload_bytes: int, info: CodebookInfo) -> None:
         """Validate what the message asks for; set `rows`, `_key`, `_layout`, `_set_request` and `_set_reply`."""

