@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 from vqserve.errors import StartError
 from vqserve_server import console, grpcio_release, signals
+from vqserve_server.access import Access
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
 from vqserve_server.engine import Engine
-from vqserve_server.network import address, check, check_unix_socket, warn_if_open
+from vqserve_server.network import address, check, check_protected, check_unix_socket
 from vqserve_server.repository import Reloader, Repository
 from vqserve_server.rpc import RpcServer
 from vqserve_server.tokenizer import Tokenizer
@@ -31,13 +32,19 @@ class App:
     """One server: an engine and its gRPC server. Call its methods from one event loop."""
 
     def __init__(
-        self, tokenizers: Sequence[Tokenizer], config: ServeConfig | None = None, *, shares_port: bool = False
+        self,
+        tokenizers: Sequence[Tokenizer],
+        config: ServeConfig | None = None,
+        *,
+        access: Access | None = None,
+        shares_port: bool = False,
     ) -> None:
         """Make the server; nothing runs before `start`.
 
         Args:
             tokenizers: the codebooks to serve.
             config: all settings.
+            access: certificates and tokens; None: those of the settings.
             shares_port: whether other processes listen on the port too.
         """
         self._config = config or ServeConfig()
@@ -48,7 +55,14 @@ class App:
             self._config.engine,
             on_broken=self._on_broken,
         )
-        self._rpc = RpcServer(self.engine, self._config.rpc, shares_port=shares_port)
+        self._access = access or Access(self._config.access)
+        self._rpc = RpcServer(
+            self.engine,
+            self._config.rpc,
+            self._access,
+            health_port=self._config.access.health_port,
+            shares_port=shares_port,
+        )
 
     async def start(self) -> int:
         """Start, and return the port.
@@ -63,8 +77,9 @@ class App:
         try:
             port = self._rpc.start()
         except RuntimeError:
-            rpc = self._config.rpc
-            raise StartError(f"cannot listen on {address(rpc.host, rpc.port)}") from None
+            rpc, health = self._config.rpc, self._config.access.health_port
+            beside = f", or on port {health}" if health else ""
+            raise StartError(f"cannot listen on {address(rpc.host, rpc.port)}{beside}") from None
         if self._config.rpc.unix_socket:
             logger.info(event("listening", address=f"unix:{self._config.rpc.unix_socket}"))
         return port
@@ -73,6 +88,10 @@ class App:
         """Serve these codebooks from now on; a request that arrived before uses only the old ones."""
         self.engine.swap(tokenizers)
         self._rpc.use_live_set()
+
+    def refresh_access(self) -> None:
+        """Read certificates and tokens again that have changed; they are also read at their next use."""
+        self._access.refresh()
 
     async def stop(self) -> bool:
         """Accept no more requests, answer the accepted ones, and stop; return whether all were answered in time."""
@@ -93,12 +112,14 @@ class App:
         self._loop.call_soon_threadsafe(stop_serving)
 
 
-async def serve(repository: Repository, config: ServeConfig, *, worker: int | None = None) -> int:
+async def serve(
+    repository: Repository, config: ServeConfig, access: Access | None = None, *, worker: int | None = None
+) -> int:
     """Serve until a stop signal arrives or the device is lost; return the exit code.
 
     SIGHUP reloads the repository. A SIGHUP during the start is handled when the server is ready.
     """
-    app = App(repository.tokenizers, config, shares_port=worker is not None)
+    app = App(repository.tokenizers, config, access=access, shares_port=worker is not None)
     reloader = Reloader(repository, lambda: app.swap(repository.tokenizers))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -112,6 +133,7 @@ async def serve(repository: Repository, config: ServeConfig, *, worker: int | No
 
     def on_reload() -> None:
         if not stop.is_set():
+            app.refresh_access()
             reloader.request()
 
     def on_orphaned() -> None:
@@ -161,15 +183,18 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
         grpcio_release.warn_if_untested()
     find_codebooks(sources).check()
     if worker is None:
+        check_protected(config.rpc.host, config.access)
         check(config.rpc.host, config.rpc.port)
+        if config.access.health_port:
+            check(config.rpc.host, config.access.health_port)
         if config.rpc.unix_socket:
             check_unix_socket(config.rpc.unix_socket)
-        warn_if_open(config.rpc.host)
+    access = Access(config.access)
     repository = Repository(sources, device=config.device, search=config.search)
     repository.load()
     # The present objects stay alive; a collection after a swap can skip them.
     gc.freeze()
-    code = asyncio.run(serve(repository, config, worker=worker))
+    code = asyncio.run(serve(repository, config, access, worker=worker))
     if code:
         raise StartError("the device failed; the log has the reason")
     return code
