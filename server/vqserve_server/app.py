@@ -18,12 +18,13 @@ from typing import TextIO
 
 from vqserve.errors import StartError
 from vqserve_server import console, grpcio_release, signals
+from vqserve_server.access import Access
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
 from vqserve_server.engine import Engine, Watchdog
 from vqserve_server.heartbeat import Heartbeat
-from vqserve_server.network import address, check, check_unix_socket, warn_if_open
+from vqserve_server.network import address, check, check_protected, check_unix_socket
 from vqserve_server.repository import Reloader, Repository
 from vqserve_server.rpc import RpcServer
 from vqserve_server.rpc.transport import THREAD_NAME
@@ -47,6 +48,7 @@ class App:
         tokenizers: Sequence[Tokenizer],
         config: ServeConfig | None = None,
         *,
+        access: Access | None = None,
         shares_port: bool = False,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
@@ -55,6 +57,7 @@ class App:
         Args:
             tokenizers: the codebooks to serve.
             config: all settings.
+            access: certificates and tokens; None: those of the settings.
             shares_port: whether other processes listen on the port too.
             on_broken: called, from any thread, when the server can serve no longer.
         """
@@ -68,7 +71,14 @@ class App:
             self._config.engine,
             on_broken=self._on_broken,
         )
-        self._rpc = RpcServer(self.engine, self._config.rpc, shares_port=shares_port)
+        self._access = access or Access(self._config.access)
+        self._rpc = RpcServer(
+            self.engine,
+            self._config.rpc,
+            self._access,
+            health_port=self._config.access.health_port,
+            shares_port=shares_port,
+        )
 
     async def start(self) -> int:
         """Start, and return the port.
@@ -83,8 +93,9 @@ class App:
         try:
             port = self._rpc.start()
         except RuntimeError:
-            rpc = self._config.rpc
-            raise StartError(f"cannot listen on {address(rpc.host, rpc.port)}") from None
+            rpc, health = self._config.rpc, self._config.access.health_port
+            beside = f", or on port {health}" if health else ""
+            raise StartError(f"cannot listen on {address(rpc.host, rpc.port)}{beside}") from None
         if self._config.rpc.unix_socket:
             logger.info(event("listening", address=f"unix:{self._config.rpc.unix_socket}"))
         return port
@@ -93,6 +104,10 @@ class App:
         """Serve these codebooks from now on; a request that arrived before uses only the old ones."""
         self.engine.swap(tokenizers)
         self._rpc.use_live_set()
+
+    def refresh_access(self) -> None:
+        """Read certificates and tokens again that have changed; they are also read at their next use."""
+        self._access.refresh()
 
     async def stop(self) -> bool:
         """Accept no more requests, answer the accepted ones, and stop; return whether all were answered in time."""
@@ -131,6 +146,7 @@ class App:
 async def serve(
     repository: Repository,
     config: ServeConfig,
+    access: Access | None = None,
     *,
     worker: int | None = None,
     heartbeat: Heartbeat | None = None,
@@ -140,7 +156,7 @@ async def serve(
 
     SIGHUP reloads the repository. A SIGHUP during the start is handled when the server is ready.
     """
-    app = App(repository.tokenizers, config, shares_port=worker is not None, on_broken=on_broken)
+    app = App(repository.tokenizers, config, access=access, shares_port=worker is not None, on_broken=on_broken)
     watchdog = _watchdog(app, config, heartbeat)
     reloader = Reloader(repository, lambda: app.swap(repository.tokenizers))
     stop = asyncio.Event()
@@ -155,6 +171,7 @@ async def serve(
 
     def on_reload() -> None:
         if not stop.is_set():
+            app.refresh_access()
             reloader.request()
 
     def on_orphaned() -> None:
@@ -212,10 +229,13 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
         grpcio_release.warn_if_untested()
     find_codebooks(sources).check()
     if worker is None:
+        check_protected(config.rpc.host, config.access)
         check(config.rpc.host, config.rpc.port)
+        if config.access.health_port:
+            check(config.rpc.host, config.access.health_port)
         if config.rpc.unix_socket:
             check_unix_socket(config.rpc.unix_socket)
-        warn_if_open(config.rpc.host)
+    access = Access(config.access)
     repository = Repository(sources, device=config.device, search=config.search)
     repository.load()
     # The present objects stay alive; a collection after a swap can skip them.
@@ -223,7 +243,7 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
     heartbeat = None if worker is None else Heartbeat.of(os.environ)
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
         on_broken = partial(_end_in_any_case, nowhere)
-        return asyncio.run(serve(repository, config, worker=worker, heartbeat=heartbeat, on_broken=on_broken))
+        return asyncio.run(serve(repository, config, access, worker=worker, heartbeat=heartbeat, on_broken=on_broken))
 
 
 def _watchdog(app: App, config: ServeConfig, heartbeat: Heartbeat | None) -> Watchdog | None:

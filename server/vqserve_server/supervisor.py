@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 from vqserve.errors import StartError
 from vqserve_server import config as settings
 from vqserve_server import console, grpcio_release, signals
+from vqserve_server.access import Access
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
 from vqserve_server.heartbeat import HEARTBEAT_VARIABLE, Checks, Pulse
-from vqserve_server.network import reserve, warn_if_open
+from vqserve_server.network import check_protected, reserve
 
 # Environment variable with the number of a worker; it is not a setting for users.
 WORKER_VARIABLE = "_VQSERVE_WORKER"
@@ -267,7 +268,10 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     # Check here, so that an error is reported once and not by every worker.
     find_codebooks(sources).check()
     host, port = config.rpc.host, config.rpc.port
+    check_protected(host, config.access)
     reserve(host, port, shared=False).close()
-    warn_if_open(host)
+    Access(config.access)
+    if config.access.health_port:
+        reserve(host, config.access.health_port, shared=False).close()
     with reserve(host, port, shared=True) as held:
         return asyncio.run(serve(sources, config, held.getsockname()[1]))

@@ -7,8 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from vqserve.errors import Overloaded, VqserveError
+from vqserve_server.access import CallerLimits
 from vqserve_server.config import EngineConfig
-from vqserve_server.engine.caller import Caller, CallerLimits
+from vqserve_server.engine.caller import Caller
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from vqserve.codebook_info import VERSION_MARK, CodebookInfo
 from vqserve.errors import DeviceBroken, Draining
 from vqserve.validation import check_digest, no_codebook
+from vqserve_server.access import Codebooks
 from vqserve_server.codebook_files import latest, version_order
 from vqserve_server.config import EngineConfig
 from vqserve_server.console import event
@@ -42,30 +43,43 @@ class LiveSet:
 
     def tokenizers(self) -> list[Tokenizer]:
         """Return the tokenizers, in name order, each once."""
-        return list({self._by_name[name]: None for name in self._names()})
+        return list({self._by_name[name]: None for name in self._names(None)})
 
-    def infos(self) -> list[CodebookInfo]:
-        """Return the codebook of each name, in name order, versions as numbers."""
-        return [replace(self._by_name[name].info, name=name) for name in self._names()]
+    def infos(self, codebooks: Codebooks | None = None) -> list[CodebookInfo]:
+        """Return the codebook of each name, in name order, versions as numbers.
 
-    def resolve(self, name: str, expected_digest: str = "") -> Tokenizer:
+        Args:
+            codebooks: those that the caller may use; None: all.
+        """
+        return [replace(self._by_name[name].info, name=name) for name in self._names(codebooks)]
+
+    def resolve(self, name: str, expected_digest: str = "", codebooks: Codebooks | None = None) -> Tokenizer:
         """Return the tokenizer of that name; for no name the only one, of several versions the latest.
 
+        Args:
+            name: in the request; "": none.
+            expected_digest: that the caller expects; "": any will do.
+            codebooks: those that the caller may use; the others do not exist for it. None: all.
+
         Raises:
+            PermissionDenied: the caller may not use it, whether it exists or not.
             CodebookNotFound: no codebook has that name, or no name was given and several codebooks are live.
-            DigestMismatch: it has another digest than the caller expects ("": any will do).
+            DigestMismatch: it has another digest than the caller expects.
         """
-        bases = [base for base in self._by_name if VERSION_MARK not in base]
+        if codebooks is not None and name:
+            codebooks.check(name)
+        bases = [base for base in self._names(codebooks) if VERSION_MARK not in base]
         asked = name or (bases[0] if len(bases) == 1 else "")
         tokenizer = self._by_name.get(asked)
         if tokenizer is None:
-            raise no_codebook(name, self._names(), num_codebooks=len(bases))
+            raise no_codebook(name, self._names(codebooks), num_codebooks=len(bases))
         if expected_digest:
             check_digest(expected_digest, info=tokenizer.info)
         return tokenizer
 
-    def _names(self) -> list[str]:
-        return sorted(self._by_name, key=version_order)
+    def _names(self, codebooks: Codebooks | None) -> list[str]:
+        names = self._by_name if codebooks is None else filter(codebooks.allow, self._by_name)
+        return sorted(names, key=version_order)
 
 
 class Engine:

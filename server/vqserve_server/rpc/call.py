@@ -43,9 +43,10 @@ class Call:
         owes_reply: returns whether the server owes a reply, although another message may be received.
     """
 
-    def __init__(self, event: Any, caller: Caller, on_end: Callable[[Call], None]) -> None:
+    def __init__(self, event: Any, caller: Caller, method: str, on_end: Callable[[Call], None]) -> None:
         """Take the call that an event announces; `on_end` is called with it, before `on_close`."""
         self.caller = caller
+        self.method = method
         self._call = event.call
         self._metadata = event.invocation_metadata
         self._on_end = on_end
@@ -57,9 +58,7 @@ class Call:
         self._sending_since: float | None = None
         self._sent_at = 0.0
         self._lock = threading.Lock()
-        details = event.call_details
-        self.method: str = details.method.decode("ascii", "backslashreplace")
-        left_s = details.deadline - time.time()
+        left_s = event.call_details.deadline - time.time()
         self.deadline = None if left_s > _NO_DEADLINE_S else time.monotonic() + left_s
         self.on_close: Callable[[], None] = _nothing
         self.owes_reply: Callable[[], bool] = _no

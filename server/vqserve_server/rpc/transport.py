@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-from vqserve.errors import Overloaded
+from vqserve.errors import Overloaded, Unauthenticated
 from vqserve_server.console import event
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.callers import Callers
@@ -44,6 +44,7 @@ class Transport:
         options: Sequence[tuple[str, int]],
         max_calls: int,
         idle_s: float = 0.0,
+        callers: Callers | None = None,
     ) -> None:
         """Make the transport; `listen` to some addresses before `start`.
 
@@ -52,12 +53,13 @@ class Transport:
             options: options of gRPC, as pairs of name and value.
             max_calls: open calls at once; more fail with RESOURCE_EXHAUSTED.
             idle_s: how long a call may wait for its caller before it ends with UNAVAILABLE; 0: for ever.
+            callers: decides who may call; None: everyone.
         """
         self._handlers = handlers
         self._max_calls = max_calls
         self._idle_s = idle_s
         self._calls: set[Call] = set()
-        self._callers = Callers()
+        self._callers = callers or Callers()
         self._queue = cygrpc.CompletionQueue()
         self._server = cygrpc.Server(list(options), False)
         self._server.register_completion_queue(self._queue)
@@ -68,13 +70,18 @@ class Transport:
         # Rounds of the thread: it grows at least once per second while the thread is not stuck.
         self.turns = 0
 
-    def listen(self, address: str) -> int:
+    def listen(self, address: str, credentials: Any = None) -> int:
         """Listen on HOST:PORT or unix:PATH, and return the port.
+
+        Args:
+            address: where.
+            credentials: grpc.ServerCredentials, for TLS; None: plaintext.
 
         Raises:
             RuntimeError: the address cannot be bound.
         """
-        port: int = self._server.add_http2_port(address.encode())
+        own = None if credentials is None else credentials._credentials
+        port: int = self._server.add_http2_port(address.encode(), own)
         if not port:
             raise RuntimeError(f"cannot bind {address}")
         return port
@@ -127,10 +134,18 @@ class Transport:
                 self._server.request_call(self._queue, self._queue, self._on_call)
         if not event.success:
             return
-        call = Call(event, self._callers.enter(event.call.peer().decode()), self._on_end)
+        peer, refusal = event.call.peer().decode(), None
+        method = event.call_details.method.decode("ascii", "backslashreplace")
+        try:
+            caller = self._callers.enter(peer, method, event.invocation_metadata)
+        except Unauthenticated as error:
+            caller, refusal = self._callers.enter_stranger(peer), error
+        call = Call(event, caller, method, self._on_end)
         self._calls.add(call)
-        handler = self._handlers.get(call.method)
-        if handler is None:
+        handler = self._handlers.get(method)
+        if refusal is not None:
+            call.fail(refusal)
+        elif handler is None:
             call.end(Status(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}"))
         elif len(self._calls) > self._max_calls:
             call.fail(Overloaded("too many calls at once", retry_after_s=_RETRY_AFTER_S))
