@@ -10,7 +10,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from vqserve.errors import DeadlineExceeded
 from vqserve_client.channel import Connection
-from vqserve_client.requests import Deadline, RetryPolicy
+from vqserve_client.requests import Deadline
+from vqserve_client.retries import RetryPolicy
 from vqserve_client.status import Failure, text_metadata
 
 _Stub: Any = health_pb2_grpc.HealthStub

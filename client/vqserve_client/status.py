@@ -13,7 +13,6 @@ import grpc
 
 from vqserve.error_wire import ERROR_KEY, REQUEST_ID, REQUEST_ID_KEY, RETRY_AFTER_KEY, RETRY_PUSHBACK_KEY, read
 from vqserve.errors import (
-    AccessDenied,
     Cancelled,
     CodebookNotFound,
     DeadlineExceeded,
@@ -21,8 +20,10 @@ from vqserve.errors import (
     InvalidArgument,
     MessageTooLarge,
     Overloaded,
+    PermissionDenied,
     ProtocolError,
     ServerError,
+    Unauthenticated,
     Unavailable,
     VqserveError,
     escape,
@@ -38,8 +39,8 @@ ERROR_OF_CODE: Mapping[grpc.StatusCode, type[VqserveError]] = MappingProxyType(
         grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
         grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
         grpc.StatusCode.UNAVAILABLE: Unavailable,
-        grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
-        grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
+        grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+        grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
         grpc.StatusCode.CANCELLED: Cancelled,
         grpc.StatusCode.UNIMPLEMENTED: ProtocolError,
         grpc.StatusCode.INTERNAL: ServerError,
@@ -54,7 +55,9 @@ _LONGEST_TEXT = 2000
 
 # The beginnings of gRPC's own texts for a missing connection. They differ between releases; any other text is shown
 # like a server's.
-_NO_CONNECTION = re.compile(r"failed to connect to all addresses|errors resolving|DNS resolution failed")
+_NO_CONNECTION = re.compile(
+    r"failed to connect to all addresses|connections to all backends failing|errors resolving|DNS resolution failed"
+)
 # What is missing is the first frame of a gRPC server: another kind of server sends something else, or waits for more.
 _FOREIGN = re.compile(r"SETTINGS frame|http1\.x server|Failed parsing HTTP/2")
 _LOST_CONNECTION = re.compile(r"Stream removed|Socket closed|recvmsg:|sendmsg:|GOAWAY received|ping timeout")
@@ -99,9 +102,18 @@ class Failure:
         return self.is_unsent and _FOREIGN.search(self.details) is not None
 
     @property
+    def is_answered(self) -> bool:
+        """Return whether a server, or a proxy before it, has answered."""
+        return self.code is not grpc.StatusCode.UNAVAILABLE or not (
+            _NO_CONNECTION.match(self.details) or _LOST_CONNECTION.match(self.details)
+        )
+
+    @property
     def is_retried(self) -> bool:
         """Return whether the request is worth sending again."""
-        return issubclass(self.error_class, RETRIED)
+        # A negative delay is gRPC's way to say no.
+        refused = self.metadata.get(RETRY_PUSHBACK_KEY, "").startswith("-")
+        return not refused and issubclass(self.error_class, RETRIED)
 
     @property
     def error_class(self) -> type[VqserveError]:

@@ -1,4 +1,4 @@
-"""The device that serves codebooks: choice, streams, copies to and from it, and detection of its failure."""
+"""The device that serves codebooks: choice, streams, copies to and from it, and which of its errors are fatal."""
 
 from __future__ import annotations
 
@@ -104,16 +104,31 @@ _BROKEN: tuple[type[BaseException], ...] = tuple(
     kind for kind in (getattr(torch, "AcceleratorError", None), torch.cuda.CudaError) if kind is not None
 )
 _MARKS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuBLAS error", "HIP error", "device-side assert")
+# Page-locked memory, memory of a CUDA library, and memory of the host in an error of torch.
+_NO_MEMORY_MARKS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception from a tokenizer means that less work at once might have succeeded."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _NO_MEMORY_MARKS)
 
 
 def is_device_failure(error: BaseException) -> bool:
     """Return whether an exception from a tokenizer means that the device cannot be used any more."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return False
     if isinstance(error, _BROKEN):
         return True
     # CUDA libraries, and torch before AcceleratorError existed, raise a RuntimeError.
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _MARKS)
+
+
+def free_cached_memory(device: torch.device) -> None:
+    """Give back the memory of a device that torch keeps for later; does nothing on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class DeviceStreams:

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from vqserve import wire
 from vqserve.errors import Draining
 from vqserve_server.engine import Caller, Engine, Job
+from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.headers import HeaderCache, RequestHeader
-from vqserve_server.rpc.transport import Call
 
 # Larger messages are validated on another thread. Validating this many bytes takes half a millisecond; the change of
 # thread takes a part of that, and needs another core.

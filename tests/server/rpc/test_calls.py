@@ -16,9 +16,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from support.waiting import eventually
 from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.request import Request, UnaryCall
 from vqserve_server.rpc.stream import StreamCall
-from vqserve_server.rpc.transport import Call, Transport
+from vqserve_server.rpc.transport import Transport
 
 SERVICE = "vqserve.v1.TokenizerService"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"

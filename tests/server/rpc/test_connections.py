@@ -112,12 +112,12 @@ class Peer:
 @pytest.fixture
 def server(fake: Callable[..., Any], serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     """A server whose times are a hundredth of what they are."""
-    options = server_module._options
+    options = server_module.channel_options
 
     def faster(*args: Any, **kwargs: Any) -> list[tuple[str, int]]:
         return [(name, value // FASTER if name.endswith("_ms") else value) for name, value in options(*args, **kwargs)]
 
-    monkeypatch.setattr(server_module, "_options", faster)
+    monkeypatch.setattr(server_module, "channel_options", faster)
     return serving(fake())
 
 
