@@ -91,14 +91,16 @@ def channel_options(config: ClientConfig) -> list[tuple[str, str | int]]:
         ("grpc.max_receive_message_length", config.max_message_bytes),
         # A separate connection for every channel: a forked child must not use its parent's socket from a shared pool.
         ("grpc.use_local_subchannel_pool", 1),
-        # During calls, so that those to a server that hangs move to another one well within the default timeout.
-        # vqserve accepts it; with other servers gRPC pings only twice without data, and less often if they object.
-        ("grpc.keepalive_time_ms", 10_000),
+        # During calls: those to a server that hangs move to another one well within the default timeout. vqserve allows
+        # a ping every ten seconds; to other servers gRPC sends only two without data, and fewer if they object.
+        ("grpc.keepalive_time_ms", 12_000),
         # keepalive_timeout_ms has no effect: gRPC waits for the answer to any ping for this time.
         ("grpc.http2.ping_timeout_ms", 10_000),
         # gRPC's default of a second would make every retry of this client fail on the same lost connection.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 5_000),
+        # A client that is not used gives back its connections; round_robin would open those again that a server closes.
+        ("grpc.client_idle_timeout_ms", 300_000),
         # A name is resolved again when a connection ends; gRPC's default of 30 s is long for a restart.
         ("grpc.dns_min_time_between_resolutions_ms", 2_000),
         *config.address.options,

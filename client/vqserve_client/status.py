@@ -65,6 +65,7 @@ _NO_SERVER = "is the server running, and is this its address? `vqserved serve` s
 _LIMIT = "max_message_bytes"
 # gRPC's own texts for a message or metadata beyond a limit. Its code for both is that of a full queue.
 _TOO_LARGE = re.compile(r"(?:(CLIENT|SERVER): )?(Sent|Received) message larger than max \((\d{1,18}) vs\. (\d{1,18})\)")
+_INFLATED = "Decompressed message larger than max"
 _METADATA_TOO_LARGE = re.compile(r"received metadata size exceeds (?:hard|soft) limit")
 
 # Requests that failed like this are sent again: nothing was computed, or the same result would be computed again.
@@ -122,7 +123,7 @@ class Failure:
         gRPC itself reports what is over a limit with the code of a full queue; only its text distinguishes them.
         """
         if self.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-            if _TOO_LARGE.search(self.details):
+            if _TOO_LARGE.search(self.details) or _INFLATED in self.details:
                 return MessageTooLarge
             if _METADATA_TOO_LARGE.search(self.details):
                 return ProtocolError
@@ -155,8 +156,8 @@ class Failure:
             return kind("the connection to the server was lost", hint=_NO_SERVER)
         if self.code is grpc.StatusCode.DEADLINE_EXCEEDED and "Deadline Exceeded" in self.details:
             return kind("the server did not answer in time")
-        if kind is MessageTooLarge and (limit := _TOO_LARGE.search(self.details)):
-            return _too_large(*limit.groups())
+        if kind is MessageTooLarge:
+            return _too_large(self.details)
         if kind is ProtocolError and self.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             return kind("the server sent more metadata than gRPC accepts")
         text = escape(printable(" ".join(self.details[: _LONGEST_TEXT + 1].split()), _LONGEST_TEXT))
@@ -164,7 +165,13 @@ class Failure:
         return kind(text or f"{self.code.name} without a text", hint=None if kind is ProtocolError else "")
 
 
-def _too_large(side: str | None, verb: str, size: str, limit: str) -> MessageTooLarge:
+def _too_large(details: str) -> MessageTooLarge:
+    found = _TOO_LARGE.search(details)
+    if found is None:
+        return MessageTooLarge(
+            "a compressed reply is larger than the client's limit", hint="set a larger {max_message_bytes=}"
+        )
+    side, verb, size, limit = found.groups()
     is_request = (side, verb) in {("CLIENT", "Sent"), ("SERVER", "Received")}
     text = f"{'a request' if is_request else 'a reply' if side else 'a message'} of {size} bytes is larger than"
     if side == "CLIENT":

@@ -78,18 +78,18 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _switch(text: str) -> bool:
-    if text.lower() not in _SWITCH:
-        raise ValueError(f"must be on or off, not {text!r}")
-    return _SWITCH[text.lower()]
-
-
 def _watchdog_seconds(text: str) -> float:
     value = _seconds(text)
     # Below this a pause of a busy machine would be a fault.
     if 0 < value < 3:
         raise ValueError(f"must be 0 or from 3 to 86400 seconds, not {text!r}")
     return value
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in _SWITCH:
+        raise ValueError(f"must be on or off, not {text!r}")
+    return _SWITCH[text.lower()]
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:

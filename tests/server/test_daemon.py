@@ -30,7 +30,7 @@ from vqserve import __version__
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1 import tokenizer_pb2_grpc
 from vqserve_client import Client
-from vqserve_server import app, cli, console, extra
+from vqserve_server import app, console, extra
 from vqserve_server.codebooks import save_codebook
 from vqserve_server.config import RpcConfig
 from vqserve_server.errors import StartError
@@ -520,16 +520,6 @@ def test_sighup_to_the_very_end_changes_nothing(vqserved: Callable[..., Any], fo
         process.send_signal(signal.SIGHUP)
         threading.Event().wait(0.002)
     assert (process.returncode, process.stderr.read()) == (0, ANY)
-
-
-def test_sigterm_while_codebooks_are_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(app.Repository, "load", lambda self: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr(console, "set_up", lambda level, worker=None: None)
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["serve", str(folder), "--port", "0"])
-    assert caught.value.code == 128 + signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_second_signal_ends_it_at_once(stubborn: Callable[..., Any]) -> None:

@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time
+from functools import cached_property
 from typing import Any
 
 from vqserve.errors import StartError, escape
@@ -21,6 +22,21 @@ _HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _PREFIX = "vqs_"
 _SECRET_BYTES = 32
 _MOST = 1 << 44
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallerLimits:
+    """What one caller may have in the server at a time; 0: no limit of its own.
+
+    Attributes:
+        requests: its requests.
+        rows: rows of those requests.
+        bytes: bytes of those requests and their replies.
+    """
+
+    requests: int = 0
+    rows: int = 0
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,11 @@ class Grant:
     max_bytes: int | None = None
     max_requests: int | None = None
     expires: datetime | None = None
+
+    @cached_property
+    def limits(self) -> CallerLimits:
+        """What its callers may have in the server together."""
+        return CallerLimits(requests=self.max_requests or 0, bytes=self.max_bytes or 0)
 
 
 def new_secret() -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from vqserve.errors import Unauthenticated
 from vqserve_server.access.files import Watched, warn_if_readable
 from vqserve_server.access.rate import RowRate
-from vqserve_server.access.token_file import Grant, grants, hash_of
+from vqserve_server.access.token_file import CallerLimits, Grant, grants, hash_of
 from vqserve_server.console import event
 
 _KEY = "authorization"
@@ -47,6 +47,11 @@ class Token:
             self.rate = None
         elif self.rate is None or self.rate.rows_per_second != rows:
             self.rate = RowRate(rows)
+
+    @property
+    def limits(self) -> CallerLimits | None:
+        """What its callers may have in the server together; None: it was revoked."""
+        return None if self._grant is None else self._grant.limits
 
     @property
     def sha256(self) -> str:

@@ -2,24 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from vqserve_server.access import Grant, Token
-
-
-@dataclass(frozen=True, kw_only=True)
-class CallerLimits:
-    """What one caller may have in the server at a time; 0: no limit of its own.
-
-    Attributes:
-        requests: its requests.
-        rows: rows of those requests.
-        bytes: bytes of those requests and their replies.
-    """
-
-    requests: int = 0
-    rows: int = 0
-    bytes: int = 0
+from vqserve_server.access import CallerLimits, Token
 
 
 class Caller:
@@ -29,9 +12,7 @@ class Caller:
 
     Attributes:
         name: names the caller in the log: the name of its token, else its address without the port, or "unix".
-        token: its access token; None: it needs none.
-        grant: what its token granted when `limits` were set; None: they were not set.
-        limits: what it may have in the server; None: what the settings say.
+        token: its token; None: callers need none.
         requests: its requests in the server.
         rows: rows of those requests.
         bytes: bytes of those requests and their replies.
@@ -39,9 +20,13 @@ class Caller:
 
     def __init__(self, name: str, limits: CallerLimits | None = None, *, token: Token | None = None) -> None:
         self.name = name
-        self.limits = limits
         self.token = token
-        self.grant: Grant | None = None
+        self._limits = limits
         self.requests = 0
         self.rows = 0
         self.bytes = 0
+
+    @property
+    def limits(self) -> CallerLimits | None:
+        """What it may have in the server; None: what the settings say."""
+        return self._limits if self.token is None else self.token.limits

@@ -43,7 +43,7 @@ class LiveSet:
 
     def tokenizers(self) -> list[Tokenizer]:
         """Return the tokenizers, in name order, each once."""
-        return list({self._by_name[name]: None for name in self._names()})
+        return list({self._by_name[name]: None for name in self._names(None)})
 
     def infos(self, codebooks: Codebooks | None = None) -> list[CodebookInfo]:
         """Return the codebook of each name, in name order, versions as numbers.
@@ -77,7 +77,7 @@ class LiveSet:
             check_digest(expected_digest, info=tokenizer.info)
         return tokenizer
 
-    def _names(self, codebooks: Codebooks | None = None) -> list[str]:
+    def _names(self, codebooks: Codebooks | None) -> list[str]:
         names = self._by_name if codebooks is None else filter(codebooks.allow, self._by_name)
         return sorted(names, key=version_order)
 

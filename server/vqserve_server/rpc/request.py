@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any, Protocol
 
 from vqserve import wire
-from vqserve.errors import Draining
+from vqserve.errors import Draining, Overloaded
+from vqserve_server.access import Token
 from vqserve_server.engine import Caller, Engine, Job
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.headers import HeaderCache, RequestHeader
-from vqserve_server.rpc.permission import enter_at_rate, granted
 
 # Larger messages are validated on another thread. Validating this many bytes takes half a millisecond; the change of
 # thread takes a part of that, and needs another core.
@@ -80,17 +80,17 @@ class Requests:
                     recipient.rejected(Draining("the server is stopping"))
                 return
         try:
-            caller, engine = recipient.caller, self._engine
-            token = caller.token
-            codebooks = None if token is None else granted(caller, token, engine.admission.caller_limits)
+            token = recipient.caller.token
+            # Also for each message of a stream: the token may have been revoked meanwhile.
+            codebooks = None if token is None else token.check().codebooks
             header, data = headers.find(raw, codebooks)
             if header.rows:
-                engine.scheduler.check(caller, header.key, header.rows, recipient.deadline)
-            request = Request(engine, caller, header, len(raw) + header.reply_bytes, received_at)
+                self._engine.scheduler.check(recipient.caller, header.key, header.rows, recipient.deadline)
+            request = Request(self._engine, recipient.caller, header, len(raw) + header.reply_bytes, received_at)
             try:
                 if header.rows:
                     request.job, request.buffer = header.job(
-                        data, caller=caller, on_done=recipient.ready, deadline=recipient.deadline
+                        data, caller=recipient.caller, on_done=recipient.ready, deadline=recipient.deadline
                     )
             except BaseException:
                 request.release()
@@ -133,7 +133,7 @@ class Request:
         if token is None:
             engine.admission.enter(caller, header.rows, nbytes)
         else:
-            enter_at_rate(engine, caller, token, header.rows, nbytes)
+            _enter_at_rate(engine, caller, token, header.rows, nbytes)
         self.nbytes = nbytes
         self._engine = engine
         self._caller = caller
@@ -169,6 +169,23 @@ class Request:
         if self.job is not None and self.job.outcome is None:
             self._engine.scheduler.cancel(self.job)
         self._engine.admission.leave(self._caller, self._header.rows, self.nbytes)
+
+
+def _enter_at_rate(engine: Engine, caller: Caller, token: Token, rows: int, nbytes: int) -> None:
+    rate = token.rate
+    if rate is None:
+        engine.admission.enter(caller, rows, nbytes)
+        return
+    try:
+        rate.take(rows)
+    except Overloaded:
+        engine.stats.count_refused("caller_rate")
+        raise
+    try:
+        engine.admission.enter(caller, rows, nbytes)
+    except BaseException:
+        rate.give_back(rows)
+        raise
 
 
 class UnaryCall:

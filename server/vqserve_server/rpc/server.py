@@ -18,7 +18,6 @@ from vqserve_server.rpc.headers import DecodeHeader, EncodeHeader, HeaderCache
 from vqserve_server.rpc.health import Health
 from vqserve_server.rpc.messages import codebook_message, parse
 from vqserve_server.rpc.options import channel_options
-from vqserve_server.rpc.permission import granted
 from vqserve_server.rpc.reflection import Reflection
 from vqserve_server.rpc.request import Requests
 from vqserve_server.rpc.tls import server_credentials
@@ -61,8 +60,8 @@ class TokenizerService:
         parse(pb.ListCodebooksRequest, raw)
         self._engine.admission.enter(call.caller, 0, len(raw))
         try:
-            token, limits = call.caller.token, self._engine.admission.caller_limits
-            allowed = None if token is None else granted(call.caller, token, limits)
+            token = call.caller.token
+            allowed = None if token is None else token.check().codebooks
             codebooks = [codebook_message(info) for info in self._engine.live.infos(allowed)]
             return pb.ListCodebooksResponse(codebooks=codebooks).SerializeToString()
         finally:
