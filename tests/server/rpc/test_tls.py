@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -246,3 +248,14 @@ def test_the_status_of_a_server_with_tls_is_asked_on_the_port_of_health(
     serving(fake(), health_port=port, **folder.settings(mutual=True))
     assert vqserve(["status", "--target", f"localhost:{port}"]) == 0
     assert capsys.readouterr().out == "SERVING\n"
+
+
+def test_who_connects_and_says_nothing_keeps_nobody_out(
+    serving: Callable[..., Any], fake: Callable[..., Any], folder: Folder, authority: Authority
+) -> None:
+    target = serving(fake(), **folder.settings()).target
+    host, _, port = target.rpartition(":")
+    with ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(socket.create_connection((host, int(port)))).sendall(b"\x16\x03\x01")
+        assert encode(target, authority.pem) == [3]

@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from support.certificates import Authority, Folder, connect, replace
+from support.certificates import Authority, Folder, connect, free_port, replace
 from support.waiting import eventually
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1.tokenizer_pb2_grpc import TokenizerServiceStub
@@ -404,3 +404,47 @@ def test_what_a_token_may_have_in_the_server(
         assert not held[-1].done()
         book.release()
         assert all(list(call.result().shape) == [3] for call in held)
+
+
+def test_the_socket_file_needs_a_token_too_and_no_certificate(
+    serving: Callable[..., Any], fake: Callable[..., Any], names: Names, tmp_path: Path
+) -> None:
+    folder = Folder(tmp_path)
+    folder.put(Authority().issue())
+    serving(fake(name="faces"), tokens=names.path, unix_socket=tmp_path / "vqserve.sock", **folder.settings())
+    with grpc.insecure_channel(f"unix:{tmp_path}/vqserve.sock") as channel:
+        stub = TokenizerServiceStub(channel)
+        assert encode(stub, request("faces"), names.secrets["faces"]) == [3]
+        assert status(lambda: encode(stub, request("faces"), "wrong"))[0] is S.UNAUTHENTICATED
+
+
+def test_workers_have_the_same_certificates_and_tokens(
+    vqserved: Callable[..., Any], put: Callable[..., Any], names: Names, tmp_path: Path
+) -> None:
+    put(tmp_path / "books" / "faces.safetensors")
+    authority, folder, health_port = Authority(), Folder(tmp_path), free_port()
+    folder.put(authority.issue())
+    flags = ("--tls-cert", folder.cert, "--tls-key", folder.key, "--tokens", names.path, "--health-port", health_port)
+    daemon = vqserved(tmp_path / "books", "--device", "cpu", "--workers", "2", *flags)
+
+    def code(secret: str) -> grpc.StatusCode:
+        with connect(daemon.target, authority.pem, token=secret) as channel:
+            try:
+                TokenizerServiceStub(channel).Encode(request("faces"), timeout=30)
+            except grpc.RpcError as error:
+                found: grpc.StatusCode = error.code()
+                return found
+        return S.OK
+
+    # The kernel gives each connection to one of the workers.
+    for _ in range(4):
+        assert code(names.secrets["faces"]) is S.OK
+        assert code("wrong") is S.UNAUTHENTICATED
+        with grpc.insecure_channel(f"127.0.0.1:{health_port}") as channel:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=30)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    names.put(all="")
+    folder.put(authority.issue())
+    lines = daemon.rescan(workers=2)
+    assert sum(" access_reloaded what=tokens" in line for line in lines) == 2
+    assert {code(names.secrets["faces"]) for _ in range(4)} == {S.UNAUTHENTICATED}
