@@ -78,7 +78,7 @@ class App:
         """Accept no more requests, answer the accepted ones, and stop; return whether all were answered in time."""
         deadline = self._loop.time() + self._config.drain_seconds
         self._rpc.not_serving()
-        self.engine.drain()
+        # The engine serves on: a call that was accepted may still send its request.
         finished = await asyncio.to_thread(self._rpc.stop, self._config.drain_seconds)
         left_s = max(deadline - self._loop.time(), _IDLE_END_S)
         stopped = await asyncio.to_thread(self.engine.stop, left_s)

@@ -16,6 +16,7 @@ from typing import Any
 ENV_PREFIX = "VQSERVE_"
 # These belong to the client's command line; a shell may set them for both.
 CLIENT_VARIABLES = frozenset({"VQSERVE_TARGET", "VQSERVE_CODEBOOK", "VQSERVE_TRACEBACK"})
+_SWITCH = {"on": True, "1": True, "true": True, "yes": True, "off": False, "0": False, "false": False, "no": False}
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MIB = 1 << 20
 
@@ -58,6 +59,12 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _switch(text: str) -> bool:
+    if text.lower() not in _SWITCH:
+        raise ValueError(f"must be on or off, not {text!r}")
+    return _SWITCH[text.lower()]
+
+
 def _integer(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else -1
@@ -68,7 +75,7 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def _setting(default: str | float, help_text: str, parse: Callable[[str], Any]) -> Any:
+def _setting(default: str | float | bool, help_text: str, parse: Callable[[str], Any]) -> Any:
     return field(default=default, metadata={"help": help_text, "parse": parse})
 
 
@@ -99,10 +106,31 @@ class RpcConfig:
     unix_socket: str = _setting("", "socket file to listen on beside the port, for callers on this machine", str)
     max_message_bytes: int = _setting(64 * MIB, "most bytes of a request or a reply", _integer(4096, (1 << 31) - 1))
     max_concurrent_rpcs: int = _setting(
-        512, "most open calls, including health checks and streams", _integer(1, 1 << 20)
+        512, "most open calls, streams included; health checks do not count", _integer(1, 1 << 20)
+    )
+    max_calls_per_caller: int = _setting(256, "most open calls of one caller", _integer(1, 1 << 20))
+    max_streams_per_connection: int = _setting(256, "most open calls on one connection", _integer(1, 1 << 20))
+    max_connections: int = _setting(2048, "most open connections", _integer(1, 1 << 20))
+    max_metadata_bytes: int = _setting(
+        16384, "most bytes of a call's metadata, its path and authority included", _integer(1024, 1 << 20)
+    )
+    allow_compression: bool = _setting(
+        False, "accept compressed requests, which may be a thousand times as large as on the wire", _switch
     )
     idle_seconds: float = _setting(
         600.0, "seconds that a call may wait for its caller to send or read a message; 0: no limit", _seconds
+    )
+    connection_idle_seconds: float = _setting(
+        900.0, "seconds after which a connection without calls is closed; 0: no limit", _seconds
+    )
+    max_connection_age_seconds: float = _setting(
+        1800.0,
+        "seconds after which a connection is replaced, a tenth more or less, so that clients find new servers; "
+        "0: no limit",
+        _seconds,
+    )
+    max_connection_age_grace_seconds: float = _setting(
+        0.0, "seconds for the calls of a connection that is replaced, after which they fail; 0: no limit", _seconds
     )
 
 
@@ -152,7 +180,13 @@ def variable(name: str) -> str:
 
 def _shown(setting: Field[Any]) -> str:
     default: Any = setting.default
+    if isinstance(default, bool):
+        return _spelled(default)
     return f"{default:g}" if isinstance(default, float) else str(default) or "none"
+
+
+def _spelled(switch: bool) -> str:
+    return "on" if switch else "off"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -166,12 +200,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             except ValueError as error:
                 raise argparse.ArgumentTypeError(str(error)) from None
 
+        help_text = f"{setting.metadata['help']} ({variable(setting.name)}; default: {_shown(setting)})"
+        if isinstance(setting.default, bool):
+            parser.add_argument(flag(setting.name), action="store_true", default=argparse.SUPPRESS, help=help_text)
+            continue
         parser.add_argument(
             flag(setting.name),
             type=parse_flag,
             default=argparse.SUPPRESS,
             metavar=setting.name.rsplit("_", 1)[-1].upper(),
-            help=f"{setting.metadata['help']} ({variable(setting.name)}; default: {_shown(setting)})",
+            help=help_text,
         )
 
 
@@ -218,8 +256,14 @@ def environment(config: ServeConfig) -> dict[str, str]:
     values = {}
     for group, setting in _settings():
         value = getattr(config if group is None else getattr(config, group), setting.name)
-        values[variable(setting.name)] = repr(value) if isinstance(value, float) else str(value)
+        values[variable(setting.name)] = _written(value)
     return values
+
+
+def _written(value: object) -> str:
+    if isinstance(value, bool):
+        return _spelled(value)
+    return repr(value) if isinstance(value, float) else str(value)
 
 
 def settings_table() -> str:

@@ -1,4 +1,4 @@
-"""The releases of grpcio that the server is tested with; rpc/call.py and rpc/transport.py use a private part of grpcio."""
+"""The releases of grpcio that the server is tested with: rpc/call.py and rpc/transport.py use a private part of it."""
 
 from __future__ import annotations
 

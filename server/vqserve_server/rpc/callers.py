@@ -1,4 +1,4 @@
-"""The callers that have calls open."""
+"""The callers that have calls open, and how many each of them has."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ class Callers:
     def __init__(self) -> None:
         self._callers: dict[str, Caller] = {}
         self._calls: dict[str, int] = {}
+        self._accepted: dict[str, int] = {}
 
     def enter(self, peer: str) -> Caller:
         """Return the caller of a new call, from gRPC's name of its peer ("ipv4:192.0.2.1:4242")."""
@@ -21,13 +22,23 @@ class Callers:
         self._calls[name] = self._calls.get(name, 0) + 1
         return caller
 
-    def leave(self, caller: Caller) -> None:
+    def accept(self, caller: Caller, most: int) -> bool:
+        """Count a call of a caller that has entered as accepted, unless it has that many accepted calls already."""
+        accepted = self._accepted.get(caller.name, 0)
+        if accepted >= most:
+            return False
+        self._accepted[caller.name] = accepted + 1
+        return True
+
+    def leave(self, caller: Caller, *, was_accepted: bool) -> None:
         """Note that a call has ended; a caller is forgotten after its last one."""
-        left = self._calls[caller.name] - 1
-        if left:
-            self._calls[caller.name] = left
-        else:
-            del self._calls[caller.name], self._callers[caller.name]
+        name = caller.name
+        if was_accepted:
+            self._accepted[name] -= 1
+        self._calls[name] -= 1
+        if not self._calls[name]:
+            del self._calls[name], self._callers[name]
+            self._accepted.pop(name, None)
 
 
 def _name(peer: str) -> str:
