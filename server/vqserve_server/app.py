@@ -114,7 +114,7 @@ class App:
         drain_s = min(self._config.drain_seconds, _BROKEN_DRAIN_S if self.broken.is_set() else math.inf)
         deadline = self._loop.time() + drain_s
         self._rpc.not_serving()
-        self.engine.drain()
+        # The engine serves on: a call that was accepted may still send its request.
         finished = await asyncio.to_thread(self._rpc.stop, drain_s)
         left_s = max(deadline - self._loop.time(), _IDLE_END_S)
         stopped = await asyncio.to_thread(self.engine.stop, left_s)
