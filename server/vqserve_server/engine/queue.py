@@ -18,10 +18,12 @@ from vqserve_server.config import EngineConfig
 from vqserve_server.engine.batch import Batch
 from vqserve_server.engine.caller import Caller
 from vqserve_server.engine.job import Job, Key
-from vqserve_server.engine.speed import Speed, Speeds
+from vqserve_server.engine.speed import FULL_BATCH, Speeds
 
-# Jobs of less than this part of a batch are of the smallest size.
-_SMALLEST = 16
+# Bits of the rows of the smallest jobs; a size is two bits, a factor of 4.
+_SMALLEST_BITS = 6
+# For how long after jobs of two lines the device counts as shared.
+_SHARED_S = 1.0
 
 
 class Line:
@@ -110,6 +112,9 @@ class JobQueue:
         self._keys: dict[Key, Waiting] = {}
         self._now = 0.0
         self._jobs = 0
+        # Of the line of the last job, and until when the device counts as shared by several lines.
+        self._last_mark: int | None = None
+        self._shared_until = -math.inf
 
     def __len__(self) -> int:
         """Return how many jobs are not, or not completely, in a batch."""
@@ -117,13 +122,18 @@ class JobQueue:
 
     def put(self, job: Job) -> None:
         """Add a job."""
-        speed = self._speeds.of(job.key)
-        job.cost = speed.seconds(1, job.rows)
+        job.cost = self._speeds.of(job.key).seconds(1, job.rows)
         backlog = self._backlogs.get(job.caller)
         if backlog is None:
             backlog = self._backlogs[job.caller] = Backlog(job.caller, self._now)
-        line = job.line = backlog.line(job.key, _size(job.rows, speed))
+        size = _size(job.rows)
+        line = job.line = backlog.line(job.key, size)
         line.jobs[job] = None
+        mark = hash((job.caller.name, job.key, size))
+        if mark != self._last_mark:
+            if self._last_mark is not None:
+                self._shared_until = job.arrived + _SHARED_S
+            self._last_mark = mark
         waiting = self._keys.get(job.key)
         if waiting is None:
             waiting = self._keys[job.key] = Waiting(job.arrived)
@@ -170,13 +180,12 @@ class JobQueue:
 
         Any thread may ask without the lock; the answer is an estimate anyway.
         """
-        speed = self._speeds.of(key)
-        own = speed.seconds(1, rows)
+        own = self._speeds.of(key).seconds(1, rows)
         backlog = self._backlogs.get(caller)
         if backlog is None:
             ahead, callers = 0.0, len(self._backlogs) + 1
         else:
-            line = backlog.lines.get(key, {}).get(_size(rows, speed))
+            line = backlog.lines.get(key, {}).get(_size(rows))
             # For each turn of its own line each other line has one.
             before, lines = (0.0, backlog.num_lines + 1) if line is None else (line.cost, backlog.num_lines)
             ahead, callers = min(backlog.cost, lines * (before + own) - own), len(self._backlogs)
@@ -197,6 +206,8 @@ class JobQueue:
             keys = [key for key in self._keys if self._ready_at(key) <= now]
         turns = [(backlog.clock, number, backlog) for number, backlog in enumerate(self._backlogs.values())]
         heapify(turns)
+        is_shared = now < self._shared_until
+        most_s = self._batch_s * (1 if is_shared else FULL_BATCH)
         late: list[Job] = []
         batch: Batch | None = None
         capacity = 0
@@ -215,7 +226,8 @@ class JobQueue:
                 late.append(job)
                 continue
             if batch is None:
-                batch, keys, capacity = Batch(job.key), (job.key,), self._speeds.of(job.key).batch_rows
+                speed = self._speeds.of(job.key)
+                batch, keys, capacity = Batch(job.key), (job.key,), speed.batch_rows if is_shared else speed.full_rows
                 self._now = max(self._now, backlog.clock)
                 backlog.now = max(backlog.now, line.clock)
             room, left = capacity - batch.rows, job.rows - job.next_row
@@ -224,7 +236,7 @@ class JobQueue:
                 heappop(turns)
                 continue
             self._move(line, job, min(room, left), batch)
-            if batch.rows >= capacity or batch.cost >= self._batch_s:
+            if batch.rows >= capacity or batch.cost >= most_s:
                 break
             heapreplace(turns, (backlog.clock, number, backlog))
         if batch is not None and batch.key in self._keys:
@@ -274,9 +286,9 @@ class JobQueue:
             del self._keys[key]
 
 
-def _size(rows: int, speed: Speed) -> int:
-    """Return the size of a job: 0 below a part of a batch, then one more for each factor of 4."""
-    return ((rows * _SMALLEST // speed.batch_rows).bit_length() + 1) // 2
+def _size(rows: int) -> int:
+    """Return the size of a job with that many rows."""
+    return max(rows.bit_length() - _SMALLEST_BITS, 0) // 2
 
 
 def _turn(line: Line) -> tuple[float, int]:
