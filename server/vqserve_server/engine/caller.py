@@ -20,3 +20,7 @@ class Caller:
         self.requests = 0
         self.rows = 0
         self.bytes = 0
+
+
+# The server itself: its requests pass no admission. A batch of such a request alone is not counted.
+CANARY = Caller("canary")
