@@ -11,29 +11,33 @@ from typing import Any
 
 import grpc
 
+from vqserve_client.identity import Metadata
+
 Send = Callable[[bytes], Awaitable[bytes]]
 
 
-def unary(channel: grpc.aio.Channel, method: str, timeout_s: float | None) -> Send:
+def unary(channel: grpc.aio.Channel, method: str, timeout_s: float | None, metadata: Metadata) -> Send:
     """Return a function that sends each request as a call of its own and raises grpc.aio.AioRpcError.
 
     Args:
         channel: to the server.
         method: path of the method.
         timeout_s: deadline of each call; None: no deadline.
+        metadata: of each call.
     """
-    return partial(channel.unary_unary(method), timeout=timeout_s)
+    return partial(channel.unary_unary(method), timeout=timeout_s, metadata=metadata)
 
 
 @contextlib.asynccontextmanager
-async def stream(channel: grpc.aio.Channel, method: str) -> AsyncIterator[Send]:
+async def stream(channel: grpc.aio.Channel, method: str, metadata: Metadata) -> AsyncIterator[Send]:
     """Yield a function that sends requests over one stream and raises grpc.aio.AioRpcError.
 
     Args:
         channel: to the server.
         method: path of the method.
+        metadata: of the stream.
     """
-    one = _Stream(channel.stream_stream(method))
+    one = _Stream(partial(channel.stream_stream(method), metadata=metadata))
     try:
         yield one.send
     finally:

@@ -84,7 +84,14 @@ def test_counts_add_up(echo, quick, streams):
     load = ClosedLoop(4)
     requests = (Request(b"abc", 3), Request(b"de", 2))
     method = echo.stream if streams else echo.call
-    job = Job(target=echo.target, method=method, requests=requests, load=load, schedule=quick, streams=streams)
+    job = Job(
+        config=ClientConfig(target=echo.target),
+        method=method,
+        requests=requests,
+        load=load,
+        schedule=quick,
+        streams=streams,
+    )
     run(job, Trial(load, quick, seen.append), processes=1)
     answered = sum(window.requests for window in seen)
     first = max(1, streams)
@@ -190,7 +197,7 @@ def test_a_window_after_a_late_one_has_its_length(real):
             slept.append(time.sleep(0.5))
 
     job = Job(
-        target=real,
+        config=ClientConfig(target=real),
         method=workload.path(stream=False),
         requests=tuple(workload.requests(info, ClientConfig(target=real))),
         load=ClosedLoop(1),
