@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import grpc
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from vqserve_client.identity import Metadata
 
@@ -64,8 +65,8 @@ class _Stream:
                 self._reader = asyncio.create_task(self._read(self._call))
             self._waiting.append(reply)
             # The reader of the stream gets its status, and fails all requests that wait.
-            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                await self._call.write(request)
+            with contextlib.suppress(cygrpc.InternalError):
+                await _write(self._call, request)
         return await reply
 
     async def close(self) -> None:
@@ -92,3 +93,13 @@ class _Stream:
             future = self._waiting.popleft()
             if not future.done():
                 future.set_exception(error)
+
+
+async def _write(call: Any, request: bytes) -> None:
+    """Send a message on a stream.
+
+    The method of gRPC for it, `write`, would replace the status of a stream that has ended meanwhile by INTERNAL, so
+    that nobody learns why a server has ended it. These are the two lines of it that send.
+    """
+    await call._metadata_sent.wait()
+    await call._cython_call.send_serialized_message(request)
