@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from vqserve.errors import StartError
-from vqserve_server import console, grpcio_release, signals
+from vqserve_server import console, grpcio_release, signals, stderr
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
@@ -106,7 +106,7 @@ async def serve(repository: Repository, config: ServeConfig, *, worker: int | No
     def on_signal(number: int) -> None:
         if stop.is_set():
             # Process 1 of a container ignores signals by default, so exit here.
-            os._exit(128 + number)
+            _exit_now(128 + number)
         logger.info(event("stopping", signal=signal.Signals(number).name))
         stop.set()
 
@@ -184,5 +184,5 @@ def _announce(tokenizers: Sequence[Tokenizer], host: str, port: int) -> None:
 
 def _exit_now(code: int) -> None:
     sys.stdout.flush()
-    sys.stderr.flush()
+    stderr.drain()
     os._exit(code)
