@@ -44,16 +44,16 @@ print(json.dumps({"seconds": time.monotonic() - began, "characters": len(text), 
 """
 
 
-def _book(**changes: Any) -> pb.Codebook:
+def _book(**changes: Any) -> pb.CodebookInfo:
     fields = {"name": "book", "digest": "0" * 64, "kind": "vq", "num_codes": 16, "vocab_size": 16}
     widths = {"input_dim": 4, "code_dim": 4, "output_dim": 4}
-    return pb.Codebook(**{**fields, **widths, **changes})
+    return pb.CodebookInfo(**{**fields, **widths, **changes})
 
 
 class _Liar:
     """A server with one codebook, whose replies to Encode are given."""
 
-    def __init__(self, book: pb.Codebook, reply: bytes, *, details: str = "") -> None:
+    def __init__(self, book: pb.CodebookInfo, reply: bytes, *, details: str = "") -> None:
         def answer(_request: bytes, context: grpc.ServicerContext) -> bytes:
             if details:
                 context.abort(grpc.StatusCode.INTERNAL, details)
