@@ -27,6 +27,7 @@ from vqserve_bench.request import Request
 from vqserve_bench.transport import Send, stream, unary
 from vqserve_bench.window import Recorder, Window, clock, failure
 from vqserve_client.channel import channel_options
+from vqserve_client.config import ClientConfig
 from vqserve_client.requests import Deadline
 
 # Without it every caller would send thousands of requests per second to a server that rejects them at once.
@@ -128,10 +129,12 @@ async def drive(job: Job, each_window: EachWindow, begin: Callable[[], Awaitable
 @contextlib.asynccontextmanager
 async def _sends(job: Job) -> AsyncIterator[Sequence[Send]]:
     """Open the connections or streams; yield one sender for each."""
-    options = channel_options(job.max_message_bytes)
+    config = ClientConfig(target=job.target, max_message_bytes=job.max_message_bytes)
     async with contextlib.AsyncExitStack() as stack:
         channels = [
-            await stack.enter_async_context(grpc.aio.insecure_channel(job.target, options=options))
+            await stack.enter_async_context(
+                grpc.aio.insecure_channel(config.address.uri, options=channel_options(config))
+            )
             for _ in range(job.connections)
         ]
         if not job.streams:

@@ -17,6 +17,7 @@ import grpc
 from vqserve.errors import Closed
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client.config import ClientConfig
+from vqserve_client.retries import RetryBudget
 
 # A server that hangs must not block a fork forever; after this time the child may crash.
 LONGEST_WAIT_S = 10.0
@@ -83,21 +84,26 @@ os.register_at_fork(
 )
 
 
-def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
+def channel_options(config: ClientConfig) -> list[tuple[str, str | int]]:
     """Return gRPC's channel options."""
     return [
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        ("grpc.max_receive_message_length", config.max_message_bytes),
         # A separate connection for every channel: a forked child must not use its parent's socket from a shared pool.
         ("grpc.use_local_subchannel_pool", 1),
-        # During calls, as often as gRPC servers allow by default; a server closes the connection of a client that pings
-        # more often.
-        ("grpc.keepalive_time_ms", 300_000),
+        # During calls: those to a server that hangs move to another one well within the default timeout. vqserve allows
+        # a ping every ten seconds; to other servers gRPC sends only two without data, and fewer if they object.
+        ("grpc.keepalive_time_ms", 12_000),
         # keepalive_timeout_ms has no effect: gRPC waits for the answer to any ping for this time.
-        ("grpc.http2.ping_timeout_ms", 20_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),
         # gRPC's default of a second would make every retry of this client fail on the same lost connection.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 5_000),
+        # A client that is not used gives back its connections; round_robin would open those again that a server closes.
+        ("grpc.client_idle_timeout_ms", 300_000),
+        # A name is resolved again when a connection ends; gRPC's default of 30 s is long for a restart.
+        ("grpc.dns_min_time_between_resolutions_ms", 2_000),
+        *config.address.options,
     ]
 
 
@@ -115,6 +121,7 @@ class Connection:
     Attributes:
         closed: whether `close` was called.
         has_streams: False once the server has said that it has no streaming methods.
+        retry_budget: limits the retries of this process.
     """
 
     def __init__(self, config: ClientConfig) -> None:
@@ -123,6 +130,7 @@ class Connection:
         self._open: _Open | None = None
         self.closed = False
         self.has_streams = True
+        self.retry_budget = RetryBudget()
         _connections.add(self)
 
     @property
@@ -170,9 +178,7 @@ class Connection:
                     raise Closed("this client is closed", target=self.target)
                 opened = self._open
                 if opened is None:
-                    channel = grpc.insecure_channel(
-                        self.target, options=channel_options(self._config.max_message_bytes)
-                    )
+                    channel = grpc.insecure_channel(self._config.address.uri, options=channel_options(self._config))
                     methods: dict[str, Any] = {
                         name: channel.unary_unary(f"/{_SERVICE.full_name}/{name}") for name in _METHODS
                     }
@@ -180,8 +186,9 @@ class Connection:
         return opened
 
     def after_fork_in_child(self) -> None:
-        """Drop the parent's channel, and a lock that one of its threads may have held."""
+        """Drop the parent's channel, and locks that one of its threads may have held."""
         self._lock = threading.Lock()
+        self.retry_budget = RetryBudget()
         if self._open is not None:
             # Kept, not dropped: its destructor would use threads and sockets of the parent.
             _inherited.append(self._open)

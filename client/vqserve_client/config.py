@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vqserve import payload
 from vqserve.dtypes import latent_dtype_name
-from vqserve.errors import InvalidOption, quoted
+from vqserve.errors import InvalidOption
 from vqserve.layout import Layout, parse_layout
 from vqserve.types import LatentDType, LayoutName, OutputName
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import check_call, check_digest_form, check_name, check_output, check_timeout
+from vqserve_client.target import Target, parse_target
 
 DEFAULT_MAX_MESSAGE_BYTES = 64 << 20
 # Room for the envelope and a row of a small codebook; gRPC takes the limit as a C int.
@@ -29,15 +30,10 @@ class ClientConfig:
     retries: int = 3
     window: int = 4
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    address: Target = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.target, str):
-            raise TypeError(f"target must be a string such as 'localhost:50051', not {type(self.target).__name__}")
-        if not _is_target(self.target):
-            raise InvalidOption(
-                f"{{option}} must be HOST:PORT, such as 'localhost:50051', not {quoted(self.target, 200)}",
-                option="target",
-            )
+        object.__setattr__(self, "address", parse_target(self.target))
         check_name("codebook", self.codebook)
         check_digest_form(self.digest)
         object.__setattr__(self, "timeout", check_timeout(self.timeout))
@@ -114,14 +110,6 @@ def decode_options(
         dtype=payload.dtype_of_name(latent_dtype_name(dtype)),
         output=_OUTPUTS[output],
     )
-
-
-def _is_target(target: str) -> bool:
-    if target.startswith(("unix:", "unix-abstract:")):
-        return True
-    # gRPC would take port 443 where there is none, and one that is too large modulo 65536.
-    host, _, port = target.rpartition(":")
-    return host != "" and "://" not in host and port.isdecimal() and int(port) < 1 << 16
 
 
 def _check_integer(what: str, value: int, allowed: range) -> None:

@@ -15,7 +15,8 @@ from vqserve_client.calls import ArrayCall, DecodeCall, EncodeCall
 from vqserve_client.catalogue import ListRequest, Pin, WrongDigest
 from vqserve_client.channel import Connection
 from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, CallOptions, ClientConfig
-from vqserve_client.requests import Deadline, Exchange, RetryPolicy, Steps, Window
+from vqserve_client.requests import Deadline, Exchange, Steps, Window
+from vqserve_client.retries import RetryPolicy
 from vqserve_client.transport import Sender, UnarySender
 
 Wake = Callable[[], None]

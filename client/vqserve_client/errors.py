@@ -24,9 +24,11 @@ from vqserve.errors import (
     NonFiniteLatents,
     NotAnArray,
     Overloaded,
+    PermissionDenied,
     ProtocolError,
     ServerError,
     TokenBeyondRange,
+    Unauthenticated,
     Unavailable,
     VqserveError,
 )
@@ -56,9 +58,11 @@ __all__ = [
     "NonFiniteLatents",
     "NotAnArray",
     "Overloaded",
+    "PermissionDenied",
     "ProtocolError",
     "ServerError",
     "TokenBeyondRange",
+    "Unauthenticated",
     "Unavailable",
     "VqserveError",
 ]

@@ -10,7 +10,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from vqserve.errors import DeadlineExceeded
 from vqserve_client.channel import Connection
-from vqserve_client.requests import Deadline, RetryPolicy
+from vqserve_client.requests import Deadline
+from vqserve_client.retries import RetryPolicy
 from vqserve_client.status import Failure, text_metadata
 
 _Stub: Any = health_pb2_grpc.HealthStub
@@ -31,7 +32,7 @@ def status(connection: Connection, *, timeout_s: float) -> str:
         if isinstance(failed, DeadlineExceeded):
             failed.hint = "allow more time with {timeout=}, or look into the server's log"
         raise failed from error
-    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
+    return _name(reply.status)
 
 
 def wait_until_serving(connection: Connection, *, timeout_s: float) -> str:
@@ -49,7 +50,7 @@ def wait_until_serving(connection: Connection, *, timeout_s: float) -> str:
             # Watch reports every change, and gRPC waits until the server is there: nothing here polls.
             stub = _Stub(connection.channel())
             for reply in stub.Watch(health_pb2.HealthCheckRequest(), timeout=remaining_s, wait_for_ready=True):
-                last = str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
+                last = _name(reply.status)
                 if last == SERVING:
                     return last
         except grpc.RpcError as error:
@@ -62,6 +63,12 @@ def wait_until_serving(connection: Connection, *, timeout_s: float) -> str:
         interruptions += 1
         threading.Event().wait(min(policy.delay_s(interruptions, None) or 0.0, max(0.0, deadline.remaining_s())))
     return last
+
+
+def _name(status: int) -> str:
+    """Return the name of a status; a server may send numbers that have none."""
+    names = health_pb2.HealthCheckResponse.ServingStatus
+    return str(names.Name(status)) if status in names.values() else f"status {status}"
 
 
 def _failure(error: Any) -> Failure:

@@ -8,18 +8,17 @@ client.py with a Waker (interrupts.py), async_client.py with an asyncio.Event. T
 from __future__ import annotations
 
 import os
-import random
 import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from typing import TypeVar
 
 import grpc
 
 from vqserve.errors import Closed, DeadlineExceeded, ProtocolError, VqserveError
 from vqserve_client.channel import Connection
+from vqserve_client.retries import RetryPolicy
 from vqserve_client.status import Failure, text_metadata
 from vqserve_client.transport import ReplyFuture, Sender, StreamFuture
 
@@ -28,26 +27,6 @@ Steps = Generator[float | None, None, T]
 
 # gRPC's own arithmetic on deadlines is not reliable beyond this: a longer time is sent as no deadline.
 _FOREVER_S = 365 * 86400.0
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """Exponential back-off with jitter, or the server's hint where it is longer."""
-
-    retries: int
-    first_delay_s: float = 0.1
-    max_delay_s: float = 5.0
-
-    def delay_s(self, failures: int, hint_s: float | None) -> float | None:
-        """Return the seconds to wait after this number of failures of one request; None: do not retry."""
-        if failures > self.retries:
-            return None
-        # Jitter, so that clients whose requests were rejected together do not come back together.
-        growing_s = self.first_delay_s * 2.0 ** min(failures - 1, 16)
-        delay_s = min(self.max_delay_s, growing_s) * random.uniform(0.5, 1.0)  # noqa: S311
-        if hint_s is None:
-            return delay_s
-        return max(delay_s, hint_s * random.uniform(1.0, 1.25))  # noqa: S311
 
 
 class Deadline:
@@ -141,6 +120,7 @@ class Exchange:
         self._deadline = deadline
         self._window = window
         self._sender = sender
+        self._budget = connection.retry_budget
         self._pid = os.getpid()
         self._id = secrets.token_hex(8)
         self._sent = 0
@@ -195,6 +175,8 @@ class Exchange:
         except ProtocolError as error:
             error.request_id = request.request_id
             raise
+        if self._budget.is_spent:
+            self._budget.earn()
         return True
 
     def _send_if_due(self, request: Request, codebook: str | None) -> float | None:
@@ -247,7 +229,7 @@ class Exchange:
         failure = Failure(future.code(), future.details() or "", text_metadata(future.trailing_metadata()))
         if request.failure is None or not (request.failure.is_foreign and failure.is_unsent):
             request.failure = failure
-        delay_s = self._policy.delay_s(request.failures, failure.retry_after_s) if failure.is_retried else None
+        delay_s = self._delay_s(request, failure)
         if delay_s is None or delay_s >= self._deadline.remaining_s():
             error = request.failure.error(
                 target=self._connection.target, codebook=codebook, request_id=request.request_id
@@ -255,6 +237,19 @@ class Exchange:
             error = request.explain(error)
             raise error if request.failures == 1 else error.noted(f"tried {request.failures} times")
         request.resume_at = time.monotonic() + delay_s
+
+    def _delay_s(self, request: Request, failure: Failure) -> float | None:
+        """Return the seconds until the next attempt; None: there is none."""
+        if not failure.is_retried:
+            return None
+        delay_s = self._policy.delay_s(request.failures, failure.retry_after_s)
+        if delay_s is None or not failure.is_answered:
+            return delay_s
+        # Only what a server has answered costs it anything.
+        delay_s = max(delay_s, self._budget.spend())
+        if delay_s >= self._deadline.remaining_s():
+            self._budget.refund()
+        return delay_s
 
     def _closed(self) -> Closed:
         return Closed("this client was closed during the call", target=self._connection.target)

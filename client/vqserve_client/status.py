@@ -13,7 +13,6 @@ import grpc
 
 from vqserve.error_wire import ERROR_KEY, REQUEST_ID, REQUEST_ID_KEY, RETRY_AFTER_KEY, RETRY_PUSHBACK_KEY, read
 from vqserve.errors import (
-    AccessDenied,
     Cancelled,
     CodebookNotFound,
     DeadlineExceeded,
@@ -21,8 +20,10 @@ from vqserve.errors import (
     InvalidArgument,
     MessageTooLarge,
     Overloaded,
+    PermissionDenied,
     ProtocolError,
     ServerError,
+    Unauthenticated,
     Unavailable,
     VqserveError,
     escape,
@@ -38,8 +39,8 @@ ERROR_OF_CODE: Mapping[grpc.StatusCode, type[VqserveError]] = MappingProxyType(
         grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
         grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
         grpc.StatusCode.UNAVAILABLE: Unavailable,
-        grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
-        grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
+        grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+        grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
         grpc.StatusCode.CANCELLED: Cancelled,
         grpc.StatusCode.UNIMPLEMENTED: ProtocolError,
         grpc.StatusCode.INTERNAL: ServerError,
@@ -54,7 +55,9 @@ _LONGEST_TEXT = 2000
 
 # The beginnings of gRPC's own texts for a missing connection. They differ between releases; any other text is shown
 # like a server's.
-_NO_CONNECTION = re.compile(r"failed to connect to all addresses|errors resolving|DNS resolution failed")
+_NO_CONNECTION = re.compile(
+    r"failed to connect to all addresses|connections to all backends failing|errors resolving|DNS resolution failed"
+)
 # What is missing is the first frame of a gRPC server: another kind of server sends something else, or waits for more.
 _FOREIGN = re.compile(r"SETTINGS frame|http1\.x server|Failed parsing HTTP/2")
 _LOST_CONNECTION = re.compile(r"Stream removed|Socket closed|recvmsg:|sendmsg:|GOAWAY received|ping timeout")
@@ -62,6 +65,7 @@ _NO_SERVER = "is the server running, and is this its address? `vqserved serve` s
 _LIMIT = "max_message_bytes"
 # gRPC's own texts for a message or metadata beyond a limit. Its code for both is that of a full queue.
 _TOO_LARGE = re.compile(r"(?:(CLIENT|SERVER): )?(Sent|Received) message larger than max \((\d{1,18}) vs\. (\d{1,18})\)")
+_INFLATED = "Decompressed message larger than max"
 _METADATA_TOO_LARGE = re.compile(r"received metadata size exceeds (?:hard|soft) limit")
 
 # Requests that failed like this are sent again: nothing was computed, or the same result would be computed again.
@@ -99,9 +103,18 @@ class Failure:
         return self.is_unsent and _FOREIGN.search(self.details) is not None
 
     @property
+    def is_answered(self) -> bool:
+        """Return whether a server, or a proxy before it, has answered."""
+        return self.code is not grpc.StatusCode.UNAVAILABLE or not (
+            _NO_CONNECTION.match(self.details) or _LOST_CONNECTION.match(self.details)
+        )
+
+    @property
     def is_retried(self) -> bool:
         """Return whether the request is worth sending again."""
-        return issubclass(self.error_class, RETRIED)
+        # A negative delay is gRPC's way to say no.
+        refused = self.metadata.get(RETRY_PUSHBACK_KEY, "").startswith("-")
+        return not refused and issubclass(self.error_class, RETRIED)
 
     @property
     def error_class(self) -> type[VqserveError]:
@@ -110,7 +123,7 @@ class Failure:
         gRPC itself reports what is over a limit with the code of a full queue; only its text distinguishes them.
         """
         if self.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-            if _TOO_LARGE.search(self.details):
+            if _TOO_LARGE.search(self.details) or _INFLATED in self.details:
                 return MessageTooLarge
             if _METADATA_TOO_LARGE.search(self.details):
                 return ProtocolError
@@ -143,8 +156,8 @@ class Failure:
             return kind("the connection to the server was lost", hint=_NO_SERVER)
         if self.code is grpc.StatusCode.DEADLINE_EXCEEDED and "Deadline Exceeded" in self.details:
             return kind("the server did not answer in time")
-        if kind is MessageTooLarge and (limit := _TOO_LARGE.search(self.details)):
-            return _too_large(*limit.groups())
+        if kind is MessageTooLarge:
+            return _too_large(self.details)
         if kind is ProtocolError and self.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             return kind("the server sent more metadata than gRPC accepts")
         text = escape(printable(" ".join(self.details[: _LONGEST_TEXT + 1].split()), _LONGEST_TEXT))
@@ -152,7 +165,13 @@ class Failure:
         return kind(text or f"{self.code.name} without a text", hint=None if kind is ProtocolError else "")
 
 
-def _too_large(side: str | None, verb: str, size: str, limit: str) -> MessageTooLarge:
+def _too_large(details: str) -> MessageTooLarge:
+    found = _TOO_LARGE.search(details)
+    if found is None:
+        return MessageTooLarge(
+            "a compressed reply is larger than the client's limit", hint="set a larger {max_message_bytes=}"
+        )
+    side, verb, size, limit = found.groups()
     is_request = (side, verb) in {("CLIENT", "Sent"), ("SERVER", "Received")}
     text = f"{'a request' if is_request else 'a reply' if side else 'a message'} of {size} bytes is larger than"
     if side == "CLIENT":

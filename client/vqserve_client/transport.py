@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Beyond it the bytes take longer than a call (benchmarks/results), and calls of their own use more than one thread.
 LARGEST_STREAMED_BYTES = 256 << 10
+# A stream stays on one connection: after this time its requests go on a new one, perhaps to another server.
+STREAM_S = 2.0
 _CUT_OFF = "the stream ended before the request was answered"
 
 
@@ -93,6 +96,8 @@ class StreamSender:
         self._wake = wake
         self._unary = UnarySender(connection, wake)
         self._streams: dict[str, _Stream] = {}
+        # Streams that take no more requests, and may still have some without a reply.
+        self._ending: list[_Stream] = []
 
     def send(self, method: str, message: bytes, *, timeout_s: float | None, request_id: str) -> ReplyFuture:
         """Send a request; see Sender. In the server's log a stream has the id of its first request."""
@@ -102,13 +107,15 @@ class StreamSender:
         future = StreamFuture(partial(self._unary.send, method, message, timeout_s=timeout_s, request_id=request_id))
         stream = self._streams.get(method)
         if stream is None or not stream.send(message, future):
+            if stream is not None:
+                self._ending = [one for one in (*self._ending, stream) if not one.done]
             first = _Sent(message, future, request_id)
             self._streams[method] = _Stream(self._connection, method, self._wake, first)
         return future
 
     def close(self) -> None:
         """End the streams; requests without a reply are cancelled."""
-        for stream in self._streams.values():
+        for stream in (*self._streams.values(), *self._ending):
             stream.close()
 
 
@@ -199,14 +206,19 @@ class _Outcome(NamedTuple):
 
 
 class _Stream:
-    """One streaming call, and the thread that reads its replies."""
+    """One streaming call, and the thread that reads its replies.
+
+    Attributes:
+        done: whether all of its requests have an outcome and it takes no more.
+    """
 
     def __init__(self, connection: Connection, method: str, wake: Callable[[], None], first: _Sent) -> None:
         """Open the stream and send the first request with it; if the call fails, that request fails too."""
         self._connection = connection
         self._wake = wake
         self._lock = threading.Lock()
-        self._ended = False
+        self.done = self._ended = False
+        self._ends_at = time.monotonic() + STREAM_S
         self._futures: deque[StreamFuture] = deque((first.future,))
         self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._messages.put(first.message)
@@ -221,6 +233,8 @@ class _Stream:
 
     def send(self, message: bytes, future: StreamFuture) -> bool:
         """Send a request; return False if the stream takes no more."""
+        if time.monotonic() > self._ends_at:
+            self.end_sending()
         with self._lock:
             if self._ended:
                 return False
@@ -262,6 +276,7 @@ class _Stream:
         with self._lock:
             futures = list(self._futures)
             self._futures.clear()
+        self.done = True
         gate.leave(self.end_sending)
         if failure[0] is grpc.StatusCode.UNIMPLEMENTED:
             self._connection.has_streams = False

@@ -59,6 +59,8 @@ KINDS: Mapping[str, type[VqserveError]] = MappingProxyType(
             errors.Unavailable,
             errors.Draining,
             errors.DeviceBroken,
+            errors.Unauthenticated,
+            errors.PermissionDenied,
             errors.Cancelled,
         )
     }

@@ -19,6 +19,8 @@ VqserveError
 │   ├── Draining
 │   └── DeviceBroken
 ├── AccessDenied
+│   ├── Unauthenticated
+│   └── PermissionDenied
 ├── Cancelled
 ├── ServerError
 ├── ProtocolError
@@ -368,9 +370,22 @@ class DeviceBroken(Unavailable):
 
 
 class AccessDenied(VqserveError):
-    """The server does not accept this caller."""
+    """The server does not accept this caller, or not for what it asks."""
 
     default_code = "PERMISSION_DENIED"
+
+
+class Unauthenticated(AccessDenied):
+    """The server needs a token, and the caller has none that is valid."""
+
+    default_code = "UNAUTHENTICATED"
+    hint = "call with a valid {token=}; the server's operator makes one with `vqserved token`"
+
+
+class PermissionDenied(AccessDenied):
+    """The caller's token is valid, but not for this codebook."""
+
+    hint = "the codebooks that the server lists are those that the token may use"
 
 
 class Cancelled(VqserveError):

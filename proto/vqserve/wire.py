@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Iterable
 from typing import TypeAlias, TypeVar
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 PAYLOAD_FIELD = 100
 _LENGTH_DELIMITED = 2
@@ -19,6 +19,11 @@ _TAG = PAYLOAD_FIELD << 3 | _LENGTH_DELIMITED
 # The tag as protobuf writes it: a varint of two bytes.
 _PAYLOAD_TAG = bytes((_TAG & 0x7F | 0x80, _TAG >> 7))
 _MAX_VARINT_BYTES = 10
+# Most bytes of a message beside its payload: names, a digest and a shape are far less. It bounds the time and memory
+# that a stranger's message takes before it is known to be valid: protobuf reads so much in less than a millisecond.
+MOST_HEAD_BYTES = 64 << 10
+# Fields that are read here, in Python, to find the payload. What we write has fewer.
+_MOST_FIELDS = 64
 # Sizes of values of fixed width, by wire type.
 _FIXED_BYTES = {1: 8, 5: 4}
 # Bytes of a counter in a ReplyTemplate, and its greatest value: about nine hours in microseconds.
@@ -34,37 +39,64 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 MessageT = TypeVar("MessageT", bound=Message)
 
 
+class HeadTooLarge(DecodeError):
+    """A message has more than MOST_HEAD_BYTES beside its payload."""
+
+
 def read(kind: type[MessageT], raw: bytes) -> tuple[MessageT, memoryview]:
     """Return a message without its payload, and the payload, a view of `raw` where it is the last field.
 
     Raises:
+        HeadTooLarge: it has too many bytes beside the payload.
         google.protobuf.message.DecodeError: the bytes are not such a message.
     """
-    span = payload_span(raw)
-    if span is None:
-        message = kind.FromString(raw)
-        name = kind.DESCRIPTOR.fields_by_number[PAYLOAD_FIELD].name
-        payload: bytes = getattr(message, name)
-        message.ClearField(name)
-        return message, memoryview(payload)
-    head_bytes, start = span
-    return kind.FromString(raw[:head_bytes]), memoryview(raw)[start:]
+    found = _find_payload(raw)
+    if found is None:
+        beside = len(raw)
+    else:
+        head_bytes, start, end = found
+        beside = len(raw) - (min(end, len(raw)) - start)
+    if beside > MOST_HEAD_BYTES:
+        raise HeadTooLarge(f"the message has more than {MOST_HEAD_BYTES} bytes beside its payload")
+    if found is not None and _is_last(raw, found):
+        return kind.FromString(raw[:head_bytes]), memoryview(raw)[start:]
+    message = kind.FromString(raw)
+    name = kind.DESCRIPTOR.fields_by_number[PAYLOAD_FIELD].name
+    payload: bytes = getattr(message, name)
+    message.ClearField(name)
+    return message, memoryview(payload)
 
 
 def payload_span(raw: bytes) -> tuple[int, int] | None:
     """Return the positions at which the head of a message ends and its payload begins.
 
-    None if there is no payload, or if it is not the last field, or occurs twice. The head is not checked: protobuf
-    decides whether it is a valid message.
+    None if there is no payload, or if it is not the last field, or occurs twice, or comes after very many fields. The
+    head is not checked: protobuf decides whether it is a valid message.
+    """
+    found = _find_payload(raw)
+    return found[:2] if found is not None and _is_last(raw, found) else None
+
+
+def _is_last(raw: bytes, found: tuple[int, int, int]) -> bool:
+    """Return whether the payload ends the message, and its length is written as `payload_tag` does."""
+    position, start, end = found
+    # protobuf reads a length that has more bytes than it needs; such a length ends in a zero byte.
+    return end == len(raw) and bool(raw[start - 1] or start == position + 3)
+
+
+def _find_payload(raw: bytes) -> tuple[int, int, int] | None:
+    """Return where the first payload's tag begins, and the payload begins and ends.
+
+    None if it is not among the first fields, or its tag is not written as `payload_tag` does. The end is beyond `raw`
+    if the message is cut off.
     """
     position, size = 0, len(raw)
-    while position < size:
+    for _ in range(_MOST_FIELDS):
+        if position >= size:
+            return None
         if raw[position : position + 2] == _PAYLOAD_TAG:
             length, start = _varint(raw, position + 2)
-            # protobuf reads a length that has more bytes than it needs; such a length ends in a zero byte.
-            if start + length == size and (raw[start - 1] or start == position + 3):
-                return position, start
-            return None
+            return position, start, start + length
         # Most tags and values have one byte; they are read here, without a call.
         tag = raw[position]
         if tag < 0x80:

@@ -1,4 +1,4 @@
-"""The device that serves codebooks: choice, streams, copies to and from it, and detection of its failure."""
+"""The device that serves codebooks: choice, streams, copies to and from it, and which of its errors are fatal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from vqserve.errors import InvalidOption
 
+# Characters of torch's reason: it adds pages of hints.
+_LONGEST_REASON = 300
+
 
 def select_device(device: str | torch.device) -> torch.device:
     """Return the device of a name, after a test computation on it.
@@ -22,15 +25,14 @@ def select_device(device: str | torch.device) -> torch.device:
         InvalidOption: there is no such device, or it does not work.
     """
     if device == "auto":
-        cuda = torch.device("cuda")
-        return _numbered(cuda) if torch.cuda.is_available() and _works(cuda) else torch.device("cpu")
+        return _numbered(torch.device("cuda")) if why_no_cuda() is None else torch.device("cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise InvalidOption(f"device must be auto, cpu, cuda or cuda:i, not {device!r}") from None
     if chosen.type not in {"cpu", "cuda"}:
         raise InvalidOption(f"device must be auto, cpu, cuda or cuda:i, not {str(device)!r}")
-    if chosen.type == "cuda" and not _works(chosen):
+    if chosen.type == "cuda" and _failure(chosen) is not None:
         raise InvalidOption(f"device {str(device)!r} does not exist or does not work: torch finds {_seen()}")
     return _numbered(chosen)
 
@@ -42,12 +44,21 @@ def _numbered(device: torch.device) -> torch.device:
     return device
 
 
-def _works(device: torch.device) -> bool:
+def why_no_cuda() -> str | None:
+    """Return why "auto" does not choose CUDA, in torch's words where it has some; None: it does."""
+    if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
+        return "this torch is built without CUDA"
+    return _failure(torch.device("cuda"))
+
+
+def _failure(device: torch.device) -> str | None:
+    """Return why a device does not work; None: it works."""
     # A driver or a GPU that this torch does not support fails only when something runs.
     try:
-        return bool((torch.ones(2, device=device) + 1).sum().item() == 4)
-    except (RuntimeError, AssertionError):
-        return False
+        is_right = bool((torch.ones(2, device=device) + 1).sum().item() == 4)
+    except (RuntimeError, AssertionError) as error:
+        return " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
+    return None if is_right else "it computes wrong sums"
 
 
 def _seen() -> str:
@@ -93,16 +104,31 @@ _BROKEN: tuple[type[BaseException], ...] = tuple(
     kind for kind in (getattr(torch, "AcceleratorError", None), torch.cuda.CudaError) if kind is not None
 )
 _MARKS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuBLAS error", "HIP error", "device-side assert")
+# Page-locked memory, memory of a CUDA library, and memory of the host in an error of torch.
+_NO_MEMORY_MARKS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception from a tokenizer means that less work at once might have succeeded."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _NO_MEMORY_MARKS)
 
 
 def is_device_failure(error: BaseException) -> bool:
     """Return whether an exception from a tokenizer means that the device cannot be used any more."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return False
     if isinstance(error, _BROKEN):
         return True
     # CUDA libraries, and torch before AcceleratorError existed, raise a RuntimeError.
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _MARKS)
+
+
+def free_cached_memory(device: torch.device) -> None:
+    """Give back the memory of a device that torch keeps for later; does nothing on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class DeviceStreams:

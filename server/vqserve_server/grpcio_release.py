@@ -1,4 +1,4 @@
-"""The releases of grpcio that the server is tested with; rpc/transport.py uses a private part of grpcio."""
+"""The releases of grpcio that the server is tested with; `rpc` uses a private part of grpcio."""
 
 from __future__ import annotations
 

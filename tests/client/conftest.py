@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health, health_pb2_grpc
 
 from support.brute_force import nearest
 from vqserve import payload
@@ -75,6 +76,7 @@ class TinyServer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self.active = 0
         self.peak = 0
         self.target = ""
+        self.health: health.HealthServicer | None = None
         self._lock = threading.Lock()
 
     def ListCodebooks(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
@@ -156,7 +158,9 @@ class TinyServer(tokenizer_pb2_grpc.TokenizerServiceServicer):
 
 
 class StreamingServer(TinyServer):
-    """One that has streams, too."""
+    """One that has streams, too; `grpc_server` is what serves it."""
+
+    grpc_server: grpc.Server
 
     def __init__(self, *codes: Codes) -> None:
         super().__init__(*codes)
@@ -186,11 +190,13 @@ class StreamingServer(TinyServer):
 
 
 @contextlib.contextmanager
-def running(servicer: TinyServer, **options: int) -> Iterator[grpc.Server]:
+def running(servicer: TinyServer, address: str = "127.0.0.1:0", **options: int) -> Iterator[grpc.Server]:
     limits = {"grpc.max_receive_message_length": 64 << 20, "grpc.max_send_message_length": 64 << 20, **options}
     server = grpc.server(ThreadPoolExecutor(16), options=list(limits.items()))
     tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(servicer, server)
-    servicer.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    if servicer.health is not None:
+        health_pb2_grpc.add_HealthServicer_to_server(servicer.health, server)
+    servicer.target = f"{address.rpartition(':')[0]}:{server.add_insecure_port(address)}"
     server.start()
     try:
         yield server
@@ -229,6 +235,23 @@ def serve_tiny() -> Iterator[Callable[..., TinyServer]]:
 
 
 @pytest.fixture
+def replicas() -> Iterator[Callable[..., list[StreamingServer]]]:
+    """Start servers with health on these addresses of this machine and one port: replicas("127.0.0.1", "127.0.0.2")."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*hosts: str, port: str = "0") -> list[StreamingServer]:
+            servers = []
+            for host in hosts:
+                servers.append(StreamingServer(Codes("small")))
+                servers[-1].health = health.HealthServicer(experimental_non_blocking=True)
+                servers[-1].grpc_server = stack.enter_context(running(servers[-1], f"{host}:{port}"))
+                port = servers[-1].target.rpartition(":")[2]
+            return servers
+
+        yield start
+
+
+@pytest.fixture
 def codes() -> type[Codes]:
     return Codes
 
@@ -238,6 +261,7 @@ class Awaited:
 
     def __init__(self, client: AsyncClient, loop: asyncio.AbstractEventLoop) -> None:
         self.client = client
+        self._core = client._core
         self._loop = loop
 
     def encode(self, latents: Any, **options: Any) -> Any:

@@ -12,6 +12,9 @@ import pytest
 
 from vqserve_client import Client, VqserveError
 from vqserve_client.channel import channel_options
+from vqserve_client.config import ClientConfig
+
+OPTIONS = channel_options(ClientConfig(target="127.0.0.1:1", max_message_bytes=1 << 20))
 
 
 class Listener:
@@ -22,6 +25,7 @@ class Listener:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
         self.accepted = threading.Semaphore(0)
+        self.ended = threading.Semaphore(0)
         self.count = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -53,6 +57,7 @@ class Listener:
                 for key, _ in selector.select():
                     data = key.fileobj.recv(1 << 16)
                     if not data:
+                        self.ended.release()
                         return
                     key.data.sendall(data)
 
@@ -83,7 +88,7 @@ def test_every_client_has_a_connection_of_its_own(tiny, listener):
 def test_without_that_option_channels_share_a_connection(tiny, listener):
     """What the test above would not show if the option did nothing."""
     between = listener(tiny.target)
-    options = [option for option in channel_options(1 << 20) if option[0] != "grpc.use_local_subchannel_pool"]
+    options = [option for option in OPTIONS if option[0] != "grpc.use_local_subchannel_pool"]
     channels = [grpc.insecure_channel(between.address, options=options) for _ in range(2)]
     for channel in channels:
         grpc.channel_ready_future(channel).result(60)
@@ -96,8 +101,7 @@ def attempts_until(listener, options, *, attempts):
     """Return how many connections a channel tries while another channel with the same options tries `attempts`."""
     ours, theirs = listener(), listener()
     channels = [
-        grpc.insecure_channel(one.address, options=given)
-        for one, given in ((ours, channel_options(1 << 20)), (theirs, options))
+        grpc.insecure_channel(one.address, options=given) for one, given in ((ours, OPTIONS), (theirs, options))
     ]
     # A call that waits for the server makes its channel go on trying.
     calls = [channel.unary_unary("/a/b").future(b"", wait_for_ready=True) for channel in channels]
@@ -111,7 +115,7 @@ def attempts_until(listener, options, *, attempts):
 
 
 def test_a_lost_connection_is_tried_again_soon(listener):
-    slow = [option for option in channel_options(1 << 20) if "reconnect_backoff" not in option[0]]
+    slow = [option for option in OPTIONS if "reconnect_backoff" not in option[0]]
     assert attempts_until(listener, slow, attempts=5) < 5
 
 
@@ -121,7 +125,7 @@ def test_messages_up_to_the_limit_and_no_further(tiny, latents):
     with Client(tiny.target, max_message_bytes=1 << 20) as client:
         expected = client.encode(array)
     for option in ("grpc.max_send_message_length", "grpc.max_receive_message_length"):
-        options = [(name, 4096 if name == option else value) for name, value in channel_options(1 << 20)]
+        options = [(name, 4096 if name == option else value) for name, value in OPTIONS]
         with Client(tiny.target, max_message_bytes=1 << 20) as client:
             client._core.connection._opened()[0].close()
             client._core.connection._open = None
@@ -133,10 +137,10 @@ def test_messages_up_to_the_limit_and_no_further(tiny, latents):
 
 
 def test_a_server_whose_machine_is_gone_is_noticed():
-    # A three-hundredth of each: a ping after a second without a word, and a fifteenth for its answer.
+    # A tenth of each: a ping after about a second without a word, and a second for its answer.
     options = [
-        (name, value // 300 if name in ("grpc.keepalive_time_ms", "grpc.http2.ping_timeout_ms") else value)
-        for name, value in channel_options(1 << 20)
+        (name, value // 10 if name in ("grpc.keepalive_time_ms", "grpc.http2.ping_timeout_ms") else value)
+        for name, value in OPTIONS
     ]
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -156,3 +160,11 @@ def test_a_server_whose_machine_is_gone_is_noticed():
             assert "ping" in caught.value.details()
         thread.join()
         greeted[0].close()
+
+
+def test_a_client_that_is_not_used_closes_its_connection(tiny, listener):
+    options = [(name, 1000 if name == "grpc.client_idle_timeout_ms" else value) for name, value in OPTIONS]
+    between = listener(tiny.target)
+    with grpc.insecure_channel(between.address, options=options) as channel:
+        channel.unary_unary("/vqserve.v1.TokenizerService/ListCodebooks")(b"", timeout=60)
+        assert between.ended.acquire(timeout=60)

@@ -20,7 +20,7 @@ from vqserve_client import (
     ServerError,
     Unavailable,
 )
-from vqserve_client.requests import RetryPolicy
+from vqserve_client.retries import RetryBudget, RetryPolicy
 
 
 @pytest.mark.parametrize("code", ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"])
@@ -78,6 +78,13 @@ def test_a_hint_beyond_the_deadline_is_not_waited_for(tiny, connect, failing, la
     with pytest.raises(Overloaded) as caught:
         connect(tiny.target).encode(latents(2, 4))
     assert caught.value.retry_after_s == 3600
+    assert len(tiny.requests) == 1
+
+
+def test_a_server_that_wants_no_retry_gets_none(tiny, connect, failing, latents):
+    tiny.script.append(failing("RESOURCE_EXHAUSTED", "full", grpc_retry_pushback_ms="-1"))
+    with pytest.raises(Overloaded):
+        connect(tiny.target).encode(latents(2, 4))
     assert len(tiny.requests) == 1
 
 
@@ -307,3 +314,46 @@ def test_delays_grow_have_a_cap_and_heed_the_hint():
     assert policy.delay_s(11, None) is None
     assert 7 <= policy.delay_s(1, 7.0) <= 8.75
     assert RetryPolicy(5000).delay_s(4999, None) <= 5
+
+
+def test_a_burst_of_retries_is_free_and_then_there_is_one_a_second():
+    budget = RetryBudget()
+    waits = [budget.spend() for _ in range(110)]
+    assert waits[:100] == [0] * 100
+    # Each of the last ten waits for a token of its own; time has brought some of them already.
+    assert waits[-1] <= 10
+    assert waits[-10:] == sorted(waits[-10:])
+
+
+def test_ten_successes_pay_for_a_retry():
+    budget = RetryBudget(capacity=1, per_second=1e-9)
+    assert budget.spend() == 0
+    assert budget.spend() > 1e6
+    for _ in range(10):
+        assert budget.is_spent
+        budget.earn()
+    # It has back what the second one took, and is still without a token for a third.
+    assert budget.spend() > 1e6
+    for _ in range(3):
+        budget.refund()
+    assert not budget.is_spent
+
+
+def test_an_overloaded_server_gets_few_retries(tiny, connect, failing, latents):
+    """No storm: of many calls that are refused, most are not sent again within their timeout."""
+    client = connect(tiny.target, timeout=5)
+    client.codebooks()
+    client._core.connection.retry_budget = RetryBudget(capacity=5, per_second=0.01)
+    calls = 30
+    tiny.script.extend([failing("RESOURCE_EXHAUSTED")] * 4 * calls)
+    for _ in range(calls):
+        with pytest.raises(Overloaded):
+            client.encode(latents(2, 4))
+    assert calls + 5 <= len(tiny.requests) <= calls + 10
+
+
+def test_a_server_that_cannot_be_reached_costs_no_budget(connect, latents):
+    client = connect("127.0.0.1:1", retries=2)
+    with pytest.raises(Unavailable):
+        client.encode(latents(2, 4))
+    assert not client._core.connection.retry_budget.is_spent

@@ -173,6 +173,53 @@ def test_it_writes_what_protobuf_writes(kind, size):
     assert wire.payload_span(raw) == (len(raw) - size - len(wire.payload_tag(size)), len(raw) - size)
 
 
+def unknown(nbytes: int) -> bytes:
+    """So many bytes of small fields that no message of ours has."""
+    more = nbytes % 3
+    return b"\x98\x01\x07" * (nbytes // 3 - 1) + b"\x9a\x01" + bytes([more]) + bytes(more)
+
+
+def unknown_field(nbytes: int) -> bytes:
+    """The same as one field."""
+    head = b"\x9a\x01" + wire.varint(nbytes)
+    return head + bytes(nbytes - len(head))
+
+
+PAYLOAD = b"\xa2\x06\x04abcd"
+# What is around so many bytes of other fields, and how much of it counts with them. A payload counts if it is not found
+# among the first fields.
+FORMS = {
+    "before the payload": (lambda filler: filler + PAYLOAD, 7),
+    "behind it": (lambda filler: PAYLOAD + filler, 3),
+    "between two": (lambda filler: PAYLOAD + filler + PAYLOAD, 10),
+    "without one": (lambda filler: filler, 0),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_beside_the_payload_is_bounded(kind, form):
+    around, counted = FORMS[form]
+    largest = wire.MOST_HEAD_BYTES - counted
+    check(kind, around(unknown(largest)))
+    for filler in (unknown(largest + 1), unknown(60 << 20), unknown_field(60 << 20)):
+        with pytest.raises(wire.HeadTooLarge, match="65536 bytes beside its payload"):
+            wire.read(kind, around(filler))
+
+
+@pytest.mark.parametrize(("before", "behind"), [(b"", b""), (STRANGE_FIELDS[0], b""), (b"", STRANGE_FIELDS[3])])
+def test_a_payload_may_be_larger(before, behind):
+    raw = pb.EncodeRequest(codebook="a", dtype=1, shape=[1 << 20], latents=bytes(1 << 20)).SerializeToString()
+    check(pb.EncodeRequest, before + raw + behind)
+
+
+def test_a_large_message_that_is_cut_off_is_no_message():
+    raw = pb.EncodeRequest(codebook="a", latents=bytes(1 << 20)).SerializeToString()[:-1]
+    with pytest.raises(DecodeError) as caught:
+        wire.read(pb.EncodeRequest, raw)
+    assert caught.type is DecodeError
+
+
 def test_a_payload_is_a_view_of_its_message():
     raw = pb.DecodeResponse(dtype=1, shape=[4], latents=b"0123456789abcdef").SerializeToString()
     assert wire.read(pb.DecodeResponse, raw)[1].obj is raw

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from vqserve.errors import InvalidArgument
+from vqserve.errors import InvalidArgument, Overloaded
 from vqserve_server.console import event
 from vqserve_server.engine.job import Job, Key, RequestTiming
 
@@ -41,8 +42,17 @@ class Staging:
 logger = logging.getLogger(__name__)
 
 
+# Seconds after which a caller may send a request again for which there was no memory.
+_RETRY_AFTER_S = 1.0
+
+
 class BatchFailed(RuntimeError):
     """The computation failed, and not because of the request; the log has the reason."""
+
+
+def no_memory() -> Overloaded:
+    """Return the error of a request for which the device, or the machine, has too little memory."""
+    return Overloaded("the server has too little memory for the request", retry_after_s=_RETRY_AFTER_S)
 
 
 class Part(NamedTuple):
@@ -55,19 +65,28 @@ class Part(NamedTuple):
 
 
 class Batch:
-    """Parts of jobs with one key. The queue adds them; a device thread computes them."""
+    """Parts of jobs with one key. The queue adds them; a device thread computes them.
+
+    Attributes:
+        key: of all its jobs.
+        parts: in the order of their rows.
+        rows: rows of all parts.
+        cost: seconds that it is expected to take.
+        taken_at: when a device thread took it, in time.monotonic() seconds.
+    """
 
     def __init__(self, key: Key) -> None:
         self.key = key
         self.parts: list[Part] = []
         self.rows = 0
+        self.cost = 0.0
+        self.taken_at = 0.0
 
     def add(self, job: Job, rows: int) -> None:
         """Add the next rows of a job."""
         start = job.next_row
         job.next_row += rows
-        self.parts.append(Part(job, start, job.next_row, slice(self.rows, self.rows + rows)))
-        self.rows += rows
+        self._append(job, start, job.next_row)
 
     def compute(self, staging: Staging) -> None:
         """Compute all parts, and write the results into the replies of their jobs."""
@@ -77,7 +96,10 @@ class Batch:
         results = self.key.compute(rows)
         if len(results) != self.rows:
             raise RuntimeError(f"{len(results)} results for {self.rows} rows")
+        now = time.monotonic()
         for part in self.parts:
+            if not part.job.is_wanted(now):
+                continue
             try:
                 part.job.write(part.start, results[part.rows])
             except InvalidArgument as error:
@@ -85,7 +107,7 @@ class Batch:
             except MemoryError:
                 # Only this reply fails; the other replies have memory.
                 logger.exception(event("reply_memory_failed", rows=part.job.rows))
-                part.job.resolve(BatchFailed("the computation failed"))
+                part.job.resolve(no_memory())
 
     def finish(self, *, started: float, ended: float) -> list[tuple[Job, RequestTiming]]:
         """Count the parts, and return the complete jobs with their timings.
@@ -115,10 +137,25 @@ class Batch:
 
     def split(self) -> list[Batch]:
         """Return one batch for each part, to be computed alone."""
-        return [self._alone(part) for part in self.parts]
-
-    def _alone(self, part: Part) -> Batch:
-        alone = Batch(self.key)
-        alone.rows = part.stop - part.start
-        alone.parts = [part._replace(rows=slice(0, alone.rows))]
+        alone = [Batch(self.key) for _ in self.parts]
+        for batch, part in zip(alone, self.parts, strict=True):
+            batch._append(part.job, part.start, part.stop)
         return alone
+
+    def pieces(self, most: int) -> list[Batch]:
+        """Return batches of at most that many rows each, which have the same rows in the same order."""
+        pieces = [Batch(self.key)]
+        for part in self.parts:
+            start = part.start
+            while start < part.stop:
+                if pieces[-1].rows == most:
+                    pieces.append(Batch(self.key))
+                stop = min(part.stop, start + most - pieces[-1].rows)
+                pieces[-1]._append(part.job, start, stop)
+                start = stop
+        return pieces
+
+    def _append(self, job: Job, start: int, stop: int) -> None:
+        rows = stop - start
+        self.parts.append(Part(job, start, stop, slice(self.rows, self.rows + rows)))
+        self.rows += rows

@@ -7,11 +7,19 @@ import threading
 import time
 from collections.abc import Callable
 
-from vqserve.errors import DeviceBroken, InvalidArgument
+from vqserve.errors import InvalidArgument
 from vqserve_server.console import event
-from vqserve_server.device import DeviceStreams, is_device_failure, wait_for_stream
+from vqserve_server.device import (
+    DeviceStreams,
+    free_cached_memory,
+    is_device_failure,
+    is_out_of_memory,
+    wait_for_stream,
+)
 from vqserve_server.engine.admission import EngineStats
-from vqserve_server.engine.batch import Batch, BatchFailed, Staging
+from vqserve_server.engine.batch import Batch, BatchFailed, Staging, no_memory
+from vqserve_server.engine.caller import CANARY
+from vqserve_server.engine.row_limits import RowLimits
 from vqserve_server.engine.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -21,16 +29,17 @@ class Worker:
     """The device threads.
 
     On CUDA each has its own stream, so that the copies of one run beside the search of another. A batch that fails
-    affects only its own requests. When the device is lost, or a thread ends with any other error, all jobs fail with
-    DeviceBroken and `on_broken` is called.
+    affects only its own requests; one for which there is too little memory is computed in smaller ones. When the
+    device is lost, or a thread ends with any other error, `on_broken` is called with the error.
     """
 
     def __init__(
-        self, scheduler: Scheduler, stats: EngineStats, *, threads: int, on_broken: Callable[[DeviceBroken], None]
+        self, scheduler: Scheduler, stats: EngineStats, *, threads: int, on_broken: Callable[[BaseException], None]
     ) -> None:
         self._scheduler = scheduler
         self._stats = stats
         self._on_broken = on_broken
+        self._limits = RowLimits()
         self._threads = [
             threading.Thread(target=self._run, name=f"vqserve-device-{i}", daemon=True) for i in range(threads)
         ]
@@ -56,18 +65,50 @@ class Worker:
                 # A thread that waits must not keep a batch, and with it a codebook that was replaced.
                 del batch
         except BaseException as error:
-            self._break(error)
+            self._on_broken(error)
 
     def _serve(self, batch: Batch, staging: Staging) -> None:
+        """Compute a batch and answer its jobs, in smaller batches where the whole cannot be computed."""
+        left = [batch]
+        while left:
+            batch = left.pop(0)
+            most = self._limits.of(batch.key)
+            if most is not None and batch.rows > most:
+                left[:0] = batch.pieces(most)
+                continue
+            instead = self._compute(batch, staging)
+            if instead is not None:
+                left[:0] = instead
+                continue
+            free_cached_memory(batch.key.tokenizer.device)
+            most = self._limits.lower(batch.key, batch.rows)
+            fields = {"codebook": batch.key.tokenizer.info.name, "rows": batch.rows}
+            if most is not None:
+                logger.warning(event("out_of_memory", **fields, retried_rows=most))
+                left.insert(0, batch)
+            else:
+                logger.error(event("out_of_memory", **fields, failed_requests=len(batch.parts)))
+                self._stats.count_failed()
+                for failed in (batch, *left):
+                    failed.fail(no_memory())
+                return
+
+    def _compute(self, batch: Batch, staging: Staging) -> list[Batch] | None:
+        """Compute a batch and answer its jobs; return the batches that are to be computed in its place.
+
+        It returns None, and no job has an answer, if there was too little memory. The caller goes on from there: the
+        traceback, which keeps the memory of the failed attempt, is gone by then.
+        """
         try:
             started = time.monotonic()
             batch.compute(staging)
             ended = time.monotonic()
             complete = batch.finish(started=started, ended=ended)
             # Count before the replies are sent: a caller with a reply finds its request in the counters.
-            self._stats.count(
-                requests=len(batch.parts), rows=batch.rows, finished=len(complete), seconds=ended - started
-            )
+            if len(batch.parts) > 1 or batch.parts[0].job.caller is not CANARY:
+                self._stats.count(
+                    requests=len(batch.parts), rows=batch.rows, finished=len(complete), seconds=ended - started
+                )
             # Last, all together: the threads of the callers compete with this one.
             for job, timing in complete:
                 job.resolve(timing)
@@ -76,6 +117,8 @@ class Worker:
                 raise
             # Kernels of the failed batch may still read its codebook, which may be freed after this.
             wait_for_stream(batch.key.tokenizer.device)
+            if is_out_of_memory(error):
+                return None
             if not isinstance(error, InvalidArgument):
                 self._stats.count_failed()
                 logger.exception(event("batch_failed", requests=len(batch.parts)))
@@ -84,11 +127,5 @@ class Worker:
             elif len(batch.parts) == 1:
                 batch.reject(error)
             else:
-                for alone in batch.split():
-                    self._serve(alone, staging)
-
-    def _break(self, error: BaseException) -> None:
-        logger.critical(event("device_failed"), exc_info=error)
-        broken = DeviceBroken("the device failed")
-        self._scheduler.close(broken, drop=True)
-        self._on_broken(broken)
+                return batch.split()
+        return []

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 import grpc
 from grpc_health.v1 import health, health_pb2
 
+from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.messages import parse
 from vqserve_server.rpc.status import Status
-from vqserve_server.rpc.transport import Call, Handler
+from vqserve_server.rpc.transport import Handler
 
 _Response = health_pb2.HealthCheckResponse
 
@@ -39,6 +40,11 @@ class Health:
             watchers = list(self._watchers)
         for watcher in watchers:
             watcher.notify()
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether a caller watches the state."""
+        return bool(self._watchers)
 
     def close(self) -> None:
         """End the watchers' calls."""

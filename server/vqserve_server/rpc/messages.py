@@ -15,13 +15,19 @@ from vqserve.v1 import tokenizer_pb2 as pb
 
 MessageT = TypeVar("MessageT", bound=Message)
 
+# Most bytes of a request without an array. It is parsed on the transport's thread, before anything else is known of it.
+MOST_PLAIN_BYTES = 4096
+
 
 def parse(kind: type[MessageT], raw: bytes) -> MessageT:
-    """Return the message in some bytes.
+    """Return the message in some bytes; for messages without an array.
 
     Raises:
-        InvalidArgument: they are not such a message.
+        InvalidArgument: they are not such a message, or are too many.
     """
+    if len(raw) > MOST_PLAIN_BYTES:
+        name = kind.DESCRIPTOR.name
+        raise InvalidArgument(f"{name} of {len(raw)} bytes: it may have at most {MOST_PLAIN_BYTES}")
     try:
         return kind.FromString(raw)
     except DecodeError:
@@ -32,10 +38,12 @@ def read(kind: type[MessageT], raw: bytes) -> tuple[MessageT, memoryview]:
     """Return the message in some bytes without its payload, and the payload.
 
     Raises:
-        InvalidArgument: they are not such a message.
+        InvalidArgument: they are not such a message, or too many beside the payload.
     """
     try:
         return wire.read(kind, raw)
+    except wire.HeadTooLarge as error:
+        raise InvalidArgument(str(error)) from None
     except DecodeError:
         raise _not_valid(kind) from None
 

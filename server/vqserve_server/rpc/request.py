@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from vqserve import wire
 from vqserve.errors import Draining
 from vqserve_server.engine import Caller, Engine, Job
+from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.headers import HeaderCache, RequestHeader
-from vqserve_server.rpc.transport import Call
 
 # Larger messages are validated on another thread. Validating this many bytes takes half a millisecond; the change of
 # thread takes a part of that, and needs another core.
@@ -79,7 +79,12 @@ class Requests:
                     recipient.rejected(Draining("the server is stopping"))
                 return
         try:
-            header, data = headers.find(raw)
+            token = recipient.caller.token
+            # Also for each message of a stream: the token may have been revoked meanwhile.
+            codebooks = None if token is None else token.check().codebooks
+            header, data = headers.find(raw, codebooks)
+            if header.rows:
+                self._engine.scheduler.check(recipient.caller, header.key, header.rows, recipient.deadline)
             request = Request(self._engine, recipient.caller, header, len(raw) + header.reply_bytes, received_at)
             try:
                 if header.rows:
@@ -123,7 +128,15 @@ class Request:
         Raises:
             Overloaded, Draining, DeviceBroken: the server accepts no more.
         """
-        engine.admission.enter(caller, header.rows, nbytes)
+        rate = None if caller.token is None else caller.token.rate
+        if rate is not None:
+            rate.take(header.rows)
+        try:
+            engine.admission.enter(caller, header.rows, nbytes)
+        except BaseException:
+            if rate is not None:
+                rate.give_back(header.rows)
+            raise
         self.nbytes = nbytes
         self._engine = engine
         self._caller = caller

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from vqserve.errors import Draining, Overloaded
+from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.headers import HeaderCache
 from vqserve_server.rpc.request import Request, Requests
-from vqserve_server.rpc.transport import Call
 
 # Bytes of the requests and replies of a stream in the server; a single larger request is accepted alone.
 WINDOW_BYTES = 16 << 20

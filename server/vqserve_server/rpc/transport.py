@@ -3,194 +3,43 @@
 Both of grpcio's servers are built on this queue, and what they add costs more than gRPC itself: a thread for each
 waiting call, or an event loop that a second thread wakes for each event (decision 0002). Here the thread that computes
 a reply sends it, and wakes no other thread.
-
-Only this file uses `grpc._cython`. It is not a public interface, but grpcio's own server, which is written in Python,
-uses it in the same way.
 """
 
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-from vqserve.error_wire import REQUEST_ID, REQUEST_ID_KEY
-from vqserve.errors import InvalidArgument, Overloaded
+from vqserve.errors import Overloaded, Unauthenticated
 from vqserve_server.console import event
-from vqserve_server.engine import BatchFailed, Caller
+from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.callers import Callers
-from vqserve_server.rpc.status import Status, status_of
+from vqserve_server.rpc.gate import Gate
+from vqserve_server.rpc.reserved import Places
+from vqserve_server.rpc.status import Status
 
 # The retry delay for a call above the limit; the server cannot know when another call will end.
 _RETRY_AFTER_S = 1.0
-# gRPC represents "no deadline" by one that is centuries away.
-_NO_DEADLINE_S = 1e9
-_OK = Status(grpc.StatusCode.OK, "")
-
-
-class Call:
-    """One call. Thread-safe; callbacks run on the transport's thread.
-
-    At most one `receive` and one `send` may be active at a time. After the end of the call all methods do nothing.
-
-    Attributes:
-        method: full name.
-        caller: who made it.
-        deadline: time.monotonic() seconds, or None.
-        on_close: called once, when the caller has received everything, or has left.
-        owes_reply: returns whether the server owes a reply, although another message may be received.
-    """
-
-    def __init__(self, event: Any, caller: Caller, on_end: Callable[[Call], None]) -> None:
-        """Take the call that an event announces; `on_end` is called with it, before `on_close`."""
-        self.caller = caller
-        self._call = event.call
-        self._metadata = event.invocation_metadata
-        self._on_end = on_end
-        self._is_closed = False
-        # Sent together with the first message or the status.
-        self._unsent: tuple[Any, ...] = (cygrpc.SendInitialMetadataOperation((), 0),)
-        # time.monotonic() seconds; None: not active.
-        self._receiving_since: float | None = None
-        self._sending_since: float | None = None
-        self._sent_at = 0.0
-        self._lock = threading.Lock()
-        details = event.call_details
-        self.method: str = details.method.decode("ascii", "backslashreplace")
-        left_s = details.deadline - time.time()
-        self.deadline = None if left_s > _NO_DEADLINE_S else time.monotonic() + left_s
-        self.on_close: Callable[[], None] = _nothing
-        self.owes_reply: Callable[[], bool] = _no
-        # Without the lock: no other thread knows of the call yet.
-        self._call.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(0),), self._closed)
-
-    @property
-    def request_id(self) -> str:
-        """Return the caller's name for the call in logs, or a random one."""
-        for key, value in self._metadata or ():
-            if key == REQUEST_ID_KEY and isinstance(value, str) and REQUEST_ID.fullmatch(value):
-                return value
-        return secrets.token_hex(8)
-
-    def is_idle(self, before: float) -> bool:
-        """Return whether the call has waited for its caller, to send or to receive, since before that time.
-
-        Args:
-            before: time.monotonic() seconds.
-        """
-        sending, receiving = self._sending_since, self._receiving_since
-        if sending is not None:
-            return sending < before
-        # A caller may wait for a reply before it sends: its time starts with the last reply at the earliest.
-        return receiving is not None and max(receiving, self._sent_at) < before and not self.owes_reply()
-
-    def receive(self, then: Callable[[bytes], None], *, at_end: Callable[[], None] | None = None) -> None:
-        """Receive the next message.
-
-        Args:
-            then: called with the message.
-            at_end: called if there are no more messages; None: one is required, without it the call fails.
-        """
-
-        def received(event: Any) -> None:
-            self._receiving_since = None
-            message: bytes | None = event.batch_operations[0].message()
-            if message is not None:
-                then(message)
-            elif at_end is not None:
-                at_end()
-            else:
-                self.fail(InvalidArgument("the call has no request: send exactly one message"))
-
-        self._receiving_since = time.monotonic()
-        self._start((cygrpc.ReceiveMessageOperation(0),), received)
-
-    def send(self, message: bytes, then: Callable[[], None], *, is_followed: bool = False) -> None:
-        """Send one of several messages; `then` is called when the next may be sent.
-
-        Args:
-            message: the message.
-            then: the callback.
-            is_followed: whether the next message is there already: a small message may then wait for it.
-        """
-
-        def sent(_event: Any) -> None:
-            self._sent_at = time.monotonic()
-            self._sending_since = None
-            then()
-
-        self._sending_since = time.monotonic()
-        initial, self._unsent = self._unsent, ()
-        # Never delay the first message: until it is written, gRPC delays the initial metadata too, and no event comes.
-        flags = cygrpc.WriteFlag.buffer_hint if is_followed and not initial else 0
-        self._start((*initial, cygrpc.SendMessageOperation(message, flags)), sent)
-
-    def end(self, status: Status = _OK, message: bytes | None = None) -> None:
-        """End the call, with a last message if there is one."""
-        initial, self._unsent = self._unsent, ()
-        last = () if message is None else (cygrpc.SendMessageOperation(message, 0),)
-        code, text = status.code.value[0], status.details.encode()
-        trailer = cygrpc.SendStatusFromServerOperation(status.metadata, code, text, 0)
-        self._sending_since = time.monotonic()
-        self._start((*initial, *last, trailer), None)
-
-    def fail(self, error: Exception) -> None:
-        """End the call with the status of an error, and log it."""
-        request_id = self.request_id
-        status = status_of(error, request_id=request_id)
-        if status.code is grpc.StatusCode.INTERNAL:
-            # The engine has logged why a batch failed.
-            is_known = isinstance(error, BatchFailed)
-            line = event("request_failed", request_id=request_id, method=self.method)
-            logger.error(line, exc_info=None if is_known else error)
-        else:
-            fields = {"status": status.code.name, "details": status.details}
-            logger.debug(event("request_rejected", request_id=request_id, method=self.method, **fields))
-        self.end(replace(status, metadata=((REQUEST_ID_KEY, request_id), *status.metadata)))
-
-    def abort(self, status: Status) -> None:
-        """End the call at once, whatever is active; the status reaches the caller if it listens."""
-        with self._lock:
-            if not self._is_closed:
-                self._call.cancel(status.code.value[0], status.details)
-
-    def _start(self, operations: Any, tag: Callable[[Any], None] | None) -> None:
-        with self._lock:
-            # A call may end, and the queue may shut down, while its request is validated: gRPC would then abort.
-            if not self._is_closed:
-                # It returns an error if the call has ended; `_closed` is called in that case anyway.
-                self._call.start_server_batch(operations, tag)
-
-    def _closed(self, _event: Any) -> None:
-        with self._lock:
-            self._is_closed = True
-        # Break the reference cycle of call and callbacks now, because the garbage collector may run late.
-        on_close, self.on_close, self.owes_reply = self.on_close, _nothing, _no
-        self._on_end(self)
-        on_close()
-
-
-def _nothing() -> None:
-    pass
-
-
-def _no() -> bool:
-    return False
-
 
 logger = logging.getLogger(__name__)
 
 # Starts to answer a call, and returns at once.
 Handler = Callable[[Call], None]
+THREAD_NAME = "vqserve-grpc"
 # Interval of the check for idle calls.
 _IDLE_CHECK_S = 1.0
+# Before the server closes, it lets no call end until no call has arrived for so long, and for at most so long.
+_QUIET_S = 0.1
+_MOST_HOLD_S = 0.5
+# Calls that were refused and have not ended, because their callers do not read. No more calls are taken above that.
+_MOST_REFUSED = 256
 
 
 class Transport:
@@ -202,7 +51,10 @@ class Transport:
         *,
         options: Sequence[tuple[str, int]],
         max_calls: int,
+        max_calls_per_caller: int | None = None,
         idle_s: float = 0.0,
+        reserved: Mapping[str, int] | None = None,
+        callers: Callers | None = None,
     ) -> None:
         """Make the transport; `listen` to some addresses before `start`.
 
@@ -210,28 +62,49 @@ class Transport:
             handlers: by the method's full name, "/package.Service/Method".
             options: options of gRPC, as pairs of name and value.
             max_calls: open calls at once; more fail with RESOURCE_EXHAUSTED.
+            max_calls_per_caller: those of one caller; None: as many as of all.
             idle_s: how long a call may wait for its caller before it ends with UNAVAILABLE; 0: for ever.
+            callers: decides who may call; None: everyone.
+            reserved: methods whose calls do not count among the others, and how many of each may be open; above that
+                the caller that has most of them loses its oldest.
         """
         self._handlers = handlers
         self._max_calls = max_calls
+        self._max_calls_per_caller = max_calls if max_calls_per_caller is None else max_calls_per_caller
         self._idle_s = idle_s
+        self._places = {method: Places(most) for method, most in (reserved or {}).items()}
+        # The calls that have not ended; those of them that were not refused; and those that count apart.
         self._calls: set[Call] = set()
-        self._callers = Callers()
+        self._accepted: set[Call] = set()
+        self._reserved_calls: set[Call] = set()
+        self._callers = callers or Callers()
+        self._gate = Gate()
+        self._last_call_at = -1.0  # time.monotonic() seconds
         self._queue = cygrpc.CompletionQueue()
         self._server = cygrpc.Server(list(options), False)
         self._server.register_completion_queue(self._queue)
-        self._thread = threading.Thread(target=self._serve, name="vqserve-grpc", daemon=True)
+        for method in self._places:
+            self._server.register_method(method)
+        self._thread = threading.Thread(target=self._serve, name=THREAD_NAME, daemon=True)
         self._lock = threading.Lock()
-        self._is_stopping = False
+        self._is_asking = False  # for the next call, one of reserved methods apart
+        self._is_closed = self._is_stopping = False
         self._stopped = threading.Event()
+        # Rounds of the thread: it grows at least once per second while the thread is not stuck.
+        self.turns = 0
 
-    def listen(self, address: str) -> int:
+    def listen(self, address: str, credentials: Any = None) -> int:
         """Listen on HOST:PORT or unix:PATH, and return the port.
+
+        Args:
+            address: where.
+            credentials: grpc.ServerCredentials, for TLS; None: plaintext.
 
         Raises:
             RuntimeError: the address cannot be bound.
         """
-        port: int = self._server.add_http2_port(address.encode())
+        own = None if credentials is None else credentials._credentials
+        port: int = self._server.add_http2_port(address.encode(), own)
         if not port:
             raise RuntimeError(f"cannot bind {address}")
         return port
@@ -239,19 +112,39 @@ class Transport:
     def start(self) -> None:
         """Accept calls."""
         self._server.start()
-        self._server.request_call(self._queue, self._queue, self._on_call)
+        self._ask()
+        for method in self._places:
+            self._ask_reserved(method)
         self._thread.start()
 
+    def close(self) -> None:
+        """Accept no more connections and calls, and tell all callers so (GOAWAY); open calls go on.
+
+        gRPC drops calls that are on their way meanwhile: callers that wait for an answer make none, so all wait for a
+        moment. Closing twice is fine, and closing what was not started.
+        """
+        if not self._thread.is_alive():
+            return
+        self._gate.shut()
+        until = time.monotonic() + _MOST_HOLD_S
+        while (left := min(self._last_call_at + _QUIET_S, until) - time.monotonic()) > 0:
+            time.sleep(left)
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self._server.shutdown(self._queue, self._on_stopped)
+        self._gate.open()
+
     def stop(self, linger_s: float) -> None:
-        """Accept no more calls, cancel those that are open after `linger_s` seconds, and end the thread.
+        """Close, cancel the calls that are open after `linger_s` seconds, and end the thread.
 
         Stopping twice is fine, and stopping what was not started.
         """
+        self.close()
         with self._lock:
-            if self._is_stopping or not self._thread.is_alive():
+            if self._is_stopping or not self._is_closed:
                 return
             self._is_stopping = True
-            self._server.shutdown(self._queue, self._on_stopped)
         if not self._stopped.wait(linger_s):
             self._server.cancel_all_calls()
         self._thread.join()
@@ -261,6 +154,7 @@ class Transport:
         next_check = time.monotonic() + _IDLE_CHECK_S
         while True:
             completed = self._queue.poll(time.time() + _IDLE_CHECK_S)
+            self.turns += 1
             if completed.completion_type == cygrpc.CompletionType.queue_shutdown:
                 return
             try:
@@ -274,40 +168,91 @@ class Transport:
             # The event refers to its call, and so keeps a connection open.
             del completed
             # Shut down only after `_closed` of every call; after that no operation starts for a call.
-            if self._stopped.is_set() and not self._calls:
+            if self._stopped.is_set() and not self._calls and not self._reserved_calls:
                 self._queue.shutdown()
 
-    def _on_call(self, event: Any) -> None:
+    def _ask(self) -> None:
+        """Ask for the next call, unless there are too many: then it waits in gRPC, and its connection with it."""
+        if self._is_asking or len(self._calls) >= self._max_calls + _MOST_REFUSED:
+            return
         with self._lock:
-            if not self._is_stopping:
+            if not self._is_closed:
+                self._is_asking = True
                 self._server.request_call(self._queue, self._queue, self._on_call)
+
+    def _ask_reserved(self, method: str) -> None:
+        with self._lock:
+            if not self._is_closed:
+                tag = partial(self._on_reserved_call, method)
+                self._server.request_registered_call(self._queue, self._queue, method, tag)
+
+    def _on_call(self, event: Any) -> None:
+        self._is_asking = False
+        self._ask()
         if not event.success:
             return
-        call = Call(event, self._callers.enter(event.call.peer().decode()), self._on_end)
+        peer, refusal = event.call.peer().decode(), None
+        method = event.call_details.method.decode("ascii", "backslashreplace")
+        try:
+            caller = self._callers.enter(peer, event.invocation_metadata)
+        except Unauthenticated as error:
+            caller, refusal = self._callers.enter_stranger(peer), error
+        call = Call(event, caller, method, self._on_end, self._gate)
+        self._last_call_at = time.monotonic()
         self._calls.add(call)
-        handler = self._handlers.get(call.method)
-        if handler is None:
+        handler = self._handlers.get(method)
+        if refusal is not None:
+            call.fail(refusal)
+        elif handler is None:
             call.end(Status(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}"))
-        elif len(self._calls) > self._max_calls:
+        elif len(self._accepted) >= self._max_calls:
             call.fail(Overloaded("too many calls at once", retry_after_s=_RETRY_AFTER_S))
+        elif not self._callers.accept(call.caller, self._max_calls_per_caller):
+            text = f"too many calls of the caller {call.caller.name} at once"
+            call.fail(Overloaded(text, retry_after_s=_RETRY_AFTER_S))
         else:
-            try:
-                handler(call)
-            except Exception as error:
-                call.fail(error)
+            self._accepted.add(call)
+            _handle(handler, call)
 
     def _on_end(self, call: Call) -> None:
+        was_accepted = call in self._accepted
         self._calls.discard(call)
-        self._callers.leave(call.caller)
+        self._accepted.discard(call)
+        self._callers.leave(call.caller, was_accepted=was_accepted)
+        self._ask()
+
+    def _on_reserved_call(self, method: str, event: Any) -> None:
+        self._ask_reserved(method)
+        if not event.success:
+            return
+        caller = self._callers.enter_stranger(event.call.peer().decode())
+        call = Call(event, caller, method, self._on_reserved_end)
+        self._reserved_calls.add(call)
+        too_many = self._places[method].enter(call)
+        if too_many is not None:
+            too_many.abort(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "there are too many calls of this method"))
+        _handle(self._handlers[method], call)
+
+    def _on_reserved_end(self, call: Call) -> None:
+        self._reserved_calls.discard(call)
+        self._callers.leave(call.caller, was_accepted=False)
+        self._places[call.method].leave(call)
 
     def _end_idle(self) -> None:
         if not self._idle_s:
             return
         before = time.monotonic() - self._idle_s
         status = Status(grpc.StatusCode.UNAVAILABLE, f"the call was idle for {self._idle_s:g} s: make another one")
-        for call in [call for call in self._calls if call.is_idle(before)]:
+        for call in [call for call in self._calls | self._reserved_calls if call.is_idle(before)]:
             logger.info(event("call_idle", method=call.method, seconds=self._idle_s))
             call.abort(status)
 
     def _on_stopped(self, _event: Any) -> None:
         self._stopped.set()
+
+
+def _handle(handler: Handler, call: Call) -> None:
+    try:
+        handler(call)
+    except Exception as error:
+        call.fail(error)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,35 +14,13 @@ import torch
 from support.brute_force import nearest
 from support.engine_jobs import CALLER, Jobs
 from vqserve.layout import Layout
-from vqserve_server.config import EngineConfig
-from vqserve_server.engine import BatchFailed, EncodeJob, Engine
+from vqserve_server.engine import BatchFailed, Caller, EncodeJob, Engine
 from vqserve_server.errors import DeadlineExceeded, DeviceBroken, Draining, InvalidOption, NonFiniteLatents, Overloaded
 
 LAST = Layout.CHANNELS_LAST
 JOBS = Jobs()
 # No index of a test's codebook.
 UNWRITTEN = 60_000
-
-
-@pytest.fixture
-def start(fake: Callable[..., Any]) -> Iterator[Callable[..., Engine]]:
-    with ExitStack() as stack:
-
-        def make(
-            *tokenizers: Any, threads: int | None = None, on_broken: Callable[[], None] = lambda: None, **config: int
-        ) -> Engine:
-            engine = Engine(tokenizers, EngineConfig(**config), threads=threads, on_broken=on_broken)
-
-            def end() -> None:
-                for tokenizer in tokenizers:
-                    tokenizer.release()
-                assert engine.stop()
-
-            stack.callback(end)
-            engine.start()
-            return engine
-
-        yield make
 
 
 def encode_job(tokenizer: Any, rows: int, *, seed: int = 0, deadline: float | None = None) -> EncodeJob:
@@ -151,17 +128,6 @@ def test_an_unexpected_error_fails_its_batch_only(
     assert engine.stats.failed_batches == 1
 
 
-def test_memory_that_ran_out_is_not_a_broken_device(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
-    tokenizer = fake()
-    engine = start(tokenizer)
-    tokenizer.error = torch.OutOfMemoryError("CUDA out of memory")
-    (job,) = submit(engine, encode_job(tokenizer, 1))
-    with pytest.raises(BatchFailed):
-        JOBS.result(job)
-    submit(engine, job := encode_job(tokenizer, 1))
-    JOBS.result(job)
-
-
 def test_a_request_that_only_the_weights_show_to_be_bad_fails_alone(
     fake: Callable[..., Any], start: Callable[..., Engine]
 ) -> None:
@@ -239,24 +205,6 @@ def test_a_lost_device_resolves_every_future(
     assert not other.batches
 
 
-def test_rows_that_cannot_be_copied_fail_their_batch(
-    fake: Callable[..., Any], start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer = fake()
-    engine = start(tokenizer)
-    job = encode_job(tokenizer, 1)
-
-    def read(start: int, stop: int, into: np.ndarray) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(job, "read", read)
-    submit(engine, job)
-    with pytest.raises(BatchFailed):
-        JOBS.result(job)
-    submit(engine, job := encode_job(tokenizer, 1))
-    JOBS.result(job)
-
-
 def test_results_of_another_length_are_not_handed_out(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
     tokenizer = fake()
     tokenizer.encode_rows = lambda rows, **_: np.zeros(len(rows) + 1, np.int64)
@@ -305,25 +253,27 @@ def test_an_idle_device_waits_max_wait_us_for_more(fake: Callable[..., Any], sta
 
 def test_limits(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
     engine = start(fake(), max_queue_requests=3, max_queue_rows=100, max_queue_bytes=2048)
+    others = [Caller("192.0.2.2"), Caller("192.0.2.3"), Caller("192.0.2.4")]
     engine.admission.enter(CALLER, 60, 1000)
     with pytest.raises(Overloaded, match="bytes"):
-        engine.admission.enter(CALLER, 0, 1500)
+        engine.admission.enter(others[0], 0, 1500)
     with pytest.raises(Overloaded, match="rows") as caught:
-        engine.admission.enter(CALLER, 60, 100)
+        engine.admission.enter(others[0], 60, 100)
     assert 0.05 <= caught.value.retry_after_s <= 10
-    engine.admission.enter(CALLER, 1, 100)
-    engine.admission.enter(CALLER, 0, 1)
+    engine.admission.enter(others[0], 1, 100)
+    engine.admission.enter(others[1], 0, 1)
     with pytest.raises(Overloaded, match="requests"):
-        engine.admission.enter(CALLER, 0, 1)
-    for rows, nbytes in ((60, 1000), (1, 100), (0, 1)):
-        engine.admission.leave(CALLER, rows, nbytes)
+        engine.admission.enter(others[2], 0, 1)
+    assert engine.stats.refused == {"bytes": 1, "rows": 1, "requests": 1}
+    for caller, rows, nbytes in ((CALLER, 60, 1000), (others[0], 1, 100), (others[1], 0, 1)):
+        engine.admission.leave(caller, rows, nbytes)
     # What is larger than a limit by itself is served when it is alone, and all that was counted has been given back.
     engine.admission.enter(CALLER, 1000, 10**6)
     with pytest.raises(Overloaded):
-        engine.admission.enter(CALLER, 0, 1)
+        engine.admission.enter(others[0], 0, 1)
     engine.admission.leave(CALLER, 1000, 10**6)
     engine.admission.enter(CALLER, 50, 2000)
-    engine.admission.enter(CALLER, 50, 48)
+    engine.admission.enter(others[0], 50, 48)
 
 
 def test_replies_are_sent_when_the_whole_batch_is_finished(
@@ -454,25 +404,3 @@ def test_many_threads_submit(fake: Callable[..., Any], start: Callable[..., Engi
         caller.join()
     assert not failures
     assert engine.stats.requests == 240
-
-
-def test_no_memory_for_one_reply_is_no_other_s_concern(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
-    tokenizer = fake()
-    engine = start(tokenizer)
-    tokenizer.hold()
-    first = JOBS.encode(tokenizer, np.zeros((1, 4), np.float32))
-    engine.scheduler.put(first)
-    tokenizer.wait_entered()
-    jobs = [JOBS.encode(tokenizer, np.zeros((rows, 4), np.float32)) for rows in (2, 3, 4)]
-
-    def no_memory(start: int, results: np.ndarray) -> None:
-        raise MemoryError
-
-    jobs[1].write = no_memory
-    submit(engine, *jobs)
-    tokenizer.release()
-    assert len(JOBS.array(first)) == 1
-    assert len(JOBS.array(jobs[0])) == 2
-    assert len(JOBS.array(jobs[2])) == 4
-    with pytest.raises(BatchFailed):
-        JOBS.result(jobs[1])

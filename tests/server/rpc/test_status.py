@@ -23,7 +23,6 @@ def subclasses(kind: type) -> Iterator[type]:
 EXEMPT = {
     errors.StartError,
     errors.Closed,
-    errors.AccessDenied,
     errors.DigestChanged,
     errors.ProtocolError,
     errors.ServerError,
