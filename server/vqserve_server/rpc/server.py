@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 from grpc_health.v1 import health
@@ -70,7 +71,9 @@ class TokenizerService:
 
 # Seconds for the calls of health and reflection to end, after all others have.
 _LINGER_S = 0.5
-# Open calls of the port for health checks.
+# Seconds between NOT_SERVING and the end of the connections.
+_NOTICE_S = 0.25
+# Open calls of each method of health, and of the port for health checks.
 _MOST_HEALTH_CALLS = 256
 
 
@@ -95,6 +98,7 @@ class RpcServer:
         self._service = TokenizerService(engine, max_message_bytes=config.max_message_bytes)
         self._health = Health(("", SERVICE))
         options = channel_options(config, shares_port=shares_port)
+        reserved = dict.fromkeys(self._health.handlers(), _MOST_HEALTH_CALLS)
         self._transport = Transport(
             {
                 **self._service.handlers(),
@@ -103,14 +107,16 @@ class RpcServer:
             },
             options=options,
             max_calls=config.max_concurrent_rpcs,
+            max_calls_per_caller=config.max_calls_per_caller,
             idle_s=config.idle_seconds,
-            callers=Callers(access.tokens, open_methods=self._health.handlers()),
+            callers=Callers(access.tokens),
+            reserved=reserved,
         )
         # A call does not say on which of a server's ports it came, so these are two servers.
         self._health_transport = None
         if health_port:
             self._health_transport = Transport(
-                self._health.handlers(), options=options, max_calls=_MOST_HEALTH_CALLS, idle_s=config.idle_seconds
+                self._health.handlers(), options=options, max_calls=0, idle_s=config.idle_seconds, reserved=reserved
             )
 
     def start(self) -> int:
@@ -144,8 +150,16 @@ class RpcServer:
         self._health.set_serving(False)
 
     def stop(self, drain_seconds: float) -> bool:
-        """Let the calls that are being answered finish, then close the port; return whether they finished in time."""
-        finished = self._service.calls.drain(drain_seconds)
+        """Close the port, and let the calls that are being answered finish; return whether they finished in time.
+
+        Health is NOT_SERVING already. Callers learn at once that they must go elsewhere (GOAWAY).
+        """
+        deadline = time.monotonic() + drain_seconds
+        if self._health.is_watched:
+            # Who watches health leaves in this time, and loses no call on the way.
+            time.sleep(min(_NOTICE_S, drain_seconds))
+        self._transport.close()
+        finished = self._service.calls.drain(deadline - time.monotonic())
         self._health.close()
         self._transport.stop(_LINGER_S)
         if self._health_transport is not None:
