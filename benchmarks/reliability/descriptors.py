@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from reliability import health
 from reliability.figure import Figure
-from reliability.messages import ENCODE, encode_request, open_channel
+from reliability.messages import came_of_a_call
 from reliability.registry import scenario
 from reliability.server import within
 from reliability.setup import Setup
@@ -40,13 +40,7 @@ def descriptors(setup: Setup) -> Iterator[Figure]:
                 opened += 1
         yield Figure(what="idle connections that were opened", value=opened)
         checks = setup.beside(health.probe, server.target)
-        with open_channel(server.target) as channel:
-            try:
-                channel.unary_unary(ENCODE)(encode_request(64), timeout=10)
-                came = "OK"
-            except Exception as error:
-                came = str(error)[:100]
-        yield Figure(what="a call beside them", value=came, wanted="OK")
+        yield Figure(what="a call beside them", value=came_of_a_call(server.target), wanted="OK")
         for _ in within(setup.seconds):
             pass
         yield from health.figures(checks.result(), "beside them")

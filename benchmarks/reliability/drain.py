@@ -47,7 +47,7 @@ def outcome(when: str, seen: sdk_load.Outcome) -> Iterator[Figure]:
     yield Figure(what=f"{when}: failed calls of the SDK, of {seen.calls}", value=seen.failed, at_most=0)
     yield Figure(what=f"{when}: slowest call, ms", value=1e3 * seen.slowest_s)
     for error, count in seen.errors.most_common(3):
-        yield Figure(what=f"  {count} x {error}", value="")
+        yield Figure(what=f"  {count} x", value=error)
 
 
 def _rows_for(server: Server, seconds: float) -> int:

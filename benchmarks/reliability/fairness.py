@@ -6,16 +6,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from reliability import loads
+from reliability.arrivals import Arrivals, Requests, arrive, percentile
 from reliability.figure import Figure
-from reliability.messages import ENCODE, MIB, encode_request
+from reliability.messages import MIB
 from reliability.registry import scenario
 from reliability.server import within
 from reliability.setup import Setup
-from vqserve_bench import Latency, OpenLoop, Schedule, measure
 
-_CALLERS = 20
-_CALLS_PER_S = 200.0
-_SMALL_ROWS = 64
+_SMALL = Requests(rate=200.0, rows=64, connections=20)
 # "Within 3x of alone."
 _MOST_RATIO = 3.0
 _GREEDY: tuple[tuple[str, Callable[..., Any], int, int], ...] = (
@@ -34,32 +32,31 @@ def fairness(setup: Setup) -> Iterator[Figure]:
             if not setup.wants(f"{case}, {name}"):
                 continue
             server = setup.server("--unix-socket", path)
-            alone = _small(server.target, setup.seconds)
+            alone = _small(setup, server.target)
             greedy = setup.beside(load, greedy_target or server.target, count, nbytes)
             for _ in within(1.0):
                 pass
-            beside = _small(server.target, setup.seconds)
+            beside = _small(setup, server.target)
             seen = greedy.result()
-            yield Figure(what=f"{case}, {name}: alone p50, ms", value=alone.p50)
-            yield Figure(what=f"{case}, {name}: alone p99, ms", value=alone.p99)
-            yield Figure(what=f"{case}, {name}: beside p50, ms", value=beside.p50)
-            yield Figure(what=f"{case}, {name}: beside p99, ms", value=beside.p99)
-            ratio = beside.p99 / alone.p99
-            yield Figure(what=f"{case}, {name}: p99 beside / alone", value=ratio, at_most=_MOST_RATIO)
+            yield from _compared(f"{case}, {name}", alone, beside)
             yield Figure(what=f"{case}, {name}: the greedy one's", value=loads.text(seen))
             server.kill()
 
 
-def _small(target: str, seconds: float) -> Latency:
-    """Return the latency of the small callers."""
-    measured = measure(
-        target,
-        ENCODE,
-        [encode_request(_SMALL_ROWS)],
-        OpenLoop(_CALLS_PER_S),
-        schedule=Schedule(warmup_s=0.5, window_s=seconds, max_windows=1),
-        connections=_CALLERS,
-    )
-    if measured.errors:
-        raise RuntimeError(f"small calls failed: {measured.error_texts}")
-    return measured.latency_ms or Latency(**dict.fromkeys(("avg", "p50", "p90", "p95", "p99", "max"), float("inf")))
+def _small(setup: Setup, target: str) -> Arrivals:
+    """Return what became of the calls of the small callers."""
+    small = setup.beside(arrive, target, _SMALL)
+    for _ in within(setup.seconds):
+        pass
+    seen: Arrivals = small.result()
+    return seen
+
+
+def _compared(case: str, alone: Arrivals, beside: Arrivals) -> Iterator[Figure]:
+    for part in (0.5, 0.99):
+        values = [percentile(seen.answered_ms, part) for seen in (alone, beside)]
+        shown = " : ".join(f"{value:.1f}" for value in values)
+        yield Figure(what=f"{case}: p{100 * part:g} alone : beside, ms", value=shown)
+    yield Figure(what=f"{case}: p99 beside / alone", value=values[1] / values[0], at_most=_MOST_RATIO)
+    failed = beside.sent - beside.ended["OK"]
+    yield Figure(what=f"{case}: small calls that failed, of {beside.sent}", value=failed, at_most=0)

@@ -45,12 +45,20 @@ class Figure:
 
 
 def table(figures: Iterable[Figure]) -> str:
-    rows = [("", "measured", "asked", "")]
+    """Return the lines of a table; a text of which nothing is asked is a note, and takes no part in the columns."""
+    rows: list[tuple[str, ...]] = [("", "measured", "asked", "")]
     for figure in figures:
+        if isinstance(figure.value, str) and figure.passed is None:
+            rows.append((f"{figure.what}: {figure.value}",))
+            continue
         value = figure.value if isinstance(figure.value, str) else f"{figure.value:.4g}"
         rows.append((figure.what, value, figure.asked, {None: "", True: "pass", False: "FAIL"}[figure.passed]))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*(row for row in rows if len(row) > 1), strict=True)]
     lines = []
-    for what, value, asked, verdict in rows:
+    for what, *cells in rows:
+        if not cells:
+            lines.append(f"  {what}")
+            continue
+        value, asked, verdict = cells
         lines.append(f"  {what:<{widths[0]}}  {value:>{widths[1]}}  {asked:<{widths[2]}}  {verdict}".rstrip())
     return "\n".join(lines)

@@ -125,6 +125,8 @@ async def _keep_streaming(channel: grpc.aio.Channel, request: bytes, seen: colle
 
 def _failure(error: grpc.aio.AioRpcError) -> str:
     # What is refused as it should be needs no text.
+    if error.code() is grpc.StatusCode.INTERNAL and error.details() == "Internal error from Core":
+        return "ended while they were sent"
     expected = error.code() in {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE}
     return error.code().name if expected else f"{error.code().name} ({str(error.details())[:60]})"
 

@@ -44,16 +44,16 @@ print(json.dumps({"seconds": time.monotonic() - began, "characters": len(text), 
 """
 
 
-def _book(**changes: Any) -> pb.Codebook:
+def _book(**changes: Any) -> pb.CodebookInfo:
     fields = {"name": "book", "digest": "0" * 64, "kind": "vq", "num_codes": 16, "vocab_size": 16}
-    widths = {"input_dim": 4, "code_dim": 4, "output_dim": 4}
-    return pb.Codebook(**{**fields, **widths, **changes})
+    widths = {"input_dim": 4, "code_dim": 4, "output_dim": 4, "num_quantizers": 1}
+    return pb.CodebookInfo(**{**fields, **widths, **changes})
 
 
 class _Liar:
     """A server with one codebook, whose replies to Encode are given."""
 
-    def __init__(self, book: pb.Codebook, reply: bytes, *, details: str = "") -> None:
+    def __init__(self, book: pb.CodebookInfo, reply: bytes, *, details: str = "") -> None:
         def answer(_request: bytes, context: grpc.ServicerContext) -> bytes:
             if details:
                 context.abort(grpc.StatusCode.INTERNAL, details)
@@ -97,6 +97,7 @@ def lying_server(setup: Setup) -> Iterator[Figure]:
             yield Figure(what=f"{case}: timeout=1 returned after, s", value=seen["seconds"], at_most=_MOST_S)
             yield Figure(what=f"{case}: characters of the error", value=seen["characters"], at_most=_MOST_CHARACTERS)
             yield Figure(what=f"{case}: the error is printable", value=str(seen["printable"]), wanted="True")
+            yield from _listed(case, liar.target)
             ended_s = _interrupted(liar.target)
             yield Figure(what=f"{case}: Ctrl-C returned after, s", value=ended_s, at_most=_MOST_S)
 
@@ -107,6 +108,18 @@ def _call(target: str, timeout_s: float) -> dict[str, Any]:
     if done.returncode:
         raise RuntimeError(done.stderr[-1000:])
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _listed(case: str, target: str) -> Iterator[Figure]:
+    """Return what `vqserve codebooks` writes."""
+    command = [sys.executable, "-m", "vqserve_client", "codebooks", "--target", target]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=120)
+    written = done.stdout + done.stderr
+    yield Figure(
+        what=f"{case}: characters that `vqserve codebooks` writes", value=len(written), at_most=_MOST_CHARACTERS
+    )
+    printable = str(written.replace("\n", "").isprintable())
+    yield Figure(what=f"{case}: they are printable", value=printable, wanted="True")
 
 
 def _interrupted(target: str) -> float:

@@ -41,5 +41,15 @@ def channel_options() -> list[tuple[str, Any]]:
     ]
 
 
+def came_of_a_call(target: str, *, timeout_s: float = 10.0) -> str:
+    """Return the status of one small request over a connection of its own."""
+    with open_channel(target) as channel:
+        try:
+            channel.unary_unary(ENCODE)(encode_request(64), timeout=timeout_s)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+        return "OK"
+
+
 def open_channel(target: str) -> grpc.Channel:
     return grpc.insecure_channel(target, options=channel_options())

@@ -151,10 +151,31 @@ class RpcConfig:
     unix_socket: str = _setting("", "socket file to listen on beside the port, for callers on this machine", str)
     max_message_bytes: int = _setting(64 * MIB, "most bytes of a request or a reply", _integer(4096, (1 << 31) - 1))
     max_concurrent_rpcs: int = _setting(
-        512, "most open calls, including health checks and streams", _integer(1, 1 << 20)
+        512, "most open calls, streams included; health checks do not count", _integer(1, 1 << 20)
+    )
+    max_calls_per_caller: int = _setting(256, "most open calls of one caller", _integer(1, 1 << 20))
+    max_streams_per_connection: int = _setting(256, "most open calls on one connection", _integer(1, 1 << 20))
+    max_connections: int = _setting(2048, "most open connections", _integer(1, 1 << 20))
+    max_metadata_bytes: int = _setting(
+        16384, "most bytes of a call's metadata, its path and authority included", _integer(1024, 1 << 20)
+    )
+    allow_compression: bool = _setting(
+        False, "accept compressed requests, which may be a thousand times as large as on the wire", _switch
     )
     idle_seconds: float = _setting(
         600.0, "seconds that a call may wait for its caller to send or read a message; 0: no limit", _seconds
+    )
+    connection_idle_seconds: float = _setting(
+        900.0, "seconds after which a connection without calls is closed; 0: no limit", _seconds
+    )
+    max_connection_age_seconds: float = _setting(
+        1800.0,
+        "seconds after which a connection is replaced, a tenth more or less, so that clients find new servers; "
+        "0: no limit",
+        _seconds,
+    )
+    max_connection_age_grace_seconds: float = _setting(
+        0.0, "seconds for the calls of a connection that is replaced, after which they fail; 0: no limit", _seconds
     )
 
 

@@ -156,4 +156,4 @@ class Tokens:
 
 
 def _unauthenticated() -> Unauthenticated:
-    return Unauthenticated("the server needs a valid token")
+    return Unauthenticated("the server needs a valid access token")

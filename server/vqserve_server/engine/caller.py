@@ -30,3 +30,7 @@ class Caller:
     def limits(self) -> CallerLimits | None:
         """What it may have in the server; None: what the settings say."""
         return self._limits if self.token is None else self.token.limits
+
+
+# The server itself: its requests pass no admission. A batch of such a request alone is not counted.
+CANARY = Caller("canary")

@@ -8,14 +8,12 @@ import numpy as np
 
 from vqserve.errors import VqserveError
 from vqserve.layout import Layout
-from vqserve_server.engine.caller import Caller
+from vqserve_server.engine.caller import CANARY
 from vqserve_server.engine.job import EncodeJob, EncodeKey
 
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
     from vqserve_server.tokenizer.probe import Probe
-
-CALLER = Caller("canary")
 
 
 class Canary:
@@ -33,7 +31,7 @@ class Canary:
         info = tokenizer.info
         key = EncodeKey(tokenizer, probe.rows.dtype, info.num_quantizers if info.has_stages else None)
         self.job = EncodeJob(
-            key, CALLER, probe.rows, self._found, Layout.CHANNELS_LAST, rows=len(probe.rows), on_done=_nothing
+            key, CANARY, probe.rows, self._found, Layout.CHANNELS_LAST, rows=len(probe.rows), on_done=_nothing
         )
 
     @property

@@ -23,16 +23,28 @@ _RATE = 0.25
 _MOST_FACTOR, _MOST_EXTRA_S = 4.0, 0.01
 
 
+# Rows of the first batches, and how fast that changes: much faster where the time is wrong by a factor of 4.
+_FIRST_ROWS = 1024
+_STEP, _LEAP, _MUCH = 1.1, 2.0, 4.0
+# How much longer a batch may take while there is only one line of jobs: longer batches cost less for each row.
+FULL_BATCH = 8
+# A batch counts as full with this part of its rows: a job that would fit the next is not split.
+_FULL = 0.8
+
+
 class Speed:
     """The time of batches of one key: so much for each job, and so much for each row.
 
     The two are adapted to each batch by normalized least mean squares (Widrow and Hoff): of a batch with few rows for
-    each job mostly the first, of one with many the second.
+    each job mostly the first, of one with many the second. They give the mean, which says when a queue is empty.
+
+    How many rows a batch may have is learned apart: as many as usually take the time of a batch. A few that are held up
+    by others on the machine do not make it smaller.
 
     Attributes:
         job_s: seconds that a job takes, whatever its rows.
         row_s: seconds that a row takes.
-        batch_rows: rows that a batch may have: as many as the limits and its time allow.
+        batch_rows: rows that a batch may have while several lines of jobs share the device.
     """
 
     def __init__(self, max_rows: int, batch_s: float) -> None:
@@ -46,7 +58,12 @@ class Speed:
         self._batch_s = batch_s
         self.job_s = _FIRST_JOB_S
         self.row_s = _FIRST_ROW_S
-        self.batch_rows = self._rows_in_time()
+        self.batch_rows = min(max_rows, _FIRST_ROWS) if batch_s else max_rows
+
+    @property
+    def full_rows(self) -> int:
+        """Rows that a batch may have while there is only one line of jobs."""
+        return min(self._max_rows, FULL_BATCH * self.batch_rows)
 
     def seconds(self, jobs: int, rows: int) -> float:
         """Return how long that many rows of that many jobs are expected to take."""
@@ -62,12 +79,16 @@ class Speed:
         step = _RATE * error / (jobs * jobs + scaled * scaled)
         self.job_s = max(self.job_s + step * jobs, _LEAST_JOB_S)
         self.row_s = max(self.row_s + step * scaled / scale, _LEAST_ROW_S)
-        self.batch_rows = self._rows_in_time()
+        if self._batch_s and rows >= _FULL * self.batch_rows:
+            self._resize(seconds * self.batch_rows / rows)
 
-    def _rows_in_time(self) -> int:
-        if not self._batch_s:
-            return self._max_rows
-        return max(1, min(self._max_rows, int((self._batch_s - self.job_s) / self.row_s)))
+    def _resize(self, seconds: float) -> None:
+        """Learn from the time of a full batch how many rows a batch may have."""
+        if seconds > self._batch_s:
+            rows = self.batch_rows / (_STEP if seconds < _MUCH * self._batch_s else _LEAP)
+        else:
+            rows = self.batch_rows * (_STEP if seconds * _MUCH > self._batch_s else _LEAP) + 1
+        self.batch_rows = max(1, min(self._max_rows, int(rows)))
 
 
 class Speeds:

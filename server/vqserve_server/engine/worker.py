@@ -18,6 +18,7 @@ from vqserve_server.device import (
 )
 from vqserve_server.engine.admission import EngineStats
 from vqserve_server.engine.batch import Batch, BatchFailed, Staging, no_memory
+from vqserve_server.engine.caller import CANARY
 from vqserve_server.engine.row_limits import RowLimits
 from vqserve_server.engine.scheduler import Scheduler
 
@@ -104,9 +105,10 @@ class Worker:
             ended = time.monotonic()
             complete = batch.finish(started=started, ended=ended)
             # Count before the replies are sent: a caller with a reply finds its request in the counters.
-            self._stats.count(
-                requests=len(batch.parts), rows=batch.rows, finished=len(complete), seconds=ended - started
-            )
+            if len(batch.parts) > 1 or batch.parts[0].job.caller is not CANARY:
+                self._stats.count(
+                    requests=len(batch.parts), rows=batch.rows, finished=len(complete), seconds=ended - started
+                )
             # Last, all together: the threads of the callers compete with this one.
             for job, timing in complete:
                 job.resolve(timing)

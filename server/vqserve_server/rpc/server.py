@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 from grpc_health.v1 import health
@@ -60,7 +61,8 @@ class TokenizerService:
         parse(pb.ListCodebooksRequest, raw)
         self._engine.admission.enter(call.caller, 0, len(raw))
         try:
-            allowed = None if call.caller.token is None else call.caller.token.check().codebooks
+            token = call.caller.token
+            allowed = None if token is None else token.check().codebooks
             codebooks = [codebook_message(info) for info in self._engine.live.infos(allowed)]
             return pb.ListCodebooksResponse(codebooks=codebooks).SerializeToString()
         finally:
@@ -69,7 +71,9 @@ class TokenizerService:
 
 # Seconds for the calls of health and reflection to end, after all others have.
 _LINGER_S = 0.5
-# Open calls of the port for health checks.
+# Seconds between NOT_SERVING and the end of the connections.
+_NOTICE_S = 0.25
+# Open calls of each method of health, and of the port for health checks.
 _MOST_HEALTH_CALLS = 256
 
 
@@ -102,8 +106,10 @@ class RpcServer:
             },
             options=options,
             max_calls=config.max_concurrent_rpcs,
+            max_calls_per_caller=config.max_calls_per_caller,
             idle_s=config.idle_seconds,
-            callers=Callers(access.tokens, open_methods=self._health.handlers()),
+            callers=Callers(access.tokens),
+            reserved=dict.fromkeys(self._health.handlers(), _MOST_HEALTH_CALLS),
         )
         # A call does not say on which of a server's ports it came, so these are two servers.
         self._health_transport = None
@@ -143,8 +149,16 @@ class RpcServer:
         self._health.set_serving(False)
 
     def stop(self, drain_seconds: float) -> bool:
-        """Let the calls that are being answered finish, then close the port; return whether they finished in time."""
-        finished = self._service.calls.drain(drain_seconds)
+        """Close the port, and let the calls that are being answered finish; return whether they finished in time.
+
+        Health is NOT_SERVING already. Callers learn at once that they must go elsewhere (GOAWAY).
+        """
+        deadline = time.monotonic() + drain_seconds
+        if self._health.is_watched:
+            # Who watches health leaves in this time, and loses no call on the way.
+            time.sleep(min(_NOTICE_S, drain_seconds))
+        self._transport.close()
+        finished = self._service.calls.drain(deadline - time.monotonic())
         self._health.close()
         self._transport.stop(_LINGER_S)
         if self._health_transport is not None:

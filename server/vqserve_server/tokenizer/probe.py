@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from vqserve.errors import InvalidArgument
+
 if TYPE_CHECKING:
     from vqserve_server.tokenizer.tokenizer import Tokenizer
 
 _ROWS = 16
 # The first run may compile a kernel, and another process may disturb one.
 _RUNS = 3
+_SCALES = np.array([[1.0], [10.0], [100.0], [1000.0]], np.float32)
+# Rows of larger numbers might overflow in a projection.
+_LARGEST = 1e6
 
 
 @dataclass(frozen=True)
@@ -37,24 +42,29 @@ class Probe:
         return self.seconds / len(self.rows)
 
 
-def probe(tokenizer: Tokenizer) -> Probe:
-    """Return a probe of a codebook, computed on its device."""
+def probe(tokenizer: Tokenizer) -> Probe | None:
+    """Return a probe of a codebook, computed on its device; None if its projection takes not even small numbers."""
     rows = _rows(tokenizer)
     seconds = []
-    for _ in range(_RUNS):
-        started = time.perf_counter()
-        indices = tokenizer.encode_rows(rows)
-        seconds.append(time.perf_counter() - started)
+    try:
+        for _ in range(_RUNS):
+            started = time.perf_counter()
+            indices = tokenizer.encode_rows(rows)
+            seconds.append(time.perf_counter() - started)
+    except InvalidArgument:
+        return None
     return Probe(rows, indices, min(seconds))
 
 
 def _rows(tokenizer: Tokenizer) -> npt.NDArray[np.float32]:
+    """Return rows that have different indices: near codes that are far apart, and of several lengths."""
     info = tokenizer.info
-    # What decodes from indices far apart is near codes far apart. Rows of one norm may all be nearest to one code.
+    rows = np.random.default_rng(0).uniform(-1, 1, (_ROWS, info.input_dim)).astype(np.float32)
+    rows *= np.resize(_SCALES, (_ROWS, 1))
     if info.output_dim == info.input_dim:
         sizes = info.stage_vocab_sizes or (tokenizer.decodable,) * info.num_quantizers
-        indices = np.stack([np.linspace(0, size - 1, _ROWS).astype(np.int64) for size in sizes], axis=1)
-        rows = tokenizer.decode_rows(indices if info.has_stages else indices[:, 0]).astype(np.float32)
-        if np.isfinite(rows).all():
-            return np.ascontiguousarray(rows)
-    return np.random.default_rng(0).uniform(-1, 1, (_ROWS, info.input_dim)).astype(np.float32)
+        indices = np.stack([np.linspace(0, size - 1, _ROWS // 2).astype(np.int64) for size in sizes], axis=1)
+        decoded = tokenizer.decode_rows(indices if info.has_stages else indices[:, 0])
+        if np.abs(decoded).max() < _LARGEST:
+            rows[: len(decoded)] = decoded
+    return rows
