@@ -117,6 +117,8 @@ class Scheduler:
             finished = self._on_device.pop(thread, None)
             if finished is not None:
                 self._learn(finished)
+            # A thread that waits must not keep a batch, and with it requests of up to 64 MiB.
+            del finished
             while True:
                 batch, late = self._queue.take(self._clock(), allow_wait=self._closed is None)
                 if batch is not None:
