@@ -100,7 +100,7 @@ def test_its_metadata(wheel):
     assert not [line for line in base if line.startswith("torch")]
     assert tags["Root-Is-Purelib"] == ("false" if COMPILED else "true")
     assert "vqserve = vqserve_client.cli:main" in scripts
-    assert "vqserved = vqserve_tools.cli:main" in scripts
+    assert "vqserved = vqserve_tools.__main__:main" in scripts
 
 
 @pytest.mark.skipif(COMPILED is None, reason="the search is not compiled on this platform")

@@ -1,7 +1,11 @@
-"""`python -m vqserve_server` is `vqserved`."""
+"""`python -m vqserve_server` is `vqserved` without the tools."""
 
 import sys
 
-from vqserve_server.cli import main
+from vqserve_server import signals
 
-sys.exit(main())
+if __name__ == "__main__":
+    signals.end_at_sigterm()
+    from vqserve_server.cli import main
+
+    sys.exit(main())

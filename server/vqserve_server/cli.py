@@ -9,10 +9,8 @@ import argparse
 import importlib
 import logging
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -106,9 +104,12 @@ def _parser(asked: str, commands: Mapping[str, Command]) -> Parser:
 def _serve(args: argparse.Namespace) -> int:
     config = settings.resolve(vars(args), os.environ)
     worker = os.environ.get(supervisor.WORKER_VARIABLE)
-    with _ended_by_sigterm(), signals.sighup_blocked():
+    with signals.sighup_blocked():
         if worker is None and config.workers > 1:
             return supervisor.run(args.sources, config)
+        if config.log_level != "debug":
+            # Any caller can make gRPC write lines that say nothing to an operator. It reads this when it is imported.
+            os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         from vqserve_server import app  # noqa: PLC0415
 
         return app.run(args.sources, config, worker=None if worker is None else int(worker))
@@ -120,19 +121,6 @@ def _open_standard_files() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    # Without a handler SIGTERM ends a process, but process 1 of a container would ignore it.
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _complain(text: str) -> int:

@@ -41,11 +41,13 @@ class Problem:
         text: the file or folder, and the reason.
         paths: paths whose loaded codebooks, also those below a path, stay after a reload.
         is_fatal: whether the problem prevents the start of the daemon.
+        is_lost: whether a source itself does not exist or is empty, as when its volume is not mounted.
     """
 
     text: str
     paths: tuple[Path, ...] = ()
     is_fatal: bool = True
+    is_lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def _look(source: str) -> Iterator[_Claim | Problem]:
             name = name or path.stem
             yield _Claim(name, path, {name: path})
         else:
-            yield Problem(f"no such file or folder: {path}", (path,))
+            yield Problem(f"no such file or folder: {path}", (path,), is_lost=True)
     except OSError as error:
         yield _unreadable(path, error)
 
@@ -144,7 +146,8 @@ def _look_into(folder: Path) -> Iterator[_Claim | Problem]:
             is_empty = is_empty and isinstance(one, Problem) and not one.is_fatal
             yield one
     if is_empty:
-        yield Problem(f"no *{SUFFIX} file in {folder}")
+        # With its path: an unmounted volume leaves an empty folder, so after a reload all codebooks from there stay.
+        yield Problem(f"no *{SUFFIX} file in {folder}: put one there, or mount its volume", (folder,), is_lost=True)
 
 
 def _look_at(child: Path, root: Path) -> Iterator[_Claim | Problem]:

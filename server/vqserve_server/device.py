@@ -11,6 +11,9 @@ from torch import Tensor
 
 from vqserve.errors import InvalidOption
 
+# Characters of torch's reason: it adds pages of hints.
+_LONGEST_REASON = 300
+
 
 def select_device(device: str | torch.device) -> torch.device:
     """Return the device of a name, after a test computation on it.
@@ -22,15 +25,14 @@ def select_device(device: str | torch.device) -> torch.device:
         InvalidOption: there is no such device, or it does not work.
     """
     if device == "auto":
-        cuda = torch.device("cuda")
-        return _numbered(cuda) if torch.cuda.is_available() and _works(cuda) else torch.device("cpu")
+        return _numbered(torch.device("cuda")) if why_no_cuda() is None else torch.device("cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise InvalidOption(f"device must be auto, cpu, cuda or cuda:i, not {device!r}") from None
     if chosen.type not in {"cpu", "cuda"}:
         raise InvalidOption(f"device must be auto, cpu, cuda or cuda:i, not {str(device)!r}")
-    if chosen.type == "cuda" and not _works(chosen):
+    if chosen.type == "cuda" and _failure(chosen) is not None:
         raise InvalidOption(f"device {str(device)!r} does not exist or does not work: torch finds {_seen()}")
     return _numbered(chosen)
 
@@ -42,12 +44,21 @@ def _numbered(device: torch.device) -> torch.device:
     return device
 
 
-def _works(device: torch.device) -> bool:
+def why_no_cuda() -> str | None:
+    """Return why "auto" does not choose CUDA, in torch's words where it has some; None: it does."""
+    if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
+        return "this torch is built without CUDA"
+    return _failure(torch.device("cuda"))
+
+
+def _failure(device: torch.device) -> str | None:
+    """Return why a device does not work; None: it works."""
     # A driver or a GPU that this torch does not support fails only when something runs.
     try:
-        return bool((torch.ones(2, device=device) + 1).sum().item() == 4)
-    except (RuntimeError, AssertionError):
-        return False
+        is_right = bool((torch.ones(2, device=device) + 1).sum().item() == 4)
+    except (RuntimeError, AssertionError) as error:
+        return " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
+    return None if is_right else "it computes wrong sums"
 
 
 def _seen() -> str:

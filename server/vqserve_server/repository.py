@@ -16,6 +16,8 @@ from vqserve.errors import CodebookError, VqserveError
 from vqserve_server.codebook_files import find_codebooks, latest
 from vqserve_server.codebooks import load_codebook
 from vqserve_server.console import event
+from vqserve_server.device import why_no_cuda
+from vqserve_server.search import why_slower
 from vqserve_server.tokenizer import Tokenizer
 
 # Resolution of the times of some file systems: a file that changed this recently may change again unnoticed.
@@ -97,12 +99,14 @@ class Repository:
                 self._entries[name] = self._load(name, path)
             except CodebookError as error:
                 raise error.with_fields(path=str(path)) from None
+        if self._device == "auto" and (reason := why_no_cuda()):
+            logger.info(event("device_chosen", device="cpu", reason=reason))
 
     def reload(self) -> ReloadCounts:
         """Load the files that have changed, and drop those whose file was removed.
 
-        A file that cannot be served is logged, and the codebook of its name stays. So does the codebook of a removed
-        file if the command line names that file.
+        A file that cannot be served is logged, and the codebook of its name stays. So do all codebooks of a source (a
+        file or folder that the command line names) that does not exist or is empty: its volume may be unmounted.
         """
         found = find_codebooks(self._sources)
         entries: dict[str, Entry] = {}
@@ -114,7 +118,10 @@ class Repository:
             else:
                 counts.skipped += 1
             fields = {"kept": ",".join(kept)} if kept else {}
-            logger.warning(event("codebook_skipped", problem=problem.text, **fields))
+            if problem.is_lost:
+                logger.error(event("source_lost", problem=problem.text, **fields))
+            else:
+                logger.warning(event("codebook_skipped", problem=problem.text, **fields))
             entries.update(kept)
         for name, path in found.files.items():
             entry = self._renewed(name, path, counts)
@@ -160,6 +167,7 @@ class Repository:
         tokenizer = Tokenizer(codebook.quantizer, name=name, device=self._device, search=self._search)
         tokenizer.check_itself()
         info = tokenizer.info
+        slower = why_slower(tokenizer.search, tokenizer.device) if self._search == "auto" else None
         logger.info(
             event(
                 "codebook_loaded",
@@ -169,6 +177,7 @@ class Repository:
                 search=tokenizer.search,
                 device=tokenizer.device,
                 digest=info.digest[:12],
+                **({"slower_because": slower} if slower else {}),
             )
         )
         return Entry(path, stamp, tokenizer)

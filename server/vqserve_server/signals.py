@@ -1,11 +1,29 @@
-"""Handling of SIGHUP, which requests a reload; its default action would end the process."""
+"""Signals: SIGTERM to process 1 during its start, and SIGHUP, which requests a reload.
+
+The first import of a process of `vqserved`, so it imports nothing large.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
+
+
+def end_at_sigterm() -> None:
+    """Let SIGTERM end the process with 128 + 15 until something else handles it. Call it first: imports take seconds.
+
+    The kernel discards signals that process 1 of a container has no handler for. In any other process their default
+    action has the same effect, and needs no interpreter.
+    """
+    if os.getpid() == 1:
+        # An exception would be lost in a destructor, and there is nothing to clean up yet.
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import os
 import re
 import signal
@@ -30,7 +29,7 @@ from vqserve import __version__
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1 import tokenizer_pb2_grpc
 from vqserve_client import Client
-from vqserve_server import app, cli, console, extra
+from vqserve_server import app, console, extra
 from vqserve_server.codebooks import save_codebook
 from vqserve_server.config import RpcConfig
 from vqserve_server.errors import StartError
@@ -160,21 +159,6 @@ def test_started_with_its_standard_files_closed(folder: Path, tmp_path: Path, nu
         process.wait()
 
 
-def test_lines_of_the_log_name_other_packages_only(capsys: pytest.CaptureFixture[str]) -> None:
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-    try:
-        console.set_up("info", worker=1)
-        logging.getLogger("vqserve_server.repository").info(console.event("codebook", of=1.5, name="a \x1b[2J=b"))
-        logging.getLogger("asyncio").warning("slow")
-    finally:
-        root.handlers, root.level = before
-    ours, others = capsys.readouterr().err.splitlines()
-    line = r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO codebook of=1\.5 name="a \\x1b\[2J=b" worker=1'
-    assert re.fullmatch(line, ours)
-    assert others.endswith(" WARNING asyncio: slow worker=1")
-
-
 def test_one_codebook_under_a_name_until_interrupted(vqserved: Callable[..., Any], folder: Path) -> None:
     daemon = vqserved(f"mine={folder / 'small.safetensors'}", VQSERVE_DEVICE="cpu", VQSERVE_TARGET="elsewhere:1")
     assert daemon.ready_line == f"vqserved: ready on {daemon.target}, 1 codebook, cpu\n"
@@ -277,7 +261,7 @@ def test_grpc_itself_rejects_a_port_in_use(serving: Callable[..., Any], folder: 
         (["serve", "a b={folder}/small.safetensors"], "'a b' is not a valid name"),
         (["serve", "{folder}", "--port", "0", "--search", "magic"], "magic"),
         (["serve", "{folder}", "--port", "0", "--device", "cuda:99"], "cuda:99"),
-        (["serve", "{folder}", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1:50051"),
+        (["serve", "{folder}", "--host", "192.0.2.1", "--insecure"], "cannot listen on 192.0.2.1:50051"),
         (["serve", "{folder}", "--host", "::1%nowhere"], "cannot listen on [::1%nowhere]:50051"),
     ],
 )
@@ -379,11 +363,25 @@ def test_a_host_beyond_loopback_is_warned_of(
     run_here("serve", str(folder), "--port", "0")
     assert "listening_openly" not in caplog.text
     monkeypatch.setattr(app, "check", lambda host, port: None)
-    run_here("serve", str(folder), "--host", "192.0.2.1")
-    assert "listening_openly host=192.0.2.1 " in caplog.text
+    run_here("serve", str(folder), "--host", "192.0.2.1", "--insecure")
+    assert 'listening_openly host=192.0.2.1 risk="no TLS: ' in caplog.text
+    assert "no tokens: every caller is served" in caplog.text
     assert not is_loopback("0.0.0.0")  # noqa: S104
     assert not is_loopback("example.org")
     assert all(is_loopback(host) for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"))
+
+
+@pytest.mark.parametrize("flags", [(), ("--tokens", "tokens.toml"), ("--workers", "2")])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.org"])  # noqa: S104
+def test_a_host_beyond_loopback_needs_tls_or_a_word(
+    folder: Path, run_here: Callable[..., Any], host: str, flags: tuple[str, ...]
+) -> None:
+    ended = run_here("serve", str(folder), "--host", host, *flags)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == (
+        f"vqserved: error: {host} can be reached by other machines, and the connections would not be encrypted: give "
+        "--tls-cert and --tls-key, or --insecure if everyone on the network may read and change what is sent"
+    )
 
 
 def test_the_port_is_free_until_the_codebooks_are_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -414,6 +412,7 @@ from vqserve_server import app
 
 class Stubborn:
     device = torch.device("cpu")
+    probe = None
     info = CodebookInfo(
         name="stubborn", digest="", kind="vq", num_codes=2, vocab_size=2, input_dim=1, code_dim=1, output_dim=1
     )
@@ -505,16 +504,6 @@ def test_sighup_to_the_very_end_changes_nothing(vqserved: Callable[..., Any], fo
         process.send_signal(signal.SIGHUP)
         threading.Event().wait(0.002)
     assert (process.returncode, process.stderr.read()) == (0, ANY)
-
-
-def test_sigterm_while_codebooks_are_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(app.Repository, "load", lambda self: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr(console, "set_up", lambda level, worker=None: None)
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["serve", str(folder), "--port", "0"])
-    assert caught.value.code == 128 + signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_second_signal_ends_it_at_once(stubborn: Callable[..., Any]) -> None:

@@ -170,10 +170,11 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     found = find_codebooks([str(tmp_path / "none"), str(tmp_path / "empty")])
     assert texts(found) == [
         f"no such file or folder: {tmp_path / 'none'}",
-        f"no *.safetensors file in {tmp_path / 'empty'}",
+        f"no *.safetensors file in {tmp_path / 'empty'}: put one there, or mount its volume",
     ]
-    # An emptied folder is no reason to keep what was in it; a folder that is gone is.
-    assert [problem.paths for problem in found.problems] == [(tmp_path / "none",), ()]
+    # What was loaded from there stays: an unmounted volume is gone, or leaves an empty folder.
+    assert [problem.paths for problem in found.problems] == [(tmp_path / "none",), (tmp_path / "empty",)]
+    assert [problem.is_lost for problem in found.problems] == [True, True]
 
 
 def test_a_folder_of_versions_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

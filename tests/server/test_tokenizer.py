@@ -520,12 +520,31 @@ def test_unknown_devices_and_backends_are_named():
 
 
 def test_auto_takes_a_gpu_only_if_it_works(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(device, "_works", lambda _: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(device, "_failure", lambda _: "no driver")
     assert device.select_device("auto") == torch.device("cpu")
-    monkeypatch.setattr(device, "_works", lambda _: True)
+    assert device.why_no_cuda() == "no driver"
+    monkeypatch.setattr(device, "_failure", lambda _: None)
     # Which it is must not depend on the thread that asks: "cuda" is the current device of each.
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     assert device.select_device("auto") == torch.device("cuda:2")
     assert device.select_device("cuda") == torch.device("cuda:2")
     assert device.select_device("cuda:1") == torch.device("cuda:1")
+    assert device.why_no_cuda() is None
+
+
+def test_a_torch_without_cuda_is_called_that(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None, raising=False)
+    assert device.why_no_cuda() == "this torch is built without CUDA"
+    assert device.select_device("auto") == torch.device("cpu")
+
+
+def test_what_is_wrong_with_a_device_is_said_in_torchs_words(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("Found no NVIDIA driver on your system.\nPlease check " + "that " * 200)
+
+    monkeypatch.setattr(torch, "ones", fail)
+    reason = device._failure(torch.device("cuda"))
+    assert reason.startswith("Found no NVIDIA driver on your system. Please check that ")
+    assert len(reason) == 300

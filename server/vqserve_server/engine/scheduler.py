@@ -39,7 +39,7 @@ class Scheduler:
         self._speeds = Speeds(config)
         self._queue = JobQueue(config, self._speeds)
         self._changed = threading.Condition(threading.Lock())
-        self._on_device: dict[int, Batch] = {}  # by the id of the thread that computes it
+        self._on_device: dict[str, Batch] = {}  # by the name of the thread that computes it
         self._on_device_s = 0.0  # seconds that those are expected to take
         self._last_done = 0.0
         self._closed: VqserveError | None = None
@@ -102,12 +102,17 @@ class Scheduler:
         for job in jobs:
             job.resolve(reason)
 
+    def on_device(self) -> dict[str, Batch]:
+        """Return the batches that are being computed, by the names of the threads."""
+        with self._changed:
+            return dict(self._on_device)
+
     def next_batch(self) -> Batch | None:
         """Return the next batch as soon as there is one; None: closed, and nothing is left.
 
         The calling thread has finished the batch that it got before.
         """
-        thread = threading.get_ident()
+        thread = threading.current_thread().name
         with self._changed:
             finished = self._on_device.pop(thread, None)
             if finished is not None:

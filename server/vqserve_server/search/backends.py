@@ -25,6 +25,21 @@ def available(device: torch.device | str) -> tuple[str, ...]:
     return tuple(names)
 
 
+def why_slower(backend: str, device: torch.device) -> str | None:
+    """Return why "auto" did not choose the fastest backend of a device for a codebook; None: it did.
+
+    Args:
+        backend: what it chose; "none" where nothing is searched.
+        device: CPU or CUDA.
+    """
+    is_cuda = device.type == "cuda"
+    if backend in ("none", "triton" if is_cuda else "native"):
+        return None
+    if is_cuda:
+        return triton.why_unavailable(device) or "triton searches float32 codebooks of less than 2^31 numbers only"
+    return native.why_unusable() or "the compiled search takes float32 codebooks of at most 1024 dimensions only"
+
+
 @denormals_enabled()
 def prepare(
     codes: Tensor,

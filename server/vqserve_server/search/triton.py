@@ -22,16 +22,22 @@ _MOST_ELEMENTS = 2**31 - 2**10
 
 
 def is_available(device: torch.device) -> bool:
-    """Return whether Triton is installed and runs on the device: CUDA, or any device with TRITON_INTERPRET=1.
+    """Return whether Triton is installed and runs on the device: CUDA, or any device with TRITON_INTERPRET=1."""
+    return why_unavailable(device) is None
 
-    On CUDA, Triton compiles a launcher at run time, so it needs a C compiler.
-    """
+
+def why_unavailable(device: torch.device) -> str | None:
+    """Return why Triton cannot be used on the device; None: it can."""
     if importlib.util.find_spec("triton") is None:
-        return False
+        return "triton is not installed: `pip install triton`"
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return True
-    has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
-    return device.type == "cuda" and has_compiler
+        return None
+    if device.type != "cuda":
+        return "triton searches on CUDA only"
+    # Triton compiles a launcher at run time.
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        return "triton finds no C compiler: install gcc or clang, or set CC"
+    return None
 
 
 def fits(codes: Tensor) -> bool:

@@ -274,22 +274,47 @@ def test_a_folder_that_vanishes_keeps_what_came_from_it(
     assert repo.reload() == ReloadCounts(rejected=2)
     assert served(repo) == digests
     assert warnings(log) == [
-        f'codebook_skipped problem="no such file or folder: {tmp_path / "a"}" kept=book@1,flat',
-        f'codebook_skipped problem="no such file or folder: {tmp_path / "named.safetensors"}" kept=named',
+        f'source_lost problem="no such file or folder: {tmp_path / "a"}" kept=book@1,flat',
+        f'source_lost problem="no such file or folder: {tmp_path / "named.safetensors"}" kept=named',
     ]
     (tmp_path / "elsewhere").rename(tmp_path / "a")
     (tmp_path / "aside").rename(tmp_path / "named.safetensors")
     assert repo.reload() == ReloadCounts(unchanged=3)
 
 
-def test_an_emptied_folder_is_served_empty(tmp_path: Path, put: Callable[..., Any]) -> None:
-    put(tmp_path / "book.safetensors")
+def test_an_emptied_folder_keeps_what_came_from_it(
+    tmp_path: Path, put: Callable[..., Any], log: pytest.LogCaptureFixture
+) -> None:
+    """An unmounted volume leaves its mount point: a folder without a file."""
+    digests = {
+        "book@1": put(tmp_path / "a" / "book" / "1.safetensors").digest,
+        "flat": put(tmp_path / "a" / "flat.safetensors", seed=1).digest,
+        "other": put(tmp_path / "b" / "other.safetensors", seed=2).digest,
+    }
+    repo = loaded(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "a").rename(tmp_path / "elsewhere")
+    (tmp_path / "a").mkdir()
+    assert repo.reload() == ReloadCounts(unchanged=1, rejected=1)
+    assert served(repo) == digests
+    problem = f"no *.safetensors file in {tmp_path / 'a'}: put one there, or mount its volume"
+    assert warnings(log) == [f'source_lost problem="{problem}" kept=book@1,flat']
+    assert [record.levelname for record in log.records if "source_lost" in record.getMessage()] == ["ERROR"]
+    # The volume is mounted again, without one of its files.
+    (tmp_path / "a").rmdir()
+    (tmp_path / "elsewhere").rename(tmp_path / "a")
+    (tmp_path / "a" / "flat.safetensors").unlink()
+    assert repo.reload() == ReloadCounts(unchanged=2, removed=1)
+
+
+def test_the_last_codebook_of_a_folder_is_not_dropped(tmp_path: Path, put: Callable[..., Any]) -> None:
+    old = put(tmp_path / "book" / "1.safetensors")
     repo = loaded(tmp_path)
-    (tmp_path / "book.safetensors").unlink()
-    assert repo.reload() == ReloadCounts(removed=1, rejected=1)
-    assert repo.tokenizers == []
-    put(tmp_path / "book.safetensors", seed=1)
-    assert repo.reload() == ReloadCounts(loaded=1)
+    (tmp_path / "book" / "1.safetensors").unlink()
+    # The empty folder of versions is skipped.
+    assert repo.reload() == ReloadCounts(rejected=1, skipped=1)
+    assert served(repo) == {"book@1": old.digest}
+    put(tmp_path / "book" / "2.safetensors", seed=1)
+    assert repo.reload() == ReloadCounts(loaded=1, removed=1)
 
 
 def test_a_second_claim_to_a_name_changes_nothing(

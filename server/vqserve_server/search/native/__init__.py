@@ -1,7 +1,7 @@
 """Search on the CPU in compiled code: search.c with its headers, and their Python side."""
 
 from vqserve_server.search.native.codebook import fits
-from vqserve_server.search.native.library import levels
+from vqserve_server.search.native.library import levels, why_unusable
 from vqserve_server.search.native.searcher import NativeSearcher
 
-__all__ = ["NativeSearcher", "fits", "levels"]
+__all__ = ["NativeSearcher", "fits", "levels", "why_unusable"]

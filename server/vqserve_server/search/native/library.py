@@ -78,10 +78,24 @@ class Library:
 
 
 @functools.cache
+def why_unusable() -> str | None:
+    """Return why the library cannot be used, which is logged once; None: it can."""
+    try:
+        if _PATH.exists():
+            load("default")
+            return None
+        reason = "this installation has no compiled search: install a wheel for this platform, or build it with cc"
+    except (OSError, AttributeError) as error:
+        # Built for another platform, or by another version.
+        reason = f"the compiled search cannot be loaded: {error}"
+    logger.warning(event("search_not_compiled", slower="torch searches on the CPU", reason=reason))
+    return reason
+
+
+@functools.cache
 def levels() -> tuple[str, ...]:
-    """Return the instruction sets that this processor supports, best first; empty if the library was not built."""
-    if not _PATH.exists():
-        logger.warning(event("search_not_compiled", slower="torch searches on the CPU"))
+    """Return the instruction sets that this processor supports, best first; empty if the library cannot be used."""
+    if why_unusable() is not None:
         return ()
     if platform.machine() != "x86_64":
         return ("default",)
