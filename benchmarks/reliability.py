@@ -15,6 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
+# The tests' own faults, names and certificates.
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
 
 def main() -> int:
     # Here, because processes that the scenarios start import this file.

@@ -241,6 +241,8 @@ class Exchange:
             )
             error = request.explain(error)
             raise error if request.failures == 1 else error.noted(f"tried {request.failures} times")
+        if failure.is_unsent:
+            self._connection.renew()
         request.resume_at = time.monotonic() + delay_s
 
     def _delay_s(self, request: Request, failure: Failure) -> float | None:
