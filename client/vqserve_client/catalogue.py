@@ -18,6 +18,8 @@ from vqserve_client.requests import Request
 
 # Channels of a row at most: more have overflowed somewhere.
 _WIDEST_ROW = 1 << 31
+# Bytes of a list: more than twenty thousand codebooks. All of it is read, entry by entry, before a call goes on.
+_LARGEST_LIST = 8 << 20
 # How often a call that has no reply yet follows a server that replaces its codebook. On a busy machine it may be
 # replaced several times between the list and the request.
 _MOST_REFRESHES = 10
@@ -42,6 +44,10 @@ class ListRequest(Request):
 
     def accept(self, reply: bytes) -> None:
         """Take the list if all of it is valid."""
+        if len(reply) > _LARGEST_LIST:
+            raise ProtocolError(
+                f"the server's list of codebooks has {len(reply)} bytes, more than {_LARGEST_LIST}", target=self._target
+            )
         try:
             listed = pb.ListCodebooksResponse.FromString(reply)
         except DecodeError:
@@ -68,6 +74,8 @@ class ListRequest(Request):
         ):
             for name in ("name", "kind", "digest"):
                 setattr(entry, name, getattr(entry, name)[:80])
+            del entry.stage_vocab_sizes[16:]
+            entry.DiscardUnknownFields()
             described = escape(printable(" ".join(str(entry).split()), 500))
             raise ProtocolError(f"the server lists a codebook that cannot be: {described}", target=self._target)
         return CodebookInfo(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import json
 import re
 from dataclasses import dataclass
 
@@ -17,6 +16,8 @@ _UNIX = ("unix:", "unix-abstract:")
 # gRPC asks the DNS server of the second form itself: dns://SERVER/NAME:PORT.
 _DNS = re.compile(r"dns://(?:[^/,]*)/([^/,]+)")
 _LISTS = ("ipv4:", "ipv6:")
+# gRPC's default, pick_first, sends everything to one address. Either skips servers that are gone or drain.
+_ROUND_ROBIN = '{"loadBalancingConfig": [{"round_robin": {}}]}'
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,10 @@ class Target:
     Attributes:
         uri: what gRPC connects to.
         hosts: the names or IP addresses in it; none for a socket file.
-        is_watched: whether the client watches the health of each server, and calls those that serve: for the forms that
-            stand for several servers. A name without `dns:///` may be a proxy's, which has no health of its own.
     """
 
     uri: str
     hosts: tuple[str, ...]
-    is_watched: bool = False
 
     @property
     def is_loopback(self) -> bool:
@@ -50,12 +48,8 @@ class Target:
         options: list[tuple[str, str | int]] = []
         if not self.is_proxied:
             options.append(("grpc.enable_http_proxy", 0))
-        if self.is_watched or (self.hosts and not (_is_loopback(self.hosts[0]) or _ip(self.hosts[0]))):
-            # gRPC's default would send everything to the first address.
-            service: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}]}
-            if self.is_watched:
-                service["healthCheckConfig"] = {"serviceName": ""}
-            options.append(("grpc.service_config", json.dumps(service)))
+        if len(self.hosts) > 1 or (self.hosts and not (_is_loopback(self.hosts[0]) or _ip(self.hosts[0]))):
+            options.append(("grpc.service_config", _ROUND_ROBIN))
         return options
 
 
@@ -71,7 +65,7 @@ def parse_target(text: str) -> Target:
     if text.startswith(_UNIX):
         return Target(text, ())
     if named := _DNS.fullmatch(text):
-        return Target(text, (_host(named[1], text),), is_watched=True)
+        return Target(text, (_host(named[1], text),))
     if "," in text or text.startswith(_LISTS):
         return _list(text)
     return Target(text, (_host(text, text),))
@@ -89,7 +83,7 @@ def _list(text: str) -> Target:
             option="target",
             hint="for a name of several servers, use dns:///NAME:PORT",
         )
-    return Target(f"ipv{versions.pop()}:{','.join(addresses)}", hosts, is_watched=len(hosts) > 1)
+    return Target(f"ipv{versions.pop()}:{','.join(addresses)}", hosts)
 
 
 def _host(address: str, whole: str) -> str:

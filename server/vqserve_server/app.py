@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import faulthandler
 import gc
 import logging
+import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TextIO
 
 from vqserve.errors import StartError
 from vqserve_server import console, grpcio_release, signals, stderr
+from vqserve_server.access import Access
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
-from vqserve_server.engine import Engine
-from vqserve_server.network import address, check, check_unix_socket, warn_if_open
+from vqserve_server.engine import Engine, Watchdog
+from vqserve_server.heartbeat import Heartbeat
+from vqserve_server.network import address, check, check_protected, check_unix_socket
 from vqserve_server.repository import Reloader, Repository
 from vqserve_server.rpc import RpcServer
+from vqserve_server.rpc.transport import THREAD_NAME
 from vqserve_server.tokenizer import Tokenizer
 
 # An idle device thread needs a moment to end.
 _IDLE_END_S = 0.5
+# A broken server fails all requests at once. This is for sending those replies; callers try again meanwhile, in vain.
+_BROKEN_DRAIN_S = 0.25
+# Whatever is stuck, a broken process has ended after so many seconds.
+_BROKEN_END_S = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -31,24 +44,41 @@ class App:
     """One server: an engine and its gRPC server. Call its methods from one event loop."""
 
     def __init__(
-        self, tokenizers: Sequence[Tokenizer], config: ServeConfig | None = None, *, shares_port: bool = False
+        self,
+        tokenizers: Sequence[Tokenizer],
+        config: ServeConfig | None = None,
+        *,
+        access: Access | None = None,
+        shares_port: bool = False,
+        on_broken: Callable[[], None] = lambda: None,
     ) -> None:
         """Make the server; nothing runs before `start`.
 
         Args:
             tokenizers: the codebooks to serve.
             config: all settings.
+            access: certificates and tokens; None: those of the settings.
             shares_port: whether other processes listen on the port too.
+            on_broken: called, from any thread, when the server can serve no longer.
         """
         self._config = config or ServeConfig()
         self._loop = asyncio.get_running_loop()
+        self._loop_turns = 0
         self.broken = asyncio.Event()
+        self._when_broken = on_broken
         self.engine = Engine(
             tokenizers,
             self._config.engine,
             on_broken=self._on_broken,
         )
-        self._rpc = RpcServer(self.engine, self._config.rpc, shares_port=shares_port)
+        self._access = access or Access(self._config.access)
+        self._rpc = RpcServer(
+            self.engine,
+            self._config.rpc,
+            self._access,
+            health_port=self._config.access.health_port,
+            shares_port=shares_port,
+        )
 
     async def start(self) -> int:
         """Start, and return the port.
@@ -63,8 +93,9 @@ class App:
         try:
             port = self._rpc.start()
         except RuntimeError:
-            rpc = self._config.rpc
-            raise StartError(f"cannot listen on {address(rpc.host, rpc.port)}") from None
+            rpc, health = self._config.rpc, self._config.access.health_port
+            beside = f", or on port {health}" if health else ""
+            raise StartError(f"cannot listen on {address(rpc.host, rpc.port)}{beside}") from None
         if self._config.rpc.unix_socket:
             logger.info(event("listening", address=f"unix:{self._config.rpc.unix_socket}"))
         return port
@@ -74,31 +105,59 @@ class App:
         self.engine.swap(tokenizers)
         self._rpc.use_live_set()
 
+    def refresh_access(self) -> None:
+        """Read certificates and tokens again that have changed; they are also read at their next use."""
+        self._access.refresh()
+
     async def stop(self) -> bool:
         """Accept no more requests, answer the accepted ones, and stop; return whether all were answered in time."""
-        deadline = self._loop.time() + self._config.drain_seconds
+        drain_s = min(self._config.drain_seconds, _BROKEN_DRAIN_S if self.broken.is_set() else math.inf)
+        deadline = self._loop.time() + drain_s
         self._rpc.not_serving()
-        self.engine.drain()
-        finished = await asyncio.to_thread(self._rpc.stop, self._config.drain_seconds)
+        # The engine serves on: a call that was accepted may still send its request.
+        finished = await asyncio.to_thread(self._rpc.stop, drain_s)
         left_s = max(deadline - self._loop.time(), _IDLE_END_S)
         stopped = await asyncio.to_thread(self.engine.stop, left_s)
         logger.info(event("served", **self.engine.stats.summary()))
         return finished and stopped
 
+    def threads(self) -> Mapping[str, Callable[[], int]]:
+        """Return the threads that a watchdog should check; see `Watchdog`."""
+        return {THREAD_NAME: self._rpc.turns, threading.current_thread().name: self._count_loop_turns}
+
+    def _count_loop_turns(self) -> int:
+        """Return a number that grows if the loop has run since the last call."""
+
+        def count() -> None:
+            self._loop_turns += 1
+
+        self._loop.call_soon_threadsafe(count)
+        return self._loop_turns
+
     def _on_broken(self) -> None:
-        def stop_serving() -> None:
-            self._rpc.not_serving()
-            self.broken.set()
+        # Not on the loop, which may be what is stuck.
+        self._rpc.not_serving()
+        self._when_broken()
+        # The loop is closed after the stop.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self.broken.set)
 
-        self._loop.call_soon_threadsafe(stop_serving)
 
-
-async def serve(repository: Repository, config: ServeConfig, *, worker: int | None = None) -> int:
-    """Serve until a stop signal arrives or the device is lost; return the exit code.
+async def serve(
+    repository: Repository,
+    config: ServeConfig,
+    access: Access | None = None,
+    *,
+    worker: int | None = None,
+    heartbeat: Heartbeat | None = None,
+    on_broken: Callable[[], None] = lambda: None,
+) -> int:
+    """Serve until a stop signal arrives; return the exit code. A fault of the device ends the process with 1.
 
     SIGHUP reloads the repository. A SIGHUP during the start is handled when the server is ready.
     """
-    app = App(repository.tokenizers, config, shares_port=worker is not None)
+    app = App(repository.tokenizers, config, access=access, shares_port=worker is not None, on_broken=on_broken)
+    watchdog = _watchdog(app, config, heartbeat)
     reloader = Reloader(repository, lambda: app.swap(repository.tokenizers))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -112,6 +171,7 @@ async def serve(repository: Repository, config: ServeConfig, *, worker: int | No
 
     def on_reload() -> None:
         if not stop.is_set():
+            app.refresh_access()
             reloader.request()
 
     def on_orphaned() -> None:
@@ -127,6 +187,8 @@ async def serve(repository: Repository, config: ServeConfig, *, worker: int | No
         # The parent's end of the pipe closes when the parent ends.
         loop.add_reader(sys.stdin.fileno(), on_orphaned)
     port = await app.start()
+    if watchdog is not None:
+        watchdog.start()
     _announce(repository.tokenizers, config.rpc.host, port)
     done, pending = await asyncio.wait(
         [asyncio.create_task(stop.wait()), asyncio.create_task(app.broken.wait())],
@@ -135,14 +197,20 @@ async def serve(repository: Repository, config: ServeConfig, *, worker: int | No
     del done
     for task in pending:
         task.cancel()
+    if watchdog is not None:
+        watchdog.stop()
+    if heartbeat is not None:
+        heartbeat.close()
     in_time = await app.stop()
-    code = 1 if app.broken.is_set() else 0
+    if app.broken.is_set():
+        sys.stderr.write("vqserved: error: the device failed; the log has the reason\n")
+        _exit_now(1)
     if not in_time:
         logger.warning(event("drain_expired", drain_seconds=config.drain_seconds))
     if not in_time or reloader.is_busy:
         # A thread that computes cannot be stopped, and the interpreter may crash if it exits meanwhile.
-        _exit_now(code)
-    return code
+        _exit_now(0)
+    return 0
 
 
 def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = None) -> int:
@@ -161,18 +229,40 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
         grpcio_release.warn_if_untested()
     find_codebooks(sources).check()
     if worker is None:
+        check_protected(config.rpc.host, config.access)
         check(config.rpc.host, config.rpc.port)
+        if config.access.health_port:
+            check(config.rpc.host, config.access.health_port)
         if config.rpc.unix_socket:
             check_unix_socket(config.rpc.unix_socket)
-        warn_if_open(config.rpc.host)
+    access = Access(config.access)
     repository = Repository(sources, device=config.device, search=config.search)
     repository.load()
     # The present objects stay alive; a collection after a swap can skip them.
     gc.freeze()
-    code = asyncio.run(serve(repository, config, worker=worker))
-    if code:
-        raise StartError("the device failed; the log has the reason")
-    return code
+    heartbeat = None if worker is None else Heartbeat.of(os.environ)
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        on_broken = partial(_end_in_any_case, nowhere)
+        return asyncio.run(serve(repository, config, access, worker=worker, heartbeat=heartbeat, on_broken=on_broken))
+
+
+def _watchdog(app: App, config: ServeConfig, heartbeat: Heartbeat | None) -> Watchdog | None:
+    if not config.watchdog_seconds:
+        return None
+    # A batch that is not full may wait on purpose.
+    seconds = config.watchdog_seconds + config.engine.max_wait_us * 1e-6
+    on_alive = _nothing if heartbeat is None else heartbeat.beat
+    return Watchdog(app.engine, seconds, threads=app.threads(), on_alive=on_alive)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _end_in_any_case(nowhere: TextIO) -> None:
+    """End the process in a few seconds, also if no thread can run Python code by then."""
+    # Traces of all threads go nowhere: stderr may be a pipe that nobody reads.
+    faulthandler.dump_traceback_later(_BROKEN_END_S, exit=True, file=nowhere)
 
 
 def _announce(tokenizers: Sequence[Tokenizer], host: str, port: int) -> None:

@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 from vqserve.errors import StartError
+from vqserve_server.config import AccessConfig
 from vqserve_server.console import event
 
 logger = logging.getLogger(__name__)
@@ -30,10 +31,28 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def warn_if_open(host: str) -> None:
-    """Log a warning if other machines can reach a host, because there is neither TLS nor authentication."""
-    if not is_loopback(host):
-        logger.warning(event("listening_openly", host=host, risk="no TLS, no tokens: every caller is served"))
+def check_protected(host: str, access: AccessConfig) -> None:
+    """Check that what other machines can reach is encrypted, or that the operator wants it not to be.
+
+    A warning says what a host that other machines can reach lacks.
+
+    Raises:
+        StartError: it is not encrypted.
+    """
+    if is_loopback(host):
+        return
+    if not access.is_encrypted and not access.insecure:
+        raise StartError(
+            f"{host} can be reached by other machines, and the connections would not be encrypted: give --tls-cert and "
+            "--tls-key, or --insecure if everyone on the network may read and change what is sent"
+        )
+    missing = []
+    if not access.is_encrypted:
+        missing.append("no TLS: who can reach the network can read and change what is sent")
+    if not access.tokens and not access.tls_client_ca:
+        missing.append("no tokens: every caller is served")
+    if missing:
+        logger.warning(event("listening_openly", host=host, risk="; ".join(missing)))
 
 
 def reserve(host: str, port: int, *, shared: bool) -> socket.socket:

@@ -19,10 +19,12 @@ from dataclasses import dataclass, replace
 from vqserve.errors import StartError
 from vqserve_server import config as settings
 from vqserve_server import console, grpcio_release, signals
+from vqserve_server.access import Access
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
-from vqserve_server.network import reserve, warn_if_open
+from vqserve_server.heartbeat import HEARTBEAT_VARIABLE, Checks, Pulse
+from vqserve_server.network import check_protected, reserve
 
 # Environment variable with the number of a worker; it is not a setting for users.
 WORKER_VARIABLE = "_VQSERVE_WORKER"
@@ -42,7 +44,7 @@ class BackOff:
     _next_s: float = 0.0
 
     def delay_s(self, served_s: float) -> float:
-        """Return the delay after the end of a worker that has run for `served_s` seconds."""
+        """Return the delay after the end of a worker that was ready for `served_s` seconds."""
         self._next_s = self.first_s if served_s >= self.steady_s or not self._next_s else self._next_s * 2
         self._next_s = min(self._next_s, self.most_s)
         return self._next_s
@@ -130,15 +132,15 @@ class Workers:
         """Run one worker again and again until all stop; return its last exit code."""
         back_off = BackOff()
         while True:
-            started = time.monotonic()
-            code = await self._run(number, first_line)
+            code, served_s = await self._run(number, first_line)
             if not first_line.done():
                 first_line.set_result("")
                 return code
             if self._stopping.is_set():
                 return code
-            delay_s = back_off.delay_s(time.monotonic() - started)
-            logger.warning(event("worker_ended", number=number, code=code, restart_s=delay_s))
+            delay_s = back_off.delay_s(served_s)
+            fields = {"number": number, "code": code, "restart_s": delay_s, "ready": len(self._ready)}
+            logger.warning(event("worker_ended", **fields))
             try:
                 await asyncio.wait_for(self._stopping.wait(), delay_s)
             except TimeoutError:
@@ -146,8 +148,42 @@ class Workers:
             # The worker ended before the stop, so its exit code does not count.
             return 0
 
-    async def _run(self, number: int, first_line: asyncio.Future[str]) -> int:
+    async def _run(self, number: int, first_line: asyncio.Future[str]) -> tuple[int, float]:
+        """Run one worker to its end; return its exit code, and for how many seconds it was ready."""
         reloads = self._reloads
+        try:
+            process, pulse = await self._spawn(number)
+        except (OSError, RuntimeError) as error:
+            # The system lacks memory, files, processes or threads (a RuntimeError); the next attempt may succeed.
+            reason = getattr(error, "strerror", None) or error
+            logger.error(event("worker_not_started", number=number, error=reason))
+            return 1, 0.0
+        self._processes[number] = process
+        if self._stopping.is_set():
+            _send(process, signal.SIGTERM)
+        line = (await process.stdout.readline()).decode() if process.stdout is not None else ""
+        ready_at = time.monotonic()
+        watch = None
+        if line:
+            self._ready.add(number)
+            logger.info(event("worker_ready", number=number, pid=process.pid, ready=len(self._ready)))
+            if self._reloads != reloads:
+                # The worker may have read its files before the change. Before it is ready, SIGHUP would end it.
+                _send(process, signal.SIGHUP)
+            if not first_line.done():
+                first_line.set_result(line)
+            if self._config.watchdog_seconds:
+                watch = asyncio.create_task(self._watch(number, process, pulse))
+        code = await process.wait()
+        self._ready.discard(number)
+        del self._processes[number]
+        if watch is not None:
+            watch.cancel()
+        pulse.close()
+        return code, time.monotonic() - ready_at if line else 0.0
+
+    async def _spawn(self, number: int) -> tuple[asyncio.subprocess.Process, Pulse]:
+        pulse = Pulse()
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -155,34 +191,32 @@ class Workers:
                 "vqserve_server",
                 "serve",
                 *self._sources,
-                env=worker_environment(self._config, number, self._port),
+                env=worker_environment(self._config, number, self._port) | {HEARTBEAT_VARIABLE: str(pulse.sender)},
+                pass_fds=(pulse.sender,),
                 # The pipe closes when the parent ends in any way; a worker then stops.
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 # A terminal's Ctrl-C goes to the parent, which stops the workers.
                 start_new_session=True,
             )
-        except (OSError, RuntimeError) as error:
-            # The system lacks memory, files, processes or threads (a RuntimeError); the next attempt may succeed.
-            reason = getattr(error, "strerror", None) or error
-            logger.error(event("worker_not_started", number=number, error=reason))
-            return 1
-        self._processes[number] = process
-        if self._stopping.is_set():
-            _send(process, signal.SIGTERM)
-        line = (await process.stdout.readline()).decode() if process.stdout is not None else ""
-        if line:
-            logger.info(event("worker_ready", number=number, pid=process.pid))
-            self._ready.add(number)
-            if self._reloads != reloads:
-                # The worker may have read its files before the change. Before it is ready, SIGHUP would end it.
-                _send(process, signal.SIGHUP)
-            if not first_line.done():
-                first_line.set_result(line)
-        code = await process.wait()
-        self._ready.discard(number)
-        del self._processes[number]
-        return code
+        except BaseException:
+            pulse.close()
+            raise
+        finally:
+            pulse.started()
+        return process, pulse
+
+    async def _watch(self, number: int, process: asyncio.subprocess.Process, pulse: Pulse) -> None:
+        """Kill a worker that gives no sign of life: it is stopped, or its interpreter is stuck."""
+        checks, silent = Checks.of(self._config.watchdog_seconds), 0
+        while silent < checks.most:
+            await asyncio.sleep(checks.interval_s)
+            has_beaten = pulse.has_beaten()
+            if has_beaten is None or self._stopping.is_set():
+                return
+            silent = 0 if has_beaten else silent + 1
+        logger.error(event("worker_hung", number=number, pid=process.pid, seconds=self._config.watchdog_seconds))
+        _send(process, signal.SIGKILL)
 
 
 def _send(process: asyncio.subprocess.Process, number: int) -> None:
@@ -234,7 +268,10 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     # Check here, so that an error is reported once and not by every worker.
     find_codebooks(sources).check()
     host, port = config.rpc.host, config.rpc.port
+    check_protected(host, config.access)
     reserve(host, port, shared=False).close()
-    warn_if_open(host)
+    Access(config.access)
+    if config.access.health_port:
+        reserve(host, config.access.health_port, shared=False).close()
     with reserve(host, port, shared=True) as held:
         return asyncio.run(serve(sources, config, held.getsockname()[1]))

@@ -25,6 +25,7 @@ class Listener:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
         self.accepted = threading.Semaphore(0)
+        self.ended = threading.Semaphore(0)
         self.count = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -56,6 +57,7 @@ class Listener:
                 for key, _ in selector.select():
                     data = key.fileobj.recv(1 << 16)
                     if not data:
+                        self.ended.release()
                         return
                     key.data.sendall(data)
 
@@ -135,7 +137,7 @@ def test_messages_up_to_the_limit_and_no_further(tiny, latents):
 
 
 def test_a_server_whose_machine_is_gone_is_noticed():
-    # A tenth of each: a ping after a second without a word, and a second for its answer.
+    # A tenth of each: a ping after about a second without a word, and a second for its answer.
     options = [
         (name, value // 10 if name in ("grpc.keepalive_time_ms", "grpc.http2.ping_timeout_ms") else value)
         for name, value in OPTIONS
@@ -158,3 +160,11 @@ def test_a_server_whose_machine_is_gone_is_noticed():
             assert "ping" in caught.value.details()
         thread.join()
         greeted[0].close()
+
+
+def test_a_client_that_is_not_used_closes_its_connection(tiny, listener):
+    options = [(name, 1000 if name == "grpc.client_idle_timeout_ms" else value) for name, value in OPTIONS]
+    between = listener(tiny.target)
+    with grpc.insecure_channel(between.address, options=options) as channel:
+        channel.unary_unary("/vqserve.v1.TokenizerService/ListCodebooks")(b"", timeout=60)
+        assert between.ended.acquire(timeout=60)

@@ -292,6 +292,12 @@ def healthy():
     server.stop(None).wait()
 
 
+def test_a_status_without_a_name(vqserve, healthy):
+    target, servicer = healthy
+    servicer.set("", 77)
+    assert vqserve("status", "--target", target) == (1, "status 77\n", "")
+
+
 def test_status(vqserve, healthy):
     target, servicer = healthy
     statuses = health_pb2.HealthCheckResponse

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
 import numpy as np
 import pytest
 
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_client import CodebookNotFound, DigestChanged, DigestMismatch, ProtocolError, ServerError
+from vqserve_client import (
+    Client,
+    CodebookNotFound,
+    DigestChanged,
+    DigestMismatch,
+    MessageTooLarge,
+    ProtocolError,
+    ServerError,
+)
 
 OTHER = "f" * 64
 
@@ -178,10 +189,6 @@ def test_the_clients_digest_is_not_another_codebooks(serve_tiny, codes, connect,
 
 
 def test_a_reply_that_is_no_protobuf(connect, latents):
-    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
-
-    import grpc  # noqa: PLC0415
-
     handler = grpc.unary_unary_rpc_method_handler(lambda request, context: b"\xff\xff\xff")
     server = grpc.server(ThreadPoolExecutor(2))
     server.add_generic_rpc_handlers(
@@ -197,10 +204,6 @@ def test_a_reply_that_is_no_protobuf(connect, latents):
 
 
 def test_a_server_of_something_else(connect):
-    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
-
-    import grpc  # noqa: PLC0415
-
     server = grpc.server(ThreadPoolExecutor(2))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -259,6 +262,77 @@ def test_a_list_with_texts_that_cannot_be_shown(tiny, connect, field, text):
         connect(tiny.target).codebooks()
     assert len(str(caught.value)) < 1000
     assert str(caught.value).isprintable()
+
+
+def test_a_list_with_stages_without_end(tiny, connect):
+    tiny.list_script.append(lambda reply: reply.codebooks[0].stage_vocab_sizes.extend([1] * 1_000_000))
+    with pytest.raises(ProtocolError, match="cannot be") as caught:
+        connect(tiny.target).codebooks()
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_list_that_is_too_long(tiny, connect):
+    tiny.list_script.append(lambda reply: setattr(reply.codebooks[0], "kind", "x" * (9 << 20)))
+    with pytest.raises(ProtocolError, match=r"list of codebooks has 9437\d\d\d bytes, more than 8388608"):
+        connect(tiny.target).codebooks()
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        bytes(60 << 20),
+        b"\x78\x01" * (10 << 20),
+        b"\x1a\x00" * (10 << 20),
+        b"\x18\x01" * (10 << 20) + b"\xa2\x06\x01\0",
+    ],
+    ids=["zeros", "unknown fields", "empty shapes", "axes before a payload"],
+)
+def test_a_reply_of_very_many_fields(tiny, connect, latents, reply):
+    """Each was read field by field, in Python, which no timeout and no Ctrl-C could end."""
+    client = connect(tiny.target)
+    client.codebooks()
+    with RawServer(reply) as server:
+        other = connect(server.target)
+        other._core._catalogue = client._core._catalogue
+        with pytest.raises(ProtocolError, match="not a valid message"):
+            other.encode(latents(2, 4))
+
+
+class RawServer:
+    """Answers every Encode with these bytes."""
+
+    def __init__(self, reply: bytes) -> None:
+        handler = grpc.unary_unary_rpc_method_handler(lambda request, context: reply)
+        self._server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.max_send_message_length", -1)])
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("vqserve.v1.TokenizerService", {"Encode": handler}),)
+        )
+        self.target = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+
+    def __enter__(self):
+        self._server.start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.stop(None).wait()
+
+
+@pytest.mark.parametrize("times", [1, 4000])
+def test_a_compressed_reply_is_limited_by_its_full_size(latents, times):
+    zeros = bytes((1 << 10) * times)
+    handler = grpc.unary_unary_rpc_method_handler(lambda request, context: zeros)
+    server = grpc.server(ThreadPoolExecutor(2), compression=grpc.Compression.Gzip)
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("vqserve.v1.TokenizerService", {"ListCodebooks": handler}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    kind = ProtocolError if times == 1 else MessageTooLarge
+    try:
+        with Client(f"127.0.0.1:{port}", max_message_bytes=1 << 20) as client, pytest.raises(kind):
+            client.codebooks()
+    finally:
+        server.stop(None).wait()
 
 
 def test_a_list_of_very_many_names(tiny, connect, latents):

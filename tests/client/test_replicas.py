@@ -81,19 +81,30 @@ def test_a_new_server_of_a_name_is_found(replicas, named, connect, latents):
     assert (len(old[0].requests), len(new.requests)) == (before, 10)
 
 
-def test_a_server_that_says_that_it_does_not_serve_gets_no_calls(replicas, connect, latents):
+def test_a_server_that_drains_gets_no_more_calls(replicas, connect, latents):
+    """It has one slow request left; the other calls go elsewhere, without a retry."""
     draining, serving = servers = replicas(*HERE[:2])
-    client = connect(f"{draining.target},{serving.target}", retries=0)
+    target = f"{draining.target},{serving.target}"
+    client = connect(target, retries=0)
     connected(client, servers, latents(2, 4))
-    draining.health.enter_graceful_shutdown()
+    ends = threading.Event()
+    draining.script.append(lambda request, context, honest: ends.wait() and honest())
+    with Client(draining.target) as slow, ThreadPoolExecutor(1) as pool:
+        last = pool.submit(slow.encode, latents(2, 4))
+        eventually(lambda: not draining.script)
+        # Sends GOAWAY at once, and then waits for the slow request.
+        stopped = draining.grpc_server.stop(1 << 20)
 
-    def moved():
-        before = len(draining.requests)
-        for _ in range(4):
-            client.encode(latents(2, 4))
-        return len(draining.requests) == before
+        def moved():
+            before = len(draining.requests)
+            for _ in range(4):
+                client.encode(latents(2, 4))
+            return len(draining.requests) == before
 
-    eventually(moved)
+        eventually(moved)
+        ends.set()
+        assert last.result().shape == (2,)
+        assert stopped.wait(60)
 
 
 def test_unavailable_of_one_server_is_no_error(replicas, connect, failing, latents):
@@ -156,7 +167,8 @@ class Load:
     def goes_on(self):
         """Wait until every thread has had several more results."""
         before = Counter(self.done)
-        eventually(lambda: all(self.done[i] >= before[i] + 50 or self._runs[i].done() for i in range(len(self._runs))))
+        numbers = range(len(self._runs))
+        eventually(lambda: all(self.done[i] >= before[i] + 50 or self._runs[i].done() for i in numbers), seconds=180)
 
     def __enter__(self):
         self.goes_on()

@@ -21,6 +21,7 @@ class FakeTokenizer:
         self.codes = codes
         self.decodable = len(codes) if decodable is None else decodable
         self.device = torch.device("cpu")
+        self.probe = None
         self.info = CodebookInfo(
             name=name,
             digest=f"{len(codes):064x}",

@@ -24,7 +24,7 @@ def test_defaults() -> None:
     assert parse().rpc.max_message_bytes == 64 << 20
 
 
-@pytest.mark.parametrize("name", ["VQSERVE_X", "VQSERVE_TOKEN", "VQSERVE_SECRET"])
+@pytest.mark.parametrize("name", ["VQSERVE_X", "VQSERVE_PASSWORD", "VQSERVE_SECRET"])
 def test_a_name_that_is_not_near_is_not_suggested(name: str) -> None:
     with pytest.raises(config.ConfigError, match=f"^unknown environment variable {name}$"):
         parse(**{name: "1"})
@@ -64,6 +64,45 @@ def test_a_mistake_in_the_environment_is_named(name: str, value: str, problem: s
 
 def test_the_clients_variables_are_ignored() -> None:
     assert parse(VQSERVE_TARGET="host:1", VQSERVE_CODEBOOK="demo") == config.ServeConfig()
+
+
+def test_a_client_s_certificate_is_not_the_server_s() -> None:
+    mine = {
+        f"VQSERVE_{name}": "x" for name in ("TLS_CA", "TLS_CERT", "TLS_KEY", "TLS_SERVER_NAME", "TOKEN", "TOKEN_FILE")
+    }
+    assert parse(**mine) == config.ServeConfig()
+    access = parse(VQSERVE_SERVER_TLS_CERT="server.crt", VQSERVE_SERVER_TLS_KEY="server.key").access
+    assert (access.tls_cert, access.tls_key, access.is_encrypted) == ("server.crt", "server.key", True)
+
+
+@pytest.mark.parametrize(("text", "value"), [("on", True), ("1", True), ("TRUE", True), ("off", False), ("0", False)])
+def test_a_switch(text: str, value: bool) -> None:
+    assert parse(VQSERVE_INSECURE=text).access.insecure is value
+    assert parse("--insecure", VQSERVE_INSECURE=text).access.insecure
+    with pytest.raises(config.ConfigError, match="VQSERVE_INSECURE must be on or off, not 'maybe'"):
+        parse(VQSERVE_INSECURE="maybe")
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (("--tls-cert", "a"), "--tls-cert and --tls-key need each other"),
+        (("--tls-key", "a"), "--tls-cert and --tls-key need each other"),
+        (("--tls-client-ca", "a"), "--tls-client-ca needs --tls-cert and --tls-key"),
+        (("--health-port", "50051"), "--health-port must differ from --port, both are 50051"),
+    ],
+)
+def test_settings_that_contradict_each_other(flags: tuple[str, ...], problem: str) -> None:
+    with pytest.raises(config.ConfigError, match=problem):
+        parse(*flags)
+
+
+def test_a_worker_gets_the_same_settings() -> None:
+    settings = parse(
+        *("--insecure", "--tls-cert", "a", "--tls-key", "b", "--tls-client-ca", "c", "--tokens", "d"),
+        *("--health-port", "1", "--drain-seconds", "0.1"),
+    )
+    assert parse(**config.environment(settings)) == settings
 
 
 def test_a_mistake_in_a_flag_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -261,7 +261,7 @@ def test_grpc_itself_rejects_a_port_in_use(serving: Callable[..., Any], folder: 
         (["serve", "a b={folder}/small.safetensors"], "'a b' is not a valid name"),
         (["serve", "{folder}", "--port", "0", "--search", "magic"], "magic"),
         (["serve", "{folder}", "--port", "0", "--device", "cuda:99"], "cuda:99"),
-        (["serve", "{folder}", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1:50051"),
+        (["serve", "{folder}", "--host", "192.0.2.1", "--insecure"], "cannot listen on 192.0.2.1:50051"),
         (["serve", "{folder}", "--host", "::1%nowhere"], "cannot listen on [::1%nowhere]:50051"),
     ],
 )
@@ -363,11 +363,25 @@ def test_a_host_beyond_loopback_is_warned_of(
     run_here("serve", str(folder), "--port", "0")
     assert "listening_openly" not in caplog.text
     monkeypatch.setattr(app, "check", lambda host, port: None)
-    run_here("serve", str(folder), "--host", "192.0.2.1")
-    assert "listening_openly host=192.0.2.1 " in caplog.text
+    run_here("serve", str(folder), "--host", "192.0.2.1", "--insecure")
+    assert 'listening_openly host=192.0.2.1 risk="no TLS: ' in caplog.text
+    assert "no tokens: every caller is served" in caplog.text
     assert not is_loopback("0.0.0.0")  # noqa: S104
     assert not is_loopback("example.org")
     assert all(is_loopback(host) for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"))
+
+
+@pytest.mark.parametrize("flags", [(), ("--tokens", "tokens.toml"), ("--workers", "2")])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.org"])  # noqa: S104
+def test_a_host_beyond_loopback_needs_tls_or_a_word(
+    folder: Path, run_here: Callable[..., Any], host: str, flags: tuple[str, ...]
+) -> None:
+    ended = run_here("serve", str(folder), "--host", host, *flags)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == (
+        f"vqserved: error: {host} can be reached by other machines, and the connections would not be encrypted: give "
+        "--tls-cert and --tls-key, or --insecure if everyone on the network may read and change what is sent"
+    )
 
 
 def test_the_port_is_free_until_the_codebooks_are_loaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -398,6 +412,7 @@ from vqserve_server import app
 
 class Stubborn:
     device = torch.device("cpu")
+    probe = None
     info = CodebookInfo(
         name="stubborn", digest="", kind="vq", num_codes=2, vocab_size=2, input_dim=1, code_dim=1, output_dim=1
     )

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass, field
 
 from vqserve.errors import Overloaded, VqserveError
+from vqserve_server.access import CallerLimits
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine.caller import Caller
 
 
 @dataclass
 class EngineStats:
-    """Counters of the engine. A batch is counted before its requests are answered."""
+    """Counters of the engine. A batch is counted before its requests are answered.
+
+    Attributes:
+        requests: requests that were computed.
+        batches: batches that were computed.
+        rows: rows of those batches.
+        failed_batches: batches that failed.
+        largest_batch_requests: most requests of a batch.
+        batched_requests: requests of all batches, a split request counted in each of its batches.
+        busy_s: seconds that the device threads computed.
+        expired: requests that were dropped because their deadline had passed or could not be met.
+        cancelled: requests that were dropped because their caller had left.
+        refused: requests that were rejected, by what there was too much of.
+    """
 
     requests: int = 0
     batches: int = 0
@@ -22,6 +36,9 @@ class EngineStats:
     largest_batch_requests: int = 0
     batched_requests: int = 0
     busy_s: float = 0.0
+    expired: int = 0
+    cancelled: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def count(self, *, requests: int, rows: int, finished: int, seconds: float) -> None:
@@ -46,6 +63,17 @@ class EngineStats:
         with self._lock:
             self.failed_batches += 1
 
+    def count_refused(self, reason: str) -> None:
+        """Count a request that was rejected: by what there was too much of."""
+        with self._lock:
+            self.refused[reason] += 1
+
+    def count_dropped(self, *, expired: int = 0, cancelled: int = 0) -> None:
+        """Count requests that were not computed because their deadline could not be met or their caller had left."""
+        with self._lock:
+            self.expired += expired
+            self.cancelled += cancelled
+
     @property
     def mean_batch_requests(self) -> float:
         """Requests per batch, a split request counted in each of its batches."""
@@ -66,7 +94,18 @@ class EngineStats:
             "largest_batch_requests": self.largest_batch_requests,
             "busy_s": self.busy_s,
             "failed_batches": self.failed_batches,
+            "expired": self.expired,
+            "cancelled": self.cancelled,
+            "refused": self.refused.total(),
+            **{f"refused_{reason}": count for reason, count in sorted(self.refused.items())},
         }
+
+
+# A caller may have this many times what it leaves free of each limit: alone three quarters of it, or with small
+# requests seven eighths, so that its large ones do not keep its small ones out.
+_SHARE, _SHARE_WITH_SMALL = 3, 7
+# A request is small if it takes at most this part of the limits.
+_SMALL = 1 / 1024
 
 
 class Admission:
@@ -74,12 +113,23 @@ class Admission:
 
     A request counts from when its size is known until its reply is sent, so the limits bound memory, not only the
     queue. A request that exceeds a limit alone is accepted when no other is in the server.
+
+    Of each limit a caller may use at most three times what is left free after that. A caller alone gets three quarters,
+    two that want everything get three sevenths each, and there is always room for one that has little in the server
+    (the dynamic threshold of Choudhury and Hahne, 1998). A caller's only request is exempt.
     """
 
-    def __init__(self, config: EngineConfig, *, retry_after_s: Callable[[int], float]) -> None:
-        """Make the counter; `retry_after_s` estimates the delay before a retry from the rows in the server."""
-        self._config = config
-        self._retry_after_s = retry_after_s
+    def __init__(self, config: EngineConfig, stats: EngineStats) -> None:
+        """Make the counter; rejections are counted in `stats`, whose speed gives the delay before a retry."""
+        self._limits = CallerLimits(
+            requests=config.max_queue_requests, rows=config.max_queue_rows, bytes=config.max_queue_bytes
+        )
+        self._caller_limits = CallerLimits(
+            requests=config.max_caller_requests or config.max_queue_requests,
+            rows=config.max_caller_rows or config.max_queue_rows,
+            bytes=config.max_caller_bytes or config.max_queue_bytes,
+        )
+        self._stats = stats
         self._lock = threading.Lock()
         self._closed: VqserveError | None = None
         self.requests = 0
@@ -103,10 +153,28 @@ class Admission:
             if self._closed is not None:
                 # A new exception each time: raising one adds a traceback to it.
                 raise self._closed.with_fields()
-            if self.requests >= self._config.max_queue_requests:
-                raise self._overloaded("requests")
             if self.requests:
-                self._check(rows, nbytes)
+                limits = self._limits
+                free_requests = limits.requests - self.requests - 1
+                free_rows = limits.rows - self.rows - rows
+                free_bytes = limits.bytes - self.bytes - nbytes
+                if free_requests < 0:
+                    raise self._overloaded("requests")
+                if free_rows < 0:
+                    raise self._overloaded("rows")
+                if free_bytes < 0:
+                    raise self._overloaded("bytes")
+                if caller.requests:
+                    others = self._caller_limits
+                    own = caller.limits or others
+                    is_small = rows <= _SMALL * limits.rows and nbytes <= _SMALL * limits.bytes
+                    share = _SHARE_WITH_SMALL if is_small else _SHARE
+                    if caller.requests + 1 > min(share * free_requests, own.requests or others.requests):
+                        raise self._overloaded("requests", caller)
+                    if caller.rows + rows > min(share * free_rows, own.rows or others.rows):
+                        raise self._overloaded("rows", caller)
+                    if caller.bytes + nbytes > min(share * free_bytes, own.bytes or others.bytes):
+                        raise self._overloaded("bytes", caller)
             self._count(caller, 1, rows, nbytes)
 
     def leave(self, caller: Caller, rows: int, nbytes: int) -> None:
@@ -122,11 +190,8 @@ class Admission:
         caller.rows += rows
         caller.bytes += nbytes
 
-    def _check(self, rows: int, nbytes: int) -> None:
-        if self.rows + rows > self._config.max_queue_rows:
-            raise self._overloaded("rows")
-        if self.bytes + nbytes > self._config.max_queue_bytes:
-            raise self._overloaded("bytes")
-
-    def _overloaded(self, what: str) -> Overloaded:
-        return Overloaded(f"too many {what} in the server", retry_after_s=self._retry_after_s(self.rows))
+    def _overloaded(self, what: str, caller: Caller | None = None) -> Overloaded:
+        self._stats.count_refused(what if caller is None else f"caller_{what}")
+        whose = "" if caller is None else f" of the caller {caller.name}"
+        rows = self.rows if caller is None else caller.rows
+        return Overloaded(f"too many {what}{whose} in the server", retry_after_s=self._stats.retry_after_s(rows))

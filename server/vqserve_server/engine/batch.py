@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,12 +65,22 @@ class Part(NamedTuple):
 
 
 class Batch:
-    """Parts of jobs with one key. The queue adds them; a device thread computes them."""
+    """Parts of jobs with one key. The queue adds them; a device thread computes them.
+
+    Attributes:
+        key: of all its jobs.
+        parts: in the order of their rows.
+        rows: rows of all parts.
+        cost: seconds that it is expected to take.
+        taken_at: when a device thread took it, in time.monotonic() seconds.
+    """
 
     def __init__(self, key: Key) -> None:
         self.key = key
         self.parts: list[Part] = []
         self.rows = 0
+        self.cost = 0.0
+        self.taken_at = 0.0
 
     def add(self, job: Job, rows: int) -> None:
         """Add the next rows of a job."""
@@ -85,7 +96,10 @@ class Batch:
         results = self.key.compute(rows)
         if len(results) != self.rows:
             raise RuntimeError(f"{len(results)} results for {self.rows} rows")
+        now = time.monotonic()
         for part in self.parts:
+            if not part.job.is_wanted(now):
+                continue
             try:
                 part.job.write(part.start, results[part.rows])
             except InvalidArgument as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -9,8 +10,10 @@ from typing import TYPE_CHECKING
 from vqserve.codebook_info import VERSION_MARK, CodebookInfo
 from vqserve.errors import DeviceBroken, Draining
 from vqserve.validation import check_digest, no_codebook
+from vqserve_server.access import Codebooks
 from vqserve_server.codebook_files import latest, version_order
 from vqserve_server.config import EngineConfig
+from vqserve_server.console import event
 from vqserve_server.device import wait_for_stream
 from vqserve_server.engine.admission import Admission, EngineStats
 from vqserve_server.engine.scheduler import Scheduler
@@ -18,6 +21,8 @@ from vqserve_server.engine.worker import Worker
 
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # A GPU is idle while a thread copies rows and replies; on a CPU the same cores do both.
 _CUDA_THREADS = 2
@@ -36,28 +41,53 @@ class LiveSet:
     def __len__(self) -> int:
         return len(self._by_name)
 
-    def infos(self) -> list[CodebookInfo]:
-        """Return the codebook of each name, in name order, versions as numbers."""
-        return [replace(self._by_name[name].info, name=name) for name in self._names()]
+    def tokenizers(self) -> list[Tokenizer]:
+        """Return the tokenizers, in name order, each once."""
+        return list({self._by_name[name]: None for name in self._names(None)})
 
-    def resolve(self, name: str, expected_digest: str = "") -> Tokenizer:
+    def infos(self, codebooks: Codebooks | None = None) -> list[CodebookInfo]:
+        """Return the codebook of each name, in name order, versions as numbers.
+
+        Args:
+            codebooks: those that the caller may use; None: all.
+        """
+        return [replace(self._by_name[name].info, name=name) for name in self._names(codebooks)]
+
+    def resolve(self, name: str, expected_digest: str = "", codebooks: Codebooks | None = None) -> Tokenizer:
         """Return the tokenizer of that name; for no name the only one, of several versions the latest.
 
+        Args:
+            name: in the request; "": none.
+            expected_digest: that the caller expects; "": any will do.
+            codebooks: those that the caller may use; the others do not exist for it. None: all.
+
         Raises:
+            PermissionDenied: the caller may not use it, whether it exists or not.
             CodebookNotFound: no codebook has that name, or no name was given and several codebooks are live.
-            DigestMismatch: it has another digest than the caller expects ("": any will do).
+            DigestMismatch: it has another digest than the caller expects.
         """
-        bases = [base for base in self._by_name if VERSION_MARK not in base]
-        asked = name or (bases[0] if len(bases) == 1 else "")
-        tokenizer = self._by_name.get(asked)
+        if codebooks is not None and name:
+            codebooks.check(name)
+        tokenizer = self._by_name.get(name or self._only(codebooks))
         if tokenizer is None:
-            raise no_codebook(name, self._names(), num_codebooks=len(bases))
+            names = self._names(codebooks)
+            raise no_codebook(name, names, num_codebooks=len(_bases(names)))
         if expected_digest:
             check_digest(expected_digest, info=tokenizer.info)
         return tokenizer
 
-    def _names(self) -> list[str]:
-        return sorted(self._by_name, key=version_order)
+    def _only(self, codebooks: Codebooks | None) -> str:
+        bases = _bases(self._names(codebooks))
+        return bases[0] if len(bases) == 1 else ""
+
+    def _names(self, codebooks: Codebooks | None) -> list[str]:
+        names = self._by_name if codebooks is None else filter(codebooks.allow, self._by_name)
+        return sorted(names, key=version_order)
+
+
+def _bases(names: Sequence[str]) -> Sequence[str]:
+    """Return the names without a version; if there are none, all."""
+    return [name for name in names if VERSION_MARK not in name] or names
 
 
 class Engine:
@@ -77,18 +107,18 @@ class Engine:
             tokenizers: the codebooks to serve, under their names.
             config: batching and limits.
             threads: number of batches that are computed at once; None: a number that suits the device.
-            on_broken: called, from another thread, when the device is lost.
+            on_broken: called, from another thread, when the engine can serve no longer, before its jobs fail.
         """
         config = config or EngineConfig()
         tokenizers = list(tokenizers)
         self.live = _live(tokenizers)
         self.stats = EngineStats()
         self._on_broken = on_broken
-        self.admission = Admission(config, retry_after_s=self.stats.retry_after_s)
-        self.scheduler = Scheduler(config)
+        self.admission = Admission(config, self.stats)
+        self.scheduler = Scheduler(config, self.stats)
         if threads is None:
             threads = max((_threads(tokenizer) for tokenizer in tokenizers), default=1)
-        self._worker = Worker(self.scheduler, self.stats, threads=threads, on_broken=self._broken)
+        self._worker = Worker(self.scheduler, self.stats, threads=threads, on_broken=self._lost)
 
     def swap(self, tokenizers: Iterable[Tokenizer]) -> None:
         """Serve these codebooks from now on; jobs that were made for others finish with those."""
@@ -119,9 +149,23 @@ class Engine:
         self.scheduler.close(stopping, drop=True)
         return self._worker.join(0.0)
 
-    def _broken(self, error: DeviceBroken) -> None:
-        self.admission.close(error)
+    def break_down(self, message: str, line: str, cause: BaseException | None = None) -> None:
+        """Serve no longer: refuse requests, and fail those in the server with DeviceBroken.
+
+        Args:
+            message: for the callers.
+            line: for the log.
+            cause: its traceback goes to the log.
+        """
+        broken = DeviceBroken(message)
+        self.admission.close(broken)
         self._on_broken()
+        self.scheduler.close(broken, drop=True)
+        # Last: whoever reads the log may be slow.
+        logger.critical(line, exc_info=cause)
+
+    def _lost(self, error: BaseException) -> None:
+        self.break_down("the device failed", event("device_failed"), error)
 
 
 def _live(tokenizers: Sequence[Tokenizer]) -> LiveSet:

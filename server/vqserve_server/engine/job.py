@@ -23,6 +23,7 @@ from vqserve_server.engine.caller import Caller
 from vqserve_server.engine.copy import first_overflow, read_rows, read_tokens, write_rows, write_tokens
 
 if TYPE_CHECKING:
+    from vqserve_server.engine.queue import Line
     from vqserve_server.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
@@ -122,7 +123,7 @@ class RequestTiming(NamedTuple):
 class Job(ABC):
     """Rows in, rows out, and an outcome that is set exactly once.
 
-    The scheduler's lock guards `next_row`. Several threads may compute the parts of a job at once.
+    The scheduler's lock guards `next_row`, `cost` and `line`. Several threads may compute the parts of a job at once.
 
     Attributes:
         key: which jobs can share a batch with this one.
@@ -133,6 +134,8 @@ class Job(ABC):
         rows: tokens of the request.
         deadline: time.monotonic() seconds, or None.
         next_row: first row that is not part of a batch yet.
+        cost: seconds that the rows from there on are expected to take.
+        line: where the job waits, until all its rows are part of a batch.
         outcome: None until there is one; an exception if the job failed.
     """
 
@@ -158,6 +161,8 @@ class Job(ABC):
         self.deadline = deadline
         self.outcome: RequestTiming | BaseException | None = None
         self.next_row = 0
+        self.cost = 0.0
+        self.line: Line | None = None
         self.arrived = time.monotonic()
         self._on_done = on_done
         self._waiting_since = self.arrived
@@ -202,7 +207,7 @@ class Job(ABC):
     def is_wanted(self, now: float) -> bool:
         """Return whether the job still needs its result; one whose deadline has passed is resolved here."""
         if self.deadline is not None and self.deadline <= now:
-            self.resolve(DeadlineExceeded("the deadline passed before the request was computed"))
+            self.resolve(DeadlineExceeded("the deadline passed while the request was computed"))
         return self.outcome is None
 
     def finish_part(self, rows: int, *, started: float, ended: float, batch: tuple[int, int]) -> RequestTiming | None:

@@ -1,97 +1,26 @@
-"""The choice of the next batch of a device thread from the waiting jobs."""
+"""The job queue, shared by all threads: it admits what can be in time, and gives batches to the device threads."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import NoReturn
 
-from vqserve.errors import VqserveError
+from vqserve.errors import DeadlineExceeded, Overloaded, VqserveError
 from vqserve_server.config import EngineConfig
+from vqserve_server.engine.admission import EngineStats
 from vqserve_server.engine.batch import Batch
+from vqserve_server.engine.caller import Caller
 from vqserve_server.engine.job import Job, Key
+from vqserve_server.engine.queue import JobQueue
+from vqserve_server.engine.speed import Speeds
 
-
-class JobQueue:
-    """First come, first served within a key; the keys take turns. Decisions only: the caller holds the lock.
-
-    Attributes:
-        waiting: jobs that are not, or not completely, in a batch, by key; the next key in turn is first.
-    """
-
-    def __init__(self, config: EngineConfig) -> None:
-        self.waiting: OrderedDict[Key, deque[Job]] = OrderedDict()
-        self._config = config
-
-    def put(self, job: Job) -> None:
-        """Add a job behind the others of its key."""
-        jobs = self.waiting.get(job.key)
-        if jobs is None:
-            jobs = self.waiting[job.key] = deque()
-        jobs.append(job)
-
-    def discard(self, job: Job) -> None:
-        """Take a job out, if it is here."""
-        jobs = self.waiting.get(job.key)
-        if jobs is not None and job in jobs:
-            jobs.remove(job)
-            if not jobs:
-                del self.waiting[job.key]
-
-    def clear(self) -> list[Job]:
-        """Take all jobs out and return them."""
-        jobs = [job for jobs in self.waiting.values() for job in jobs]
-        self.waiting.clear()
-        return jobs
-
-    def take(self, now: float, *, allow_wait: bool) -> Batch | None:
-        """Return the next batch: of the first key in turn that is ready, with as many rows as the limits allow.
-
-        Args:
-            now: time.monotonic() seconds.
-            allow_wait: whether a batch that is not full may wait up to max_wait_us for more jobs.
-        """
-        may_wait = allow_wait and self._config.max_wait_us > 0
-        for key in list(self.waiting):
-            if may_wait and self._ready_at(key) > now:
-                continue
-            self.waiting.move_to_end(key)
-            batch = self._fill(key, now)
-            if batch.parts:
-                return batch
-        return None
-
-    def ready_at(self) -> float | None:
-        """Return when `take` finds a batch although it may wait, in time.monotonic() seconds; None: nothing waits."""
-        return min((self._ready_at(key) for key in self.waiting), default=None)
-
-    def _fill(self, key: Key, now: float) -> Batch:
-        """Return a batch of the waiting jobs of a key that fit.
-
-        A job that fits into no batch is split, and the rest goes behind the other jobs, so that it does not hold up
-        small ones. Cancelled and expired jobs are dropped here.
-        """
-        batch = Batch(key)
-        jobs, capacity = self.waiting[key], key.max_rows(self._config)
-        while jobs and batch.rows < capacity:
-            job = jobs[0]
-            rows_left, capacity_left = job.rows - job.next_row, capacity - batch.rows
-            if job.is_wanted(now):
-                if capacity_left < rows_left <= capacity:
-                    break
-                batch.add(job, min(rows_left, capacity_left))
-            jobs.popleft()
-            if job.next_row < job.rows and job.outcome is None:
-                jobs.append(job)
-        if not jobs:
-            del self.waiting[key]
-        return batch
-
-    def _ready_at(self, key: Key) -> float:
-        jobs = self.waiting[key]
-        if sum(job.rows - job.next_row for job in jobs) >= key.max_rows(self._config):
-            return 0.0
-        return min(job.arrived for job in jobs) + self._config.max_wait_us * 1e-6
+# A request with a deadline may wait at most so long that this many times the wait would be in time. The rest is for
+# what the estimate does not know: those that come later and are first, and the time for message and reply.
+_CAUTION = 1.5
+# Bounds of the delay before a retry.
+_LEAST_RETRY_S, _MOST_RETRY_S = 0.05, 10.0
 
 
 class Scheduler:
@@ -100,11 +29,46 @@ class Scheduler:
     A batch is closed when a device thread asks for one: as late, and as full, as possible.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._queue = JobQueue(config)
+    def __init__(
+        self, config: EngineConfig, stats: EngineStats, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Make an empty queue; `clock` returns seconds like time.monotonic."""
+        self._clock = clock
+        self._max_wait_s = config.max_queue_ms * 1e-3
+        self._stats = stats
+        self._speeds = Speeds(config)
+        self._queue = JobQueue(config, self._speeds)
         self._changed = threading.Condition(threading.Lock())
-        self._on_device: dict[int, Batch] = {}  # by the id of the thread that computes it
+        self._on_device: dict[str, Batch] = {}  # by the name of the thread that computes it
+        self._on_device_s = 0.0  # seconds that those are expected to take
+        self._last_done = 0.0
         self._closed: VqserveError | None = None
+
+    def check(self, caller: Caller, key: Key, rows: int, deadline: float | None) -> None:
+        """Reject a request that could not be computed in time. One that would be the first in the queue always can.
+
+        Args:
+            caller: who sent it.
+            key: its key.
+            rows: its rows.
+            deadline: time.monotonic() seconds, or None.
+
+        Raises:
+            DeadlineExceeded: the deadline has passed.
+            Overloaded: the deadline would pass, or the request would wait longer than any may.
+        """
+        now = self._clock()
+        if deadline is not None and deadline <= now:
+            self._stats.count_dropped(expired=1)
+            raise DeadlineExceeded("the deadline passed before the request arrived")
+        if not self._queue:
+            return
+        wait_s, own_s = self._queue.expect(caller, key, rows)
+        wait_s += self._on_device_s
+        if deadline is not None and now + _CAUTION * wait_s + own_s > deadline:
+            self._reject("deadline", "the server is too busy to answer before the deadline", wait_s)
+        if self._max_wait_s and wait_s > self._max_wait_s:
+            self._reject("wait", "the server is too busy: the request would wait too long", wait_s)
 
     def put(self, job: Job) -> None:
         """Queue a job; it gets its outcome exactly once, whatever happens.
@@ -124,6 +88,7 @@ class Scheduler:
         job.cancel()
         with self._changed:
             self._queue.discard(job)
+        self._stats.count_dropped(cancelled=1)
 
     def close(self, reason: VqserveError, *, drop: bool) -> None:
         """Accept no more jobs; those that are here finish or, with `drop`, fail with the reason."""
@@ -137,28 +102,63 @@ class Scheduler:
         for job in jobs:
             job.resolve(reason)
 
+    def on_device(self) -> dict[str, Batch]:
+        """Return the batches that are being computed, by the names of the threads."""
+        with self._changed:
+            return dict(self._on_device)
+
     def next_batch(self) -> Batch | None:
         """Return the next batch as soon as there is one; None: closed, and nothing is left.
 
         The calling thread has finished the batch that it got before.
         """
-        thread = threading.get_ident()
+        thread = threading.current_thread().name
         with self._changed:
-            self._on_device.pop(thread, None)
+            finished = self._on_device.pop(thread, None)
+            if finished is not None:
+                self._learn(finished)
             while True:
-                batch = None
-                if self._queue.waiting:
-                    batch = self._queue.take(time.monotonic(), allow_wait=self._closed is None)
+                batch, late = self._queue.take(self._clock(), allow_wait=self._closed is None)
                 if batch is not None:
                     self._on_device[thread] = batch
-                    if self._queue.waiting:
+                    batch.taken_at = self._clock()
+                    self._on_device_s += batch.cost
+                    if self._queue:
                         # One notification may announce several batches.
                         self._changed.notify()
+                if late:
+                    # Replies are sent without the lock, which the transport's thread needs.
+                    self._changed.release()
+                    try:
+                        self._expire(late)
+                    finally:
+                        self._changed.acquire()
+                if batch is not None:
                     return batch
-                if self._queue.waiting:
+                if late:
+                    continue
+                if self._queue:
                     ready_at = self._queue.ready_at() or 0.0
-                    self._changed.wait(max(ready_at - time.monotonic(), 0.0))
+                    self._changed.wait(max(ready_at - self._clock(), 0.0))
                 elif self._closed is not None:
                     return None
                 else:
                     self._changed.wait()
+
+    def _learn(self, batch: Batch) -> None:
+        """Learn how fast the device is from a batch that is finished, its replies included."""
+        now = self._clock()
+        # Of two threads that compute at once each makes half of the progress.
+        seconds = now - max(batch.taken_at, self._last_done)
+        self._last_done = now
+        self._on_device_s = self._on_device_s - batch.cost if self._on_device else 0.0
+        self._speeds.of(batch.key).measure(len(batch.parts), batch.rows, seconds)
+
+    def _expire(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            job.resolve(DeadlineExceeded("the deadline would pass before the request was computed"))
+        self._stats.count_dropped(expired=len(jobs))
+
+    def _reject(self, reason: str, text: str, wait_s: float) -> NoReturn:
+        self._stats.count_refused(reason)
+        raise Overloaded(text, retry_after_s=min(max(wait_s, _LEAST_RETRY_S), _MOST_RETRY_S))

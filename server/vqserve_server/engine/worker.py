@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from vqserve.errors import DeviceBroken, InvalidArgument
+from vqserve.errors import InvalidArgument
 from vqserve_server.console import event
 from vqserve_server.device import (
     DeviceStreams,
@@ -18,6 +18,7 @@ from vqserve_server.device import (
 )
 from vqserve_server.engine.admission import EngineStats
 from vqserve_server.engine.batch import Batch, BatchFailed, Staging, no_memory
+from vqserve_server.engine.caller import CANARY
 from vqserve_server.engine.row_limits import RowLimits
 from vqserve_server.engine.scheduler import Scheduler
 
@@ -29,11 +30,11 @@ class Worker:
 
     On CUDA each has its own stream, so that the copies of one run beside the search of another. A batch that fails
     affects only its own requests; one for which there is too little memory is computed in smaller ones. When the
-    device is lost, or a thread ends with any other error, all jobs fail with DeviceBroken and `on_broken` is called.
+    device is lost, or a thread ends with any other error, `on_broken` is called with the error.
     """
 
     def __init__(
-        self, scheduler: Scheduler, stats: EngineStats, *, threads: int, on_broken: Callable[[DeviceBroken], None]
+        self, scheduler: Scheduler, stats: EngineStats, *, threads: int, on_broken: Callable[[BaseException], None]
     ) -> None:
         self._scheduler = scheduler
         self._stats = stats
@@ -64,7 +65,7 @@ class Worker:
                 # A thread that waits must not keep a batch, and with it a codebook that was replaced.
                 del batch
         except BaseException as error:
-            self._break(error)
+            self._on_broken(error)
 
     def _serve(self, batch: Batch, staging: Staging) -> None:
         """Compute a batch and answer its jobs, in smaller batches where the whole cannot be computed."""
@@ -104,9 +105,10 @@ class Worker:
             ended = time.monotonic()
             complete = batch.finish(started=started, ended=ended)
             # Count before the replies are sent: a caller with a reply finds its request in the counters.
-            self._stats.count(
-                requests=len(batch.parts), rows=batch.rows, finished=len(complete), seconds=ended - started
-            )
+            if len(batch.parts) > 1 or batch.parts[0].job.caller is not CANARY:
+                self._stats.count(
+                    requests=len(batch.parts), rows=batch.rows, finished=len(complete), seconds=ended - started
+                )
             # Last, all together: the threads of the callers compete with this one.
             for job, timing in complete:
                 job.resolve(timing)
@@ -127,9 +129,3 @@ class Worker:
             else:
                 return batch.split()
         return []
-
-    def _break(self, error: BaseException) -> None:
-        logger.critical(event("device_failed"), exc_info=error)
-        broken = DeviceBroken("the device failed")
-        self._scheduler.close(broken, drop=True)
-        self._on_broken(broken)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import grpc
@@ -21,6 +22,7 @@ from vqserve.error_wire import REQUEST_ID, REQUEST_ID_KEY
 from vqserve.errors import InvalidArgument
 from vqserve_server.console import event
 from vqserve_server.engine import BatchFailed, Caller
+from vqserve_server.rpc.gate import Gate
 from vqserve_server.rpc.status import Status, status_of
 
 # gRPC represents "no deadline" by one that is centuries away.
@@ -36,16 +38,28 @@ class Call:
     At most one `receive` and one `send` may be active at a time. After the end of the call all methods do nothing.
 
     Attributes:
-        method: full name.
         caller: who made it.
+        method: full name.
         deadline: time.monotonic() seconds, or None.
         on_close: called once, when the caller has received everything, or has left.
         owes_reply: returns whether the server owes a reply, although another message may be received.
     """
 
-    def __init__(self, event: Any, caller: Caller, on_end: Callable[[Call], None]) -> None:
-        """Take the call that an event announces; `on_end` is called with it, before `on_close`."""
+    def __init__(
+        self, event: Any, caller: Caller, method: str, on_end: Callable[[Call], None], gate: Gate | None = None
+    ) -> None:
+        """Take the call that an event announces.
+
+        Args:
+            event: the event.
+            caller: who made the call.
+            method: full name.
+            on_end: called with the call when it has ended, before `on_close`.
+            gate: may hold back the end of the call; None: nothing does.
+        """
         self.caller = caller
+        self.method = method
+        self._gate = gate
         self._call = event.call
         self._metadata = event.invocation_metadata
         self._on_end = on_end
@@ -57,9 +71,7 @@ class Call:
         self._sending_since: float | None = None
         self._sent_at = 0.0
         self._lock = threading.Lock()
-        details = event.call_details
-        self.method: str = details.method.decode("ascii", "backslashreplace")
-        left_s = details.deadline - time.time()
+        left_s = event.call_details.deadline - time.time()
         self.deadline = None if left_s > _NO_DEADLINE_S else time.monotonic() + left_s
         self.on_close: Callable[[], None] = _nothing
         self.owes_reply: Callable[[], bool] = _no
@@ -129,6 +141,11 @@ class Call:
 
     def end(self, status: Status = _OK, message: bytes | None = None) -> None:
         """End the call, with a last message if there is one."""
+        gate = self._gate
+        if gate is None or not gate.is_shut or not gate.hold(partial(self._end, status, message)):
+            self._end(status, message)
+
+    def _end(self, status: Status, message: bytes | None) -> None:
         initial, self._unsent = self._unsent, ()
         last = () if message is None else (cygrpc.SendMessageOperation(message, 0),)
         code, text = status.code.value[0], status.details.encode()

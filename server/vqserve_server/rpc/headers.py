@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve import layout, payload, wire
-from vqserve.codebook_info import CodebookInfo
+from vqserve.codebook_info import VERSION_MARK, CodebookInfo
 from vqserve.dtypes import BY_NUMBER
 from vqserve.errors import InvalidDtype, InvalidOption
 from vqserve.layout import LATENT_RANKS, Layout, first_channels
@@ -29,6 +29,7 @@ from vqserve.validation import (
     not_indices,
     not_latents,
 )
+from vqserve_server.access import Codebooks
 from vqserve_server.engine import Caller, DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, LiveSet
 from vqserve_server.rpc.messages import (
     check_array_dtype,
@@ -61,6 +62,8 @@ class RequestHeader(ABC, Generic[RequestT]):
 
     Attributes:
         request_type: the protobuf message.
+        codebook: name of the codebook, without a version unless the request has one.
+        has_name: whether the request names it; another caller may have another only codebook.
         job_type: the engine's job for such a request.
         payload_bytes: size of the request's payload.
         rows: tokens that the engine computes.
@@ -70,22 +73,35 @@ class RequestHeader(ABC, Generic[RequestT]):
 
     request_type: type[RequestT]
     job_type: ClassVar[type[Job]]
+    codebook: str
+    has_name: bool
     rows: int
     reply_bytes: int
     empty_reply: bytes
     _key: EncodeKey | DecodeKey
     _layout: Layout
 
-    def __init__(self, message: RequestT, payload_bytes: int, *, live: LiveSet, max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        message: RequestT,
+        payload_bytes: int,
+        *,
+        live: LiveSet,
+        codebooks: Codebooks | None,
+        max_message_bytes: int,
+    ) -> None:
         """Validate the header of a request with a payload of that size.
 
         Raises:
             InvalidArgument: what is wrong with it.
+            PermissionDenied: the caller may not use that codebook.
             CodebookNotFound: no such codebook.
             DigestMismatch: the caller pinned another digest.
         """
         self.payload_bytes = payload_bytes
-        self._tokenizer = live.resolve(message.codebook, message.expected_digest)
+        self._tokenizer = live.resolve(message.codebook, message.expected_digest, codebooks)
+        self.has_name = bool(message.codebook)
+        self.codebook = message.codebook or self._tokenizer.info.name.partition(VERSION_MARK)[0]
         self._read(message, payload_bytes, self._tokenizer.info)
         check_reply_size(self.reply_bytes, max_message_bytes)
 
@@ -117,6 +133,11 @@ class RequestHeader(ABC, Generic[RequestT]):
             deadline=deadline,
         )
         return job, reply
+
+    @property
+    def key(self) -> EncodeKey | DecodeKey:
+        """Return which requests can share a batch with those of this header."""
+        return self._key
 
     @abstractmethod
     def _read(self, message: RequestT, payload_bytes: int, info: CodebookInfo) -> None:
@@ -241,11 +262,16 @@ class HeaderCache(Generic[RequestT]):
         """
         self._known = _Known(live)
 
-    def find(self, raw: bytes) -> tuple[RequestHeader[RequestT], memoryview]:
+    def find(self, raw: bytes, codebooks: Codebooks | None = None) -> tuple[RequestHeader[RequestT], memoryview]:
         """Return the header and the payload of a request.
+
+        Args:
+            raw: the request.
+            codebooks: those that its caller may use; None: all.
 
         Raises:
             InvalidArgument: what is wrong with it.
+            PermissionDenied: the caller may not use that codebook.
             CodebookNotFound: no such codebook.
             DigestMismatch: the caller pinned another digest.
         """
@@ -255,18 +281,25 @@ class HeaderCache(Generic[RequestT]):
             header = known.by_bytes.get(raw[:start])
             # A header ends with the payload's length, so messages of equal headers and sizes are equal in form. The
             # size must be compared: `start` came from another message, and more may follow the payload.
-            if header is not None and header.payload_bytes == len(raw) - start:
+            if (
+                header is not None
+                and header.payload_bytes == len(raw) - start
+                and (codebooks is None or codebooks.allow(header.codebook))
+            ):
                 return header, memoryview(raw)[start:]
-        header, data = self._parse(raw, known.live)
+        header, data = self._parse(raw, known.live, codebooks)
         start = len(raw) - len(data)
         # Only if the payload ends the message, and is not a copy made by protobuf.
-        if data.obj is raw and start <= _LONGEST_HEADER:
+        if data.obj is raw and start <= _LONGEST_HEADER and (codebooks is None or header.has_name):
             known.add(raw, start, header)
         return header, data
 
-    def _parse(self, raw: bytes, live: LiveSet) -> tuple[RequestHeader[RequestT], memoryview]:
+    def _parse(
+        self, raw: bytes, live: LiveSet, codebooks: Codebooks | None
+    ) -> tuple[RequestHeader[RequestT], memoryview]:
         message, data = read(self._kind.request_type, raw)
-        return self._kind(message, len(data), live=live, max_message_bytes=self._max_message_bytes), data
+        limit = self._max_message_bytes
+        return self._kind(message, len(data), live=live, codebooks=codebooks, max_message_bytes=limit), data
 
 
 class _Known(Generic[RequestT]):

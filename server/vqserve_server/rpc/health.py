@@ -41,6 +41,11 @@ class Health:
         for watcher in watchers:
             watcher.notify()
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether a caller watches the state."""
+        return bool(self._watchers)
+
     def close(self) -> None:
         """End the watchers' calls."""
         with self._lock:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 from grpc_health.v1 import health
 
 from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve_server.access import Access
 from vqserve_server.config import RpcConfig
 from vqserve_server.engine import Engine
 from vqserve_server.network import address
 from vqserve_server.rpc.call import Call
+from vqserve_server.rpc.callers import Callers
 from vqserve_server.rpc.calls import Calls
 from vqserve_server.rpc.headers import DecodeHeader, EncodeHeader, HeaderCache
 from vqserve_server.rpc.health import Health
@@ -18,6 +21,7 @@ from vqserve_server.rpc.messages import codebook_message, parse
 from vqserve_server.rpc.options import channel_options
 from vqserve_server.rpc.reflection import Reflection
 from vqserve_server.rpc.request import Requests
+from vqserve_server.rpc.tls import server_credentials
 from vqserve_server.rpc.transport import Handler, Transport
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"].full_name
@@ -53,11 +57,13 @@ class TokenizerService:
         self._requests.close()
 
     def _list_codebooks(self, call: Call, raw: bytes) -> bytes:
-        """Return the served codebooks as a ListCodebooksResponse."""
+        """Return the served codebooks that the caller may use as a ListCodebooksResponse."""
         parse(pb.ListCodebooksRequest, raw)
         self._engine.admission.enter(call.caller, 0, len(raw))
         try:
-            codebooks = [codebook_message(info) for info in self._engine.live.infos()]
+            token = call.caller.token
+            allowed = None if token is None else token.check().codebooks
+            codebooks = [codebook_message(info) for info in self._engine.live.infos(allowed)]
             return pb.ListCodebooksResponse(codebooks=codebooks).SerializeToString()
         finally:
             self._engine.admission.leave(call.caller, 0, len(raw))
@@ -65,25 +71,52 @@ class TokenizerService:
 
 # Seconds for the calls of health and reflection to end, after all others have.
 _LINGER_S = 0.5
+# Seconds between NOT_SERVING and the end of the connections.
+_NOTICE_S = 0.25
+# Open calls of each method of health, and of the port for health checks.
+_MOST_HEALTH_CALLS = 256
 
 
 class RpcServer:
     """Serves an engine on a port."""
 
-    def __init__(self, engine: Engine, config: RpcConfig, *, shares_port: bool = False) -> None:
+    def __init__(
+        self, engine: Engine, config: RpcConfig, access: Access, *, health_port: int = 0, shares_port: bool = False
+    ) -> None:
+        """Make the server; nothing listens before `start`.
+
+        Args:
+            engine: computes.
+            config: where to listen, and limits.
+            access: who may call.
+            health_port: port for health checks in plaintext, and nothing else; 0: none.
+            shares_port: whether other processes listen on the ports too.
+        """
         self._config = config
+        self._access = access
+        self._health_port = health_port
         self._service = TokenizerService(engine, max_message_bytes=config.max_message_bytes)
         self._health = Health(("", SERVICE))
+        options = channel_options(config, shares_port=shares_port)
         self._transport = Transport(
             {
                 **self._service.handlers(),
                 **self._health.handlers(),
                 **Reflection((SERVICE, health.SERVICE_NAME)).handlers(),
             },
-            options=channel_options(config, shares_port=shares_port),
+            options=options,
             max_calls=config.max_concurrent_rpcs,
+            max_calls_per_caller=config.max_calls_per_caller,
             idle_s=config.idle_seconds,
+            callers=Callers(access.tokens),
+            reserved=dict.fromkeys(self._health.handlers(), _MOST_HEALTH_CALLS),
         )
+        # A call does not say on which of a server's ports it came, so these are two servers.
+        self._health_transport = None
+        if health_port:
+            self._health_transport = Transport(
+                self._health.handlers(), options=options, max_calls=_MOST_HEALTH_CALLS, idle_s=config.idle_seconds
+            )
 
     def start(self) -> int:
         """Listen, and return the port.
@@ -93,23 +126,42 @@ class RpcServer:
         """
         if self._config.unix_socket:
             self._transport.listen(f"unix:{self._config.unix_socket}")
-        port = self._transport.listen(address(self._config.host, self._config.port))
+        host, certificates = self._config.host, self._access.certificates
+        credentials = None if certificates is None else server_credentials(certificates)
+        port = self._transport.listen(address(host, self._config.port), credentials)
         self._health.set_serving(True)
+        if self._health_transport is not None:
+            self._health_transport.listen(address(host, self._health_port))
+            self._health_transport.start()
         self._transport.start()
         return port
+
+    def turns(self) -> int:
+        """Return a number that grows at least once per second while the transport's thread is not stuck."""
+        return self._transport.turns
 
     def use_live_set(self) -> None:
         """Serve the codebooks that the engine has live now."""
         self._service.use_live_set()
 
     def not_serving(self) -> None:
-        """Report NOT_SERVING to health checks from now on."""
+        """Report NOT_SERVING to health checks from now on. Any thread may call it."""
         self._health.set_serving(False)
 
     def stop(self, drain_seconds: float) -> bool:
-        """Let the calls that are being answered finish, then close the port; return whether they finished in time."""
-        finished = self._service.calls.drain(drain_seconds)
+        """Close the port, and let the calls that are being answered finish; return whether they finished in time.
+
+        Health is NOT_SERVING already. Callers learn at once that they must go elsewhere (GOAWAY).
+        """
+        deadline = time.monotonic() + drain_seconds
+        if self._health.is_watched:
+            # Who watches health leaves in this time, and loses no call on the way.
+            time.sleep(min(_NOTICE_S, drain_seconds))
+        self._transport.close()
+        finished = self._service.calls.drain(deadline - time.monotonic())
         self._health.close()
         self._transport.stop(_LINGER_S)
+        if self._health_transport is not None:
+            self._health_transport.stop(_LINGER_S)
         self._service.close()
         return finished

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -20,6 +21,8 @@ from vqserve.errors import Overloaded
 from vqserve_server.console import event
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.callers import Callers
+from vqserve_server.rpc.gate import Gate
+from vqserve_server.rpc.reserved import Places
 from vqserve_server.rpc.status import Status
 
 # The retry delay for a call above the limit; the server cannot know when another call will end.
@@ -29,8 +32,14 @@ logger = logging.getLogger(__name__)
 
 # Starts to answer a call, and returns at once.
 Handler = Callable[[Call], None]
+THREAD_NAME = "vqserve-grpc"
 # Interval of the check for idle calls.
 _IDLE_CHECK_S = 1.0
+# Before the server closes, it lets no call end until no call has arrived for so long, and for at most so long.
+_QUIET_S = 0.1
+_MOST_HOLD_S = 0.5
+# Calls that were refused and have not ended, because their callers do not read. No more calls are taken above that.
+_MOST_REFUSED = 256
 
 
 class Transport:
@@ -42,7 +51,10 @@ class Transport:
         *,
         options: Sequence[tuple[str, int]],
         max_calls: int,
+        max_calls_per_caller: int | None = None,
         idle_s: float = 0.0,
+        reserved: Mapping[str, int] | None = None,
+        callers: Callers | None = None,
     ) -> None:
         """Make the transport; `listen` to some addresses before `start`.
 
@@ -50,28 +62,49 @@ class Transport:
             handlers: by the method's full name, "/package.Service/Method".
             options: options of gRPC, as pairs of name and value.
             max_calls: open calls at once; more fail with RESOURCE_EXHAUSTED.
+            max_calls_per_caller: those of one caller; None: as many as of all.
             idle_s: how long a call may wait for its caller before it ends with UNAVAILABLE; 0: for ever.
+            callers: decides who may call; None: everyone.
+            reserved: methods whose calls do not count among the others, and how many of each may be open; above that
+                the caller that has most of them loses its oldest.
         """
         self._handlers = handlers
         self._max_calls = max_calls
+        self._max_calls_per_caller = max_calls if max_calls_per_caller is None else max_calls_per_caller
         self._idle_s = idle_s
+        self._places = {method: Places(most) for method, most in (reserved or {}).items()}
+        # The calls that have not ended; those of them that were not refused; and those that count apart.
         self._calls: set[Call] = set()
-        self._callers = Callers()
+        self._accepted: set[Call] = set()
+        self._reserved_calls: set[Call] = set()
+        self._callers = callers or Callers()
+        self._gate = Gate()
+        self._last_call_at = -1.0  # time.monotonic() seconds
         self._queue = cygrpc.CompletionQueue()
         self._server = cygrpc.Server(list(options), False)
         self._server.register_completion_queue(self._queue)
-        self._thread = threading.Thread(target=self._serve, name="vqserve-grpc", daemon=True)
+        for method in self._places:
+            self._server.register_method(method)
+        self._thread = threading.Thread(target=self._serve, name=THREAD_NAME, daemon=True)
         self._lock = threading.Lock()
-        self._is_stopping = False
+        self._is_asking = False  # for the next call, one of reserved methods apart
+        self._is_closed = self._is_stopping = False
         self._stopped = threading.Event()
+        # Rounds of the thread: it grows at least once per second while the thread is not stuck.
+        self.turns = 0
 
-    def listen(self, address: str) -> int:
+    def listen(self, address: str, credentials: Any = None) -> int:
         """Listen on HOST:PORT or unix:PATH, and return the port.
+
+        Args:
+            address: where.
+            credentials: grpc.ServerCredentials, for TLS; None: plaintext.
 
         Raises:
             RuntimeError: the address cannot be bound.
         """
-        port: int = self._server.add_http2_port(address.encode())
+        own = None if credentials is None else credentials._credentials
+        port: int = self._server.add_http2_port(address.encode(), own)
         if not port:
             raise RuntimeError(f"cannot bind {address}")
         return port
@@ -79,19 +112,39 @@ class Transport:
     def start(self) -> None:
         """Accept calls."""
         self._server.start()
-        self._server.request_call(self._queue, self._queue, self._on_call)
+        self._ask()
+        for method in self._places:
+            self._ask_reserved(method)
         self._thread.start()
 
+    def close(self) -> None:
+        """Accept no more connections and calls, and tell all callers so (GOAWAY); open calls go on.
+
+        gRPC drops calls that are on their way meanwhile: callers that wait for an answer make none, so all wait for a
+        moment. Closing twice is fine, and closing what was not started.
+        """
+        if not self._thread.is_alive():
+            return
+        self._gate.shut()
+        until = time.monotonic() + _MOST_HOLD_S
+        while (left := min(self._last_call_at + _QUIET_S, until) - time.monotonic()) > 0:
+            time.sleep(left)
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self._server.shutdown(self._queue, self._on_stopped)
+        self._gate.open()
+
     def stop(self, linger_s: float) -> None:
-        """Accept no more calls, cancel those that are open after `linger_s` seconds, and end the thread.
+        """Close, cancel the calls that are open after `linger_s` seconds, and end the thread.
 
         Stopping twice is fine, and stopping what was not started.
         """
+        self.close()
         with self._lock:
-            if self._is_stopping or not self._thread.is_alive():
+            if self._is_stopping or not self._is_closed:
                 return
             self._is_stopping = True
-            self._server.shutdown(self._queue, self._on_stopped)
         if not self._stopped.wait(linger_s):
             self._server.cancel_all_calls()
         self._thread.join()
@@ -101,6 +154,7 @@ class Transport:
         next_check = time.monotonic() + _IDLE_CHECK_S
         while True:
             completed = self._queue.poll(time.time() + _IDLE_CHECK_S)
+            self.turns += 1
             if completed.completion_type == cygrpc.CompletionType.queue_shutdown:
                 return
             try:
@@ -114,40 +168,92 @@ class Transport:
             # The event refers to its call, and so keeps a connection open.
             del completed
             # Shut down only after `_closed` of every call; after that no operation starts for a call.
-            if self._stopped.is_set() and not self._calls:
+            if self._stopped.is_set() and not self._calls and not self._reserved_calls:
                 self._queue.shutdown()
 
-    def _on_call(self, event: Any) -> None:
+    def _ask(self) -> None:
+        """Ask for the next call, unless there are too many: then it waits in gRPC, and its connection with it."""
+        if self._is_asking or len(self._calls) >= self._max_calls + _MOST_REFUSED:
+            return
         with self._lock:
-            if not self._is_stopping:
+            if not self._is_closed:
+                self._is_asking = True
                 self._server.request_call(self._queue, self._queue, self._on_call)
+
+    def _ask_reserved(self, method: str) -> None:
+        with self._lock:
+            if not self._is_closed:
+                tag = partial(self._on_reserved_call, method)
+                self._server.request_registered_call(self._queue, self._queue, method, tag)
+
+    def _on_call(self, event: Any) -> None:
+        self._is_asking = False
+        self._ask()
         if not event.success:
             return
-        call = Call(event, self._callers.enter(event.call.peer().decode()), self._on_end)
+        peer = event.call.peer().decode()
+        refusal: Exception | None = None
+        method = event.call_details.method.decode("ascii", "backslashreplace")
+        try:
+            caller = self._callers.enter(peer, event.invocation_metadata)
+        except Exception as error:
+            caller, refusal = self._callers.enter_stranger(peer), error
+        call = Call(event, caller, method, self._on_end, self._gate)
+        self._last_call_at = time.monotonic()
         self._calls.add(call)
-        handler = self._handlers.get(call.method)
-        if handler is None:
+        handler = self._handlers.get(method)
+        if refusal is not None:
+            call.fail(refusal)
+        elif handler is None:
             call.end(Status(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}"))
-        elif len(self._calls) > self._max_calls:
+        elif len(self._accepted) >= self._max_calls:
             call.fail(Overloaded("too many calls at once", retry_after_s=_RETRY_AFTER_S))
+        elif not self._callers.accept(call.caller, self._max_calls_per_caller):
+            text = f"too many calls of the caller {call.caller.name} at once"
+            call.fail(Overloaded(text, retry_after_s=_RETRY_AFTER_S))
         else:
-            try:
-                handler(call)
-            except Exception as error:
-                call.fail(error)
+            self._accepted.add(call)
+            _handle(handler, call)
 
     def _on_end(self, call: Call) -> None:
+        was_accepted = call in self._accepted
         self._calls.discard(call)
-        self._callers.leave(call.caller)
+        self._accepted.discard(call)
+        self._callers.leave(call.caller, was_accepted=was_accepted)
+        self._ask()
+
+    def _on_reserved_call(self, method: str, event: Any) -> None:
+        self._ask_reserved(method)
+        if not event.success:
+            return
+        caller = self._callers.enter_stranger(event.call.peer().decode())
+        call = Call(event, caller, method, self._on_reserved_end)
+        self._reserved_calls.add(call)
+        too_many = self._places[method].enter(call)
+        if too_many is not None:
+            too_many.abort(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "there are too many calls of this method"))
+        _handle(self._handlers[method], call)
+
+    def _on_reserved_end(self, call: Call) -> None:
+        self._reserved_calls.discard(call)
+        self._callers.leave(call.caller, was_accepted=False)
+        self._places[call.method].leave(call)
 
     def _end_idle(self) -> None:
         if not self._idle_s:
             return
         before = time.monotonic() - self._idle_s
         status = Status(grpc.StatusCode.UNAVAILABLE, f"the call was idle for {self._idle_s:g} s: make another one")
-        for call in [call for call in self._calls if call.is_idle(before)]:
+        for call in [call for call in self._calls | self._reserved_calls if call.is_idle(before)]:
             logger.info(event("call_idle", method=call.method, seconds=self._idle_s))
             call.abort(status)
 
     def _on_stopped(self, _event: Any) -> None:
         self._stopped.set()
+
+
+def _handle(handler: Handler, call: Call) -> None:
+    try:
+        handler(call)
+    except Exception as error:
+        call.fail(error)

@@ -33,6 +33,7 @@ from vqserve_server.tokenizer.arrays import (
     options,
     several,
 )
+from vqserve_server.tokenizer.probe import Probe, probe
 
 
 class Tokenizer:
@@ -48,6 +49,7 @@ class Tokenizer:
         device: where the codebook is and the search runs.
         search: name of the search backend.
         weight_dtype: element type of the codebook, and of `decode_rows`.
+        probe: rows and the indices that they must have, from `check_itself` on.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Tokenizer:
         self.decodable = frozen.decodable
         self.search = frozen.search_backend
         self.weight_dtype = frozen.weight_dtype
+        self.probe: Probe | None = None
         self._frozen: FrozenQuantizer | None = frozen
 
     @classmethod
@@ -290,7 +293,7 @@ class Tokenizer:
         return dtypes.to_numpy(rows)
 
     def check_itself(self) -> None:
-        """Encode and decode once, so that nothing is left to be made ready, and look for some of the codes.
+        """Encode and decode once, so that nothing is left to be made ready, look for some of the codes, make the probe.
 
         Raises:
             CodebookError: a code is not found at its own place.
@@ -299,6 +302,7 @@ class Tokenizer:
         indices = (1, self.info.num_quantizers) if self.info.has_stages else 1
         self.decode_rows(np.zeros(indices, np.int64))
         self._open().check_itself()
+        self.probe = probe(self)
 
     def _encode(self, latents: ArrayT, asked: Options) -> ArrayT:
         frozen = self._open(asked.codebook, asked.digest)

@@ -14,7 +14,7 @@ import torch
 from support.brute_force import nearest
 from support.engine_jobs import CALLER, Jobs
 from vqserve.layout import Layout
-from vqserve_server.engine import BatchFailed, EncodeJob, Engine
+from vqserve_server.engine import BatchFailed, Caller, EncodeJob, Engine
 from vqserve_server.errors import DeadlineExceeded, DeviceBroken, Draining, InvalidOption, NonFiniteLatents, Overloaded
 
 LAST = Layout.CHANNELS_LAST
@@ -253,25 +253,27 @@ def test_an_idle_device_waits_max_wait_us_for_more(fake: Callable[..., Any], sta
 
 def test_limits(fake: Callable[..., Any], start: Callable[..., Engine]) -> None:
     engine = start(fake(), max_queue_requests=3, max_queue_rows=100, max_queue_bytes=2048)
+    others = [Caller("192.0.2.2"), Caller("192.0.2.3"), Caller("192.0.2.4")]
     engine.admission.enter(CALLER, 60, 1000)
     with pytest.raises(Overloaded, match="bytes"):
-        engine.admission.enter(CALLER, 0, 1500)
+        engine.admission.enter(others[0], 0, 1500)
     with pytest.raises(Overloaded, match="rows") as caught:
-        engine.admission.enter(CALLER, 60, 100)
+        engine.admission.enter(others[0], 60, 100)
     assert 0.05 <= caught.value.retry_after_s <= 10
-    engine.admission.enter(CALLER, 1, 100)
-    engine.admission.enter(CALLER, 0, 1)
+    engine.admission.enter(others[0], 1, 100)
+    engine.admission.enter(others[1], 0, 1)
     with pytest.raises(Overloaded, match="requests"):
-        engine.admission.enter(CALLER, 0, 1)
-    for rows, nbytes in ((60, 1000), (1, 100), (0, 1)):
-        engine.admission.leave(CALLER, rows, nbytes)
+        engine.admission.enter(others[2], 0, 1)
+    assert engine.stats.refused == {"bytes": 1, "rows": 1, "requests": 1}
+    for caller, rows, nbytes in ((CALLER, 60, 1000), (others[0], 1, 100), (others[1], 0, 1)):
+        engine.admission.leave(caller, rows, nbytes)
     # What is larger than a limit by itself is served when it is alone, and all that was counted has been given back.
     engine.admission.enter(CALLER, 1000, 10**6)
     with pytest.raises(Overloaded):
-        engine.admission.enter(CALLER, 0, 1)
+        engine.admission.enter(others[0], 0, 1)
     engine.admission.leave(CALLER, 1000, 10**6)
     engine.admission.enter(CALLER, 50, 2000)
-    engine.admission.enter(CALLER, 50, 48)
+    engine.admission.enter(others[0], 50, 48)
 
 
 def test_replies_are_sent_when_the_whole_batch_is_finished(

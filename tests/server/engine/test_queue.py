@@ -11,7 +11,7 @@ import pytest
 from support.engine_jobs import Jobs
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine import EncodeJob, Job
-from vqserve_server.engine.scheduler import JobQueue
+from vqserve_server.engine.queue import JobQueue
 from vqserve_server.errors import DeadlineExceeded
 
 JOBS = Jobs()
@@ -29,7 +29,9 @@ def queue_of(*jobs: Job, **config: int) -> JobQueue:
 
 
 def taken(queue: JobQueue, now: float = 0.0) -> list[tuple[Any, int, int]] | None:
-    batch = queue.take(now, allow_wait=True)
+    batch, late = queue.take(now, allow_wait=True)
+    for job in late:
+        job.resolve(DeadlineExceeded("late"))
     return None if batch is None else [(part.job, part.start, part.stop) for part in batch.parts]
 
 
@@ -38,7 +40,7 @@ def test_all_that_waits_is_one_batch(fake: Callable[..., Any]) -> None:
     a, b, c = job(tokenizer, 3), job(tokenizer, 5), job(tokenizer, 1)
     queue = queue_of(a, b, c)
     assert taken(queue) == [(a, 0, 3), (b, 0, 5), (c, 0, 1)]
-    assert not queue.waiting
+    assert not queue
     assert taken(queue) is None
 
 
@@ -60,12 +62,14 @@ def test_codebooks_take_turns(fake: Callable[..., Any]) -> None:
 
 def test_a_large_job_is_split_and_lets_small_ones_pass(fake: Callable[..., Any]) -> None:
     tokenizer = fake()
-    large, small = job(tokenizer, 10), job(tokenizer, 2)
-    queue = queue_of(large, small, max_batch_rows=4)
-    assert taken(queue) == [(large, 0, 4)]
-    assert taken(queue) == [(small, 0, 2), (large, 4, 6)]
-    assert taken(queue) == [(large, 6, 10)]
-    assert not queue.waiting
+    large, small = job(tokenizer, 10_000), job(tokenizer, 2000)
+    queue = queue_of(large, small, max_batch_rows=4000, max_batch_ms=0)
+    assert taken(queue) == [(small, 0, 2000), (large, 0, 2000)]
+    assert taken(queue) == [(large, 2000, 6000)]
+    queue.put(small := job(tokenizer, 2000))
+    assert taken(queue) == [(small, 0, 2000)]
+    assert taken(queue) == [(large, 6000, 10_000)]
+    assert not queue
 
 
 def test_a_job_that_fits_a_batch_is_not_split(fake: Callable[..., Any]) -> None:
@@ -103,7 +107,7 @@ def test_the_rest_of_a_split_job_is_dropped_with_its_caller(fake: Callable[..., 
     assert taken(queue) == [(large, 0, 4)]
     large.cancel()
     assert taken(queue) is None
-    assert not queue.waiting
+    assert not queue
 
 
 def test_discard(fake: Callable[..., Any]) -> None:

@@ -91,13 +91,16 @@ def test_too_many_calls_are_rejected_until_others_end(server: Any, client: Any, 
     ends = [threading.Event() for _ in range(4)]
     streams = [client.stub.EncodeStream(iter(end.wait, True)) for end in ends]
     eventually(lambda: server.app._rpc._service.calls._active == 4)
-    code, text = failure(lambda: health.Check(health_pb2.HealthCheckRequest(), timeout=60))
-    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "too many calls" in text
+    with pytest.raises(grpc.RpcError) as caught:
+        client.stub.ListCodebooks(pb.ListCodebooksRequest(), timeout=60)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "too many calls" in caught.value.details()
+    assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
+    assert health.Check(health_pb2.HealthCheckRequest(), timeout=60).status == SERVING
     ends[0].set()
     assert list(streams[0]) == []
     eventually(lambda: server.app._rpc._service.calls._active == 3)
-    assert health.Check(health_pb2.HealthCheckRequest(), timeout=60).status == SERVING
+    assert len(client.stub.ListCodebooks(pb.ListCodebooksRequest(), timeout=60).codebooks) == 1
     for end, stream in zip(ends[1:], streams[1:], strict=True):
         end.set()
         assert list(stream) == []

@@ -1,4 +1,4 @@
-"""Callers that are silent, ping, or do not read: bare sockets that speak just enough HTTP/2.
+"""Callers that are silent, ping, or do not read.
 
 gRPC ignores options that it does not know without a word: each that the server sets must be seen to work.
 """
@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,95 +16,13 @@ import grpc
 import numpy as np
 import pytest
 
+from support.http2 import ACK, DATA, END_STREAM, HEADERS, PING, RST_STREAM, Peer
 from support.waiting import DEADLINE_S, eventually
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.rpc import server as server_module
 from vqserve_server.rpc import transport as transport_module
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
-ACK, END_STREAM, END_HEADERS = 1, 1, 4
-INITIAL_WINDOW_SIZE = 4
-MAX_FRAME = 1 << 14
 FASTER = 100
-
-
-class Peer:
-    """One HTTP/2 connection, frame by frame; `window`: bytes of a reply that the server may send of itself."""
-
-    def __init__(self, target: str, *, window: int = 65535) -> None:
-        host, _, port = target.rpartition(":")
-        self._socket = socket.create_connection((host, int(port)))
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._unread = b""
-        self.farewell: bytes | None = None  # the server's reason for closing
-        self._socket.sendall(PREFACE)
-        self.send(SETTINGS, struct.pack(">HI", INITIAL_WINDOW_SIZE, window))
-        self.send(SETTINGS, flags=ACK)
-
-    def send(self, kind: int, body: bytes = b"", *, flags: int = 0, stream: int = 0) -> None:
-        """Send a frame."""
-        self._socket.sendall(struct.pack(">I", len(body))[1:] + struct.pack(">BBI", kind, flags, stream) + body)
-
-    def frames(self, seconds: float = DEADLINE_S) -> Iterator[tuple[int, int, bytes]]:
-        """Yield the kind, flags and body of the frames that come within `seconds`.
-
-        Raises:
-            EOFError: the server has closed the connection.
-        """
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            length = int.from_bytes(self._unread[:3], "big")
-            if len(self._unread) >= 9 + length:
-                frame, self._unread = self._unread[: 9 + length], self._unread[9 + length :]
-                if frame[3] == GOAWAY:
-                    self.farewell = frame[17:]
-                yield frame[3], frame[4], frame[9:]
-                continue
-            self._socket.settimeout(left)
-            try:
-                data = self._socket.recv(1 << 16)
-            except TimeoutError:
-                return
-            if not data:
-                raise EOFError
-            self._unread += data
-
-    def call(self, method: str, request: bytes, *, end: bool = False, stream: int = 1, said: int | None = None) -> None:
-        """Begin a call and send a request; its length prefix can claim more bytes (`said`)."""
-        fields = {
-            ":method": "POST",
-            ":scheme": "http",
-            ":path": f"/vqserve.v1.TokenizerService/{method}",
-            ":authority": "test",
-            "content-type": "application/grpc",
-            "te": "trailers",
-        }
-        # Literals that are no part of any table (RFC 7541, 6.2.2), their lengths below 127.
-        block = b"".join(
-            b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
-            for name, value in fields.items()
-        )
-        self.send(HEADERS, block, flags=END_HEADERS, stream=stream)
-        message = b"\0" + struct.pack(">I", len(request) if said is None else said) + request
-        for start in range(0, len(message), MAX_FRAME):
-            is_last = end and start + MAX_FRAME >= len(message)
-            self.send(DATA, message[start : start + MAX_FRAME], flags=END_STREAM * is_last, stream=stream)
-
-    def take(self, nbytes: int) -> bytes:
-        """Let the server send `nbytes` of the reply, and return them."""
-        for stream in (0, 1):
-            self.send(WINDOW_UPDATE, struct.pack(">I", nbytes), stream=stream)
-        got = b""
-        with contextlib.suppress(EOFError):
-            for kind, _, body in self.frames():
-                got += body if kind == DATA else b""
-                if len(got) >= nbytes:
-                    break
-        return got
-
-    def close(self) -> None:
-        self._socket.close()
 
 
 @pytest.fixture
@@ -278,19 +194,17 @@ def test_a_server_that_stops_waits_for_replies_to_be_read(reluctant: Any) -> Non
 def test_none_of_a_burst_of_calls_is_dropped(fake: Callable[..., Any], serving: Callable[..., Any]) -> None:
     # With a thousand calls at once gRPC itself drops some at random, with the status CANCELLED.
     request = pb.EncodeRequest(dtype=pb.DTYPE_FLOAT32, shape=[1, 4], latents=bytes(16)).SerializeToString()
-    count = 4000
-    peer = Peer(serving(fake()).target)
-    peer.send(WINDOW_UPDATE, struct.pack(">I", 1 << 30))
-    burst = threading.Thread(
-        target=lambda: [peer.call("Encode", request, end=True, stream=2 * number + 1) for number in range(count)]
-    )
-    burst.start()
-    ended = 0
-    for kind, flags, _ in peer.frames(240):
-        assert kind != RST_STREAM
-        ended += kind == HEADERS and bool(flags & END_STREAM)
-        if ended == count:
-            break
-    burst.join()
-    peer.close()
-    assert ended == count
+    server = serving(fake())
+    peers, count = [Peer(server.target) for _ in range(16)], 250
+    for number in range(count):
+        for peer in peers:
+            peer.call("Encode", request, end=True, stream=2 * number + 1)
+    for peer in peers:
+        ended = 0
+        for kind, flags, _ in peer.frames(240):
+            assert kind != RST_STREAM
+            ended += kind == HEADERS and bool(flags & END_STREAM)
+            if ended == count:
+                break
+        assert ended == count
+        peer.close()

@@ -124,7 +124,7 @@ def test_an_empty_grid_is_answered_with_an_empty_array(client: Any, tokenizer: A
 def test_a_large_request_is_split_and_checked_off_the_loop(client: Any, tokenizer: Any) -> None:
     indices = np.random.default_rng(0).integers(0, 300, (1, 300, 1000), dtype=np.uint16)
     np.testing.assert_array_equal(np.moveaxis(client.decode(indices), 1, -1), tokenizer.codes[indices])
-    assert len(tokenizer.batches) == -(-300_000 // (4 * 16384))
+    assert max(map(len, tokenizer.batches)) <= 4 * 16384
     indices[0, 299, 999] = 300
     with pytest.raises(grpc.RpcError, match=r"indices\[0, 299, 999\] is 300"):
         client.decode(indices)

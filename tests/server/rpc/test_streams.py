@@ -223,7 +223,7 @@ def test_a_stream_that_is_opened_while_the_server_stops_is_rejected(server: Any,
     inside_already = client.stub.Encode.future(client.encode_request(np.zeros((1, 4), np.float32)))
     tokenizer.wait_entered()
     stopped = stop_in_background(server)
-    eventually(lambda: server.app.engine.admission._closed is not None)
+    eventually(lambda: server.app._rpc._service.calls._is_draining)
     # It says nothing: only by its own end would the server's wait for it end.
     _, error = status_of(client.stub.EncodeStream(iter(go_on.wait, True), timeout=60))
     assert error.code() is grpc.StatusCode.UNAVAILABLE

@@ -1,0 +1,140 @@
+"""Small files that the server reads at its start, and again after they have changed."""
+
+from __future__ import annotations
+
+import logging
+import stat
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from vqserve.errors import StartError
+from vqserve_server.console import event
+
+T = TypeVar("T")
+
+# Resolution of the times of some file systems: a file that changed this recently may change again unnoticed.
+_CLOCK_S = 2.0
+_MOST_BYTES = 4 << 20
+# Attempts to read several files that somebody replaces one after the other.
+_ATTEMPTS = 3
+
+# Device, inode, size and times of change of each file; None: there is no such file.
+_Stamps = tuple[tuple[int, ...] | None, ...]
+
+logger = logging.getLogger(__name__)
+
+
+class Watched(Generic[T]):
+    """A value made from files. It changes only when the files have changed and are good. Thread-safe.
+
+    Nothing watches the files: `refresh` looks at them when the value is needed.
+
+    Attributes:
+        value: made from the newest good files.
+    """
+
+    def __init__(self, what: str, paths: Sequence[str], make: Callable[[Sequence[bytes]], T]) -> None:
+        """Read the files.
+
+        Args:
+            what: names the value in the log.
+            paths: the files.
+            make: makes the value from their contents, or raises StartError.
+
+        Raises:
+            StartError: a file cannot be read, or `make` raised it.
+        """
+        self._what = what
+        self._paths = [Path(path) for path in paths]
+        self._make = make
+        self._lock = threading.Lock()
+        self._rejected: str | None = None
+        self._contents: list[bytes] | None = None
+        self._contents, self.value = self._made()
+
+    def may_have_changed(self) -> bool:
+        """Return whether `refresh` would read the files."""
+        return not _is_settled(self._stamps) or _stamps(self._paths) != self._stamps
+
+    def refresh(self) -> bool:
+        """Read the files again if they have changed; return whether the value is a new one.
+
+        The value stays if the new files cannot be used. The log says why, once.
+        """
+        with self._lock:
+            if not self.may_have_changed():
+                return False
+            try:
+                contents, value = self._made()
+            except StartError as error:
+                reason = str(error)
+                if reason != self._rejected:
+                    logger.error(event("access_rejected", what=self._what, kept="the files before", error=reason))
+                self._rejected = reason
+                return False
+            self._rejected = None
+            if contents == self._contents:
+                return False
+            self._contents, self.value = contents, value
+            logger.info(event("access_reloaded", what=self._what))
+            return True
+
+    def _made(self) -> tuple[list[bytes], T]:
+        left = _ATTEMPTS
+        while True:
+            # Take the stamps before the files are read, so that the next refresh notices a later change.
+            self._stamps = _stamps(self._paths)
+            try:
+                contents = self._read()
+                return contents, self.value if contents == self._contents else self._make(contents)
+            except StartError:
+                # Of two files, one may be the old and one the new.
+                left -= 1
+                if not left or _stamps(self._paths) == self._stamps:
+                    raise
+
+    def _read(self) -> list[bytes]:
+        return [_content(path) for path in self._paths]
+
+
+def _content(path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            raise StartError(f"{path}: there is no such file")
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise StartError(f"{path}: {error.strerror or error}") from None
+    if len(content) > _MOST_BYTES:
+        raise StartError(f"{path}: has more than {_MOST_BYTES} bytes")
+    return content
+
+
+def _stamps(paths: Sequence[Path]) -> _Stamps:
+    def stamp(path: Path) -> tuple[int, ...] | None:
+        try:
+            # Follows links: a mounted Kubernetes Secret changes by the exchange of a link to its folder.
+            status = path.stat()
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+    return tuple(map(stamp, paths))
+
+
+def _is_settled(stamps: _Stamps) -> bool:
+    newest_ns = max((max(stamp[-2:]) for stamp in stamps if stamp is not None), default=0)
+    return newest_ns / 1e9 < time.time() - _CLOCK_S
+
+
+def warn_if_readable(path: str, *, holds: str) -> None:
+    """Log a warning if every user of the machine can read a file, or change it."""
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError:
+        return
+    if mode & (stat.S_IROTH | stat.S_IWOTH):
+        logger.warning(event("file_open_to_all", path=path, holds=holds, mode=f"{stat.S_IMODE(mode):04o}"))
