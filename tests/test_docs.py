@@ -19,10 +19,12 @@ import torch
 from google.protobuf import json_format
 from safetensors.torch import save_file
 
+from support.certificates import Authority, Folder, replace
 from support.foreign import CASES
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from vqserve_client.cli import main as vqserve
+from vqserve_server.access.token_file import hash_of, new_secret
 from vqserve_server.codebook_files import DEMO_PATH, find_codebooks
 from vqserve_server.codebooks import load_codebook
 from vqserve_server.tokenizer import Tokenizer
@@ -123,9 +125,22 @@ def test_the_readme_s_example(target, demo):
 
 
 def test_the_client_s_example(target, demo):
-    source, _ = examples("docs/client.md", "python")
+    source, _, _ = examples("docs/client.md", "python")
     names = run(source, target)
     assert (names["indices"] == demo.encode(names["latents"])).all()
+
+
+def test_the_client_s_example_with_tls(serving, demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    authority, files, secret = Authority(), Folder(tmp_path), new_secret()
+    files.put(authority.issue("vq.example", "127.0.0.1"))
+    Path("ca.pem").write_bytes(authority.pem)
+    Path("token").write_text(secret)
+    replace(tmp_path / "tokens.toml", f'[tokens.me]\nsha256 = "{hash_of(secret)}"\n'.encode())
+    server = serving(demo, tokens=tmp_path / "tokens.toml", **files.settings())
+    _, source, _ = examples("docs/client.md", "python")
+    run(source.replace("vq.example:50051", server.target))
+    assert "name='demo'" in capsys.readouterr().out
 
 
 def test_the_client_s_job(target, demo, tmp_path, monkeypatch, capsys):
@@ -137,7 +152,7 @@ def test_the_client_s_job(target, demo, tmp_path, monkeypatch, capsys):
         latents[name][1, 2, 3, 4] = np.nan
     for name, array in latents.items():
         np.save(f"latents/{name}.npy", array)
-    _, source = examples("docs/client.md", "python")
+    _, _, source = examples("docs/client.md", "python")
     run(source, target)
     for name in "ace":
         assert (np.load(f"tokens/{name}.npy") == demo.encode(latents[name])).all()
@@ -149,7 +164,7 @@ def test_the_client_s_job(target, demo, tmp_path, monkeypatch, capsys):
 
 
 def test_the_client_s_example_in_process(demo, monkeypatch):
-    source, _ = examples("docs/client.md", "python")
+    source, _, _ = examples("docs/client.md", "python")
     [line] = re.findall(r"`(with Tokenizer\.load\(.*\) as client:)`", prose(ROOT / "docs/client.md"))
     monkeypatch.chdir(ROOT)
     names = run("from vqserve_server import Tokenizer\n" + re.sub(r"with Client\(.*", line, source))

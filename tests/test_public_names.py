@@ -44,6 +44,7 @@ CLIENT = [
     "PermissionDenied",
     "ProtocolError",
     "ServerError",
+    "Tls",
     "TokenBeyondRange",
     "Unauthenticated",
     "Unavailable",

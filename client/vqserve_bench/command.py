@@ -23,9 +23,10 @@ from vqserve_bench.table import Table, number
 from vqserve_bench.trial import Trial
 from vqserve_bench.window import Window
 from vqserve_bench.workload import Workload, grid_text
+from vqserve_client.arguments import connection
 from vqserve_client.catalogue import Pin
 from vqserve_client.client import Client
-from vqserve_client.config import ClientConfig
+from vqserve_client.config import ClientConfig, client_config
 from vqserve_client.npy import check_output
 
 __all__ = ["add_arguments", "run"]
@@ -44,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
             check_output(path, force=args.force, source=args.data)
     if args.plot is not None:
         check_plot(args.plot)
-    config = ClientConfig(target=args.target, timeout=args.timeout, max_message_bytes=args.max_message_bytes)
-    with Client(args.target, timeout=args.timeout) as client:
+    config = client_config(**connection(args), max_message_bytes=args.max_message_bytes)
+    with Client(**connection(args)) as client:
         info = Pin(args.codebook, args.digest, target=args.target).choose(client.codebooks())
     workload = arguments.workload(args)
     jobs = _jobs(args, workload, info, config)
@@ -73,7 +74,7 @@ def _jobs(args: argparse.Namespace, workload: Workload, info: CodebookInfo, conf
     requests = workload.requests(info, config)
     return [
         Job(
-            target=args.target,
+            config=config,
             method=workload.path(stream=args.streams > 0),
             requests=requests,
             load=load,
@@ -81,8 +82,6 @@ def _jobs(args: argparse.Namespace, workload: Workload, info: CodebookInfo, conf
             streams=args.streams,
             connections=args.connections,
             read_stats=workload.read_stats,
-            timeout_s=args.timeout,
-            max_message_bytes=args.max_message_bytes,
             seed=args.seed,
         )
         for load in arguments.loads(args)

@@ -26,8 +26,8 @@ from vqserve_bench.load import ClosedLoop, OpenLoop, gaps
 from vqserve_bench.request import Request
 from vqserve_bench.transport import Send, stream, unary
 from vqserve_bench.window import Recorder, Window, clock, failure
-from vqserve_client.channel import channel_options
-from vqserve_client.config import ClientConfig
+from vqserve_client.channel import open_channel
+from vqserve_client.identity import Identity
 from vqserve_client.requests import Deadline
 
 # Without it every caller would send thousands of requests per second to a server that rejects them at once.
@@ -129,32 +129,31 @@ async def drive(job: Job, each_window: EachWindow, begin: Callable[[], Awaitable
 @contextlib.asynccontextmanager
 async def _sends(job: Job) -> AsyncIterator[Sequence[Send]]:
     """Open the connections or streams; yield one sender for each."""
-    config = ClientConfig(target=job.target, max_message_bytes=job.max_message_bytes)
+    config = job.config
+    # Read once: a token that is replaced meanwhile is valid until the end, or the measurement fails.
+    identity = Identity(token=config.token, token_file=config.token_file, metadata=config.metadata)
+    metadata = identity.metadata("")[1:]
     async with contextlib.AsyncExitStack() as stack:
-        channels = [
-            await stack.enter_async_context(
-                grpc.aio.insecure_channel(config.address.uri, options=channel_options(config))
-            )
-            for _ in range(job.connections)
-        ]
+        channels = [await stack.enter_async_context(open_channel(config, grpc.aio)) for _ in range(job.connections)]
         if not job.streams:
-            timeout_s = Deadline(job.timeout_s).grpc_timeout_s()
-            yield [unary(channel, job.method, timeout_s) for channel in channels]
+            timeout_s = Deadline(config.timeout).grpc_timeout_s()
+            yield [unary(channel, job.method, timeout_s, metadata) for channel in channels]
             return
         yield [
-            await stack.enter_async_context(stream(channels[i % len(channels)], job.method)) for i in range(job.streams)
+            await stack.enter_async_context(stream(channels[i % len(channels)], job.method, metadata))
+            for i in range(job.streams)
         ]
 
 
 async def _first_answers(job: Job, sends: Sequence[Send], request: bytes) -> None:
     """Send one request over each, so that all connections are open."""
     try:
-        async with asyncio.timeout(job.timeout_s):
+        async with asyncio.timeout(job.config.timeout):
             await asyncio.gather(*(send(request) for send in sends))
     except TimeoutError:
-        raise DeadlineExceeded("the server did not answer in time", target=job.target) from None
+        raise DeadlineExceeded("the server did not answer in time", target=job.config.target) from None
     except grpc.aio.AioRpcError as error:
-        raise failure(error).error(target=job.target, codebook=None, request_id="") from None
+        raise failure(error).error(target=job.config.target, codebook=None, request_id="") from None
 
 
 async def _windows(job: Job, recorder: Recorder, each_window: EachWindow) -> None:

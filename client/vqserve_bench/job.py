@@ -11,7 +11,7 @@ from vqserve_bench.load import Load, shares
 from vqserve_bench.request import Request
 from vqserve_bench.schedule import DEFAULT_SCHEDULE, Schedule
 from vqserve_bench.served import ReadStats
-from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES
+from vqserve_client.config import ClientConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,8 @@ class Job:
     """One measurement.
 
     Attributes:
-        target: HOST:PORT.
+        config: the server, how it is connected to, the deadline of each request (streams have none), and the largest
+            message.
         method: path of the gRPC method, "/package.Service/Method".
         requests: sent again and again, in an order that the seed decides; each as often as any other.
         load: how they are sent.
@@ -27,12 +28,10 @@ class Job:
         streams: bidirectional calls that carry them, at most as many as requests in flight; 0: each is a call.
         connections: HTTP/2 connections of each process, which requests and streams are spread over.
         read_stats: reads the server's statistics from a reply; None: replies are not read.
-        timeout_s: deadline of each request; streams have none.
-        max_message_bytes: of a request or a reply.
         seed: of the order and of the times of arrival.
     """
 
-    target: str
+    config: ClientConfig
     method: str
     requests: tuple[Request, ...]
     load: Load
@@ -40,8 +39,6 @@ class Job:
     streams: int = 0
     connections: int = 1
     read_stats: ReadStats | None = None
-    timeout_s: float = 60.0
-    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     seed: int = 0
 
     def __post_init__(self) -> None:

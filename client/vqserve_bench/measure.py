@@ -14,7 +14,7 @@ from vqserve_bench.schedule import DEFAULT_SCHEDULE, Schedule
 from vqserve_bench.served import ReadStats
 from vqserve_bench.trial import Trial
 from vqserve_bench.window import Window
-from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES
+from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig
 
 
 def measure(
@@ -58,7 +58,7 @@ def measure(
         ValueError: for an invalid argument.
     """
     job = Job(
-        target=target,
+        config=ClientConfig(target=target, timeout=timeout, max_message_bytes=max_message_bytes),
         method=method,
         requests=tuple(one if isinstance(one, Request) else Request(one) for one in requests),
         load=load,
@@ -66,8 +66,6 @@ def measure(
         streams=streams,
         connections=connections,
         read_stats=read_stats,
-        timeout_s=timeout,
-        max_message_bytes=max_message_bytes,
         seed=seed,
     )
     trial = Trial(load, schedule)

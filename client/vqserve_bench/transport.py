@@ -10,30 +10,35 @@ from functools import partial
 from typing import Any
 
 import grpc
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
+
+from vqserve_client.identity import Metadata
 
 Send = Callable[[bytes], Awaitable[bytes]]
 
 
-def unary(channel: grpc.aio.Channel, method: str, timeout_s: float | None) -> Send:
+def unary(channel: grpc.aio.Channel, method: str, timeout_s: float | None, metadata: Metadata) -> Send:
     """Return a function that sends each request as a call of its own and raises grpc.aio.AioRpcError.
 
     Args:
         channel: to the server.
         method: path of the method.
         timeout_s: deadline of each call; None: no deadline.
+        metadata: of each call.
     """
-    return partial(channel.unary_unary(method), timeout=timeout_s)
+    return partial(channel.unary_unary(method), timeout=timeout_s, metadata=metadata)
 
 
 @contextlib.asynccontextmanager
-async def stream(channel: grpc.aio.Channel, method: str) -> AsyncIterator[Send]:
+async def stream(channel: grpc.aio.Channel, method: str, metadata: Metadata) -> AsyncIterator[Send]:
     """Yield a function that sends requests over one stream and raises grpc.aio.AioRpcError.
 
     Args:
         channel: to the server.
         method: path of the method.
+        metadata: of the stream.
     """
-    one = _Stream(channel.stream_stream(method))
+    one = _Stream(partial(channel.stream_stream(method), metadata=metadata))
     try:
         yield one.send
     finally:
@@ -60,8 +65,8 @@ class _Stream:
                 self._reader = asyncio.create_task(self._read(self._call))
             self._waiting.append(reply)
             # The reader of the stream gets its status, and fails all requests that wait.
-            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                await self._call.write(request)
+            with contextlib.suppress(cygrpc.InternalError):
+                await _write(self._call, request)
         return await reply
 
     async def close(self) -> None:
@@ -88,3 +93,13 @@ class _Stream:
             future = self._waiting.popleft()
             if not future.done():
                 future.set_exception(error)
+
+
+async def _write(call: Any, request: bytes) -> None:
+    """Send a message on a stream.
+
+    The method of gRPC for it, `write`, would replace the status of a stream that has ended meanwhile by INTERNAL, so
+    that nobody learns why a server has ended it. These are the two lines of it that send.
+    """
+    await call._metadata_sent.wait()
+    await call._cython_call.send_serialized_message(request)

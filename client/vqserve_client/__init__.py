@@ -35,6 +35,7 @@ from vqserve_client.errors import (
     Unavailable,
     VqserveError,
 )
+from vqserve_client.tls import Tls
 
 if TYPE_CHECKING:
     VqserveClientError = VqserveError
@@ -67,6 +68,7 @@ __all__ = [
     "PermissionDenied",
     "ProtocolError",
     "ServerError",
+    "Tls",
     "TokenBeyondRange",
     "Unauthenticated",
     "Unavailable",

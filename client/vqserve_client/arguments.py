@@ -8,9 +8,11 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vqserve.validation import check_digest_form, check_timeout
 from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig
+from vqserve_client.tls import tls_of_environment
 
 LAYOUTS = ("channels_first", "channels_last")
 
@@ -22,10 +24,56 @@ def add_connection(command: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         type=target,
         default=os.environ.get("VQSERVE_TARGET") or "localhost:50051",
-        help="the server, or unix:PATH of its socket file (VQSERVE_TARGET; default localhost:50051)",
+        help="the server; dns:///NAME:PORT or HOST:PORT,HOST:PORT for several, unix:PATH for a socket file "
+        "(VQSERVE_TARGET; default localhost:50051)",
     )
     command.add_argument(
         "--timeout", type=seconds, default=60.0, metavar="SECONDS", help="for a call with its retries (60)"
+    )
+    _add_access(command)
+
+
+def connection(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `add_connection` as arguments of a client.
+
+    Raises:
+        InvalidOption: the options of TLS do not fit together.
+    """
+    given = {name: getattr(args, f"tls_{name}") for name in ("ca", "cert", "key", "server_name")}
+    return {
+        "target": args.target,
+        "timeout": args.timeout,
+        "tls": tls_of_environment(switch=args.tls, **given) or False,
+        "token_file": args.token_file,
+        "insecure": args.insecure,
+    }
+
+
+def _add_access(command: argparse.ArgumentParser) -> None:
+    tls = command.add_argument_group("encryption and access")
+    tls.add_argument(
+        "--tls",
+        action=argparse.BooleanOptionalAction,
+        help="encrypt the connection, with the authorities that the system trusts (VQSERVE_TLS=on)",
+    )
+    for name, metavar, what in (
+        ("ca", "FILE", "certificates of the authorities to trust instead; implies --tls"),
+        ("cert", "FILE", "certificate of this client, for a server that asks for one"),
+        ("key", "FILE", "its private key"),
+        ("server-name", "NAME", "the name that the server's certificate must have, if not the target's"),
+    ):
+        variable = f"VQSERVE_TLS_{name.replace('-', '_').upper()}"
+        tls.add_argument(f"--tls-{name}", metavar=metavar, help=f"{what} ({variable})")
+    tls.add_argument(
+        "--token-file",
+        metavar="FILE",
+        help="file with the token that the server knows this caller by (VQSERVE_TOKEN_FILE, or the token itself in "
+        "VQSERVE_TOKEN)",
+    )
+    tls.add_argument(
+        "--insecure",
+        action="store_true",
+        help="send a token without encryption to another machine, on a network that you trust",
     )
 
 

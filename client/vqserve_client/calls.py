@@ -245,12 +245,6 @@ class DecodeCall(ArrayCall):
     method = "Decode"
     name = "indices"
 
-    @property
-    def _width(self) -> int:
-        """Return the channels of a reply."""
-        code_rows = self.options.output == pb.DECODE_OUTPUT_CODE_ROWS
-        return self.info.code_dim if code_rows else self.info.output_dim
-
     def _measure(self) -> None:
         indices = self.source.array
         self.grid, self.layout = indices_geometry(indices.shape, self.options.layout, self.info, stages=self.stages)
@@ -259,6 +253,9 @@ class DecodeCall(ArrayCall):
             check_indices(self.array, decodable=self.info.vocab_size)
             self.array = self.array.astype(np.int64)
         self.reply_dtype = self.options.dtype
+        # The channels of a reply.
+        code_rows = self.options.output == pb.DECODE_OUTPUT_CODE_ROWS
+        self._width = self.info.code_dim if code_rows else self.info.output_dim
         reply_bytes = self._width * payload.itemsize(self.reply_dtype)
         self.row_bytes = indices.itemsize * (self.stages or 1), reply_bytes
 

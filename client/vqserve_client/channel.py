@@ -14,10 +14,12 @@ from typing import Any
 
 import grpc
 
-from vqserve.errors import Closed
+from vqserve.errors import Closed, InvalidOption
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client.config import ClientConfig
+from vqserve_client.identity import Identity
 from vqserve_client.retries import RetryBudget
+from vqserve_client.tls import Tls
 
 # A server that hangs must not block a fork forever; after this time the child may crash.
 LONGEST_WAIT_S = 10.0
@@ -104,7 +106,24 @@ def channel_options(config: ClientConfig) -> list[tuple[str, str | int]]:
         # A name is resolved again when a connection ends; gRPC's default of 30 s is long for a restart.
         ("grpc.dns_min_time_between_resolutions_ms", 2_000),
         *config.address.options,
+        *_tls_options(config.tls),
     ]
+
+
+def _tls_options(tls: Tls | None) -> list[tuple[str, str | int]]:
+    return [] if tls is None or tls.server_name is None else [("grpc.ssl_target_name_override", tls.server_name)]
+
+
+def open_channel(config: ClientConfig, api: Any = grpc) -> Any:
+    """Return a new channel, of `grpc` or of `grpc.aio`.
+
+    Raises:
+        InvalidOption: a file of its TLS cannot be used any longer.
+    """
+    options = channel_options(config)
+    if config.tls is None:
+        return api.insecure_channel(config.address.uri, options=options)
+    return api.secure_channel(config.address.uri, config.tls.credentials(), options=options)
 
 
 # The methods by name, as gRPC calls them. Messages are bytes here: calls.py reads and writes them.
@@ -122,14 +141,17 @@ class Connection:
         closed: whether `close` was called.
         has_streams: False once the server has said that it has no streaming methods.
         retry_budget: limits the retries of this process.
+        metadata: returns the metadata of a request, from its id.
     """
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
         self._lock = threading.Lock()
         self._open: _Open | None = None
+        self._tls_version: object = None
         self.closed = False
         self.has_streams = True
+        self.metadata = Identity(token=config.token, token_file=config.token_file, metadata=config.metadata).metadata
         self.retry_budget = RetryBudget()
         _connections.add(self)
 
@@ -137,6 +159,11 @@ class Connection:
     def target(self) -> str:
         """Return the server's address."""
         return self._config.target
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Return whether it uses TLS."""
+        return self._config.tls is not None
 
     def method(self, name: str) -> Any:
         """Return a method of the service in this process, from bytes to bytes.
@@ -162,6 +189,24 @@ class Connection:
         """
         return self._opened()[0]
 
+    def renew(self) -> None:
+        """Open a new channel if files of TLS were replaced since this one was opened; its calls fail as retryable.
+
+        While they cannot be used, for example because only one of two is new, the channel stays.
+        """
+        tls = self._config.tls
+        if tls is None:
+            return
+        with self._lock:
+            if self._open is None or tls.version() == self._tls_version:
+                return
+            try:
+                channel, self._open = self._open[0], self._open_channel()
+            except InvalidOption:
+                self._tls_version = None
+                return
+        channel.close()
+
     def close(self) -> None:
         """Close the channel, if this process opened one; calls that run fail."""
         with self._lock:
@@ -178,12 +223,15 @@ class Connection:
                     raise Closed("this client is closed", target=self.target)
                 opened = self._open
                 if opened is None:
-                    channel = grpc.insecure_channel(self._config.address.uri, options=channel_options(self._config))
-                    methods: dict[str, Any] = {
-                        name: channel.unary_unary(f"/{_SERVICE.full_name}/{name}") for name in _METHODS
-                    }
-                    opened = self._open = (channel, methods)
+                    opened = self._open = self._open_channel()
         return opened
+
+    def _open_channel(self) -> _Open:
+        tls = self._config.tls
+        # First: what is replaced after this is noticed.
+        self._tls_version = None if tls is None else tls.version()
+        channel: grpc.Channel = open_channel(self._config)
+        return channel, {name: channel.unary_unary(f"/{_SERVICE.full_name}/{name}") for name in _METHODS}
 
     def after_fork_in_child(self) -> None:
         """Drop the parent's channel, and locks that one of its threads may have held."""

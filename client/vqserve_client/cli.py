@@ -29,12 +29,13 @@ from vqserve_client.arguments import (
     add_message_limit,
     add_progress,
     add_retries,
+    connection,
     integer,
     new_file,
     seconds_or_zero,
 )
 from vqserve_client.client import Client
-from vqserve_client.config import ClientConfig
+from vqserve_client.config import client_config
 from vqserve_client.npy import FileError
 from vqserve_client.transfer import Done, Progress, Task, decode_file, encode_file
 
@@ -123,9 +124,7 @@ def _decode(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace, convert: Callable[[Client, Task, Progress], Done], task: Task) -> int:
     shown = args.progress and not args.quiet
     with (
-        Client(
-            args.target, timeout=args.timeout, retries=args.retries, max_message_bytes=args.max_message_bytes
-        ) as client,
+        Client(**connection(args), retries=args.retries, max_message_bytes=args.max_message_bytes) as client,
         _bar(shown=shown) as progress,
     ):
         done = convert(client, task, progress)
@@ -150,7 +149,7 @@ def _task(args: argparse.Namespace, **more: Any) -> Task:
 
 
 def _codebooks(args: argparse.Namespace) -> int:
-    with Client(args.target, timeout=args.timeout) as client:
+    with Client(**connection(args)) as client:
         codebooks = client.codebooks()
     print(json.dumps([asdict(info) for info in codebooks], indent=2) if args.json else _table(codebooks), flush=True)
     return 0
@@ -161,16 +160,16 @@ def _status(args: argparse.Namespace) -> int:
     from vqserve_client import health  # noqa: PLC0415
     from vqserve_client.channel import Connection  # noqa: PLC0415
 
-    connection = Connection(ClientConfig(target=args.target))
+    server = Connection(client_config(**connection(args)))
     try:
         if not args.wait:
-            status = health.status(connection, timeout_s=args.timeout)
+            status = health.status(server, timeout_s=args.timeout)
         else:
-            status = health.wait_until_serving(connection, timeout_s=args.wait)
+            status = health.wait_until_serving(server, timeout_s=args.wait)
             if status == health.UNREACHABLE:
-                _print_reason(lambda: health.status(connection, timeout_s=args.timeout))
+                _print_reason(lambda: health.status(server, timeout_s=args.timeout))
     finally:
-        connection.close()
+        server.close()
     print(status, flush=True)
     return 0 if status == health.SERVING else 1
 

@@ -24,13 +24,20 @@ class Client(ClientBase):
     """A server of codebooks. One client serves many threads, forked processes, and pickles.
 
     Args:
-        target: HOST:PORT.
+        target: HOST:PORT, dns:///NAME:PORT for a name of several servers, IP:PORT,IP:PORT for a list of servers, or
+            unix:PATH.
         codebook: name of the codebook for calls that name none; None: the server's only one.
         digest: digest that this codebook must have.
         timeout: seconds for one whole call, its retries and all of its requests; math.inf: no limit.
         retries: how many times a request is sent again if the server is overloaded or cannot be reached.
         window: requests of one call that are in flight at once.
         max_message_bytes: largest message, request or reply; larger arrays are cut. The server's must not be smaller.
+        tls: True for a connection that is encrypted, with the authorities that the system trusts; a Tls to name others,
+            or a certificate of this client; False for a plain connection; None: what VQSERVE_TLS and its variables say.
+        token: secret that the server knows this caller by; None: VQSERVE_TOKEN.
+        token_file: file with the token, read again after it changed; None: VQSERVE_TOKEN_FILE.
+        metadata: gRPC metadata for every request, such as a gateway needs.
+        insecure: whether a token may be sent over a connection without TLS that leaves this machine.
 
     Raises:
         TypeError: for an option of the wrong type.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
 
 from vqserve import payload
 from vqserve.dtypes import latent_dtype_name
@@ -11,7 +14,17 @@ from vqserve.layout import Layout, parse_layout
 from vqserve.types import LatentDType, LayoutName, OutputName
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import check_call, check_digest_form, check_name, check_output, check_timeout
+from vqserve_client.identity import (
+    AUTHORIZATION,
+    Metadata,
+    check_secrecy,
+    check_token,
+    check_token_file,
+    checked_metadata,
+    token_of,
+)
 from vqserve_client.target import Target, parse_target
+from vqserve_client.tls import Tls, tls_of
 
 DEFAULT_MAX_MESSAGE_BYTES = 64 << 20
 # Room for the envelope and a row of a small codebook; gRPC takes the limit as a C int.
@@ -30,6 +43,11 @@ class ClientConfig:
     retries: int = 3
     window: int = 4
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    tls: Tls | None = None
+    token: str | None = field(default=None, repr=False)
+    token_file: str | None = None
+    metadata: Metadata = field(default=(), repr=False)
+    insecure: bool = False
     address: Target = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -40,6 +58,59 @@ class ClientConfig:
         _check_integer("retries", self.retries, range(1 << 31))
         _check_integer("window", self.window, range(1, 1 << 31))
         _check_integer("max_message_bytes", self.max_message_bytes, _MESSAGE_BYTES)
+        self._check_access()
+
+    def _check_access(self) -> None:
+        if self.tls is not None:
+            self.tls.check()
+            if len(self.address.hosts) > 1 and self.tls.server_name is None:
+                raise InvalidOption(
+                    "{option} needs the name in the servers' certificates for a list of servers: Tls(server_name=...), "
+                    "or --tls-server-name",
+                    option="tls",
+                )
+        check_token(self.token)
+        check_token_file(self.token_file)
+        has_token = self.token is not None or self.token_file is not None
+        is_authorized = AUTHORIZATION in dict(self.metadata)
+        if has_token and is_authorized:
+            raise InvalidOption("{option} must not have 'authorization' beside a token", option="metadata")
+        if has_token or is_authorized:
+            check_secrecy(self.address, is_encrypted=self.tls is not None, insecure=self.insecure)
+
+
+def client_config(
+    target: str,
+    *,
+    tls: bool | Tls | None = None,
+    token: str | None = None,
+    token_file: str | PathLike[str] | None = None,
+    metadata: Mapping[str, str | bytes] | None = None,
+    **options: Any,
+) -> ClientConfig:
+    """Return the options of a client, with those of the environment for TLS and token where none are given.
+
+    Args:
+        target: see Client.
+        tls: see Client.
+        token: see Client.
+        token_file: see Client.
+        metadata: see Client.
+        options: the other fields of ClientConfig.
+
+    Raises:
+        InvalidOption: an option has a value that is not allowed.
+        TypeError: an option is of another type.
+    """
+    token, path = token_of(token, token_file)
+    return ClientConfig(
+        target=target,
+        tls=tls_of(tls),
+        token=token,
+        token_file=path,
+        metadata=checked_metadata(metadata),
+        **options,
+    )
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 from vqserve.codebook_info import CodebookInfo
@@ -14,9 +15,10 @@ from vqserve_client.arrays import ArrayInput, indices_input, joined, latents_inp
 from vqserve_client.calls import ArrayCall, DecodeCall, EncodeCall
 from vqserve_client.catalogue import ListRequest, Pin, WrongDigest
 from vqserve_client.channel import Connection
-from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, CallOptions, ClientConfig
+from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, CallOptions, ClientConfig, client_config
 from vqserve_client.requests import Deadline, Exchange, Steps, Window
 from vqserve_client.retries import RetryPolicy
+from vqserve_client.tls import Tls
 from vqserve_client.transport import Sender, UnarySender
 
 Wake = Callable[[], None]
@@ -135,16 +137,26 @@ class ClientBase:
         retries: int = 3,
         window: int = 4,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        tls: bool | Tls | None = None,
+        token: str | None = None,
+        token_file: str | PathLike[str] | None = None,
+        metadata: Mapping[str, str | bytes] | None = None,
+        insecure: bool = False,
     ) -> None:
         self._core = Core(
-            ClientConfig(
-                target=target,
+            client_config(
+                target,
                 codebook=codebook,
                 digest=digest,
                 timeout=timeout,
                 retries=retries,
                 window=window,
                 max_message_bytes=max_message_bytes,
+                tls=tls,
+                token=token,
+                token_file=token_file,
+                metadata=metadata,
+                insecure=insecure,
             )
         )
 

@@ -26,9 +26,11 @@ def status(connection: Connection, *, timeout_s: float) -> str:
         VqserveError: the server does not answer.
     """
     try:
-        reply = _Stub(connection.channel()).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        reply = _Stub(connection.channel()).Check(
+            health_pb2.HealthCheckRequest(), timeout=timeout_s, metadata=connection.metadata("status")
+        )
     except grpc.RpcError as error:
-        failed = _failure(error).error(target=connection.target, codebook=None, request_id="")
+        failed = _failure(error, connection).error(target=connection.target, codebook=None, request_id="")
         if isinstance(failed, DeadlineExceeded):
             failed.hint = "allow more time with {timeout=}, or look into the server's log"
         raise failed from error
@@ -49,12 +51,17 @@ def wait_until_serving(connection: Connection, *, timeout_s: float) -> str:
         try:
             # Watch reports every change, and gRPC waits until the server is there: nothing here polls.
             stub = _Stub(connection.channel())
-            for reply in stub.Watch(health_pb2.HealthCheckRequest(), timeout=remaining_s, wait_for_ready=True):
+            for reply in stub.Watch(
+                health_pb2.HealthCheckRequest(),
+                timeout=remaining_s,
+                metadata=connection.metadata("status"),
+                wait_for_ready=True,
+            ):
                 last = _name(reply.status)
                 if last == SERVING:
                     return last
         except grpc.RpcError as error:
-            failure = _failure(error)
+            failure = _failure(error, connection)
             if failure.code is grpc.StatusCode.UNAVAILABLE:
                 # The server stopped while it was watched: wait for the next one.
                 pass
@@ -71,5 +78,6 @@ def _name(status: int) -> str:
     return str(names.Name(status)) if status in names.values() else f"status {status}"
 
 
-def _failure(error: Any) -> Failure:
-    return Failure(error.code(), error.details() or "", text_metadata(error.trailing_metadata()))
+def _failure(error: Any, connection: Connection) -> Failure:
+    metadata = text_metadata(error.trailing_metadata())
+    return Failure(error.code(), error.details() or "", metadata, is_encrypted=connection.is_encrypted)

@@ -226,7 +226,12 @@ class Exchange:
             # Not an attempt of this request: the failure was counted for the request that failed.
             return
         request.failures += 1
-        failure = Failure(future.code(), future.details() or "", text_metadata(future.trailing_metadata()))
+        failure = Failure(
+            future.code(),
+            future.details() or "",
+            text_metadata(future.trailing_metadata()),
+            is_encrypted=self._connection.is_encrypted,
+        )
         if request.failure is None or not (request.failure.is_foreign and failure.is_unsent):
             request.failure = failure
         delay_s = self._delay_s(request, failure)
@@ -236,6 +241,8 @@ class Exchange:
             )
             error = request.explain(error)
             raise error if request.failures == 1 else error.noted(f"tried {request.failures} times")
+        if failure.is_unsent:
+            self._connection.renew()
         request.resume_at = time.monotonic() + delay_s
 
     def _delay_s(self, request: Request, failure: Failure) -> float | None:

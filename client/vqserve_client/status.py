@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -29,6 +28,7 @@ from vqserve.errors import (
     escape,
 )
 from vqserve.text import printable
+from vqserve_client import grpc_texts
 
 ERROR_OF_CODE: Mapping[grpc.StatusCode, type[VqserveError]] = MappingProxyType(
     {
@@ -53,21 +53,6 @@ ERROR_OF_CODE: Mapping[grpc.StatusCode, type[VqserveError]] = MappingProxyType(
 
 _LONGEST_TEXT = 2000
 
-# The beginnings of gRPC's own texts for a missing connection. They differ between releases; any other text is shown
-# like a server's.
-_NO_CONNECTION = re.compile(
-    r"failed to connect to all addresses|connections to all backends failing|errors resolving|DNS resolution failed"
-)
-# What is missing is the first frame of a gRPC server: another kind of server sends something else, or waits for more.
-_FOREIGN = re.compile(r"SETTINGS frame|http1\.x server|Failed parsing HTTP/2")
-_LOST_CONNECTION = re.compile(r"Stream removed|Socket closed|recvmsg:|sendmsg:|GOAWAY received|ping timeout")
-_NO_SERVER = "is the server running, and is this its address? `vqserved serve` starts one"
-_LIMIT = "max_message_bytes"
-# gRPC's own texts for a message or metadata beyond a limit. Its code for both is that of a full queue.
-_TOO_LARGE = re.compile(r"(?:(CLIENT|SERVER): )?(Sent|Received) message larger than max \((\d{1,18}) vs\. (\d{1,18})\)")
-_INFLATED = "Decompressed message larger than max"
-_METADATA_TOO_LARGE = re.compile(r"received metadata size exceeds (?:hard|soft) limit")
-
 # Requests that failed like this are sent again: nothing was computed, or the same result would be computed again.
 # CANCELLED is among them because a server that stops cancels the calls that still reach it; the client's own cancels
 # are never retried.
@@ -76,11 +61,12 @@ RETRIED: tuple[type[VqserveError], ...] = (Overloaded, Unavailable, Cancelled)
 
 @dataclass(frozen=True)
 class Failure:
-    """The status and metadata of a failed call, from gRPC."""
+    """The status and metadata of a failed call, from gRPC; whether its connection uses TLS helps to explain it."""
 
     code: grpc.StatusCode
     details: str
     metadata: Mapping[str, str]
+    is_encrypted: bool = False
 
     @property
     def retry_after_s(self) -> float | None:
@@ -95,19 +81,18 @@ class Failure:
     @property
     def is_unsent(self) -> bool:
         """Return whether no server was reached."""
-        return self.code is grpc.StatusCode.UNAVAILABLE and _NO_CONNECTION.match(self.details) is not None
+        return self.code is grpc.StatusCode.UNAVAILABLE and grpc_texts.is_unconnected(self.details)
 
     @property
     def is_foreign(self) -> bool:
         """Return whether what was reached does not speak gRPC."""
-        return self.is_unsent and _FOREIGN.search(self.details) is not None
+        return self.is_unsent and grpc_texts.is_foreign(self.details)
 
     @property
     def is_answered(self) -> bool:
         """Return whether a server, or a proxy before it, has answered."""
-        return self.code is not grpc.StatusCode.UNAVAILABLE or not (
-            _NO_CONNECTION.match(self.details) or _LOST_CONNECTION.match(self.details)
-        )
+        lost = grpc_texts.is_unconnected(self.details) or grpc_texts.is_disconnected(self.details)
+        return self.code is not grpc.StatusCode.UNAVAILABLE or not lost
 
     @property
     def is_retried(self) -> bool:
@@ -123,9 +108,9 @@ class Failure:
         gRPC itself reports what is over a limit with the code of a full queue; only its text distinguishes them.
         """
         if self.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-            if _TOO_LARGE.search(self.details) or _INFLATED in self.details:
+            if grpc_texts.is_too_large(self.details):
                 return MessageTooLarge
-            if _METADATA_TOO_LARGE.search(self.details):
+            if grpc_texts.has_too_much_metadata(self.details):
                 return ProtocolError
         return ERROR_OF_CODE.get(self.code, ServerError)
 
@@ -150,54 +135,19 @@ class Failure:
         """Return the error for a failure without fields: in our words for what gRPC reports, else in the server's."""
         kind = self.error_class
         if self.is_unsent:
-            cause = "what listens there does not speak gRPC" if self.is_foreign else escape(_cause(self.details))
-            return kind(f"cannot connect to the server: {cause}", hint=_NO_SERVER)
-        if self.code is grpc.StatusCode.UNAVAILABLE and _LOST_CONNECTION.match(self.details):
-            return kind("the connection to the server was lost", hint=_NO_SERVER)
+            cause, hint = grpc_texts.why_unconnected(self.details, is_encrypted=self.is_encrypted)
+            return kind(f"cannot connect to the server: {cause}", hint=hint)
+        if self.code is grpc.StatusCode.UNAVAILABLE and grpc_texts.is_disconnected(self.details):
+            return kind("the connection to the server was lost", hint=grpc_texts.NO_SERVER)
         if self.code is grpc.StatusCode.DEADLINE_EXCEEDED and "Deadline Exceeded" in self.details:
             return kind("the server did not answer in time")
         if kind is MessageTooLarge:
-            return _too_large(self.details)
+            return grpc_texts.too_large(self.details)
         if kind is ProtocolError and self.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             return kind("the server sent more metadata than gRPC accepts")
         text = escape(printable(" ".join(self.details[: _LONGEST_TEXT + 1].split()), _LONGEST_TEXT))
         # vqserve servers add to their texts what to do.
         return kind(text or f"{self.code.name} without a text", hint=None if kind is ProtocolError else "")
-
-
-def _too_large(details: str) -> MessageTooLarge:
-    found = _TOO_LARGE.search(details)
-    if found is None:
-        return MessageTooLarge(
-            "a compressed reply is larger than the client's limit", hint="set a larger {max_message_bytes=}"
-        )
-    side, verb, size, limit = found.groups()
-    is_request = (side, verb) in {("CLIENT", "Sent"), ("SERVER", "Received")}
-    text = f"{'a request' if is_request else 'a reply' if side else 'a message'} of {size} bytes is larger than"
-    if side == "CLIENT":
-        return MessageTooLarge(
-            f"{text} the client's limit of {limit} bytes", hint="set a larger {max_message_bytes=}", option=_LIMIT
-        )
-    if side == "SERVER":
-        return MessageTooLarge(
-            f"{text} the server's limit of {limit} bytes",
-            hint="set {suggestion} in the client, or start the server with a larger --max-message-bytes",
-            option=_LIMIT,
-            suggestion={_LIMIT: int(limit)},
-        )
-    return MessageTooLarge(
-        f"{text} the limit of client or server, {limit} bytes", hint="set a larger {max_message_bytes=} on both"
-    )
-
-
-def _cause(details: str) -> str:
-    """Return why there is no connection.
-
-    gRPC puts the system's reason last, after states and addresses: "failed to connect to all addresses; last error:
-    UNKNOWN: ipv4:127.0.0.1:1: Failed to connect to remote host: connect: Connection refused (111)".
-    """
-    cause = details.rstrip("]").rpartition(":")[2].strip()
-    return printable(re.sub(r" \(\d+\)$", "", cause), _LONGEST_TEXT)
 
 
 def text_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:

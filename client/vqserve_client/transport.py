@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Protocol
 
 import grpc
 
-from vqserve.error_wire import REQUEST_ID_KEY
 from vqserve_client.channel import STREAMED, Connection, gate
 
 logger = logging.getLogger(__name__)
@@ -75,7 +74,7 @@ class UnarySender:
         call = self._connection.method(method)
         gate.enter()
         try:
-            future: Any = call.future(message, timeout=timeout_s, metadata=((REQUEST_ID_KEY, request_id),))
+            future: Any = call.future(message, timeout=timeout_s, metadata=self._connection.metadata(request_id))
         except BaseException:
             gate.leave()
             raise
@@ -225,7 +224,7 @@ class _Stream:
         call = connection.stream(method)
         gate.enter(self.end_sending)
         try:
-            self._call = call(iter(self._messages.get, None), metadata=((REQUEST_ID_KEY, first.request_id),))
+            self._call = call(iter(self._messages.get, None), metadata=connection.metadata(first.request_id))
             threading.Thread(target=self._read, name="vqserve-stream", daemon=True).start()
         except BaseException:
             gate.leave(self.end_sending)

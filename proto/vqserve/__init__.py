@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         PermissionDenied,
         ProtocolError,
         ServerError,
+        Tls,
         TokenBeyondRange,
         Unauthenticated,
         Unavailable,
@@ -74,6 +75,7 @@ __all__ = [
     "PermissionDenied",
     "ProtocolError",
     "ServerError",
+    "Tls",
     "TokenBeyondRange",
     "Unauthenticated",
     "Unavailable",
@@ -84,7 +86,7 @@ __all__ = [
 
 # The modules of the names that do not need the client; all other such names are errors.
 _HOMES = {"CodebookInfo": "vqserve.codebook_info", "Layout": "vqserve.layout"}
-_CLIENT = {"AsyncClient", "Client"}
+_CLIENT = {"AsyncClient", "Client", "Tls"}
 
 
 def __getattr__(name: str) -> object:

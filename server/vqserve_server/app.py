@@ -17,7 +17,7 @@ from functools import partial
 from typing import TextIO
 
 from vqserve.errors import StartError
-from vqserve_server import console, grpcio_release, signals
+from vqserve_server import console, grpcio_release, signals, stderr
 from vqserve_server.access import Access
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
@@ -165,7 +165,7 @@ async def serve(
     def on_signal(number: int) -> None:
         if stop.is_set():
             # Process 1 of a container ignores signals by default, so exit here.
-            os._exit(128 + number)
+            _exit_now(128 + number)
         logger.info(event("stopping", signal=signal.Signals(number).name))
         stop.set()
 
@@ -274,5 +274,5 @@ def _announce(tokenizers: Sequence[Tokenizer], host: str, port: int) -> None:
 
 def _exit_now(code: int) -> None:
     sys.stdout.flush()
-    sys.stderr.flush()
+    stderr.drain()
     os._exit(code)

@@ -107,6 +107,9 @@ def _serve(args: argparse.Namespace) -> int:
     with signals.sighup_blocked():
         if worker is None and config.workers > 1:
             return supervisor.run(args.sources, config)
+        if config.log_level != "debug":
+            # Any caller can make gRPC write lines that say nothing to an operator. It reads this when it is imported.
+            os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         from vqserve_server import app  # noqa: PLC0415
 
         return app.run(args.sources, config, worker=None if worker is None else int(worker))

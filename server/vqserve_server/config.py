@@ -21,6 +21,7 @@ CLIENT_VARIABLES = frozenset(
         "TARGET",
         "CODEBOOK",
         "TRACEBACK",
+        "TLS",
         "TLS_CA",
         "TLS_CERT",
         "TLS_KEY",

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import faulthandler
+import io
 import logging
 import sys
+from typing import TextIO
 
 from vqserve.text import printable
+from vqserve_server import stderr
 
 
 def set_up(level: str, *, worker: int | None = None) -> None:
-    """Send the log to stderr, one line for each event.
+    """Send the log to stderr, one line for each event, without ever waiting for its reader; call it once.
+
+    A crash of the interpreter leaves a traceback there.
 
     Args:
         level: "debug", "info", "warning" or "error".
         worker: number of this process among several that serve a port, added to every line; None if it is the only one.
     """
-    field = "" if worker is None else f" worker={worker}"
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter(f"%(asctime)s %(levelname)s %(origin)s%(message)s{field}"))
+    write_to(stderr.take_over(_Formatter(worker).dropped), level, worker=worker)
+    faulthandler.enable(sys.stderr)
+
+
+def write_to(stream: TextIO | io.TextIOBase, level: str, *, worker: int | None = None) -> None:
+    """Send the log to a stream; see `set_up`."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_Formatter(worker))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
@@ -42,6 +53,15 @@ def _value(value: object) -> str:
 class _Formatter(logging.Formatter):
     """Adds the name of the module to lines of other packages, but not to the server's own events."""
 
+    def __init__(self, worker: int | None) -> None:
+        field = "" if worker is None else f" worker={worker}"
+        super().__init__(f"%(asctime)s %(levelname)s %(origin)s%(message)s{field}")
+
     def format(self, record: logging.LogRecord) -> str:
         record.origin = "" if record.name.partition(".")[0] == "vqserve_server" else f"{record.name}: "
         return super().format(record)
+
+    def dropped(self, count: int) -> str:
+        """Return the line of the event that lines were dropped."""
+        text = event("log_lines_dropped", count=count)
+        return self.format(logging.LogRecord(__name__, logging.WARNING, "", 0, text, None, None)) + "\n"

@@ -190,13 +190,19 @@ class StreamingServer(TinyServer):
 
 
 @contextlib.contextmanager
-def running(servicer: TinyServer, address: str = "127.0.0.1:0", **options: int) -> Iterator[grpc.Server]:
+def running(
+    servicer: TinyServer,
+    address: str = "127.0.0.1:0",
+    credentials: grpc.ServerCredentials | None = None,
+    **options: int,
+) -> Iterator[grpc.Server]:
     limits = {"grpc.max_receive_message_length": 64 << 20, "grpc.max_send_message_length": 64 << 20, **options}
     server = grpc.server(ThreadPoolExecutor(16), options=list(limits.items()))
     tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(servicer, server)
     if servicer.health is not None:
         health_pb2_grpc.add_HealthServicer_to_server(servicer.health, server)
-    servicer.target = f"{address.rpartition(':')[0]}:{server.add_insecure_port(address)}"
+    bound = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+    servicer.target = f"{address.rpartition(':')[0]}:{bound}"
     server.start()
     try:
         yield server
@@ -226,7 +232,7 @@ def serve_tiny() -> Iterator[Callable[..., TinyServer]]:
     """Start a tiny server of these codebooks, with gRPC options."""
     with contextlib.ExitStack() as stack:
 
-        def start(*codes: Codes, **options: int) -> TinyServer:
+        def start(*codes: Codes, **options: Any) -> TinyServer:
             servicer = TinyServer(*codes)
             stack.enter_context(running(servicer, **options))
             return servicer

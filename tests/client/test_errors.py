@@ -104,6 +104,9 @@ def test_the_pages_python_runs(tiny, monkeypatch, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
+        # The one with TLS has a server of its own in tests/test_docs.py.
+        if "vq.example" in block:
+            continue
         source = block.replace("localhost:50051", tiny.target).replace('"demo"', '"small"')
         exec(compile(source, str(PAGE), "exec"), {})  # noqa: S102
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import os
 import re
 import signal
@@ -158,21 +157,6 @@ def test_started_with_its_standard_files_closed(folder: Path, tmp_path: Path, nu
     finally:
         process.kill()
         process.wait()
-
-
-def test_lines_of_the_log_name_other_packages_only(capsys: pytest.CaptureFixture[str]) -> None:
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-    try:
-        console.set_up("info", worker=1)
-        logging.getLogger("vqserve_server.repository").info(console.event("codebook", of=1.5, name="a \x1b[2J=b"))
-        logging.getLogger("asyncio").warning("slow")
-    finally:
-        root.handlers, root.level = before
-    ours, others = capsys.readouterr().err.splitlines()
-    line = r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO codebook of=1\.5 name="a \\x1b\[2J=b" worker=1'
-    assert re.fullmatch(line, ours)
-    assert others.endswith(" WARNING asyncio: slow worker=1")
 
 
 def test_one_codebook_under_a_name_until_interrupted(vqserved: Callable[..., Any], folder: Path) -> None:

@@ -44,4 +44,4 @@ class Codebooks:
         """
         if not self.allow(name):
             shown = name[:_SHOWN]
-            raise PermissionDenied(f"the token may not use codebook {escape(repr(shown))}", codebook=shown)
+            raise PermissionDenied(f"the access token may not use codebook {escape(repr(shown))}", codebook=shown)

@@ -52,9 +52,8 @@ class Watched(Generic[T]):
         self._make = make
         self._lock = threading.Lock()
         self._rejected: str | None = None
-        self._stamps = _stamps(self._paths)
-        self._contents = self._read()
-        self.value = make(self._contents)
+        self._contents: list[bytes] | None = None
+        self._contents, self.value = self._made()
 
     def may_have_changed(self) -> bool:
         """Return whether `refresh` would read the files."""
@@ -84,7 +83,8 @@ class Watched(Generic[T]):
             return True
 
     def _made(self) -> tuple[list[bytes], T]:
-        for attempt in range(_ATTEMPTS):
+        left = _ATTEMPTS
+        while True:
             # Take the stamps before the files are read, so that the next refresh notices a later change.
             self._stamps = _stamps(self._paths)
             try:
@@ -92,9 +92,9 @@ class Watched(Generic[T]):
                 return contents, self.value if contents == self._contents else self._make(contents)
             except StartError:
                 # Of two files, one may be the old and one the new.
-                if attempt == _ATTEMPTS - 1 or _stamps(self._paths) == self._stamps:
+                left -= 1
+                if not left or _stamps(self._paths) == self._stamps:
                     raise
-        raise RuntimeError("unreachable")
 
     def _read(self) -> list[bytes]:
         return [_content(path) for path in self._paths]

@@ -38,7 +38,7 @@ class RowRate:
                 return
             # At least one row must be there.
             wait_s = (1 - self._rows) / self.rows_per_second
-        raise Overloaded(f"the token may send {self.rows_per_second:g} rows per second", retry_after_s=wait_s)
+        raise Overloaded(f"the access token may send {self.rows_per_second:g} rows per second", retry_after_s=wait_s)
 
     def give_back(self, rows: int) -> None:
         """Put back the rows of a request that was not served."""

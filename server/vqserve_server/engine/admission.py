@@ -125,7 +125,9 @@ class Admission:
             requests=config.max_queue_requests, rows=config.max_queue_rows, bytes=config.max_queue_bytes
         )
         self._caller_limits = CallerLimits(
-            requests=config.max_caller_requests, rows=config.max_caller_rows, bytes=config.max_caller_bytes
+            requests=config.max_caller_requests or config.max_queue_requests,
+            rows=config.max_caller_rows or config.max_queue_rows,
+            bytes=config.max_caller_bytes or config.max_queue_bytes,
         )
         self._stats = stats
         self._lock = threading.Lock()
@@ -163,14 +165,15 @@ class Admission:
                 if free_bytes < 0:
                     raise self._overloaded("bytes")
                 if caller.requests:
-                    own = caller.limits or self._caller_limits
+                    others = self._caller_limits
+                    own = caller.limits or others
                     is_small = rows <= _SMALL * limits.rows and nbytes <= _SMALL * limits.bytes
                     share = _SHARE_WITH_SMALL if is_small else _SHARE
-                    if caller.requests + 1 > min(share * free_requests, own.requests or limits.requests):
+                    if caller.requests + 1 > min(share * free_requests, own.requests or others.requests):
                         raise self._overloaded("requests", caller)
-                    if caller.rows + rows > min(share * free_rows, own.rows or limits.rows):
+                    if caller.rows + rows > min(share * free_rows, own.rows or others.rows):
                         raise self._overloaded("rows", caller)
-                    if caller.bytes + nbytes > min(share * free_bytes, own.bytes or limits.bytes):
+                    if caller.bytes + nbytes > min(share * free_bytes, own.bytes or others.bytes):
                         raise self._overloaded("bytes", caller)
             self._count(caller, 1, rows, nbytes)
 

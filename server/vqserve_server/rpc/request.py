@@ -10,7 +10,8 @@ from functools import partial
 from typing import Any, Protocol
 
 from vqserve import wire
-from vqserve.errors import Draining
+from vqserve.errors import Draining, Overloaded
+from vqserve_server.access import Token
 from vqserve_server.engine import Caller, Engine, Job
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.headers import HeaderCache, RequestHeader
@@ -128,15 +129,11 @@ class Request:
         Raises:
             Overloaded, Draining, DeviceBroken: the server accepts no more.
         """
-        rate = None if caller.token is None else caller.token.rate
-        if rate is not None:
-            rate.take(header.rows)
-        try:
+        token = caller.token
+        if token is None:
             engine.admission.enter(caller, header.rows, nbytes)
-        except BaseException:
-            if rate is not None:
-                rate.give_back(header.rows)
-            raise
+        else:
+            _enter_at_rate(engine, caller, token, header.rows, nbytes)
         self.nbytes = nbytes
         self._engine = engine
         self._caller = caller
@@ -172,6 +169,23 @@ class Request:
         if self.job is not None and self.job.outcome is None:
             self._engine.scheduler.cancel(self.job)
         self._engine.admission.leave(self._caller, self._header.rows, self.nbytes)
+
+
+def _enter_at_rate(engine: Engine, caller: Caller, token: Token, rows: int, nbytes: int) -> None:
+    rate = token.rate
+    if rate is None:
+        engine.admission.enter(caller, rows, nbytes)
+        return
+    try:
+        rate.take(rows)
+    except Overloaded:
+        engine.stats.count_refused("caller_rate")
+        raise
+    try:
+        engine.admission.enter(caller, rows, nbytes)
+    except BaseException:
+        rate.give_back(rows)
+        raise
 
 
 class UnaryCall:

@@ -61,7 +61,8 @@ class TokenizerService:
         parse(pb.ListCodebooksRequest, raw)
         self._engine.admission.enter(call.caller, 0, len(raw))
         try:
-            allowed = None if call.caller.token is None else call.caller.token.check().codebooks
+            token = call.caller.token
+            allowed = None if token is None else token.check().codebooks
             codebooks = [codebook_message(info) for info in self._engine.live.infos(allowed)]
             return pb.ListCodebooksResponse(codebooks=codebooks).SerializeToString()
         finally:

@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-from vqserve.errors import Overloaded, Unauthenticated
+from vqserve.errors import Overloaded
 from vqserve_server.console import event
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.callers import Callers
@@ -191,11 +191,12 @@ class Transport:
         self._ask()
         if not event.success:
             return
-        peer, refusal = event.call.peer().decode(), None
+        peer = event.call.peer().decode()
+        refusal: Exception | None = None
         method = event.call_details.method.decode("ascii", "backslashreplace")
         try:
             caller = self._callers.enter(peer, event.invocation_metadata)
-        except Unauthenticated as error:
+        except Exception as error:
             caller, refusal = self._callers.enter_stranger(peer), error
         call = Call(event, caller, method, self._on_end, self._gate)
         self._last_call_at = time.monotonic()

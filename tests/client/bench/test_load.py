@@ -11,6 +11,7 @@ import pytest
 from vqserve_bench import ClosedLoop, OpenLoop, Request
 from vqserve_bench.job import Job
 from vqserve_bench.load import gaps, shares
+from vqserve_client.config import ClientConfig
 
 
 def test_gaps_are_exponential_and_seeded():
@@ -32,7 +33,7 @@ def test_shares(total, parts, expected):
 
 
 def job(load, **more):
-    return Job(target="localhost:1", method="/a.B/C", requests=(Request(b"x"),), load=load, **more)
+    return Job(config=ClientConfig(target="localhost:1"), method="/a.B/C", requests=(Request(b"x"),), load=load, **more)
 
 
 def test_jobs_of_several_processes_are_the_whole_together():
@@ -49,7 +50,9 @@ def test_jobs_of_several_processes_are_the_whole_together():
 
 def test_the_order_is_seeded_and_gives_each_request_its_turn():
     requests = tuple(Request(bytes([i])) for i in range(9))
-    made = Job(target="localhost:1", method="/a.B/C", requests=requests, load=ClosedLoop(1), seed=3)
+    made = Job(
+        config=ClientConfig(target="localhost:1"), method="/a.B/C", requests=requests, load=ClosedLoop(1), seed=3
+    )
     order = list(islice(made.order(), 18))
     assert sorted(order[:9]) == sorted(requests)
     assert order[:9] == order[9:] != list(requests)
@@ -65,7 +68,7 @@ def test_the_order_is_seeded_and_gives_each_request_its_turn():
         lambda: OpenLoop(1.0, 0),
         lambda: job(ClosedLoop(1), streams=-1),
         lambda: job(ClosedLoop(1), connections=0),
-        lambda: Job(target="localhost:1", method="/a.B/C", requests=(), load=ClosedLoop(1)),
+        lambda: Job(config=ClientConfig(target="localhost:1"), method="/a.B/C", requests=(), load=ClosedLoop(1)),
     ],
 )
 def test_invalid_loads_are_rejected(make):

@@ -72,7 +72,7 @@ def test_a_call_without_a_valid_token(
     with pytest.raises(Unauthenticated) as caught:
         Tokens(str(path)).authenticate(metadata, peer="192.0.2.1")
     # The caller is not told why, the log is.
-    assert caught.value.message == "the server needs a valid token"
+    assert caught.value.message == "the server needs a valid access token"
     assert f'caller_refused peer=192.0.2.1 reason="{reason}' in caplog.text
     assert SECRET not in caplog.text
     assert OTHER not in caplog.text
@@ -236,7 +236,7 @@ def test_a_token_expires(path: Path, monkeypatch: pytest.MonkeyPatch, caplog: py
     assert authenticate(tokens) is token
     monkeypatch.setattr(tokens_module.time, "time", lambda: 1_932_768_000.0)
     for check in (token.check, lambda: authenticate(tokens)):
-        with pytest.raises(Unauthenticated, match="the server needs a valid token"):
+        with pytest.raises(Unauthenticated, match="the server needs a valid access token"):
             check()
     assert "token trainer has expired" in caplog.text
 
@@ -256,7 +256,7 @@ def test_the_codebooks_of_a_token(patterns: list[str], allowed: list[str], denie
         assert all(map(codebooks.allow, allowed))
         assert not any(map(codebooks.allow, denied))
     for name in denied:
-        with pytest.raises(PermissionDenied, match=r"^the token may not use codebook"):
+        with pytest.raises(PermissionDenied, match=r"^the access token may not use codebook"):
             codebooks.check(name)
 
 
@@ -276,7 +276,7 @@ def test_the_rate_of_rows() -> None:
     rate.take(60)
     rate.take(100)
     # 60 rows too many were taken: 0.61 s until a row is there.
-    with pytest.raises(Overloaded, match="the token may send 100 rows per second") as caught:
+    with pytest.raises(Overloaded, match="the access token may send 100 rows per second") as caught:
         rate.take(1)
     assert caught.value.retry_after_s == pytest.approx(0.61)
     now[0] = 0.6

@@ -16,13 +16,13 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from support.certificates import Authority, Folder, connect, replace
+from support.certificates import Authority, Folder, connect, free_port, replace
 from support.waiting import eventually
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from vqserve_server.access.token_file import hash_of, new_secret
 
-TEXT = "the server needs a valid token: call with a valid token="
+TEXT = "the server needs a valid access token: call with a valid token="
 S = grpc.StatusCode
 
 
@@ -144,12 +144,12 @@ def test_a_codebook_that_the_token_may_not_use(stub: TokenizerServiceStub, names
         assert encode(stub, request("audio"), names.secrets["both"]) == [3]
     code, details = status(lambda: encode(stub, request("audio"), names.secrets["faces"]))
     assert code is S.PERMISSION_DENIED
-    assert details.startswith("the token may not use codebook 'audio'")
+    assert details.startswith("the access token may not use codebook 'audio'")
     # Nothing tells whether there is such a codebook, or what it is.
     for wrong in (request("nosuch"), request("audio", expected_digest="0" * 64), request("audio", rows=0)):
         code, details = status(lambda: encode(stub, wrong, names.secrets["faces"]))  # noqa: B023
         assert code is S.PERMISSION_DENIED
-        assert details.replace("nosuch", "audio").startswith("the token may not use codebook 'audio'")
+        assert details.replace("nosuch", "audio").startswith("the access token may not use codebook 'audio'")
         assert "faces" not in details
     assert encode(stub, request("faces"), names.secrets["faces"]) == [3]
 
@@ -189,6 +189,7 @@ def test_versions(serving: Callable[..., Any], fake: Callable[..., Any], names: 
         assert encode(stub, request("book@1"), names.secrets["one"]) == [3]
         for name in ("book@2", "book"):
             assert status(lambda: encode(stub, request(name), names.secrets["one"]))[0] is S.PERMISSION_DENIED  # noqa: B023
+        assert encode(stub, request(), names.secrets["one"]) == [3]
         for name in ("book", "book@1", "book@2", ""):
             assert encode(stub, request(name), names.secrets["every"]) == [3]
 
@@ -264,7 +265,7 @@ def test_the_rate_of_a_token(stub: TokenizerServiceStub, server: Any, names: Nam
     with pytest.raises(grpc.RpcError) as caught:
         encode(stub, request("faces", 1), names.secrets["slow"])
     assert caught.value.code() is S.RESOURCE_EXHAUSTED
-    assert caught.value.details().startswith("the token may send 0.001 rows per second")
+    assert caught.value.details().startswith("the access token may send 0.001 rows per second")
     metadata = dict(caught.value.trailing_metadata() or ())
     assert 990_000_000 < int(metadata["grpc-retry-pushback-ms"]) < 1_002_000_000
     for _ in range(5):
@@ -371,3 +372,80 @@ def test_tokens_within_tls(serving: Callable[..., Any], fake: Callable[..., Any]
     with connect(target, authority.pem, token="wrong") as channel:  # noqa: S106
         code, _ = status(lambda: TokenizerServiceStub(channel).Encode(request("faces"), timeout=30))
         assert code is S.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize(("limit", "what"), [("max_requests = 2", "requests"), ("max_bytes = 200", "bytes")])
+def test_what_a_token_may_have_in_the_server(
+    serving: Callable[..., Any], fake: Callable[..., Any], names: Names, limit: str, what: str
+) -> None:
+    names.put(small=limit, other="")
+    book = fake(name="faces")
+    server = serving(book, tokens=names.path)
+    admission, held = server.app.engine.admission, []
+    with grpc.insecure_channel(server.target) as channel:
+        stub = TokenizerServiceStub(channel)
+
+        def send(name: str) -> Any:
+            call = stub.Encode.future(request("faces"), metadata=bearer(names.secrets[name]), timeout=60)
+            eventually(lambda: call.done() or admission.requests > len(held))
+            return call
+
+        book.hold()
+        while not (call := send("small")).done():
+            held.append(call)
+        assert call.code() is S.RESOURCE_EXHAUSTED
+        assert call.details().startswith(f"too many {what} of the caller small in the server")
+        # A request of three rows and its reply have more than 48 bytes, and less than 100.
+        assert len(held) == 2 or (what == "bytes" and len(held) in {3, 4})
+        held.append(send("other"))
+        # More is allowed at once to callers that have calls open.
+        names.put(small="", other="")
+        server.app.refresh_access()
+        held.append(send("small"))
+        assert not held[-1].done()
+        book.release()
+        assert all(list(call.result().shape) == [3] for call in held)
+
+
+def test_the_socket_file_needs_a_token_too_and_no_certificate(
+    serving: Callable[..., Any], fake: Callable[..., Any], names: Names, tmp_path: Path
+) -> None:
+    folder = Folder(tmp_path)
+    folder.put(Authority().issue())
+    serving(fake(name="faces"), tokens=names.path, unix_socket=tmp_path / "vqserve.sock", **folder.settings())
+    with grpc.insecure_channel(f"unix:{tmp_path}/vqserve.sock") as channel:
+        stub = TokenizerServiceStub(channel)
+        assert encode(stub, request("faces"), names.secrets["faces"]) == [3]
+        assert status(lambda: encode(stub, request("faces"), "wrong"))[0] is S.UNAUTHENTICATED
+
+
+def test_workers_have_the_same_certificates_and_tokens(
+    vqserved: Callable[..., Any], put: Callable[..., Any], names: Names, tmp_path: Path
+) -> None:
+    put(tmp_path / "books" / "faces.safetensors")
+    authority, folder, health_port = Authority(), Folder(tmp_path), free_port()
+    folder.put(authority.issue())
+    flags = ("--tls-cert", folder.cert, "--tls-key", folder.key, "--tokens", names.path, "--health-port", health_port)
+    daemon = vqserved(tmp_path / "books", "--device", "cpu", "--workers", "2", *flags)
+
+    def code(secret: str) -> grpc.StatusCode:
+        with connect(daemon.target, authority.pem, token=secret) as channel:
+            try:
+                TokenizerServiceStub(channel).Encode(request("faces"), timeout=30)
+            except grpc.RpcError as error:
+                found: grpc.StatusCode = error.code()
+                return found
+        return S.OK
+
+    # The kernel gives each connection to one of the workers.
+    for _ in range(4):
+        assert code(names.secrets["faces"]) is S.OK
+        assert code("wrong") is S.UNAUTHENTICATED
+        with grpc.insecure_channel(f"127.0.0.1:{health_port}") as channel:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=30)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    names.put(all="")
+    folder.put(authority.issue())
+    lines = daemon.rescan(workers=2)
+    assert sum(" access_reloaded what=tokens" in line for line in lines) == 2
+    assert {code(names.secrets["faces"]) for _ in range(4)} == {S.UNAUTHENTICATED}
