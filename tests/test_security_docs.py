@@ -27,7 +27,10 @@ BLOCKS = re.findall(r"^```(sh|toml)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
 
 @pytest.fixture
 def follow(vqserved: Callable[..., Any], tmp_path: Path) -> Callable[[str], list[Any]]:
-    """Run the commands of a section in a folder; return the servers that it starts, on loopback and a free port."""
+    """Run the commands of a section in a folder; return the servers that it starts, on loopback and a free port.
+
+    The commands of clients go to the newest server.
+    """
 
     def run(section: str) -> list[Any]:
         servers = []
@@ -40,7 +43,12 @@ def follow(vqserved: Callable[..., Any], tmp_path: Path) -> Callable[[str], list
                 servers.append(vqserved("--device", "cpu", *(paths.get(word, word) for word in words)))
             elif tag == "sh":
                 environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-                subprocess.run(["sh", "-e", "-c", block], cwd=tmp_path, env=environ, check=True, capture_output=True)
+                if servers:
+                    environ["VQSERVE_TARGET"] = servers[-1].target
+                ended = subprocess.run(
+                    ["sh", "-e", "-c", block], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
+                )
+                assert ended.returncode == 0, ended.stderr
         return servers
 
     return run
