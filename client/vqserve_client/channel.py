@@ -161,6 +161,11 @@ class Connection:
         return self._config.target
 
     @property
+    def is_balanced(self) -> bool:
+        """Return whether the target may stand for several servers."""
+        return self._config.address.is_balanced
+
+    @property
     def is_encrypted(self) -> bool:
         """Return whether it uses TLS."""
         return self._config.tls is not None
