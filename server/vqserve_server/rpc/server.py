@@ -98,6 +98,7 @@ class RpcServer:
         self._service = TokenizerService(engine, max_message_bytes=config.max_message_bytes)
         self._health = Health(("", SERVICE))
         options = channel_options(config, shares_port=shares_port)
+        reserved = dict.fromkeys(self._health.handlers(), _MOST_HEALTH_CALLS)
         self._transport = Transport(
             {
                 **self._service.handlers(),
@@ -109,13 +110,13 @@ class RpcServer:
             max_calls_per_caller=config.max_calls_per_caller,
             idle_s=config.idle_seconds,
             callers=Callers(access.tokens),
-            reserved=dict.fromkeys(self._health.handlers(), _MOST_HEALTH_CALLS),
+            reserved=reserved,
         )
         # A call does not say on which of a server's ports it came, so these are two servers.
         self._health_transport = None
         if health_port:
             self._health_transport = Transport(
-                self._health.handlers(), options=options, max_calls=_MOST_HEALTH_CALLS, idle_s=config.idle_seconds
+                self._health.handlers(), options=options, max_calls=0, idle_s=config.idle_seconds, reserved=reserved
             )
 
     def start(self) -> int:
