@@ -52,6 +52,10 @@ class TokenizerService:
             f"/{SERVICE}/ListCodebooks": self.calls.plain(self._list_codebooks),
         }
 
+    def give_memory_back(self) -> None:
+        """Give memory back to the system that large requests no longer need. Call it now and then."""
+        self._requests.give_memory_back()
+
     def close(self) -> None:
         """End the threads."""
         self._requests.close()
@@ -98,6 +102,7 @@ class RpcServer:
         self._service = TokenizerService(engine, max_message_bytes=config.max_message_bytes)
         self._health = Health(("", SERVICE))
         options = channel_options(config, shares_port=shares_port)
+        reserved = dict.fromkeys(self._health.handlers(), _MOST_HEALTH_CALLS)
         self._transport = Transport(
             {
                 **self._service.handlers(),
@@ -109,13 +114,14 @@ class RpcServer:
             max_calls_per_caller=config.max_calls_per_caller,
             idle_s=config.idle_seconds,
             callers=Callers(access.tokens),
-            reserved=dict.fromkeys(self._health.handlers(), _MOST_HEALTH_CALLS),
+            reserved=reserved,
+            now_and_then=self._service.give_memory_back,
         )
         # A call does not say on which of a server's ports it came, so these are two servers.
         self._health_transport = None
         if health_port:
             self._health_transport = Transport(
-                self._health.handlers(), options=options, max_calls=_MOST_HEALTH_CALLS, idle_s=config.idle_seconds
+                self._health.handlers(), options=options, max_calls=1, idle_s=config.idle_seconds, reserved=reserved
             )
 
     def start(self) -> int:
