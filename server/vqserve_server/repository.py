@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import logging
 import time
@@ -17,6 +16,7 @@ from vqserve_server.codebook_files import find_codebooks, latest
 from vqserve_server.codebooks import load_codebook
 from vqserve_server.console import event
 from vqserve_server.device import why_no_cuda
+from vqserve_server.process import trim_memory
 from vqserve_server.search import why_slower
 from vqserve_server.tokenizer import Tokenizer
 
@@ -223,13 +223,10 @@ class Reloader:
 def free_memory() -> None:
     """Free reference cycles, and return free memory to the system.
 
-    The traceback of a rejected request is a cycle that keeps its codebook. glibc keeps freed tables in the middle of
-    its heaps, and a hundred reloads leave many such holes.
+    The traceback of a rejected request is a cycle that keeps its codebook.
     """
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    trim_memory()
 
 
 def _stamp(path: Path) -> Stamp | None:
