@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 # Starts to answer a call, and returns at once.
 Handler = Callable[[Call], None]
-THREAD_NAME = "vqserve-grpc"
 # Interval of the check for idle calls.
 _IDLE_CHECK_S = 1.0
 # Before the server closes, it lets no call end until no call has arrived for so long, and for at most so long.
@@ -55,6 +54,7 @@ class Transport:
         idle_s: float = 0.0,
         reserved: Mapping[str, int] | None = None,
         callers: Callers | None = None,
+        name: str = "vqserve-grpc",
     ) -> None:
         """Make the transport; `listen` to some addresses before `start`.
 
@@ -65,6 +65,7 @@ class Transport:
             max_calls_per_caller: those of one caller; None: as many as of all.
             idle_s: how long a call may wait for its caller before it ends with UNAVAILABLE; 0: for ever.
             callers: decides who may call; None: everyone.
+            name: of the thread.
             reserved: methods whose calls do not count among the others, and how many of each may be open; above that
                 the caller that has most of them loses its oldest.
         """
@@ -85,13 +86,13 @@ class Transport:
         self._server.register_completion_queue(self._queue)
         for method in self._places:
             self._server.register_method(method)
-        self._thread = threading.Thread(target=self._serve, name=THREAD_NAME, daemon=True)
+        self.name = name
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._lock = threading.Lock()
         self._is_asking = False  # for the next call, one of reserved methods apart
         self._is_closed = self._is_stopping = False
         self._stopped = threading.Event()
-        # Rounds of the thread: it grows at least once per second while the thread is not stuck.
-        self.turns = 0
+        self._turns = 0
 
     def listen(self, address: str, credentials: Any = None) -> int:
         """Listen on HOST:PORT or unix:PATH, and return the port.
@@ -108,6 +109,10 @@ class Transport:
         if not port:
             raise RuntimeError(f"cannot bind {address}")
         return port
+
+    def turns(self) -> int:
+        """Return how often the thread has looked for an event: at least once per second while it is not stuck."""
+        return self._turns
 
     def start(self) -> None:
         """Accept calls."""
@@ -154,7 +159,7 @@ class Transport:
         next_check = time.monotonic() + _IDLE_CHECK_S
         while True:
             completed = self._queue.poll(time.time() + _IDLE_CHECK_S)
-            self.turns += 1
+            self._turns += 1
             if completed.completion_type == cygrpc.CompletionType.queue_shutdown:
                 return
             try:
