@@ -145,7 +145,7 @@ class RpcServer:
     def threads(self) -> dict[str, Callable[[], int]]:
         """Return, by the names of the transports' threads, their `turns`."""
         transports = [each for each in (self._transport, self._health_transport) if each is not None]
-        return {each.name: each.turns for each in transports}
+        return {name: turns for each in transports for name, turns in each.turns().items()}
 
     def use_live_set(self) -> None:
         """Serve the codebooks that the engine has live now."""
