@@ -27,7 +27,6 @@ from vqserve_server.heartbeat import Heartbeat
 from vqserve_server.network import address, check, check_protected, check_unix_socket
 from vqserve_server.repository import Reloader, Repository
 from vqserve_server.rpc import RpcServer
-from vqserve_server.rpc.transport import THREAD_NAME
 from vqserve_server.tokenizer import Tokenizer
 
 # An idle device thread needs a moment to end.
@@ -123,7 +122,7 @@ class App:
 
     def threads(self) -> Mapping[str, Callable[[], int]]:
         """Return the threads that a watchdog should check; see `Watchdog`."""
-        return {THREAD_NAME: self._rpc.turns, threading.current_thread().name: self._count_loop_turns}
+        return {**self._rpc.threads(), threading.current_thread().name: self._count_loop_turns}
 
     def _count_loop_turns(self) -> int:
         """Return a number that grows if the loop has run since the last call."""

@@ -114,9 +114,8 @@ class Scheduler:
         """
         thread = threading.current_thread().name
         with self._changed:
-            finished = self._on_device.pop(thread, None)
-            if finished is not None:
-                self._learn(finished)
+            # No variable here holds the batch: it would keep its codebook while the thread waits.
+            self._finish(thread)
             while True:
                 batch, late = self._queue.take(self._clock(), allow_wait=self._closed is None)
                 if batch is not None:
@@ -145,8 +144,11 @@ class Scheduler:
                 else:
                     self._changed.wait()
 
-    def _learn(self, batch: Batch) -> None:
-        """Learn how fast the device is from a batch that is finished, its replies included."""
+    def _finish(self, thread: str) -> None:
+        """Learn from the batch that a thread has finished, its replies included, how fast the device is."""
+        batch = self._on_device.pop(thread, None)
+        if batch is None:
+            return
         now = self._clock()
         # Of two threads that compute at once each makes half of the progress.
         seconds = now - max(batch.taken_at, self._last_done)

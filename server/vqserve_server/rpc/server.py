@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from grpc_health.v1 import health
 
@@ -98,6 +98,7 @@ class RpcServer:
         self._service = TokenizerService(engine, max_message_bytes=config.max_message_bytes)
         self._health = Health(("", SERVICE))
         options = channel_options(config, shares_port=shares_port)
+        reserved = dict.fromkeys(self._health.handlers(), _MOST_HEALTH_CALLS)
         self._transport = Transport(
             {
                 **self._service.handlers(),
@@ -109,13 +110,18 @@ class RpcServer:
             max_calls_per_caller=config.max_calls_per_caller,
             idle_s=config.idle_seconds,
             callers=Callers(access.tokens),
-            reserved=dict.fromkeys(self._health.handlers(), _MOST_HEALTH_CALLS),
+            reserved=reserved,
         )
         # A call does not say on which of a server's ports it came, so these are two servers.
         self._health_transport = None
         if health_port:
             self._health_transport = Transport(
-                self._health.handlers(), options=options, max_calls=_MOST_HEALTH_CALLS, idle_s=config.idle_seconds
+                self._health.handlers(),
+                options=options,
+                max_calls=0,
+                idle_s=config.idle_seconds,
+                reserved=reserved,
+                name="vqserve-grpc-health",
             )
 
     def start(self) -> int:
@@ -136,9 +142,10 @@ class RpcServer:
         self._transport.start()
         return port
 
-    def turns(self) -> int:
-        """Return a number that grows at least once per second while the transport's thread is not stuck."""
-        return self._transport.turns
+    def threads(self) -> dict[str, Callable[[], int]]:
+        """Return, by the names of the transports' threads, their `turns`."""
+        transports = [each for each in (self._transport, self._health_transport) if each is not None]
+        return {name: turns for each in transports for name, turns in each.turns().items()}
 
     def use_live_set(self) -> None:
         """Serve the codebooks that the engine has live now."""
