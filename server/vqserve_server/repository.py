@@ -99,6 +99,7 @@ class Repository:
                 self._entries[name] = self._load(name, path)
             except CodebookError as error:
                 raise error.with_fields(path=str(path)) from None
+        free_memory()
         if self._device == "auto" and (reason := why_no_cuda()):
             logger.info(event("device_chosen", device="cpu", reason=reason))
 
@@ -164,7 +165,7 @@ class Repository:
         codebook = load_codebook(path)
         if before is not None and before.tokenizer.digest == codebook.digest:
             return replace(before, path=path, stamp=stamp)
-        tokenizer = Tokenizer(codebook.quantizer, name=name, device=self._device, search=self._search)
+        tokenizer = Tokenizer.of_codebook(codebook, name=name, device=self._device, search=self._search)
         tokenizer.check_itself()
         info = tokenizer.info
         slower = why_slower(tokenizer.search, tokenizer.device) if self._search == "auto" else None
@@ -223,7 +224,8 @@ class Reloader:
 def free_memory() -> None:
     """Free reference cycles, and return free memory to the system.
 
-    The traceback of a rejected request is a cycle that keeps its codebook.
+    The traceback of a rejected request is a cycle that keeps its codebook. glibc keeps freed tables in the middle of
+    its heaps: preparing a large codebook leaves such holes, and so do a hundred reloads.
     """
     gc.collect()
     trim_memory()
