@@ -155,12 +155,16 @@ def daemon_environment(**extra: str) -> dict[str, str]:
 
 @pytest.fixture
 def vqserved() -> Iterator[Callable[..., Daemon]]:
-    """Start a daemon on a free port and wait until it is ready: vqserved("demo=path", "--device", "cpu") -> Daemon."""
+    """Start a daemon and wait until it is ready: vqserved("demo=path", "--device", "cpu") -> Daemon.
+
+    The port is a free one unless the arguments name one.
+    """
     processes: list[subprocess.Popen[str]] = []
 
     def start(*arguments: object, **environ: str) -> Daemon:
+        port = () if "--port" in arguments else ("--port", "0")
         process = subprocess.Popen(
-            [sys.executable, "-m", "vqserve_tools", "serve", "--port", "0", *map(str, arguments)],
+            [sys.executable, "-m", "vqserve_tools", "serve", *port, *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

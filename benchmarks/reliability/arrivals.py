@@ -13,6 +13,7 @@ import grpc
 from reliability.beside import Control
 from reliability.messages import ENCODE, channel_options, encode_request
 from vqserve_bench.load import gaps
+from vqserve_bench.served import encode_stats
 
 PUSHBACK = "grpc-retry-pushback-ms"
 
@@ -35,6 +36,7 @@ class Arrivals:
         sent: how many there were.
         ended: the statuses.
         answered_ms: how long the answers took.
+        served_ms: the part of it that the server knows of, from admission to the reply.
         refused_ms: how long the refusals took.
         without_pushback: refusals that did not say when to try again.
     """
@@ -42,6 +44,7 @@ class Arrivals:
     sent: int = 0
     ended: Counter[str] = field(default_factory=Counter)
     answered_ms: list[float] = field(default_factory=list)
+    served_ms: list[float] = field(default_factory=list)
     refused_ms: list[float] = field(default_factory=list)
     without_pushback: int = 0
 
@@ -88,7 +91,7 @@ async def _call(
 ) -> None:
     began = time.monotonic()
     try:
-        await method(request, timeout=deadline_s)
+        reply = await method(request, timeout=deadline_s)
     except grpc.aio.AioRpcError as error:
         seen.ended[error.code().name] += 1
         if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -97,3 +100,5 @@ async def _call(
     else:
         seen.ended["OK"] += 1
         seen.answered_ms.append(1e3 * (time.monotonic() - began))
+        stats = encode_stats(reply)
+        seen.served_ms.append(stats.total_us / 1e3 if stats else float("nan"))

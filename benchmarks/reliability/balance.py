@@ -10,11 +10,12 @@ from reliability.figure import Figure
 from reliability.registry import scenario
 from reliability.server import within
 from reliability.setup import Setup
+from support.names import name_server
 
 HOSTS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
 _CLIENTS = 3
 _CALLS_PER_S = 60.0
-_AGE_FLAG = "--max-connection-age"
+_AGE_FLAG = "--max-connection-age-seconds"
 _AGE_S = 5
 # gRPC asks for a name's addresses at most this often.
 _RESOLVES_S = 30.0
@@ -31,15 +32,15 @@ def balance(setup: Setup) -> Iterator[Figure]:
     if setup.wants("list"):
         yield from _split(setup, "list of two", names.listed(targets), targets)
     if setup.wants("name"):
-        names_of = setup.keep(names.NameServer(HOSTS[:2]))
+        named = setup.keep(name_server(*HOSTS[:2]))
         try:
-            callers = setup.beside(sdk_load.call_in_a_loop, names_of.target(port), _CLIENTS, _CALLS_PER_S)
+            callers = setup.beside(sdk_load.call_in_a_loop, named.target(port), _CLIENTS, _CALLS_PER_S)
         except RuntimeError as error:
             yield Figure(what="name of two: the SDK", value=str(error)[:120], wanted="takes dns:// targets")
             return
         yield from even("name of two", received.shares(targets, setup.seconds))
         third = setup.server("--host", HOSTS[2], *age, port=port)
-        names_of.hosts.append(HOSTS[2])
+        named.addresses = HOSTS
         for _ in within(_RESOLVES_S + 2 * _AGE_S):
             pass
         yield from even("name of three", received.shares([*targets, third.target], setup.seconds))

@@ -11,8 +11,9 @@ import grpc
 from reliability.beside import Control
 from reliability.messages import ENCODE, ENCODE_STREAM, USUAL, channel_options, encode_request, open_channel, rows_of
 
-# A caller without manners tries again at once, or nearly.
-_AGAIN_S = 0.01
+# A greedy caller sends all that it may, and waits when it is refused as long as the server says, or else so long.
+_AGAIN_S = 0.1
+_PUSHBACK = "grpc-retry-pushback-ms"
 
 
 def idle_streams(control: Control, target: str, streams: int, connections: int) -> int:
@@ -95,11 +96,12 @@ async def _keep_calling(channel: grpc.aio.Channel, request: bytes, seen: collect
             seen["OK"] += 1
         except grpc.aio.AioRpcError as error:
             seen[_failure(error)] += 1
-            await asyncio.sleep(_AGAIN_S)
+            await asyncio.sleep(_again_s(error))
 
 
 async def _keep_streaming(channel: grpc.aio.Channel, request: bytes, seen: collections.Counter[str]) -> None:
     while True:
+        again_s = _AGAIN_S
         call = channel.stream_stream(ENCODE_STREAM)()
 
         async def write(call: Any = call) -> None:
@@ -117,10 +119,16 @@ async def _keep_streaming(channel: grpc.aio.Channel, request: bytes, seen: colle
             seen["ended"] += 1
         except grpc.aio.AioRpcError as error:
             seen[_failure(error)] += 1
+            again_s = _again_s(error)
         finally:
             writing.cancel()
             call.cancel()
-        await asyncio.sleep(_AGAIN_S)
+        await asyncio.sleep(again_s)
+
+
+def _again_s(error: grpc.aio.AioRpcError) -> float:
+    told = dict(error.trailing_metadata() or ()).get(_PUSHBACK)
+    return _AGAIN_S if told is None else float(told) / 1e3
 
 
 def _failure(error: grpc.aio.AioRpcError) -> str:

@@ -20,10 +20,13 @@ _MODULES = (
     "overload",
     "rolling",
     "stopped_worker",
+    "device_faults",
     "streams_memory",
     "descriptors",
     "full_stderr",
     "lying_server",
+    "limits",
+    "tls_cost",
 )
 
 

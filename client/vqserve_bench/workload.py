@@ -14,6 +14,7 @@ from vqserve.codebook_info import CodebookInfo
 from vqserve.dtypes import BY_NUMBER, LatentDTypeName
 from vqserve.errors import InvalidArgument, InvalidShape, of_file
 from vqserve.layout import channel_axis, parse_layout, resolve_layout
+from vqserve.npy import NpyFile
 from vqserve.types import LayoutName
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import check_indices_shape, check_latents_shape
@@ -127,7 +128,7 @@ class Workload:
             return rng.standard_normal((tokens, info.input_dim), np.float32)
         array = open_array(self.data)
         with of_file(self.data):
-            latents_input(array[:0] if array.ndim else array)
+            latents_input(np.empty(0, array.dtype))
             layout = check_latents_shape(array.shape, self.layout, info=info)
         rows = np.moveaxis(_spread(array, tokens * info.input_dim), channel_axis(layout), -1)
         return self._repeated(rows.reshape(-1, info.input_dim), (tokens, info.input_dim))
@@ -141,7 +142,7 @@ class Workload:
             return np.random.default_rng(self.seed).integers(sizes, size=shape).astype(smallest)
         array = open_array(self.data)
         with of_file(self.data):
-            indices_input(array[:0] if array.ndim else array)
+            indices_input(np.empty(0, array.dtype))
         if not info.has_stages:
             return self._repeated(_spread(array, tokens), shape)
         with of_file(self.data):
@@ -155,15 +156,15 @@ class Workload:
         return np.resize(array, shape)
 
 
-def _spread(array: Array, elements: int) -> Array:
+def _spread(array: NpyFile, elements: int) -> Array:
     """Return items spaced evenly over the first axis, with `elements` elements in all if there are that many.
 
     Evenly, because a file may be larger than memory, and sorted.
     """
     if not array.ndim or not array.size:
-        return array
+        return array[()]
     count = min(len(array), -(-elements * len(array) // array.size))
-    return array[np.arange(count) * len(array) // count]
+    return array.items(np.arange(count) * len(array) // count)
 
 
 def grid_text(grid: Grid) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from vqserve.errors import Closed
+from vqserve.errors import Closed, InvalidOption
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client.config import ClientConfig
 from vqserve_client.identity import Identity
@@ -148,6 +148,7 @@ class Connection:
         self._config = config
         self._lock = threading.Lock()
         self._open: _Open | None = None
+        self._tls_version: object = None
         self.closed = False
         self.has_streams = True
         self.metadata = Identity(token=config.token, token_file=config.token_file, metadata=config.metadata).metadata
@@ -158,6 +159,16 @@ class Connection:
     def target(self) -> str:
         """Return the server's address."""
         return self._config.target
+
+    @property
+    def is_balanced(self) -> bool:
+        """Return whether the target may stand for several servers."""
+        return self._config.address.is_balanced
+
+    @property
+    def has_token_file(self) -> bool:
+        """Return whether its token may change."""
+        return self._config.token_file is not None
 
     @property
     def is_encrypted(self) -> bool:
@@ -188,6 +199,24 @@ class Connection:
         """
         return self._opened()[0]
 
+    def renew(self) -> None:
+        """Open a new channel if files of TLS were replaced since this one was opened; its calls fail as retryable.
+
+        While they cannot be used, for example because only one of two is new, the channel stays.
+        """
+        tls = self._config.tls
+        if tls is None:
+            return
+        with self._lock:
+            if self._open is None or tls.version() == self._tls_version:
+                return
+            try:
+                channel, self._open = self._open[0], self._open_channel()
+            except InvalidOption:
+                self._tls_version = None
+                return
+        channel.close()
+
     def close(self) -> None:
         """Close the channel, if this process opened one; calls that run fail."""
         with self._lock:
@@ -204,12 +233,15 @@ class Connection:
                     raise Closed("this client is closed", target=self.target)
                 opened = self._open
                 if opened is None:
-                    channel: grpc.Channel = open_channel(self._config)
-                    methods: dict[str, Any] = {
-                        name: channel.unary_unary(f"/{_SERVICE.full_name}/{name}") for name in _METHODS
-                    }
-                    opened = self._open = (channel, methods)
+                    opened = self._open = self._open_channel()
         return opened
+
+    def _open_channel(self) -> _Open:
+        tls = self._config.tls
+        # First: what is replaced after this is noticed.
+        self._tls_version = None if tls is None else tls.version()
+        channel: grpc.Channel = open_channel(self._config)
+        return channel, {name: channel.unary_unary(f"/{_SERVICE.full_name}/{name}") for name in _METHODS}
 
     def after_fork_in_child(self) -> None:
         """Drop the parent's channel, and locks that one of its threads may have held."""

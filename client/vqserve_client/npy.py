@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from vqserve_client.arrays import Array
+from vqserve.npy import NpyFile, TruncatedFile
+from vqserve_client.arrays import Array, Cut
 
 
 class FileError(Exception):
     """A file cannot be used; the text names it."""
 
 
-def open_array(path: Path) -> Array:
-    """Return the array in a file, memory-mapped; no pickle is loaded.
+def open_array(path: Path) -> NpyFile:
+    """Return the array in a file, which is read part by part; no pickle is loaded.
 
     Raises:
         FileError: it cannot be read as a .npy file.
@@ -29,7 +30,7 @@ def open_array(path: Path) -> Array:
             magic = file.read(len(np.lib.format.MAGIC_PREFIX))
         if magic != np.lib.format.MAGIC_PREFIX:
             raise FileError(f"{path} is not a .npy file")
-        return _mapped(path)
+        return NpyFile(path)
     except FileNotFoundError as error:
         raise FileError(f"{path}: there is no such file") from error
     except OSError as error:
@@ -38,16 +39,18 @@ def open_array(path: Path) -> Array:
         raise FileError(f"{path} is not a .npy file of numbers: {error}") from error
 
 
-def _mapped(path: Path) -> Array:
+def read_part(file: NpyFile, cut: Cut) -> Array:
+    """Return a part of a file's array.
+
+    Raises:
+        FileError: it cannot be read; somebody may have truncated the file.
+    """
     try:
-        mapped: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError:
-        # An array without elements cannot be mapped, but it can be read.
-        whole: Array = np.load(path, allow_pickle=False)
-        if whole.size:
-            raise
-        return whole
-    return mapped
+        return file[cut]
+    except TruncatedFile as error:
+        raise FileError(str(error)) from error
+    except OSError as error:
+        raise FileError(f"cannot read {file.path}: {error.strerror or error}") from error
 
 
 def check_output(path: Path, *, force: bool, source: Path | None = None) -> None:

@@ -22,7 +22,10 @@ _SYSTEM_ROOTS = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bu
 
 @dataclass(frozen=True, kw_only=True)
 class Tls:
-    """Files and names for an encrypted connection; the files are in PEM format, and are read at each new connection.
+    """Files and names for an encrypted connection; the files are in PEM format.
+
+    They are read when a client is made, when it opens its channel, and again if they have changed and there is no
+    connection: a certificate can be renewed without a new client.
 
     Args:
         ca: certificates of the authorities that the client trusts; None: those that the system trusts.
@@ -68,6 +71,10 @@ class Tls:
                 f"a certificate in PEM format whose private key, not encrypted, is {quoted(str(key), 200)}",
                 lambda: context.load_cert_chain(cert, key, password=""),
             )
+
+    def version(self) -> object:
+        """Return what differs after a file was replaced."""
+        return [_version(path) for path in (self.ca, self.cert, self.key) if path is not None]
 
     def credentials(self) -> grpc.ChannelCredentials:
         """Return what gRPC needs for a connection.
@@ -123,6 +130,14 @@ def _switch(text: str) -> bool:
     if text.lower() not in _SWITCH:
         raise InvalidOption(f"{_PREFIX} must be on or off, not {quoted(text)}", option="tls")
     return _SWITCH[text.lower()]
+
+
+def _version(path: StrPath) -> object:
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size
 
 
 def _reading(path: StrPath, what: str, read: Callable[[], object]) -> None:

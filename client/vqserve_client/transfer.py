@@ -17,6 +17,7 @@ from vqserve.codebook_info import CodebookInfo
 from vqserve.dtypes import LatentDTypeName
 from vqserve.errors import DigestChanged, DigestMismatch, InvalidArgument, VqserveError, of_file
 from vqserve.layout import indices_shape, latents_shape, parse_layout
+from vqserve.npy import NpyFile
 from vqserve.types import LayoutName, OutputName
 from vqserve.validation import check_num_quantizers
 from vqserve_client.arrays import (
@@ -34,7 +35,7 @@ from vqserve_client.arrays import (
 )
 from vqserve_client.catalogue import choose
 from vqserve_client.client import Client
-from vqserve_client.npy import check_output, new_array, open_array
+from vqserve_client.npy import check_output, new_array, open_array, read_part
 
 # Small enough that several pieces in flight need little memory, large enough that calls cost little.
 _PIECE_BYTES = 4 << 20
@@ -88,7 +89,7 @@ def encode_file(client: Client, task: Task, progress: Progress) -> Done:
     info = _info(client, task)
     stages = _stages(task, info)
     with of_file(task.source):
-        item_bytes = payload.itemsize(latents_input(array).dtype)
+        item_bytes = payload.itemsize(latents_input(np.empty(0, array.dtype)).dtype)
         grid, layout = latents_geometry(array.shape, parse_layout(task.layout), info)
     dtype = np.dtype(payload.dtype_name(payload.index_dtype(info.vocab_size)))
     cuts = plan(grid, max(1, _PIECE_BYTES // (info.input_dim * item_bytes)))
@@ -117,7 +118,7 @@ def decode_file(client: Client, task: Task, progress: Progress) -> Done:
     info = _info(client, task)
     stages = _stages(task, info)
     with of_file(task.source):
-        indices_input(array[:0] if array.ndim else array)
+        indices_input(np.empty(0, array.dtype))
         grid, layout = indices_geometry(array.shape, parse_layout(task.layout), info, stages=stages)
     width = info.code_dim if task.output == "code_rows" else info.output_dim
     wire = payload.dtype_of_name(task.dtype)
@@ -137,11 +138,11 @@ def decode_file(client: Client, task: Task, progress: Progress) -> Done:
     return Done(shape, dtype, info)
 
 
-def _arrays(array: Array, pieces: Iterator[_Piece], pending: deque[_Piece]) -> Iterator[Array]:
+def _arrays(array: NpyFile, pieces: Iterator[_Piece], pending: deque[_Piece]) -> Iterator[Array]:
     """Yield the pieces of the source; `pending` gets the place of each result."""
     for piece in pieces:
         pending.append(piece)
-        yield array[piece.source]
+        yield read_part(array, piece.source)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,6 @@ from vqserve_server.network import address, check, check_protected, check_unix_s
 from vqserve_server.process import allow_connections
 from vqserve_server.repository import Reloader, Repository
 from vqserve_server.rpc import RpcServer
-from vqserve_server.rpc.transport import THREAD_NAME
 from vqserve_server.tokenizer import Tokenizer
 
 # An idle device thread needs a moment to end.
@@ -124,7 +123,7 @@ class App:
 
     def threads(self) -> Mapping[str, Callable[[], int]]:
         """Return the threads that a watchdog should check; see `Watchdog`."""
-        return {THREAD_NAME: self._rpc.turns, threading.current_thread().name: self._count_loop_turns}
+        return {**self._rpc.threads(), threading.current_thread().name: self._count_loop_turns}
 
     def _count_loop_turns(self) -> int:
         """Return a number that grows if the loop has run since the last call."""

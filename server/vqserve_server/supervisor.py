@@ -30,6 +30,8 @@ from vqserve_server.network import check_protected, reserve
 WORKER_VARIABLE = "_VQSERVE_WORKER"
 # Seconds after --drain-seconds until a worker that has not ended is killed.
 _END_S = 5.0
+# How long codebooks may load until the log says so. A device that hangs may also hang the process that comes next.
+_LONG_START_S = 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +163,7 @@ class Workers:
         self._processes[number] = process
         if self._stopping.is_set():
             _send(process, signal.SIGTERM)
-        line = (await process.stdout.readline()).decode() if process.stdout is not None else ""
+        line = await self._ready_line(number, process)
         ready_at = time.monotonic()
         watch = None
         if line:
@@ -205,6 +207,19 @@ class Workers:
         finally:
             pulse.started()
         return process, pulse
+
+    async def _ready_line(self, number: int, process: asyncio.subprocess.Process) -> str:
+        """Return what a worker writes when it is ready; "" if it ends before. The log says that it takes long."""
+        if process.stdout is None:
+            return ""
+        reading = asyncio.ensure_future(process.stdout.readline())
+        seconds = 0.0
+        while not reading.done():
+            await asyncio.wait([reading], timeout=_LONG_START_S)
+            seconds += _LONG_START_S
+            if not reading.done():
+                logger.warning(event("worker_not_ready", number=number, pid=process.pid, seconds=seconds))
+        return reading.result().decode()
 
     async def _watch(self, number: int, process: asyncio.subprocess.Process, pulse: Pulse) -> None:
         """Kill a worker that gives no sign of life: it is stopped, or its interpreter is stuck."""

@@ -1,4 +1,4 @@
-"""Latents of a .npy file as rows, in any layout; the file is memory-mapped and read on demand."""
+"""Latents of a .npy file as rows, in any layout; a large file is read on demand."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve.errors import InvalidOption, InvalidShape, escape, of_file
-from vqserve.layout import Layout, parse_layout, resolve_layout
+from vqserve.layout import Layout, channel_axis, parse_layout, resolve_layout
+from vqserve.npy import NpyFile
 from vqserve.validation import not_finite, not_latents
 from vqserve_server.rows import channels_last
 from vqserve_server.validation import first_non_finite
 
 _CHUNK_BYTES = 1 << 26
+# Larger files are read on demand.
+_IN_MEMORY_BYTES = 1 << 30
+# Small neighbours of a file are read together, up to this size.
+_READ_BYTES = 1 << 22
 
 
 class LatentRows:
     """Latents of 2 to 5 axes as rows: row i is the token at position i of the grid in C order.
 
     Attributes:
-        array: latents in their original layout.
+        array: latents in their original layout, in memory or in a file.
         layout: layout of the array.
         dim: number of channels, which is the width of a row.
         dtype: type of the rows, float32 or float64.
@@ -31,13 +36,13 @@ class LatentRows:
 
     def __init__(
         self,
-        array: npt.NDArray[Any],
+        array: npt.NDArray[Any] | NpyFile,
         layout: str | None = None,
         *,
         default: Layout | None = None,
         keeps_float64: bool = False,
     ) -> None:
-        """Store an array, memory-mapped or in memory.
+        """Store an array or a file.
 
         Args:
             array: float16, float32 or float64, 2 to 5 axes.
@@ -56,8 +61,8 @@ class LatentRows:
         self.layout = resolve_layout(array.ndim, parse_layout(layout), default)
         self.array = array
         self.dtype = np.dtype(np.float64 if keeps_float64 and array.dtype.itemsize == 8 else np.float32)
-        self._rows_last = channels_last(array, self.layout)
-        self.dim = self._rows_last.shape[-1]
+        self._channel_axis = channel_axis(self.layout) % array.ndim
+        self.dim = array.shape[self._channel_axis]
         if self.dim == 0:
             raise InvalidShape(
                 f"latents of shape {array.shape} have no channels in layout {self.layout}", array="latents"
@@ -67,7 +72,9 @@ class LatentRows:
     def open(
         cls, path: Path, layout: str | None = None, *, default: Layout | None = None, keeps_float64: bool = False
     ) -> LatentRows:
-        """Memory-map a .npy file; pickled objects are rejected. See the constructor for the arguments.
+        """Open a .npy file; pickled objects are rejected. See the constructor for the arguments.
+
+        A file of up to 1 GiB is read into memory, because training reads it many times in random order.
 
         Raises:
             OSError: the file cannot be read.
@@ -79,10 +86,10 @@ class LatentRows:
             what = "a folder" if path.is_dir() else "no regular file"
             raise InvalidOption(f"it is {what}: name a .npy file of latents", path=path)
         try:
-            with path.open("rb") as file:
-                if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
+            with path.open("rb") as begin:
+                if begin.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
                     raise InvalidOption("it is not a .npy file", path=path)
-            array = np.lib.format.open_memmap(path, mode="r")
+            file = NpyFile(path)
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: there is no such file") from None
         except InvalidOption:
@@ -90,20 +97,50 @@ class LatentRows:
         except ValueError as error:
             raise InvalidOption(f"it is not a .npy file of numbers: {escape(str(error))}", path=path) from None
         with of_file(path):
-            return cls(array, layout, default=default, keeps_float64=keeps_float64)
+            rows = cls(file, layout, default=default, keeps_float64=keeps_float64)
+        if file.nbytes <= _IN_MEMORY_BYTES:
+            rows.array = file[()]
+        return rows
 
     @property
     def grid(self) -> tuple[int, ...]:
         """Shape of the latents without the channels."""
-        return self._rows_last.shape[:-1]
+        return self.array.shape[: self._channel_axis] + self.array.shape[self._channel_axis + 1 :]
 
     def __len__(self) -> int:
         return math.prod(self.grid)
 
     def take(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Return the rows at these positions, (n, dim) of `dtype` in C order."""
+        """Return the rows at these positions, (n, dim) of `dtype` in C order.
+
+        Raises:
+            OSError: the file cannot be read any more, for example because it was truncated.
+        """
         places = np.unravel_index(positions, self.grid)
-        return np.ascontiguousarray(self._rows_last[places], dtype=self.dtype)
+        if isinstance(self.array, NpyFile):
+            return self._read(self.array, places)
+        return np.ascontiguousarray(channels_last(self.array, self.layout)[places], dtype=self.dtype)
+
+    def _read(self, file: NpyFile, places: tuple[npt.NDArray[np.intp], ...]) -> npt.NDArray[Any]:
+        """Return the rows at places of the grid, from a file."""
+        first, *others = places
+        if not others:
+            return file.items(first).astype(self.dtype, copy=False)
+        rows = np.empty((first.size, self.dim), self.dtype)
+        order = np.argsort(first, kind="stable")
+        most = _READ_BYTES * len(file) // max(1, file.nbytes)
+        # The axis of the array that is the second one of the grid.
+        axis = 2 if self._channel_axis == 1 else 1
+        for own in np.split(order, _ends_of_reads(first[order], most=most)):
+            if own.size:
+                # The box around the places, with all channels.
+                items, seconds = first[own], others[0][own]
+                low, start = int(items[0]), int(seconds.min())
+                cut = [slice(low, int(items[-1]) + 1), *[slice(None)] * (file.ndim - 1)]
+                cut[axis] = slice(start, int(seconds.max()) + 1)
+                within = (items - low, seconds - start, *(place[own] for place in others[1:]))
+                rows[own] = channels_last(file[tuple(cut)], self.layout)[within]
+        return rows
 
     def chunks(self, rows_per_chunk: int) -> Iterator[npt.NDArray[Any]]:
         """Yield all rows in order, at most `rows_per_chunk` at a time."""
@@ -128,3 +165,14 @@ class LatentRows:
                 value = float(chunk[position])
                 whole = [start + position[0], *position[1:]]
                 raise not_finite(whole, value, as_float32=math.isfinite(value))
+
+
+def _ends_of_reads(items: npt.NDArray[np.intp], *, most: int) -> list[int]:
+    """Return where ascending positions of items are divided, so that each part is at most `most` neighbours, or one."""
+    ends, start = [], 0
+    jumps = np.flatnonzero(np.diff(items)) + 1
+    for jump in jumps.tolist():
+        if items[jump] != items[jump - 1] + 1 or items[jump] - items[start] >= most:
+            ends.append(jump)
+            start = jump
+    return ends

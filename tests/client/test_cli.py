@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from support.waiting import eventually
 from vqserve_client import Client, __version__
 from vqserve_client.cli import main
 
@@ -359,6 +361,29 @@ def test_interrupted(tiny, files, number, code):
     out, err = process.communicate(timeout=200)
     assert (process.returncode, out, err) == (code, "", "")
     assert [path.name for path in source.parent.iterdir()] == ["in.npy"]
+
+
+def test_a_source_that_is_truncated_meanwhile(vqserved, tmp_path):
+    """A mapped file would end the process by SIGBUS, without a word."""
+    source, target = tmp_path / "in.npy", tmp_path / "out.npy"
+    # So much that it takes longer than to truncate it.
+    with source.open("wb") as file:
+        shape = (512, 16, 256, 256)
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        file.truncate(file.tell() + math.prod(shape) * 4)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vqserve_client", "encode", source, "-o", target, "--target", vqserved().target],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    # It has begun to read.
+    eventually(lambda: [path for path in tmp_path.iterdir() if path.name.endswith(".part")])
+    os.truncate(source, 1 << 20)
+    out, err = process.communicate(timeout=200)
+    error = f"vqserve: error: {source} was truncated while it was read\n"
+    assert (process.returncode, out, err) == (1, "", error)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.npy"]
 
 
 def test_a_reader_that_has_enough(tiny):

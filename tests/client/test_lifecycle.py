@@ -195,16 +195,26 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("how", ["fork", "pool", "load"])
-def test_fork(tiny, how):
+def forked(target, how):
+    """Run the program."""
     ended = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORK, tiny.target, how],
+        [sys.executable, "-W", "ignore", "-c", FORK, target, how],
         capture_output=True,
         text=True,
         timeout=200,
         check=False,
     )
     assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
+
+
+@pytest.mark.parametrize("how", ["fork", "pool", "load"])
+def test_fork(tiny, how):
+    forked(tiny.target, how)
+
+
+@pytest.mark.parametrize("how", ["fork", "load"])
+def test_fork_with_several_servers(replicas, how):
+    forked(",".join(server.target for server in replicas("127.0.0.1", "127.0.0.2")), how)
 
 
 def test_a_process_that_ends_without_closing(tiny):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
-import numpy as np
 import pytest
 
+from support.load import Load
 from support.names import name_server
 from support.waiting import eventually
 from vqserve_client import Client, Unavailable
@@ -117,6 +116,22 @@ def test_unavailable_of_one_server_is_no_error(replicas, connect, failing, laten
     assert not broken.script
 
 
+def test_servers_with_different_codebooks(replicas, codes, connect, latents, monkeypatch, apart):
+    """As while a new codebook is rolled out: each call has one of them, and none fails."""
+    monkeypatch.setattr("vqserve_client.transport.STREAM_S", 0.001)
+    old, new = servers = replicas(*HERE[:2])
+    new.codes["small"] = codes("small", seed=1)
+    client = connect(f"{old.target},{new.target}")
+    eventually(lambda: client.encode(latents(9, 4)) is not None and all(server.requests for server in servers))
+    for call in range(20):
+        array = latents(9, 4, seed=call)
+        expected = [server.codes["small"].encode(array).tolist() for server in servers]
+        assert client.encode(array).tolist() in expected
+    arrays = [latents(9, 4, seed=number) for number in range(50)]
+    results = [indices.tolist() for indices in client.encode_many(arrays)]
+    assert results in [[server.codes["small"].encode(array).tolist() for array in arrays] for server in servers]
+
+
 def test_servers_of_which_none_is_there(connect, latents):
     with pytest.raises(Unavailable, match=r"^cannot connect to the server: Connection refused; tried 2 times"):
         connect("127.0.0.1:1,127.0.0.2:1", retries=1).encode(latents(2, 4))
@@ -139,48 +154,6 @@ def test_a_long_job_on_streams_uses_all_servers(replicas, connect, latents, monk
             used.set()
     assert all(server.requests for server in servers)
     assert [server.singles for server in servers] == singles
-
-
-class Load:
-    """Threads that encode until told to stop, through one client with the default options."""
-
-    def __init__(self, target, latents, *, threads=8):
-        self._client = Client(target)
-        self._latents = latents
-        self._pool = ThreadPoolExecutor(threads)
-        self._stopped = threading.Event()
-        self.done = Counter()
-        self._runs = [self._pool.submit(self._run, i) for i in range(threads)]
-
-    def _run(self, number):
-        expected = self._client.encode(self._latents)
-        while not self._stopped.is_set():
-            # Half of them by streams.
-            if number % 2:
-                results = self._client.encode_many([self._latents] * 20)
-            else:
-                results = [self._client.encode(self._latents)]
-            for indices in results:
-                assert np.array_equal(indices, expected)
-                self.done[number] += 1
-
-    def goes_on(self):
-        """Wait until every thread has had several more results."""
-        before = Counter(self.done)
-        numbers = range(len(self._runs))
-        eventually(lambda: all(self.done[i] >= before[i] + 50 or self._runs[i].done() for i in numbers), seconds=180)
-
-    def __enter__(self):
-        self.goes_on()
-        return self
-
-    def __exit__(self, *_):
-        self._stopped.set()
-        for run in self._runs:
-            # Raises what a caller would have seen.
-            run.result()
-        self._client.close()
-        self._pool.shutdown()
 
 
 def test_servers_that_hang_or_are_killed_fail_no_call(vqserved, put, tmp_path, latents):

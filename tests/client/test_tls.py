@@ -127,6 +127,34 @@ def test_a_certificate_of_the_client(secure, authority, connect):
     assert connect(server.target, tls=tls).codebooks()
 
 
+def test_a_certificate_of_the_client_that_is_renewed(secure, authority, connect, latents):
+    """The client notices at its next connection, which the server refuses with the old one."""
+    server = secure(authority.issue(), mutual=True)
+    tls = Tls(ca=authority.path, **server.certificate(days=-1))
+    client = connect(server.target, tls=tls, timeout=60)
+    with pytest.raises(Unavailable, match="the server closed it"):
+        client.encode(latents(2, 4))
+    new = server.clients.issue("client")
+    # One file after the other: in between they do not fit.
+    replace(server.folder / "client.key", new.key)
+    with pytest.raises(Unavailable, match="the server closed it"):
+        client.encode(latents(2, 4))
+    replace(server.folder / "client.crt", new.chain)
+    assert client.encode(latents(2, 4)).shape == (2,)
+
+
+def test_an_authority_that_is_replaced(secure, authority, connect, latents):
+    server = secure(authority.issue())
+    new = Authority()
+    client = connect(server.target, tls=Tls(ca=authority.path))
+    assert client.encode(latents(2, 4)).shape == (2,)
+    replace(authority.path, authority.pem + new.pem)
+    # The connection that is open stays.
+    opened = client._core.connection.channel()
+    assert client.encode(latents(2, 4)).shape == (2,)
+    assert client._core.connection.channel() is opened
+
+
 @pytest.mark.parametrize("how", ["none", "another authority", "expired"])
 def test_a_client_without_the_right_certificate(secure, authority, connect, how):
     server = secure(authority.issue(), mutual=True)

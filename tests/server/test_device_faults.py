@@ -66,7 +66,7 @@ def test_a_device_that_hangs_while_nobody_asks(daemon: Any, faults: Faults) -> N
 
 def test_a_device_that_computes_garbage(daemon: Any, faults: Faults) -> None:
     faults.put("garbage")
-    assert "CRITICAL device_wrong codebook=book wrong_rows=16" in ends(daemon)
+    assert "CRITICAL device_wrong codebook=book wrong_rows=" in ends(daemon)
 
 
 def test_a_device_on_which_everything_fails(daemon: Any, faults: Faults) -> None:

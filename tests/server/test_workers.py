@@ -24,6 +24,7 @@ from vqserve_client import Client
 from vqserve_client.channel import Connection
 from vqserve_client.config import ClientConfig
 from vqserve_client.health import SERVING, status
+from vqserve_server import supervisor
 from vqserve_server.codebooks import save_codebook
 from vqserve_server.config import ServeConfig, resolve
 from vqserve_server.errors import StartError
@@ -152,6 +153,20 @@ def test_a_worker_for_which_no_thread_is_left_is_the_parents_error_too(
     with pytest.raises(StartError, match="a worker did not start"):
         asyncio.run(Workers([str(codebook)], ServeConfig(workers=2), 0).start())
     assert 'worker_not_started number=1 error="can\'t start new thread"' in caplog.text
+
+
+def test_a_worker_that_takes_long_to_start_is_named(
+    codebook: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervisor, "_LONG_START_S", 0.05)
+
+    async def start_and_stop() -> None:
+        workers = Workers([str(codebook)], ServeConfig(workers=1), 0)
+        await workers.start()
+        assert await workers.stop()
+
+    asyncio.run(start_and_stop())
+    assert "worker_not_ready number=0 pid=" in caplog.text
 
 
 def test_a_worker_for_which_nothing_is_left_is_started_when_there_is(

@@ -1,4 +1,4 @@
-"""Latents of any layout as rows, read from a mapped file; an error if they cannot be trained on."""
+"""Latents of any layout as rows, in memory or read on demand; an error if they cannot be trained on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vqserve_server.errors import InvalidDtype, InvalidOption, InvalidShape, NonFiniteLatents
+from vqserve_tools import latent_file
 from vqserve_tools.latent_file import LatentRows
 
 
@@ -24,9 +25,19 @@ from vqserve_tools.latent_file import LatentRows
     ],
 )
 @pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("read_bytes", [None, 1, 200, 1 << 22])
 def test_rows_are_tokens_in_the_order_of_the_grid(
-    tmp_path: Path, shape: tuple[int, ...], layout: str | None, axis: int, order: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    layout: str | None,
+    axis: int,
+    order: str,
+    read_bytes: int | None,
 ) -> None:
+    if read_bytes is not None:
+        monkeypatch.setattr(latent_file, "_IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(latent_file, "_READ_BYTES", read_bytes)
     array = np.asarray(np.random.default_rng(0).normal(size=shape), dtype=np.float32, order=order)
     np.save(tmp_path / "z.npy", array)
     rows = LatentRows.open(tmp_path / "z.npy", layout)
@@ -34,6 +45,10 @@ def test_rows_are_tokens_in_the_order_of_the_grid(
     assert (len(rows), rows.dim) == expected.shape
     np.testing.assert_array_equal(rows.take(np.arange(len(rows))[::-1]), expected[::-1])
     np.testing.assert_array_equal(np.concatenate(list(rows.chunks(7))), expected)
+    some = np.random.default_rng(1).integers(len(rows), size=30)
+    np.testing.assert_array_equal(rows.take(some), expected[some])
+    assert rows.take(np.empty(0, np.int64)).shape == (0, 3)
+    rows.check_finite()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64", ">f4"])
@@ -109,3 +124,17 @@ def test_an_empty_array_has_no_rows(tmp_path: Path) -> None:
     rows = LatentRows(np.zeros((0, 3), np.float32))
     rows.check_finite()
     assert len(rows) == 0
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_a_file_that_is_truncated_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    monkeypatch.setattr(latent_file, "_IN_MEMORY_BYTES", 0)
+    path = tmp_path / "z.npy"
+    np.save(path, np.zeros((64, 64, 64), np.float32))
+    rows = LatentRows.open(path, layout)
+    os.truncate(path, 1 << 14)
+    for read in (rows.check_finite, lambda: rows.take(np.array([4095, 0])), lambda: list(rows.chunks(100))):
+        with pytest.raises(OSError, match="was truncated while it was read"):
+            read()

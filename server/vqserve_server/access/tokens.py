@@ -84,6 +84,7 @@ class Tokens:
         warn_if_readable(path, holds="the hashes and limits of tokens")
         self._by_hash: dict[str, Token] = {}
         self._lock = threading.Lock()
+        self._reader = threading.Thread()
         self._use(self._watched.value)
         # time.monotonic() seconds.
         self._next_look = 0.0
@@ -130,8 +131,10 @@ class Tokens:
         if now < self._next_look:
             return
         self._next_look = now + _LOOK_S
-        if self._watched.may_have_changed():
-            threading.Thread(target=self.refresh, name="vqserve-tokens", daemon=True).start()
+        # A file system that does not answer holds up one thread.
+        if not self._reader.is_alive() and self._watched.may_have_changed():
+            self._reader = threading.Thread(target=self.refresh, name="vqserve-tokens", daemon=True)
+            self._reader.start()
 
     def _use(self, found: Iterable[Grant]) -> None:
         before, after = self._by_hash, {}

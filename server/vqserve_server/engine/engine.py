@@ -68,18 +68,26 @@ class LiveSet:
         """
         if codebooks is not None and name:
             codebooks.check(name)
-        bases = [base for base in self._names(codebooks) if VERSION_MARK not in base]
-        asked = name or (bases[0] if len(bases) == 1 else "")
-        tokenizer = self._by_name.get(asked)
+        tokenizer = self._by_name.get(name or self._only(codebooks))
         if tokenizer is None:
-            raise no_codebook(name, self._names(codebooks), num_codebooks=len(bases))
+            names = self._names(codebooks)
+            raise no_codebook(name, names, num_codebooks=len(_bases(names)))
         if expected_digest:
             check_digest(expected_digest, info=tokenizer.info)
         return tokenizer
 
+    def _only(self, codebooks: Codebooks | None) -> str:
+        bases = _bases(self._names(codebooks))
+        return bases[0] if len(bases) == 1 else ""
+
     def _names(self, codebooks: Codebooks | None) -> list[str]:
         names = self._by_name if codebooks is None else filter(codebooks.allow, self._by_name)
         return sorted(names, key=version_order)
+
+
+def _bases(names: Sequence[str]) -> Sequence[str]:
+    """Return the names without a version; if there are none, all."""
+    return [name for name in names if VERSION_MARK not in name] or names
 
 
 class Engine:

@@ -15,7 +15,7 @@ from heapq import heapify, heappop, heapreplace
 
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine.batch import Batch
-from vqserve_server.engine.caller import Caller
+from vqserve_server.engine.caller import CANARY, Caller
 from vqserve_server.engine.job import Job, Key
 from vqserve_server.engine.speed import FULL_BATCH, Speed, Speeds
 
@@ -158,7 +158,7 @@ class JobQueue:
         waiting.rows += job.rows
         self._jobs += 1
         mark = (job.caller.name, waiting.mark, size)
-        if mark != self._last_mark:
+        if mark != self._last_mark and job.caller is not CANARY:
             if self._last_mark is not None:
                 self._shared_until = job.arrived + _SHARED_S
             self._last_mark = mark

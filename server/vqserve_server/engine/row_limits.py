@@ -30,12 +30,13 @@ class RowLimits:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
+        self._is_used = False
         # By the codebook and the other fields of a key. A codebook that was replaced is not kept.
         self._limits: WeakKeyDictionary[Tokenizer, dict[tuple[Any, ...], _Limit]] = WeakKeyDictionary()
 
     def of(self, key: Key) -> int | None:
         """Return how many rows a batch of a key may have; None: no limit is lowered."""
-        if not self._limits:
+        if not self._is_used:
             return None
         with self._lock:
             limit = self._limits.get(key.tokenizer, {}).get(key[1:])
@@ -48,4 +49,5 @@ class RowLimits:
         limit = _Limit(max(rows // 2, _LEAST_ROWS), self._clock() + _LOWERED_S)
         with self._lock:
             self._limits.setdefault(key.tokenizer, {})[key[1:]] = limit
+            self._is_used = True
         return limit.rows

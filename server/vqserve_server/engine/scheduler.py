@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
 from vqserve.errors import DeadlineExceeded, Overloaded, VqserveError
@@ -28,7 +29,11 @@ class Scheduler:
     A batch is closed when a device thread asks for one: as late, and as full, as possible.
     """
 
-    def __init__(self, config: EngineConfig, stats: EngineStats) -> None:
+    def __init__(
+        self, config: EngineConfig, stats: EngineStats, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Make an empty queue; `clock` returns seconds like time.monotonic."""
+        self._clock = clock
         self._max_wait_s = config.max_queue_ms * 1e-3
         self._stats = stats
         self._speeds = Speeds(config)
@@ -52,7 +57,7 @@ class Scheduler:
             DeadlineExceeded: the deadline has passed.
             Overloaded: the deadline would pass, or the request would wait longer than any may.
         """
-        now = time.monotonic()
+        now = self._clock()
         if deadline is not None and deadline <= now:
             self._stats.count_dropped(expired=1)
             raise DeadlineExceeded("the deadline passed before the request arrived")
@@ -109,16 +114,13 @@ class Scheduler:
         """
         thread = threading.current_thread().name
         with self._changed:
-            finished = self._on_device.pop(thread, None)
-            if finished is not None:
-                self._learn(finished)
-            # A thread that waits must not keep a batch, and with it requests of up to 64 MiB.
-            del finished
+            # No variable here holds the batch: it would keep its codebook while the thread waits.
+            self._finish(thread)
             while True:
-                batch, late = self._queue.take(time.monotonic(), allow_wait=self._closed is None)
+                batch, late = self._queue.take(self._clock(), allow_wait=self._closed is None)
                 if batch is not None:
                     self._on_device[thread] = batch
-                    batch.taken_at = time.monotonic()
+                    batch.taken_at = self._clock()
                     self._on_device_s += batch.cost
                     if self._queue:
                         # One notification may announce several batches.
@@ -136,15 +138,18 @@ class Scheduler:
                     continue
                 if self._queue:
                     ready_at = self._queue.ready_at() or 0.0
-                    self._changed.wait(max(ready_at - time.monotonic(), 0.0))
+                    self._changed.wait(max(ready_at - self._clock(), 0.0))
                 elif self._closed is not None:
                     return None
                 else:
                     self._changed.wait()
 
-    def _learn(self, batch: Batch) -> None:
-        """Learn how fast the device is from a batch that is finished, its replies included."""
-        now = time.monotonic()
+    def _finish(self, thread: str) -> None:
+        """Learn from the batch that a thread has finished, its replies included, how fast the device is."""
+        batch = self._on_device.pop(thread, None)
+        if batch is None:
+            return
+        now = self._clock()
         # Of two threads that compute at once each makes half of the progress.
         seconds = now - max(batch.taken_at, self._last_done)
         self._last_done = now

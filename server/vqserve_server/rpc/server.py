@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from grpc_health.v1 import health
 
@@ -121,7 +121,12 @@ class RpcServer:
         self._health_transport = None
         if health_port:
             self._health_transport = Transport(
-                self._health.handlers(), options=options, max_calls=1, idle_s=config.idle_seconds, reserved=reserved
+                self._health.handlers(),
+                options=options,
+                max_calls=0,
+                idle_s=config.idle_seconds,
+                reserved=reserved,
+                name="vqserve-grpc-health",
             )
 
     def start(self) -> int:
@@ -142,9 +147,10 @@ class RpcServer:
         self._transport.start()
         return port
 
-    def turns(self) -> int:
-        """Return a number that grows at least once per second while the transport's thread is not stuck."""
-        return self._transport.turns
+    def threads(self) -> dict[str, Callable[[], int]]:
+        """Return, by the names of the transports' threads, their `turns`."""
+        transports = [each for each in (self._transport, self._health_transport) if each is not None]
+        return {name: turns for each in transports for name, turns in each.turns().items()}
 
     def use_live_set(self) -> None:
         """Serve the codebooks that the engine has live now."""

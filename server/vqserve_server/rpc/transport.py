@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-from vqserve.errors import Overloaded, Unauthenticated
+from vqserve.errors import Overloaded
 from vqserve_server.console import event
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.callers import Callers, stranger
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 # Starts to answer a call, and returns at once.
 Handler = Callable[[Call], None]
-THREAD_NAME = "vqserve-grpc"
 # Interval of the check for idle calls.
 _IDLE_CHECK_S = 1.0
 # Before the server closes, it lets no call end until no call has arrived for so long, and for at most so long.
@@ -56,6 +55,7 @@ class Transport:
         reserved: Mapping[str, int] | None = None,
         callers: Callers | None = None,
         now_and_then: Callable[[], None] = lambda: None,
+        name: str = "vqserve-grpc",
     ) -> None:
         """Make the transport; `listen` to some addresses before `start`.
 
@@ -66,6 +66,7 @@ class Transport:
             max_calls_per_caller: those of one caller; None: as many as of all.
             idle_s: how long a call may wait for its caller before it ends with UNAVAILABLE; 0: for ever.
             callers: decides who may call; None: everyone.
+            name: of the threads.
             reserved: methods whose calls do not count among the others, and how many of each may be open; above that
                 the caller that has most of them loses its oldest.
             now_and_then: called once per second.
@@ -90,19 +91,17 @@ class Transport:
             self._server.register_completion_queue(queue)
         for method in self._places:
             self._server.register_method(method)
+        self._turns = {name: 0, f"{name}-reserved": 0}
         self._threads = [
-            threading.Thread(target=self._serve, args=arguments, name=name, daemon=True)
-            for name, arguments in (
-                (THREAD_NAME, (self._queue, self._calls)),
-                (f"{THREAD_NAME}-reserved", (self._reserved_queue, self._reserved_calls)),
+            threading.Thread(target=self._serve, args=arguments, name=arguments[0], daemon=True)
+            for arguments in zip(
+                self._turns, (self._queue, self._reserved_queue), (self._calls, self._reserved_calls), strict=True
             )
         ]
         self._lock = threading.Lock()
         self._is_asking = False  # for the next call, one of reserved methods apart
         self._is_closed = self._is_stopping = False
         self._stopped = threading.Event()
-        # Rounds of the thread: it grows at least once per second while the thread is not stuck.
-        self.turns = 0
 
     def listen(self, address: str, credentials: Any = None) -> int:
         """Listen on HOST:PORT or unix:PATH, and return the port.
@@ -119,6 +118,10 @@ class Transport:
         if not port:
             raise RuntimeError(f"cannot bind {address}")
         return port
+
+    def turns(self) -> dict[str, Callable[[], int]]:
+        """Return, by the names of the threads, how often each has looked for an event: once a second at least."""
+        return {name: partial(self._turns.__getitem__, name) for name in self._turns}
 
     def start(self) -> None:
         """Accept calls."""
@@ -163,13 +166,12 @@ class Transport:
             thread.join()
         self._server.destroy()
 
-    def _serve(self, queue: Any, calls: set[Call]) -> None:
+    def _serve(self, name: str, queue: Any, calls: set[Call]) -> None:
         """Handle the events of a queue, whose calls are in that set, until it is shut down."""
         next_check = time.monotonic() + _IDLE_CHECK_S
         while True:
             completed = queue.poll(time.time() + _IDLE_CHECK_S)
-            if queue is self._queue:
-                self.turns += 1
+            self._turns[name] += 1
             if completed.completion_type == cygrpc.CompletionType.queue_shutdown:
                 return
             try:
@@ -213,11 +215,12 @@ class Transport:
         self._ask()
         if not event.success:
             return
-        peer, refusal = event.call.peer().decode(), None
+        peer = event.call.peer().decode()
+        refusal: Exception | None = None
         method = event.call_details.method.decode("ascii", "backslashreplace")
         try:
             caller = self._callers.enter(peer, event.invocation_metadata)
-        except Unauthenticated as error:
+        except Exception as error:
             caller, refusal = self._callers.enter_stranger(peer), error
         call = Call(event, caller, method, self._on_end, self._gate)
         self._last_call_at = time.monotonic()

@@ -40,7 +40,7 @@ def train_file(
     On the CPU of one machine the same latents, options and notes give the same bytes.
 
     Args:
-        latents: .npy file, float16, float32 or float64, 2 to 5 axes; it is mapped, not loaded.
+        latents: .npy file, float16, float32 or float64, 2 to 5 axes; of any size.
         out: codebook file to write.
         options: options of the training.
         layout: layout of the latents; None: channels first for 4 and 5 axes, last for 2 and 3.

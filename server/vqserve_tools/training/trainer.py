@@ -203,7 +203,7 @@ def shuffled_batches(
 ) -> Iterator[npt.NDArray[np.int64]]:
     """Yield `steps` batches of row positions, cut from one random permutation of all rows after another.
 
-    Positions in a batch ascend, so that a mapped file is read in order.
+    Positions in a batch ascend, so that a file is read in order.
     """
     order, start = rng.permutation(num_rows), 0
     for _ in range(steps):

@@ -189,6 +189,7 @@ def test_versions(serving: Callable[..., Any], fake: Callable[..., Any], names: 
         assert encode(stub, request("book@1"), names.secrets["one"]) == [3]
         for name in ("book@2", "book"):
             assert status(lambda: encode(stub, request(name), names.secrets["one"]))[0] is S.PERMISSION_DENIED  # noqa: B023
+        assert encode(stub, request(), names.secrets["one"]) == [3]
         for name in ("book", "book@1", "book@2", ""):
             assert encode(stub, request(name), names.secrets["every"]) == [3]
 
