@@ -190,13 +190,14 @@ class JobQueue:
 
         Any thread may ask without the lock; the answer is an estimate anyway.
         """
-        own = self._speeds.of(key).seconds(1, rows)
+        waiting = self._keys.get(key)
+        speed = self._speeds.of(key) if waiting is None else waiting.speed
+        own = speed.seconds(1, rows)
         callers, ahead = len(self._backlogs), 0.0
         backlog = self._backlogs.get(caller)
         if backlog is None:
             callers += 1
         else:
-            waiting = self._keys.get(key)
             line = None if waiting is None else backlog.lines.get(waiting, {}).get(_size(rows))
             # For each turn of its own line each other line has one.
             before, lines = (0.0, backlog.num_lines + 1) if line is None else (line.cost, backlog.num_lines)
