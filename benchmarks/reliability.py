@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 def main() -> int:
     # Here, because processes that the scenarios start import this file.
-    from reliability.figure import table
+    from reliability.figure import Figure, table
     from reliability.registry import scenarios
     from reliability.setup import Setup
 
@@ -48,7 +48,11 @@ def main() -> int:
                 python=options.python,
                 cases=options.cases or "",
             ) as setup:
-                figures = list(scenario.run(setup))
+                figures = []
+                try:
+                    figures.extend(scenario.run(setup))
+                except Exception as error:
+                    figures.append(Figure(what=f"it stopped: {error!r:.2000}", value="no figure", wanted="a figure"))
             failed = sum(figure.passed is False for figure in figures)
             missed += failed
             verdict = "FAIL" if failed else "PASS"

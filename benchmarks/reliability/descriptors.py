@@ -17,7 +17,7 @@ from reliability.setup import Setup
 _CONNECTIONS = 1100
 _SOFT_LIMIT = 1024
 # A client's part of the beginning of HTTP/2: the preface, and settings that change nothing.
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 # Another address than that of the health checks.
 _SOURCE = "127.0.0.9"
 
@@ -36,7 +36,7 @@ def descriptors(setup: Setup) -> Iterator[Figure]:
             with contextlib.suppress(OSError):
                 idle = socket.create_connection((host, int(port)), timeout=10, source_address=(_SOURCE, 0))
                 stack.enter_context(idle)
-                idle.sendall(_PREFACE)
+                idle.sendall(PREFACE)
                 opened += 1
         yield Figure(what="idle connections that were opened", value=opened)
         checks = setup.beside(health.probe, server.target)

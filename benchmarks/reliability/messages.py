@@ -15,6 +15,7 @@ ENCODE_STREAM = "/vqserve.v1.TokenizerService/EncodeStream"
 CHEAP, USUAL = "tiny", "ldm-f8"
 CHANNELS = 4
 _ROW_BYTES = 4 * CHANNELS
+_SMALL_ROWS = 64
 
 
 def encode_request(rows: int, book: str = USUAL) -> bytes:
@@ -41,14 +42,26 @@ def channel_options() -> list[tuple[str, Any]]:
     ]
 
 
-def came_of_a_call(target: str, *, timeout_s: float = 10.0) -> str:
+def came_of_a_call(target: str) -> str:
     """Return the status of one small request over a connection of its own."""
     with open_channel(target) as channel:
-        try:
-            channel.unary_unary(ENCODE)(encode_request(64), timeout=timeout_s)
-        except grpc.RpcError as error:
-            return str(error.code().name)
-        return "OK"
+        return came_of(channel)
+
+
+def came_of(channel: grpc.Channel, request: bytes = b"", *, timeout_s: float = 10.0, **options: Any) -> str:
+    """Return the status of one request, by default a small one.
+
+    Args:
+        channel: to the server.
+        request: the message.
+        timeout_s: deadline of the call.
+        options: of gRPC's call.
+    """
+    try:
+        channel.unary_unary(ENCODE)(request or encode_request(_SMALL_ROWS, CHEAP), timeout=timeout_s, **options)
+    except grpc.RpcError as error:
+        return str(error.code().name)
+    return "OK"
 
 
 def open_channel(target: str) -> grpc.Channel:

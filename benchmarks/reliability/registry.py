@@ -25,6 +25,7 @@ _MODULES = (
     "descriptors",
     "full_stderr",
     "lying_server",
+    "limits",
     "tls_cost",
 )
 

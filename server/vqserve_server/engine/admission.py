@@ -141,8 +141,44 @@ class Admission:
         with self._lock:
             self._closed = self._closed or reason
 
-    def enter(self, caller: Caller, rows: int, nbytes: int) -> None:
+    def hold(self, caller: Caller, nbytes: int) -> None:
+        """Count bytes of a caller that are in the server before they are a request that can enter.
+
+        Raises:
+            Overloaded: a limit would be exceeded.
+            Draining: the server stops.
+            DeviceBroken: the device failed.
+        """
+        if not self.try_hold(caller, nbytes):
+            with self._lock:
+                raise self._overloaded("bytes") if self._closed is None else self._closed.with_fields()
+
+    def try_hold(self, caller: Caller, nbytes: int) -> bool:
+        """Count bytes of a caller like `hold`, or return False if the server accepts no more."""
+        with self._lock:
+            if self._closed is not None:
+                return False
+            if self.bytes:
+                free = self._limits.bytes - self.bytes - nbytes
+                own = (caller.limits or self._caller_limits).bytes or self._caller_limits.bytes
+                if free < 0 or (caller.bytes and caller.bytes + nbytes > min(_SHARE * free, own)):
+                    return False
+            self._count(caller, 0, 0, nbytes)
+            return True
+
+    def let_go(self, caller: Caller, nbytes: int) -> None:
+        """Count bytes of a caller no longer that are held."""
+        with self._lock:
+            self._count(caller, 0, 0, -nbytes)
+
+    def enter(self, caller: Caller, rows: int, nbytes: int, held: int = 0) -> None:
         """Count a request of a caller: its rows, and the bytes of it and its reply.
+
+        Args:
+            caller: who sent it.
+            rows: its rows.
+            nbytes: bytes of it and its reply.
+            held: bytes that are held for it. If it is accepted, they are held no longer.
 
         Raises:
             Overloaded: a limit would be exceeded.
@@ -157,7 +193,7 @@ class Admission:
                 limits = self._limits
                 free_requests = limits.requests - self.requests - 1
                 free_rows = limits.rows - self.rows - rows
-                free_bytes = limits.bytes - self.bytes - nbytes
+                free_bytes = limits.bytes - self.bytes - nbytes + held
                 if free_requests < 0:
                     raise self._overloaded("requests")
                 if free_rows < 0:
@@ -173,9 +209,9 @@ class Admission:
                         raise self._overloaded("requests", caller)
                     if caller.rows + rows > min(share * free_rows, own.rows or others.rows):
                         raise self._overloaded("rows", caller)
-                    if caller.bytes + nbytes > min(share * free_bytes, own.bytes or others.bytes):
+                    if caller.bytes + nbytes - held > min(share * free_bytes, own.bytes or others.bytes):
                         raise self._overloaded("bytes", caller)
-            self._count(caller, 1, rows, nbytes)
+            self._count(caller, 1, rows, nbytes - held)
 
     def leave(self, caller: Caller, rows: int, nbytes: int) -> None:
         """Stop counting a request that entered with these arguments."""

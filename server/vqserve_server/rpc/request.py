@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -10,15 +11,19 @@ from functools import partial
 from typing import Any, Protocol
 
 from vqserve import wire
-from vqserve.errors import Draining, Overloaded
+from vqserve.errors import Draining, Overloaded, VqserveError
 from vqserve_server.access import Token
 from vqserve_server.engine import Caller, Engine, Job
+from vqserve_server.process import trim_memory
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.headers import HeaderCache, RequestHeader
 
 # Larger messages are validated on another thread. Validating this many bytes takes half a millisecond; the change of
 # thread takes a part of that, and needs another core.
 _INLINE_BYTES = 2 << 20
+
+# After a large message or reply the server keeps what it freed for so long: another one probably follows.
+_TRIM_AFTER_S = 2.0
 
 # Guards the fields of all unary calls; it is held for a few operations only.
 _fields = threading.Lock()
@@ -44,8 +49,13 @@ class Recipient(Protocol):
     def ready(self) -> None:
         """React to a request whose `reply` can be called."""
 
-    def rejected(self, error: Exception) -> None:
-        """React to a request that is not valid, or for which the server has no capacity."""
+    def rejected(self, error: Exception, held: int) -> None:
+        """React to a request that is not valid, or for which the server has no capacity.
+
+        Args:
+            error: why.
+            held: bytes that the admission holds for the message; the recipient must let go of them.
+        """
 
 
 class Requests:
@@ -55,30 +65,64 @@ class Requests:
         self._engine = engine
         # Large payloads are validated here, so that they do not delay small requests.
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="vqserve-payload")
+        # When the last large one was in the server, in time.monotonic() seconds; None: its memory is given back.
+        self._large_at: float | None = None
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def start(
-        self, recipient: Recipient, headers: HeaderCache[Any], raw: bytes, *, received_at: float | None = None
-    ) -> None:
+    def start(self, recipient: Recipient, headers: HeaderCache[Any], raw: bytes, *, held: int = 0) -> None:
         """Validate a request and queue it, here or, if it is large, on another thread.
 
         Args:
             recipient: call that waits for the reply.
             headers: known headers of the method.
             raw: the message.
-            received_at: time of arrival in time.monotonic() seconds; None: now.
+            held: bytes that the admission holds for it already.
         """
-        if received_at is None:
-            received_at = time.monotonic()
-            if len(raw) > _INLINE_BYTES:
-                try:
-                    self._pool.submit(self.start, recipient, headers, raw, received_at=received_at)
-                except RuntimeError:
-                    recipient.rejected(Draining("the server is stopping"))
-                return
+        received_at = time.monotonic()
+        if len(raw) <= _INLINE_BYTES:
+            self._start(recipient, headers, raw, received_at, held)
+            return
+        self._large_at = received_at
+        try:
+            # It counts while it waits for a thread; what the server has no room for is dropped here.
+            if len(raw) > held:
+                self._engine.admission.hold(recipient.caller, len(raw) - held)
+                held = len(raw)
+        except VqserveError as error:
+            recipient.rejected(error, held)
+            return
+        try:
+            self._pool.submit(self._start, recipient, headers, raw, received_at, held)
+        except RuntimeError:
+            recipient.rejected(Draining("the server is stopping"), held)
+
+    def give_memory_back(self) -> None:
+        """Give free memory back to the system, on another thread, if large requests were here and are no more.
+
+        Call it now and then.
+        """
+        if self._large_at is None or time.monotonic() - self._large_at < _TRIM_AFTER_S:
+            return
+        if self._engine.admission.bytes < _INLINE_BYTES:
+            self._large_at = None
+            with contextlib.suppress(RuntimeError):
+                self._pool.submit(trim_memory)
+
+    def try_hold(self, caller: Caller, nbytes: int) -> bool:
+        """Count bytes of a caller before they are an accepted request, if there is room for them."""
+        return self._engine.admission.try_hold(caller, nbytes)
+
+    def let_go(self, caller: Caller, nbytes: int) -> None:
+        """Count bytes no longer that are held."""
+        if nbytes:
+            self._engine.admission.let_go(caller, nbytes)
+
+    def _start(
+        self, recipient: Recipient, headers: HeaderCache[Any], raw: bytes, received_at: float, held: int
+    ) -> None:
         try:
             token = recipient.caller.token
             # Also for each message of a stream: the token may have been revoked meanwhile.
@@ -86,7 +130,11 @@ class Requests:
             header, data = headers.find(raw, codebooks)
             if header.rows:
                 self._engine.scheduler.check(recipient.caller, header.key, header.rows, recipient.deadline)
-            request = Request(self._engine, recipient.caller, header, len(raw) + header.reply_bytes, received_at)
+            nbytes = len(raw) + header.reply_bytes
+            request = Request(self._engine, recipient.caller, header, nbytes, received_at, held=held)
+            held = 0
+            if nbytes > _INLINE_BYTES:
+                self._large_at = received_at
             try:
                 if header.rows:
                     request.job, request.buffer = header.job(
@@ -96,7 +144,7 @@ class Requests:
                 request.release()
                 raise
         except Exception as error:
-            recipient.rejected(error)
+            recipient.rejected(error, held)
             return
         if not recipient.accepted(request):
             request.release()
@@ -122,18 +170,25 @@ class Request:
     buffer: wire.ReplyBuffer | None = None
 
     def __init__(
-        self, engine: Engine, caller: Caller, header: RequestHeader[Any], nbytes: int, received_at: float
+        self,
+        engine: Engine,
+        caller: Caller,
+        header: RequestHeader[Any],
+        nbytes: int,
+        received_at: float,
+        *,
+        held: int = 0,
     ) -> None:
-        """Enter the admission.
+        """Enter the admission, which holds `held` bytes for the request and then no longer does.
 
         Raises:
             Overloaded, Draining, DeviceBroken: the server accepts no more.
         """
         token = caller.token
         if token is None:
-            engine.admission.enter(caller, header.rows, nbytes)
+            engine.admission.enter(caller, header.rows, nbytes, held)
         else:
-            _enter_at_rate(engine, caller, token, header.rows, nbytes)
+            _enter_at_rate(engine, caller, token, header.rows, nbytes, held=held)
         self.nbytes = nbytes
         self._engine = engine
         self._caller = caller
@@ -171,10 +226,10 @@ class Request:
         self._engine.admission.leave(self._caller, self._header.rows, self.nbytes)
 
 
-def _enter_at_rate(engine: Engine, caller: Caller, token: Token, rows: int, nbytes: int) -> None:
+def _enter_at_rate(engine: Engine, caller: Caller, token: Token, rows: int, nbytes: int, *, held: int) -> None:
     rate = token.rate
     if rate is None:
-        engine.admission.enter(caller, rows, nbytes)
+        engine.admission.enter(caller, rows, nbytes, held)
         return
     try:
         rate.take(rows)
@@ -182,7 +237,7 @@ def _enter_at_rate(engine: Engine, caller: Caller, token: Token, rows: int, nbyt
         engine.stats.count_refused("caller_rate")
         raise
     try:
-        engine.admission.enter(caller, rows, nbytes)
+        engine.admission.enter(caller, rows, nbytes, held)
     except BaseException:
         rate.give_back(rows)
         raise
@@ -198,6 +253,7 @@ class UnaryCall:
         self.caller = call.caller
         self.deadline = call.deadline
         self._call = call
+        self._requests = requests
         self._on_close = on_close
         self._request: Request | None = None
         self._is_closed = False
@@ -224,8 +280,9 @@ class UnaryCall:
         else:
             self._call.end(message=reply)
 
-    def rejected(self, error: Exception) -> None:
+    def rejected(self, error: Exception, held: int) -> None:
         """End the call with the error."""
+        self._requests.let_go(self.caller, held)
         self._call.fail(error)
 
     def _closed(self) -> None:

@@ -14,6 +14,8 @@ from vqserve_server.rpc.request import Request, Requests
 
 # Bytes of the requests and replies of a stream in the server; a single larger request is accepted alone.
 WINDOW_BYTES = 16 << 20
+# What a stream may receive or keep without it being counted: so much for each stream is not worth a count.
+_UNCOUNTED_BYTES = 64 << 10
 # Requests of a stream in the server, however small: a caller that reads no replies leaves capacity for other callers.
 WINDOW_REQUESTS = 64
 
@@ -39,13 +41,16 @@ class StreamCall:
         self._requests = requests
         self._headers = headers
         self._on_close = on_close
-        # Guards the fields below. Never call the engine while holding it: the engine calls `ready`, which takes it too.
+        # Guards the fields below. Never call the engine while holding it, but for its admission: the engine calls
+        # `ready`, which takes it too.
         self._lock = threading.Lock()
         self._open: deque[Request] = deque()  # accepted, reply not sent
         self._bytes = 0  # of the open requests and their replies
         self._is_sending = False  # the reply of the first open request
         self._starting: bytes | None = None  # the message that is being started
-        self._held: bytes | None = None  # a message for which the server had no capacity
+        self._kept: bytes | None = None  # a message for which the server had no capacity
+        self._held = 0  # bytes that the admission holds for the next message, or for the one that is kept
+        self._expected = 0  # bytes of the next message and its reply, if they are those of the last ones
         self._is_paused = False  # nothing is received until the window has room
         self._end: Exception | None = None  # why nothing more is received
         self._has_ended = False
@@ -60,7 +65,8 @@ class StreamCall:
         """Receive no more: requests that were received are answered, then the stream ends."""
         with self._lock:
             self._end = self._end or Draining("the server is stopping")
-            self._held = None
+            self._kept = None
+            self._let_go()
             self._advance()
 
     def _receive(self) -> None:
@@ -72,11 +78,13 @@ class StreamCall:
                 self._advance()
                 return
             self._starting = raw
-        self._requests.start(self, self._headers, raw)
+            held, self._held = self._held, 0
+        self._requests.start(self, self._headers, raw, held=held)
 
     def _received_all(self) -> None:
         with self._lock:
             self._end = self._end or _EndOfRequests()
+            self._let_go()
             self._advance()
 
     def accepted(self, request: Request) -> bool:
@@ -87,21 +95,25 @@ class StreamCall:
                 return False
             self._open.append(request)
             self._bytes += request.nbytes
-            self._is_paused = not self._has_room
-            receives = not self._is_paused and self._end is None
+            self._expected = request.nbytes
+            receives = self._end is None and self._has_room and self._can_hold_next()
+            self._is_paused = not receives
         if receives:
             self._receive()
         return True
 
-    def rejected(self, error: Exception) -> None:
-        """Hold the message until the server has capacity, or end the stream with the error."""
+    def rejected(self, error: Exception, held: int) -> None:
+        """Keep the message until the server has capacity, or end the stream with the error."""
         with self._lock:
             raw, self._starting = self._starting, None
+            self._held = held
             # A stream with requests in the server waits for capacity; one without is rejected like any other caller.
-            if isinstance(error, Overloaded) and self._open and self._end is None:
-                self._held = raw
+            waits = isinstance(error, Overloaded) and self._open and self._end is None and not self._has_ended
+            if waits and raw is not None and self._can_hold(len(raw)):
+                self._kept = raw
             else:
                 self._end = self._end or error
+                self._let_go()
             self._advance()
 
     def ready(self) -> None:
@@ -116,16 +128,23 @@ class StreamCall:
                 return
             request = self._open.popleft()
             self._bytes -= request.nbytes
-            raw, self._held = self._held, None
+            raw, self._kept = self._kept, None
+            held = 0
             if raw is not None:
                 # Otherwise another message may be in a thread of the pool now.
                 self._starting = raw
-            receives = self._is_paused and self._has_room and self._end is None
+                held, self._held = self._held, 0
+            elif not self._open:
+                # The caller may send nothing for long. What it sends is rejected if there is no room then.
+                self._let_go()
+        # Not before: the next message may need its room.
+        request.release()
+        with self._lock:
+            receives = self._is_paused and self._end is None and self._has_room and self._can_hold_next()
             if receives:
                 self._is_paused = False
-        request.release()
         if raw is not None:
-            self._requests.start(self, self._headers, raw)
+            self._requests.start(self, self._headers, raw, held=held)
         elif receives:
             self._receive()
         self.ready()
@@ -159,6 +178,25 @@ class StreamCall:
     def _has_room(self) -> bool:
         return self._bytes <= WINDOW_BYTES and len(self._open) < WINDOW_REQUESTS
 
+    def _can_hold_next(self) -> bool:
+        """Return whether the server has room for a message like the last one; it is held then. The lock is held."""
+        # With no request in the server there is no later moment at which to try again.
+        return not self._open or self._can_hold(self._expected)
+
+    def _can_hold(self, nbytes: int) -> bool:
+        """Return whether the admission holds that many bytes for this stream, now or already. The lock is held."""
+        more = nbytes - self._held
+        if nbytes > _UNCOUNTED_BYTES and more > 0:
+            if not self._requests.try_hold(self.caller, more):
+                return False
+            self._held = nbytes
+        return True
+
+    def _let_go(self) -> None:
+        """Hold nothing any more. The lock is held."""
+        self._requests.let_go(self.caller, self._held)
+        self._held = 0
+
     def _owes_reply(self) -> bool:
         return bool(self._open)
 
@@ -167,6 +205,8 @@ class StreamCall:
             self._has_ended = True
             left = list(self._open)
             self._open.clear()
+            self._kept = None
+            self._let_go()
         for request in left:
             request.release()
         self._on_close(self)

@@ -150,36 +150,43 @@ def test_a_cancelled_request_is_dropped_before_it_is_computed(held: Any) -> None
 
 
 def test_overload_is_rejected_at_once_with_a_hint(held: Any) -> None:
-    server = held(max_queue_requests=2)
-    submitted = server.after("put")
-    second = server.send(1)
-    submitted.wait()
+    # A caller alone may have seven eighths.
+    server = held(max_queue_requests=8)
+    others = []
+    for _ in range(6):
+        submitted = server.after("put")
+        others.append(server.send(1))
+        submitted.wait()
     error = server.send(1).exception()
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert error.details() == "too many requests in the server: try again later, or with fewer requests at once"
+    text = "too many requests of the caller 127.0.0.1 in the server: try again later, or with fewer requests at once"
+    assert error.details() == text
     metadata = dict(error.trailing_metadata())
     assert 50 <= int(metadata["grpc-retry-pushback-ms"]) <= 10_000
     # Of clients from before the standard key.
     assert metadata["vqserve-retry-after-ms"] == metadata["grpc-retry-pushback-ms"]
     server.tokenizer.release()
     server.first.result()
-    second.result()
+    for call in others:
+        call.result()
     server.none_is_inside()
     server.send(1).result()
 
 
 def test_bytes_are_bounded_too(held: Any) -> None:
-    server = held(max_message_bytes=4096, max_queue_bytes=8192)
+    # A caller alone may have three quarters.
+    server = held(max_message_bytes=4096, max_queue_bytes=32768)
     large = []
-    for _ in range(2):  # 200 rows of 16 bytes and an index each: 3400 bytes
+    for _ in range(7):  # 200 rows of 16 bytes and an index each: 3400 bytes
         submitted = server.after("put")
         large.append(server.send(200))
         submitted.wait()
     error = server.send(200).exception()
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert error.details() == "too many bytes in the server: try again later, or with fewer requests at once"
+    text = "too many bytes of the caller 127.0.0.1 in the server: try again later, or with fewer requests at once"
+    assert error.details() == text
     server.tokenizer.release()
-    assert [len(call.result().indices) for call in large] == [200, 200]
+    assert [len(call.result().indices) for call in large] == [200] * 7
 
 
 def test_an_internal_error_has_a_fixed_text(held: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -219,7 +226,8 @@ def test_stopping_answers_accepted_requests_and_rejects_others(held: Any) -> Non
     with ThreadPoolExecutor(1) as pool:
         stopping = pool.submit(server.server.stop)
         eventually(lambda: server.server.app._rpc._transport._is_closed)
-        assert server.send(1).exception().code() is grpc.StatusCode.UNAVAILABLE
+        # CANCELLED if the client did not know yet.
+        assert server.send(1).exception().code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
         server.tokenizer.release()
         assert tuple(server.first.result().shape) == (1,)
         assert tuple(inside.result().shape) == (3,)
