@@ -135,9 +135,10 @@ class App:
         return self._loop_turns
 
     def _on_broken(self) -> None:
+        # First: what is stuck may hold a lock that the others need.
+        self._when_broken()
         # Not on the loop, which may be what is stuck.
         self._rpc.not_serving()
-        self._when_broken()
         # The loop is closed after the stop.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self.broken.set)
