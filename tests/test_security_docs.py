@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from support.certificates import Pair, connect, replace
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from vqserve_server.access.token_file import grants
+from vqserve_server.config import EngineConfig, RpcConfig, flag
 
 PAGE = (Path(__file__).parents[1] / "docs" / "security.md").read_text()
 BLOCKS = re.findall(r"^```(sh|toml)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -25,7 +27,10 @@ BLOCKS = re.findall(r"^```(sh|toml)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
 
 @pytest.fixture
 def follow(vqserved: Callable[..., Any], tmp_path: Path) -> Callable[[str], list[Any]]:
-    """Run the commands of a section in a folder; return the servers that it starts, on loopback and a free port."""
+    """Run the commands of a section in a folder; return the servers that it starts, on loopback and a free port.
+
+    The commands of clients go to the newest server.
+    """
 
     def run(section: str) -> list[Any]:
         servers = []
@@ -38,7 +43,12 @@ def follow(vqserved: Callable[..., Any], tmp_path: Path) -> Callable[[str], list
                 servers.append(vqserved("--device", "cpu", *(paths.get(word, word) for word in words)))
             elif tag == "sh":
                 environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-                subprocess.run(["sh", "-e", "-c", block], cwd=tmp_path, env=environ, check=True, capture_output=True)
+                if servers:
+                    environ["VQSERVE_TARGET"] = servers[-1].target
+                ended = subprocess.run(
+                    ["sh", "-e", "-c", block], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
+                )
+                assert ended.returncode == 0, ended.stderr
         return servers
 
     return run
@@ -94,3 +104,12 @@ def test_the_entry_of_the_page_is_valid() -> None:
         name for row in rows.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1] if "|" in row else "")
     }
     assert fields == documented
+
+
+def test_the_page_has_every_limit() -> None:
+    limits = {
+        setting.name for group in (RpcConfig, EngineConfig) for setting in fields(group) if "max_" in setting.name
+    }
+    ours = {name for name in limits if not name.startswith(("max_batch_", "max_wait_"))}
+    others = {"idle_seconds", "connection_idle_seconds", "allow_compression"}
+    assert [name for name in ours | others if f"`{flag(name)}`" not in section("Limits")] == []

@@ -19,7 +19,8 @@ from vqserve_client.requests import Request
 # Channels of a row at most: more have overflowed somewhere.
 _WIDEST_ROW = 1 << 31
 # Bytes of a list: more than twenty thousand codebooks. All of it is read, entry by entry, before a call goes on.
-_LARGEST_LIST = 8 << 20
+_LARGEST_LIST = 5 << 20
+_MOST_STAGES = 1 << 12
 # How often a call that has no reply yet follows a server that replaces its codebook. On a busy machine it may be
 # replaced several times between the list and the request.
 _MOST_REFRESHES = 10
@@ -68,7 +69,7 @@ class ListRequest(Request):
             and 1 <= entry.num_codes <= LARGEST_VOCABULARY
             and 1 <= entry.vocab_size <= LARGEST_VOCABULARY
             and all(1 <= width <= _WIDEST_ROW for width in widths)
-            and entry.num_quantizers >= 1
+            and 1 <= entry.num_quantizers <= _MOST_STAGES
             and _can_be_stages(entry)
             and entry.layout in LAYOUT_OF_NUMBER
         ):

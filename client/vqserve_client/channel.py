@@ -161,6 +161,16 @@ class Connection:
         return self._config.target
 
     @property
+    def is_balanced(self) -> bool:
+        """Return whether the target may stand for several servers."""
+        return self._config.address.is_balanced
+
+    @property
+    def has_token_file(self) -> bool:
+        """Return whether its token may change."""
+        return self._config.token_file is not None
+
+    @property
     def is_encrypted(self) -> bool:
         """Return whether it uses TLS."""
         return self._config.tls is not None

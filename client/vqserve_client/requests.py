@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import grpc
 
-from vqserve.errors import Closed, DeadlineExceeded, ProtocolError, VqserveError
+from vqserve.errors import Closed, DeadlineExceeded, ProtocolError, Unauthenticated, VqserveError
 from vqserve_client.channel import Connection
 from vqserve_client.retries import RetryPolicy
 from vqserve_client.status import Failure, text_metadata
@@ -27,6 +27,8 @@ Steps = Generator[float | None, None, T]
 
 # gRPC's own arithmetic on deadlines is not reliable beyond this: a longer time is sent as no deadline.
 _FOREVER_S = 365 * 86400.0
+# How often a request goes to another server because one has another codebook; other requests take their turns, too.
+_MOST_OTHERS = 10
 
 
 class Deadline:
@@ -247,6 +249,12 @@ class Exchange:
 
     def _delay_s(self, request: Request, failure: Failure) -> float | None:
         """Return the seconds until the next attempt; None: there is none."""
+        if failure.is_of_one_server and self._connection.is_balanced:
+            # While servers get a new codebook one after the other, the next one may have the one that is asked for.
+            return 0.0 if self._policy.retries and request.failures <= _MOST_OTHERS else None
+        if failure.error_class is Unauthenticated and self._connection.has_token_file and request.failures == 1:
+            # The token may have been replaced while the request was on its way.
+            return self._policy.delay_s(1, None)
         if not failure.is_retried:
             return None
         delay_s = self._policy.delay_s(request.failures, failure.retry_after_s)

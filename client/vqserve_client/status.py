@@ -95,6 +95,11 @@ class Failure:
         return self.code is not grpc.StatusCode.UNAVAILABLE or not lost
 
     @property
+    def is_of_one_server(self) -> bool:
+        """Return whether another server of the same target may answer: the codebook is not there, or is another."""
+        return self.error_class in {CodebookNotFound, DigestMismatch}
+
+    @property
     def is_retried(self) -> bool:
         """Return whether the request is worth sending again."""
         # A negative delay is gRPC's way to say no.

@@ -43,12 +43,17 @@ class Target:
         return len(self.hosts) == 1 and not _is_loopback(self.hosts[0]) and bool(re.search("[.:]", self.hosts[0]))
 
     @property
+    def is_balanced(self) -> bool:
+        """Return whether it may stand for several servers: a list, or a name other than that of this machine."""
+        return len(self.hosts) > 1 or any(not (_is_loopback(host) or _ip(host)) for host in self.hosts)
+
+    @property
     def options(self) -> list[tuple[str, str | int]]:
         """Return the options of a gRPC channel to it."""
         options: list[tuple[str, str | int]] = []
         if not self.is_proxied:
             options.append(("grpc.enable_http_proxy", 0))
-        if len(self.hosts) > 1 or (self.hosts and not (_is_loopback(self.hosts[0]) or _ip(self.hosts[0]))):
+        if self.is_balanced:
             options.append(("grpc.service_config", _ROUND_ROBIN))
         return options
 

@@ -25,6 +25,7 @@ from vqserve_server.console import event
 from vqserve_server.engine import Engine, Watchdog
 from vqserve_server.heartbeat import Heartbeat
 from vqserve_server.network import address, check, check_protected, check_unix_socket
+from vqserve_server.process import allow_connections
 from vqserve_server.repository import Reloader, Repository
 from vqserve_server.rpc import RpcServer
 from vqserve_server.tokenizer import Tokenizer
@@ -234,6 +235,7 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
             check(config.rpc.host, config.access.health_port)
         if config.rpc.unix_socket:
             check_unix_socket(config.rpc.unix_socket)
+    allow_connections(config.rpc.max_connections)
     access = Access(config.access)
     repository = Repository(sources, device=config.device, search=config.search)
     repository.load()

@@ -78,6 +78,7 @@ def test_a_lying_decode_reply(tiny, connect, lying, lie, text):
         {"output_dim": 1 << 63},
         {"code_dim": 0},
         {"num_quantizers": 0},
+        {"num_quantizers": (1 << 12) + 1},
         {"stage_vocab_sizes": [300, 5]},
         {"stage_vocab_sizes": [300]},
         {"num_quantizers": 3, "stage_vocab_sizes": [300, 5]},
@@ -273,7 +274,7 @@ def test_a_list_with_stages_without_end(tiny, connect):
 
 def test_a_list_that_is_too_long(tiny, connect):
     tiny.list_script.append(lambda reply: setattr(reply.codebooks[0], "kind", "x" * (9 << 20)))
-    with pytest.raises(ProtocolError, match=r"list of codebooks has 9437\d\d\d bytes, more than 8388608"):
+    with pytest.raises(ProtocolError, match=r"list of codebooks has 9437\d\d\d bytes, more than 5242880"):
         connect(tiny.target).codebooks()
 
 

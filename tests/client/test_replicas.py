@@ -116,6 +116,22 @@ def test_unavailable_of_one_server_is_no_error(replicas, connect, failing, laten
     assert not broken.script
 
 
+def test_servers_with_different_codebooks(replicas, codes, connect, latents, monkeypatch, apart):
+    """As while a new codebook is rolled out: each call has one of them, and none fails."""
+    monkeypatch.setattr("vqserve_client.transport.STREAM_S", 0.001)
+    old, new = servers = replicas(*HERE[:2])
+    new.codes["small"] = codes("small", seed=1)
+    client = connect(f"{old.target},{new.target}")
+    eventually(lambda: client.encode(latents(9, 4)) is not None and all(server.requests for server in servers))
+    for call in range(20):
+        array = latents(9, 4, seed=call)
+        expected = [server.codes["small"].encode(array).tolist() for server in servers]
+        assert client.encode(array).tolist() in expected
+    arrays = [latents(9, 4, seed=number) for number in range(50)]
+    results = [indices.tolist() for indices in client.encode_many(arrays)]
+    assert results in [[server.codes["small"].encode(array).tolist() for array in arrays] for server in servers]
+
+
 def test_servers_of_which_none_is_there(connect, latents):
     with pytest.raises(Unavailable, match=r"^cannot connect to the server: Connection refused; tried 2 times"):
         connect("127.0.0.1:1,127.0.0.2:1", retries=1).encode(latents(2, 4))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
+import subprocess
+import sys
 
 import grpc
 import pytest
@@ -244,3 +246,16 @@ def test_the_command_line(secure, authority, monkeypatch, capsys, tmp_path):
     assert main(["codebooks", "--target", server.target, *own]) == 0
     assert main(["codebooks", "--target", server.target, "--no-tls"]) == 1
     assert capsys.readouterr().err.endswith("does it use TLS? then connect with --tls\n")
+
+
+def test_an_error_is_one_line_without_grpc_s_own(secure, authority, tmp_path):
+    server = secure(authority.issue())
+    other = tmp_path / "other.crt"
+    other.write_bytes(Authority().pem)
+    arguments = ["codebooks", "--target", server.target, "--tls-ca", str(other)]
+    ended = subprocess.run(
+        [sys.executable, "-m", "vqserve", *arguments], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith(f"vqserve: error: cannot connect to the server: {NOT_TRUSTED}")
+    assert ended.stderr.count("\n") == 1

@@ -71,6 +71,24 @@ def test_a_token_file_is_read_again_after_it_changed(tiny, recorded, connect, la
     assert recorded.call(client, latents(2, 4)) == bearer("third")
 
 
+def test_a_token_that_is_replaced_while_a_request_is_on_its_way(tiny, recorded, connect, failing, latents, tmp_path):
+    path = tmp_path / "token"
+    path.write_text("old")
+
+    def replaced(request, context, honest):
+        replace(path, b"new")
+        failing("UNAUTHENTICATED")(request, context, honest)
+
+    client = connect(tiny.target, token_file=path)
+    tiny.script.append(replaced)
+    assert recorded.call(client, latents(2, 4)) == bearer("new")
+    # Once: a token that is wrong is an error.
+    tiny.script.extend([failing("UNAUTHENTICATED")] * 3)
+    with pytest.raises(Unauthenticated):
+        client.encode(latents(2, 4))
+    assert len(tiny.script) == 1
+
+
 def test_metadata(tiny, recorded, connect, latents):
     client = connect(tiny.target, metadata={"x-gateway": "a b", "x-gateway-bin": b"\0\xff"}, token=SECRET)
     assert sorted(recorded.call(client, latents(2, 4))) == [
@@ -168,13 +186,15 @@ def test_a_server_that_wants_a_token(serving, put, tmp_path, connect, capsys):
     tls = Tls(ca=tmp_path / "ca")
     assert connect(server.target, tls=tls, token=secret).codebooks()
     for options in ({}, {"token": new_secret()}):
-        with pytest.raises(Unauthenticated, match="the server needs a valid token"):
+        with pytest.raises(Unauthenticated, match="the server needs a valid access token"):
             connect(server.target, tls=tls, **options).codebooks()
     path = tmp_path / "token"
     path.write_text(secret)
     shared = ["--target", server.target, "--tls-ca", str(tmp_path / "ca")]
     assert main(["codebooks", *shared, "--token-file", str(path)]) == 0
     assert main(["status", *shared, "--token-file", str(path)]) == 0
+    bench = ["--concurrency=1", "--grid=2", "--warmup=0.1", "--window=0.1", "--max-windows=1"]
+    assert main(["bench", *shared, "--token-file", str(path), *bench]) == 0
     capsys.readouterr()
     assert main(["codebooks", *shared]) == 1
-    assert "the server needs a valid token" in capsys.readouterr().err
+    assert "the server needs a valid access token" in capsys.readouterr().err

@@ -71,6 +71,11 @@ class Callers:
         return caller
 
 
+def stranger(peer: str) -> Caller:
+    """Return the caller of a call that counts nowhere, from gRPC's name of its peer."""
+    return Caller(_name(peer))
+
+
 def _name(peer: str) -> str:
     scheme, _, rest = peer.partition(":")
     # The host is percent-encoded where it is IPv6: "ipv6:%5B::1%5D:4242".

@@ -20,7 +20,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 from vqserve.errors import Overloaded
 from vqserve_server.console import event
 from vqserve_server.rpc.call import Call
-from vqserve_server.rpc.callers import Callers
+from vqserve_server.rpc.callers import Callers, stranger
 from vqserve_server.rpc.gate import Gate
 from vqserve_server.rpc.reserved import Places
 from vqserve_server.rpc.status import Status
@@ -42,7 +42,7 @@ _MOST_REFUSED = 256
 
 
 class Transport:
-    """Listens, and hands each call to the handler of its method, on a thread of its own."""
+    """Listens, and hands each call to the handler of its method, on threads of its own."""
 
     def __init__(
         self,
@@ -55,6 +55,7 @@ class Transport:
         reserved: Mapping[str, int] | None = None,
         callers: Callers | None = None,
         name: str = "vqserve-grpc",
+        now_and_then: Callable[[], None] = lambda: None,
     ) -> None:
         """Make the transport; `listen` to some addresses before `start`.
 
@@ -65,14 +66,16 @@ class Transport:
             max_calls_per_caller: those of one caller; None: as many as of all.
             idle_s: how long a call may wait for its caller before it ends with UNAVAILABLE; 0: for ever.
             callers: decides who may call; None: everyone.
-            name: of the thread.
+            name: of the threads.
             reserved: methods whose calls do not count among the others, and how many of each may be open; above that
                 the caller that has most of them loses its oldest.
+            now_and_then: called once per second.
         """
         self._handlers = handlers
         self._max_calls = max_calls
         self._max_calls_per_caller = max_calls if max_calls_per_caller is None else max_calls_per_caller
         self._idle_s = idle_s
+        self._now_and_then = now_and_then
         self._places = {method: Places(most) for method, most in (reserved or {}).items()}
         # The calls that have not ended; those of them that were not refused; and those that count apart.
         self._calls: set[Call] = set()
@@ -81,18 +84,24 @@ class Transport:
         self._callers = callers or Callers()
         self._gate = Gate()
         self._last_call_at = -1.0  # time.monotonic() seconds
-        self._queue = cygrpc.CompletionQueue()
+        # A message of 64 MiB keeps its thread for a tenth of a second: what is reserved has a queue and a thread too.
+        self._queue, self._reserved_queue = cygrpc.CompletionQueue(), cygrpc.CompletionQueue()
         self._server = cygrpc.Server(list(options), False)
-        self._server.register_completion_queue(self._queue)
+        for queue in (self._queue, self._reserved_queue):
+            self._server.register_completion_queue(queue)
         for method in self._places:
             self._server.register_method(method)
-        self.name = name
-        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._turns = {name: 0, f"{name}-reserved": 0}
+        self._threads = [
+            threading.Thread(target=self._serve, args=arguments, name=arguments[0], daemon=True)
+            for arguments in zip(
+                self._turns, (self._queue, self._reserved_queue), (self._calls, self._reserved_calls), strict=True
+            )
+        ]
         self._lock = threading.Lock()
         self._is_asking = False  # for the next call, one of reserved methods apart
         self._is_closed = self._is_stopping = False
         self._stopped = threading.Event()
-        self._turns = 0
 
     def listen(self, address: str, credentials: Any = None) -> int:
         """Listen on HOST:PORT or unix:PATH, and return the port.
@@ -110,9 +119,9 @@ class Transport:
             raise RuntimeError(f"cannot bind {address}")
         return port
 
-    def turns(self) -> int:
-        """Return how often the thread has looked for an event: at least once per second while it is not stuck."""
-        return self._turns
+    def turns(self) -> dict[str, Callable[[], int]]:
+        """Return, by the names of the threads, how often each has looked for an event: once a second at least."""
+        return {name: partial(self._turns.__getitem__, name) for name in self._turns}
 
     def start(self) -> None:
         """Accept calls."""
@@ -120,7 +129,8 @@ class Transport:
         self._ask()
         for method in self._places:
             self._ask_reserved(method)
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         """Accept no more connections and calls, and tell all callers so (GOAWAY); open calls go on.
@@ -128,7 +138,7 @@ class Transport:
         gRPC drops calls that are on their way meanwhile: callers that wait for an answer make none, so all wait for a
         moment. Closing twice is fine, and closing what was not started.
         """
-        if not self._thread.is_alive():
+        if not self._threads[0].is_alive():
             return
         self._gate.shut()
         until = time.monotonic() + _MOST_HOLD_S
@@ -152,14 +162,16 @@ class Transport:
             self._is_stopping = True
         if not self._stopped.wait(linger_s):
             self._server.cancel_all_calls()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self._server.destroy()
 
-    def _serve(self) -> None:
+    def _serve(self, name: str, queue: Any, calls: set[Call]) -> None:
+        """Handle the events of a queue, whose calls are in that set, until it is shut down."""
         next_check = time.monotonic() + _IDLE_CHECK_S
         while True:
-            completed = self._queue.poll(time.time() + _IDLE_CHECK_S)
-            self._turns += 1
+            completed = queue.poll(time.time() + _IDLE_CHECK_S)
+            self._turns[name] += 1
             if completed.completion_type == cygrpc.CompletionType.queue_shutdown:
                 return
             try:
@@ -167,14 +179,20 @@ class Transport:
                     completed.tag(completed)
                 if time.monotonic() >= next_check:
                     next_check = time.monotonic() + _IDLE_CHECK_S
-                    self._end_idle()
+                    self._end_idle(calls)
+                    if queue is self._queue:
+                        self._now_and_then()
             except Exception:
                 logger.exception(event("grpc_event_failed"))
             # The event refers to its call, and so keeps a connection open.
             del completed
-            # Shut down only after `_closed` of every call; after that no operation starts for a call.
-            if self._stopped.is_set() and not self._calls and not self._reserved_calls:
-                self._queue.shutdown()
+            if self._stopped.is_set():
+                self._shut_down(queue, calls)
+
+    def _shut_down(self, queue: Any, calls: set[Call]) -> None:
+        """End the thread of a queue. Not before `_closed` of every call: after that no operation starts for a call."""
+        if not calls:
+            queue.shutdown()
 
     def _ask(self) -> None:
         """Ask for the next call, unless there are too many: then it waits in gRPC, and its connection with it."""
@@ -189,7 +207,8 @@ class Transport:
         with self._lock:
             if not self._is_closed:
                 tag = partial(self._on_reserved_call, method)
-                self._server.request_registered_call(self._queue, self._queue, method, tag)
+                queue = self._reserved_queue
+                self._server.request_registered_call(queue, queue, method, tag)
 
     def _on_call(self, event: Any) -> None:
         self._is_asking = False
@@ -231,8 +250,7 @@ class Transport:
         self._ask_reserved(method)
         if not event.success:
             return
-        caller = self._callers.enter_stranger(event.call.peer().decode())
-        call = Call(event, caller, method, self._on_reserved_end)
+        call = Call(event, stranger(event.call.peer().decode()), method, self._on_reserved_end)
         self._reserved_calls.add(call)
         too_many = self._places[method].enter(call)
         if too_many is not None:
@@ -241,20 +259,21 @@ class Transport:
 
     def _on_reserved_end(self, call: Call) -> None:
         self._reserved_calls.discard(call)
-        self._callers.leave(call.caller, was_accepted=False)
         self._places[call.method].leave(call)
 
-    def _end_idle(self) -> None:
+    def _end_idle(self, calls: set[Call]) -> None:
         if not self._idle_s:
             return
         before = time.monotonic() - self._idle_s
         status = Status(grpc.StatusCode.UNAVAILABLE, f"the call was idle for {self._idle_s:g} s: make another one")
-        for call in [call for call in self._calls | self._reserved_calls if call.is_idle(before)]:
+        for call in [call for call in calls if call.is_idle(before)]:
             logger.info(event("call_idle", method=call.method, seconds=self._idle_s))
             call.abort(status)
 
     def _on_stopped(self, _event: Any) -> None:
         self._stopped.set()
+        # That thread may wait for an event.
+        self._shut_down(self._reserved_queue, self._reserved_calls)
 
 
 def _handle(handler: Handler, call: Call) -> None:
