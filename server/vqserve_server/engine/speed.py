@@ -25,6 +25,8 @@ _MOST_FACTOR, _MOST_EXTRA_S = 4.0, 0.01
 
 # Rows of the first batches, and how fast that changes: much faster where the time is wrong by a factor of 4.
 _FIRST_ROWS = 1024
+# A batch has at least so many: with a large codebook, which is read once for each batch, fewer would take as long.
+LEAST_ROWS = 128
 _STEP, _LEAP, _MUCH = 1.1, 2.0, 4.0
 # How much longer a batch may take while all jobs are alike: longer batches cost less for each row.
 FULL_BATCH = 8
@@ -88,7 +90,7 @@ class Speed:
             rows = self.batch_rows / (_STEP if seconds < _MUCH * self._batch_s else _LEAP)
         else:
             rows = self.batch_rows * (_STEP if seconds * _MUCH > self._batch_s else _LEAP) + 1
-        self.batch_rows = max(1, min(self._max_rows, int(rows)))
+        self.batch_rows = min(self._max_rows, max(LEAST_ROWS, int(rows)))
 
 
 class Speeds:
