@@ -11,6 +11,9 @@ from typing import TextIO
 from vqserve.text import printable
 from vqserve_server import stderr
 
+# For each value of metadata that is not UTF-8 grpcio logs the value, which may be an access token, and a traceback.
+_METADATA_LOGGER, _METADATA_TEXT = "grpc._cython.cygrpc", "Invalid encoding on "
+
 
 def set_up(level: str, *, worker: int | None = None) -> None:
     """Send the log to stderr, one line for each event, without ever waiting for its reader; call it once.
@@ -30,6 +33,7 @@ def write_to(stream: TextIO | io.TextIOBase, level: str, *, worker: int | None =
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Formatter(worker))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger(_METADATA_LOGGER).addFilter(_is_no_metadata)
 
 
 def event(name: str, /, **fields: object) -> str:
@@ -48,6 +52,10 @@ def _value(value: object) -> str:
         return printable(text)
     escaped = printable(text.replace("\\", "\\\\").replace('"', '\\"'))
     return f'"{escaped}"'
+
+
+def _is_no_metadata(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_METADATA_TEXT)
 
 
 class _Formatter(logging.Formatter):

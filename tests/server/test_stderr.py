@@ -22,6 +22,7 @@ from typing import Any
 import grpc
 import pytest
 
+from support.http2 import END_STREAM, HEADERS, Peer
 from support.waiting import eventually
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1 import tokenizer_pb2_grpc
@@ -213,6 +214,24 @@ def test_a_stranger_writes_no_line(vqserved: Callable[..., Any]) -> None:
     before = eventually(lambda: waiting_bytes(fd))
     provoke_lines(daemon.target, 50)
     assert lists(daemon.target)
+    assert waiting_bytes(fd) == before
+    assert daemon.stop(signal.SIGTERM)[0] == 0
+
+
+def test_metadata_that_is_no_text_writes_no_line(vqserved: Callable[..., Any]) -> None:
+    # grpcio would log the value, which may be somebody's access token.
+    daemon = vqserved()
+    fd = daemon.process.stderr.fileno()
+    before = eventually(lambda: waiting_bytes(fd))
+    peer = Peer(daemon.target)
+    for number in range(20):
+        peer.begin("/no.Such/Method", stream=2 * number + 1, metadata={"authorization": b"Bearer vqs_secret\xff"})
+    ended = 0
+    for kind, flags, _ in peer.frames():
+        ended += kind == HEADERS and bool(flags & END_STREAM)
+        if ended == 20:
+            break
+    peer.close()
     assert waiting_bytes(fd) == before
     assert daemon.stop(signal.SIGTERM)[0] == 0
 

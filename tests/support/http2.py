@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from support.waiting import DEADLINE_S
 
@@ -15,14 +16,23 @@ DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6
 ACK, END_STREAM, END_HEADERS = 1, 1, 4
 INITIAL_WINDOW_SIZE = 4
 MAX_FRAME = 1 << 14
+_FULL_S = 2.0
 
 
 class Peer:
-    """One HTTP/2 connection, frame by frame; `window`: bytes of a reply that the server may send of itself."""
+    """One HTTP/2 connection, frame by frame.
 
-    def __init__(self, target: str, *, window: int = 65535) -> None:
+    `window`: bytes of a reply that the server may send of itself; `buffer`: of the socket, for what is not read.
+    """
+
+    def __init__(self, target: str, *, window: int = 65535, buffer: int | None = None) -> None:
         host, _, port = target.rpartition(":")
-        self._socket = socket.create_connection((host, int(port)))
+        self._socket = socket.socket()
+        if buffer is not None:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        # A server that does not read.
+        self._socket.settimeout(_FULL_S)
+        self._socket.connect((host, int(port)))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._unread = b""
         self.farewell: bytes | None = None  # the server's reason for closing
@@ -66,7 +76,7 @@ class Peer:
             is_last = end and start + MAX_FRAME >= len(message)
             self.send(DATA, message[start : start + MAX_FRAME], flags=END_STREAM * is_last, stream=stream)
 
-    def begin(self, path: str, *, stream: int = 1) -> None:
+    def begin(self, path: str, *, stream: int = 1, metadata: Mapping[str, bytes] | None = None) -> None:
         """Begin a call, and send nothing yet."""
         fields = {
             ":method": "POST",
@@ -77,11 +87,17 @@ class Peer:
             "te": "trailers",
         }
         # Literals that are no part of any table (RFC 7541, 6.2.2), their lengths below 127.
+        encoded = {name: value.encode() for name, value in fields.items()} | dict(metadata or {})
         block = b"".join(
-            b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
-            for name, value in fields.items()
+            b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value for name, value in encoded.items()
         )
         self.send(HEADERS, block, flags=END_HEADERS, stream=stream)
+
+    def fill(self) -> None:
+        """Begin calls, and read no answer, until the buffers are full: no call ends by itself then."""
+        with contextlib.suppress(TimeoutError):
+            for number in itertools.count():
+                self.begin("/no.Such/Method", stream=2 * number + 1)
 
     def take(self, nbytes: int) -> bytes:
         """Let the server send `nbytes` of the reply, and return them."""

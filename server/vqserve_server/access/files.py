@@ -53,6 +53,7 @@ class Watched(Generic[T]):
         self._lock = threading.Lock()
         self._rejected: str | None = None
         self._contents: list[bytes] | None = None
+        self._stamps: _Stamps = ()
         self._contents, self.value = self._made()
 
     def may_have_changed(self) -> bool:
@@ -69,7 +70,10 @@ class Watched(Generic[T]):
                 return False
             try:
                 contents, value = self._made()
-            except StartError as error:
+            except (StartError, OSError) as error:
+                if not isinstance(error, StartError) or isinstance(error, _UnreadableError):
+                    # It may be a lack of descriptors or of memory, and the files good: read them at the next refresh.
+                    self._stamps = ()
                 reason = str(error)
                 if reason != self._rejected:
                     logger.error(event("access_rejected", what=self._what, kept="the files before", error=reason))
@@ -100,6 +104,10 @@ class Watched(Generic[T]):
         return [_content(path) for path in self._paths]
 
 
+class _UnreadableError(StartError):
+    """The system failed to read a file, whatever is in it."""
+
+
 def _content(path: Path) -> bytes:
     try:
         if not path.is_file():
@@ -107,7 +115,7 @@ def _content(path: Path) -> bytes:
         with path.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
     except OSError as error:
-        raise StartError(f"{path}: {error.strerror or error}") from None
+        raise _UnreadableError(f"{path}: {error.strerror or error}") from None
     if len(content) > _MOST_BYTES:
         raise StartError(f"{path}: has more than {_MOST_BYTES} bytes")
     return content

@@ -126,13 +126,13 @@ class Tokens:
                 self._use(self._watched.value)
 
     def refresh_soon(self) -> None:
-        """Look at the file if the last look was a second ago, and read it on another thread if it has changed."""
+        """Look at the file on another thread, if the last look was a second ago, and read it if it has changed."""
         now = time.monotonic()
         if now < self._next_look:
             return
         self._next_look = now + _LOOK_S
-        # A file system that does not answer holds up one thread.
-        if not self._reader.is_alive() and self._watched.may_have_changed():
+        # A file system that does not answer holds up that thread only.
+        if not self._reader.is_alive():
             self._reader = threading.Thread(target=self.refresh, name="vqserve-tokens", daemon=True)
             self._reader.start()
 

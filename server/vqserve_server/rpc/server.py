@@ -161,7 +161,7 @@ class RpcServer:
         self._health.set_serving(False)
 
     def stop(self, drain_seconds: float) -> bool:
-        """Close the port, and let the calls that are being answered finish; return whether they finished in time.
+        """Close the port, and let the calls that are being answered finish; return whether all ended in time.
 
         Health is NOT_SERVING already. Callers learn at once that they must go elsewhere (GOAWAY).
         """
@@ -172,8 +172,7 @@ class RpcServer:
         self._transport.close()
         finished = self._service.calls.drain(deadline - time.monotonic())
         self._health.close()
-        self._transport.stop(_LINGER_S)
-        if self._health_transport is not None:
-            self._health_transport.stop(_LINGER_S)
+        transports = [each for each in (self._transport, self._health_transport) if each is not None]
+        have_ended = [each.stop(_LINGER_S) for each in transports]
         self._service.close()
-        return finished
+        return finished and all(have_ended)

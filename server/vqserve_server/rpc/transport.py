@@ -37,7 +37,10 @@ _IDLE_CHECK_S = 1.0
 # Before the server closes, it lets no call end until no call has arrived for so long, and for at most so long.
 _QUIET_S = 0.1
 _MOST_HOLD_S = 0.5
-# Calls that were refused and have not ended, because their callers do not read. No more calls are taken above that.
+# How long calls may take to end after they were cancelled. They take milliseconds.
+_MOST_CANCEL_S = 2.0
+# Calls that were refused and have not ended, because their callers do not read. Above that, the caller that has most of
+# them loses its oldest; only while those do not end either, no more calls are taken.
 _MOST_REFUSED = 256
 
 
@@ -76,6 +79,7 @@ class Transport:
         self._max_calls_per_caller = max_calls if max_calls_per_caller is None else max_calls_per_caller
         self._idle_s = idle_s
         self._now_and_then = now_and_then
+        self._refused = Places(_MOST_REFUSED)
         self._places = {method: Places(most) for method, most in (reserved or {}).items()}
         # The calls that have not ended; those of them that were not refused; and those that count apart.
         self._calls: set[Call] = set()
@@ -150,21 +154,28 @@ class Transport:
                 self._server.shutdown(self._queue, self._on_stopped)
         self._gate.open()
 
-    def stop(self, linger_s: float) -> None:
-        """Close, cancel the calls that are open after `linger_s` seconds, and end the thread.
+    def stop(self, linger_s: float) -> bool:
+        """Close, cancel the calls that are open after `linger_s` seconds, and return whether the threads have ended.
+
+        gRPC keeps a connection for some 20 seconds whose caller reads nothing, and its threads with it. They end with
+        the process at the latest.
 
         Stopping twice is fine, and stopping what was not started.
         """
         self.close()
         with self._lock:
             if self._is_stopping or not self._is_closed:
-                return
+                return True
             self._is_stopping = True
         if not self._stopped.wait(linger_s):
             self._server.cancel_all_calls()
+        until = time.monotonic() + _MOST_CANCEL_S
         for thread in self._threads:
-            thread.join()
+            thread.join(max(until - time.monotonic(), 0))
+            if thread.is_alive():
+                return False
         self._server.destroy()
+        return True
 
     def _serve(self, name: str, queue: Any, calls: set[Call]) -> None:
         """Handle the events of a queue, whose calls are in that set, until it is shut down."""
@@ -196,7 +207,7 @@ class Transport:
 
     def _ask(self) -> None:
         """Ask for the next call, unless there are too many: then it waits in gRPC, and its connection with it."""
-        if self._is_asking or len(self._calls) >= self._max_calls + _MOST_REFUSED:
+        if self._is_asking or len(self._calls) >= self._max_calls + 2 * _MOST_REFUSED:
             return
         with self._lock:
             if not self._is_closed:
@@ -238,11 +249,17 @@ class Transport:
         else:
             self._accepted.add(call)
             _handle(handler, call)
+            return
+        # Its caller may never read why. Such calls must not keep those of others waiting.
+        too_many = self._refused.enter(call)
+        if too_many is not None:
+            too_many.abort(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many refused calls are not read"))
 
     def _on_end(self, call: Call) -> None:
         was_accepted = call in self._accepted
         self._calls.discard(call)
         self._accepted.discard(call)
+        self._refused.leave(call)
         self._callers.leave(call.caller, was_accepted=was_accepted)
         self._ask()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import resource
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from support.certificates import replace
 from support.waiting import eventually
 from vqserve.errors import Overloaded, PermissionDenied, StartError, Unauthenticated
 from vqserve_server.access import Codebooks, Token, Tokens
+from vqserve_server.access import files as files_module
 from vqserve_server.access import tokens as tokens_module
 from vqserve_server.access.rate import RowRate
 from vqserve_server.access.token_file import Grant, entry, grants, hash_of, new_secret
@@ -225,6 +227,34 @@ def test_a_broken_file_changes_nothing_and_is_logged_once(path: Path, caplog: py
     path.unlink()
     tokens.refresh()
     assert authenticate(tokens).name == "trainer"
+
+
+def test_a_change_that_cannot_be_read_at_first_is_read_later(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Only the first look notices the change.
+    monkeypatch.setattr(files_module, "_CLOCK_S", -3600.0)
+    tokens = Tokens(str(path))
+    replace(path, table(OTHER, "other").encode())
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # No descriptor is left: callers can bring that about.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        tokens.refresh()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    tokens.refresh()
+    assert authenticate(tokens, OTHER).name == "other"
+    with pytest.raises(Unauthenticated):
+        authenticate(tokens)
+
+
+def test_a_file_system_that_does_not_answer_holds_up_no_call(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, answers = Tokens(str(path)), threading.Event()
+    monkeypatch.setattr(tokens._watched, "may_have_changed", answers.wait)
+    try:
+        assert authenticate(tokens).name == "trainer"
+    finally:
+        answers.set()
+    tokens._reader.join()
 
 
 def test_a_token_expires(path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,7 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from support.http2 import ACK, DATA, END_STREAM, GOAWAY, HEADERS, PING, RST_STREAM, Peer
-from support.waiting import eventually
+from support.waiting import DEADLINE_S, eventually
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1 import tokenizer_pb2_grpc
 
@@ -180,3 +180,15 @@ def test_a_client_of_this_server_alone_is_told_that_it_is_unavailable(held: Any,
     assert list(inside.result().shape) == [1]
     assert stopped.result()
     assert client.stub.Encode.future(REQUEST, timeout=60).exception().code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_who_reads_nothing_does_not_hold_the_stop(fake: Callable[..., Any], serving: Callable[..., Any]) -> None:
+    server = serving(fake())
+    peer = Peer(server.target, buffer=2048)
+    peer.fill()
+    transport = server.app._rpc._transport
+    assert not stop_in_background(server).result(DEADLINE_S)
+    # gRPC has not given up the connection yet.
+    assert any(thread.is_alive() for thread in transport._threads)
+    peer.close()
+    eventually(lambda: not any(thread.is_alive() for thread in transport._threads))

@@ -11,7 +11,9 @@ import grpc
 import numpy as np
 import pytest
 
+from support.http2 import Peer
 from support.waiting import eventually
+from vqserve_server.rpc import transport as transport_module
 
 ROWS = np.zeros((3, 4), np.float32)
 
@@ -121,3 +123,20 @@ def test_what_has_expired_or_was_cancelled_is_counted(
     eventually(lambda: server.app.engine.admission.requests == 0)
     assert stats.cancelled + stats.expired == 2
     assert len(book.batches) == 1
+
+
+def test_refused_callers_that_do_not_read_keep_nobody_out(
+    book: Any, serving: Callable[..., Any], connect: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport_module, "_MOST_REFUSED", 8)
+    server = serving(book, max_concurrent_rpcs=4)
+    transport = server.app._rpc._transport
+    peer = Peer(server.target, buffer=2048)
+    peer.fill()
+    eventually(lambda: len(transport._calls) >= 8)
+    client = connect(server.target)
+    for _ in range(3):
+        # gRPC gives up a connection that is full after 20 seconds: not only then.
+        assert list(client.stub.Encode(client.encode_request(ROWS), timeout=10).shape) == [3]
+    peer.close()
+    eventually(lambda: not transport._calls)
