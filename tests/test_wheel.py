@@ -99,7 +99,7 @@ def test_its_metadata(wheel):
     base = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert not [line for line in base if line.startswith("torch")]
     assert tags["Root-Is-Purelib"] == ("false" if COMPILED else "true")
-    assert "vqserve = vqserve_client.cli:main" in scripts
+    assert "vqserve = vqserve.__main__:main" in scripts
     assert "vqserved = vqserve_tools.__main__:main" in scripts
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
 
 import grpc
 
@@ -27,6 +27,8 @@ _SLOW_S = 1.0
 _REFUSED = "RESOURCE_EXHAUSTED"
 _REQUEST = encode_request(_ROWS, CHEAP)
 # Of a request and its reply: an index of a byte for each row, and a little around it.
+# The kind and flags of the frame with which a server announces the end of a connection, of which it is the first.
+_GOAWAY = bytes((7, 0, 0, 0, 0, 0))
 _BYTES = len(_REQUEST) + _ROWS + 200
 
 # The name of a limit, its flags, what makes `below` (False: above) happen and returns a status, and the status above.
@@ -44,9 +46,11 @@ def limits(setup: Setup) -> Iterator[Figure]:
             folder = setup.scratch / f"limits-{name}"
             folder.mkdir()
             faults = Faults(folder)
-            server = setup.server(*flags, environment=faults.environ)
+            path = setup.scratch / "limits.sock"
+            server = setup.server(*flags, *_ALONE, "--unix-socket", path, environment=faults.environ)
             faults.put("slow", _SLOW_S)
-            yield from _both_sides(name, server, _together, _REFUSED)
+            happens = partial(_together, other=f"unix:{path}" if "queue" in name else None)
+            yield from _both_sides(name, server, happens, _REFUSED)
 
 
 def _both_sides(name: str, server: Server, happens: Callable[[Server, bool], str], refused: str) -> Iterator[Figure]:
@@ -128,24 +132,31 @@ def _late_request(server: Server, below: bool) -> str:
 
 
 def _kept_connection(server: Server, below: bool) -> str:
-    """Whether a connection without calls is still there after some time."""
+    """Whether the server wants to keep a connection without calls for some time."""
+    ends = time.monotonic() + (0.5 if below else 5)
     with _connection(server) as connection:
-        connection.settimeout(0.5 if below else 5)
-        try:
-            while connection.recv(1 << 10):
-                pass
-        except TimeoutError:
-            return "OK"
-        except OSError:
-            pass
-        return "closed"
+        received = b""
+        with contextlib.suppress(TimeoutError):
+            while (left_s := ends - time.monotonic()) > 0:
+                connection.settimeout(left_s)
+                received += connection.recv(1 << 10)
+                if _GOAWAY in received:
+                    return "closed"
+        return "OK"
 
 
-def _together(server: Server, below: bool) -> str:
-    """The worst status of requests that are in the server at the same time."""
-    with open_channel(server.target) as channel:
-        method = channel.unary_unary(ENCODE)
-        calls: list[Any] = [method.future(_REQUEST, timeout=30) for _ in range(_MANY if below else _MANY + 1)]
+def _together(server: Server, below: bool, *, other: str | None) -> str:
+    """The worst status of requests that are in the server at the same time.
+
+    One caller may not fill the server: its last places are for the caller of `other`, a target.
+    """
+    count = _MANY if below else _MANY + 1
+    first = _MANY - 1 if other else count
+    with open_channel(server.target) as channel, open_channel(other or server.target) as second:
+        calls = [channel.unary_unary(ENCODE).future(_REQUEST, timeout=30) for _ in range(first)]
+        # Until they have arrived.
+        time.sleep(_SLOW_S / 4)
+        calls += [second.unary_unary(ENCODE).future(_REQUEST, timeout=30) for _ in range(count - first)]
         came = Counter(call.code().name for call in calls)
     return max(came, key=lambda status: status != "OK")
 
@@ -163,12 +174,14 @@ _CASES: tuple[Case, ...] = (
     ("--connection-idle-seconds", ("--connection-idle-seconds", 1), _kept_connection, "closed"),
     ("--max-connection-age-seconds", ("--max-connection-age-seconds", 2), _kept_connection, "closed"),
 )
+# Without the canary, which is a request, too; and whatever the time of a computation, it has all rows of a request.
+_ALONE = ("--watchdog-seconds", 0, "--max-batch-ms", 0)
 # The queue must hold a message and its reply.
 _MESSAGES = ("--max-message-bytes", _BYTES)
 _QUEUE: dict[str, tuple[object, ...]] = {
-    "--max-queue-requests": ("--max-queue-requests", _MANY, "--max-caller-requests", _MANY),
-    "--max-queue-rows": ("--max-queue-rows", _MANY * _ROWS, "--max-caller-rows", _MANY * _ROWS),
-    "--max-queue-bytes": ("--max-queue-bytes", _MANY * _BYTES, "--max-caller-bytes", _MANY * _BYTES, *_MESSAGES),
+    "--max-queue-requests": ("--max-queue-requests", _MANY),
+    "--max-queue-rows": ("--max-queue-rows", _MANY * _ROWS),
+    "--max-queue-bytes": ("--max-queue-bytes", _MANY * _BYTES, *_MESSAGES),
     "--max-caller-requests": ("--max-caller-requests", _MANY),
     "--max-caller-rows": ("--max-caller-rows", _MANY * _ROWS),
     "--max-caller-bytes": ("--max-caller-bytes", _MANY * _BYTES, *_MESSAGES),

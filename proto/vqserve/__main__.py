@@ -1,16 +1,18 @@
-"""The process of `vqserve`, which `python -m vqserve` is too."""
+"""`vqserve` and `python -m vqserve`: the command line of the client."""
 
-import importlib
+from __future__ import annotations
+
 import os
 import sys
+from importlib import import_module
 
 
 def main() -> int:
-    """Run `vqserve` as a process of its own; return the exit code."""
-    # gRPC writes lines of its own about each connection that fails. It reads this when it is imported.
+    """Run one command; return the exit code."""
+    # gRPC reads it when it is imported. Without it, gRPC writes lines of its own to stderr, for example for a server
+    # whose certificate is not trusted, beside the one line that says so.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    # By name: what client and server share does not depend on either.
-    return int(importlib.import_module("vqserve_client.cli").main())
+    return int(import_module("vqserve_client.cli").main())
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from vqserve_server.console import event
 from vqserve_server.engine import Engine, Watchdog
 from vqserve_server.heartbeat import Heartbeat
 from vqserve_server.network import address, check, check_protected, check_unix_socket
+from vqserve_server.process import allow_connections
 from vqserve_server.repository import Reloader, Repository
 from vqserve_server.rpc import RpcServer
 from vqserve_server.tokenizer import Tokenizer
@@ -134,9 +135,10 @@ class App:
         return self._loop_turns
 
     def _on_broken(self) -> None:
+        # First: what is stuck may hold a lock that the others need.
+        self._when_broken()
         # Not on the loop, which may be what is stuck.
         self._rpc.not_serving()
-        self._when_broken()
         # The loop is closed after the stop.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self.broken.set)
@@ -234,6 +236,7 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
             check(config.rpc.host, config.access.health_port, flag="--health-port")
         if config.rpc.unix_socket:
             check_unix_socket(config.rpc.unix_socket)
+    allow_connections(config.rpc.max_connections)
     access = Access(config.access)
     repository = Repository(sources, device=config.device, search=config.search)
     repository.load()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import logging
 import time
@@ -17,6 +16,7 @@ from vqserve_server.codebook_files import find_codebooks, latest
 from vqserve_server.codebooks import load_codebook
 from vqserve_server.console import event
 from vqserve_server.device import why_no_cuda
+from vqserve_server.process import trim_memory
 from vqserve_server.search import why_slower
 from vqserve_server.tokenizer import Tokenizer
 
@@ -99,6 +99,7 @@ class Repository:
                 self._entries[name] = self._load(name, path)
             except CodebookError as error:
                 raise error.with_fields(path=str(path)) from None
+        free_memory()
         if self._device == "auto" and (reason := why_no_cuda()):
             logger.info(event("device_chosen", device="cpu", reason=reason))
 
@@ -164,7 +165,7 @@ class Repository:
         codebook = load_codebook(path)
         if before is not None and before.tokenizer.digest == codebook.digest:
             return replace(before, path=path, stamp=stamp)
-        tokenizer = Tokenizer(codebook.quantizer, name=name, device=self._device, search=self._search)
+        tokenizer = Tokenizer.of_codebook(codebook, name=name, device=self._device, search=self._search)
         tokenizer.check_itself()
         info = tokenizer.info
         slower = why_slower(tokenizer.search, tokenizer.device) if self._search == "auto" else None
@@ -224,12 +225,10 @@ def free_memory() -> None:
     """Free reference cycles, and return free memory to the system.
 
     The traceback of a rejected request is a cycle that keeps its codebook. glibc keeps freed tables in the middle of
-    its heaps, and a hundred reloads leave many such holes.
+    its heaps: preparing a large codebook leaves such holes, and so do a hundred reloads.
     """
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    trim_memory()
 
 
 def _stamp(path: Path) -> Stamp | None:

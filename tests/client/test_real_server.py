@@ -129,7 +129,8 @@ class HeldServer:
         for tokenizer in tokenizers:
             for name in ("encode_rows", "decode_rows"):
                 monkeypatch.setattr(tokenizer, name, partial(self._compute, getattr(tokenizer, name)))
-        self.server = serving(*tokenizers)
+        # While it waits the device seems to be slow: that must not make batches small.
+        self.server = serving(*tokenizers, max_batch_ms=0)
         scheduler = self.server.app.engine.scheduler
         monkeypatch.setattr(scheduler, "put", partial(self._put, scheduler.put))
 

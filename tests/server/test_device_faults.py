@@ -99,8 +99,10 @@ def test_a_lost_device(
 def test_a_stuck_transport(daemon: Any, faults: Faults) -> None:
     faults.put("hang_transport")
     with grpc.insecure_channel(daemon.target) as channel:
-        health_pb2_grpc.HealthStub(channel).Check.future(health_pb2.HealthCheckRequest())
+        # Kept: a call that nobody holds is cancelled.
+        check = health_pb2_grpc.HealthStub(channel).Check.future(health_pb2.HealthCheckRequest())
         _, log = daemon.process.communicate()
+        assert check.code() is not grpc.StatusCode.OK
     assert daemon.process.returncode == 1
     assert "CRITICAL thread_hung thread=vqserve-grpc" in log
     assert "in stand_still" in log

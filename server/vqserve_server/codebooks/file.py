@@ -134,7 +134,7 @@ def load_codebook(path: str | Path) -> Codebook:
         what = escape(f"it {error}" if isinstance(error, ContainerError) else str(error))
         text = f"the codebook cannot be used: {what}; copy the file again or make it anew with `vqserved import`"
         raise CodebookFileError(text, path=path) from None
-    return Codebook(state.build(), state.kind, state.arguments, digest, provenance)
+    return Codebook(state.build(shares_memory=True), state.kind, state.arguments, digest, provenance)
 
 
 def _check_is_ours(file: BufferedReader, path: Path) -> None:

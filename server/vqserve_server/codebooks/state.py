@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -114,11 +115,16 @@ class CodebookState:
         except StateError as error:
             raise CodebookError(f"this {type(quantizer).__name__} cannot be kept as a codebook: {error}") from None
 
-    def build(self) -> Quantizer:
-        """Return the quantizer, on the CPU and in eval mode; no state of the process has an effect on it."""
+    def build(self, *, shares_memory: bool = False) -> Quantizer:
+        """Return the quantizer, on the CPU and in eval mode; no state of the process has an effect on it.
+
+        Args:
+            shares_memory: whether it may use the memory of the tensors, and not copies.
+        """
         # In inference mode parameters would be made that cannot be trained.
         with torch.inference_mode(False):
-            tensors = {name: torch.tensor(array, device="cpu") for name, array in self.tensors.items()}
+            made = torch.from_numpy if shares_memory else partial(torch.tensor, device="cpu")
+            tensors = {name: made(array) for name, array in self.tensors.items()}
             quantizer = _shapes(self.kind, self.arguments)
             # The constructor gets no remap: a state dict brings it. Assigned, because copies would take torch's default
             # type and device from the constructor.

@@ -200,16 +200,29 @@ class Admission:
                     raise self._overloaded("rows")
                 if free_bytes < 0:
                     raise self._overloaded("bytes")
-                if caller.requests:
-                    others = self._caller_limits
-                    own = caller.limits or others
+                # Nearly every request is far from all limits of its caller.
+                own = caller.limits or self._caller_limits
+                has_requests, has_rows, has_bytes = (
+                    caller.requests + 1,
+                    caller.rows + rows,
+                    caller.bytes + nbytes - held,
+                )
+                if caller.requests and not (
+                    has_requests <= own.requests
+                    and has_rows <= own.rows
+                    and has_bytes <= own.bytes
+                    and has_requests <= _SHARE * free_requests
+                    and has_rows <= _SHARE * free_rows
+                    and has_bytes <= _SHARE * free_bytes
+                ):
                     is_small = rows <= _SMALL * limits.rows and nbytes <= _SMALL * limits.bytes
                     share = _SHARE_WITH_SMALL if is_small else _SHARE
-                    if caller.requests + 1 > min(share * free_requests, own.requests or others.requests):
+                    others = self._caller_limits
+                    if has_requests > min(share * free_requests, own.requests or others.requests):
                         raise self._overloaded("requests", caller)
-                    if caller.rows + rows > min(share * free_rows, own.rows or others.rows):
+                    if has_rows > min(share * free_rows, own.rows or others.rows):
                         raise self._overloaded("rows", caller)
-                    if caller.bytes + nbytes - held > min(share * free_bytes, own.bytes or others.bytes):
+                    if has_bytes > min(share * free_bytes, own.bytes or others.bytes):
                         raise self._overloaded("bytes", caller)
             self._count(caller, 1, rows, nbytes - held)
 

@@ -158,8 +158,8 @@ class Engine:
             cause: its traceback goes to the log.
         """
         broken = DeviceBroken(message)
-        self.admission.close(broken)
         self._on_broken()
+        self.admission.close(broken)
         self.scheduler.close(broken, drop=True)
         # Last: whoever reads the log may be slow.
         logger.critical(line, exc_info=cause)

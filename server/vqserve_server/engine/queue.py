@@ -21,8 +21,10 @@ from vqserve_server.engine.speed import FULL_BATCH, Speed, Speeds
 
 # Bits of the rows of the smallest jobs; a size is two bits, a factor of 4.
 _SMALLEST_BITS = 6
-# For how long after jobs of two lines the device counts as shared.
+# For how long after jobs of two keys or sizes the device counts as shared.
 _SHARED_S = 1.0
+# A part of this much of a batch's time is much for the other jobs in it.
+_DELAY = 0.25
 
 
 class Waiting:
@@ -133,7 +135,7 @@ class JobQueue:
         self._cost = 0.0
         self._now = 0.0
         # What the last job was like, and until when the device counts as shared by jobs that are not alike.
-        self._last_mark: tuple[str, int, int] | None = None
+        self._last_mark: tuple[int, int] | None = None
         self._shared_until = -math.inf
 
     def __len__(self) -> int:
@@ -157,7 +159,7 @@ class JobQueue:
         self._cost += cost
         waiting.rows += job.rows
         self._jobs += 1
-        mark = (job.caller.name, waiting.mark, size)
+        mark = (waiting.mark, size)
         if mark != self._last_mark and job.caller is not CANARY:
             if self._last_mark is not None:
                 self._shared_until = job.arrived + _SHARED_S
@@ -188,13 +190,14 @@ class JobQueue:
 
         Any thread may ask without the lock; the answer is an estimate anyway.
         """
-        own = self._speeds.of(key).seconds(1, rows)
+        waiting = self._keys.get(key)
+        speed = self._speeds.of(key) if waiting is None else waiting.speed
+        own = speed.seconds(1, rows)
         callers, ahead = len(self._backlogs), 0.0
         backlog = self._backlogs.get(caller)
         if backlog is None:
             callers += 1
         else:
-            waiting = self._keys.get(key)
             line = None if waiting is None else backlog.lines.get(waiting, {}).get(_size(rows))
             # For each turn of its own line each other line has one.
             before, lines = (0.0, backlog.num_lines + 1) if line is None else (line.cost, backlog.num_lines)
@@ -241,8 +244,8 @@ class JobQueue:
                 self._now = max(self._now, backlog.clock)
                 backlog.now = max(backlog.now, line.clock)
             room, left = capacity - batch.rows, job.rows - job.next_row
-            if room < left <= capacity:
-                # It fits into the next batch, whole.
+            # What fits into the next batch whole is not split, and small jobs do not wait for parts of large ones.
+            if left > room and (left <= capacity or self._delays(batch, job, room)):
                 heappop(turns)
                 continue
             self._move(line, job, min(room, left), batch)
@@ -258,6 +261,10 @@ class JobQueue:
     def ready_at(self) -> float | None:
         """Return when `take` finds a batch although it may wait, in time.monotonic() seconds; None: nothing waits."""
         return min((_ready_at(waiting, self._may_wait_s) for waiting in self._keys.values()), default=None)
+
+    def _delays(self, batch: Batch, job: Job, rows: int) -> bool:
+        """Return whether rows of a job would make a batch of other jobs take much longer."""
+        return bool(batch.parts) and job.cost * rows > _DELAY * self._batch_s * (job.rows - job.next_row)
 
     def _is_late(self, job: Job, deadline: float, now: float) -> bool:
         # If nothing else waits it costs nothing to try.

@@ -163,4 +163,9 @@ class Scheduler:
 
     def _reject(self, reason: str, text: str, wait_s: float) -> NoReturn:
         self._stats.count_refused(reason)
-        raise Overloaded(text, retry_after_s=min(max(wait_s, _LEAST_RETRY_S), _MOST_RETRY_S))
+        raise Overloaded(text, retry_after_s=_rounded(wait_s))
+
+
+def _rounded(seconds: float) -> float:
+    """Return a delay before a retry of two digits: equal refusals share what is made for them."""
+    return float(f"{min(max(seconds, _LEAST_RETRY_S), _MOST_RETRY_S):.2g}")

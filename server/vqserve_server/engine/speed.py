@@ -25,8 +25,10 @@ _MOST_FACTOR, _MOST_EXTRA_S = 4.0, 0.01
 
 # Rows of the first batches, and how fast that changes: much faster where the time is wrong by a factor of 4.
 _FIRST_ROWS = 1024
+# A batch has at least so many: with a large codebook, which is read once for each batch, fewer would take as long.
+LEAST_ROWS = 128
 _STEP, _LEAP, _MUCH = 1.1, 2.0, 4.0
-# How much longer a batch may take while there is only one line of jobs: longer batches cost less for each row.
+# How much longer a batch may take while all jobs are alike: longer batches cost less for each row.
 FULL_BATCH = 8
 # A batch counts as full with this part of its rows: a job that would fit the next is not split.
 _FULL = 0.8
@@ -44,7 +46,7 @@ class Speed:
     Attributes:
         job_s: seconds that a job takes, whatever its rows.
         row_s: seconds that a row takes.
-        batch_rows: rows that a batch may have while several lines of jobs share the device.
+        batch_rows: rows that a batch may have while jobs of several keys or sizes share the device.
     """
 
     def __init__(self, max_rows: int, batch_s: float) -> None:
@@ -62,7 +64,7 @@ class Speed:
 
     @property
     def full_rows(self) -> int:
-        """Rows that a batch may have while there is only one line of jobs."""
+        """Rows that a batch may have while all jobs are alike."""
         return min(self._max_rows, FULL_BATCH * self.batch_rows)
 
     def seconds(self, jobs: int, rows: int) -> float:
@@ -88,7 +90,7 @@ class Speed:
             rows = self.batch_rows / (_STEP if seconds < _MUCH * self._batch_s else _LEAP)
         else:
             rows = self.batch_rows * (_STEP if seconds * _MUCH > self._batch_s else _LEAP) + 1
-        self.batch_rows = max(1, min(self._max_rows, int(rows)))
+        self.batch_rows = min(self._max_rows, max(LEAST_ROWS, int(rows)))
 
 
 class Speeds:

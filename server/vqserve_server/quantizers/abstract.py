@@ -17,6 +17,8 @@ from vqserve_server.quantizers.projections import on_device
 from vqserve_server.quantizers.quantizer import Quantizer
 from vqserve_server.quantizers.remap import Remap, RemappedModule, UnknownIndex
 from vqserve_server.quantizers.tensors import (
+    are_finite,
+    are_the_same,
     autocast_off,
     check_finite,
     check_size,
@@ -199,15 +201,19 @@ class AbstractQuantizer(RemappedModule, Quantizer):
 
     def frozen(self, device: torch.device, search: str = "auto") -> FrozenLookup:
         """Return the form that serves; see `Quantizer.frozen`."""
-        full_ids = self.unmap_to_all(torch.arange(self.decodable))
-        code_rows = self.code_rows()[full_ids]
+        code_rows = self.code_rows()
+        if self.used is not None:
+            code_rows = code_rows[self.unmap_to_all(torch.arange(self.decodable))]
         latents = self.output_rows(code_rows)
-        finite = torch.isfinite(latents).all(dim=1)
-        if latents is not code_rows and not bool(finite.all()):
-            first = int(torch.nonzero(~finite)[0])
-            raise CodebookError(f"the output projection takes index {first} beyond float32's range")
-        problem = self.search_problem().to(device)
-        served_rows = Table(code_rows.to(device))
+        if latents is not code_rows:
+            finite = are_finite(latents)
+            if not bool(finite.all()):
+                first = int(torch.nonzero(~finite)[0])
+                raise CodebookError(f"the output projection takes index {first} beyond float32's range")
+        searched = self.search_problem()
+        problem = searched.to(device)
+        # Most kinds search the rows that they decode to: these are in memory once.
+        served_rows = Table(problem.codes if are_the_same(searched.codes, code_rows) else code_rows.to(device))
         return FrozenLookup(
             **self.sizes(device),
             **vars(self._code_search(problem, search)),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vqserve.errors import CodebookError
 from vqserve_server import search
+from vqserve_server.quantizers.tensors import are_finite
 
 # Far more than the roundings of a sum of any length that fits a codebook.
 _FLOAT64_ROOM = 2.0**-30
@@ -82,5 +83,5 @@ class SearchProblem:
         return search.prepare(self.codes, objective=self.objective, bias=self.bias, backend=backend)
 
     def _finite(self) -> Tensor:
-        finite = torch.isfinite(self.codes).all(dim=1)
+        finite = are_finite(self.codes)
         return finite if self.bias is None else finite & torch.isfinite(self.bias)

@@ -216,3 +216,19 @@ def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
 def is_finite(values: Tensor) -> Tensor:
     """Return where values are finite, bool of their shape; of 8-bit types too, on which torch does not compute."""
     return torch.isfinite(values if values.itemsize > 1 else values.float())
+
+
+def are_finite(rows: Tensor) -> Tensor:
+    """Return where all numbers of a row are finite: bool (n,) of rows (n, width).
+
+    A codebook may be gigabytes: the least and the greatest number of a row are NaN or infinite if any is, and need no
+    array of the size of the rows.
+    """
+    # torch does not compute on 8-bit types.
+    wide = rows if rows.itemsize > 1 else rows.float()
+    return torch.isfinite(wide.amin(dim=1)) & torch.isfinite(wide.amax(dim=1))
+
+
+def are_the_same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are the same memory, read the same way."""
+    return a.dtype == b.dtype and a.data_ptr() == b.data_ptr() and (a.shape, a.stride()) == (b.shape, b.stride())

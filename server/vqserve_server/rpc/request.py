@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -13,12 +14,16 @@ from vqserve import wire
 from vqserve.errors import Draining, Overloaded, VqserveError
 from vqserve_server.access import Token
 from vqserve_server.engine import Caller, Engine, Job
+from vqserve_server.process import trim_memory
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.headers import HeaderCache, RequestHeader
 
 # Larger messages are validated on another thread. Validating this many bytes takes half a millisecond; the change of
 # thread takes a part of that, and needs another core.
 _INLINE_BYTES = 2 << 20
+
+# After a large message or reply the server keeps what it freed for so long: another one probably follows.
+_TRIM_AFTER_S = 2.0
 
 # Guards the fields of all unary calls; it is held for a few operations only.
 _fields = threading.Lock()
@@ -60,6 +65,8 @@ class Requests:
         self._engine = engine
         # Large payloads are validated here, so that they do not delay small requests.
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="vqserve-payload")
+        # When the last large one was in the server, in time.monotonic() seconds; None: its memory is given back.
+        self._large_at: float | None = None
 
     def close(self) -> None:
         """End the threads."""
@@ -78,6 +85,7 @@ class Requests:
         if len(raw) <= _INLINE_BYTES:
             self._start(recipient, headers, raw, received_at, held)
             return
+        self._large_at = received_at
         try:
             # It counts while it waits for a thread; what the server has no room for is dropped here.
             if len(raw) > held:
@@ -90,6 +98,18 @@ class Requests:
             self._pool.submit(self._start, recipient, headers, raw, received_at, held)
         except RuntimeError:
             recipient.rejected(Draining("the server is stopping"), held)
+
+    def give_memory_back(self) -> None:
+        """Give free memory back to the system, on another thread, if large requests were here and are no more.
+
+        Call it now and then.
+        """
+        if self._large_at is None or time.monotonic() - self._large_at < _TRIM_AFTER_S:
+            return
+        if self._engine.admission.bytes < _INLINE_BYTES:
+            self._large_at = None
+            with contextlib.suppress(RuntimeError):
+                self._pool.submit(trim_memory)
 
     def try_hold(self, caller: Caller, nbytes: int) -> bool:
         """Count bytes of a caller before they are an accepted request, if there is room for them."""
@@ -113,6 +133,8 @@ class Requests:
             nbytes = len(raw) + header.reply_bytes
             request = Request(self._engine, recipient.caller, header, nbytes, received_at, held=held)
             held = 0
+            if nbytes > _INLINE_BYTES:
+                self._large_at = received_at
             try:
                 if header.rows:
                     request.job, request.buffer = header.job(

@@ -52,6 +52,10 @@ class TokenizerService:
             f"/{SERVICE}/ListCodebooks": self.calls.plain(self._list_codebooks),
         }
 
+    def give_memory_back(self) -> None:
+        """Give memory back to the system that large requests no longer need. Call it now and then."""
+        self._requests.give_memory_back()
+
     def close(self) -> None:
         """End the threads."""
         self._requests.close()
@@ -111,6 +115,7 @@ class RpcServer:
             idle_s=config.idle_seconds,
             callers=Callers(access.tokens),
             reserved=reserved,
+            now_and_then=self._service.give_memory_back,
         )
         # A call does not say on which of a server's ports it came, so these are two servers.
         self._health_transport = None
@@ -118,7 +123,7 @@ class RpcServer:
             self._health_transport = Transport(
                 self._health.handlers(),
                 options=options,
-                max_calls=0,
+                max_calls=1,
                 idle_s=config.idle_seconds,
                 reserved=reserved,
                 name="vqserve-grpc-health",

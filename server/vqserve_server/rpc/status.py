@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 
 import grpc
@@ -51,10 +52,19 @@ def status_of(error: BaseException, *, request_id: str) -> Status:
     if code is grpc.StatusCode.INTERNAL or not isinstance(error, VqserveError):
         return internal
     try:
+        if type(error) is errors.Overloaded and not (error.array or error.option or error.position):
+            return _refusal(error.template, error.hint, error.retry_after_s)
         return _status(error, code)
     except Exception:
         logger.exception(event("error_not_written", request_id=request_id, error=type(error).__name__))
         return internal
+
+
+@lru_cache(maxsize=1024)
+def _refusal(template: str, hint: str, retry_after_s: float | None) -> Status:
+    """Return the status of a refusal for load: what a server refuses most often must cost it little."""
+    error = errors.Overloaded(template, hint=hint, retry_after_s=retry_after_s)
+    return _status(error, STATUS_CODES[errors.Overloaded])
 
 
 def _status(error: VqserveError, code: grpc.StatusCode) -> Status:

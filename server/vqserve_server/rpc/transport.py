@@ -55,6 +55,7 @@ class Transport:
         reserved: Mapping[str, int] | None = None,
         callers: Callers | None = None,
         name: str = "vqserve-grpc",
+        now_and_then: Callable[[], None] = lambda: None,
     ) -> None:
         """Make the transport; `listen` to some addresses before `start`.
 
@@ -68,11 +69,13 @@ class Transport:
             name: of the threads.
             reserved: methods whose calls do not count among the others, and how many of each may be open; above that
                 the caller that has most of them loses its oldest.
+            now_and_then: called once per second.
         """
         self._handlers = handlers
         self._max_calls = max_calls
         self._max_calls_per_caller = max_calls if max_calls_per_caller is None else max_calls_per_caller
         self._idle_s = idle_s
+        self._now_and_then = now_and_then
         self._places = {method: Places(most) for method, most in (reserved or {}).items()}
         # The calls that have not ended; those of them that were not refused; and those that count apart.
         self._calls: set[Call] = set()
@@ -177,6 +180,8 @@ class Transport:
                 if time.monotonic() >= next_check:
                     next_check = time.monotonic() + _IDLE_CHECK_S
                     self._end_idle(calls)
+                    if queue is self._queue:
+                        self._now_and_then()
             except Exception:
                 logger.exception(event("grpc_event_failed"))
             # The event refers to its call, and so keeps a connection open.

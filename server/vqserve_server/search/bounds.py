@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vqserve_server.search.denormals import to_float64
+from vqserve_server.search.denormals import copy_as_float64, to_float64
 from vqserve_server.search.searcher import Objective
 
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
@@ -39,8 +40,10 @@ def norms_above(vectors: Tensor) -> Tensor:
     safety = 1.0 + gamma(vectors.shape[1] + 4, torch.float64)
     # Squares that underflow reduce the norm by at most sqrt(D * 2^-1074).
     lost = vectors.shape[1] * 2.0**-537
-    chunks = _chunks(vectors)
-    return torch.cat([torch.linalg.vector_norm(to_float64(chunk), dim=1) for chunk in chunks]) * safety + lost
+    norms = torch.empty(vectors.shape[0], dtype=torch.float64, device=vectors.device)
+    for part, wide in _wide_chunks(vectors):
+        torch.linalg.vector_norm(wide, dim=1, out=norms[part])
+    return norms * safety + lost
 
 
 def row_norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -69,7 +72,10 @@ class ScoreBounds:
         """Return the bounds of a codebook (K, D) for scores computed in `dtype`, summed in any order."""
         num_codes, dim = codes.shape
         if objective is Objective.L2:
-            offset = -0.5 * torch.cat([to_float64(chunk).square().sum(dim=1) for chunk in _chunks(codes)])
+            offset = torch.empty(num_codes, dtype=torch.float64, device=codes.device)
+            for part, wide in _wide_chunks(codes):
+                torch.sum(wide.square_(), dim=1, out=offset[part])
+            offset *= -0.5
         elif bias is not None:
             offset = to_float64(bias.detach())
         else:
@@ -89,6 +95,15 @@ class ScoreBounds:
         )
 
 
-def _chunks(vectors: Tensor) -> tuple[Tensor, ...]:
-    chunks: tuple[Tensor, ...] = torch.split(vectors.detach(), max(1, _CHUNK_BYTES // (8 * vectors.shape[1])))
-    return chunks
+def _wide_chunks(vectors: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield parts of vectors in float64, all in one buffer, which the caller may change.
+
+    With a buffer for each part, the memory of a large codebook grew by twice its size: torch's aligned allocations do
+    not fit the holes that earlier ones of the same size leave.
+    """
+    count, dim = vectors.shape
+    step = max(1, _CHUNK_BYTES // (8 * dim))
+    buffer = torch.empty(min(step, count), dim, dtype=torch.float64, device=vectors.device)
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        yield part, copy_as_float64(buffer[: part.stop - start], vectors[part].detach())

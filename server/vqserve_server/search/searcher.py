@@ -17,6 +17,9 @@ from torch import Tensor
 
 from vqserve_server.device import wait_for_stream
 
+# Elements of codes that are hashed at once: a codebook may be gigabytes.
+_HASHED_ELEMENTS = 1 << 18
+
 
 class Objective(StrEnum):
     """The quantity by which the winning code is chosen."""
@@ -125,20 +128,33 @@ def first_of_equals(codes: Tensor, bias: Tensor | None) -> Tensor | None:
 
     With a bias, two codes are equal only if their biases are equal too. -0.0 equals 0.0.
     """
-    columns = codes if bias is None else torch.cat([codes, bias[:, None].to(codes.dtype)], dim=1)
-    bits = columns.detach().contiguous().view(torch.int32 if columns.dtype == torch.float32 else torch.int64)
-    # Replace -0.0 by 0.0, so that equal numbers have equal bits.
-    bits = torch.where(bits == torch.iinfo(bits.dtype).min, 0, bits)
     # Equal codes have equal hashes: if all hashes differ, as in nearly every codebook, no codes are equal.
+    width = codes.shape[1] + (bias is not None)
     generator = torch.Generator("cpu").manual_seed(0x5EED)
-    weights = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator, device="cpu").to(bits.device)
-    hashes = torch.zeros(bits.shape[0], dtype=torch.int64, device=bits.device)
-    for column in range(bits.shape[1]):
-        hashes += (bits[:, column].to(torch.int64) ^ weights[column]) * (2 * weights[column] + 1)
-    if torch.unique(hashes).numel() == bits.shape[0]:
+    weights = torch.randint(-(2**62), 2**62, (width,), generator=generator, device="cpu").to(codes.device)
+    step = max(1, _HASHED_ELEMENTS // width)
+    parts = [slice(start, start + step) for start in range(0, codes.shape[0], step)]
+    hashes = torch.cat([_hashes(_bits(codes, bias, part), weights) for part in parts])
+    if torch.unique(hashes).numel() == codes.shape[0]:
         return None
+    bits = _bits(codes, bias, slice(None))
     _, group = torch.unique(bits, dim=0, return_inverse=True)
     positions = torch.arange(bits.shape[0], device=bits.device)
     first = torch.full_like(positions, bits.shape[0]).scatter_reduce_(0, group, positions, "amin")
     firsts = first[first < bits.shape[0]].sort().values
     return None if firsts.numel() == bits.shape[0] else firsts
+
+
+def _bits(codes: Tensor, bias: Tensor | None, part: slice) -> Tensor:
+    """Return codes (K, D), and biases behind them, as integers that are equal exactly where the numbers are."""
+    rows = codes[part] if bias is None else torch.cat([codes[part], bias[part, None].to(codes.dtype)], dim=1)
+    bits = rows.detach().contiguous().view(torch.int32 if rows.dtype == torch.float32 else torch.int64)
+    # -0.0 equals 0.0.
+    return torch.where(bits == torch.iinfo(bits.dtype).min, 0, bits)
+
+
+def _hashes(bits: Tensor, weights: Tensor) -> Tensor:
+    hashes = torch.zeros(bits.shape[0], dtype=torch.int64, device=bits.device)
+    for column in range(bits.shape[1]):
+        hashes += (bits[:, column].to(torch.int64) ^ weights[column]) * (2 * weights[column] + 1)
+    return hashes

@@ -18,7 +18,7 @@ from vqserve.errors import Closed, VqserveError
 from vqserve.layout import Layout
 from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
 from vqserve.validation import check_call, check_digest, no_codebook
-from vqserve_server.codebooks import codebook_digest, load_codebook
+from vqserve_server.codebooks import Codebook, codebook_digest, load_codebook
 from vqserve_server.codebooks.kinds import kind_of
 from vqserve_server.device import select_device, to_device, to_host
 from vqserve_server.quantizers import Quantizer
@@ -73,9 +73,21 @@ class Tokenizer:
                 decode beyond float32's range.
             InvalidOption: there is no such device or search backend here.
         """
-        self.device = select_device(device)
         digest = codebook_digest(quantizer)
-        frozen = freeze(quantizer, device=self.device, search=search)
+        self._prepare(quantizer, name, digest, select_device(device), search, shares_memory=False)
+
+    def _prepare(
+        self,
+        quantizer: Quantizer,
+        name: str,
+        digest: str,
+        device: torch.device,
+        search: str,
+        *,
+        shares_memory: bool,
+    ) -> None:
+        self.device = device
+        frozen = freeze(quantizer, device=device, search=search, shares_memory=shares_memory)
         self.info = CodebookInfo(
             name=name,
             digest=digest,
@@ -108,7 +120,26 @@ class Tokenizer:
             CodebookFileError: the file is damaged, inconsistent or of an unknown version.
             InvalidOption: there is no such device or search backend here.
         """
-        return cls(load_codebook(path).quantizer, name=Path(path).stem, device=device, search=search)
+        return cls.of_codebook(load_codebook(path), name=Path(path).stem, device=device, search=search)
+
+    @classmethod
+    def of_codebook(
+        cls, codebook: Codebook, *, name: str, device: str | torch.device = "auto", search: str = "auto"
+    ) -> Self:
+        """Return the tokenizer of a codebook file that was just read; it uses the memory of the codebook.
+
+        Args:
+            codebook: not to be changed any more.
+            name: what `info` calls it.
+            device: as in the constructor.
+            search: as in the constructor.
+
+        Raises:
+            CodebookError, InvalidOption: as the constructor.
+        """
+        made = cls.__new__(cls)
+        made._prepare(codebook.quantizer, name, codebook.digest, select_device(device), search, shares_memory=True)
+        return made
 
     @property
     def name(self) -> str:

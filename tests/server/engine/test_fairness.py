@@ -57,6 +57,18 @@ def test_a_small_job_does_not_wait_for_large_ones_of_its_caller(fake: Callable[.
         assert small in [each for each, _ in parts(queue)]
 
 
+def test_small_jobs_do_not_wait_for_parts_of_large_ones(fake: Callable[..., Any]) -> None:
+    tokenizer = fake()
+    queue = queue_of(*(job(tokenizer, 100_000) for _ in range(3)), max_batch_ms=1)
+    parts(queue)
+    small = [job(tokenizer, 64), job(tokenizer, 64, QUIET)]
+    for each in small:
+        queue.put(each)
+    # A batch of their own, although there is room for rows of large jobs.
+    assert {each for each, _ in parts(queue)} == set(small)
+    assert parts(queue)
+
+
 def test_a_codebook_with_a_backlog_does_not_hold_up_another(fake: Callable[..., Any]) -> None:
     one, two = fake(name="one"), fake(name="two")
     queue = queue_of(*(job(one, 4096) for _ in range(100)))

@@ -12,7 +12,7 @@ import pytest
 
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine import EncodeKey
-from vqserve_server.engine.speed import Speed, Speeds
+from vqserve_server.engine.speed import LEAST_ROWS, Speed, Speeds
 
 MAX_ROWS, BATCH_S = 16384, 4e-3
 # Seconds for a batch, for each of its jobs, and for each row: a large codebook on a CPU, a small one, a GPU.
@@ -43,10 +43,20 @@ def test_what_it_expects_comes_close(device: tuple[float, float, float]) -> None
 def test_a_full_batch_takes_its_time(device: tuple[float, float, float]) -> None:
     speed = Speed(MAX_ROWS, BATCH_S)
     learn(speed, device, 300)
-    if speed.batch_rows < MAX_ROWS:
+    if speed.batch_rows == LEAST_ROWS:
+        assert speed.seconds(1, LEAST_ROWS) > BATCH_S
+    elif speed.batch_rows < MAX_ROWS:
         assert device[0] + device[1] + speed.batch_rows * device[2] == pytest.approx(BATCH_S, rel=0.3)
     else:
         assert speed.seconds(1, MAX_ROWS) < BATCH_S
+
+
+def test_a_batch_that_takes_long_whatever_its_rows_is_not_made_small() -> None:
+    speed = Speed(MAX_ROWS, BATCH_S)
+    for _ in range(50):
+        speed.measure(1, speed.batch_rows, 5 * BATCH_S)
+    assert speed.batch_rows == LEAST_ROWS
+    assert Speed(5, BATCH_S).batch_rows == 5
 
 
 def test_a_slow_first_batch_is_soon_forgotten() -> None:

@@ -67,3 +67,14 @@ def test_a_position_of_numpy_s_integers_is_written() -> None:
     entry = dict(status_of(error.shifted((np.int64(1), 1)), request_id="abc").metadata)["vqserve-error"]
     assert json.loads(entry)["position"] == [2, 3]
     assert error.shifted((np.int64(1), 1)).message == "latents[2, 3]"
+
+
+def test_each_refusal_has_its_own_text_and_delay() -> None:
+    for text, hint, delay in (("a", "b", 0.5), ("a", "b", 0.6), ("a", "c", 0.5), ("d", "b", 0.5), ("a", "b", None)):
+        for _ in range(2):
+            status = status_of(errors.Overloaded(text, hint=hint, retry_after_s=delay), request_id="1")
+            assert status.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert status.details == f"{text}: {hint}"
+            assert dict(status.metadata).get("grpc-retry-pushback-ms") == (
+                None if delay is None else f"{delay * 1e3:g}"
+            )

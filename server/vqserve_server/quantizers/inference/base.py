@@ -115,13 +115,17 @@ def probe_ids(count: int, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def freeze(quantizer: Quantizer, *, device: torch.device | str, search: str = "auto") -> FrozenQuantizer:
+def freeze(
+    quantizer: Quantizer, *, device: torch.device | str, search: str = "auto", shares_memory: bool = False
+) -> FrozenQuantizer:
     """Return a quantizer prepared for serving, as it is now; later changes of it have no effect.
 
     Args:
         quantizer: any quantizer, on any device.
         device: where to serve it.
         search: the search backend, one of `vqserve_server.search.available(device)`, or "auto".
+        shares_memory: whether the result may use the quantizer's memory; then the quantizer must be on the CPU and not
+            change any more.
 
     Raises:
         InvalidOption: the backend does not run on the device.
@@ -132,4 +136,5 @@ def freeze(quantizer: Quantizer, *, device: torch.device | str, search: str = "a
     device = torch.device(device)
     # The caller may have set another default device, autocast or inference mode: none of them may have an effect.
     with source_device, autocast_off(source_device), autocast_off(device), torch.inference_mode(False):
-        return copy.deepcopy(quantizer).to(source_device).frozen(device, search)
+        source = quantizer if shares_memory else copy.deepcopy(quantizer).to(source_device)
+        return source.frozen(device, search)

@@ -16,7 +16,7 @@ from vqserve.validation import check_output
 from vqserve_server.quantizers.inference.base import FrozenQuantizer, probe_ids
 from vqserve_server.quantizers.objective import SearchProblem
 from vqserve_server.quantizers.projections import Projection, project
-from vqserve_server.quantizers.tensors import autocast_off, is_finite, narrow
+from vqserve_server.quantizers.tensors import are_finite, autocast_off, narrow
 from vqserve_server.search import CountingSearcher, SearchCounts, Searcher
 
 
@@ -64,7 +64,7 @@ class Table:
         if dtype not in self._narrowed:
             narrowed = narrow(self.rows, dtype)
             # bool() waits for the device: other threads have other streams, and must not read an unfinished table.
-            self._narrowed[dtype] = narrowed if bool(is_finite(narrowed).all()) else None
+            self._narrowed[dtype] = narrowed if bool(are_finite(narrowed).all()) else None
         rounded = self._narrowed[dtype]
         return self.rows if rounded is None else rounded
 

@@ -25,6 +25,9 @@ _LEAST_BOXED_CODES = 256
 # about 10 components of a panel.
 _UNBOXED_COMPONENTS = 64
 _ALIGNMENT = 64
+# Larger codebooks without boxes keep their order and share the memory of the rows that decode reads: the bounds of a
+# block are wider, which costs little beside a search over so many codes.
+_MAX_SORTED_BYTES = 1 << 26
 # Scores of DOT are not scaled: with codes up to this size products with rows do not overflow.
 _LARGEST_UNSCALED = 2.0**40
 # Sums up to this, errors included, do not overflow float32.
@@ -37,7 +40,7 @@ def fits(codes: Tensor, bias: Tensor | None, objective: Objective) -> bool:
         return False
     if bias is not None and (bias.dtype != torch.float32 or float(bias.abs().max()) > _LARGEST_UNSCALED**2):
         return False
-    return objective is Objective.L2 or float(codes.abs().max()) <= _LARGEST_UNSCALED
+    return objective is Objective.L2 or _largest(codes.detach().numpy()) <= _LARGEST_UNSCALED
 
 
 class NativeCodebook:
@@ -51,21 +54,21 @@ class NativeCodebook:
         vectors, lanes = library.panel_vectors(is_boxed=boxed), library.lanes
         width = vectors * lanes
         block = 1 if boxed else max(1, _UNBOXED_COMPONENTS // (dim + 1))
-        order = _neighbours_together(array, width, lanes) if boxed else _by_norm(array)
+        order = _order(array, width, lanes, boxed=boxed)
+        # Not a copy where the codes stay in their order.
         self.codes = np.ascontiguousarray(array[order])
         self.bias = None if objective is Objective.L2 else np.zeros(num_codes, np.float32)
         if self.bias is not None and bias is not None:
             self.bias[:] = bias.detach().numpy()[order]
 
-        largest = float(np.abs(array).max())
+        largest = _largest(array)
         scale = 2.0 ** -math.floor(math.log2(largest)) if objective is Objective.L2 and largest > 0 else 1.0
         # The smallest codes stay subnormal even when scaled: they are searched with wide bounds.
         scale = min(max(scale, 2.0**-126), 2.0**126)
-        scaled = self.codes * np.float32(scale)
+        scaled = self.codes if scale == 1.0 else self.codes * np.float32(scale)
         narrow = _bounds(scaled, self.bias, objective, torch.float32)
         panels = -(-num_codes // width)
         blocks = -(-panels // block)
-        self.panel = _panels(scaled, -narrow.offset.numpy(), panels, width)
         # If squared distances overflow, a row visits every box, also the padding of the last group.
         visited = -(-blocks // lanes) * lanes
         self.error_slope = _block_max(narrow.slope.numpy(), visited, block * width)
@@ -76,10 +79,13 @@ class NativeCodebook:
             low, high = np.minimum.reduceat(scaled, starts), np.maximum.reduceat(scaled, starts)
             self.boxes, low, high = _boxes(low, high, lanes)
             self.outer, _, _ = _boxes(low, high, lanes)
+        # A codebook may be gigabytes: its scaled copy is freed before the next copy is made.
+        del scaled
+        self.panel = _panels(self.codes, scale, -narrow.offset.numpy(), panels, width)
 
         wide = _bounds(self.codes, self.bias, objective, torch.float64)
         self.offset, self.wide_slope, self.wide_base = -wide.offset.numpy(), wide.slope.numpy(), wide.base.numpy()
-        self.id = order.astype(np.int64)
+        self.id = np.arange(num_codes, dtype=np.int64)[order]
         self.struct = CodebookStruct(
             num_codes=num_codes,
             dim=dim,
@@ -108,14 +114,23 @@ def _bounds(codes: Float32s, bias: Float32s | None, objective: Objective, dtype:
     return ScoreBounds.of(torch.from_numpy(codes), None if bias is None else torch.from_numpy(bias), objective, dtype)
 
 
-def _panels(codes: Float32s, offset: Float32s, panels: int, width: int) -> Float32s:
-    """Return (panels, D + 1, width): offsets, then components. The padding has an infinite offset and never wins."""
-    num_codes, dim = codes.shape
-    slots = np.zeros((panels * width, dim + 1), np.float32)
-    slots[:, 0] = np.inf
-    slots[:num_codes, 0] = offset
-    slots[:num_codes, 1:] = codes
-    return _aligned(slots.reshape(panels, width, dim + 1).transpose(0, 2, 1))
+def _panels(codes: Float32s, scale: float, offset: Float32s, panels: int, width: int) -> Float32s:
+    """Return (panels, D + 1, width): offsets, then scaled components. Padding has an infinite offset and never wins."""
+    dim = codes.shape[1]
+    panel = _aligned_empty((panels, dim + 1, width))
+    full = len(codes) // width
+    whole = full * width
+    panel[:full, 0] = offset[:whole].reshape(full, width)
+    panel[:full, 1:] = codes[:whole].reshape(full, width, dim).transpose(0, 2, 1)
+    if full < panels:
+        left = len(codes) - whole
+        panel[full] = 0
+        panel[full, 0] = np.inf
+        panel[full, 0, :left] = offset[whole:]
+        panel[full, 1:, :left] = codes[whole:].T
+    if scale != 1.0:
+        panel[:, 1:] *= np.float32(scale)
+    return panel
 
 
 def _block_max(values: Float32s, blocks: int, slots: int) -> Float32s:
@@ -139,11 +154,27 @@ def _boxes(low: Float32s, high: Float32s, lanes: int) -> tuple[Float32s, Float32
 
 def _aligned(array: Float32s) -> Float32s:
     """Return a copy in C order whose address is a multiple of _ALIGNMENT bytes."""
-    buffer = np.empty(array.size + _ALIGNMENT // 4, np.float32)
-    start = -buffer.ctypes.data % _ALIGNMENT // 4
-    copy = buffer[start : start + array.size].reshape(array.shape)
+    copy = _aligned_empty(array.shape)
     copy[...] = array
     return copy
+
+
+def _aligned_empty(shape: tuple[int, ...]) -> Float32s:
+    buffer = np.empty(math.prod(shape) + _ALIGNMENT // 4, np.float32)
+    start = -buffer.ctypes.data % _ALIGNMENT // 4
+    return buffer[start : start + math.prod(shape)].reshape(shape)
+
+
+def _largest(codes: Float32s) -> float:
+    """Return the greatest magnitude, without an array of all magnitudes."""
+    return max(float(codes.max()), -float(codes.min()))
+
+
+def _order(codes: Float32s, leaf: int, lanes: int, *, boxed: bool) -> Ints | slice:
+    """Return the order of codes in the panels; as an index, so that the order that they have needs no copy."""
+    if boxed:
+        return _neighbours_together(codes, leaf, lanes)
+    return _by_norm(codes) if codes.nbytes <= _MAX_SORTED_BYTES else slice(None)
 
 
 def _by_norm(codes: Float32s) -> Ints:

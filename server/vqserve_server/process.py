@@ -1,0 +1,40 @@
+"""What this process has of the system: memory that it gives back, files that it may open."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import resource
+
+from vqserve_server.console import event
+
+# Descriptors beside those of connections: the process's own files, and a reload's.
+_OWN_DESCRIPTORS = 256
+
+logger = logging.getLogger(__name__)
+
+
+def trim_memory() -> None:
+    """Return free memory to the system.
+
+    glibc keeps what was freed in the middle of its heaps, for good: after a burst of large messages that is gigabytes.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def allow_connections(count: int) -> None:
+    """Raise the limit of open files, as far as the system allows, so that it has room for so many connections.
+
+    The usual soft limit of 1024 is for programs that call select.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OWN_DESCRIPTORS
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    got = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (got, hard))
+    if got < wanted:
+        text = "lower --max-connections, or raise the limit (ulimit -n, LimitNOFILE=)"
+        logger.warning(event("open_files_limited", limit=got, wanted=wanted, hint=text))
