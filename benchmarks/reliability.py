@@ -53,6 +53,8 @@ def main() -> int:
                     figures.extend(scenario.run(setup))
                 except Exception as error:
                     figures.append(Figure(what=f"it stopped: {error!r:.2000}", value="no figure", wanted="a figure"))
+            if not figures:
+                figures.append(Figure(what=f"no case has {options.cases!r}", value="no figure", wanted="a figure"))
             failed = sum(figure.passed is False for figure in figures)
             missed += failed
             verdict = "FAIL" if failed else "PASS"

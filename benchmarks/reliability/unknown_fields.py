@@ -28,11 +28,11 @@ _MOST_MIB = 512 + 3 * _QUEUE_MIB
 def unknown_fields(setup: Setup) -> Iterator[Figure]:
     fields = b"\x78\x01" * (_FIELDS_BYTES // 2)
     for case, compressed in (("gzip", True), ("plain", False)):
-        if setup.wants(f"fields {case}"):
-            yield from _fields(setup, f"fields, {case}", fields, compressed=compressed)
+        if setup.wants(name := f"fields, {case}"):
+            yield from _fields(setup, name, fields, compressed=compressed)
     for case, compressed in (("gzip", True), ("plain", False)):
-        if setup.wants(f"large {case}"):
-            yield from _large(setup, f"60 x 60 MiB, {case}", compressed=compressed)
+        if setup.wants(name := f"60 x 60 MiB, {case}"):
+            yield from _large(setup, name, compressed=compressed)
 
 
 def _fields(setup: Setup, case: str, message: bytes, *, compressed: bool) -> Iterator[Figure]:

@@ -12,6 +12,10 @@ from vqserve.text import printable
 
 NO_SERVER = "is the server running, and is this its address? `vqserved serve` starts one"
 
+_WANTS_CERTIFICATE = (
+    "does it ask for a client certificate, of an authority that it trusts? "
+    "Tls(cert=..., key=...), --tls-cert and --tls-key"
+)
 _LONGEST_CAUSE = 2000
 _NO_CONNECTION = re.compile(
     r"failed to connect to all addresses|connections to all backends failing|errors resolving|DNS resolution failed"
@@ -77,6 +81,13 @@ def is_foreign(details: str) -> bool:
     return _FOREIGN.search(details) is not None
 
 
+def is_misunderstood(details: str) -> bool:
+    """Return whether there was no connection although something listens: what, or with TLS or without, does not fit."""
+    if is_foreign(details) or _CLOSED.match(_cause(details)):
+        return True
+    return any(text.search(details) for text, _, _ in _TLS)
+
+
 def is_too_large(details: str) -> bool:
     """Return whether a message was larger than a limit."""
     return _TOO_LARGE.search(details) is not None or _INFLATED in details
@@ -103,9 +114,8 @@ def why_unconnected(details: str, *, is_encrypted: bool) -> tuple[str, str]:
     cause = _cause(details)
     if _CLOSED.match(cause):
         return (
-            ("the server closed it", "does it ask for a client certificate? Tls(cert=..., key=...), --tls-cert")
-            if is_encrypted
-            else ("the server closed it", "does it use TLS? then connect with {tls=}")
+            "the server closed it",
+            _WANTS_CERTIFICATE if is_encrypted else "does it use TLS? then connect with {tls=}",
         )
     return escape(cause), NO_SERVER
 

@@ -234,7 +234,8 @@ class Exchange:
             text_metadata(future.trailing_metadata()),
             is_encrypted=self._connection.is_encrypted,
         )
-        if request.failure is None or not (request.failure.is_foreign and failure.is_unsent):
+        # A name such as localhost may have two addresses. The one where nothing listens may fail last, and says less.
+        if request.failure is None or not (request.failure.is_misunderstood and failure.is_unsent):
             request.failure = failure
         delay_s = self._delay_s(request, failure)
         if delay_s is None or delay_s >= self._deadline.remaining_s():

@@ -84,9 +84,9 @@ class Failure:
         return self.code is grpc.StatusCode.UNAVAILABLE and grpc_texts.is_unconnected(self.details)
 
     @property
-    def is_foreign(self) -> bool:
-        """Return whether what was reached does not speak gRPC."""
-        return self.is_unsent and grpc_texts.is_foreign(self.details)
+    def is_misunderstood(self) -> bool:
+        """Return whether what was reached does not speak gRPC, or TLS where this client does not, or the reverse."""
+        return self.is_unsent and grpc_texts.is_misunderstood(self.details)
 
     @property
     def is_answered(self) -> bool:

@@ -51,7 +51,11 @@ class Tls:
         if self.server_name is not None and not isinstance(self.server_name, str):
             raise TypeError(f"server_name must be a string, not {type(self.server_name).__name__}")
         if (self.cert is None) != (self.key is None):
-            raise InvalidOption("{option} needs both, the client's certificate and its key", option="tls")
+            raise InvalidOption(
+                "{option} needs both, the client's certificate and its key",
+                option="tls",
+                hint="Tls(cert=..., key=...), --tls-cert and --tls-key",
+            )
 
     def check(self) -> None:
         """Read the files.

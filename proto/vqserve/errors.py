@@ -55,6 +55,9 @@ ARRAY_NAMES: tuple[str, ...] = get_args(ArrayName)
 # With one more brace before it (see `escape`), a placeholder stands for itself.
 _PLACEHOLDER = re.compile(r"\{*\{(?:(where|option|suggestion)|([a-z_]{1,40})=)\}")
 
+# There is no flag for a token: other users of the machine can read the flags of a process.
+_NO_FLAG = {"token": "VQSERVE_TOKEN"}
+
 # Characters of a message about a file; a list of a thousand names of arrays has fewer.
 _LONGEST_FOREIGN = 1 << 18
 
@@ -67,7 +70,7 @@ class Spelling:
 
     def name(self, option: str) -> str:
         """Return `layout`, or `--layout`."""
-        return f"--{option.replace('_', '-')}" if self.is_command_line else option
+        return _NO_FLAG.get(option, f"--{option.replace('_', '-')}") if self.is_command_line else option
 
     def mention(self, option: str) -> str:
         """Return `layout=`, or `--layout`."""
@@ -379,7 +382,7 @@ class Unauthenticated(AccessDenied):
     """The server needs a token, and the caller has none that is valid."""
 
     default_code = "UNAUTHENTICATED"
-    hint = "call with a valid {token=}; the server's operator makes one with `vqserved token`"
+    hint = "call with a valid {token=} or {token_file=}; the server's operator makes one with `vqserved token`"
 
 
 class PermissionDenied(AccessDenied):

@@ -233,7 +233,7 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
         check_protected(config.rpc.host, config.access)
         check(config.rpc.host, config.rpc.port)
         if config.access.health_port:
-            check(config.rpc.host, config.access.health_port)
+            check(config.rpc.host, config.access.health_port, flag="--health-port")
         if config.rpc.unix_socket:
             check_unix_socket(config.rpc.unix_socket)
     allow_connections(config.rpc.max_connections)

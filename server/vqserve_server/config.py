@@ -36,6 +36,16 @@ _OTHER_VARIABLES = {
     "tls_key": "server_tls_key",
     "tls_client_ca": "server_tls_client_ca",
 }
+# What `--help` shows for a value, where the last word of the name does not say what it is.
+_METAVARS = {
+    "max_calls_per_caller": "CALLS",
+    "max_concurrent_rpcs": "CALLS",
+    "max_streams_per_connection": "CALLS",
+    "tls_cert": "FILE",
+    "tls_key": "FILE",
+    "tls_client_ca": "FILE",
+    "tokens": "FILE",
+}
 _SWITCH = {"on": True, "1": True, "true": True, "yes": True, "off": False, "0": False, "false": False, "no": False}
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MIB = 1 << 20
@@ -282,7 +292,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             flag(setting.name),
             type=parse_flag,
             default=argparse.SUPPRESS,
-            metavar=setting.name.rsplit("_", 1)[-1].upper(),
+            metavar=_METAVARS.get(setting.name, setting.name.rsplit("_", 1)[-1].upper()),
             help=help_text,
         )
 

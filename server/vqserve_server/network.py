@@ -55,13 +55,14 @@ def check_protected(host: str, access: AccessConfig) -> None:
         logger.warning(event("listening_openly", host=host, risk="; ".join(missing)))
 
 
-def reserve(host: str, port: int, *, shared: bool) -> socket.socket:
+def reserve(host: str, port: int, *, shared: bool, flag: str = "--port") -> socket.socket:
     """Return a socket that is bound to the address but does not listen, so that it gets no connections.
 
     Args:
         host: name or address.
         port: port number; 0: a free port.
         shared: whether other processes of this user may listen on the address while the socket is open.
+        flag: what sets the port, for the error.
 
     Raises:
         StartError: the address cannot be bound; the error gives the reason.
@@ -80,7 +81,7 @@ def reserve(host: str, port: int, *, shared: bool) -> socket.socket:
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno == errno.EADDRINUSE:
-            reason = "the port is in use: is another vqserved running? Stop it, or choose another with --port"
+            reason = f"the port is in use: is another vqserved running? Stop it, or choose another with {flag}"
         raise StartError(f"cannot listen on {address(host, port)}: {reason}") from None
     return held
 
@@ -118,10 +119,10 @@ def _is_listened_on(probe: socket.socket, path: str) -> bool:
     return True
 
 
-def check(host: str, port: int) -> None:
+def check(host: str, port: int, *, flag: str = "--port") -> None:
     """Check that the server can listen on an address, before it spends minutes on loading codebooks.
 
     Raises:
         StartError: the server cannot listen on it; the error gives the reason.
     """
-    reserve(host, port, shared=False).close()
+    reserve(host, port, shared=False, flag=flag).close()

@@ -287,6 +287,6 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     reserve(host, port, shared=False).close()
     Access(config.access)
     if config.access.health_port:
-        reserve(host, config.access.health_port, shared=False).close()
+        reserve(host, config.access.health_port, shared=False, flag="--health-port").close()
     with reserve(host, port, shared=True) as held:
         return asyncio.run(serve(sources, config, held.getsockname()[1]))

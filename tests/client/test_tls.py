@@ -13,6 +13,7 @@ import pytest
 from support.certificates import Authority, Folder, replace
 from vqserve_client import AsyncClient, Client, InvalidOption, Tls, Unavailable
 from vqserve_client.cli import main
+from vqserve_client.status import Failure
 
 NOT_TRUSTED = "the server's certificate is not from an authority that this client trusts"
 
@@ -117,6 +118,21 @@ def test_a_server_without_tls(tiny, authority, connect):
     assert line.endswith("connect without tls=, or give the server a certificate")
 
 
+@pytest.mark.parametrize("is_encrypted", [True, False])
+def test_what_listens_on_one_of_two_addresses_of_a_name(is_encrypted):
+    """Nothing listens on ::1 of localhost, which gRPC may try last: the first failure says more."""
+    listens = (
+        "SSL_ERROR_SSL: error:100000f7:SSL routines:OPENSSL_internal:WRONG_VERSION_NUMBER: OK"
+        if is_encrypted
+        else "UNAVAILABLE: ipv4:127.0.0.1:1: Socket closed"
+    )
+    refused_last = "UNKNOWN: ipv6:%5B::1%5D:1: Failed to connect to remote host: Connection refused"
+    for error, says_more in ((listens, True), (refused_last, False)):
+        details = f"failed to connect to all addresses; last error: {error}"
+        failure = Failure(grpc.StatusCode.UNAVAILABLE, details, {}, is_encrypted=is_encrypted)
+        assert failure.is_misunderstood is says_more
+
+
 def test_a_client_without_tls(secure, authority, connect):
     server = secure(authority.issue())
     line = refused(connect, server.target, "the server closed it")
@@ -166,7 +182,7 @@ def test_a_client_without_the_right_certificate(secure, authority, connect, how)
         "expired": lambda: server.certificate(days=-1),
     }[how]()
     line = refused(connect, server.target, "the server closed it", tls=Tls(ca=authority.path, **given))
-    assert "does it ask for a client certificate? Tls(cert=..., key=...)" in line
+    assert "does it ask for a client certificate, of an authority that it trusts? Tls(cert=..., key=...)" in line
 
 
 @pytest.mark.parametrize(
@@ -239,9 +255,15 @@ def test_the_command_line(secure, authority, monkeypatch, capsys, tmp_path):
         assert main([command, *trusted, *own, *more]) == 0
     capsys.readouterr()
     assert main(["codebooks", *trusted]) == 1
-    assert "does it ask for a client certificate? Tls(cert=..., key=...), --tls-cert" in capsys.readouterr().err
+    assert (
+        "does it ask for a client certificate, of an authority that it trusts? Tls(cert=..., key=...), --tls-cert"
+        in capsys.readouterr().err
+    )
     assert main(["codebooks", *trusted, own[0]]) == 1
-    assert capsys.readouterr().err == "vqserve: error: --tls needs both, the client's certificate and its key\n"
+    assert capsys.readouterr().err == (
+        "vqserve: error: --tls needs both, the client's certificate and its key: "
+        "Tls(cert=..., key=...), --tls-cert and --tls-key\n"
+    )
     monkeypatch.setenv("VQSERVE_TLS_CA", str(authority.path))
     assert main(["codebooks", "--target", server.target, *own]) == 0
     assert main(["codebooks", "--target", server.target, "--no-tls"]) == 1

@@ -175,7 +175,7 @@ def test_a_token_is_never_shown(kind, tiny, failing, latents, caplog):
     assert SECRET not in caplog.text
 
 
-def test_a_server_that_wants_a_token(serving, put, tmp_path, connect, capsys):
+def test_a_server_that_wants_a_token(serving, put, tmp_path, connect, capsys, monkeypatch):
     tokenizer = put(tmp_path / "book.safetensors")
     secret, tokens = new_secret(), tmp_path / "tokens.toml"
     replace(tokens, f'[tokens.me]\nsha256 = "{hash_of(secret)}"\n'.encode())
@@ -197,4 +197,9 @@ def test_a_server_that_wants_a_token(serving, put, tmp_path, connect, capsys):
     assert main(["bench", *shared, "--token-file", str(path), *bench]) == 0
     capsys.readouterr()
     assert main(["codebooks", *shared]) == 1
-    assert "the server needs a valid access token" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert "the server needs a valid access token" in line
+    assert "call with a valid VQSERVE_TOKEN or --token-file; " in line
+    monkeypatch.setenv("VQSERVE_TOKEN", "not one")
+    assert main(["codebooks", *shared]) == 1
+    assert capsys.readouterr().err.startswith("vqserve: error: VQSERVE_TOKEN must be of 1 to 2048 letters")

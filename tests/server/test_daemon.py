@@ -181,6 +181,9 @@ def test_two_servers_on_one_port(serving: Callable[..., Any], run_vqserved: Call
     target = serving(Tokenizer.load(folder / "small.safetensors", device="cpu")).target
     port = target.rpartition(":")[2]
     assert_fails(run_vqserved("serve", folder, "--port", port), f"cannot listen on {target}: the port is in use")
+    health = run_vqserved("serve", folder, "--port", 0, "--health-port", port)
+    assert_fails(health, f"cannot listen on {target}: the port is in use")
+    assert health.stderr.endswith("choose another with --health-port\n")
 
 
 def test_a_socket_file_beside_the_port(vqserved: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
