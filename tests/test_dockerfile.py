@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import vqserve_client.cli
+import vqserve.__main__
 from vqserve_server import config
 
 ROOT = Path(__file__).parents[1]
@@ -85,11 +85,11 @@ def test_torch_is_the_pinned_one_and_pip_keeps_no_cache():
 def test_health_is_asked_by_a_command_that_the_wheel_installs(monkeypatch, capsys):
     (check,) = shipped("HEALTHCHECK")
     script, *arguments = json.loads(check.partition(" CMD ")[2])
-    assert PROJECT["project"]["scripts"][script] == f"{vqserve_client.cli.__name__}:main"
+    assert PROJECT["project"]["scripts"][script] == f"{vqserve.__main__.__name__}:main"
     assert arguments[0] == "status"
     # Nobody listens on port 1: the command must understand its arguments and say so, which is the exit code 1.
     monkeypatch.setenv("VQSERVE_TARGET", "127.0.0.1:1")
-    assert vqserve_client.cli.main(arguments) == 1
+    assert vqserve.__main__.main(arguments) == 1
     assert "127.0.0.1:1" in capsys.readouterr().err
 
 

@@ -15,7 +15,7 @@ from vqserve_server import Tokenizer
 from vqserve_server.quantizers import VectorQuantizerWithInputProjection
 
 # What only makes sense in process.
-OF_TOKENIZER = {"load", "encode_rows", "decode_rows", "check_itself"}
+OF_TOKENIZER = {"load", "of_codebook", "encode_rows", "decode_rows", "check_itself"}
 
 
 def methods(kind):

@@ -163,13 +163,15 @@ class Admission:
                 own = (caller.limits or self._caller_limits).bytes or self._caller_limits.bytes
                 if free < 0 or (caller.bytes and caller.bytes + nbytes > min(_SHARE * free, own)):
                     return False
-            self._count(caller, 0, 0, nbytes)
+            self.bytes += nbytes
+            caller.bytes += nbytes
             return True
 
     def let_go(self, caller: Caller, nbytes: int) -> None:
         """Count bytes of a caller no longer that are held."""
         with self._lock:
-            self._count(caller, 0, 0, -nbytes)
+            self.bytes -= nbytes
+            caller.bytes -= nbytes
 
     def enter(self, caller: Caller, rows: int, nbytes: int, held: int = 0) -> None:
         """Count a request of a caller: its rows, and the bytes of it and its reply.
@@ -224,20 +226,22 @@ class Admission:
                         raise self._overloaded("rows", caller)
                     if has_bytes > min(share * free_bytes, own.bytes or others.bytes):
                         raise self._overloaded("bytes", caller)
-            self._count(caller, 1, rows, nbytes - held)
+            self.requests += 1
+            self.rows += rows
+            self.bytes += nbytes - held
+            caller.requests += 1
+            caller.rows += rows
+            caller.bytes += nbytes - held
 
     def leave(self, caller: Caller, rows: int, nbytes: int) -> None:
         """Stop counting a request that entered with these arguments."""
         with self._lock:
-            self._count(caller, -1, -rows, -nbytes)
-
-    def _count(self, caller: Caller, requests: int, rows: int, nbytes: int) -> None:
-        self.requests += requests
-        self.rows += rows
-        self.bytes += nbytes
-        caller.requests += requests
-        caller.rows += rows
-        caller.bytes += nbytes
+            self.requests -= 1
+            self.rows -= rows
+            self.bytes -= nbytes
+            caller.requests -= 1
+            caller.rows -= rows
+            caller.bytes -= nbytes
 
     def _overloaded(self, what: str, caller: Caller | None = None) -> Overloaded:
         self._stats.count_refused(what if caller is None else f"caller_{what}")

@@ -14,6 +14,7 @@ import torch
 from vqserve.errors import InvalidArgument, Overloaded
 from vqserve_server.console import event
 from vqserve_server.engine.job import Job, Key, RequestTiming
+from vqserve_server.engine.speed import Speed
 
 
 class Staging:
@@ -72,11 +73,13 @@ class Batch:
         parts: in the order of their rows.
         rows: rows of all parts.
         cost: seconds that it is expected to take.
+        speed: what learns from the time that it takes.
         taken_at: when a device thread took it, in time.monotonic() seconds.
     """
 
-    def __init__(self, key: Key) -> None:
+    def __init__(self, key: Key, speed: Speed | None = None) -> None:
         self.key = key
+        self.speed = speed
         self.parts: list[Part] = []
         self.rows = 0
         self.cost = 0.0

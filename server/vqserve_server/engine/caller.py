@@ -13,6 +13,8 @@ class Caller:
     Attributes:
         name: names the caller in the log: the name of its token, else its address without the port, or "unix".
         token: its token; None: callers need none.
+        calls: its open calls; only the transport's thread changes them.
+        accepted: those of them that were not refused.
         requests: its requests in the server.
         rows: rows of those requests.
         bytes: bytes of those requests and their replies.
@@ -22,6 +24,7 @@ class Caller:
         self.name = name
         self.token = token
         self._limits = limits
+        self.calls = self.accepted = 0
         self.requests = 0
         self.rows = 0
         self.bytes = 0

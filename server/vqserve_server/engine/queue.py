@@ -96,6 +96,9 @@ class Backlog:
             now: time.monotonic() seconds.
             may_wait_s: for how long a job may wait for a fuller batch.
         """
+        if self.num_lines == 1 and not may_wait_s:
+            [lines_of_key] = self.lines.values()
+            return next(iter(lines_of_key.values()))
         lines = [
             line
             for waiting, lines in self.lines.items()
@@ -123,7 +126,11 @@ class Backlog:
 
 
 class JobQueue:
-    """Decisions only: the caller holds the lock, and its clock is the argument `now`."""
+    """Decisions only: the caller holds the lock, and its clock is the argument `now`.
+
+    Attributes:
+        jobs: how many jobs are not, or not completely, in a batch.
+    """
 
     def __init__(self, config: EngineConfig, speeds: Speeds | None = None) -> None:
         self._may_wait_s = config.max_wait_us * 1e-6
@@ -131,16 +138,12 @@ class JobQueue:
         self._speeds = speeds or Speeds(config)
         self._backlogs: dict[Caller, Backlog] = {}
         self._keys: dict[Key, Waiting] = {}
-        self._jobs = 0
+        self.jobs = 0
         self._cost = 0.0
         self._now = 0.0
         # What the last job was like, and until when the device counts as shared by jobs that are not alike.
         self._last_mark: tuple[int, int] | None = None
         self._shared_until = -math.inf
-
-    def __len__(self) -> int:
-        """Return how many jobs are not, or not completely, in a batch."""
-        return self._jobs
 
     def put(self, job: Job) -> None:
         """Add a job."""
@@ -158,7 +161,7 @@ class JobQueue:
         backlog.cost += cost
         self._cost += cost
         waiting.rows += job.rows
-        self._jobs += 1
+        self.jobs += 1
         mark = (waiting.mark, size)
         if mark != self._last_mark and job.caller is not CANARY:
             if self._last_mark is not None:
@@ -234,12 +237,15 @@ class JobQueue:
             if job.outcome is not None:
                 self.discard(job)
                 continue
-            if job.deadline is not None and self._is_late(job, job.deadline, now):
+            deadline = job.deadline
+            # If nothing else waits it costs nothing to try.
+            if deadline is not None and (deadline <= now or (self.jobs > 1 and deadline < now + job.cost)):
                 self.discard(job)
                 late.append(job)
                 continue
             if batch is None or waiting is None:
-                batch, waiting = Batch(job.key), line.waiting
+                waiting = line.waiting
+                batch = Batch(job.key, waiting.speed)
                 capacity = waiting.speed.batch_rows if is_shared else waiting.speed.full_rows
                 self._now = max(self._now, backlog.clock)
                 backlog.now = max(backlog.now, line.clock)
@@ -266,10 +272,6 @@ class JobQueue:
         """Return whether rows of a job would make a batch of other jobs take much longer."""
         return bool(batch.parts) and job.cost * rows > _DELAY * self._batch_s * (job.rows - job.next_row)
 
-    def _is_late(self, job: Job, deadline: float, now: float) -> bool:
-        # If nothing else waits it costs nothing to try.
-        return deadline <= now or (self._jobs > 1 and deadline < now + job.cost)
-
     def _move(self, line: Line, job: Job, rows: int, batch: Batch) -> None:
         """Put the next rows of a job into a batch."""
         left = job.rows - job.next_row
@@ -295,7 +297,7 @@ class JobQueue:
         """Take a job out, none of whose rows wait any longer."""
         job.line = None
         del line.jobs[job]
-        self._jobs -= 1
+        self.jobs -= 1
         if line.jobs:
             return
         waiting, backlog = line.waiting, line.backlog
@@ -305,7 +307,7 @@ class JobQueue:
         if not backlog.num_lines:
             self._now = max(self._now, backlog.clock)
             del self._backlogs[backlog.caller]
-        if not self._jobs:
+        if not self.jobs:
             # Without the errors of many additions.
             self._cost = 0.0
 

@@ -61,7 +61,7 @@ class Scheduler:
         if deadline is not None and deadline <= now:
             self._stats.count_dropped(expired=1)
             raise DeadlineExceeded("the deadline passed before the request arrived")
-        if not self._queue:
+        if not self._queue.jobs:
             return
         wait_s, own_s = self._queue.expect(caller, key, rows)
         wait_s += self._on_device_s
@@ -117,12 +117,15 @@ class Scheduler:
             # No variable here holds the batch: it would keep its codebook while the thread waits.
             self._finish(thread)
             while True:
-                batch, late = self._queue.take(self._clock(), allow_wait=self._closed is None)
+                batch: Batch | None = None
+                late: list[Job] = []
+                if self._queue.jobs:
+                    batch, late = self._queue.take(self._clock(), allow_wait=self._closed is None)
                 if batch is not None:
                     self._on_device[thread] = batch
                     batch.taken_at = self._clock()
                     self._on_device_s += batch.cost
-                    if self._queue:
+                    if self._queue.jobs:
                         # One notification may announce several batches.
                         self._changed.notify()
                 if late:
@@ -136,7 +139,7 @@ class Scheduler:
                     return batch
                 if late:
                     continue
-                if self._queue:
+                if self._queue.jobs:
                     ready_at = self._queue.ready_at() or 0.0
                     self._changed.wait(max(ready_at - self._clock(), 0.0))
                 elif self._closed is not None:
@@ -154,7 +157,8 @@ class Scheduler:
         seconds = now - max(batch.taken_at, self._last_done)
         self._last_done = now
         self._on_device_s = self._on_device_s - batch.cost if self._on_device else 0.0
-        self._speeds.of(batch.key).measure(len(batch.parts), batch.rows, seconds)
+        if batch.speed is not None:
+            batch.speed.measure(len(batch.parts), batch.rows, seconds)
 
     def _expire(self, jobs: list[Job]) -> None:
         for job in jobs:

@@ -142,10 +142,8 @@ class Call:
     def end(self, status: Status = _OK, message: bytes | None = None) -> None:
         """End the call, with a last message if there is one."""
         gate = self._gate
-        if gate is None or not gate.is_shut or not gate.hold(partial(self._end, status, message)):
-            self._end(status, message)
-
-    def _end(self, status: Status, message: bytes | None) -> None:
+        if gate is not None and gate.is_shut and gate.hold(partial(self.end, status, message)):
+            return
         initial, self._unsent = self._unsent, ()
         last = () if message is None else (cygrpc.SendMessageOperation(message, 0),)
         code, text = status.code.value[0], status.details.encode()

@@ -66,6 +66,7 @@ class RequestHeader(ABC, Generic[RequestT]):
         has_name: whether the request names it; another caller may have another only codebook.
         job_type: the engine's job for such a request.
         payload_bytes: size of the request's payload.
+        key: which requests can share a batch with it.
         rows: tokens that the engine computes.
         reply_bytes: size of the reply's payload.
         empty_reply: the whole reply of a request without tokens.
@@ -75,10 +76,10 @@ class RequestHeader(ABC, Generic[RequestT]):
     job_type: ClassVar[type[Job]]
     codebook: str
     has_name: bool
+    key: EncodeKey | DecodeKey
     rows: int
     reply_bytes: int
     empty_reply: bytes
-    _key: EncodeKey | DecodeKey
     _layout: Layout
 
     def __init__(
@@ -123,7 +124,7 @@ class RequestHeader(ABC, Generic[RequestT]):
         reply = wire.ReplyBuffer(self._template)
         result = np.frombuffer(memoryview(reply.memory), self._reply_dtype, offset=self._template.start)
         job = self.job_type(
-            self._key,
+            self.key,
             caller,
             source,
             result.reshape(self._reply_shape),
@@ -134,14 +135,9 @@ class RequestHeader(ABC, Generic[RequestT]):
         )
         return job, reply
 
-    @property
-    def key(self) -> EncodeKey | DecodeKey:
-        """Return which requests can share a batch with those of this header."""
-        return self._key
-
     @abstractmethod
     def _read(self, message: RequestT, payload_bytes: int, info: CodebookInfo) -> None:
-        """Validate what the message asks for; set `rows`, `_key`, `_layout`, `_set_request` and `_set_reply`."""
+        """Validate what the message asks for; set `rows`, `key`, `_layout`, `_set_request` and `_set_reply`."""
 
     @abstractmethod
     def _checked(self, array: Array) -> Array:
@@ -192,7 +188,7 @@ class EncodeHeader(RequestHeader[pb.EncodeRequest]):
         self._set_request(message.dtype, shape)
         self._set_reply(index_dtype, layout.indices_shape(grid, stages, self._layout), pb.EncodeResponse)
         rows_dtype = BY_NUMBER[message.dtype].computed
-        self._key = EncodeKey(self._tokenizer, rows_dtype, stages)
+        self.key = EncodeKey(self._tokenizer, rows_dtype, stages)
 
     def _checked(self, array: Array) -> Array:
         """Return the latents.
@@ -222,9 +218,7 @@ class DecodeHeader(RequestHeader[pb.DecodeRequest]):
             raise InvalidOption(f"unknown {{option}} {message.output}", option="output")
         check_has_output(_OUTPUTS[message.output], info=info)
         dtype = payload.numpy_dtype(latent_dtype)
-        key = self._key = DecodeKey(
-            self._tokenizer, _OUTPUTS[message.output], dtype, count if info.has_stages else None
-        )
+        key = self.key = DecodeKey(self._tokenizer, _OUTPUTS[message.output], dtype, count if info.has_stages else None)
         grid = layout.grid_shape(shape, self._layout) if info.has_stages else shape
         self.rows = layout.num_rows(grid)
         self._set_request(message.dtype, shape)
@@ -237,7 +231,7 @@ class DecodeHeader(RequestHeader[pb.DecodeRequest]):
         Raises:
             IndexOutOfRange: names the first offender.
         """
-        count = self._key.num_quantizers
+        count = self.key.num_quantizers
         used = array if count is None else array[first_channels(count, self._layout)]
         tokenizer, axis = self._tokenizer, layout.channel_axis(self._layout)
         check_indices(used, decodable=tokenizer.decodable, stage_sizes=tokenizer.info.stage_vocab_sizes, axis=axis)

@@ -232,7 +232,7 @@ class Transport:
         try:
             caller = self._callers.enter(peer, event.invocation_metadata)
         except Exception as error:
-            caller, refusal = self._callers.enter_stranger(peer), error
+            caller, refusal = stranger(peer), error
         call = Call(event, caller, method, self._on_end, self._gate)
         self._last_call_at = time.monotonic()
         self._calls.add(call)
@@ -243,12 +243,16 @@ class Transport:
             call.end(Status(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}"))
         elif len(self._accepted) >= self._max_calls:
             call.fail(Overloaded("too many calls at once", retry_after_s=_RETRY_AFTER_S))
-        elif not self._callers.accept(call.caller, self._max_calls_per_caller):
-            text = f"too many calls of the caller {call.caller.name} at once"
+        elif caller.accepted >= self._max_calls_per_caller:
+            text = f"too many calls of the caller {caller.name} at once"
             call.fail(Overloaded(text, retry_after_s=_RETRY_AFTER_S))
         else:
+            caller.accepted += 1
             self._accepted.add(call)
-            _handle(handler, call)
+            try:
+                handler(call)
+            except Exception as error:
+                call.fail(error)
             return
         # Its caller may never read why. Such calls must not keep those of others waiting.
         too_many = self._refused.enter(call)
@@ -256,12 +260,15 @@ class Transport:
             too_many.abort(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many refused calls are not read"))
 
     def _on_end(self, call: Call) -> None:
-        was_accepted = call in self._accepted
         self._calls.discard(call)
-        self._accepted.discard(call)
-        self._refused.leave(call)
-        self._callers.leave(call.caller, was_accepted=was_accepted)
-        self._ask()
+        if call in self._accepted:
+            self._accepted.discard(call)
+            call.caller.accepted -= 1
+        else:
+            self._refused.leave(call)
+        self._callers.leave(call.caller)
+        if not self._is_asking:
+            self._ask()
 
     def _on_reserved_call(self, method: str, event: Any) -> None:
         self._ask_reserved(method)
@@ -272,7 +279,10 @@ class Transport:
         too_many = self._places[method].enter(call)
         if too_many is not None:
             too_many.abort(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "there are too many calls of this method"))
-        _handle(self._handlers[method], call)
+        try:
+            self._handlers[method](call)
+        except Exception as error:
+            call.fail(error)
 
     def _on_reserved_end(self, call: Call) -> None:
         self._reserved_calls.discard(call)
@@ -291,10 +301,3 @@ class Transport:
         self._stopped.set()
         # That thread may wait for an event.
         self._shut_down(self._reserved_queue, self._reserved_calls)
-
-
-def _handle(handler: Handler, call: Call) -> None:
-    try:
-        handler(call)
-    except Exception as error:
-        call.fail(error)

@@ -193,7 +193,7 @@ def test_nothing_is_lost_and_nothing_comes_twice(fake: Callable[..., Any], seed:
     while alive:
         take(1000)
     take(1000)
-    assert not queue
+    assert not queue.jobs
     assert queue.expect(callers[0], each.key, 1)[0] == 0
     for order in begun.values():
         assert order == sorted(order)
@@ -206,5 +206,5 @@ def test_a_flood_of_cancels(fake: Callable[..., Any]) -> None:
     # From the end, where a search from the front takes longest.
     for each in reversed(jobs):
         queue.discard(each)
-    assert not queue
+    assert not queue.jobs
     assert parts(queue) == []

@@ -40,7 +40,7 @@ def test_all_that_waits_is_one_batch(fake: Callable[..., Any]) -> None:
     a, b, c = job(tokenizer, 3), job(tokenizer, 5), job(tokenizer, 1)
     queue = queue_of(a, b, c)
     assert taken(queue) == [(a, 0, 3), (b, 0, 5), (c, 0, 1)]
-    assert not queue
+    assert not queue.jobs
     assert taken(queue) is None
 
 
@@ -69,7 +69,7 @@ def test_a_large_job_is_split_and_lets_small_ones_pass(fake: Callable[..., Any])
     queue.put(small := job(tokenizer, 2000))
     assert taken(queue) == [(small, 0, 2000)]
     assert taken(queue) == [(large, 6000, 10_000)]
-    assert not queue
+    assert not queue.jobs
 
 
 def test_a_job_that_fits_a_batch_is_not_split(fake: Callable[..., Any]) -> None:
@@ -107,7 +107,7 @@ def test_the_rest_of_a_split_job_is_dropped_with_its_caller(fake: Callable[..., 
     assert taken(queue) == [(large, 0, 4)]
     large.cancel()
     assert taken(queue) is None
-    assert not queue
+    assert not queue.jobs
 
 
 def test_discard(fake: Callable[..., Any]) -> None:
