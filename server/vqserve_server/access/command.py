@@ -80,11 +80,13 @@ def append(path: Path, grant: Grant) -> None:
     """Append a token to a file in one step: a server that reads it meanwhile gets the old file or the new one.
 
     Raises:
-        StartError: the file is not valid, or has a token of that name.
+        StartError: the file is not valid, has a token of that name, or its folder is missing.
         OSError: it cannot be written.
     """
     # What a link leads to is replaced, not the link.
     path = path.resolve()
+    if not path.parent.is_dir():
+        raise StartError(f"there is no folder {path.parent}")
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         # Another such command waits, so that neither loses the other's token.

@@ -79,12 +79,12 @@ class Watched(Generic[T]):
                     logger.error(event("access_rejected", what=self._what, kept="the files before", error=reason))
                 self._rejected = reason
                 return False
+            is_new, is_mended = contents != self._contents, self._rejected is not None
             self._rejected = None
-            if contents == self._contents:
-                return False
             self._contents, self.value = contents, value
-            logger.info(event("access_reloaded", what=self._what))
-            return True
+            if is_new or is_mended:
+                logger.info(event("access_reloaded", what=self._what))
+            return is_new
 
     def _made(self) -> tuple[list[bytes], T]:
         left = _ATTEMPTS

@@ -224,6 +224,11 @@ def test_a_broken_file_changes_nothing_and_is_logged_once(path: Path, caplog: py
         assert record.levelno == logging.ERROR
         assert record.message.startswith('access_rejected what=tokens kept="the files before" error=')
         assert authenticate(tokens).name == "trainer"
+    caplog.clear()
+    caplog.set_level(logging.INFO)
+    replace(path, table().encode())
+    tokens.refresh()
+    assert [record.message for record in caplog.records] == ["access_reloaded what=tokens"]
     path.unlink()
     tokens.refresh()
     assert authenticate(tokens).name == "trainer"
