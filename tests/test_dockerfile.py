@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import vqserve.__main__
+import vqserve_client.cli
 from vqserve_server import config
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +90,7 @@ def test_health_is_asked_by_a_command_that_the_wheel_installs(monkeypatch, capsy
     assert arguments[0] == "status"
     # Nobody listens on port 1: the command must understand its arguments and say so, which is the exit code 1.
     monkeypatch.setenv("VQSERVE_TARGET", "127.0.0.1:1")
-    assert vqserve.__main__.main(arguments) == 1
+    assert vqserve_client.cli.main(arguments) == 1
     assert "127.0.0.1:1" in capsys.readouterr().err
 
 

@@ -112,7 +112,7 @@ def test_what_has_expired_or_was_cancelled_is_counted(
     (computing,) = calls(client, 1)
     book.wait_entered()
     (cancelled,) = calls(client, 1)
-    eventually(lambda: len(server.app.engine.scheduler._queue) == 1)
+    eventually(lambda: server.app.engine.scheduler._queue.jobs == 1)
     cancelled.cancel()
     eventually(lambda: stats.cancelled + stats.expired == 1)
     (expired,) = calls(client, 1, timeout=0.2)
