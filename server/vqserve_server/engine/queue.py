@@ -130,6 +130,7 @@ class JobQueue:
 
     Attributes:
         jobs: how many jobs are not, or not completely, in a batch.
+        cost: seconds that they are expected to take.
     """
 
     def __init__(self, config: EngineConfig, speeds: Speeds | None = None) -> None:
@@ -139,7 +140,7 @@ class JobQueue:
         self._backlogs: dict[Caller, Backlog] = {}
         self._keys: dict[Key, Waiting] = {}
         self.jobs = 0
-        self._cost = 0.0
+        self.cost = 0.0
         self._now = 0.0
         # What the last job was like, and until when the device counts as shared by jobs that are not alike.
         self._last_mark: tuple[int, int] | None = None
@@ -156,10 +157,10 @@ class JobQueue:
         size = _size(job.rows)
         line = job.line = backlog.line(waiting, size)
         line.jobs[job] = None
-        cost = job.cost = waiting.speed.seconds(1, job.rows)
+        cost = job.cost = waiting.speed.job_s + job.rows * waiting.speed.row_s
         line.cost += cost
         backlog.cost += cost
-        self._cost += cost
+        self.cost += cost
         waiting.rows += job.rows
         self.jobs += 1
         mark = (waiting.mark, size)
@@ -172,7 +173,10 @@ class JobQueue:
         """Take a job out, if it is here."""
         line = job.line
         if line is not None:
-            self._charge(line, job.cost, job.rows - job.next_row)
+            line.cost -= job.cost
+            line.waiting.rows -= job.rows - job.next_row
+            line.backlog.cost -= job.cost
+            self.cost -= job.cost
             self._remove(line, job)
 
     def clear(self) -> list[Job]:
@@ -206,7 +210,7 @@ class JobQueue:
             before, lines = (0.0, backlog.num_lines + 1) if line is None else (line.cost, backlog.num_lines)
             ahead = min(backlog.cost, lines * (before + own) - own)
         # And for each turn of its caller each other caller has one.
-        return min(self._cost, callers * (ahead + own) - own), own
+        return min(self.cost, callers * (ahead + own) - own), own
 
     def take(self, now: float, *, allow_wait: bool) -> tuple[Batch | None, list[Job]]:
         """Return the next batch, and jobs that are dropped because their deadline cannot be met.
@@ -274,24 +278,20 @@ class JobQueue:
 
     def _move(self, line: Line, job: Job, rows: int, batch: Batch) -> None:
         """Put the next rows of a job into a batch."""
-        left = job.rows - job.next_row
+        left, backlog = job.rows - job.next_row, line.backlog
         cost = job.cost if rows == left else job.cost * rows / left
         line.clock += cost
-        line.backlog.clock += cost
+        line.cost -= cost
+        line.waiting.rows -= rows
+        backlog.clock += cost
+        backlog.cost -= cost
+        self.cost -= cost
         batch.cost += cost
         batch.add(job, rows)
-        self._charge(line, cost, rows)
         if rows == left:
             self._remove(line, job)
         else:
             job.cost -= cost
-
-    def _charge(self, line: Line, cost: float, rows: int) -> None:
-        """Count rows that wait no longer."""
-        line.cost -= cost
-        line.backlog.cost -= cost
-        self._cost -= cost
-        line.waiting.rows -= rows
 
     def _remove(self, line: Line, job: Job) -> None:
         """Take a job out, none of whose rows wait any longer."""
@@ -309,7 +309,7 @@ class JobQueue:
             del self._backlogs[backlog.caller]
         if not self.jobs:
             # Without the errors of many additions.
-            self._cost = 0.0
+            self.cost = 0.0
 
 
 def _size(rows: int) -> int:

@@ -19,6 +19,8 @@ from vqserve_server.engine.speed import Speeds
 # A request with a deadline may wait at most so long that this many times the wait would be in time. The rest is for
 # what the estimate does not know: those that come later and are first, and the time for message and reply.
 _CAUTION = 1.5
+# A request of so few rows takes less than so long.
+_FEW_ROWS, _SPARE_S = 1024, 1.0
 # Bounds of the delay before a retry.
 _LEAST_RETRY_S, _MOST_RETRY_S = 0.05, 10.0
 
@@ -61,7 +63,13 @@ class Scheduler:
         if deadline is not None and deadline <= now:
             self._stats.count_dropped(expired=1)
             raise DeadlineExceeded("the deadline passed before the request arrived")
-        if not self._queue.jobs:
+        most_s = self._queue.cost + self._on_device_s
+        if not self._queue.jobs or (
+            # All that waits, and more, would be in time: most requests of a server that is not overloaded.
+            rows <= _FEW_ROWS
+            and most_s <= (self._max_wait_s or most_s)
+            and (deadline is None or now + _CAUTION * most_s + _SPARE_S < deadline)
+        ):
             return
         wait_s, own_s = self._queue.expect(caller, key, rows)
         wait_s += self._on_device_s
