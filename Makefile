@@ -29,7 +29,7 @@ serve: $(VENV)/.installed  ## serve the demo codebook on localhost:50051
 	$(BIN)/vqserved serve
 
 test: $(VENV)/.installed  ## run all tests, on all cores (`ARGS` narrows them)
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
 # For the inner loop: nothing that starts processes or is long, and fewer cases of the largest tests. `ARGS` narrows these two.
 FAST ?= tests/wire tests/server tests/client --ignore=tests/client/bench
