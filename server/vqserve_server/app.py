@@ -107,7 +107,8 @@ class App:
 
     def refresh_access(self) -> None:
         """Read certificates and tokens again that have changed; they are also read at their next use."""
-        self._access.refresh()
+        # On a thread of its own: a file system may hang, which must not end a server that serves.
+        threading.Thread(target=self._access.refresh, name="vqserve-access", daemon=True).start()
 
     async def stop(self) -> bool:
         """Accept no more requests, answer the accepted ones, and stop; return whether all were answered in time."""
