@@ -107,8 +107,7 @@ class App:
 
     def refresh_access(self) -> None:
         """Read certificates and tokens again that have changed; they are also read at their next use."""
-        # On a thread of its own: a file system may hang, which must not end a server that serves.
-        threading.Thread(target=self._access.refresh, name="vqserve-access", daemon=True).start()
+        self._access.refresh()
 
     async def stop(self) -> bool:
         """Accept no more requests, answer the accepted ones, and stop; return whether all were answered in time."""
@@ -173,7 +172,8 @@ async def serve(
 
     def on_reload() -> None:
         if not stop.is_set():
-            app.refresh_access()
+            # On a thread of its own: a file system may hang, which must not end a server that serves.
+            threading.Thread(target=app.refresh_access, name="vqserve-access", daemon=True).start()
             reloader.request()
 
     def on_orphaned() -> None:
