@@ -172,8 +172,7 @@ async def serve(
 
     def on_reload() -> None:
         if not stop.is_set():
-            # On a thread of its own: a file system may hang, which must not end a server that serves.
-            threading.Thread(target=app.refresh_access, name="vqserve-access", daemon=True).start()
+            app.refresh_access()
             reloader.request()
 
     def on_orphaned() -> None:
