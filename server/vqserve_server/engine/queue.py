@@ -133,10 +133,10 @@ class JobQueue:
         cost: seconds that they are expected to take.
     """
 
-    def __init__(self, config: EngineConfig, speeds: Speeds | None = None) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         self._may_wait_s = config.max_wait_us * 1e-6
         self._batch_s = config.max_batch_ms * 1e-3 or math.inf
-        self._speeds = speeds or Speeds(config)
+        self._speeds = Speeds(config)
         self._backlogs: dict[Caller, Backlog] = {}
         self._keys: dict[Key, Waiting] = {}
         self.jobs = 0
@@ -173,10 +173,7 @@ class JobQueue:
         """Take a job out, if it is here."""
         line = job.line
         if line is not None:
-            line.cost -= job.cost
-            line.waiting.rows -= job.rows - job.next_row
-            line.backlog.cost -= job.cost
-            self.cost -= job.cost
+            self._charge(line, job.cost, job.rows - job.next_row)
             self._remove(line, job)
 
     def clear(self) -> list[Job]:
@@ -278,20 +275,24 @@ class JobQueue:
 
     def _move(self, line: Line, job: Job, rows: int, batch: Batch) -> None:
         """Put the next rows of a job into a batch."""
-        left, backlog = job.rows - job.next_row, line.backlog
+        left = job.rows - job.next_row
         cost = job.cost if rows == left else job.cost * rows / left
         line.clock += cost
-        line.cost -= cost
-        line.waiting.rows -= rows
-        backlog.clock += cost
-        backlog.cost -= cost
-        self.cost -= cost
+        line.backlog.clock += cost
         batch.cost += cost
         batch.add(job, rows)
+        self._charge(line, cost, rows)
         if rows == left:
             self._remove(line, job)
         else:
             job.cost -= cost
+
+    def _charge(self, line: Line, cost: float, rows: int) -> None:
+        """Count rows that wait no longer."""
+        line.cost -= cost
+        line.backlog.cost -= cost
+        self.cost -= cost
+        line.waiting.rows -= rows
 
     def _remove(self, line: Line, job: Job) -> None:
         """Take a job out, none of whose rows wait any longer."""

@@ -14,7 +14,6 @@ from vqserve_server.engine.batch import Batch
 from vqserve_server.engine.caller import Caller
 from vqserve_server.engine.job import Job, Key
 from vqserve_server.engine.queue import JobQueue
-from vqserve_server.engine.speed import Speeds
 
 # A request with a deadline may wait at most so long that this many times the wait would be in time. The rest is for
 # what the estimate does not know: those that come later and are first, and the time for message and reply.
@@ -38,8 +37,7 @@ class Scheduler:
         self._clock = clock
         self._max_wait_s = config.max_queue_ms * 1e-3
         self._stats = stats
-        self._speeds = Speeds(config)
-        self._queue = JobQueue(config, self._speeds)
+        self._queue = JobQueue(config)
         self._changed = threading.Condition(threading.Lock())
         self._on_device: dict[str, Batch] = {}  # by the name of the thread that computes it
         self._on_device_s = 0.0  # seconds that those are expected to take
