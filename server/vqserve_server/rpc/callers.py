@@ -33,11 +33,12 @@ class Callers:
         Raises:
             Unauthenticated: the call has no valid token.
         """
-        token = None if self._tokens is None else self._tokens.authenticate(metadata, peer=_name(peer))
-        key: Token | str = token or _name(peer)
+        name = _name(peer)
+        token = None if self._tokens is None else self._tokens.authenticate(metadata, peer=name)
+        key = token or name
         caller = self._callers.get(key)
         if caller is None:
-            caller = self._callers[key] = Caller(_name(peer) if token is None else token.name, token=token)
+            caller = self._callers[key] = Caller(name if token is None else token.name, token=token)
         caller.calls += 1
         return caller
 

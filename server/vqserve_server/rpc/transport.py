@@ -249,10 +249,7 @@ class Transport:
         else:
             caller.accepted += 1
             self._accepted.add(call)
-            try:
-                handler(call)
-            except Exception as error:
-                call.fail(error)
+            _handle(handler, call)
             return
         # Its caller may never read why. Such calls must not keep those of others waiting.
         too_many = self._refused.enter(call)
@@ -279,10 +276,7 @@ class Transport:
         too_many = self._places[method].enter(call)
         if too_many is not None:
             too_many.abort(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "there are too many calls of this method"))
-        try:
-            self._handlers[method](call)
-        except Exception as error:
-            call.fail(error)
+        _handle(self._handlers[method], call)
 
     def _on_reserved_end(self, call: Call) -> None:
         self._reserved_calls.discard(call)
@@ -301,3 +295,10 @@ class Transport:
         self._stopped.set()
         # That thread may wait for an event.
         self._shut_down(self._reserved_queue, self._reserved_calls)
+
+
+def _handle(handler: Handler, call: Call) -> None:
+    try:
+        handler(call)
+    except Exception as error:
+        call.fail(error)
