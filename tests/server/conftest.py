@@ -1,9 +1,10 @@
-"""Tokenizers for tests of the engine and of the gRPC edge: small, quick, and stoppable."""
+"""Tokenizers for tests of the engine and of the gRPC edge: small, quick, and stoppable; and faults for real servers."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from support.brute_force import nearest
+from support.faults import Faults
 from vqserve.codebook_info import CodebookInfo
 
 
@@ -80,3 +82,17 @@ def fake() -> Iterator[Callable[..., FakeTokenizer]]:
     yield make
     for tokenizer in made:
         tokenizer.release()
+
+
+@pytest.fixture
+def faults(tmp_path: Path) -> Faults:
+    """Faults for a server whose environment has `faults.environ`."""
+    folder = tmp_path / "faults"
+    folder.mkdir()
+    return Faults(folder)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path, put: Callable[..., Any]) -> Any:
+    """The tokenizer of a codebook that is in tmp_path / "book.safetensors"."""
+    return put(tmp_path / "book.safetensors")

@@ -22,18 +22,6 @@ LATENTS = np.random.default_rng(0).standard_normal((700, 4)).astype(np.float32)
 
 
 @pytest.fixture
-def faults(tmp_path: Path) -> Faults:
-    folder = tmp_path / "faults"
-    folder.mkdir()
-    return Faults(folder)
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path, put: Callable[..., Any]) -> Any:
-    return put(tmp_path / "book.safetensors")
-
-
-@pytest.fixture
 def daemon(vqserved: Callable[..., Any], tmp_path: Path, tokenizer: Any, faults: Faults) -> Any:
     return vqserved(tmp_path / "book.safetensors", "--watchdog-seconds", 4, **faults.environ)
 
