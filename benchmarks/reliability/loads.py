@@ -23,14 +23,7 @@ def idle_streams(control: Control, target: str, streams: int, connections: int) 
     for i in range(streams):
         method = channels[i % connections].stream_stream(ENCODE_STREAM)
         calls.append(method(_until(control)))
-    control.wait(2.0)
-    control.begin()
-    ended = 0
-    while not control.wait(0.1):
-        ended = sum(not call.is_active() for call in calls)
-    for channel in channels:
-        channel.close()
-    return ended
+    return _hold(control, channels, calls)
 
 
 def _until(control: Control) -> Any:
@@ -48,6 +41,11 @@ def watches(control: Control, target: str, count: int, connections: int) -> int:
         health_pb2_grpc.HealthStub(channels[i % connections]).Watch(health_pb2.HealthCheckRequest())
         for i in range(count)
     ]
+    return _hold(control, channels, calls)
+
+
+def _hold(control: Control, channels: list[grpc.Channel], calls: list[Any]) -> int:
+    """Keep the calls open; return how many the server ended."""
     control.wait(2.0)
     control.begin()
     ended = 0
