@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import time
 from collections.abc import Iterable
 from http import HTTPStatus
 
@@ -20,11 +19,9 @@ class Scrape:
     Attributes:
         text: the answer.
         kinds: the kinds of the families, by their names.
-        seconds: how long it took.
     """
 
     def __init__(self, port: int, accept: str = "") -> None:
-        started = time.monotonic()
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         with contextlib.closing(connection):
             connection.request("GET", "/metrics", headers={"Accept": accept})
@@ -32,7 +29,6 @@ class Scrape:
             assert response.status == HTTPStatus.OK
             self.content_type = response.headers["Content-Type"]
             self.text = response.read().decode()
-        self.seconds = time.monotonic() - started
         parse = text_string_to_metric_families if accept == "" else openmetrics.text_string_to_metric_families
         families = list(parse(self.text))
         self.kinds = {family.name: family.type for family in families}
