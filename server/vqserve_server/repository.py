@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,6 +102,14 @@ class Repository:
         free_memory()
         if self._device == "auto" and (reason := why_no_cuda()):
             logger.info(event("device_chosen", device="cpu", reason=reason))
+
+    def examine(self) -> Iterator[tuple[str, Path, Tokenizer | VqserveError]]:
+        """Yield each codebook that `load` would load, or why it cannot, and keep none: one at a time is in memory."""
+        for name, path in find_codebooks(self._sources).files.items():
+            try:
+                yield name, path, self._load(name, path).tokenizer
+            except VqserveError as error:
+                yield name, path, error
 
     def reload(self) -> ReloadCounts:
         """Load the files that have changed, and drop those whose file was removed.

@@ -1,13 +1,14 @@
-"""Where the settings come from: flags override VQSERVE_* environment variables, which override defaults."""
+"""Where the settings come from: flags override VQSERVE_* variables, which override a file, which overrides defaults."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from vqserve_server.config import values
+from vqserve_server.config.file import CODEBOOKS, ConfigError, SettingsFile, near, read_file
 from vqserve_server.config.settings import ENV_PREFIX, GROUPS, SETTINGS, ServeConfig, flag
 
 # These belong to the client; a shell may set them for both.
@@ -28,12 +29,34 @@ CLIENT_VARIABLES = frozenset(
 )
 
 
-class ConfigError(ValueError):
-    """A setting does not exist or has an invalid value; the text names it."""
+# Names the file. It is no setting: it cannot be in the file.
+CONFIG_FLAG, CONFIG_VARIABLE = "--config", ENV_PREFIX + "CONFIG"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The settings, and where they come from.
+
+    Attributes:
+        config: the settings.
+        codebooks: files and folders to serve; empty: the demo codebook.
+        origins: what sets a setting, by its name, and the codebooks: a flag, a variable or a file. Without what has its
+            default.
+    """
+
+    config: ServeConfig
+    codebooks: tuple[str, ...]
+    origins: Mapping[str, str]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add one flag for each setting to a parser; a flag that is not given is not in the namespace."""
+    parser.add_argument(
+        CONFIG_FLAG,
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help=f"TOML file of settings and codebooks; flags and variables override it ({CONFIG_VARIABLE})",
+    )
     for setting in SETTINGS:
 
         def parse_flag(text: str, parse: Callable[[str], Any] = setting.parse) -> Any:
@@ -55,36 +78,61 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServeConfig:
-    """Return the settings: flags (see `add_flags`) override environment variables, which override defaults.
+def load(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Resolved:
+    """Return the settings, and where they come from.
+
+    Args:
+        flags: see `add_flags`; "sources": the codebooks of the command line.
+        environ: environment variables.
 
     Raises:
-        ConfigError: a VQSERVE_* variable is unknown or has a bad value, or two settings contradict each other.
+        ConfigError: a variable, a key of the file or a value is wrong, or two settings contradict each other.
     """
     _check_variables(environ)
+    path = flags.get("config", environ.get(CONFIG_VARIABLE))
+    file = read_file(path) if path else SettingsFile("")
     found: dict[str | None, dict[str, Any]] = {None: {}, **{group: {} for group in GROUPS}}
+    origins = {}
     for setting in SETTINGS:
-        if setting.name in flags:
-            found[setting.group][setting.name] = flags[setting.name]
-        elif setting.variable in environ:
+        name, variable = setting.name, setting.variable
+        if name in flags:
+            value, origins[name] = flags[name], setting.flag
+        elif variable in environ:
             try:
-                found[setting.group][setting.name] = setting.parse(environ[setting.variable])
+                value, origins[name] = setting.parse(environ[variable]), variable
             except ValueError as error:
-                raise ConfigError(f"{setting.variable} {error}") from None
+                raise ConfigError(f"{variable} {error}") from None
+        elif name in file.settings:
+            value, origins[name] = file.settings[name], file.path
+        else:
+            continue
+        found[setting.group][name] = value
     config = ServeConfig(**{group: cls(**found[group]) for group, cls in GROUPS.items()}, **found[None])
     _check_together(config)
-    return config
+    named = tuple(flags.get("sources", ()))
+    if named or file.codebooks:
+        origins[CODEBOOKS] = "the command line" if named else file.path
+    return Resolved(config, named or file.codebooks, origins)
+
+
+def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServeConfig:
+    """Return the settings; see `load`."""
+    return load(flags, environ).config
 
 
 def _check_variables(environ: Mapping[str, str]) -> None:
-    known = {setting.variable for setting in SETTINGS}
+    # Without the prefix, which would make every two names similar.
+    known = {variable.removeprefix(ENV_PREFIX): variable for variable in (CONFIG_VARIABLE, *_variables())}
     for name in environ:
-        if name.startswith(ENV_PREFIX) and name not in known | CLIENT_VARIABLES:
-            # The prefix would make every two names similar.
-            bare = [one.removeprefix(ENV_PREFIX) for one in known]
-            near = difflib.get_close_matches(name.removeprefix(ENV_PREFIX), bare, 1, cutoff=0.75)
-            hint = f": did you mean {ENV_PREFIX}{near[0]}?" if near else ""
+        bare = name.removeprefix(ENV_PREFIX)
+        if name.startswith(ENV_PREFIX) and bare not in known and name not in CLIENT_VARIABLES:
+            meant = near(bare, known)
+            hint = f": did you mean {known[meant]}?" if meant else ""
             raise ConfigError(f"unknown environment variable {name}{hint}")
+
+
+def _variables() -> list[str]:
+    return [setting.variable for setting in SETTINGS]
 
 
 def _check_together(config: ServeConfig) -> None:
