@@ -48,6 +48,7 @@ class App:
         tokenizers: Sequence[Tokenizer],
         config: ServeConfig | None = None,
         *,
+        labels: Mapping[str, str] | None = None,
         access: Access | None = None,
         shares_port: bool = False,
         on_broken: Callable[[], None] = lambda: None,
@@ -57,6 +58,7 @@ class App:
         Args:
             tokenizers: the codebooks to serve.
             config: all settings.
+            labels: further names of the codebooks: {"book@stable": "book@3"}.
             access: certificates and tokens; None: those of the settings.
             shares_port: whether other processes listen on the port too.
             on_broken: called, from any thread, when the server can serve no longer.
@@ -69,6 +71,7 @@ class App:
         self.engine = Engine(
             tokenizers,
             self._config.engine,
+            labels=labels,
             on_broken=self._on_broken,
         )
         self._access = access or Access(self._config.access)
@@ -100,9 +103,9 @@ class App:
             logger.info(event("listening", address=f"unix:{self._config.rpc.unix_socket}"))
         return port
 
-    def swap(self, tokenizers: Sequence[Tokenizer]) -> None:
+    def swap(self, tokenizers: Sequence[Tokenizer], labels: Mapping[str, str] | None = None) -> None:
         """Serve these codebooks from now on; a request that arrived before uses only the old ones."""
-        self.engine.swap(tokenizers)
+        self.engine.swap(tokenizers, labels)
         self._rpc.use_live_set()
 
     def refresh_access(self) -> None:
@@ -157,9 +160,16 @@ async def serve(
 
     SIGHUP reloads the repository. A SIGHUP during the start is handled when the server is ready.
     """
-    app = App(repository.tokenizers, config, access=access, shares_port=worker is not None, on_broken=on_broken)
+    app = App(
+        repository.tokenizers,
+        config,
+        labels=repository.labels,
+        access=access,
+        shares_port=worker is not None,
+        on_broken=on_broken,
+    )
     watchdog = _watchdog(app, config, heartbeat)
-    reloader = Reloader(repository, lambda: app.swap(repository.tokenizers))
+    reloader = Reloader(repository, lambda: app.swap(repository.tokenizers, repository.labels))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
