@@ -27,6 +27,7 @@ from vqserve_server.heartbeat import Heartbeat
 from vqserve_server.network import address, check, check_protected, check_unix_socket
 from vqserve_server.process import allow_connections
 from vqserve_server.repository import Reloader, Repository
+from vqserve_server.rescan import Rescan
 from vqserve_server.rpc import RpcServer
 from vqserve_server.tokenizer import Tokenizer
 
@@ -154,6 +155,7 @@ async def serve(
     *,
     worker: int | None = None,
     heartbeat: Heartbeat | None = None,
+    rescan: Rescan | None = None,
     on_broken: Callable[[], None] = lambda: None,
 ) -> int:
     """Serve until a stop signal arrives; return the exit code. A fault of the device ends the process with 1.
@@ -201,12 +203,13 @@ async def serve(
     if watchdog is not None:
         watchdog.start()
     _announce(repository.tokenizers, config.rpc.host, port)
+    looking = None if rescan is None else asyncio.create_task(rescan.run(on_reload))
     done, pending = await asyncio.wait(
         [asyncio.create_task(stop.wait()), asyncio.create_task(app.broken.wait())],
         return_when=asyncio.FIRST_COMPLETED,
     )
     del done
-    for task in pending:
+    for task in (*pending, *([] if looking is None else [looking])):
         task.cancel()
     if watchdog is not None:
         watchdog.stop()
@@ -248,6 +251,7 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
             check_unix_socket(config.rpc.unix_socket)
     allow_connections(config.rpc.max_connections)
     access = Access(config.access)
+    rescan = Rescan(sources, config.rescan_seconds)
     repository = Repository(sources, device=config.device, search=config.search)
     repository.load()
     # The present objects stay alive; a collection after a swap can skip them.
@@ -255,7 +259,17 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
     heartbeat = None if worker is None else Heartbeat.of(os.environ)
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
         on_broken = partial(_end_in_any_case, nowhere)
-        return asyncio.run(serve(repository, config, access, worker=worker, heartbeat=heartbeat, on_broken=on_broken))
+        return asyncio.run(
+            serve(
+                repository,
+                config,
+                access,
+                worker=worker,
+                heartbeat=heartbeat,
+                rescan=rescan,
+                on_broken=on_broken,
+            )
+        )
 
 
 def _watchdog(app: App, config: ServeConfig, heartbeat: Heartbeat | None) -> Watchdog | None:

@@ -52,6 +52,8 @@ def test_flags_win_over_environment_over_defaults() -> None:
         ("VQSERVE_MAX_MESSAGE_BYTES", "-1", "VQSERVE_MAX_MESSAGE_BYTES must be an integer from 4096"),
         ("VQSERVE_DRAIN_SECONDS", "nan", "VQSERVE_DRAIN_SECONDS must be a number of seconds from 0 to 86400"),
         ("VQSERVE_DRAIN_SECONDS", "soon", "VQSERVE_DRAIN_SECONDS must be a number of seconds"),
+        ("VQSERVE_WATCHDOG_SECONDS", "2", "VQSERVE_WATCHDOG_SECONDS must be 0 or from 3 to 86400 seconds, not '2'"),
+        ("VQSERVE_RESCAN_SECONDS", "0.5", "VQSERVE_RESCAN_SECONDS must be 0 or from 1 to 86400 seconds, not '0.5'"),
         ("VQSERVE_DEVICE", "tpu", "VQSERVE_DEVICE must be auto, cpu, cuda or cuda:N, not 'tpu'"),
         ("VQSERVE_LOG_LEVEL", "loud", "VQSERVE_LOG_LEVEL must be one of debug, info, warning, error, not 'loud'"),
         ("VQSERVE_HOST", "", "VQSERVE_HOST must not be empty"),

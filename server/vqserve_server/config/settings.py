@@ -158,7 +158,13 @@ class ServeConfig:
     watchdog_seconds: float = _setting(
         30.0,
         "seconds after which a computation that has not returned is a fault, which ends the process; 0: never",
-        values.watchdog_seconds,
+        # Below this a pause of a busy machine would be a fault.
+        values.zero_or_seconds(3),
+    )
+    rescan_seconds: float = _setting(
+        0.0,
+        "seconds from one look at the codebook files to the next; what has changed is loaded; 0: only on a reload",
+        values.zero_or_seconds(1),
     )
     log_level: str = _setting("info", f"one of {', '.join(values.LOG_LEVELS)}", values.log_level)
 

@@ -53,13 +53,16 @@ def seconds(value: str) -> float:
     return number
 
 
-def watchdog_seconds(value: str) -> float:
-    """Return a number of seconds that is 0 or at least 3."""
-    number = seconds(value)
-    # Below this a pause of a busy machine would be a fault.
-    if 0 < number < 3:
-        raise ValueError(f"must be 0 or from 3 to 86400 seconds, not {value!r}")
-    return number
+def zero_or_seconds(low: int) -> Callable[[str], float]:
+    """Return a function that reads a number of seconds that is 0 or at least `low`."""
+
+    def parse(value: str) -> float:
+        number = seconds(value)
+        if 0 < number < low:
+            raise ValueError(f"must be 0 or from {low} to 86400 seconds, not {value!r}")
+        return number
+
+    return parse
 
 
 def switch(value: str) -> bool:
