@@ -27,6 +27,7 @@ from vqserve_server.heartbeat import Heartbeat
 from vqserve_server.network import address, check, check_protected, check_unix_socket
 from vqserve_server.process import allow_connections
 from vqserve_server.repository import Reloader, Repository
+from vqserve_server.rescan import Rescan
 from vqserve_server.rpc import RpcServer
 from vqserve_server.tokenizer import Tokenizer
 
@@ -48,6 +49,7 @@ class App:
         tokenizers: Sequence[Tokenizer],
         config: ServeConfig | None = None,
         *,
+        labels: Mapping[str, str] | None = None,
         access: Access | None = None,
         shares_port: bool = False,
         on_broken: Callable[[], None] = lambda: None,
@@ -57,6 +59,7 @@ class App:
         Args:
             tokenizers: the codebooks to serve.
             config: all settings.
+            labels: further names of the codebooks: {"book@stable": "book@3"}.
             access: certificates and tokens; None: those of the settings.
             shares_port: whether other processes listen on the port too.
             on_broken: called, from any thread, when the server can serve no longer.
@@ -69,6 +72,7 @@ class App:
         self.engine = Engine(
             tokenizers,
             self._config.engine,
+            labels=labels,
             on_broken=self._on_broken,
         )
         self._access = access or Access(self._config.access)
@@ -100,9 +104,9 @@ class App:
             logger.info(event("listening", address=f"unix:{self._config.rpc.unix_socket}"))
         return port
 
-    def swap(self, tokenizers: Sequence[Tokenizer]) -> None:
+    def swap(self, tokenizers: Sequence[Tokenizer], labels: Mapping[str, str] | None = None) -> None:
         """Serve these codebooks from now on; a request that arrived before uses only the old ones."""
-        self.engine.swap(tokenizers)
+        self.engine.swap(tokenizers, labels)
         self._rpc.use_live_set()
 
     def refresh_access(self) -> None:
@@ -151,15 +155,23 @@ async def serve(
     *,
     worker: int | None = None,
     heartbeat: Heartbeat | None = None,
+    rescan: Rescan | None = None,
     on_broken: Callable[[], None] = lambda: None,
 ) -> int:
     """Serve until a stop signal arrives; return the exit code. A fault of the device ends the process with 1.
 
     SIGHUP reloads the repository. A SIGHUP during the start is handled when the server is ready.
     """
-    app = App(repository.tokenizers, config, access=access, shares_port=worker is not None, on_broken=on_broken)
+    app = App(
+        repository.tokenizers,
+        config,
+        labels=repository.labels,
+        access=access,
+        shares_port=worker is not None,
+        on_broken=on_broken,
+    )
     watchdog = _watchdog(app, config, heartbeat)
-    reloader = Reloader(repository, lambda: app.swap(repository.tokenizers))
+    reloader = Reloader(repository, lambda: app.swap(repository.tokenizers, repository.labels))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -191,12 +203,13 @@ async def serve(
     if watchdog is not None:
         watchdog.start()
     _announce(repository.tokenizers, config.rpc.host, port)
+    looking = None if rescan is None else asyncio.create_task(rescan.run(on_reload))
     done, pending = await asyncio.wait(
         [asyncio.create_task(stop.wait()), asyncio.create_task(app.broken.wait())],
         return_when=asyncio.FIRST_COMPLETED,
     )
     del done
-    for task in pending:
+    for task in (*pending, *([] if looking is None else [looking])):
         task.cancel()
     if watchdog is not None:
         watchdog.stop()
@@ -238,6 +251,7 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
             check_unix_socket(config.rpc.unix_socket)
     allow_connections(config.rpc.max_connections)
     access = Access(config.access)
+    rescan = Rescan(sources, config.rescan_seconds)
     repository = Repository(sources, device=config.device, search=config.search)
     repository.load()
     # The present objects stay alive; a collection after a swap can skip them.
@@ -245,7 +259,17 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
     heartbeat = None if worker is None else Heartbeat.of(os.environ)
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
         on_broken = partial(_end_in_any_case, nowhere)
-        return asyncio.run(serve(repository, config, access, worker=worker, heartbeat=heartbeat, on_broken=on_broken))
+        return asyncio.run(
+            serve(
+                repository,
+                config,
+                access,
+                worker=worker,
+                heartbeat=heartbeat,
+                rescan=rescan,
+                on_broken=on_broken,
+            )
+        )
 
 
 def _watchdog(app: App, config: ServeConfig, heartbeat: Heartbeat | None) -> Watchdog | None:

@@ -25,6 +25,7 @@ from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
 from vqserve_server.heartbeat import HEARTBEAT_VARIABLE, Checks, Pulse
 from vqserve_server.network import check_protected, reserve
+from vqserve_server.rescan import Rescan
 
 # Environment variable with the number of a worker; it is not a setting for users.
 WORKER_VARIABLE = "_VQSERVE_WORKER"
@@ -67,6 +68,8 @@ def worker_environment(config: ServeConfig, number: int, port: int) -> dict[str,
         device=devices[number % len(devices)],
         workers=1,
         devices="",
+        # The parent looks, so that all workers reload at once.
+        rescan_seconds=0.0,
     )
     plain = {name: value for name, value in os.environ.items() if not name.startswith(settings.ENV_PREFIX)}
     threads = max(1, len(os.sched_getaffinity(0)) // config.workers)
@@ -241,7 +244,7 @@ def _send(process: asyncio.subprocess.Process, number: int) -> None:
             os.kill(process.pid, number)
 
 
-async def serve(sources: Sequence[str], config: ServeConfig, port: int) -> int:
+async def serve(sources: Sequence[str], config: ServeConfig, port: int, rescan: Rescan) -> int:
     """Run the workers until a stop signal arrives; return the exit code.
 
     Raises:
@@ -267,7 +270,9 @@ async def serve(sources: Sequence[str], config: ServeConfig, port: int) -> int:
         line = (await starting).rstrip("\n")
         sys.stdout.write(f"{line}, {config.workers} workers\n")
         sys.stdout.flush()
+        looking = asyncio.create_task(rescan.run(workers.reload))
         await stopping
+        looking.cancel()
     starting.cancel()
     return 0 if await workers.stop() else 1
 
@@ -289,4 +294,5 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     if config.access.health_port:
         reserve(host, config.access.health_port, shared=False, flag="--health-port").close()
     with reserve(host, port, shared=True) as held:
-        return asyncio.run(serve(sources, config, held.getsockname()[1]))
+        rescan = Rescan(sources, config.rescan_seconds)
+        return asyncio.run(serve(sources, config, held.getsockname()[1], rescan))
