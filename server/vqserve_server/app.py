@@ -33,6 +33,7 @@ from vqserve_server.metrics.store import METRICS, NBYTES
 from vqserve_server.network import address, check, check_protected, check_unix_socket
 from vqserve_server.process import allow_connections
 from vqserve_server.repository import Reloader, Repository
+from vqserve_server.rescan import Rescan
 from vqserve_server.rpc import RpcServer
 from vqserve_server.search import SearchCounts
 from vqserve_server.tokenizer import Tokenizer
@@ -73,6 +74,7 @@ class App:
         tokenizers: Sequence[Tokenizer],
         config: ServeConfig | None = None,
         *,
+        labels: Mapping[str, str] | None = None,
         access: Access | None = None,
         metrics: Metrics | None = None,
         shares_port: bool = False,
@@ -83,6 +85,7 @@ class App:
         Args:
             tokenizers: the codebooks to serve.
             config: all settings.
+            labels: further names of the codebooks: {"book@stable": "book@3"}.
             access: certificates and tokens; None: those of the settings.
             metrics: counts what the server does; None: nobody reads them.
             shares_port: whether other processes listen on the port too.
@@ -97,6 +100,7 @@ class App:
         self.engine = Engine(
             tokenizers,
             self._config.engine,
+            labels=labels,
             metrics=metrics,
             on_broken=self._on_broken,
         )
@@ -131,9 +135,9 @@ class App:
             logger.info(event("listening", address=f"unix:{self._config.rpc.unix_socket}"))
         return port
 
-    def swap(self, tokenizers: Sequence[Tokenizer]) -> None:
+    def swap(self, tokenizers: Sequence[Tokenizer], labels: Mapping[str, str] | None = None) -> None:
         """Serve these codebooks from now on; a request that arrived before uses only the old ones."""
-        self.engine.swap(tokenizers)
+        self.engine.swap(tokenizers, labels)
         self._publish(tokenizers)
         self._rpc.use_live_set()
 
@@ -225,6 +229,7 @@ async def serve(
     processes: Processes | None = None,
     worker: int | None = None,
     heartbeat: Heartbeat | None = None,
+    rescan: Rescan | None = None,
     on_broken: Callable[[], None] = lambda: None,
 ) -> int:
     """Serve until a stop signal arrives; return the exit code. A fault of the device ends the process with 1.
@@ -234,6 +239,7 @@ async def serve(
     app = App(
         repository.tokenizers,
         config,
+        labels=repository.labels,
         access=access,
         metrics=metrics,
         shares_port=worker is not None,
@@ -242,7 +248,7 @@ async def serve(
     watchdog = _watchdog(app, config, heartbeat)
     reloader = Reloader(
         repository,
-        lambda: app.swap(repository.tokenizers),
+        lambda: app.swap(repository.tokenizers, repository.labels),
         on_result=lambda result: app.engine.metrics.add("reloads", result=result),
     )
     stop = asyncio.Event()
@@ -278,12 +284,13 @@ async def serve(
     if processes is not None:
         processes.ready.add(worker or 0)
     _announce(repository.tokenizers, config.rpc.host, port)
+    looking = None if rescan is None else asyncio.create_task(rescan.run(on_reload))
     done, pending = await asyncio.wait(
         [asyncio.create_task(stop.wait()), asyncio.create_task(app.broken.wait())],
         return_when=asyncio.FIRST_COMPLETED,
     )
     del done
-    for task in pending:
+    for task in (*pending, *([] if looking is None else [looking])):
         task.cancel()
     if watchdog is not None:
         watchdog.stop()
@@ -335,6 +342,7 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
             # Before the codebooks are loaded, which may take minutes.
             stack.enter_context(MetricsPort(config, access, processes, [memory]))
         nowhere = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
+        rescan = Rescan(sources, config.rescan_seconds)
         counts_of = partial(LiveCounts, metrics)
         repository = Repository(sources, device=config.device, search=config.search, counts_of=counts_of)
         repository.load()
@@ -348,6 +356,7 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
             processes=processes,
             worker=worker,
             heartbeat=heartbeat,
+            rescan=rescan,
             on_broken=partial(_end_in_any_case, nowhere),
         )
         return asyncio.run(serving)
