@@ -251,7 +251,7 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
     Raises:
         VqserveError: the daemon cannot start.
     """
-    console.set_up(config.log_level, worker=worker)
+    console.set_up(config.log_level, form=config.log_format, worker=worker)
     if worker is None:
         grpcio_release.warn_if_untested()
     find_codebooks(sources).check()

@@ -189,7 +189,8 @@ class ServeConfig:
         "seconds from one look at the codebook files to the next; what has changed is loaded; 0: only on a reload",
         values.zero_or_seconds(1),
     )
-    log_level: str = _setting("info", f"one of {', '.join(values.LOG_LEVELS)}", values.log_level)
+    log_level: str = _setting("info", f"one of {', '.join(values.LOG_LEVELS)}", values.one_of(values.LOG_LEVELS))
+    log_format: str = _setting("text", "text, or json: one object a line", values.one_of(values.LOG_FORMATS))
 
 
 @dataclass(frozen=True)
