@@ -8,15 +8,19 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import grpc
 
 from vqserve import wire
 from vqserve.errors import Draining, Overloaded, VqserveError
 from vqserve_server.access import Token
 from vqserve_server.engine import Caller, Engine, Job
+from vqserve_server.metrics.recorder import FailedRequests
 from vqserve_server.process import trim_memory
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.headers import HeaderCache, RequestHeader
+from vqserve_server.rpc.status import code_of
 
 # Larger messages are validated on another thread. Validating this many bytes takes half a millisecond; the change of
 # thread takes a part of that, and needs another core.
@@ -49,13 +53,28 @@ class Recipient(Protocol):
     def ready(self) -> None:
         """React to a request whose `reply` can be called."""
 
-    def rejected(self, error: Exception, held: int) -> None:
-        """React to a request that is not valid, or for which the server has no capacity.
+    def rejected(self, rejection: Rejection) -> None:
+        """React to a request that is not valid, or for which the server has no capacity, and count it."""
 
-        Args:
-            error: why.
-            held: bytes that the admission holds for the message; the recipient must let go of them.
-        """
+
+class Rejection(NamedTuple):
+    """A request that is not valid, or for which the server has no capacity.
+
+    Attributes:
+        error: why.
+        held: bytes that the admission holds for the message; the recipient must let go of them.
+        metrics: where it is counted, if it does not start again.
+        nbytes: size of the message.
+    """
+
+    error: Exception
+    held: int
+    metrics: FailedRequests
+    nbytes: int
+
+    def count_end(self, status: grpc.StatusCode | None = None) -> None:
+        """Count the request as ended, with that status; None: the one of the error."""
+        self.metrics.failed((status or code_of(self.error)).name, self.nbytes)
 
 
 class Requests:
@@ -92,12 +111,13 @@ class Requests:
                 self._engine.admission.hold(recipient.caller, len(raw) - held)
                 held = len(raw)
         except VqserveError as error:
-            recipient.rejected(error, held)
+            recipient.rejected(Rejection(error, held, headers.unresolved, len(raw)))
             return
         try:
             self._pool.submit(self._start, recipient, headers, raw, received_at, held)
         except RuntimeError:
-            recipient.rejected(Draining("the server is stopping"), held)
+            stopping = Draining("the server is stopping")
+            recipient.rejected(Rejection(stopping, held, headers.unresolved, len(raw)))
 
     def give_memory_back(self) -> None:
         """Give free memory back to the system, on another thread, if large requests were here and are no more.
@@ -123,11 +143,13 @@ class Requests:
     def _start(
         self, recipient: Recipient, headers: HeaderCache[Any], raw: bytes, received_at: float, held: int
     ) -> None:
+        metrics: FailedRequests = headers.unresolved
         try:
             token = recipient.caller.token
             # Also for each message of a stream: the token may have been revoked meanwhile.
             codebooks = None if token is None else token.check().codebooks
             header, data = headers.find(raw, codebooks)
+            metrics = header.metrics
             if header.rows:
                 self._engine.scheduler.check(recipient.caller, header.key, header.rows, recipient.deadline)
             nbytes = len(raw) + header.reply_bytes
@@ -144,7 +166,7 @@ class Requests:
                 request.release()
                 raise
         except Exception as error:
-            recipient.rejected(error, held)
+            recipient.rejected(Rejection(error, held, metrics, len(raw)))
             return
         if not recipient.accepted(request):
             request.release()
@@ -162,10 +184,14 @@ class Request:
 
     Attributes:
         nbytes: size of the request and of the payload of its reply.
+        rows: its tokens.
+        message_bytes: size of the request.
         job: None if there is nothing to compute.
         buffer: the reply that the job writes.
+        is_counted: whether the metrics have counted its end.
     """
 
+    is_counted = False
     job: Job | None = None
     buffer: wire.ReplyBuffer | None = None
 
@@ -190,6 +216,8 @@ class Request:
         else:
             _enter_at_rate(engine, caller, token, header.rows, nbytes, held=held)
         self.nbytes = nbytes
+        self.rows = header.rows
+        self.message_bytes = nbytes - header.reply_bytes
         self._engine = engine
         self._caller = caller
         self._header = header
@@ -206,24 +234,39 @@ class Request:
         Raises:
             VqserveError: the request failed.
         """
+        header = self._header
+        seconds = time.monotonic() - self._received_at
         if self.job is None or self.buffer is None:
-            return self._header.empty_reply
-        timing = self.job.outcome
-        if timing is None:
-            raise RuntimeError("the request is not answered yet")
-        if isinstance(timing, BaseException):
-            raise timing
-        total_us = round((time.monotonic() - self._received_at) * 1e6)
-        # In the order of the fields of ServedStats.
-        return self.buffer.write_header(
-            (timing.queue_us, timing.compute_us, total_us, timing.batch_requests, timing.batch_rows)
-        )
+            queue_us, reply = 0, header.empty_reply
+        else:
+            timing = self.job.outcome
+            if timing is None:
+                raise RuntimeError("the request is not answered yet")
+            if isinstance(timing, BaseException):
+                header.metrics.failed_once(self, code_of(timing).name)
+                raise timing
+            queue_us = timing.queue_us
+            # In the order of the fields of ServedStats.
+            reply = self.buffer.write_header(
+                (queue_us, timing.compute_us, round(seconds * 1e6), timing.batch_requests, timing.batch_rows)
+            )
+        # Before it is sent: a caller with a reply finds its request in the metrics.
+        header.metrics.answered(self, seconds, queue_us * 1e-6, len(reply))
+        return reply
 
     def release(self) -> None:
         """Stop counting the request, after its reply is sent or its caller has left."""
         if self.job is not None and self.job.outcome is None:
             self._engine.scheduler.cancel(self.job)
-        self._engine.admission.leave(self._caller, self._header.rows, self.nbytes)
+        if not self.is_counted:
+            self._header.metrics.failed_once(self, self._why_unanswered.name)
+        self._engine.admission.leave(self._caller, self.rows, self.nbytes)
+
+    @property
+    def _why_unanswered(self) -> grpc.StatusCode:
+        deadline = None if self.job is None else self.job.deadline
+        is_late = deadline is not None and deadline <= time.monotonic()
+        return grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
 
 
 def _enter_at_rate(engine: Engine, caller: Caller, token: Token, rows: int, nbytes: int, *, held: int) -> None:
@@ -280,10 +323,11 @@ class UnaryCall:
         else:
             self._call.end(message=reply)
 
-    def rejected(self, error: Exception, held: int) -> None:
+    def rejected(self, rejection: Rejection) -> None:
         """End the call with the error."""
-        self._requests.let_go(self.caller, held)
-        self._call.fail(error)
+        self._requests.let_go(self.caller, rejection.held)
+        rejection.count_end()
+        self._call.fail(rejection.error)
 
     def _closed(self) -> None:
         with _fields:

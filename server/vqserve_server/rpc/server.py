@@ -11,6 +11,7 @@ from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.access import Access
 from vqserve_server.config import RpcConfig
 from vqserve_server.engine import Engine
+from vqserve_server.metrics.families import OPERATIONS
 from vqserve_server.network import address
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.callers import Callers
@@ -21,10 +22,16 @@ from vqserve_server.rpc.messages import codebook_message, parse
 from vqserve_server.rpc.options import channel_options
 from vqserve_server.rpc.reflection import Reflection
 from vqserve_server.rpc.request import Requests
+from vqserve_server.rpc.status import code_of
 from vqserve_server.rpc.tls import server_credentials
 from vqserve_server.rpc.transport import Handler, Transport
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"].full_name
+
+# What the metrics call each method.
+_OPERATIONS = {
+    f"/{SERVICE}/{operation.capitalize()}{suffix}": operation for operation in OPERATIONS for suffix in ("", "Stream")
+}
 
 
 class TokenizerService:
@@ -33,8 +40,8 @@ class TokenizerService:
     def __init__(self, engine: Engine, *, max_message_bytes: int) -> None:
         self._engine = engine
         self._requests = Requests(engine)
-        self._encode = HeaderCache(EncodeHeader, engine.live, max_message_bytes=max_message_bytes)
-        self._decode = HeaderCache(DecodeHeader, engine.live, max_message_bytes=max_message_bytes)
+        self._encode = HeaderCache(EncodeHeader, engine.live, engine.metrics, max_message_bytes=max_message_bytes)
+        self._decode = HeaderCache(DecodeHeader, engine.live, engine.metrics, max_message_bytes=max_message_bytes)
         self.calls = Calls(self._requests)
 
     def use_live_set(self) -> None:
@@ -51,6 +58,14 @@ class TokenizerService:
             f"/{SERVICE}/DecodeStream": self.calls.stream(self._decode),
             f"/{SERVICE}/ListCodebooks": self.calls.plain(self._list_codebooks),
         }
+
+    def count_refused(self, method: str, error: Exception, reason: str) -> None:
+        """Count a call that was refused before its message was received; see `Transport`."""
+        if reason:
+            self._engine.metrics.add("refused", reason=reason)
+        operation = _OPERATIONS.get(method)
+        if operation is not None:
+            self._engine.metrics.unresolved(operation).failed(code_of(error).name, 0)
 
     def give_memory_back(self) -> None:
         """Give memory back to the system that large requests no longer need. Call it now and then."""
@@ -116,6 +131,7 @@ class RpcServer:
             idle_s=config.idle_seconds,
             callers=Callers(access.tokens),
             reserved=reserved,
+            on_refused=self._service.count_refused,
             now_and_then=self._service.give_memory_back,
         )
         # A call does not say on which of a server's ports it came, so these are two servers.
@@ -152,6 +168,16 @@ class RpcServer:
         """Return, by the names of the transports' threads, their `turns`."""
         transports = [each for each in (self._transport, self._health_transport) if each is not None]
         return {name: turns for each in transports for name, turns in each.turns().items()}
+
+    @property
+    def open_calls(self) -> int:
+        """Open calls, those of health apart."""
+        return self._transport.open_calls
+
+    @property
+    def connections(self) -> int | None:
+        """Open connections of the port; None: gRPC does not tell."""
+        return self._transport.connections
 
     def use_live_set(self) -> None:
         """Serve the codebooks that the engine has live now."""
