@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from vqserve.errors import StartError
 from vqserve_server import console, grpcio_release, signals, stderr
@@ -37,6 +37,9 @@ from vqserve_server.rescan import Rescan
 from vqserve_server.rpc import RpcServer
 from vqserve_server.search import SearchCounts
 from vqserve_server.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from vqserve_server.rpc.tracing import Tracing
 
 # An idle device thread needs a moment to end.
 _IDLE_END_S = 0.5
@@ -77,6 +80,7 @@ class App:
         labels: Mapping[str, str] | None = None,
         access: Access | None = None,
         metrics: Metrics | None = None,
+        tracing: Tracing | None = None,
         shares_port: bool = False,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
@@ -88,6 +92,7 @@ class App:
             labels: further names of the codebooks: {"book@stable": "book@3"}.
             access: certificates and tokens; None: those of the settings.
             metrics: counts what the server does; None: nobody reads them.
+            tracing: makes spans of requests; None: there are none.
             shares_port: whether other processes listen on the port too.
             on_broken: called, from any thread, when the server can serve no longer.
         """
@@ -110,6 +115,7 @@ class App:
             self._config.rpc,
             self._access,
             health_port=self._config.access.health_port,
+            tracing=tracing,
             shares_port=shares_port,
         )
 
@@ -227,6 +233,7 @@ async def serve(
     *,
     metrics: Metrics | None = None,
     processes: Processes | None = None,
+    tracing: Tracing | None = None,
     worker: int | None = None,
     heartbeat: Heartbeat | None = None,
     rescan: Rescan | None = None,
@@ -242,6 +249,7 @@ async def serve(
         labels=repository.labels,
         access=access,
         metrics=metrics,
+        tracing=tracing,
         shares_port=worker is not None,
         on_broken=on_broken,
     )
@@ -354,12 +362,22 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
             access,
             metrics=metrics,
             processes=processes,
+            tracing=_tracing(config, stack, worker),
             worker=worker,
             heartbeat=heartbeat,
             rescan=rescan,
             on_broken=partial(_end_in_any_case, nowhere),
         )
         return asyncio.run(serving)
+
+
+def _tracing(config: ServeConfig, stack: contextlib.ExitStack, worker: int | None) -> Tracing | None:
+    if not config.traces.trace_endpoint:
+        return None
+    # Its packages are an extra.
+    from vqserve_server.rpc.tracing import Tracing  # noqa: PLC0415
+
+    return stack.enter_context(contextlib.closing(Tracing(config.traces, worker=worker)))
 
 
 def _watchdog(app: App, config: ServeConfig, heartbeat: Heartbeat | None) -> Watchdog | None:

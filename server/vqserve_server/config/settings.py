@@ -158,6 +158,18 @@ class MetricsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TracesConfig:
+    """Where the spans of requests are sent, and of how many requests."""
+
+    trace_endpoint: str = _setting(
+        "", "URL of an OpenTelemetry collector, OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces", values.url
+    )
+    trace_ratio: float = _setting(
+        0.0, "share of the requests that begin a trace, beside those of callers that trace", values.share
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """All settings of `vqserved serve`."""
 
@@ -165,6 +177,7 @@ class ServeConfig:
     access: AccessConfig = AccessConfig()
     engine: EngineConfig = EngineConfig()
     metrics: MetricsConfig = MetricsConfig()
+    traces: TracesConfig = TracesConfig()
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N", values.device)
     workers: int = _setting(
         1, "processes that serve the port, each with its own codebooks and queue", values.integer(1, 1024)
@@ -247,6 +260,7 @@ GROUPS: dict[str, type] = {
     "access": AccessConfig,
     "engine": EngineConfig,
     "metrics": MetricsConfig,
+    "traces": TracesConfig,
 }
 SETTINGS = tuple(
     Setting(group, each.name, each.default, each.metadata["help"], each.metadata["parse"])

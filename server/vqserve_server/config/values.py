@@ -89,6 +89,24 @@ def integer(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def url(value: str) -> str:
+    """Return the URL of an HTTP server; "": none."""
+    if value and not re.fullmatch(r"https?://[^/\s]+\S*", value):
+        raise ValueError(f"must be a URL that begins with http:// or https://, not {value!r}")
+    return value
+
+
+def share(value: str) -> float:
+    """Return a number from 0 to 1."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise ValueError(f"must be a number from 0 to 1, not {value!r}")
+    return number
+
+
 def port_or_auto(value: str) -> str:
     """Return the text of a port, or "auto"."""
     if value != "auto":

@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+import grpc
 from opentelemetry import propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
@@ -21,7 +22,6 @@ from vqserve import __version__
 from vqserve.trace import PROPAGATED, SERVICE_NAME
 from vqserve_server.config import TracesConfig
 from vqserve_server.engine import RequestTiming
-from vqserve_server.rpc.status import code_of
 
 # A collector that does not answer holds up nothing but the thread that waits for it, and the end of the process.
 _EXPORT_S = 5.0
@@ -44,7 +44,7 @@ class Tracing:
         own = {"service.name": "vqserve", "service.version": __version__}
         resource = Resource(own | ({} if worker is None else {"service.instance.id": str(worker)}))
         self._provider = TracerProvider(
-            resource=resource.merge(Resource.create()),
+            resource=resource.merge(OTELResourceDetector().detect()),
             sampler=ParentBasedTraceIdRatio(config.trace_ratio),
             shutdown_on_exit=False,
         )
@@ -107,10 +107,9 @@ class CallTrace:
             self._part(span, "compute", compute_start, end, attributes)
         span.end()
 
-    def failed(self, error: BaseException, received_at: float) -> None:
-        """Make the span of a request that failed."""
+    def failed(self, code: grpc.StatusCode, error: BaseException, received_at: float) -> None:
+        """Make the span of a request that failed with that status."""
         span = self._span(_wall_ns(received_at))
-        code = code_of(error)
         span.set_attributes({"rpc.grpc.status_code": code.value[0], "error.type": type(error).__name__})
         span.set_status(trace.Status(trace.StatusCode.ERROR, code.name))
         span.end()
