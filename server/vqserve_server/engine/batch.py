@@ -75,6 +75,7 @@ class Batch:
         cost: seconds that it is expected to take.
         speed: what learns from the time that it takes.
         taken_at: when a device thread took it, in time.monotonic() seconds.
+        expired: jobs whose deadline passed while it was computed.
     """
 
     def __init__(self, key: Key, speed: Speed | None = None) -> None:
@@ -84,6 +85,7 @@ class Batch:
         self.rows = 0
         self.cost = 0.0
         self.taken_at = 0.0
+        self.expired = 0
 
     def add(self, job: Job, rows: int) -> None:
         """Add the next rows of a job."""
@@ -101,7 +103,8 @@ class Batch:
             raise RuntimeError(f"{len(results)} results for {self.rows} rows")
         now = time.monotonic()
         for part in self.parts:
-            if not part.job.is_wanted(now):
+            self.expired += part.job.expire(now)
+            if part.job.outcome is not None:
                 continue
             try:
                 part.job.write(part.start, results[part.rows])

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Literal
 
 PREFIX = "vqserve_"
+OPERATIONS = ("encode", "decode")
 
 Kind = Literal["counter", "gauge", "histogram"]
 
@@ -16,9 +17,8 @@ SECONDS = (
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
     *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
-# Powers of 4 and of 2, which a bit length finds.
-ROWS = tuple(float(4**power) for power in range(10))
-REQUESTS = tuple(float(2**power) for power in range(11))
+ROWS = tuple(4**power for power in range(10))
+REQUESTS = tuple(2**power for power in range(11))
 
 
 @dataclass(frozen=True)
