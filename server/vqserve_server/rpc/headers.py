@@ -15,7 +15,7 @@ import numpy.typing as npt
 from vqserve import layout, payload, wire
 from vqserve.codebook_info import VERSION_MARK, CodebookInfo
 from vqserve.dtypes import BY_NUMBER
-from vqserve.errors import InvalidDtype, InvalidOption
+from vqserve.errors import InvalidDtype, InvalidOption, VqserveError
 from vqserve.layout import LATENT_RANKS, Layout, first_channels
 from vqserve.types import OutputName
 from vqserve.v1 import tokenizer_pb2 as pb
@@ -31,7 +31,7 @@ from vqserve.validation import (
 )
 from vqserve_server.access import Codebooks
 from vqserve_server.engine import Caller, DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, LiveSet
-from vqserve_server.metrics.recorder import Metrics
+from vqserve_server.metrics.recorder import FailedRequests, Metrics
 from vqserve_server.rpc.messages import (
     check_array_dtype,
     check_dtype,
@@ -303,6 +303,15 @@ class HeaderCache(Generic[RequestT]):
         if data.obj is raw and start <= _LONGEST_HEADER and (codebooks is None or header.has_name):
             known.add(raw, start, header)
         return header, data
+
+    def metrics_of(self, raw: bytes, codebooks: Codebooks | None) -> FailedRequests:
+        """Return the metrics of a request whose header is not valid: those of its codebook, if that is served."""
+        try:
+            message, _ = read(self._kind.request_type, raw)
+            tokenizer = self._known.live.resolve(message.codebook, codebooks=codebooks)
+        except VqserveError:
+            return self.unresolved
+        return self._metrics.operation(tokenizer.info.name, self._kind.operation)
 
     def _parse(
         self, raw: bytes, live: LiveSet, codebooks: Codebooks | None

@@ -32,6 +32,8 @@ _INLINE_BYTES = 2 << 20
 # After a large message or reply the server keeps what it freed for so long: another one probably follows.
 _TRIM_AFTER_S = 2.0
 
+# A caller that leaves so shortly before its deadline leaves because of it.
+_EARLY_S = 0.1
 # Guards the fields of all unary calls; it is held for a few operations only.
 _fields = threading.Lock()
 
@@ -168,7 +170,11 @@ class Requests:
             token = recipient.caller.token
             # Also for each message of a stream: the token may have been revoked meanwhile.
             codebooks = None if token is None else token.check().codebooks
-            header, data = headers.find(raw, codebooks)
+            try:
+                header, data = headers.find(raw, codebooks)
+            except VqserveError:
+                metrics = headers.metrics_of(raw, codebooks)
+                raise
             metrics = header.metrics
             if header.rows:
                 self._engine.scheduler.check(recipient.caller, header.key, header.rows, recipient.deadline)
@@ -184,6 +190,8 @@ class Requests:
                         data, caller=recipient.caller, on_done=recipient.ready, deadline=recipient.deadline
                     )
             except BaseException:
+                # It is counted as rejected.
+                request.is_counted = True
                 request.release()
                 raise
         except Exception as error:
@@ -295,7 +303,8 @@ class Request:
     @property
     def _why_unanswered(self) -> grpc.StatusCode:
         deadline = None if self.job is None else self.job.deadline
-        is_late = deadline is not None and deadline <= time.monotonic()
+        # By its own clock the caller gives up a moment earlier.
+        is_late = deadline is not None and deadline <= time.monotonic() + _EARLY_S
         return grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
 
 
