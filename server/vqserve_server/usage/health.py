@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vqserve_server.code_groups import Ints
+from vqserve_server.metrics.collector import Sample
 from vqserve_server.usage.drift import measure_drift
 from vqserve_server.usage.memory import BlockText, Snapshot, UsageReader
 
@@ -20,9 +21,6 @@ MOST_SHARES = 1024
 # often, and for at most so large a share of the time.
 _LEAST_AGE_S = 1.0
 _MOST_TIME_SHARE = 0.01
-
-# Name of a metric without its prefix, labels, value.
-Sample = tuple[str, Mapping[str, str], float]
 
 
 @dataclass(frozen=True, kw_only=True)

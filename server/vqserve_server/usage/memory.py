@@ -25,8 +25,9 @@ import numpy.typing as npt
 from vqserve_server.code_groups import CodeGroups, Ints
 from vqserve_server.console import event
 
-# Bytes of the memory of one process. Pages that nobody has written to cost nothing.
-NBYTES = 512 << 20
+# Name and size of the memory of one process. What nobody has written to takes no memory.
+USAGE = "usage"
+USAGE_BYTES = 512 << 20
 
 # Marks memory of this layout: a parent may be older than the worker that it starts after an upgrade.
 _MARK = 0x7671_7573_6167_0001
