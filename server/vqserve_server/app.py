@@ -276,7 +276,7 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
         memory = private_part(NBYTES)
     metrics, processes = Metrics(memory), Processes(pids={0: os.getpid()})
     usage_memory = inherited_part(USAGE, os.environ)
-    if usage_memory is None and worker is None and config.metrics.port:
+    if usage_memory is None and worker is None and config.metrics.samples_traffic:
         usage_memory = private_part(USAGE_BYTES)
     heartbeat = None if worker is None else Heartbeat.of(os.environ)
     with contextlib.ExitStack() as stack:
@@ -295,7 +295,7 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
             config,
             access,
             metrics=metrics,
-            usage=None if usage_memory is None else LiveUsage(usage_memory),
+            usage=None if usage_memory is None else LiveUsage(usage_memory, one_in=config.metrics.sample_one_in),
             processes=processes,
             worker=worker,
             heartbeat=heartbeat,

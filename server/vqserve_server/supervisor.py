@@ -325,7 +325,7 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     if config.access.health_port:
         reserve(host, config.access.health_port, shared=False, flag="--health-port").close()
     memories, processes = [SharedMemory(METRICS, NBYTES, config.workers)], Processes()
-    if config.metrics.port:
+    if config.metrics.samples_traffic:
         memories.append(SharedMemory(USAGE, USAGE_BYTES, config.workers))
     parts = [[memory.part(number) for number in range(config.workers)] for memory in memories]
     shown = metrics_port(config, access, processes, parts[0], parts[1] if len(parts) > 1 else [])

@@ -20,8 +20,6 @@ from vqserve_server.usage.memory import Block, BlockText, UsageMemory
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
 
-# One row in so many is sampled.
-ONE_IN = 256
 # Sampled rows that are counted at once, in at most so many bytes; and how long they wait for more.
 _BUFFER_ROWS, _BUFFER_BYTES = 1024, 1 << 20
 _LONGEST_WAIT_S = 1.0
@@ -133,8 +131,9 @@ class CodebookUsage:
 
     def _keep(self, rows: npt.NDArray[np.floating[Any]], indices: Ints, chosen: list[int]) -> None:
         kept = slice(self._filled, self._filled + len(chosen))
-        found = indices[chosen].reshape(len(chosen), -1)
-        self._rows[kept] = rows[chosen]
+        # Twice as fast as rows[chosen] for a few.
+        found = indices.take(chosen, axis=0).reshape(len(chosen), -1)
+        self._rows[kept] = rows.take(chosen, axis=0)
         self._indices[kept, : found.shape[1]] = found
         self._counts[kept] = found.shape[1]
         self._filled = kept.stop
@@ -158,7 +157,7 @@ class CodebookUsage:
 class LiveUsage:
     """The samples of all codebooks that a process serves, in memory that other processes can read."""
 
-    def __init__(self, memory: memoryview, *, one_in: int = ONE_IN, seed: int | None = None) -> None:
+    def __init__(self, memory: memoryview, *, one_in: int, seed: int | None = None) -> None:
         """Sample nothing yet.
 
         Args:
