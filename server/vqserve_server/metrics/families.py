@@ -107,12 +107,8 @@ _TABLE = (
         "Rows that were sampled for the codebook's health, since a codebook of this name was first loaded.",
         ("codebook",),
     ),
-    Family(
-        "codebook_used_ratio",
-        "gauge",
-        "Share of the codes that a row of the window has.",
-        _STAGE,
-    ),
+    Family("codebook_window_rows", "gauge", "Sampled rows that the following figures are about.", _STAGE),
+    Family("codebook_used_ratio", "gauge", "Share of the codes that a row of the window has.", _STAGE),
     Family("codebook_dead_codes", "gauge", "Codes that no row of the window has.", _STAGE),
     Family(
         "codebook_perplexity",

@@ -121,6 +121,7 @@ class HealthReader:
                 if stage.perplexity is None:
                     continue
                 of_stage = {**of_codebook, "stage": str(number)}
+                yield "codebook_window_rows", of_stage, stage.sampled_rows
                 yield "codebook_used_ratio", of_stage, stage.used / (stage.used + stage.dead)
                 yield "codebook_dead_codes", of_stage, stage.dead
                 yield "codebook_perplexity", of_stage, stage.perplexity

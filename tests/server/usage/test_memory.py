@@ -196,6 +196,8 @@ def test_metrics():
         ("codebook_sampled_rows", None): 2000,
         ("codebook_error", None): 1.0,
         ("codebook_error_ratio", None): 2.0,
+        ("codebook_window_rows", "0"): 2000,
+        ("codebook_window_rows", "1"): 2000,
         ("codebook_used_ratio", "0"): 0.5,
         ("codebook_dead_codes", "0"): 2,
         ("codebook_perplexity", "0"): 2.0,
