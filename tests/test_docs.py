@@ -430,7 +430,7 @@ def test_the_inspecting_commands(tmp_path, monkeypatch, capsys):
 def test_the_health_example(vqserved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw, send = examples("docs/codebook-health.md", "python")
-    train, serve, inspect = commands("docs/codebook-health.md")
+    inspect, train, serve = commands("docs/codebook-health.md")
     usual, louder, _ = examples("docs/codebook-health.md", "text")
     run(draw)
     assert COMMANDS[train[0]](train[1:]) == 0
