@@ -145,11 +145,19 @@ class MetricsConfig:
     metrics_port: str = _setting(
         "auto", f"port that shows metrics over HTTP; auto: {METRICS_PORT} if it is free; 0: none", values.port_or_auto
     )
+    sample_one_in: int = _setting(
+        512, "one encoded row in so many is sampled for codebook health; 0: none", values.integer(0, 1 << 20)
+    )
 
     @property
     def port(self) -> int:
         """The port; 0: none."""
         return METRICS_PORT if self.metrics_port == "auto" else int(self.metrics_port)
+
+    @property
+    def samples_traffic(self) -> bool:
+        """Whether rows are sampled, and somebody can read what is counted."""
+        return self.port > 0 and self.sample_one_in > 0
 
     @property
     def is_port_required(self) -> bool:
