@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from vqserve.errors import StartError
 from vqserve_server import console, grpcio_release, signals, stderr
@@ -26,10 +26,10 @@ from vqserve_server.device import reserved_bytes
 from vqserve_server.engine import Engine, Watchdog
 from vqserve_server.heartbeat import Heartbeat
 from vqserve_server.metrics.memory import inherited_part, private_part
-from vqserve_server.metrics.port import MetricsPort
 from vqserve_server.metrics.present import Processes
 from vqserve_server.metrics.recorder import Metrics
 from vqserve_server.metrics.store import METRICS, NBYTES
+from vqserve_server.monitoring import metrics_port
 from vqserve_server.network import address, check, check_protected, check_unix_socket
 from vqserve_server.process import allow_connections
 from vqserve_server.repository import Reloader, Repository
@@ -37,6 +37,11 @@ from vqserve_server.rescan import Rescan
 from vqserve_server.rpc import RpcServer
 from vqserve_server.search import SearchCounts
 from vqserve_server.tokenizer import Tokenizer
+from vqserve_server.usage.live import LiveUsage
+from vqserve_server.usage.memory import USAGE, USAGE_BYTES
+
+if TYPE_CHECKING:
+    from vqserve_server.rpc.tracing import Tracing
 
 # An idle device thread needs a moment to end.
 _IDLE_END_S = 0.5
@@ -77,6 +82,8 @@ class App:
         labels: Mapping[str, str] | None = None,
         access: Access | None = None,
         metrics: Metrics | None = None,
+        tracing: Tracing | None = None,
+        usage: LiveUsage | None = None,
         shares_port: bool = False,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
@@ -88,6 +95,8 @@ class App:
             labels: further names of the codebooks: {"book@stable": "book@3"}.
             access: certificates and tokens; None: those of the settings.
             metrics: counts what the server does; None: nobody reads them.
+            tracing: makes spans of requests; None: there are none.
+            usage: samples the rows that are encoded; None: nobody reads what it counts.
             shares_port: whether other processes listen on the port too.
             on_broken: called, from any thread, when the server can serve no longer.
         """
@@ -102,6 +111,7 @@ class App:
             self._config.engine,
             labels=labels,
             metrics=metrics,
+            usage=usage,
             on_broken=self._on_broken,
         )
         self._access = access or Access(self._config.access)
@@ -110,6 +120,7 @@ class App:
             self._config.rpc,
             self._access,
             health_port=self._config.access.health_port,
+            tracing=tracing,
             shares_port=shares_port,
         )
 
@@ -226,7 +237,9 @@ async def serve(
     access: Access | None = None,
     *,
     metrics: Metrics | None = None,
+    usage: LiveUsage | None = None,
     processes: Processes | None = None,
+    tracing: Tracing | None = None,
     worker: int | None = None,
     heartbeat: Heartbeat | None = None,
     rescan: Rescan | None = None,
@@ -242,6 +255,8 @@ async def serve(
         labels=repository.labels,
         access=access,
         metrics=metrics,
+        tracing=tracing,
+        usage=usage,
         shares_port=worker is not None,
         on_broken=on_broken,
     )
@@ -319,7 +334,7 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
     Raises:
         VqserveError: the daemon cannot start.
     """
-    console.set_up(config.log_level, worker=worker)
+    console.set_up(config.log_level, form=config.log_format, worker=worker)
     if worker is None:
         grpcio_release.warn_if_untested()
     find_codebooks(sources).check()
@@ -336,11 +351,15 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
     if memory is None:
         memory = private_part(NBYTES)
     metrics, processes = Metrics(memory), Processes(pids={0: os.getpid()})
+    usage_memory = inherited_part(USAGE, os.environ)
+    if usage_memory is None and worker is None and config.metrics.samples_traffic:
+        usage_memory = private_part(USAGE_BYTES)
     heartbeat = None if worker is None else Heartbeat.of(os.environ)
     with contextlib.ExitStack() as stack:
         if worker is None:
             # Before the codebooks are loaded, which may take minutes.
-            stack.enter_context(MetricsPort(config, access, processes, [memory]))
+            usage_memories = [] if usage_memory is None else [usage_memory]
+            stack.enter_context(metrics_port(config, access, processes, [memory], usage_memories))
         nowhere = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
         rescan = Rescan(sources, config.rescan_seconds)
         counts_of = partial(LiveCounts, metrics)
@@ -353,13 +372,24 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
             config,
             access,
             metrics=metrics,
+            usage=None if usage_memory is None else LiveUsage(usage_memory, one_in=config.metrics.sample_one_in),
             processes=processes,
+            tracing=_tracing(config, stack, worker),
             worker=worker,
             heartbeat=heartbeat,
             rescan=rescan,
             on_broken=partial(_end_in_any_case, nowhere),
         )
         return asyncio.run(serving)
+
+
+def _tracing(config: ServeConfig, stack: contextlib.ExitStack, worker: int | None) -> Tracing | None:
+    if not config.traces.trace_endpoint:
+        return None
+    # Its packages are an extra.
+    from vqserve_server.rpc.tracing import Tracing  # noqa: PLC0415
+
+    return stack.enter_context(contextlib.closing(Tracing(config.traces, worker=worker)))
 
 
 def _watchdog(app: App, config: ServeConfig, heartbeat: Heartbeat | None) -> Watchdog | None:

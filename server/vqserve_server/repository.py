@@ -199,6 +199,8 @@ class Repository:
             return before
         codebook = load_codebook(path)
         if before is not None and before.tokenizer.digest == codebook.digest:
+            # The digest does not cover them.
+            before.tokenizer.statistics = codebook.statistics
             return replace(before, path=path, stamp=stamp)
         tokenizer = Tokenizer.of_codebook(codebook, name=name, device=self._device, search=self._search)
         tokenizer.check_itself()

@@ -19,8 +19,10 @@ from vqserve_server.device import (
 from vqserve_server.engine.admission import EngineStats
 from vqserve_server.engine.batch import Batch, BatchFailed, Staging, no_memory
 from vqserve_server.engine.caller import CANARY
+from vqserve_server.engine.job import EncodeKey
 from vqserve_server.engine.row_limits import RowLimits
 from vqserve_server.engine.scheduler import Scheduler
+from vqserve_server.usage.live import LiveUsage
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +36,17 @@ class Worker:
     """
 
     def __init__(
-        self, scheduler: Scheduler, stats: EngineStats, *, threads: int, on_broken: Callable[[BaseException], None]
+        self,
+        scheduler: Scheduler,
+        stats: EngineStats,
+        *,
+        threads: int,
+        on_broken: Callable[[BaseException], None],
+        usage: LiveUsage | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._stats = stats
+        self._usage = usage
         self._on_broken = on_broken
         self._limits = RowLimits()
         self._threads = [
@@ -117,6 +126,8 @@ class Worker:
             # Last, all together: the threads of the callers compete with this one.
             for job, timing in complete:
                 job.resolve(timing)
+            if self._usage is not None:
+                self._sample(batch, self._usage)
         except Exception as error:
             if is_device_failure(error):
                 raise
@@ -134,3 +145,18 @@ class Worker:
             else:
                 return batch.split()
         return []
+
+    def _sample(self, batch: Batch, usage: LiveUsage) -> None:
+        """Let rows of an encode batch be sampled, after it was answered: an error here fails no request."""
+        if batch.computed is None or not isinstance(batch.key, EncodeKey):
+            return
+        tokenizer = batch.key.tokenizer
+        try:
+            usage.record(tokenizer, *batch.computed, batch.own_rows)
+        except Exception as error:
+            if is_device_failure(error):
+                raise
+            # The next sample may find enough memory.
+            if not is_out_of_memory(error):
+                usage.forget(tokenizer)
+                logger.exception(event("usage_failed", codebook=tokenizer.info.name))

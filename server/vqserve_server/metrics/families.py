@@ -51,6 +51,7 @@ class Family:
 
 
 _OPERATION = ("codebook", "operation")
+_STAGE = ("codebook", "stage")
 _CODEBOOK = ("codebook", "digest", "kind", "num_codes", "code_dim", "num_quantizers", "search", "device")
 _QUEUE = "requests, rows and bytes count from the message until its reply is sent"
 
@@ -108,6 +109,29 @@ _TABLE = (
     Family("worker_restarts", "counter", "Workers that ended and were started again."),
     Family("reloads", "counter", "Reloads of the codebooks, by result; each worker has its own.", ("result",)),
     Family("codebook_info", "gauge", "1 for each codebook that is served.", _CODEBOOK),
+    Family(
+        "codebook_sampled_rows",
+        "counter",
+        "Rows that were sampled for the codebook's health, since a codebook of this name was first loaded.",
+        ("codebook",),
+    ),
+    Family("codebook_window_rows", "gauge", "Sampled rows that the following figures are about.", _STAGE),
+    Family("codebook_used_ratio", "gauge", "Share of the codes that a row of the window has.", _STAGE),
+    Family("codebook_dead_codes", "gauge", "Codes that no row of the window has.", _STAGE),
+    Family(
+        "codebook_perplexity",
+        "gauge",
+        "Number of equally used codes with the same entropy, over the rows of the window.",
+        _STAGE,
+    ),
+    Family(
+        "codebook_drift_bits",
+        "gauge",
+        "Jensen-Shannon divergence of the use of codes from that in the codebook's file, corrected for chance.",
+        _STAGE,
+    ),
+    Family("codebook_error", "gauge", "Mean squared error of a channel, over the rows of the window.", ("codebook",)),
+    Family("codebook_error_ratio", "gauge", "That error divided by the one in the codebook's file.", ("codebook",)),
     Family("build_info", "gauge", "1; the labels say what runs.", ("version", "python", "torch", "grpcio")),
     Family("start_time_seconds", "gauge", "When the server was started, in seconds since 1970."),
     Family(

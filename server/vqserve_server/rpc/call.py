@@ -10,7 +10,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -79,9 +79,14 @@ class Call:
         self._call.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(0),), self._closed)
 
     @property
+    def metadata(self) -> Iterable[tuple[str, str | bytes]]:
+        """Return what the caller sent beside its message."""
+        return self._metadata or ()
+
+    @property
     def request_id(self) -> str:
         """Return the caller's name for the call in logs, or a random one."""
-        for key, value in self._metadata or ():
+        for key, value in self.metadata:
             if key == REQUEST_ID_KEY and isinstance(value, str) and REQUEST_ID.fullmatch(value):
                 return value
         return secrets.token_hex(8)

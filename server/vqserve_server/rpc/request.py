@@ -8,19 +8,22 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import grpc
 
 from vqserve import wire
 from vqserve.errors import Draining, Overloaded, VqserveError
 from vqserve_server.access import Token
-from vqserve_server.engine import Caller, Engine, Job
+from vqserve_server.engine import Caller, Engine, Job, RequestTiming
 from vqserve_server.metrics.recorder import FailedRequests
 from vqserve_server.process import trim_memory
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.headers import HeaderCache, RequestHeader
 from vqserve_server.rpc.status import code_of
+
+if TYPE_CHECKING:
+    from vqserve_server.rpc.tracing import CallTrace, Tracing
 
 # Larger messages are validated on another thread. Validating this many bytes takes half a millisecond; the change of
 # thread takes a part of that, and needs another core.
@@ -49,6 +52,10 @@ class Recipient(Protocol):
     def deadline(self) -> float | None:
         """time.monotonic() seconds, or None."""
 
+    @property
+    def trace(self) -> CallTrace | None:
+        """Makes the spans of its requests; None: it is not traced."""
+
     def accepted(self, request: Request) -> bool:
         """Take over a valid request before it is queued; return False if the caller has left."""
 
@@ -67,23 +74,32 @@ class Rejection(NamedTuple):
         held: bytes that the admission holds for the message; the recipient must let go of them.
         metrics: where it is counted, if it does not start again.
         nbytes: size of the message.
+        trace: makes its span, likewise.
+        received_at: when the message was there, in time.monotonic() seconds.
     """
 
     error: Exception
     held: int
     metrics: FailedRequests
     nbytes: int
+    trace: CallTrace | None
+    received_at: float
 
     def count_end(self, status: grpc.StatusCode | None = None) -> None:
         """Count the request as ended, with that status; None: the one of the error."""
-        self.metrics.failed((status or code_of(self.error)).name, self.nbytes)
+        status = status or code_of(self.error)
+        self.metrics.failed(status.name, self.nbytes)
+        if self.trace is not None:
+            self.trace.failed(status, self.error, self.received_at)
 
 
 class Requests:
     """Validates requests and queues them."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, tracing: Tracing | None = None) -> None:
+        """Start no thread yet; `tracing` makes spans, None: there are none."""
         self._engine = engine
+        self._tracing = tracing
         # Large payloads are validated here, so that they do not delay small requests.
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="vqserve-payload")
         # When the last large one was in the server, in time.monotonic() seconds; None: its memory is given back.
@@ -92,6 +108,10 @@ class Requests:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def trace(self, call: Call) -> CallTrace | None:
+        """Return what makes the spans of a call's requests; None: it is not traced."""
+        return None if self._tracing is None else self._tracing.begin(call.method, call.metadata, call.request_id)
 
     def start(self, recipient: Recipient, headers: HeaderCache[Any], raw: bytes, *, held: int = 0) -> None:
         """Validate a request and queue it, here or, if it is large, on another thread.
@@ -113,13 +133,13 @@ class Requests:
                 self._engine.admission.hold(recipient.caller, len(raw) - held)
                 held = len(raw)
         except VqserveError as error:
-            recipient.rejected(Rejection(error, held, headers.unresolved, len(raw)))
+            recipient.rejected(Rejection(error, held, headers.unresolved, len(raw), recipient.trace, received_at))
             return
         try:
             self._pool.submit(self._start, recipient, headers, raw, received_at, held)
         except RuntimeError:
             stopping = Draining("the server is stopping")
-            recipient.rejected(Rejection(stopping, held, headers.unresolved, len(raw)))
+            recipient.rejected(Rejection(stopping, held, headers.unresolved, len(raw), recipient.trace, received_at))
 
     def give_memory_back(self) -> None:
         """Give free memory back to the system, on another thread, if large requests were here and are no more.
@@ -160,6 +180,7 @@ class Requests:
                 self._engine.scheduler.check(recipient.caller, header.key, header.rows, recipient.deadline)
             nbytes = len(raw) + header.reply_bytes
             request = Request(self._engine, recipient.caller, header, nbytes, received_at, held=held)
+            request.trace = recipient.trace
             held = 0
             if nbytes > _INLINE_BYTES:
                 self._large_at = received_at
@@ -174,7 +195,7 @@ class Requests:
                 request.release()
                 raise
         except Exception as error:
-            recipient.rejected(Rejection(error, held, metrics, len(raw)))
+            recipient.rejected(Rejection(error, held, metrics, len(raw), recipient.trace, received_at))
             return
         if not recipient.accepted(request):
             request.release()
@@ -196,10 +217,12 @@ class Request:
         message_bytes: size of the request.
         job: None if there is nothing to compute.
         buffer: the reply that the job writes.
+        trace: makes its spans; None: it has none.
         is_counted: whether the metrics have counted its end.
     """
 
     is_counted = False
+    trace: CallTrace | None = None
     job: Job | None = None
     buffer: wire.ReplyBuffer | None = None
 
@@ -251,7 +274,10 @@ class Request:
             if timing is None:
                 raise RuntimeError("the request is not answered yet")
             if isinstance(timing, BaseException):
-                header.metrics.failed_once(self, code_of(timing).name)
+                code = code_of(timing)
+                header.metrics.failed_once(self, code.name)
+                if self.trace is not None:
+                    self.trace.failed(code, timing, self._received_at)
                 raise timing
             queue_us = timing.queue_us
             # In the order of the fields of ServedStats.
@@ -260,6 +286,10 @@ class Request:
             )
         # Before it is sent: a caller with a reply finds its request in the metrics.
         header.metrics.answered(self, seconds, queue_us * 1e-6, len(reply))
+        if self.trace is not None:
+            outcome = None if self.job is None else self.job.outcome
+            timing = outcome if isinstance(outcome, RequestTiming) else None
+            self.trace.answered(timing, codebook=header.codebook, rows=self.rows, received_at=self._received_at)
         return reply
 
     def release(self) -> None:
@@ -304,6 +334,7 @@ class UnaryCall:
         """Wait for the request; `on_close` is called when the call has ended."""
         self.caller = call.caller
         self.deadline = call.deadline
+        self.trace = requests.trace(call)
         self._call = call
         self._requests = requests
         self._on_close = on_close

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from grpc_health.v1 import health
 
+from vqserve.trace import SERVICE_NAME
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.access import Access
 from vqserve_server.config import RpcConfig
@@ -26,20 +28,23 @@ from vqserve_server.rpc.status import code_of
 from vqserve_server.rpc.tls import server_credentials
 from vqserve_server.rpc.transport import Handler, Transport
 
-SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"].full_name
+if TYPE_CHECKING:
+    from vqserve_server.rpc.tracing import Tracing
 
 # What the metrics call each method.
 _OPERATIONS = {
-    f"/{SERVICE}/{operation.capitalize()}{suffix}": operation for operation in OPERATIONS for suffix in ("", "Stream")
+    f"/{SERVICE_NAME}/{operation.capitalize()}{suffix}": operation
+    for operation in OPERATIONS
+    for suffix in ("", "Stream")
 }
 
 
 class TokenizerService:
     """Answers calls with an engine."""
 
-    def __init__(self, engine: Engine, *, max_message_bytes: int) -> None:
+    def __init__(self, engine: Engine, *, max_message_bytes: int, tracing: Tracing | None = None) -> None:
         self._engine = engine
-        self._requests = Requests(engine)
+        self._requests = Requests(engine, tracing)
         self._encode = HeaderCache(EncodeHeader, engine.live, engine.metrics, max_message_bytes=max_message_bytes)
         self._decode = HeaderCache(DecodeHeader, engine.live, engine.metrics, max_message_bytes=max_message_bytes)
         self.calls = Calls(self._requests)
@@ -52,11 +57,11 @@ class TokenizerService:
     def handlers(self) -> Mapping[str, Handler]:
         """Return the handlers of all methods."""
         return {
-            f"/{SERVICE}/Encode": self.calls.unary(self._encode),
-            f"/{SERVICE}/Decode": self.calls.unary(self._decode),
-            f"/{SERVICE}/EncodeStream": self.calls.stream(self._encode),
-            f"/{SERVICE}/DecodeStream": self.calls.stream(self._decode),
-            f"/{SERVICE}/ListCodebooks": self.calls.plain(self._list_codebooks),
+            f"/{SERVICE_NAME}/Encode": self.calls.unary(self._encode),
+            f"/{SERVICE_NAME}/Decode": self.calls.unary(self._decode),
+            f"/{SERVICE_NAME}/EncodeStream": self.calls.stream(self._encode),
+            f"/{SERVICE_NAME}/DecodeStream": self.calls.stream(self._decode),
+            f"/{SERVICE_NAME}/ListCodebooks": self.calls.plain(self._list_codebooks),
         }
 
     def count_refused(self, method: str, error: Exception, reason: str) -> None:
@@ -100,7 +105,14 @@ class RpcServer:
     """Serves an engine on a port."""
 
     def __init__(
-        self, engine: Engine, config: RpcConfig, access: Access, *, health_port: int = 0, shares_port: bool = False
+        self,
+        engine: Engine,
+        config: RpcConfig,
+        access: Access,
+        *,
+        health_port: int = 0,
+        tracing: Tracing | None = None,
+        shares_port: bool = False,
     ) -> None:
         """Make the server; nothing listens before `start`.
 
@@ -109,21 +121,22 @@ class RpcServer:
             config: where to listen, and limits.
             access: who may call.
             health_port: port for health checks in plaintext, and nothing else; 0: none.
+            tracing: makes spans of requests; None: there are none.
             shares_port: whether other processes listen on the ports too.
         """
         self._config = config
         self._access = access
         self._metrics = engine.metrics
         self._health_port = health_port
-        self._service = TokenizerService(engine, max_message_bytes=config.max_message_bytes)
-        self._health = Health(("", SERVICE))
+        self._service = TokenizerService(engine, max_message_bytes=config.max_message_bytes, tracing=tracing)
+        self._health = Health(("", SERVICE_NAME))
         options = channel_options(config, shares_port=shares_port)
         reserved = dict.fromkeys(self._health.handlers(), _MOST_HEALTH_CALLS)
         self._transport = Transport(
             {
                 **self._service.handlers(),
                 **self._health.handlers(),
-                **Reflection((SERVICE, health.SERVICE_NAME)).handlers(),
+                **Reflection((SERVICE_NAME, health.SERVICE_NAME)).handlers(),
             },
             options=options,
             max_calls=config.max_concurrent_rpcs,

@@ -39,6 +39,7 @@ class StreamCall:
         """Take the call; `on_close` is called with this stream when it has ended."""
         self.caller = call.caller
         self.deadline = call.deadline
+        self.trace = requests.trace(call)
         self._call = call
         self._requests = requests
         self._headers = headers
