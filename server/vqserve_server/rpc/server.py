@@ -21,6 +21,7 @@ from vqserve_server.rpc.messages import codebook_message, parse
 from vqserve_server.rpc.options import channel_options
 from vqserve_server.rpc.reflection import Reflection
 from vqserve_server.rpc.request import Requests
+from vqserve_server.rpc.server_info import ServerInfo
 from vqserve_server.rpc.tls import server_credentials
 from vqserve_server.rpc.transport import Handler, Transport
 
@@ -30,8 +31,9 @@ SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"].full_name
 class TokenizerService:
     """Answers calls with an engine."""
 
-    def __init__(self, engine: Engine, *, max_message_bytes: int) -> None:
+    def __init__(self, engine: Engine, info: ServerInfo, *, max_message_bytes: int) -> None:
         self._engine = engine
+        self._info = info
         self._requests = Requests(engine)
         self._encode = HeaderCache(EncodeHeader, engine.live, max_message_bytes=max_message_bytes)
         self._decode = HeaderCache(DecodeHeader, engine.live, max_message_bytes=max_message_bytes)
@@ -63,12 +65,14 @@ class TokenizerService:
     def _list_codebooks(self, call: Call, raw: bytes) -> bytes:
         """Return the served codebooks that the caller may use as a ListCodebooksResponse."""
         parse(pb.ListCodebooksRequest, raw)
+        # Before this call counts.
+        server = self._info.message()
         self._engine.admission.enter(call.caller, 0, len(raw))
         try:
             token = call.caller.token
             allowed = None if token is None else token.check().codebooks
             codebooks = [codebook_message(info) for info in self._engine.live.infos(allowed)]
-            return pb.ListCodebooksResponse(codebooks=codebooks).SerializeToString()
+            return pb.ListCodebooksResponse(codebooks=codebooks, server=server).SerializeToString()
         finally:
             self._engine.admission.leave(call.caller, 0, len(raw))
 
@@ -99,7 +103,8 @@ class RpcServer:
         self._config = config
         self._access = access
         self._health_port = health_port
-        self._service = TokenizerService(engine, max_message_bytes=config.max_message_bytes)
+        self._info = ServerInfo(engine, lambda: self._transport.open_calls)
+        self._service = TokenizerService(engine, self._info, max_message_bytes=config.max_message_bytes)
         self._health = Health(("", SERVICE))
         options = channel_options(config, shares_port=shares_port)
         reserved = dict.fromkeys(self._health.handlers(), _MOST_HEALTH_CALLS)
@@ -115,7 +120,7 @@ class RpcServer:
             idle_s=config.idle_seconds,
             callers=Callers(access.tokens),
             reserved=reserved,
-            now_and_then=self._service.give_memory_back,
+            now_and_then=self._now_and_then,
         )
         # A call does not say on which of a server's ports it came, so these are two servers.
         self._health_transport = None
@@ -147,10 +152,18 @@ class RpcServer:
         self._transport.start()
         return port
 
+    def info(self) -> pb.ServerInfo:
+        """Return version, uptime and load. Any thread may call it."""
+        return self._info.message()
+
     def threads(self) -> dict[str, Callable[[], int]]:
         """Return, by the names of the transports' threads, their `turns`."""
         transports = [each for each in (self._transport, self._health_transport) if each is not None]
         return {name: turns for each in transports for name, turns in each.turns().items()}
+
+    def _now_and_then(self) -> None:
+        self._info.tick()
+        self._service.give_memory_back()
 
     def use_live_set(self) -> None:
         """Serve the codebooks that the engine has live now."""
