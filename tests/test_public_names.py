@@ -44,6 +44,7 @@ CLIENT = [
     "PermissionDenied",
     "ProtocolError",
     "ServerError",
+    "ServerInfo",
     "Tls",
     "TokenBeyondRange",
     "Unauthenticated",
