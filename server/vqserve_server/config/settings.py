@@ -9,6 +9,8 @@ from typing import Any
 from vqserve_server.config import values
 
 MIB = 1 << 20
+# Unless --metrics-port says otherwise: the port that OpenTelemetry has for Prometheus's format.
+METRICS_PORT = 9464
 ENV_PREFIX = "VQSERVE_"
 # Settings whose plain variable belongs to the client.
 _OTHER_VARIABLES = {
@@ -136,12 +138,33 @@ class AccessConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """Where metrics can be read."""
+
+    metrics_host: str = _setting("127.0.0.1", "address of the metrics port", values.text)
+    metrics_port: str = _setting(
+        "auto", f"port that shows metrics over HTTP; auto: {METRICS_PORT} if it is free; 0: none", values.port_or_auto
+    )
+
+    @property
+    def port(self) -> int:
+        """The port; 0: none."""
+        return METRICS_PORT if self.metrics_port == "auto" else int(self.metrics_port)
+
+    @property
+    def is_port_required(self) -> bool:
+        """Whether it is an error that the port is in use."""
+        return self.metrics_port != "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """All settings of `vqserved serve`."""
 
     rpc: RpcConfig = RpcConfig()
     access: AccessConfig = AccessConfig()
     engine: EngineConfig = EngineConfig()
+    metrics: MetricsConfig = MetricsConfig()
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N", values.device)
     workers: int = _setting(
         1, "processes that serve the port, each with its own codebooks and queue", values.integer(1, 1024)
@@ -218,7 +241,12 @@ class Setting:
         return getattr(config if self.group is None else getattr(config, self.group), self.name)
 
 
-GROUPS: dict[str, type] = {"rpc": RpcConfig, "access": AccessConfig, "engine": EngineConfig}
+GROUPS: dict[str, type] = {
+    "rpc": RpcConfig,
+    "access": AccessConfig,
+    "engine": EngineConfig,
+    "metrics": MetricsConfig,
+}
 SETTINGS = tuple(
     Setting(group, each.name, each.default, each.metadata["help"], each.metadata["parse"])
     for group, cls in (*GROUPS.items(), (None, ServeConfig))

@@ -148,6 +148,10 @@ def _check_together(config: ServeConfig) -> None:
         raise ConfigError(f"{flag('tls_client_ca')} needs {flag('tls_cert')} and {flag('tls_key')}")
     if access.health_port and access.health_port == config.rpc.port:
         raise ConfigError(f"{flag('health_port')} must differ from {flag('port')}, both are {config.rpc.port}")
+    if config.metrics.is_port_required and config.metrics.port:
+        for name, port in (("port", config.rpc.port), ("health_port", access.health_port)):
+            if config.metrics.port == port:
+                raise ConfigError(f"{flag('metrics_port')} must differ from {flag(name)}, both are {port}")
     if config.rpc.unix_socket and config.workers > 1:
         raise ConfigError(f"{flag('unix_socket')} needs --workers 1: several workers cannot share a socket file")
 

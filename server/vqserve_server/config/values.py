@@ -84,6 +84,13 @@ def integer(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def port_or_auto(value: str) -> str:
+    """Return the text of a port, or "auto"."""
+    if value != "auto":
+        integer(0, 65535)(value)
+    return value
+
+
 def written(value: object) -> str:
     """Return the text from which a value is read again."""
     if isinstance(value, bool):

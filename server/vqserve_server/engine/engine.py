@@ -18,6 +18,7 @@ from vqserve_server.device import wait_for_stream
 from vqserve_server.engine.admission import Admission, EngineStats
 from vqserve_server.engine.scheduler import Scheduler
 from vqserve_server.engine.worker import Worker
+from vqserve_server.metrics.recorder import Metrics
 
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
@@ -108,6 +109,7 @@ class Engine:
         *,
         labels: Mapping[str, str] | None = None,
         threads: int | None = None,
+        metrics: Metrics | None = None,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
         """Make the engine; `start` starts it.
@@ -117,11 +119,13 @@ class Engine:
             config: batching and limits.
             labels: further names of them; see `LiveSet`.
             threads: number of batches that are computed at once; None: a number that suits the device.
+            metrics: counts what the engine does; None: nobody reads them.
             on_broken: called, from another thread, when the engine can serve no longer, before its jobs fail.
         """
         config = config or EngineConfig()
         tokenizers = list(tokenizers)
         self.live = _live(tokenizers, labels)
+        self.metrics = metrics or Metrics()
         self.stats = EngineStats()
         self._on_broken = on_broken
         self.admission = Admission(config, self.stats)
