@@ -55,6 +55,15 @@ CLIENT = [
 PUBLIC = {
     "vqserve": CLIENT,
     "vqserve_client": CLIENT,
+    "vqserve_client.admin": [
+        "AdminClient",
+        "LiveCodebook",
+        "LogLevel",
+        "WorkerDrain",
+        "WorkerLogLevel",
+        "WorkerReload",
+        "WorkerStatus",
+    ],
     "vqserve_bench": [
         "ClosedLoop",
         "Latency",

@@ -40,8 +40,12 @@ from vqserve_client.npy import FileError
 from vqserve_client.server_info import ServerInfo
 from vqserve_client.transfer import Done, Progress, Task, decode_file, encode_file
 
-# Commands of packages on top of this one, imported on demand: name, help, and a module with `add_arguments` and `run`.
-_TOOLS = {"bench": ("measure a server under load", "vqserve_bench.command")}
+# Commands that are imported on demand, also of packages on top of this one: name, help, and a module with
+# `add_arguments` and `run`.
+_TOOLS = {
+    "admin": ("operate a server: reload, drain, log level, status", "vqserve_client.admin.command"),
+    "bench": ("measure a server under load", "vqserve_bench.command"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

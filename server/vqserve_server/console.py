@@ -28,6 +28,18 @@ def set_up(level: str, *, worker: int | None = None) -> None:
     faulthandler.enable(sys.stderr)
 
 
+def level() -> str:
+    """Return the level of the log: "debug", "info", "warning" or "error"."""
+    return logging.getLevelName(logging.getLogger().level).lower()
+
+
+def set_level(name: str) -> str:
+    """Change the level of the log, and return the one before."""
+    before = level()
+    logging.getLogger().setLevel(name.upper())
+    return before
+
+
 def write_to(stream: TextIO | io.TextIOBase, level: str, *, worker: int | None = None) -> None:
     """Send the log to a stream; see `set_up`."""
     handler = logging.StreamHandler(stream)

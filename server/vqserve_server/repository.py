@@ -7,7 +7,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vqserve.codebook_info import VERSION_MARK
@@ -51,13 +51,22 @@ class Entry:
 
 @dataclass
 class ReloadCounts:
-    """Numbers of codebooks that a reload loaded, kept, removed, rejected (invalid files) and skipped."""
+    """Numbers of codebooks that a reload loaded, kept, removed, rejected (invalid files) and skipped.
+
+    Attributes:
+        problems: why files were rejected or skipped.
+    """
 
     loaded: int = 0
     unchanged: int = 0
     removed: int = 0
     rejected: int = 0
     skipped: int = 0
+    problems: list[str] = field(default_factory=list, compare=False)
+
+    def numbers(self) -> dict[str, int]:
+        """Return the numbers by name."""
+        return {name: value for name, value in vars(self).items() if name != "problems"}
 
 
 class Repository:
@@ -135,6 +144,7 @@ class Repository:
                 counts.rejected += 1
             else:
                 counts.skipped += 1
+            counts.problems.append(problem.text)
             fields = {"kept": ",".join(kept)} if kept else {}
             if problem.is_lost:
                 logger.error(event("source_lost", problem=problem.text, **fields))
@@ -175,6 +185,7 @@ class Repository:
             counts.rejected += 1
             kept = "nothing" if before is None else before.tokenizer.digest[:12]
             logger.warning(event("codebook_rejected", name=name, path=path, kept=kept, error=_reason(error)))
+            counts.problems.append(f"{path}: {_reason(error)}")
             return before
         if before is not None and entry.tokenizer is before.tokenizer:
             counts.unchanged += 1
@@ -217,7 +228,8 @@ class Reloader:
         """Do nothing yet; `on_done` is called, on the loop, after every reload."""
         self._repository = repository
         self._on_done = on_done
-        self._is_requested = False
+        # Of the requests that the next reload answers.
+        self._waiting: list[asyncio.Future[ReloadCounts]] = []
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -225,15 +237,22 @@ class Reloader:
         """Whether a reload is running."""
         return self._task is not None
 
-    def request(self) -> None:
-        """Start a reload, or one more after the reload that is running, which may have missed a change."""
-        self._is_requested = True
+    def request(self) -> asyncio.Future[ReloadCounts]:
+        """Start a reload, or one more after the reload that is running, which may have missed a change.
+
+        Returns:
+            What that reload did, when it is done.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[ReloadCounts] = loop.create_future()
+        self._waiting.append(done)
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run())
+            self._task = loop.create_task(self._run())
+        return done
 
     async def _run(self) -> None:
-        while self._is_requested:
-            self._is_requested = False
+        while self._waiting:
+            waiting, self._waiting = self._waiting, []
             started = time.monotonic()
             try:
                 counts = await asyncio.to_thread(self._repository.reload)
@@ -242,8 +261,12 @@ class Reloader:
             except Exception:
                 # The codebooks that were live stay live.
                 logger.exception(event("reload_failed"))
+                counts = ReloadCounts(problems=["the reload failed; the log has the reason"])
             else:
-                logger.info(event("reload_done", seconds=time.monotonic() - started, **vars(counts)))
+                logger.info(event("reload_done", seconds=time.monotonic() - started, **counts.numbers()))
+            for done in waiting:
+                if not done.done():
+                    done.set_result(counts)
         self._task = None
 
 

@@ -67,6 +67,11 @@ class ServerCertificates:
         """The newest good ones."""
         return self._watched.value
 
+    @property
+    def problem(self) -> str | None:
+        """Why the newest files cannot be used; None: they can."""
+        return self._watched.problem
+
     def refresh(self) -> Certificates:
         """Read the files again if they have changed; return the newest good ones."""
         if self._watched.refresh():

@@ -56,6 +56,11 @@ class Watched(Generic[T]):
         self._stamps: _Stamps = ()
         self._contents, self.value = self._made()
 
+    @property
+    def problem(self) -> str | None:
+        """Why the newest files cannot be used, and those before are; None: they can."""
+        return self._rejected
+
     def may_have_changed(self) -> bool:
         """Return whether `refresh` would read the files."""
         return not _is_settled(self._stamps) or _stamps(self._paths) != self._stamps

@@ -12,6 +12,8 @@ from vqserve_server.access import Access
 from vqserve_server.config import RpcConfig
 from vqserve_server.engine import Engine
 from vqserve_server.network import address
+from vqserve_server.rpc import admin
+from vqserve_server.rpc.admin import AdminService, Execute
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.callers import Callers
 from vqserve_server.rpc.calls import Calls
@@ -83,6 +85,8 @@ _LINGER_S = 0.5
 _NOTICE_S = 0.25
 # Open calls of each method of health, and of the port for health checks.
 _MOST_HEALTH_CALLS = 256
+# Open calls of each method of AdminService.
+_MOST_ADMIN_CALLS = 16
 
 
 class RpcServer:
@@ -107,20 +111,22 @@ class RpcServer:
         self._info = ServerInfo(engine, lambda: self._transport.open_calls)
         self._service = TokenizerService(engine, self._info, max_message_bytes=config.max_message_bytes)
         self._health = Health(("", SERVICE))
+        self._admin = AdminService(access.tokens)
         options = channel_options(config, shares_port=shares_port)
-        reserved = dict.fromkeys(self._health.handlers(), _MOST_HEALTH_CALLS)
+        health_calls = dict.fromkeys(self._health.handlers(), _MOST_HEALTH_CALLS)
         self._transport = Transport(
             {
                 **self._service.handlers(),
                 **self._health.handlers(),
-                **Reflection((SERVICE, health.SERVICE_NAME)).handlers(),
+                **self._admin.handlers(),
+                **Reflection((SERVICE, admin.SERVICE, health.SERVICE_NAME)).handlers(),
             },
             options=options,
             max_calls=config.max_concurrent_rpcs,
             max_calls_per_caller=config.max_calls_per_caller,
             idle_s=config.idle_seconds,
             callers=Callers(access.tokens),
-            reserved=reserved,
+            reserved=health_calls | dict.fromkeys(self._admin.handlers(), _MOST_ADMIN_CALLS),
             now_and_then=self._now_and_then,
         )
         # A call does not say on which of a server's ports it came, so these are two servers.
@@ -131,7 +137,7 @@ class RpcServer:
                 options=options,
                 max_calls=1,
                 idle_s=config.idle_seconds,
-                reserved=reserved,
+                reserved=health_calls,
                 name="vqserve-grpc-health",
             )
 
@@ -152,6 +158,10 @@ class RpcServer:
             self._health_transport.start()
         self._transport.start()
         return port
+
+    def administer_with(self, execute: Execute) -> None:
+        """Let that function execute what callers of AdminService ask."""
+        self._admin.execute = execute
 
     def info(self) -> pb.ServerInfo:
         """Return version, uptime and load. Any thread may call it."""
