@@ -14,7 +14,7 @@ from vqserve.codebook_info import VERSION_MARK
 from vqserve.errors import CodebookError, VqserveError
 from vqserve_server.codebook_files import Label, find_codebooks, latest
 from vqserve_server.codebooks import load_codebook
-from vqserve_server.console import event
+from vqserve_server.console import ONCE, event
 from vqserve_server.device import why_no_cuda
 from vqserve_server.process import trim_memory
 from vqserve_server.search import why_slower
@@ -108,7 +108,7 @@ class Repository:
         found = find_codebooks(self._sources)
         found.check()
         for problem in found.problems:
-            logger.warning(event("codebook_skipped", problem=problem.text))
+            logger.warning(event("codebook_skipped", problem=problem.text), extra=ONCE)
         for name, path in found.files.items():
             try:
                 self._entries[name] = self._load(name, path)
@@ -117,7 +117,7 @@ class Repository:
         self._labels = found.labels
         free_memory()
         if self._device == "auto" and (reason := why_no_cuda()):
-            logger.info(event("device_chosen", device="cpu", reason=reason))
+            logger.info(event("device_chosen", device="cpu", reason=reason), extra=ONCE)
 
     def examine(self) -> Iterator[tuple[str, Path, Tokenizer | VqserveError]]:
         """Yield each codebook that `load` would load, or why it cannot, and keep none: one at a time is in memory."""

@@ -382,7 +382,7 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     Raises:
         VqserveError: the address cannot be bound, or a worker does not start.
     """
-    console.set_up(config.log_level)
+    console.set_up(config.log_level, is_parent=True)
     grpcio_release.warn_if_untested()
     # Check here, so that an error is reported once and not by every worker.
     find_codebooks(sources).check()

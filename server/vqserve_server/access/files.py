@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from vqserve.errors import StartError
-from vqserve_server.console import event
+from vqserve_server.console import ONCE, event
 
 T = TypeVar("T")
 
@@ -150,4 +150,5 @@ def warn_if_readable(path: str, *, holds: str) -> None:
     except OSError:
         return
     if mode & (stat.S_IROTH | stat.S_IWOTH):
-        logger.warning(event("file_open_to_all", path=path, holds=holds, mode=f"{stat.S_IMODE(mode):04o}"))
+        fields = {"path": path, "holds": holds, "mode": f"{stat.S_IMODE(mode):04o}"}
+        logger.warning(event("file_open_to_all", **fields), extra=ONCE)

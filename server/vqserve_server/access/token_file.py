@@ -111,6 +111,11 @@ def grants(path: str, content: bytes) -> list[Grant]:
     Raises:
         StartError: it is not valid; the text names the file and the entry.
     """
+    if content.lstrip().startswith(_PREFIX.encode()):
+        # Without its text, which is a secret.
+        raise StartError(
+            f"{path}: is the token of a caller: the file of tokens has their hashes (`vqserved token NAME --file FILE`)"
+        )
     try:
         document = tomllib.loads(content.decode())
     except (ValueError, RecursionError) as error:
