@@ -23,6 +23,15 @@ def address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def is_address(host: str) -> bool:
+    """Return whether a host is an IP address and not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def is_loopback(host: str) -> bool:
     """Return whether only this machine can reach a host."""
     try:
@@ -86,11 +95,52 @@ def reserve(host: str, port: int, *, shared: bool, flag: str = "--port") -> sock
     return held
 
 
+def listen(host: str, port: int, *, flag: str) -> socket.socket:
+    """Return a socket that listens on the address.
+
+    Args:
+        host: name or address.
+        port: port number.
+        flag: what sets the port, for the error.
+
+    Raises:
+        StartError: the address cannot be bound; the error gives the reason.
+    """
+    listener = reserve(host, port, shared=False, flag=flag)
+    try:
+        listener.listen()
+    except OSError as error:
+        # Another process has bound the port as well, and was faster.
+        listener.close()
+        raise StartError(f"cannot listen on {address(host, port)}: {error.strerror or error}") from None
+    return listener
+
+
 def check_unix_socket(path: str) -> None:
     """Check that the server can listen on a socket file; the file of a server that has ended is removed.
 
     Raises:
         StartError: the server cannot listen on it; the error gives the reason.
+    """
+    check_socket_path(path)
+    file = Path(path)
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            if _is_listened_on(probe, path):
+                raise StartError(f"cannot listen on {path}: another process listens on it")
+            if file.is_socket():
+                file.unlink()
+            probe.bind(path)
+            file.unlink()
+    except OSError as error:
+        raise StartError(f"cannot listen on {path}: {error.strerror or error}") from None
+
+
+def check_socket_path(path: str) -> None:
+    """Check that a socket file could be made, without making it.
+
+    Raises:
+        StartError: it could not; the error gives the reason.
     """
     if any(mark in path for mark in _URI_MARKS):
         raise StartError(f"cannot listen on {path}: a target unix:PATH cannot contain any of {' '.join(_URI_MARKS)}")
@@ -100,13 +150,6 @@ def check_unix_socket(path: str) -> None:
             raise StartError(f"cannot listen on {path}: there is no folder {file.parent}")
         if file.exists() and not file.is_socket():
             raise StartError(f"cannot listen on {path}: the file exists and is not a socket")
-        with socket.socket(socket.AF_UNIX) as probe:
-            if _is_listened_on(probe, path):
-                raise StartError(f"cannot listen on {path}: another process listens on it")
-            if file.is_socket():
-                file.unlink()
-            probe.bind(path)
-            file.unlink()
     except OSError as error:
         raise StartError(f"cannot listen on {path}: {error.strerror or error}") from None
 
