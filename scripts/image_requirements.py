@@ -2,8 +2,8 @@
 
     python scripts/image_requirements.py DIR
 
-DIR/runtime is for the daemon, DIR/build for the wheel; both have a requirements.txt and a constraints.txt. Needs nothing
-but Python, and reads pyproject.toml and constraints.txt of the working folder.
+DIR/runtime is for the daemon, DIR/build for the wheel; both have a requirements.txt and a constraints.txt. Needs
+nothing but Python, and reads pyproject.toml and constraints.txt of the working folder.
 """
 
 from __future__ import annotations
