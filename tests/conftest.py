@@ -150,7 +150,8 @@ def put() -> Callable[..., Any]:
 def daemon_environment(**extra: str) -> dict[str, str]:
     """The environment of a daemon under test: this one's, without settings, on one thread."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("VQSERVE_")}
-    return {**plain, "OMP_NUM_THREADS": "1", **extra}
+    # Many servers at once have no metrics port: there is one default.
+    return {**plain, "OMP_NUM_THREADS": "1", "VQSERVE_METRICS_PORT": "0", **extra}
 
 
 @pytest.fixture

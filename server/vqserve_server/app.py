@@ -24,6 +24,11 @@ from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
 from vqserve_server.engine import Engine, Watchdog
 from vqserve_server.heartbeat import Heartbeat
+from vqserve_server.metrics.memory import inherited_part, private_part
+from vqserve_server.metrics.port import MetricsPort
+from vqserve_server.metrics.present import Processes
+from vqserve_server.metrics.recorder import Metrics
+from vqserve_server.metrics.store import METRICS, NBYTES
 from vqserve_server.network import address, check, check_protected, check_unix_socket
 from vqserve_server.process import allow_connections
 from vqserve_server.repository import Reloader, Repository
@@ -49,6 +54,7 @@ class App:
         config: ServeConfig | None = None,
         *,
         access: Access | None = None,
+        metrics: Metrics | None = None,
         shares_port: bool = False,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
@@ -58,6 +64,7 @@ class App:
             tokenizers: the codebooks to serve.
             config: all settings.
             access: certificates and tokens; None: those of the settings.
+            metrics: counts what the server does; None: nobody reads them.
             shares_port: whether other processes listen on the port too.
             on_broken: called, from any thread, when the server can serve no longer.
         """
@@ -69,6 +76,7 @@ class App:
         self.engine = Engine(
             tokenizers,
             self._config.engine,
+            metrics=metrics,
             on_broken=self._on_broken,
         )
         self._access = access or Access(self._config.access)
@@ -149,6 +157,8 @@ async def serve(
     config: ServeConfig,
     access: Access | None = None,
     *,
+    metrics: Metrics | None = None,
+    processes: Processes | None = None,
     worker: int | None = None,
     heartbeat: Heartbeat | None = None,
     on_broken: Callable[[], None] = lambda: None,
@@ -157,7 +167,14 @@ async def serve(
 
     SIGHUP reloads the repository. A SIGHUP during the start is handled when the server is ready.
     """
-    app = App(repository.tokenizers, config, access=access, shares_port=worker is not None, on_broken=on_broken)
+    app = App(
+        repository.tokenizers,
+        config,
+        access=access,
+        metrics=metrics,
+        shares_port=worker is not None,
+        on_broken=on_broken,
+    )
     watchdog = _watchdog(app, config, heartbeat)
     reloader = Reloader(repository, lambda: app.swap(repository.tokenizers))
     stop = asyncio.Event()
@@ -190,6 +207,8 @@ async def serve(
     port = await app.start()
     if watchdog is not None:
         watchdog.start()
+    if processes is not None:
+        processes.ready.add(worker or 0)
     _announce(repository.tokenizers, config.rpc.host, port)
     done, pending = await asyncio.wait(
         [asyncio.create_task(stop.wait()), asyncio.create_task(app.broken.wait())],
@@ -238,14 +257,31 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
             check_unix_socket(config.rpc.unix_socket)
     allow_connections(config.rpc.max_connections)
     access = Access(config.access)
-    repository = Repository(sources, device=config.device, search=config.search)
-    repository.load()
-    # The present objects stay alive; a collection after a swap can skip them.
-    gc.freeze()
+    memory = inherited_part(METRICS, os.environ)
+    if memory is None:
+        memory = private_part(NBYTES)
+    metrics, processes = Metrics(memory), Processes(pids={0: os.getpid()})
     heartbeat = None if worker is None else Heartbeat.of(os.environ)
-    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
-        on_broken = partial(_end_in_any_case, nowhere)
-        return asyncio.run(serve(repository, config, access, worker=worker, heartbeat=heartbeat, on_broken=on_broken))
+    with contextlib.ExitStack() as stack:
+        if worker is None:
+            # Before the codebooks are loaded, which may take minutes.
+            stack.enter_context(MetricsPort(config, access, processes, [memory]))
+        nowhere = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
+        repository = Repository(sources, device=config.device, search=config.search)
+        repository.load()
+        # The present objects stay alive; a collection after a swap can skip them.
+        gc.freeze()
+        serving = serve(
+            repository,
+            config,
+            access,
+            metrics=metrics,
+            processes=processes,
+            worker=worker,
+            heartbeat=heartbeat,
+            on_broken=partial(_end_in_any_case, nowhere),
+        )
+        return asyncio.run(serving)
 
 
 def _watchdog(app: App, config: ServeConfig, heartbeat: Heartbeat | None) -> Watchdog | None:

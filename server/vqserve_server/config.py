@@ -49,6 +49,8 @@ _METAVARS = {
 _SWITCH = {"on": True, "1": True, "true": True, "yes": True, "off": False, "0": False, "false": False, "no": False}
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MIB = 1 << 20
+# Unless --metrics-port says otherwise: the port that OpenTelemetry has for Prometheus's format.
+METRICS_PORT = 9464
 
 
 class ConfigError(ValueError):
@@ -95,6 +97,12 @@ def _watchdog_seconds(text: str) -> float:
     if 0 < value < 3:
         raise ValueError(f"must be 0 or from 3 to 86400 seconds, not {text!r}")
     return value
+
+
+def _metrics_port(text: str) -> str:
+    if text != "auto":
+        _integer(0, 65535)(text)
+    return text
 
 
 def _switch(text: str) -> bool:
@@ -213,12 +221,33 @@ class AccessConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """Where metrics can be read."""
+
+    metrics_host: str = _setting("127.0.0.1", "address of the metrics port", _text)
+    metrics_port: str = _setting(
+        "auto", f"port that shows metrics over HTTP; auto: {METRICS_PORT} if it is free; 0: none", _metrics_port
+    )
+
+    @property
+    def port(self) -> int:
+        """The port; 0: none."""
+        return METRICS_PORT if self.metrics_port == "auto" else int(self.metrics_port)
+
+    @property
+    def is_port_required(self) -> bool:
+        """Whether it is an error that the port is in use."""
+        return self.metrics_port != "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """All settings of `vqserved serve`."""
 
     rpc: RpcConfig = RpcConfig()
     access: AccessConfig = AccessConfig()
     engine: EngineConfig = EngineConfig()
+    metrics: MetricsConfig = MetricsConfig()
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N", _device)
     workers: int = _setting(
         1, "processes that serve the port, each with its own codebooks and queue", _integer(1, 1024)
@@ -240,7 +269,12 @@ class ServeConfig:
     log_level: str = _setting("info", f"one of {', '.join(LOG_LEVELS)}", _log_level)
 
 
-_GROUPS: dict[str, type] = {"rpc": RpcConfig, "access": AccessConfig, "engine": EngineConfig}
+_GROUPS: dict[str, type] = {
+    "rpc": RpcConfig,
+    "access": AccessConfig,
+    "engine": EngineConfig,
+    "metrics": MetricsConfig,
+}
 
 
 def _settings() -> Iterator[tuple[str | None, Field[Any]]]:
@@ -344,6 +378,10 @@ def _check_access(config: ServeConfig) -> None:
         raise ConfigError(f"{flag('tls_client_ca')} needs {flag('tls_cert')} and {flag('tls_key')}")
     if access.health_port and access.health_port == config.rpc.port:
         raise ConfigError(f"{flag('health_port')} must differ from {flag('port')}, both are {config.rpc.port}")
+    if config.metrics.is_port_required and config.metrics.port:
+        for name, port in (("port", config.rpc.port), ("health_port", access.health_port)):
+            if config.metrics.port == port:
+                raise ConfigError(f"{flag('metrics_port')} must differ from {flag(name)}, both are {port}")
 
 
 def environment(config: ServeConfig) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The packages of the extra `server`; without them the client still works."""
 
-_PACKAGES = frozenset({"einops", "grpc_reflection", "torch"})
+_PACKAGES = frozenset({"einops", "grpc_reflection", "prometheus_client", "torch"})
 
 
 def missing_package(error: Exception) -> str | None:

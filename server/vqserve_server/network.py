@@ -23,6 +23,15 @@ def address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def is_address(host: str) -> bool:
+    """Return whether a host is an IP address and not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def is_loopback(host: str) -> bool:
     """Return whether only this machine can reach a host."""
     try:
@@ -84,6 +93,27 @@ def reserve(host: str, port: int, *, shared: bool, flag: str = "--port") -> sock
             reason = f"the port is in use: is another vqserved running? Stop it, or choose another with {flag}"
         raise StartError(f"cannot listen on {address(host, port)}: {reason}") from None
     return held
+
+
+def listen(host: str, port: int, *, flag: str) -> socket.socket:
+    """Return a socket that listens on the address.
+
+    Args:
+        host: name or address.
+        port: port number.
+        flag: what sets the port, for the error.
+
+    Raises:
+        StartError: the address cannot be bound; the error gives the reason.
+    """
+    listener = reserve(host, port, shared=False, flag=flag)
+    try:
+        listener.listen()
+    except OSError as error:
+        # Another process has bound the port as well, and was faster.
+        listener.close()
+        raise StartError(f"cannot listen on {address(host, port)}: {error.strerror or error}") from None
+    return listener
 
 
 def check_unix_socket(path: str) -> None:

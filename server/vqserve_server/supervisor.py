@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from vqserve.errors import StartError
@@ -24,6 +24,10 @@ from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
 from vqserve_server.heartbeat import HEARTBEAT_VARIABLE, Checks, Pulse
+from vqserve_server.metrics.memory import SharedMemory
+from vqserve_server.metrics.port import MetricsPort
+from vqserve_server.metrics.present import Processes
+from vqserve_server.metrics.store import METRICS, NBYTES
 from vqserve_server.network import check_protected, reserve
 
 # Environment variable with the number of a worker; it is not a setting for users.
@@ -77,12 +81,33 @@ def worker_environment(config: ServeConfig, number: int, port: int) -> dict[str,
 class Workers:
     """The workers of one parent. Call its methods from one event loop."""
 
-    def __init__(self, sources: Sequence[str], config: ServeConfig, port: int) -> None:
+    def __init__(
+        self,
+        sources: Sequence[str],
+        config: ServeConfig,
+        port: int,
+        *,
+        memories: Sequence[SharedMemory] = (),
+        processes: Processes | None = None,
+        on_end: Callable[[int], None] = lambda number: None,
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            sources: what the command line names.
+            config: the settings.
+            port: port that the workers share.
+            memories: memory of which each worker has a part.
+            processes: is kept up to date.
+            on_end: called with the number of a worker that has ended, before it is started again.
+        """
         self._sources = list(sources)
         self._config = config
         self._port = port
+        self._memories = memories
+        self._state = processes or Processes()
+        self._on_end = on_end
         self._processes: dict[int, asyncio.subprocess.Process] = {}
-        self._ready: set[int] = set()
         self._reloads = 0
         self._stopping = asyncio.Event()
         self._keepers: list[asyncio.Task[int]] = []
@@ -126,7 +151,7 @@ class Workers:
     def reload(self) -> None:
         """Make all workers reload their codebooks; a worker that is starting reloads when it is ready."""
         self._reloads += 1
-        for number in self._ready:
+        for number in self._state.ready:
             # A worker that has just died is restarted, and loads the present files.
             _send(self._processes[number], signal.SIGHUP)
 
@@ -141,11 +166,12 @@ class Workers:
             if self._stopping.is_set():
                 return code
             delay_s = back_off.delay_s(served_s)
-            fields = {"number": number, "code": code, "restart_s": delay_s, "ready": len(self._ready)}
+            fields = {"number": number, "code": code, "restart_s": delay_s, "ready": len(self._state.ready)}
             logger.warning(event("worker_ended", **fields))
             try:
                 await asyncio.wait_for(self._stopping.wait(), delay_s)
             except TimeoutError:
+                self._state.restarts += 1
                 continue
             # The worker ended before the stop, so its exit code does not count.
             return 0
@@ -161,14 +187,15 @@ class Workers:
             logger.error(event("worker_not_started", number=number, error=reason))
             return 1, 0.0
         self._processes[number] = process
+        self._state.pids[number] = process.pid
         if self._stopping.is_set():
             _send(process, signal.SIGTERM)
         line = await self._ready_line(number, process)
         ready_at = time.monotonic()
         watch = None
         if line:
-            self._ready.add(number)
-            logger.info(event("worker_ready", number=number, pid=process.pid, ready=len(self._ready)))
+            self._state.ready.add(number)
+            logger.info(event("worker_ready", number=number, pid=process.pid, ready=len(self._state.ready)))
             if self._reloads != reloads:
                 # The worker may have read its files before the change. Before it is ready, SIGHUP would end it.
                 _send(process, signal.SIGHUP)
@@ -177,8 +204,9 @@ class Workers:
             if self._config.watchdog_seconds:
                 watch = asyncio.create_task(self._watch(number, process, pulse))
         code = await process.wait()
-        self._ready.discard(number)
-        del self._processes[number]
+        self._state.ready.discard(number)
+        del self._processes[number], self._state.pids[number]
+        self._on_end(number)
         if watch is not None:
             watch.cancel()
         pulse.close()
@@ -186,6 +214,9 @@ class Workers:
 
     async def _spawn(self, number: int) -> tuple[asyncio.subprocess.Process, Pulse]:
         pulse = Pulse()
+        environ = worker_environment(self._config, number, self._port) | {HEARTBEAT_VARIABLE: str(pulse.sender)}
+        for memory in self._memories:
+            environ |= memory.environment(number)
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -193,8 +224,8 @@ class Workers:
                 "vqserve_server",
                 "serve",
                 *self._sources,
-                env=worker_environment(self._config, number, self._port) | {HEARTBEAT_VARIABLE: str(pulse.sender)},
-                pass_fds=(pulse.sender,),
+                env=environ,
+                pass_fds=(pulse.sender, *(memory.descriptor for memory in self._memories)),
                 # The pipe closes when the parent ends in any way; a worker then stops.
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
@@ -241,14 +272,13 @@ def _send(process: asyncio.subprocess.Process, number: int) -> None:
             os.kill(process.pid, number)
 
 
-async def serve(sources: Sequence[str], config: ServeConfig, port: int) -> int:
+async def serve(workers: Workers, config: ServeConfig) -> int:
     """Run the workers until a stop signal arrives; return the exit code.
 
     Raises:
         StartError: a worker did not start.
     """
     loop = asyncio.get_running_loop()
-    workers = Workers(sources, config, port)
     stop = asyncio.Event()
 
     def on_signal(number: int) -> None:
@@ -285,8 +315,12 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     host, port = config.rpc.host, config.rpc.port
     check_protected(host, config.access)
     reserve(host, port, shared=False).close()
-    Access(config.access)
+    access = Access(config.access)
     if config.access.health_port:
         reserve(host, config.access.health_port, shared=False, flag="--health-port").close()
-    with reserve(host, port, shared=True) as held:
-        return asyncio.run(serve(sources, config, held.getsockname()[1]))
+    memory, processes = SharedMemory(METRICS, NBYTES, config.workers), Processes()
+    parts = [memory.part(number) for number in range(config.workers)]
+    with reserve(host, port, shared=True) as held, MetricsPort(config, access, processes, parts) as metrics:
+        port = held.getsockname()[1]
+        workers = Workers(sources, config, port, memories=[memory], processes=processes, on_end=metrics.worker_ended)
+        return asyncio.run(serve(workers, config))

@@ -90,6 +90,8 @@ def test_a_switch(text: str, value: bool) -> None:
         (("--tls-key", "a"), "--tls-cert and --tls-key need each other"),
         (("--tls-client-ca", "a"), "--tls-client-ca needs --tls-cert and --tls-key"),
         (("--health-port", "50051"), "--health-port must differ from --port, both are 50051"),
+        (("--metrics-port", "50051"), "--metrics-port must differ from --port, both are 50051"),
+        (("--metrics-port", "1", "--health-port", "1"), "--metrics-port must differ from --health-port, both are 1"),
     ],
 )
 def test_settings_that_contradict_each_other(flags: tuple[str, ...], problem: str) -> None:
@@ -100,9 +102,18 @@ def test_settings_that_contradict_each_other(flags: tuple[str, ...], problem: st
 def test_a_worker_gets_the_same_settings() -> None:
     settings = parse(
         *("--insecure", "--tls-cert", "a", "--tls-key", "b", "--tls-client-ca", "c", "--tokens", "d"),
-        *("--health-port", "1", "--drain-seconds", "0.1"),
+        *("--health-port", "1", "--drain-seconds", "0.1", "--metrics-host", "::", "--metrics-port", "9"),
     )
     assert parse(**config.environment(settings)) == settings
+
+
+def test_the_metrics_port_has_a_default_that_another_server_may_have() -> None:
+    assert (parse().metrics.port, parse().metrics.is_port_required) == (9464, False)
+    asked = parse("--metrics-port", "9464").metrics
+    assert (asked.port, asked.is_port_required) == (9464, True)
+    assert parse(VQSERVE_METRICS_PORT="0").metrics.port == 0
+    # The default gives way.
+    assert parse("--port", "9464").metrics.port == 9464
 
 
 def test_a_mistake_in_a_flag_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

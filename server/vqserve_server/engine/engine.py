@@ -18,6 +18,7 @@ from vqserve_server.device import wait_for_stream
 from vqserve_server.engine.admission import Admission, EngineStats
 from vqserve_server.engine.scheduler import Scheduler
 from vqserve_server.engine.worker import Worker
+from vqserve_server.metrics.recorder import Metrics
 
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
@@ -99,6 +100,7 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         threads: int | None = None,
+        metrics: Metrics | None = None,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
         """Make the engine; `start` starts it.
@@ -107,11 +109,13 @@ class Engine:
             tokenizers: the codebooks to serve, under their names.
             config: batching and limits.
             threads: number of batches that are computed at once; None: a number that suits the device.
+            metrics: counts what the engine does; None: nobody reads them.
             on_broken: called, from another thread, when the engine can serve no longer, before its jobs fail.
         """
         config = config or EngineConfig()
         tokenizers = list(tokenizers)
         self.live = _live(tokenizers)
+        self.metrics = metrics or Metrics()
         self.stats = EngineStats()
         self._on_broken = on_broken
         self.admission = Admission(config, self.stats)

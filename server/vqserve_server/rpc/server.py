@@ -98,6 +98,7 @@ class RpcServer:
         """
         self._config = config
         self._access = access
+        self._metrics = engine.metrics
         self._health_port = health_port
         self._service = TokenizerService(engine, max_message_bytes=config.max_message_bytes)
         self._health = Health(("", SERVICE))
@@ -140,7 +141,7 @@ class RpcServer:
         host, certificates = self._config.host, self._access.certificates
         credentials = None if certificates is None else server_credentials(certificates)
         port = self._transport.listen(address(host, self._config.port), credentials)
-        self._health.set_serving(True)
+        self._set_serving(True)
         if self._health_transport is not None:
             self._health_transport.listen(address(host, self._health_port))
             self._health_transport.start()
@@ -158,7 +159,11 @@ class RpcServer:
 
     def not_serving(self) -> None:
         """Report NOT_SERVING to health checks from now on. Any thread may call it."""
-        self._health.set_serving(False)
+        self._set_serving(False)
+
+    def _set_serving(self, serving: bool) -> None:
+        self._health.set_serving(serving)
+        self._metrics.set("serving", serving)
 
     def stop(self, drain_seconds: float) -> bool:
         """Close the port, and let the calls that are being answered finish; return whether all ended in time.
