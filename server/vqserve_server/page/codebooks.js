@@ -29,9 +29,9 @@ export function codebooks(body, tell) {
   return (infos, health) => rows.update(infos.map((info) => [info.codebook, about(info, health.get(info.codebook))]));
 }
 
-/** Return the labels of all codebooks that are served, in the order of their names. */
+/** Return the labels of all codebooks that are served now, in the order of their names. */
 export const served = (scrapes) =>
-  scrapes.samples("codebook_info").map(({ labels }) => labels).sort((a, b) => (a.codebook < b.codebook ? -1 : 1));
+  scrapes.samples("codebook_info").filter(({ value }) => value > 0).map(({ labels }) => labels).sort((a, b) => (a.codebook < b.codebook ? -1 : 1));
 
 /** Return the anchor of a codebook's pictures: names may hold any character. */
 export const anchorOf = (name) => `usage-${encodeURIComponent(name)}`;

@@ -146,10 +146,19 @@ def test_a_codebook_of_which_nothing_was_sampled(open_console, metrics):
     assert console.complaints == []
 
 
+def test_a_server_that_samples_nothing(open_console, metrics):
+    metrics.failing["/codebooks.json"] = 404
+    console = open_console()
+    assert console.text("#usage-hint") == "The server samples no traffic."
+    assert [row[0] for row in console.table("codebook-rows")] == ["faces", "speech"]
+    assert console.text("#state") == "Serving"
+
+
 def test_codebooks_come_and_go(open_console, metrics):
     console = open_console()
     metrics.health.pop(0)
-    metrics.samples = {key: value for key, value in metrics.samples.items() if ("codebook", "faces") not in key[1]}
+    # What is no longer served has the value 0.
+    metrics.set("codebook_info", 0, codebook="faces", digest="fa" * 32, kind="vq", num_codes="1024", code_dim="4")
     metrics.codebook("added", metrics.stage([0.5, 0.5]))
     metrics.set("codebook_info", 1, codebook="added", digest="ad" * 32, kind="vq", num_codes="2", code_dim="4")
     console.poll()
