@@ -2,10 +2,14 @@
 
 The compiler is zig's (a build requirement from the package index), so that a source build needs nothing that pip does
 not bring and the library runs on systems older than the one that built it.
+
+`python hatch_build.py FILE` compiles the library alone, and a build for which `VQSERVE_LIBSEARCH` names such a file packs
+it as it is: the Dockerfile compiles in a stage that changes of Python do not reach.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -54,33 +58,56 @@ class CompileSearch(BuildHookInterface[Any]):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile before the build; on a machine without a target the wheel has no library and torch searches."""
-        target = _TARGETS.get(platform.machine()) if sys.platform == "linux" else None
+        target = _target()
         if self.target_name != "wheel" or target is None:
             return
-        triple, wheel_platform, levels = target
         root = Path(self.root)
-        with tempfile.TemporaryDirectory() as scratch:
-            objects = [self._compile(root, triple, "pool.c", [], Path(scratch) / "pool.o")]
-            for level, flags in levels.items():
-                own = [*flags.split(), f"-DLEVEL={level}"]
-                objects.append(self._compile(root, triple, "search.c", own, Path(scratch) / f"{level}.o"))
-            library = Path(scratch) / "libsearch.so"
-            self._zig("-target", triple, "-shared", "-s", "-pthread", "-o", str(library), *objects, "-lm")
-            # A process that has the old library mapped keeps it.
-            library.chmod(0o755)
-            (root / _LIBRARY).unlink(missing_ok=True)
-            (root / _LIBRARY).write_bytes(library.read_bytes())
+        compiled = os.environ.get("VQSERVE_LIBSEARCH")
+        content = Path(compiled).read_bytes() if compiled else _compile(root, target)
+        # A process that has the old library mapped keeps it.
+        (root / _LIBRARY).unlink(missing_ok=True)
+        (root / _LIBRARY).write_bytes(content)
+        (root / _LIBRARY).chmod(0o755)
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{wheel_platform}"
+        build_data["tag"] = f"py3-none-{target[1]}"
         build_data["artifacts"].append(str(_LIBRARY))
 
-    def _compile(self, root: Path, triple: str, name: str, flags: list[str], target: Path) -> str:
-        source = root / _FOLDER / name
-        self._zig("-target", triple, *_COMMON, *flags, "-c", str(source), "-o", str(target))
-        return str(target)
 
-    def _zig(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "ziglang", "cc", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+def _target() -> tuple[str, str, dict[str, str]] | None:
+    return _TARGETS.get(platform.machine()) if sys.platform == "linux" else None
+
+
+def _compile(root: Path, target: tuple[str, str, dict[str, str]]) -> bytes:
+    """Return the library, compiled from the sources below `root`."""
+    triple, _, levels = target
+    with tempfile.TemporaryDirectory() as scratch:
+        objects = [_compile_one(root, triple, "pool.c", [], Path(scratch) / "pool.o")]
+        for level, flags in levels.items():
+            own = [*flags.split(), f"-DLEVEL={level}"]
+            objects.append(_compile_one(root, triple, "search.c", own, Path(scratch) / f"{level}.o"))
+        library = Path(scratch) / "libsearch.so"
+        _zig("-target", triple, "-shared", "-s", "-pthread", "-o", str(library), *objects, "-lm")
+        return library.read_bytes()
+
+
+def _compile_one(root: Path, triple: str, name: str, flags: list[str], target: Path) -> str:
+    source = root / _FOLDER / name
+    _zig("-target", triple, *_COMMON, *flags, "-c", str(source), "-o", str(target))
+    return str(target)
+
+
+def _zig(*arguments: str) -> None:
+    command = [sys.executable, "-m", "ziglang", "cc", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def _main() -> None:
+    target = _target()
+    if target is not None:
+        Path(sys.argv[1]).write_bytes(_compile(Path(__file__).parent, target))
+
+
+if __name__ == "__main__":
+    _main()

@@ -91,6 +91,7 @@ class ListRequest(Request):
             num_quantizers=entry.num_quantizers,
             stage_vocab_sizes=tuple(entry.stage_vocab_sizes),
             layout=LAYOUT_OF_NUMBER[entry.layout],
+            version=entry.version or None,
         )
 
 

@@ -186,23 +186,23 @@ def _run_tool(module: str, args: argparse.Namespace) -> int:
 
 
 def _table(codebooks: Sequence[CodebookInfo]) -> str:
-    heads = ("name", "kind", "codes", "vocabulary", "channels in", "code", "channels out", "layout", "digest")
-    rows = [
-        (
-            info.name,
-            info.kind,
-            info.codes,
-            str(info.vocab_size),
-            str(info.input_dim),
-            str(info.code_dim),
-            str(info.output_dim),
-            info.layout or "default",
-            info.digest[:12],
-        )
-        for info in codebooks
-    ]
+    columns: dict[str, Callable[[CodebookInfo], object]] = {
+        "name": lambda info: info.name,
+        "version": lambda info: info.version or "",
+        "kind": lambda info: info.kind,
+        "codes": lambda info: info.codes,
+        "vocabulary": lambda info: info.vocab_size,
+        "channels in": lambda info: info.input_dim,
+        "code": lambda info: info.code_dim,
+        "channels out": lambda info: info.output_dim,
+        "layout": lambda info: info.layout or "default",
+        "digest": lambda info: info.digest[:12],
+    }
+    if not any(info.version for info in codebooks):
+        del columns["version"]
+    rows = [[str(value(info)) for value in columns.values()] for info in codebooks]
     # A name comes from the server: it must not send control characters to the terminal.
-    cells = [[printable(cell) for cell in row] for row in (heads, *rows)]
+    cells = [[printable(cell) for cell in row] for row in (columns, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells

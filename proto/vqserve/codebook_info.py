@@ -8,7 +8,7 @@ from itertools import groupby
 
 from vqserve.layout import Layout
 
-# Separates a codebook's name from a version number: "book@3".
+# Separates a codebook's name from a version number or a label: "book@3", "book@stable".
 VERSION_MARK = "@"
 # A text lists at most so many runs of equal stages.
 _MOST_RUNS = 4
@@ -21,7 +21,7 @@ class CodebookInfo:
     """Description of one served codebook.
 
     Attributes:
-        name: name in requests: "book@3" for a version, "book" for the latest.
+        name: name in requests: "book@3" for a version, "book@stable" for a label of one, "book" for the latest.
         digest: lower-case hexadecimal SHA-256 of everything that affects encode and decode.
         kind: kind of the quantizer, such as "vq" or "fsq"; a newer server may have kinds that are unknown here.
         num_codes: K, number of codes (of each stage, if there are several; of the largest, where they differ).
@@ -33,6 +33,7 @@ class CodebookInfo:
         stage_vocab_sizes: exclusive upper bound of each stage's indices, in the order of a token's indices, if the
             stages of a residual codebook differ; empty: `vocab_size` is the bound of all indices.
         layout: default layout of latents; None: channels first for 4 and 5 axes, last for 2 and 3.
+        version: the version that the name means; None: the codebook has no versions, or an older server does not say.
     """
 
     name: str
@@ -46,6 +47,7 @@ class CodebookInfo:
     num_quantizers: int = 1
     stage_vocab_sizes: tuple[int, ...] = ()
     layout: Layout | None = None
+    version: int | None = None
 
     @property
     def size(self) -> str:
@@ -61,7 +63,7 @@ class CodebookInfo:
 
     @property
     def is_version(self) -> bool:
-        """Whether the name includes a version number."""
+        """Whether the name includes a version number or a label."""
         return VERSION_MARK in self.name
 
     @property

@@ -347,6 +347,9 @@ def check_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available
 
 # Elements of arrays.
 
+# Of each signed type the unsigned one of its size, and the least value there that is negative here.
+_AS_UNSIGNED = {np.dtype(f"i{size}"): (np.dtype(f"u{size}"), 1 << (8 * size - 1)) for size in (1, 2, 4, 8)}
+
 
 def check_indices(
     array: npt.NDArray[np.integer[Any]], *, decodable: int, stage_sizes: Sequence[int] = (), axis: int = -1
@@ -367,8 +370,15 @@ def check_indices(
         raise not_indices(array.dtype)
     if array.size == 0:
         return
+    bound = min(stage_sizes, default=decodable)
+    as_unsigned = _AS_UNSIGNED.get(array.dtype)
+    if as_unsigned is not None:
+        unsigned, limit = as_unsigned
+        # Read so, negative values are the greatest: one pass instead of two.
+        if int(array.view(unsigned).max()) < min(bound, limit):
+            return
     low, high = int(array.min()), int(array.max())
-    if low >= 0 and high < min(stage_sizes, default=decodable):
+    if low >= 0 and high < bound:
         return
     outside = array < 0
     if stage_sizes:

@@ -167,11 +167,11 @@ class ReplyTemplate:
         body_bytes = sum(widths) + counters
         self.before = head + bytes((counters_field << 3 | _LENGTH_DELIMITED, body_bytes))
         self.after = tag
-        # The tag and the bytes of a counter, as one number without the value.
-        self.fields = [
-            (width + 1, int.from_bytes(bytes((number << 3,)) + b"\x80" * (width - 1) + b"\0", "little"))
-            for number, width in enumerate(widths, 1)
-        ]
+        # The tags and the bytes of all counters, as one number without the values, and which bit each value begins at.
+        fields = [bytes((number << 3,)) + b"\x80" * (width - 1) + b"\0" for number, width in enumerate(widths, 1)]
+        self.counters = int.from_bytes(b"".join(fields), "little")
+        self.counters_bytes = body_bytes
+        self.bits = [8 * (len(b"".join(fields[:i])) + 1) for i in range(counters)]
         self.start = len(self.before) + body_bytes + len(tag)
         self.size = self.start + nbytes
 
@@ -197,20 +197,19 @@ class ReplyBuffer:
     def write_header(self, counters: Iterable[int]) -> bytes:
         """Write everything before the payload, with these non-negative counters, and return the message."""
         template = self._template
-        parts = [template.before]
-        for value, (width, field) in zip(counters, template.fields, strict=True):
-            value = min(value, _MOST)  # noqa: PLW2901
-            spread = (
-                value & 0x7F
-                | (value & 0x3F80) << 1
-                | (value & 0x1FC000) << 2
-                | (value & 0xFE00000) << 3
-                | (value & 0x7F0000000) << 4
-            )
-            parts.append((field | spread << 8).to_bytes(width, "little"))
-        parts.append(template.after)
-        ctypes.memmove(self.memory, b"".join(parts), template.start)
+        written = template.counters
+        for value, bit in zip(counters, template.bits, strict=True):
+            written |= (_spread(value) if value >= 0x80 else value) << bit
+        counters_raw = written.to_bytes(template.counters_bytes, "little")
+        ctypes.memmove(self.memory, template.before + counters_raw + template.after, template.start)
         return self._raw
+
+
+def _spread(value: int) -> int:
+    """Return a counter with room for a varint's mark at the top of each byte."""
+    value = min(value, _MOST)
+    spread = value & 0x7F | (value & 0x3F80) << 1 | (value & 0x1FC000) << 2
+    return spread if value < 0x200000 else spread | (value & 0xFE00000) << 3 | (value & 0x7F0000000) << 4
 
 
 def _varint(raw: bytes, position: int) -> tuple[int, int]:

@@ -32,6 +32,7 @@ from vqserve_server.metrics.store import METRICS, NBYTES
 from vqserve_server.network import address, check, check_protected, check_unix_socket
 from vqserve_server.process import allow_connections
 from vqserve_server.repository import Reloader, Repository
+from vqserve_server.rescan import Rescan
 from vqserve_server.rpc import RpcServer
 from vqserve_server.tokenizer import Tokenizer
 
@@ -53,6 +54,7 @@ class App:
         tokenizers: Sequence[Tokenizer],
         config: ServeConfig | None = None,
         *,
+        labels: Mapping[str, str] | None = None,
         access: Access | None = None,
         metrics: Metrics | None = None,
         shares_port: bool = False,
@@ -63,6 +65,7 @@ class App:
         Args:
             tokenizers: the codebooks to serve.
             config: all settings.
+            labels: further names of the codebooks: {"book@stable": "book@3"}.
             access: certificates and tokens; None: those of the settings.
             metrics: counts what the server does; None: nobody reads them.
             shares_port: whether other processes listen on the port too.
@@ -76,6 +79,7 @@ class App:
         self.engine = Engine(
             tokenizers,
             self._config.engine,
+            labels=labels,
             metrics=metrics,
             on_broken=self._on_broken,
         )
@@ -108,9 +112,9 @@ class App:
             logger.info(event("listening", address=f"unix:{self._config.rpc.unix_socket}"))
         return port
 
-    def swap(self, tokenizers: Sequence[Tokenizer]) -> None:
+    def swap(self, tokenizers: Sequence[Tokenizer], labels: Mapping[str, str] | None = None) -> None:
         """Serve these codebooks from now on; a request that arrived before uses only the old ones."""
-        self.engine.swap(tokenizers)
+        self.engine.swap(tokenizers, labels)
         self._rpc.use_live_set()
 
     def refresh_access(self) -> None:
@@ -161,6 +165,7 @@ async def serve(
     processes: Processes | None = None,
     worker: int | None = None,
     heartbeat: Heartbeat | None = None,
+    rescan: Rescan | None = None,
     on_broken: Callable[[], None] = lambda: None,
 ) -> int:
     """Serve until a stop signal arrives; return the exit code. A fault of the device ends the process with 1.
@@ -170,13 +175,14 @@ async def serve(
     app = App(
         repository.tokenizers,
         config,
+        labels=repository.labels,
         access=access,
         metrics=metrics,
         shares_port=worker is not None,
         on_broken=on_broken,
     )
     watchdog = _watchdog(app, config, heartbeat)
-    reloader = Reloader(repository, lambda: app.swap(repository.tokenizers))
+    reloader = Reloader(repository, lambda: app.swap(repository.tokenizers, repository.labels))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -210,12 +216,13 @@ async def serve(
     if processes is not None:
         processes.ready.add(worker or 0)
     _announce(repository.tokenizers, config.rpc.host, port)
+    looking = None if rescan is None else asyncio.create_task(rescan.run(on_reload))
     done, pending = await asyncio.wait(
         [asyncio.create_task(stop.wait()), asyncio.create_task(app.broken.wait())],
         return_when=asyncio.FIRST_COMPLETED,
     )
     del done
-    for task in pending:
+    for task in (*pending, *([] if looking is None else [looking])):
         task.cancel()
     if watchdog is not None:
         watchdog.stop()
@@ -267,6 +274,7 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
             # Before the codebooks are loaded, which may take minutes.
             stack.enter_context(MetricsPort(config, access, processes, [memory]))
         nowhere = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
+        rescan = Rescan(sources, config.rescan_seconds)
         repository = Repository(sources, device=config.device, search=config.search)
         repository.load()
         # The present objects stay alive; a collection after a swap can skip them.
@@ -279,6 +287,7 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
             processes=processes,
             worker=worker,
             heartbeat=heartbeat,
+            rescan=rescan,
             on_broken=partial(_end_in_any_case, nowhere),
         )
         return asyncio.run(serving)

@@ -90,6 +90,12 @@ def _parser(asked: str, commands: Mapping[str, Command]) -> Parser:
         metavar="PATH | NAME=PATH",
         help="codebook files, or folders of them and of their versions; none: the demo codebook",
     )
+    serve.add_argument(
+        "--check",
+        action="store_true",
+        help="say what would be served, with which settings, and whether all files are good; listen on nothing",
+    )
+    serve.add_argument("--print-config", action="store_true", help="print a file for --config with these settings")
     settings.add_flags(serve)
     serve.set_defaults(run=_serve)
     for name, command in commands.items():
@@ -102,17 +108,25 @@ def _parser(asked: str, commands: Mapping[str, Command]) -> Parser:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    config = settings.resolve(vars(args), os.environ)
+    resolved = settings.load(vars(args), os.environ)
+    if args.print_config:
+        print(settings.settings_file(resolved), end="")
+        return 0
+    config, sources = resolved.config, list(resolved.codebooks)
     worker = os.environ.get(supervisor.WORKER_VARIABLE)
     with signals.sighup_blocked():
-        if worker is None and config.workers > 1:
-            return supervisor.run(args.sources, config)
+        if worker is None and config.workers > 1 and not args.check:
+            return supervisor.run(sources, config)
         if config.log_level != "debug":
             # Any caller can make gRPC write lines that say nothing to an operator. It reads this when it is imported.
             os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+        if args.check:
+            from vqserve_server import check  # noqa: PLC0415
+
+            return check.run(resolved)
         from vqserve_server import app  # noqa: PLC0415
 
-        return app.run(args.sources, config, worker=None if worker is None else int(worker))
+        return app.run(sources, config, worker=None if worker is None else int(worker))
 
 
 def _open_standard_files() -> None:

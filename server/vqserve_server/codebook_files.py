@@ -20,17 +20,38 @@ DEMO_NAME = "demo"
 DEMO_PATH = Path(__file__).parent / "assets" / "demo.safetensors"
 # No leading zeros, because 03 would be a second name of 3.
 _VERSION = re.compile(r"[1-9][0-9]{0,17}", re.ASCII)
+# Valid labels: they begin with a letter, so none looks like a version.
+_LABEL = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}", re.ASCII)
 
 
-def version_order(name: str) -> tuple[str, int]:
-    """Return the sort key of a name: versions as numbers, after the name without one."""
+def version_of(name: str) -> int | None:
+    """Return the version in a name; None if it has none, or a label in its place."""
+    version = name.partition(VERSION_MARK)[2]
+    return int(version) if _VERSION.fullmatch(version) else None
+
+
+def version_order(name: str) -> tuple[str, int, str]:
+    """Return the sort key of a name: first the name itself, then its labels, then its versions as numbers."""
     base, _, version = name.partition(VERSION_MARK)
-    return base, int(version or 0)
+    return base, version_of(name) or 0, version
 
 
 def latest(names: Iterable[str]) -> dict[str, str]:
     """Return the latest version of each name, by the name without it: {"book": "book@3"}."""
     return {version_order(name)[0]: name for name in sorted(names, key=version_order)}
+
+
+@dataclass(frozen=True)
+class Label:
+    """A name for a version: a symbolic link beside it.
+
+    Attributes:
+        path: of the link.
+        version: the name of the version, "book@3".
+    """
+
+    path: Path
+    version: str
 
 
 @dataclass(frozen=True)
@@ -58,10 +79,12 @@ class Found:
         files: files by served name ("book@3" for a version), in the order of the sources; in a folder in the order of
             names, versions ascending.
         problems: files and folders that are not served.
+        labels: labels of versions by served name ("book@stable").
     """
 
     files: dict[str, Path] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    labels: dict[str, Label] = field(default_factory=dict)
 
     def check(self) -> None:
         """Check that no codebook is missing.
@@ -82,6 +105,7 @@ class _Claim:
     name: str
     path: Path
     files: dict[str, Path]
+    labels: dict[str, Label] = field(default_factory=dict)
 
 
 def find_codebooks(sources: Sequence[str]) -> Found:
@@ -89,7 +113,8 @@ def find_codebooks(sources: Sequence[str]) -> Found:
 
     Args:
         sources: paths of files or folders, or NAME=FILE; if empty, the demo codebook. A folder holds files
-            (`book.safetensors`) and folders of versions (`book/3.safetensors`); names with a leading dot are skipped.
+            (`book.safetensors`) and folders of versions (`book/3.safetensors`) with links to them
+            (`book/stable.safetensors`); names with a leading dot are skipped.
     """
     found = Found()
     claims: dict[str, list[_Claim]] = {}
@@ -105,6 +130,7 @@ def find_codebooks(sources: Sequence[str]) -> Found:
     for name, claimants in claims.items():
         if len(claimants) == 1:
             found.files.update(claimants[0].files)
+            found.labels.update(claimants[0].labels)
             continue
         paths = tuple(claim.path for claim in claimants)
         way_out = "rename one" if any(path.is_dir() for path in paths) else "name one (NAME=PATH)"
@@ -173,9 +199,12 @@ def _versions(folder: Path, root: Path) -> Iterator[_Claim | Problem]:
         yield _unreadable(folder, error, is_fatal=False)
         return
     files: dict[int, Path] = {}
+    links: list[Path] = []
     candidates = [child for child in children if child.name.endswith(SUFFIX)]
     for child in candidates:
-        if not _VERSION.fullmatch(child.stem):
+        if child.is_symlink() and _LABEL.fullmatch(child.stem):
+            links.append(child)
+        elif not _VERSION.fullmatch(child.stem):
             text = (
                 f"{child} is skipped: the name of a version is its number, for example 3{SUFFIX}, without leading zeros"
             )
@@ -184,9 +213,18 @@ def _versions(folder: Path, root: Path) -> Iterator[_Claim | Problem]:
             yield _outside_link(child)
         else:
             files[int(child.stem)] = child
+    names = {version: f"{folder.name}{VERSION_MARK}{version}" for version in sorted(files)}
+    labels = {}
+    targets = {path.resolve(): names[version] for version, path in files.items()}
+    for link in links:
+        target = _target(link)
+        if target in targets:
+            labels[f"{folder.name}{VERSION_MARK}{link.stem}"] = Label(link, targets[target])
+        else:
+            text = f"{link} is a label, and so must be a link to a version beside it, such as 3{SUFFIX}"
+            yield Problem(f"{text}; `ln -sfn 3{SUFFIX} {link}` makes one", (link,))
     if files:
-        name = folder.name
-        yield _Claim(name, folder, {f"{name}{VERSION_MARK}{version}": files[version] for version in sorted(files)})
+        yield _Claim(folder.name, folder, {names[version]: files[version] for version in names}, labels)
     elif not candidates:
         # Without its path, because the codebooks from there are no longer served.
         yield Problem(f"{folder} is skipped: it has no file N{SUFFIX}", is_fatal=False)
@@ -198,11 +236,16 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _is_inside(path: Path, root: Path) -> bool:
+    target = _target(path)
+    return target is not None and target.is_relative_to(root)
+
+
+def _target(path: Path) -> Path | None:
     try:
-        return path.resolve().is_relative_to(root)
+        return path.resolve()
     except (OSError, RuntimeError):
         # Links that form a cycle have no target.
-        return False
+        return None
 
 
 def _outside_link(path: Path) -> Problem:

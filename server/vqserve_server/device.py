@@ -83,11 +83,13 @@ def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     """
     # torch warns if it shares read-only memory; a copy takes little time compared with the search.
     tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
-    return tensor.to(device, non_blocking=True)
+    return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)
 
 
 def to_host(rows: Tensor) -> Tensor:
     """Return rows in host memory, after all work of the current stream."""
+    if rows.device.type == "cpu":
+        return rows
     if rows.device.type != "cuda":
         return rows.cpu()
     with torch.cuda.device(rows.device):

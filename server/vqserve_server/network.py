@@ -122,6 +122,26 @@ def check_unix_socket(path: str) -> None:
     Raises:
         StartError: the server cannot listen on it; the error gives the reason.
     """
+    check_socket_path(path)
+    file = Path(path)
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            if _is_listened_on(probe, path):
+                raise StartError(f"cannot listen on {path}: another process listens on it")
+            if file.is_socket():
+                file.unlink()
+            probe.bind(path)
+            file.unlink()
+    except OSError as error:
+        raise StartError(f"cannot listen on {path}: {error.strerror or error}") from None
+
+
+def check_socket_path(path: str) -> None:
+    """Check that a socket file could be made, without making it.
+
+    Raises:
+        StartError: it could not; the error gives the reason.
+    """
     if any(mark in path for mark in _URI_MARKS):
         raise StartError(f"cannot listen on {path}: a target unix:PATH cannot contain any of {' '.join(_URI_MARKS)}")
     file = Path(path)
@@ -130,13 +150,6 @@ def check_unix_socket(path: str) -> None:
             raise StartError(f"cannot listen on {path}: there is no folder {file.parent}")
         if file.exists() and not file.is_socket():
             raise StartError(f"cannot listen on {path}: the file exists and is not a socket")
-        with socket.socket(socket.AF_UNIX) as probe:
-            if _is_listened_on(probe, path):
-                raise StartError(f"cannot listen on {path}: another process listens on it")
-            if file.is_socket():
-                file.unlink()
-            probe.bind(path)
-            file.unlink()
     except OSError as error:
         raise StartError(f"cannot listen on {path}: {error.strerror or error}") from None
 

@@ -6,13 +6,13 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vqserve.codebook_info import VERSION_MARK
 from vqserve.errors import CodebookError, VqserveError
-from vqserve_server.codebook_files import find_codebooks, latest
+from vqserve_server.codebook_files import Label, find_codebooks, latest
 from vqserve_server.codebooks import load_codebook
 from vqserve_server.console import event
 from vqserve_server.device import why_no_cuda
@@ -78,11 +78,17 @@ class Repository:
         self._device = device
         self._search = search
         self._entries: dict[str, Entry] = {}
+        self._labels: dict[str, Label] = {}
 
     @property
     def tokenizers(self) -> list[Tokenizer]:
         """The codebooks to serve; their names are "book" or, of versions, "book@3"."""
         return [entry.tokenizer for entry in self._entries.values()]
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The names of versions by label: {"book@stable": "book@3"}."""
+        return {name: label.version for name, label in self._labels.items()}
 
     def load(self) -> None:
         """Load all codebooks.
@@ -99,9 +105,18 @@ class Repository:
                 self._entries[name] = self._load(name, path)
             except CodebookError as error:
                 raise error.with_fields(path=str(path)) from None
+        self._labels = found.labels
         free_memory()
         if self._device == "auto" and (reason := why_no_cuda()):
             logger.info(event("device_chosen", device="cpu", reason=reason))
+
+    def examine(self) -> Iterator[tuple[str, Path, Tokenizer | VqserveError]]:
+        """Yield each codebook that `load` would load, or why it cannot, and keep none: one at a time is in memory."""
+        for name, path in find_codebooks(self._sources).files.items():
+            try:
+                yield name, path, self._load(name, path).tokenizer
+            except VqserveError as error:
+                yield name, path, error
 
     def reload(self) -> ReloadCounts:
         """Load the files that have changed, and drop those whose file was removed.
@@ -111,9 +126,11 @@ class Repository:
         """
         found = find_codebooks(self._sources)
         entries: dict[str, Entry] = {}
+        labels: dict[str, Label] = {}
         counts = ReloadCounts()
         for problem in found.problems:
             kept = {name: entry for name, entry in self._entries.items() if _is_below(entry.path, problem.paths)}
+            labels |= {name: label for name, label in self._labels.items() if _is_below(label.path, problem.paths)}
             if problem.is_fatal:
                 counts.rejected += 1
             else:
@@ -138,7 +155,16 @@ class Repository:
                 digest = now.tokenizer.digest[:12]
                 logger.info(event("codebook_version", name=name, now=now.title, was=was.title, digest=digest))
         self._entries = entries
+        self._move_labels({name: label for name, label in (labels | found.labels).items() if label.version in entries})
         return counts
+
+    def _move_labels(self, labels: dict[str, Label]) -> None:
+        before = self.labels
+        self._labels = labels
+        for name in sorted(before.keys() | labels.keys()):
+            was, now = before.get(name, "nothing"), self.labels.get(name, "nothing")
+            if was != now:
+                logger.info(event("codebook_label", name=name, now=now, was=was))
 
     def _renewed(self, name: str, path: Path, counts: ReloadCounts) -> Entry | None:
         """Return the codebook of a file; if it cannot be loaded, the previous one, if any."""

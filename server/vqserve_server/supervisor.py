@@ -29,6 +29,7 @@ from vqserve_server.metrics.port import MetricsPort
 from vqserve_server.metrics.present import Processes
 from vqserve_server.metrics.store import METRICS, NBYTES
 from vqserve_server.network import check_protected, reserve
+from vqserve_server.rescan import Rescan
 
 # Environment variable with the number of a worker; it is not a setting for users.
 WORKER_VARIABLE = "_VQSERVE_WORKER"
@@ -71,6 +72,8 @@ def worker_environment(config: ServeConfig, number: int, port: int) -> dict[str,
         device=devices[number % len(devices)],
         workers=1,
         devices="",
+        # The parent looks, so that all workers reload at once.
+        rescan_seconds=0.0,
     )
     plain = {name: value for name, value in os.environ.items() if not name.startswith(settings.ENV_PREFIX)}
     threads = max(1, len(os.sched_getaffinity(0)) // config.workers)
@@ -272,7 +275,7 @@ def _send(process: asyncio.subprocess.Process, number: int) -> None:
             os.kill(process.pid, number)
 
 
-async def serve(workers: Workers, config: ServeConfig) -> int:
+async def serve(workers: Workers, config: ServeConfig, rescan: Rescan) -> int:
     """Run the workers until a stop signal arrives; return the exit code.
 
     Raises:
@@ -297,7 +300,9 @@ async def serve(workers: Workers, config: ServeConfig) -> int:
         line = (await starting).rstrip("\n")
         sys.stdout.write(f"{line}, {config.workers} workers\n")
         sys.stdout.flush()
+        looking = asyncio.create_task(rescan.run(workers.reload))
         await stopping
+        looking.cancel()
     starting.cancel()
     return 0 if await workers.stop() else 1
 
@@ -323,4 +328,5 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     with reserve(host, port, shared=True) as held, MetricsPort(config, access, processes, parts) as metrics:
         port = held.getsockname()[1]
         workers = Workers(sources, config, port, memories=[memory], processes=processes, on_end=metrics.worker_ended)
-        return asyncio.run(serve(workers, config))
+        rescan = Rescan(sources, config.rescan_seconds)
+        return asyncio.run(serve(workers, config, rescan))

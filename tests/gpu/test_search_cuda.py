@@ -51,3 +51,17 @@ def test_projections_are_rounded_alike():
     g = torch.Generator().manual_seed(1)
     rows, weight, bias = (torch.randn(*shape, generator=g) for shape in ((5000, 96), (8, 96), (8,)))
     assert torch.equal(affine(rows.cuda(), weight.cuda(), bias.cuda()).cpu(), affine(rows, weight, bias))
+
+
+def test_a_full_batch_takes_few_launches_without_triton():
+    g = torch.Generator().manual_seed(2)
+    codes, rows = torch.randn(16384, 4, generator=g), torch.randn(16384, 4, generator=g)
+    searcher = prepare(codes.cuda(), backend="torch")
+    on_gpu = rows.cuda()
+    searcher.search(on_gpu)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        winners = searcher.search(on_gpu)
+        torch.cuda.synchronize()
+    assert torch.equal(winners.cpu(), prepare(codes).search(rows))
+    # Tiles as small as those of the CPU make 14,742 of them.
+    assert sum(event.count for event in profile.key_averages()) < 1000

@@ -1,8 +1,10 @@
-"""Flags over environment over defaults, and every mistake named."""
+"""Flags over environment over a file over defaults, and every mistake named."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,8 @@ def test_flags_win_over_environment_over_defaults() -> None:
         ("VQSERVE_MAX_MESSAGE_BYTES", "-1", "VQSERVE_MAX_MESSAGE_BYTES must be an integer from 4096"),
         ("VQSERVE_DRAIN_SECONDS", "nan", "VQSERVE_DRAIN_SECONDS must be a number of seconds from 0 to 86400"),
         ("VQSERVE_DRAIN_SECONDS", "soon", "VQSERVE_DRAIN_SECONDS must be a number of seconds"),
+        ("VQSERVE_WATCHDOG_SECONDS", "2", "VQSERVE_WATCHDOG_SECONDS must be 0 or from 3 to 86400 seconds, not '2'"),
+        ("VQSERVE_RESCAN_SECONDS", "0.5", "VQSERVE_RESCAN_SECONDS must be 0 or from 1 to 86400 seconds, not '0.5'"),
         ("VQSERVE_DEVICE", "tpu", "VQSERVE_DEVICE must be auto, cpu, cuda or cuda:N, not 'tpu'"),
         ("VQSERVE_LOG_LEVEL", "loud", "VQSERVE_LOG_LEVEL must be one of debug, info, warning, error, not 'loud'"),
         ("VQSERVE_HOST", "", "VQSERVE_HOST must not be empty"),
@@ -126,3 +130,112 @@ def test_a_mistake_in_a_flag_is_wrong_usage(capsys: pytest.CaptureFixture[str]) 
 def test_the_documented_table_is_the_settings() -> None:
     # To mend it: python -c "from vqserve_server.config import settings_table; print(settings_table())"
     assert config.settings_table() in DOCS.read_text(encoding="utf-8")
+
+
+def in_file(folder: Path, text: str, *flags: str, **environ: str) -> config.Resolved:
+    """What a file says, beside flags and variables."""
+    path = folder / "vqserve.toml"
+    path.write_text(text)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("sources", nargs="*")
+    config.add_flags(parser)
+    return config.load(vars(parser.parse_args([*flags, "--config", str(path)])), environ)
+
+
+def test_flags_win_over_environment_over_the_file(tmp_path: Path) -> None:
+    text = "port = 3\ndrain_seconds = 3\nmax_batch_rows = 3\nlog_level = 'debug'\ninsecure = true\n"
+    found = in_file(tmp_path, text, "--port", "1", VQSERVE_PORT="2", VQSERVE_DRAIN_SECONDS="2")
+    settings = found.config
+    assert (settings.rpc.port, settings.drain_seconds, settings.engine.max_batch_rows) == (1, 2.0, 3)
+    assert (settings.log_level, settings.access.insecure, settings.workers) == ("debug", True, 1)
+    path = str(tmp_path / "vqserve.toml")
+    assert found.origins == {
+        "port": "--port",
+        "drain_seconds": "VQSERVE_DRAIN_SECONDS",
+        "max_batch_rows": path,
+        "log_level": path,
+        "insecure": path,
+    }
+
+
+def test_a_variable_names_the_file_and_a_flag_another(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("port = 1")
+    (tmp_path / "b.toml").write_text("port = 2")
+    environ = {"VQSERVE_CONFIG": str(tmp_path / "a.toml")}
+    assert config.resolve({}, environ).rpc.port == 1
+    assert config.resolve({"config": str(tmp_path / "b.toml")}, environ).rpc.port == 2
+
+
+def test_codebooks_of_the_command_line_replace_those_of_the_file(tmp_path: Path) -> None:
+    text = 'codebooks = ["books", "faces=one.safetensors", "/abs"]'
+    expected = (str(tmp_path / "books"), f"faces={tmp_path / 'one.safetensors'}", "/abs")
+    assert in_file(tmp_path, text).codebooks == expected
+    assert in_file(tmp_path, text, "mine").codebooks == ("mine",)
+
+
+def test_paths_of_the_file_start_at_its_folder(tmp_path: Path) -> None:
+    access = in_file(tmp_path, 'tls_cert = "server.crt"\ntls_key = "/run/server.key"\ntokens = ""').config.access
+    assert (access.tls_cert, access.tls_key) == (str(tmp_path / "server.crt"), "/run/server.key")
+    assert access.tokens == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("prt = 1", "unknown key 'prt': did you mean port?"),
+        ("max-batch-rows = 1", "unknown key 'max-batch-rows': did you mean max_batch_rows?"),
+        ("codebook = []", "unknown key 'codebook': did you mean codebooks?"),
+        ("[rpc]\nport = 1", "unknown key 'rpc'"),
+        ("colour = 1", "unknown key 'colour'; `vqserved serve --print-config` lists all"),
+        ("port = '1'", "port must be an integer, without quotes, not '1'"),
+        ("port = 1.0", "port must be an integer, without quotes, not 1.0"),
+        ("port = true", "port must be an integer, without quotes, not True"),
+        ("port = 65536", "port must be an integer from 0 to 65535, not '65536'"),
+        ("insecure = 1", "insecure must be true or false, without quotes, not 1"),
+        ("drain_seconds = true", "drain_seconds must be a number, without quotes, not True"),
+        ("drain_seconds = nan", "drain_seconds must be a number of seconds from 0 to 86400, not 'nan'"),
+        ("host = 1", "host must be a text in quotes, not 1"),
+        ("host = []", "host must be a text in quotes, not a list"),
+        ("codebooks = 'books'", "codebooks must be a list of files, folders and NAME=FILE"),
+        ("port = ", "is not valid TOML: Invalid value (at end of document)"),
+        ("tls_key = 'a'", "--tls-cert and --tls-key need each other"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, problem: str) -> None:
+    with pytest.raises(config.ConfigError) as caught:
+        in_file(tmp_path, text)
+    assert problem in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(config.ConfigError, match=r"cannot read the settings in .*missing\.toml: No such file"):
+        config.resolve({"config": str(tmp_path / "missing.toml")}, {})
+
+
+def test_the_printed_file_gives_the_same_settings(tmp_path: Path) -> None:
+    flags = {
+        **{"insecure": True, "host": 'a"b\\c', "port": 7, "drain_seconds": 0.1, "idle_seconds": 86400.0},
+        **{"tokens": "/t", "sources": ["/books", 'x="y'], "log_level": "error"},
+    }
+    found = config.load(flags, {})
+    again = in_file(tmp_path, config.settings_file(found))
+    assert again.config == found.config
+    # From wherever it is used.
+    assert again.codebooks == ("/books", f"x={Path.cwd() / chr(34)}y")
+    assert again.origins.keys() == found.origins.keys()
+
+
+def test_the_defaults_in_a_printed_file_are_the_defaults(tmp_path: Path) -> None:
+    text = config.settings_file(config.load({}, {}))
+    assert in_file(tmp_path, text).origins == {}
+    # Each comment with a key is an entry; one that names the demo codebook would need its file.
+    entries = [line.removeprefix("# ") for line in text.splitlines() if " = " in line]
+    assert {entry.partition(" = ")[0] for entry in entries} == {*(each.name for each in config.SETTINGS), "codebooks"}
+    assert in_file(tmp_path, os.linesep.join(entries)).config == config.ServeConfig()
+
+
+def test_the_documented_file_is_valid(tmp_path: Path) -> None:
+    [text] = re.findall(r"^```toml\n(.*?)^```$", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+    found = in_file(tmp_path, text)
+    assert found.origins.keys() == {line.partition(" = ")[0] for line in text.splitlines()}
+    assert found.codebooks == ("/srv/codebooks", "faces=/srv/faces.safetensors")

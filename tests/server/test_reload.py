@@ -110,6 +110,53 @@ def test_a_name_out_of_the_folder_is_no_codebook(
                 client.encode(LATENTS, codebook=name)
 
 
+def relabel(link: Path, target: str) -> None:
+    """As `ln -sfn` does it: the link is never missing."""
+    subprocess.run(["ln", "-sfn", target, str(link)], check=True)
+
+
+def test_a_label_moves_in_one_step(vqserved: Callable[..., Any], put: Callable[..., Any], tmp_path: Path) -> None:
+    one, two = (put(tmp_path / "book" / f"{number}.safetensors", seed=number) for number in (1, 2))
+    link = tmp_path / "book" / "stable.safetensors"
+    relabel(link, "1.safetensors")
+    daemon = vqserved(tmp_path, "--device", "cpu")
+    check(daemon.target, book=two, book_vstable=one, book_v1=one, book_v2=two)
+    with Client(daemon.target) as client:
+        means = {info.name: info.version for info in client.codebooks()}
+    assert means == {"book": 2, "book@stable": 1, "book@1": 1, "book@2": 2}
+
+    relabel(link, "2.safetensors")
+    lines = daemon.rescan()
+    check(daemon.target, book=two, book_vstable=two, book_v1=one, book_v2=two)
+    assert lines_with(lines, "codebook_label ")[0].endswith("name=book@stable now=book@2 was=book@1")
+    assert "loaded=0 unchanged=2 removed=0 rejected=0 skipped=0" in lines_with(lines, "reload_done ")[0]
+
+    # A link that leads nowhere moves nothing.
+    relabel(link, "3.safetensors")
+    lines = daemon.rescan()
+    check(daemon.target, book=two, book_vstable=two, book_v1=one, book_v2=two)
+    assert f"{link} is a label" in lines_with(lines, "codebook_skipped ")[0]
+    assert not lines_with(lines, "codebook_label ")
+
+    link.unlink()
+    lines = daemon.rescan()
+    check(daemon.target, book=two, book_v1=one, book_v2=two)
+    assert lines_with(lines, "codebook_label ")[0].endswith("name=book@stable now=nothing was=book@2")
+
+
+def test_a_label_of_a_version_that_was_removed_is_removed(
+    vqserved: Callable[..., Any], put: Callable[..., Any], tmp_path: Path
+) -> None:
+    two = put(tmp_path / "book" / "2.safetensors", seed=2)
+    put(tmp_path / "book" / "1.safetensors")
+    relabel(tmp_path / "book" / "stable.safetensors", "1.safetensors")
+    daemon = vqserved(tmp_path, "--device", "cpu")
+    (tmp_path / "book" / "1.safetensors").unlink()
+    lines = daemon.rescan()
+    check(daemon.target, book=two, book_v2=two)
+    assert lines_with(lines, "codebook_label ")[0].endswith("name=book@stable now=nothing was=book@1")
+
+
 @pytest.mark.parametrize("link", ["book.safetensors", "book/1.safetensors", "book"])
 def test_a_link_out_of_the_folder_keeps_the_daemon_from_starting(
     run_vqserved: Callable[..., Any], put: Callable[..., Any], tmp_path: Path, link: str

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vqserve_server.codebook_files import DEMO_PATH, Found, find_codebooks
+from vqserve_server.codebook_files import DEMO_PATH, Found, Label, find_codebooks, version_order
 from vqserve_server.errors import StartError
 
 
@@ -193,3 +193,50 @@ def test_a_folder_of_versions_that_may_not_be_listed(tmp_path: Path, monkeypatch
     found.check()
     assert list(found.files) == ["book"]
     assert f"cannot read the folder {tmp_path / 'lost+found'}: Permission denied" in texts(found, is_fatal=False)[0]
+
+
+def test_a_link_to_a_version_is_a_label_of_it(tmp_path: Path) -> None:
+    touch(tmp_path / "book" / "3.safetensors", tmp_path / "book" / "10.safetensors")
+    link = tmp_path / "book" / "stable.safetensors"
+    link.symlink_to("3.safetensors")
+    # A link to a label means the same version.
+    (tmp_path / "book" / "canary.safetensors").symlink_to("stable.safetensors")
+    found = find_codebooks([str(tmp_path)])
+    found.check()
+    assert list(found.files) == ["book@3", "book@10"]
+    assert found.labels["book@stable"] == Label(link, "book@3")
+    assert found.labels["book@canary"].version == "book@3"
+    assert found.problems == []
+
+
+@pytest.mark.parametrize("target", ["4.safetensors", "../other.safetensors", "notes.safetensors", "stable.safetensors"])
+def test_a_label_of_no_version_is_an_error(tmp_path: Path, target: str) -> None:
+    touch(tmp_path / "book" / "3.safetensors", tmp_path / "other.safetensors")
+    link = tmp_path / "book" / "stable.safetensors"
+    link.symlink_to(target)
+    found = find_codebooks([str(tmp_path)])
+    assert list(found.files) == ["book@3", "other"]
+    [text] = texts(found)
+    assert text.startswith(f"{link} is a label, and so must be a link to a version beside it, such as 3.safetensors")
+
+
+def test_links_whose_names_look_like_versions_are_no_labels(tmp_path: Path) -> None:
+    touch(tmp_path / "book" / "3.safetensors")
+    for name in ("03", "-x", "@"):
+        (tmp_path / "book" / f"{name}.safetensors").symlink_to("3.safetensors")
+    found = find_codebooks([str(tmp_path)])
+    assert (list(found.files), found.labels) == (["book@3"], {})
+    assert len(texts(found, is_fatal=False)) == 3
+
+
+def test_a_version_may_be_a_link_and_have_a_label(tmp_path: Path) -> None:
+    # As a mounted ConfigMap has it.
+    touch(tmp_path / "book" / "..data" / "3.safetensors")
+    (tmp_path / "book" / "3.safetensors").symlink_to("..data/3.safetensors")
+    (tmp_path / "book" / "stable.safetensors").symlink_to("3.safetensors")
+    assert find_codebooks([str(tmp_path)]).labels["book@stable"].version == "book@3"
+
+
+def test_names_are_ordered_by_version_after_their_labels() -> None:
+    names = ["a@10", "b", "a@stable", "a@9", "a", "a@canary"]
+    assert sorted(names, key=version_order) == ["a", "a@canary", "a@stable", "a@9", "a@10", "b"]

@@ -137,13 +137,35 @@ class ListCodebooksRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ListCodebooksResponse(_message.Message):
-    __slots__ = ("codebooks",)
+    __slots__ = ("codebooks", "server")
     CODEBOOKS_FIELD_NUMBER: _ClassVar[int]
+    SERVER_FIELD_NUMBER: _ClassVar[int]
     codebooks: _containers.RepeatedCompositeFieldContainer[CodebookInfo]
-    def __init__(self, codebooks: _Optional[_Iterable[_Union[CodebookInfo, _Mapping]]] = ...) -> None: ...
+    server: ServerInfo
+    def __init__(self, codebooks: _Optional[_Iterable[_Union[CodebookInfo, _Mapping]]] = ..., server: _Optional[_Union[ServerInfo, _Mapping]] = ...) -> None: ...
+
+class ServerInfo(_message.Message):
+    __slots__ = ("version", "uptime_seconds", "requests", "rows", "bytes", "open_calls", "requests_per_second", "rows_per_second")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    OPEN_CALLS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    ROWS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    uptime_seconds: float
+    requests: int
+    rows: int
+    bytes: int
+    open_calls: int
+    requests_per_second: float
+    rows_per_second: float
+    def __init__(self, version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., requests: _Optional[int] = ..., rows: _Optional[int] = ..., bytes: _Optional[int] = ..., open_calls: _Optional[int] = ..., requests_per_second: _Optional[float] = ..., rows_per_second: _Optional[float] = ...) -> None: ...
 
 class CodebookInfo(_message.Message):
-    __slots__ = ("name", "digest", "kind", "num_codes", "vocab_size", "input_dim", "code_dim", "output_dim", "num_quantizers", "layout", "stage_vocab_sizes")
+    __slots__ = ("name", "digest", "kind", "num_codes", "vocab_size", "input_dim", "code_dim", "output_dim", "num_quantizers", "layout", "stage_vocab_sizes", "version")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -155,6 +177,7 @@ class CodebookInfo(_message.Message):
     NUM_QUANTIZERS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     STAGE_VOCAB_SIZES_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     kind: str
@@ -166,4 +189,5 @@ class CodebookInfo(_message.Message):
     num_quantizers: int
     layout: Layout
     stage_vocab_sizes: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., kind: _Optional[str] = ..., num_codes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., input_dim: _Optional[int] = ..., code_dim: _Optional[int] = ..., output_dim: _Optional[int] = ..., num_quantizers: _Optional[int] = ..., layout: _Optional[_Union[Layout, str]] = ..., stage_vocab_sizes: _Optional[_Iterable[int]] = ...) -> None: ...
+    version: int
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., kind: _Optional[str] = ..., num_codes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., input_dim: _Optional[int] = ..., code_dim: _Optional[int] = ..., output_dim: _Optional[int] = ..., num_quantizers: _Optional[int] = ..., layout: _Optional[_Union[Layout, str]] = ..., stage_vocab_sizes: _Optional[_Iterable[int]] = ..., version: _Optional[int] = ...) -> None: ...

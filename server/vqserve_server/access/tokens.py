@@ -119,6 +119,10 @@ class Tokens:
             raise self._refusal(peer, f"token {token.name} has expired or was revoked") from None
         return token
 
+    def names(self) -> list[str]:
+        """Return the names of the tokens, in the order of the file."""
+        return [grant.name for grant in self._watched.value]
+
     def refresh(self) -> None:
         """Read the file again if it has changed; one that cannot be used changes nothing."""
         with self._lock:

@@ -17,9 +17,11 @@ from vqserve_server.codebook_files import NAME, SUFFIX
 from vqserve_server.codebooks.kinds import KINDS
 from vqserve_server.codebooks.safetensors_file import ContainerError, read_header, read_tensor, unique_names, write_file
 from vqserve_server.codebooks.state import CodebookState, StateError, canonical_json
+from vqserve_server.codebooks.statistics import ENTRY, USAGE, Statistics, check_claim, code_groups
 from vqserve_server.quantizers import Quantizer
 
-FORMAT_VERSION = "1"
+# A file with statistics has format 2, so that older servers reject it with a clear text; all others have format 1.
+_FORMAT, _FORMAT_WITH_STATISTICS = "1", "2"
 _PREFIX = "vqserve."
 _KEYS = ("format", "kind", "arguments", "digest", "provenance")
 # A codebook has a handful of tensors and a page of provenance.
@@ -45,6 +47,7 @@ class Codebook:
         arguments: of the quantizer's constructor.
         digest: lower-case hexadecimal SHA-256 of what encode and decode read.
         provenance: origin of the codebook, as its writer gave it; it has no effect.
+        statistics: figures of the codebook on some latents, to compare others with; None: there are none.
     """
 
     quantizer: Quantizer = field(repr=False)
@@ -52,6 +55,7 @@ class Codebook:
     arguments: Mapping[str, object]
     digest: str
     provenance: Mapping[str, object] = field(default_factory=dict)
+    statistics: Statistics | None = field(default=None, repr=False)
 
 
 def codebook_digest(quantizer: Quantizer) -> str:
@@ -63,15 +67,22 @@ def codebook_digest(quantizer: Quantizer) -> str:
     return CodebookState.of(quantizer).digest()
 
 
-def save_codebook(quantizer: Quantizer, path: str | Path, *, provenance: Mapping[str, object] | None = None) -> str:
+def save_codebook(
+    quantizer: Quantizer,
+    path: str | Path,
+    *,
+    provenance: Mapping[str, object] | None = None,
+    statistics: Statistics | None = None,
+) -> str:
     """Write a quantizer as a codebook file, in one step: a reader sees the old file or the whole new one.
 
-    The same quantizer and provenance give the same bytes.
+    The same quantizer, provenance and statistics give the same bytes.
 
     Args:
         quantizer: of a kind that files hold, on any device, float32 or float64.
         path: the file, by custom with the ending ".safetensors"; one that is there is replaced.
         provenance: where the codebook comes from; what JSON can hold. It does not change the digest.
+        statistics: figures of the codebook on some latents. They do not change the digest either.
 
     Returns:
         The digest.
@@ -80,10 +91,16 @@ def save_codebook(quantizer: Quantizer, path: str | Path, *, provenance: Mapping
         CodebookError: the quantizer or the provenance cannot be kept in a file.
         OSError: the file cannot be written.
     """
-    return save_state(CodebookState.of(quantizer), path, provenance=provenance)
+    return save_state(CodebookState.of(quantizer), path, provenance=provenance, statistics=statistics)
 
 
-def save_state(state: CodebookState, path: str | Path, *, provenance: Mapping[str, object] | None = None) -> str:
+def save_state(
+    state: CodebookState,
+    path: str | Path,
+    *,
+    provenance: Mapping[str, object] | None = None,
+    statistics: Statistics | None = None,
+) -> str:
     """Write a quantizer's state as a codebook file; see `save_codebook`.
 
     Raises:
@@ -98,14 +115,18 @@ def save_state(state: CodebookState, path: str | Path, *, provenance: Mapping[st
         raise CodebookError(f"provenance is {len(story)} bytes, more than {_MAX_PROVENANCE_BYTES}")
     digest = state.digest()
     metadata = {
-        "vqserve.format": FORMAT_VERSION,
+        "vqserve.format": _FORMAT,
         "vqserve.kind": state.kind,
         "vqserve.arguments": canonical_json(state.written_arguments()),
         # Only the digest reveals a flipped bit in a weight.
         "vqserve.digest": digest,
         "vqserve.provenance": story,
     }
-    write_file(Path(path), state.tensors, metadata)
+    tensors = dict(state.tensors)
+    if statistics is not None:
+        metadata |= {"vqserve.format": _FORMAT_WITH_STATISTICS, _PREFIX + ENTRY: statistics.written(digest)}
+        tensors[USAGE] = statistics.usage
+    write_file(Path(path), tensors, metadata)
     return digest
 
 
@@ -123,7 +144,7 @@ def load_codebook(path: str | Path) -> Codebook:
             raise CodebookFileError(f"it is {what}: name a {SUFFIX} file")
         with path.open("rb") as file:
             _check_is_ours(file, path)
-            state, digest, provenance = _read(file)
+            return _read(file)
     except CodebookFileError as error:
         raise error.with_fields(path=str(path)) from None
     except FileNotFoundError:
@@ -134,7 +155,6 @@ def load_codebook(path: str | Path) -> Codebook:
         what = escape(f"it {error}" if isinstance(error, ContainerError) else str(error))
         text = f"the codebook cannot be used: {what}; copy the file again or make it anew with `vqserved import`"
         raise CodebookFileError(text, path=path) from None
-    return Codebook(state.build(shares_memory=True), state.kind, state.arguments, digest, provenance)
 
 
 def _check_is_ours(file: BufferedReader, path: Path) -> None:
@@ -157,9 +177,13 @@ def _check_is_ours(file: BufferedReader, path: Path) -> None:
         raise CodebookFileError(f"it is a text file, not a codebook file: name a {SUFFIX} file")
 
 
-def _read(file: BufferedReader) -> tuple[CodebookState, str, dict[str, Any]]:
+def _read(file: BufferedReader) -> Codebook:
     header = read_header(file, max_header_bytes=_MAX_HEADER_BYTES)
-    kind, arguments, provenance = _read_metadata(header.metadata)
+    entries = _entries(header.metadata)
+    kind = entries["kind"]
+    if kind not in KINDS:
+        raise StateError(f"it is of unknown kind {kind[:40]!r}, not one of {', '.join(KINDS)}")
+    arguments, provenance = (_json_object(name, entries[name]) for name in ("arguments", "provenance"))
 
     def read(name: str) -> npt.NDArray[Any]:
         array = read_tensor(file, header.tensors[name])
@@ -168,27 +192,38 @@ def _read(file: BufferedReader) -> tuple[CodebookState, str, dict[str, Any]]:
     # All names, types and shapes are compared with the arguments before anything is allocated; read_header has
     # compared them with the length of the file.
     claims = {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
+    usage = claims.pop(USAGE, None) if ENTRY in entries else None
     state = CodebookState.checked(kind, arguments, claims, read)
-    digest, claimed = state.digest(), header.metadata["vqserve.digest"]
+    digest, claimed = state.digest(), entries["digest"]
     if digest != claimed:
         raise StateError(f"its content has the digest {digest} and not {claimed[:64]!r}: it was damaged or changed")
-    return state, digest, provenance
+    quantizer, statistics = state.build(shares_memory=True), None
+    if ENTRY in entries:
+        groups = code_groups(quantizer)
+        check_claim(usage, groups)
+        statistics = Statistics.read(_json_object(ENTRY, entries[ENTRY]), read(USAGE), groups=groups, digest=digest)
+    return Codebook(quantizer, kind, state.arguments, digest, provenance, statistics)
 
 
-def _read_metadata(metadata: Mapping[str, str]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def _entries(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return our entries of the metadata, without the prefix: those that the format has, and no others.
+
+    Raises:
+        CodebookFileError: it is no codebook file.
+        StateError: the format is not known, or an entry is missing or unknown.
+    """
     version = metadata.get("vqserve.format")
     if version is None:
         raise CodebookFileError(f"it is a safetensors file, but {_IMPORT}")
-    if version != FORMAT_VERSION:
-        raise StateError(f"it has format {version[:20]!r}, this vqserve reads {FORMAT_VERSION!r}: use a newer one")
-    ours = {name.removeprefix(_PREFIX): text for name, text in metadata.items() if name.startswith(_PREFIX)}
-    if set(ours) != set(_KEYS):
-        odd = sorted(set(ours) ^ set(_KEYS))[0]
-        raise StateError(f"metadata entry {_PREFIX + odd!r} is {'missing' if odd in _KEYS else 'unknown'}")
-    kind = ours["kind"]
-    if kind not in KINDS:
-        raise StateError(f"it is of unknown kind {kind[:40]!r}, not one of {', '.join(KINDS)}")
-    return kind, _json_object("arguments", ours["arguments"]), _json_object("provenance", ours["provenance"])
+    if version not in {_FORMAT, _FORMAT_WITH_STATISTICS}:
+        known = f"{_FORMAT!r} and {_FORMAT_WITH_STATISTICS!r}"
+        raise StateError(f"it has format {version[:20]!r}, this vqserve reads {known}: use a newer one")
+    keys = (*_KEYS, ENTRY) if version == _FORMAT_WITH_STATISTICS else _KEYS
+    entries = {name.removeprefix(_PREFIX): text for name, text in metadata.items() if name.startswith(_PREFIX)}
+    if set(entries) != set(keys):
+        odd = sorted(set(entries) ^ set(keys))[0]
+        raise StateError(f"metadata entry {_PREFIX + odd!r} is {'missing' if odd in keys else 'unknown'}")
+    return entries
 
 
 def _json_object(name: str, text: str) -> dict[str, Any]:

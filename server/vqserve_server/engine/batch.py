@@ -88,8 +88,8 @@ class Batch:
     def add(self, job: Job, rows: int) -> None:
         """Add the next rows of a job."""
         start = job.next_row
-        job.next_row += rows
-        self._append(job, start, job.next_row)
+        stop = job.next_row = start + rows
+        self._append(job, start, stop)
 
     def compute(self, staging: Staging) -> None:
         """Compute all parts, and write the results into the replies of their jobs."""

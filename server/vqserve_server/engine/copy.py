@@ -16,6 +16,8 @@ Array = npt.NDArray[Any]
 
 # Up to this many channels, one long copy per channel takes a quarter of the time of one short copy per token.
 _FEW_CHANNELS = 8
+# Of fewer values the calls take longer than the copies.
+_MANY_VALUES = 1024
 
 
 def _pieces(latents: Array, layout: Layout, start: int, stop: int) -> Iterator[tuple[Array, slice]]:
@@ -82,7 +84,7 @@ def read_rows(latents: Array, layout: Layout, start: int, stop: int, into: Array
         target = into[rows].reshape(view.shape)
         if coding is not None:
             coding.widen_into(view, target)
-        elif layout is Layout.CHANNELS_FIRST and view.shape[-1] <= _FEW_CHANNELS:
+        elif layout is Layout.CHANNELS_FIRST and view.shape[-1] <= _FEW_CHANNELS and view.size >= _MANY_VALUES:
             for channel in range(view.shape[-1]):
                 target[..., channel] = view[..., channel]
         else:
@@ -101,6 +103,9 @@ def write_rows(rows: Array, latents: Array, layout: Layout, start: int) -> None:
     coding = dtypes.LATENTS_BY_STORAGE[latents.dtype].coding
     if coding is not None and rows.dtype != latents.dtype:
         rows = coding.round_bits(_to_float32(rows))
+    if rows.dtype == latents.dtype:
+        write_tokens(rows, latents, layout, start)
+        return
     with np.errstate(under="ignore"):
         write_tokens(rows, latents, layout, start)
 

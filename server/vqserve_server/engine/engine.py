@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from vqserve.codebook_info import VERSION_MARK, CodebookInfo
 from vqserve.errors import DeviceBroken, Draining
 from vqserve.validation import check_digest, no_codebook
 from vqserve_server.access import Codebooks
-from vqserve_server.codebook_files import latest, version_order
+from vqserve_server.codebook_files import latest, version_of, version_order
 from vqserve_server.config import EngineConfig
 from vqserve_server.console import event
 from vqserve_server.device import wait_for_stream
@@ -35,9 +35,16 @@ class LiveSet:
     Of those named "book@1", "book@2" and so on the one with the greatest number is "book" as well.
     """
 
-    def __init__(self, tokenizers: Iterable[Tokenizer]) -> None:
+    def __init__(self, tokenizers: Iterable[Tokenizer], labels: Mapping[str, str] | None = None) -> None:
+        """Make it.
+
+        Args:
+            tokenizers: the codebooks.
+            labels: further names of them: {"book@stable": "book@3"}.
+        """
         self._by_name = {tokenizer.info.name: tokenizer for tokenizer in tokenizers}
-        self._by_name |= {base: self._by_name[name] for base, name in latest(self._by_name).items()}
+        others = latest(self._by_name) | dict(labels or {})
+        self._by_name |= {other: self._by_name[name] for other, name in others.items()}
 
     def __len__(self) -> int:
         return len(self._by_name)
@@ -52,7 +59,8 @@ class LiveSet:
         Args:
             codebooks: those that the caller may use; None: all.
         """
-        return [replace(self._by_name[name].info, name=name) for name in self._names(codebooks)]
+        infos = {name: self._by_name[name].info for name in self._names(codebooks)}
+        return [replace(info, name=name, version=version_of(info.name)) for name, info in infos.items()]
 
     def resolve(self, name: str, expected_digest: str = "", codebooks: Codebooks | None = None) -> Tokenizer:
         """Return the tokenizer of that name; for no name the only one, of several versions the latest.
@@ -99,6 +107,7 @@ class Engine:
         tokenizers: Iterable[Tokenizer],
         config: EngineConfig | None = None,
         *,
+        labels: Mapping[str, str] | None = None,
         threads: int | None = None,
         metrics: Metrics | None = None,
         on_broken: Callable[[], None] = lambda: None,
@@ -108,13 +117,14 @@ class Engine:
         Args:
             tokenizers: the codebooks to serve, under their names.
             config: batching and limits.
+            labels: further names of them; see `LiveSet`.
             threads: number of batches that are computed at once; None: a number that suits the device.
             metrics: counts what the engine does; None: nobody reads them.
             on_broken: called, from another thread, when the engine can serve no longer, before its jobs fail.
         """
         config = config or EngineConfig()
         tokenizers = list(tokenizers)
-        self.live = _live(tokenizers)
+        self.live = _live(tokenizers, labels)
         self.metrics = metrics or Metrics()
         self.stats = EngineStats()
         self._on_broken = on_broken
@@ -124,9 +134,9 @@ class Engine:
             threads = max((_threads(tokenizer) for tokenizer in tokenizers), default=1)
         self._worker = Worker(self.scheduler, self.stats, threads=threads, on_broken=self._lost)
 
-    def swap(self, tokenizers: Iterable[Tokenizer]) -> None:
+    def swap(self, tokenizers: Iterable[Tokenizer], labels: Mapping[str, str] | None = None) -> None:
         """Serve these codebooks from now on; jobs that were made for others finish with those."""
-        self.live = _live(list(tokenizers))
+        self.live = _live(list(tokenizers), labels)
 
     def start(self) -> None:
         """Start the threads."""
@@ -172,11 +182,11 @@ class Engine:
         self.break_down("the device failed", event("device_failed"), error)
 
 
-def _live(tokenizers: Sequence[Tokenizer]) -> LiveSet:
+def _live(tokenizers: Sequence[Tokenizer], labels: Mapping[str, str] | None) -> LiveSet:
     for tokenizer in tokenizers:
         # The device threads use other streams: wait until the tables are written.
         wait_for_stream(tokenizer.device)
-    return LiveSet(tokenizers)
+    return LiveSet(tokenizers, labels)
 
 
 def _threads(tokenizer: Tokenizer) -> int:

@@ -38,7 +38,10 @@ class Scheduler:
         self._max_wait_s = config.max_queue_ms * 1e-3
         self._stats = stats
         self._queue = JobQueue(config)
-        self._changed = threading.Condition(threading.Lock())
+        # Taken as it is where nobody is to be told, which costs less than the condition.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._idle = 0  # threads that wait for a job
         self._on_device: dict[str, Batch] = {}  # by the name of the thread that computes it
         self._on_device_s = 0.0  # seconds that those are expected to take
         self._last_done = 0.0
@@ -82,17 +85,18 @@ class Scheduler:
         Raises:
             VqserveError: the reason for which the scheduler was closed.
         """
-        with self._changed:
+        with self._lock:
             if self._closed is not None:
                 raise self._closed.with_fields()
             self._queue.put(job)
             # A thread that computes takes the next batch without a notification.
-            self._changed.notify()
+            if self._idle:
+                self._changed.notify()
 
     def cancel(self, job: Job) -> None:
         """Drop a job whose caller has left."""
         job.cancel()
-        with self._changed:
+        with self._lock:
             self._queue.discard(job)
         self._stats.count_dropped(cancelled=1)
 
@@ -110,16 +114,16 @@ class Scheduler:
 
     def on_device(self) -> dict[str, Batch]:
         """Return the batches that are being computed, by the names of the threads."""
-        with self._changed:
+        with self._lock:
             return dict(self._on_device)
 
-    def next_batch(self) -> Batch | None:
+    def next_batch(self, thread: str) -> Batch | None:
         """Return the next batch as soon as there is one; None: closed, and nothing is left.
 
-        The calling thread has finished the batch that it got before.
+        Args:
+            thread: name of the calling thread, which has finished the batch that it got before.
         """
-        thread = threading.current_thread().name
-        with self._changed:
+        with self._lock:
             # No variable here holds the batch: it would keep its codebook while the thread waits.
             self._finish(thread)
             while True:
@@ -131,27 +135,32 @@ class Scheduler:
                     self._on_device[thread] = batch
                     batch.taken_at = self._clock()
                     self._on_device_s += batch.cost
-                    if self._queue.jobs:
+                    if self._idle and self._queue.jobs:
                         # One notification may announce several batches.
                         self._changed.notify()
                 if late:
                     # Replies are sent without the lock, which the transport's thread needs.
-                    self._changed.release()
+                    self._lock.release()
                     try:
                         self._expire(late)
                     finally:
-                        self._changed.acquire()
+                        self._lock.acquire()
                 if batch is not None:
                     return batch
                 if late:
                     continue
                 if self._queue.jobs:
                     ready_at = self._queue.ready_at() or 0.0
-                    self._changed.wait(max(ready_at - self._clock(), 0.0))
+                    self._wait(max(ready_at - self._clock(), 0.0))
                 elif self._closed is not None:
                     return None
                 else:
-                    self._changed.wait()
+                    self._wait(None)
+
+    def _wait(self, seconds: float | None) -> None:
+        self._idle += 1
+        self._changed.wait(seconds)
+        self._idle -= 1
 
     def _finish(self, thread: str) -> None:
         """Learn from the batch that a thread has finished, its replies included, how fast the device is."""

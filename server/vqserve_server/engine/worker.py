@@ -57,9 +57,9 @@ class Worker:
         return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
-        streams, staging = DeviceStreams(), Staging()
+        streams, staging, thread = DeviceStreams(), Staging(), threading.current_thread().name
         try:
-            while (batch := self._scheduler.next_batch()) is not None:
+            while (batch := self._scheduler.next_batch(thread)) is not None:
                 with streams.on(batch.key.tokenizer.device):
                     self._serve(batch, staging)
                 # A thread that waits must not keep a batch, and with it a codebook that was replaced.

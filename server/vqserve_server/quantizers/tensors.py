@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -177,9 +179,13 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor.detach().to(widened(tensor.dtype))
 
 
-def autocast_off(device: torch.device) -> torch.autocast:
+_AS_IT_IS = contextlib.nullcontext()
+
+
+def autocast_off(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which autocast narrows nothing: a search in half precision would give other tokens."""
-    return torch.autocast(device.type, enabled=False)
+    # Entering a context of torch takes as long as a small search.
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else _AS_IT_IS
 
 
 def apply_layer(layer: nn.Module, x: Tensor) -> Tensor:

@@ -146,8 +146,7 @@ class Call:
             return
         initial, self._unsent = self._unsent, ()
         last = () if message is None else (cygrpc.SendMessageOperation(message, 0),)
-        code, text = status.code.value[0], status.details.encode()
-        trailer = cygrpc.SendStatusFromServerOperation(status.metadata, code, text, 0)
+        trailer = cygrpc.SendStatusFromServerOperation(status.metadata, status.number, status.text, 0)
         self._sending_since = time.monotonic()
         self._start((*initial, *last, trailer), None)
 
@@ -169,7 +168,7 @@ class Call:
         """End the call at once, whatever is active; the status reaches the caller if it listens."""
         with self._lock:
             if not self._is_closed:
-                self._call.cancel(status.code.value[0], status.details)
+                self._call.cancel(status.number, status.details)
 
     def _start(self, operations: Any, tag: Callable[[Any], None] | None) -> None:
         with self._lock:

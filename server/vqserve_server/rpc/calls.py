@@ -18,26 +18,28 @@ class Calls:
 
     def __init__(self, requests: Requests) -> None:
         self._requests = requests
-        self._changed = threading.Condition()
+        # Counted under the lock itself, which costs less than the condition.
+        self._lock = threading.Lock()
+        self._all_ended = threading.Condition(self._lock)
         self._active = 0
         self._streams: set[StreamCall] = set()
         self._is_draining = False
 
     def drain(self, seconds: float) -> bool:
         """End streams after the requests that they have received, and wait for all calls; return whether all ended."""
-        with self._changed:
+        with self._lock:
             self._is_draining = True
             streams = list(self._streams)
         for stream in streams:
             stream.drain()
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._active, seconds)
+        with self._all_ended:
+            return self._all_ended.wait_for(lambda: not self._active, seconds)
 
     def unary(self, headers: HeaderCache[Any]) -> Handler:
         """Return the handler of a method with one request for the engine and one reply."""
 
         def handle(call: Call) -> None:
-            with self._changed:
+            with self._lock:
                 self._active += 1
             UnaryCall(call, self._requests, headers, on_close=self._leave)
 
@@ -48,7 +50,7 @@ class Calls:
 
         def handle(call: Call) -> None:
             stream = StreamCall(call, self._requests, headers, on_close=self._forget)
-            with self._changed:
+            with self._lock:
                 self._active += 1
                 self._streams.add(stream)
                 is_draining = self._is_draining
@@ -71,7 +73,7 @@ class Calls:
                 else:
                     call.end(message=reply)
 
-            with self._changed:
+            with self._lock:
                 self._active += 1
             call.on_close = self._leave
             call.receive(received)
@@ -79,12 +81,12 @@ class Calls:
         return handle
 
     def _forget(self, stream: StreamCall) -> None:
-        with self._changed:
+        with self._lock:
             self._streams.discard(stream)
         self._leave()
 
     def _leave(self) -> None:
-        with self._changed:
+        with self._lock:
             self._active -= 1
             if not self._active:
-                self._changed.notify_all()
+                self._all_ended.notify_all()

@@ -139,5 +139,6 @@ def codebook_message(info: CodebookInfo) -> pb.CodebookInfo:
         output_dim=info.output_dim,
         num_quantizers=info.num_quantizers,
         stage_vocab_sizes=info.stage_vocab_sizes,
+        version=info.version or 0,
         layout=payload.NUMBER_OF_LAYOUT[info.layout],  # type: ignore[arg-type]
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import ceil
 
 import grpc
@@ -40,6 +40,17 @@ class Status:
     code: grpc.StatusCode
     details: str
     metadata: tuple[tuple[str, str], ...] = ()
+
+    @cached_property
+    def number(self) -> int:
+        """The code on the wire."""
+        number: int = self.code.value[0]
+        return number
+
+    @cached_property
+    def text(self) -> bytes:
+        """The details on the wire."""
+        return self.details.encode()
 
 
 def status_of(error: BaseException, *, request_id: str) -> Status:

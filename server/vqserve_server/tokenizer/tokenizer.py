@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,10 @@ from vqserve.errors import Closed, VqserveError
 from vqserve.layout import Layout
 from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
 from vqserve.validation import check_call, check_digest, no_codebook
+from vqserve_server.code_groups import CodeGroups
 from vqserve_server.codebooks import Codebook, codebook_digest, load_codebook
 from vqserve_server.codebooks.kinds import kind_of
+from vqserve_server.codebooks.statistics import Statistics
 from vqserve_server.device import select_device, to_device, to_host
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.inference.base import FrozenQuantizer, freeze
@@ -33,6 +36,7 @@ from vqserve_server.tokenizer.arrays import (
     options,
     several,
 )
+from vqserve_server.tokenizer.error import CodeErrors
 from vqserve_server.tokenizer.probe import Probe, probe
 
 
@@ -50,7 +54,13 @@ class Tokenizer:
         search: name of the search backend.
         weight_dtype: element type of the codebook, and of `decode_rows`.
         probe: rows and the indices that they must have, from `check_itself` on.
+        errors: measures the quantization error; None: the codes do not approximate latents.
+        statistics: what the codebook's file says about other latents; None: nothing.
     """
+
+    # Tokenizers that were pickled by earlier releases have neither.
+    errors: CodeErrors | None = None
+    statistics: Statistics | None = None
 
     def __init__(
         self,
@@ -105,6 +115,9 @@ class Tokenizer:
         self.search = frozen.search_backend
         self.weight_dtype = frozen.weight_dtype
         self.probe: Probe | None = None
+        self.errors = None
+        if quantizer.is_approximate:
+            self.errors = CodeErrors(quantizer if shares_memory else copy.deepcopy(quantizer), frozen)
         self._frozen: FrozenQuantizer | None = frozen
 
     @classmethod
@@ -139,12 +152,18 @@ class Tokenizer:
         """
         made = cls.__new__(cls)
         made._prepare(codebook.quantizer, name, codebook.digest, select_device(device), search, shares_memory=True)
+        made.statistics = codebook.statistics
         return made
 
     @property
     def name(self) -> str:
         """The codebook's name."""
         return self.info.name
+
+    @property
+    def code_groups(self) -> CodeGroups:
+        """The counters of the indices that encode gives."""
+        return CodeGroups(self.info.stage_vocab_sizes or (self.decodable,) * self.info.num_quantizers)
 
     @property
     def digest(self) -> str:
@@ -288,7 +307,7 @@ class Tokenizer:
 
     def close(self) -> None:
         """Free the codebook's memory. Later calls raise Closed, running calls finish; closing twice is allowed."""
-        self._frozen = None
+        self._frozen = self.errors = None
 
     def encode_rows(
         self, rows: npt.NDArray[np.floating[Any]], *, num_quantizers: int | None = None

@@ -17,8 +17,10 @@ from vqserve_server.codebooks import Codebook, load_codebook
 from vqserve_tools.inspection.inspection import FORMAT, inspect
 from vqserve_tools.inspection.pair import Side, verdict
 from vqserve_tools.inspection.plot import check_plot, draw
+from vqserve_tools.inspection.statistics import save_codebook_again, with_statistics
 from vqserve_tools.inspection.text import as_text, as_text_side_by_side
 from vqserve_tools.latent_file import LatentRows
+from vqserve_tools.output import check_output
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -45,6 +47,12 @@ def add_inspect_parser(subparsers: Subparsers) -> None:
         choices=[str(layout) for layout in Layout],
         help="position of the channels in LATENTS (default: the layout of the codebook)",
     )
+    parser.add_argument(
+        "--save-stats",
+        action="store_true",
+        help="write how often the latents use each code, and their error, into FILE, for a server to compare its "
+        "traffic with; tokens and digest stay",
+    )
     parser.add_argument("--json", action="store_true", help="write one JSON object, with all texts in full length")
     parser.add_argument("--plot", type=_png_path, metavar="OUT.png", help="draw the figures into this file")
     parser.add_argument("--force", action="store_true", help="replace OUT.png if it exists")
@@ -64,10 +72,16 @@ def run_inspect(args: argparse.Namespace) -> int:
     files: list[Path] = args.file
     if len(files) > 2:
         raise InvalidOption(f"{len(files)} files are given: name one to describe it, or two to compare them")
+    if args.save_stats:
+        _check_save(args)
     if args.plot is not None:
         check_plot(args.plot, force=args.force, sources=(*files, args.latents))
     codebooks = [load_codebook(file) for file in files]
     latents = [_latents(args, codebook) for codebook in codebooks]
+    if args.save_stats and latents[0] is not None:
+        with of_file(args.latents):
+            codebooks[0] = with_statistics(codebooks[0], latents[0], args.latents.name, progress=sys.stderr.isatty())
+        save_codebook_again(codebooks[0], files[0])
     names = _names(files)
     inspections = []
     for name, codebook, rows in zip(names, codebooks, latents, strict=True):
@@ -87,6 +101,14 @@ def run_inspect(args: argparse.Namespace) -> int:
         text = as_text_side_by_side(names, reports, line, columns)
     sys.stdout.write(f"{json.dumps(whole, allow_nan=False)}\n" if args.json else text)
     return 0
+
+
+def _check_save(args: argparse.Namespace) -> None:
+    if args.latents is None:
+        raise InvalidOption("{option} keeps what is measured on latents: give --latents too", option="save_stats")
+    if len(args.file) > 1:
+        raise InvalidOption("{option} writes into one file: name one", option="save_stats")
+    check_output(args.file[0].resolve(), force=True, sources=[args.latents])
 
 
 def _latents(args: argparse.Namespace, codebook: Codebook) -> LatentRows | None:

@@ -12,8 +12,8 @@ import torch
 from vqserve.errors import InvalidShape, rows_placed
 from vqserve.validation import check_channels
 from vqserve_server.quantizers import FrozenQuantizer, Quantizer, freeze
+from vqserve_server.quantizers.comparison import Comparison
 from vqserve_server.search import SearchCounts
-from vqserve_tools.inspection.comparison import Comparison
 from vqserve_tools.inspection.error import ErrorTally, QuantizationError, stages_to_compare
 from vqserve_tools.inspection.rounding import DTYPES, Rounded, RoundingTally
 from vqserve_tools.latent_file import LatentRows

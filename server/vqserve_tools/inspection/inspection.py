@@ -11,6 +11,7 @@ import numpy as np
 
 from vqserve.codebook_info import of_stages
 from vqserve_server.codebooks import Codebook
+from vqserve_server.codebooks.statistics import code_groups
 from vqserve_server.device import select_device
 from vqserve_server.quantizers import freeze
 from vqserve_tools.inspection.codes import Codes, count_dead_looking, measure_codes
@@ -81,6 +82,33 @@ class CodeFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SavedStatistics:
+    """Statistics in the file.
+
+    Attributes:
+        rows: number of tokens that they are about.
+        error: mean squared error of a channel; None: the kind has none.
+        source: what the latents were.
+        used: number of used codes of each stage; of groups of neighbouring codes, if there are very many.
+    """
+
+    rows: int
+    error: float | None
+    source: str
+    used: tuple[int, ...]
+
+    @classmethod
+    def of(cls, codebook: Codebook) -> SavedStatistics | None:
+        """Return a summary of the statistics of a file; None if there are none."""
+        saved = codebook.statistics
+        if saved is None:
+            return None
+        stages = code_groups(codebook.quantizer).stages
+        used = tuple(int(np.count_nonzero(saved.usage[stage])) for stage in stages)
+        return cls(rows=saved.rows, error=saved.error, source=saved.source, used=used)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """All figures of a codebook.
 
@@ -98,6 +126,7 @@ class Report:
         dtype: element type of the codebook.
         arguments: arguments of the quantizer's constructor.
         provenance: origin of the codebook, as written into its file.
+        statistics: statistics in the file, for a server to compare its traffic with; None: there are none.
         norms: norms of the codes of all stages; None if codes are computed and not stored.
         neighbours: distances between the codes of all stages; None if there is only one code, or as for `norms`.
         duplicates: number of codes that equal an earlier code of their stage; encode never returns them.
@@ -122,6 +151,7 @@ class Report:
     dtype: str
     arguments: Mapping[str, object]
     provenance: Mapping[str, object]
+    statistics: SavedStatistics | None
     norms: Norms | None
     neighbours: Neighbours | None
     duplicates: int
@@ -198,6 +228,7 @@ def inspect(codebook: Codebook, latents: LatentRows | None = None, *, progress: 
         dtype=str(form.weight_dtype).removeprefix("torch."),
         arguments=dict(codebook.arguments),
         provenance=dict(codebook.provenance),
+        statistics=SavedStatistics.of(codebook),
         norms=None if figures is None else figures.norms,
         neighbours=None if figures is None else figures.neighbours,
         duplicates=0 if figures is None else figures.duplicates,

@@ -120,6 +120,10 @@ def _figures(report: Report) -> Iterator[_Line]:
     if report.dead_looking is not None:
         dead = f"{report.dead_looking} of {report.num_codes}"
         yield "dead-looking", f"{dead} ({report.dead_looking_means})"
+    if report.statistics is not None:
+        saved = report.statistics
+        error = "" if saved.error is None else f", error {saved.error:.6g}"
+        yield "statistics", f"of {saved.rows} tokens{error}: {printable(saved.source)}"
     yield "search", ", ".join(f"{backend} on {device}" for device, backend in report.search.items())
     if report.stages and report.fit is None:
         yield "stage", _STAGE_HEAD

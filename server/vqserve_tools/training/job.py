@@ -74,4 +74,5 @@ def train_file(
         "quality": asdict(trained.quality),
         **(notes or {}),
     }
-    return TrainedFile(trained=trained, digest=save_codebook(trained.quantizer, out, provenance=provenance))
+    digest = save_codebook(trained.quantizer, out, provenance=provenance, statistics=trained.statistics)
+    return TrainedFile(trained=trained, digest=digest)

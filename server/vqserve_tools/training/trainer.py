@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vqserve.errors import InvalidOption
+from vqserve_server.codebooks.statistics import Statistics, StatisticsTally, code_groups
 from vqserve_server.device import select_device
 from vqserve_server.quantizers import AbstractQuantizer, measure_perplexity
 from vqserve_server.search import prepare
@@ -54,12 +55,14 @@ class Trained:
         quality: quality on all rows of the latents.
         plan: batch size and step counts of the training.
         codes_reseeded: number of moves of dead codes.
+        statistics: usage and error on all rows of the latents, for the file.
     """
 
     quantizer: AbstractQuantizer
     quality: Quality
     plan: TrainingPlan
     codes_reseeded: int
+    statistics: Statistics
 
 
 def train(rows: LatentRows, options: TrainingOptions, *, progress: bool = False) -> Trained:
@@ -88,15 +91,17 @@ def train(rows: LatentRows, options: TrainingOptions, *, progress: bool = False)
         quantizer = learner.quantizer.eval()
         if not torch.isfinite(quantizer.code_rows()).all():
             raise InvalidOption("the training diverged: the codebook holds NaN or infinity; a smaller {lr=} may help")
-        quality = measure_quality(quantizer, rows, device=device, progress=progress)
-    return Trained(quantizer=quantizer.cpu(), quality=quality, plan=plan, codes_reseeded=codes_reseeded)
+        quality, statistics = measure_quality(quantizer, rows, device=device, progress=progress)
+    return Trained(
+        quantizer=quantizer.cpu(), quality=quality, plan=plan, codes_reseeded=codes_reseeded, statistics=statistics
+    )
 
 
 @torch.no_grad()
 def measure_quality(
     quantizer: AbstractQuantizer, rows: LatentRows, *, device: torch.device, progress: bool = False
-) -> Quality:
-    """Encode and decode all rows, and return the quality.
+) -> tuple[Quality, Statistics]:
+    """Encode and decode all rows, and return the quality, and the statistics for the file.
 
     Args:
         quantizer: quantizer on `device`.
@@ -105,20 +110,25 @@ def measure_quality(
         progress: whether to show progress on stderr.
     """
     counts = np.zeros(quantizer.num_codes, np.int64)
+    tally = StatisticsTally(code_groups(quantizer))
     squares = 0.0
     with progress_of("measuring", len(rows), "row", shown=progress) as bar:
         for chunk in rows.chunks(_ROWS_AT_ONCE):
             latents = torch.from_numpy(chunk).to(device)
-            ids = quantizer.encode(latents)
-            squares += float((quantizer.decode(ids) - latents).double().square().sum())
-            counts += np.bincount(ids.cpu().numpy(), minlength=quantizer.num_codes)
+            found = quantizer.encode(latents)
+            errors = (quantizer.decode(found) - latents).double().square()
+            squares += float(errors.sum())
+            ids = found.cpu().numpy()
+            counts += np.bincount(ids, minlength=quantizer.num_codes)
+            tally.add(ids[:, None], errors.mean(dim=1).cpu().numpy())
             bar.update(len(chunk))
     shares = counts[counts > 0] / len(rows)
-    return Quality(
+    quality = Quality(
         mean_squared_error=squares / (len(rows) * rows.dim),
         perplexity=float(np.exp(-(shares * np.log(shares)).sum())),
         used_codes=int((counts > 0).sum()),
     )
+    return quality, tally.statistics("the latents of vqserved train")
 
 
 def _run(

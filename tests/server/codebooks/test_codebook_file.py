@@ -460,7 +460,7 @@ WEIGHT = "embedding.weight"
             lambda p: rewrite(p, drop=["vqserve.format"]),
             "is a safetensors file, but not a codebook file: `vqserved ",
         ),
-        (lambda p: rewrite(p, metadata={"vqserve.format": "2"}), "has format '2'"),
+        (lambda p: rewrite(p, metadata={"vqserve.format": "3"}), "has format '3', this vqserve reads '1' and '2'"),
         (lambda p: rewrite(p, drop=["vqserve.kind"]), "'vqserve.kind' is missing"),
         (lambda p: rewrite(p, metadata={"vqserve.colour": "red"}), "'vqserve.colour' is unknown"),
         (lambda p: rewrite(p, metadata={"vqserve.kind": "pq"}), "unknown kind 'pq', not one of vq, ema"),

@@ -49,7 +49,7 @@ class Device:
 
     def compute(self) -> None:
         """Compute the next batch; the clock goes on."""
-        batch = self.scheduler.next_batch()
+        batch = self.scheduler.next_batch("device")
         assert batch is not None
         self.now += self.slow * (BATCH_S + JOB_S * len(batch.parts) + ROW_S * batch.rows)
         for part in batch.parts:

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from vqserve_server.search import Objective, SearchCounts, prepare
-from vqserve_server.search.tiled import TiledSearcher
+from vqserve_server.search.tiled import TiledSearcher, tile_shape
+
+MIB = 1 << 20
 
 
 @pytest.fixture
@@ -63,3 +65,29 @@ def test_rows_near_to_every_code_are_searched_once_each():
             fallback=None,
         )
         assert searcher.search(torch.zeros(1000, 7)).tolist() == [0] * 1000
+
+
+@pytest.mark.parametrize(
+    ("device", "num_codes", "dim", "tiles"),
+    [
+        # A full batch for the codebook of latent diffusion's f = 8: 1 GiB of scores.
+        ("cpu", 16384, 4, 256),
+        ("cuda", 16384, 4, 4),
+        # The codes of a tile are bounded, too: 2048 and 16384 of them.
+        ("cpu", 16384, 512, 256),
+        ("cuda", 16384, 512, 4),
+        ("cpu", 16, 4, 1),
+        ("cuda", 16, 4, 1),
+    ],
+)
+def test_tiles_are_larger_on_cuda(device, num_codes, dim, tiles):
+    count = 16384
+    rows, codes = tile_shape(num_codes, dim, torch.float32, torch.device(device))
+    assert -(-count // rows) * -(-num_codes // codes) == tiles
+    limit = {"cpu": 4 * MIB, "cuda": 256 * MIB}[device]
+    assert 4 * rows * codes <= limit
+    assert 4 * codes * dim <= limit
+
+
+def test_one_row_and_one_code_are_a_tile_however_long_they_are():
+    assert tile_shape(2, 4 * MIB, torch.float64, torch.device("cpu")) == (524288, 1)

@@ -306,3 +306,62 @@ def test_computed_codes_have_no_duplicates_to_count_and_values_are_the_file_s(fi
     assert re.search(r"^argument input_dim +null$", out, re.MULTILINE)
     assert re.search(r"^argument spherical +false$", out, re.MULTILINE)
     assert re.search(r'^provenance quality +{"x": null, "y": true}$', out, re.MULTILINE)
+
+
+# Statistics for a server.
+
+
+def test_statistics_are_saved_and_the_digest_stays(quantizer, saved, latents_of, tmp_path, capsys):
+    saved(quantizer, note="mine")
+    book = tmp_path / "book.safetensors"
+    before = load_codebook(book)
+    np.save(tmp_path / "z.npy", latents_of(quantizer))
+    status, text, err = run(capsys, book, "--latents", tmp_path / "z.npy", "--save-stats", "--json")
+    assert (status, err) == (0, "")
+    after = load_codebook(book)
+    assert (after.digest, after.provenance, after.arguments) == (before.digest, before.provenance, before.arguments)
+    fit, statistics = json.loads(text)["fit"], json.loads(text)["statistics"]
+    assert statistics["rows"] == after.statistics.rows == fit["latents"]["tokens"]
+    assert statistics["source"] == "z.npy"
+    if getattr(quantizer, "used", None) is not None:
+        # The fit is about full codes, the statistics are about what is reported.
+        return
+    assert statistics["used"] == [usage["used"] for usage in fit["usage"]]
+    if fit["error"] is None:
+        assert statistics["error"] is None
+    else:
+        assert statistics["error"] == pytest.approx(fit["error"]["mean_squared"], rel=1e-9)
+
+
+def test_statistics_are_replaced_and_shown(files, tmp_path, capsys):
+    book, latents = map(Path, files("vq"))
+    assert "statistics" not in run(capsys, book)[1]
+    assert json.loads(run(capsys, book, "--json")[1])["statistics"] is None
+    for rows in (500, 20):
+        np.save(latents, np.load(latents)[:rows])
+        text = run(capsys, book, "--latents", latents, "--save-stats")[1]
+        error = load_codebook(book).statistics.error
+        assert f"statistics    of {rows} tokens, error {error:.6g}: {latents.name}\n" in text
+    assert f"statistics    of 20 tokens, error {error:.6g}: {latents.name}\n" in run(capsys, book)[1]
+
+
+def test_a_link_to_a_codebook_stays_a_link(files, tmp_path, capsys):
+    book, latents = map(Path, files("vq"))
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(book.name)
+    assert run(capsys, link, "--latents", latents, "--save-stats")[0] == 0
+    assert link.is_symlink()
+    assert load_codebook(book).statistics.rows == 500
+
+
+def test_what_cannot_be_saved_is_an_error_before_the_work(files, tmp_path, capsys):
+    book, latents = map(Path, files("vq"))
+    content = book.read_bytes()
+    for asked, reason in (
+        ((book, "--save-stats"), "--save-stats keeps what is measured on latents: give --latents too"),
+        ((book, book, "--latents", latents, "--save-stats"), "--save-stats writes into one file: name one"),
+    ):
+        assert run(capsys, *asked) == (1, "", f"vqserved: error: {reason}\n")
+    np.save(latents, np.zeros((4, 7), np.float32))
+    assert run(capsys, book, "--latents", latents, "--save-stats")[0] == 1
+    assert book.read_bytes() == content

@@ -69,6 +69,18 @@ def test_the_file_has_its_provenance(latents: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ema", "vq"])
+def test_the_file_has_statistics_of_its_latents(latents: Path, tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "book.safetensors"
+    assert train(latents, out, "--quiet", f"--kind={kind}") == 0
+    codebook = load_codebook(out)
+    found = Tokenizer.load(out, device="cpu").encode(np.load(latents))
+    assert codebook.statistics is not None
+    assert codebook.statistics.rows == 1000
+    assert np.array_equal(codebook.statistics.usage, [*np.bincount(found.ravel(), minlength=16), 0])
+    assert codebook.statistics.error == pytest.approx(codebook.provenance["quality"]["mean_squared_error"], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ema", "vq"])
 def test_the_same_seed_gives_the_same_bytes(latents: Path, tmp_path: Path, kind: str) -> None:
     one, two, other = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "other"))
     for out, seed in ((one, 5), (two, 5), (other, 6)):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple, Self
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,6 +21,25 @@ from vqserve_server.quantizers.tensors import are_finite, autocast_off, narrow
 from vqserve_server.search import CountingSearcher, SearchCounts, Searcher
 
 
+class _Rows(NamedTuple):
+    """Rows (n, width) of one type.
+
+    Attributes:
+        tensor: the rows.
+        array: the same memory as numpy, where it is the host's: bit patterns of types that numpy lacks.
+        name: of the type.
+    """
+
+    tensor: Tensor
+    array: npt.NDArray[Any] | None
+    name: str
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self:
+        array = to_numpy(tensor) if tensor.device.type == "cpu" else None
+        return cls(tensor, array, str(tensor.dtype).removeprefix("torch."))
+
+
 class Table:
     """Rows (n, width) of one type on one device, which never change.
 
@@ -32,13 +52,14 @@ class Table:
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
-        self._narrowed: dict[torch.dtype, Tensor | None] = {}
+        self._own = _Rows.of(rows)
+        self._by_dtype: dict[torch.dtype | None, _Rows] = {}
 
     def __getstate__(self) -> Tensor:
         return self.rows
 
     def __setstate__(self, rows: Tensor) -> None:
-        self.rows, self._narrowed = rows, {}
+        self.__init__(rows)  # type: ignore[misc]
 
     def take(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return the row of every index.
@@ -51,22 +72,25 @@ class Table:
             (m, width), a copy: of `dtype` where that is narrower than the rows' and all of the table is within its
             range, each value rounded once to nearest even; else of the rows' own.
         """
-        rows = self.rows if dtype is None else self._rounded(dtype)
-        if rows.device.type != "cpu":
-            return rows.index_select(0, indices)
+        rows = self._by_dtype.get(dtype)
+        if rows is None:
+            rows = self._rounded(dtype)
+        if rows.array is None:
+            return rows.tensor.index_select(0, indices)
         # numpy takes on one core the time that torch takes on two, and torch's idle threads then keep a core busy.
-        taken: Tensor = to_torch(to_numpy(rows).take(indices.numpy(), axis=0), str(rows.dtype).removeprefix("torch."))
+        taken: Tensor = to_torch(rows.array.take(indices.numpy(), axis=0), rows.name)
         return taken
 
-    def _rounded(self, dtype: torch.dtype) -> Tensor:
-        if dtype.itemsize >= self.rows.dtype.itemsize:
-            return self.rows
-        if dtype not in self._narrowed:
+    def _rounded(self, dtype: torch.dtype | None) -> _Rows:
+        """Return, and keep, the rows for a type."""
+        rows = self._own
+        if dtype is not None and dtype.itemsize < self.rows.dtype.itemsize:
             narrowed = narrow(self.rows, dtype)
             # bool() waits for the device: other threads have other streams, and must not read an unfinished table.
-            self._narrowed[dtype] = narrowed if bool(are_finite(narrowed).all()) else None
-        rounded = self._narrowed[dtype]
-        return self.rows if rounded is None else rounded
+            if bool(are_finite(narrowed).all()):
+                rows = _Rows.of(narrowed)
+        self._by_dtype[dtype] = rows
+        return rows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,7 +138,6 @@ class FrozenLookup(CodeSearch, FrozenQuantizer):
         """Return a copy whose search adds to the only counter; see `FrozenQuantizer.counting`."""
         return replace(self, _searcher=CountingSearcher(self._searcher, counts[0]))
 
-    @torch.no_grad()
     def decode_rows(
         self, indices: Tensor, *, output: OutputName = "latents", dtype: torch.dtype | None = None
     ) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqserve_server.quantizers import FrozenQuantizer, Quantizer
+from vqserve_server.quantizers.inference.base import FrozenQuantizer
 from vqserve_server.quantizers.projections import on_device, project
+from vqserve_server.quantizers.quantizer import Quantizer
 
 
 class Comparison:
@@ -21,7 +22,9 @@ class Comparison:
 
     def __init__(self, quantizer: Quantizer, frozen: FrozenQuantizer) -> None:
         """Take a quantizer whose codes approximate latents (`is_approximate`), and its frozen form."""
-        self._quantizer, self._frozen = quantizer, frozen
+        self._frozen = frozen
+        # Only these kinds bound their channels; the others need not be kept.
+        self._bounded = quantizer.bounded if quantizer.code_space == "bounded latents" else None
         inner, outer = quantizer.input_projection(), quantizer.output_projection()
         self._projection = on_device(inner, frozen.device)
         self.name = _name(quantizer, is_projected=inner is not None, is_projected_back=outer is not None)
@@ -40,7 +43,7 @@ class Comparison:
         searched = project(rows, self._projection)
         if self.name == "directions":
             return _directions(searched.double())
-        return self._quantizer.bounded(searched)
+        return searched.double() if self._bounded is None else self._bounded(searched)
 
     def found(self, indices: Tensor) -> Tensor:
         """Return the decoded values of indices in this space, (n, width) float64.

@@ -1,0 +1,64 @@
+"""The settings as text: the table of docs/operations.md, and a file of settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from textwrap import wrap
+
+from vqserve_server.config.file import CODEBOOKS, located
+from vqserve_server.config.settings import GROUPS, SETTINGS, ServeConfig
+from vqserve_server.config.sources import Resolved
+
+_WIDTH = 100
+
+
+def settings_table() -> str:
+    """Return the table of docs/operations.md, in Markdown."""
+    lines = ["| Flag | Environment | Default | Meaning |", "|---|---|---|---|"]
+    lines += [
+        f"| `{setting.flag}` | `{setting.variable}` | `{setting.shown_default}` | {setting.help} |"
+        for setting in SETTINGS
+    ]
+    return "\n".join(lines)
+
+
+def settings_file(resolved: Resolved) -> str:
+    """Return a file for --config with these settings, each with its meaning; defaults are comments.
+
+    Paths are absolute, since in the file they would start at its folder.
+    """
+    here = Path.cwd()
+    codebooks = _literals(located(each, here) for each in resolved.codebooks)
+    lines = [
+        "# Settings of `vqserved serve --config FILE`. A flag and a VQSERVE_* variable override a key of this file.",
+        "# A comment with a key is its default. Relative paths start at the folder of the file.",
+        "",
+        '# codebook files, folders of them, and "NAME=FILE"; none: the demo codebook',
+        _entry(CODEBOOKS, codebooks, is_set=CODEBOOKS in resolved.origins),
+    ]
+    for group, cls in (*GROUPS.items(), (None, ServeConfig)):
+        title = "The server." if group is None else (cls.__doc__ or "").partition("\n")[0]
+        lines += ["", f"## {title}"]
+        for setting in SETTINGS:
+            if setting.group == group:
+                lines += ["", *wrap(setting.help, _WIDTH, initial_indent="# ", subsequent_indent="# ")]
+                value = setting.of(resolved.config)
+                literal = _literal(str(here / value) if setting.is_path and value else value)
+                lines.append(_entry(setting.name, literal, is_set=setting.name in resolved.origins))
+    return "\n".join(lines) + "\n"
+
+
+def _entry(key: str, literal: str, *, is_set: bool) -> str:
+    return f"{'' if is_set else '# '}{key} = {literal}"
+
+
+def _literals(texts: Iterable[str]) -> str:
+    return f"[{', '.join(map(_literal, texts))}]"
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value).removesuffix(".0") if isinstance(value, float) else json.dumps(value)
