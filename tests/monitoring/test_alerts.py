@@ -1,4 +1,4 @@
-"""The alert rules on invented series, as promtool computes them: each fires on its own fault, none on a healthy server."""
+"""The alert rules on invented series, as promtool computes them: each fires on its own fault, none without one."""
 
 from __future__ import annotations
 
