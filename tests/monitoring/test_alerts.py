@@ -42,6 +42,12 @@ HEALTHY = {
     'vqserve_codebook_drift_bits{job="vqserve",codebook="a",stage="0"}': "0.02x400",
     'vqserve_codebook_error_ratio{job="vqserve",codebook="a"}': "1.1x400",
     'vqserve_codebook_used_ratio{job="vqserve",codebook="a",stage="0"}': "0.9x400",
+    'vqserve_codebook_dead_codes{job="vqserve",codebook="a",stage="0"}': "100x400",
+    # Few rows were sampled of this one.
+    'vqserve_codebook_used_ratio{job="vqserve",codebook="new",stage="0"}': "0.1x400",
+    'vqserve_codebook_dead_codes{job="vqserve",codebook="new",stage="0"}': "900x400",
+    'vqserve_codebook_sampled_rows_total{job="vqserve",codebook="a"}': "20000x400",
+    'vqserve_codebook_sampled_rows_total{job="vqserve",codebook="new"}': "7000x400",
 }
 ILL = {
     "VqserveDown": {'up{job="vqserve"}': "0x400"},
@@ -63,7 +69,10 @@ ILL = {
     "VqserveReloadFailed": {'vqserve_reloads_total{job="vqserve",result="rejected"}': "2x340 3x60"},
     "VqserveCodebookDrift": {'vqserve_codebook_drift_bits{job="vqserve",codebook="a",stage="0"}': "0.2x400"},
     "VqserveCodebookError": {'vqserve_codebook_error_ratio{job="vqserve",codebook="a"}': "2x400"},
-    "VqserveDeadCodes": {'vqserve_codebook_used_ratio{job="vqserve",codebook="a",stage="0"}': "0.3x400"},
+    "VqserveDeadCodes": {
+        'vqserve_codebook_used_ratio{job="vqserve",codebook="a",stage="0"}': "0.3x400",
+        'vqserve_codebook_dead_codes{job="vqserve",codebook="a",stage="0"}': "700x400",
+    },
 }
 
 

@@ -90,6 +90,7 @@ class FakeMetrics:
         used = sum(share > 0 for share in usage)
         stage = {
             "codes": len(usage),
+            "codes_per_group": 1,
             "sampled_rows": 100_000,
             "used": used,
             "dead": len(usage) - used,

@@ -42,7 +42,8 @@ export function drift(health) {
   return known.length ? Math.max(...known) : null;
 }
 
-export const usedShare = ({ used, codes }) => (codes ? used / codes : null);
+/** Return the share of a stage's codes that are used; of very many codes, neighbours are counted as one. */
+export const usedShare = ({ used, dead }) => used / (used + dead);
 
 function about(info, health) {
   const sampled = health?.stages[0]?.sampled_rows ?? null;
