@@ -33,6 +33,12 @@ class FakeMetrics:
     failing: dict[str, int] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    # Answers wait for it.
+    gate: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        """Let answers pass."""
+        self.gate.set()
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a sample."""
@@ -120,6 +126,7 @@ def serving_fake(metrics: FakeMetrics, port: int = 0) -> Iterator[str]:
 
     def answer(request: Request) -> Response:
         metrics.requests.append(request.path)
+        metrics.gate.wait()
         if request.path in metrics.failing:
             raise Problem(HTTPStatus(metrics.failing[request.path]), "as the test wants it")
         if request.path == "/metrics":

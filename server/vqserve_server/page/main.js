@@ -29,6 +29,7 @@ const show = {
 
 let timer = null;
 let paused = false;
+let asking = false;
 let answered = null;
 
 async function get(path) {
@@ -48,7 +49,9 @@ async function ask() {
 }
 
 async function poll() {
-  clearTimeout(timer);
+  // An answer that overtook another one would make counters go back.
+  if (asking) return;
+  asking = true;
   try {
     const { samples, health } = await ask();
     answered = Date.now();
@@ -57,6 +60,7 @@ async function poll() {
   } catch (error) {
     noAnswer(error);
   }
+  asking = false;
   plan();
 }
 

@@ -224,6 +224,20 @@ def test_updates_can_be_paused(open_console, metrics):
     console.until(lambda: len(metrics.requests) >= asked + 2)
 
 
+def test_it_asks_once_at_a_time(open_console, metrics):
+    console = open_console()
+    metrics.gate.clear()
+    asked = len(metrics.requests)
+    console.page.clock.run_for(2000)
+    console.until(lambda: len(metrics.requests) > asked)
+    for _ in range(6):
+        console.page.click("#pause")
+    shown = console.text("#updated")
+    metrics.gate.set()
+    console.until(lambda: console.text("#updated") != shown)
+    assert len(metrics.requests) == asked + 2
+
+
 def test_after_a_long_pause_rates_begin_again(open_console, metrics):
     where = {"codebook": "faces", "operation": "encode", "status": "OK"}
     metrics.add("requests_total", 1, **where)
