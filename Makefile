@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 PROTO  := vqserve/v1/tokenizer.proto vqserve/v1/admin.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-busy test-search test-grpcio test-old soak coverage bench bench-behaviour bench-search check format proto lock image image-test sbom docs docs-serve clean
+.PHONY: help setup demo serve console-pictures test test-fast test-busy test-search test-grpcio test-old soak coverage bench bench-behaviour bench-search check format proto lock image image-test sbom docs docs-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -27,6 +27,9 @@ demo: $(VENV)/.installed  ## tokenize a real picture with a real server
 
 serve: $(VENV)/.installed  ## serve the demo codebook on localhost:50051
 	$(BIN)/vqserved serve
+
+console-pictures: $(VENV)/.installed  ## make the pictures of the console in docs/assets again, from a server under load
+	$(BIN)/python scripts/console_pictures.py
 
 test: $(VENV)/.installed  ## run all tests, on all cores (`ARGS` narrows them)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
