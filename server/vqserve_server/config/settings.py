@@ -166,6 +166,18 @@ class MetricsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TracesConfig:
+    """Where the spans of requests are sent, and of how many requests."""
+
+    trace_endpoint: str = _setting(
+        "", "URL of an OpenTelemetry collector, OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces", values.url
+    )
+    trace_ratio: float = _setting(
+        0.0, "share of the requests that begin a trace, beside those of callers that trace", values.share
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """All settings of `vqserved serve`."""
 
@@ -173,6 +185,7 @@ class ServeConfig:
     access: AccessConfig = AccessConfig()
     engine: EngineConfig = EngineConfig()
     metrics: MetricsConfig = MetricsConfig()
+    traces: TracesConfig = TracesConfig()
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N", values.device)
     workers: int = _setting(
         1, "processes that serve the port, each with its own codebooks and queue", values.integer(1, 1024)
@@ -197,7 +210,8 @@ class ServeConfig:
         "seconds from one look at the codebook files to the next; what has changed is loaded; 0: only on a reload",
         values.zero_or_seconds(1),
     )
-    log_level: str = _setting("info", f"one of {', '.join(values.LOG_LEVELS)}", values.log_level)
+    log_level: str = _setting("info", f"one of {', '.join(values.LOG_LEVELS)}", values.one_of(values.LOG_LEVELS))
+    log_format: str = _setting("text", "text, or json: one object a line", values.one_of(values.LOG_FORMATS))
 
 
 @dataclass(frozen=True)
@@ -254,6 +268,7 @@ GROUPS: dict[str, type] = {
     "access": AccessConfig,
     "engine": EngineConfig,
     "metrics": MetricsConfig,
+    "traces": TracesConfig,
 }
 SETTINGS = tuple(
     Setting(group, each.name, each.default, each.metadata["help"], each.metadata["parse"])

@@ -76,6 +76,7 @@ class Batch:
         cost: seconds that it is expected to take.
         speed: what learns from the time that it takes.
         taken_at: when a device thread took it, in time.monotonic() seconds.
+        expired: jobs whose deadline passed while it was computed.
         computed: its rows and their results, as long as the device thread's memory has them; None: not computed.
     """
 
@@ -86,6 +87,7 @@ class Batch:
         self.rows = 0
         self.cost = 0.0
         self.taken_at = 0.0
+        self.expired = 0
         self.computed: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
 
     def add(self, job: Job, rows: int) -> None:
@@ -105,7 +107,8 @@ class Batch:
         self.computed = rows, results
         now = time.monotonic()
         for part in self.parts:
-            if not part.job.is_wanted(now):
+            self.expired += part.job.expire(now)
+            if part.job.outcome is not None:
                 continue
             try:
                 part.job.write(part.start, results[part.rows])

@@ -129,7 +129,7 @@ class Engine:
         tokenizers = list(tokenizers)
         self.live = _live(tokenizers, labels)
         self.metrics = metrics or Metrics()
-        self.stats = EngineStats()
+        self.stats = EngineStats(metrics=self.metrics)
         self._on_broken = on_broken
         self.admission = Admission(config, self.stats)
         self.scheduler = Scheduler(config, self.stats)

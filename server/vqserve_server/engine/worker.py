@@ -116,9 +116,14 @@ class Worker:
             complete = batch.finish(started=started, ended=ended)
             # Count before the replies are sent: a caller with a reply finds its request in the counters.
             if len(batch.parts) > 1 or batch.parts[0].job.caller is not CANARY:
-                self._stats.count(
-                    requests=len(batch.parts), rows=batch.rows, finished=len(complete), seconds=ended - started
-                )
+                requests, seconds = len(batch.parts), ended - started
+                self._stats.count(requests=requests, rows=batch.rows, finished=len(complete), seconds=seconds)
+                # All jobs of a batch have the same metrics, but the canary.
+                metrics = batch.parts[0].job.metrics or batch.parts[-1].job.metrics
+                if metrics is not None:
+                    metrics.computed(requests, batch.rows, seconds)
+                if batch.expired:
+                    self._stats.count_expired(batch.expired, "device")
             # Last, all together: the threads of the callers compete with this one.
             for job, timing in complete:
                 job.resolve(timing)

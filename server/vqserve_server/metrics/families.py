@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Literal
 
 PREFIX = "vqserve_"
+OPERATIONS = ("encode", "decode")
 
 Kind = Literal["counter", "gauge", "histogram"]
 
@@ -16,9 +17,8 @@ SECONDS = (
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
     *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
-# Powers of 4 and of 2, which a bit length finds.
-ROWS = tuple(float(4**power) for power in range(10))
-REQUESTS = tuple(float(2**power) for power in range(11))
+ROWS = tuple(4**power for power in range(10))
+REQUESTS = tuple(2**power for power in range(11))
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,22 @@ _TABLE = (
     Family("compute_seconds", "histogram", "Time that the computation of a batch took.", _OPERATION, SECONDS),
     Family("batch_rows", "histogram", "Rows of a batch.", _OPERATION, ROWS),
     Family("batch_requests", "histogram", "Requests that a batch has rows of.", _OPERATION, REQUESTS),
-    Family("rows", "counter", "Rows that were computed, also for requests that failed later.", _OPERATION),
+    Family(
+        "rows",
+        "counter",
+        "Rows that were computed, also of requests that failed later and of the server's own checks.",
+        _OPERATION,
+    ),
     Family("tokens", "counter", "Tokens of requests with status OK.", _OPERATION),
     Family("request_bytes", "counter", "Bytes of the messages of requests.", _OPERATION),
     Family("reply_bytes", "counter", "Bytes of the messages of replies.", _OPERATION),
     Family("refused", "counter", "Requests that were refused for load, by what there was too much of.", ("reason",)),
     Family("expired", "counter", "Requests whose deadline passed, by where that was noticed.", ("where",)),
     Family(
-        "rechecked_rows", "counter", "Rows that the fast search left open and higher precision decided.", ("codebook",)
+        "rechecked_rows",
+        "counter",
+        "Rows that the fast search left open and higher precision decided; with stages, in each.",
+        ("codebook",),
     ),
     Family("queue_requests", "gauge", f"Requests in the server; {_QUEUE}.", ("worker",)),
     Family("queue_rows", "gauge", "Rows of the requests in the server.", ("worker",)),
