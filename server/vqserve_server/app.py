@@ -16,12 +16,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TextIO
 
+from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import StartError
-from vqserve_server import console, grpcio_release, signals, stderr
+from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve_server import console, grpcio_release, signals, systemd
 from vqserve_server.access import Access
+from vqserve_server.administration import Administration
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
+from vqserve_server.control import Control
 from vqserve_server.device import reserved_bytes
 from vqserve_server.engine import Engine, Watchdog
 from vqserve_server.heartbeat import Heartbeat
@@ -35,7 +39,9 @@ from vqserve_server.process import allow_connections
 from vqserve_server.repository import Reloader, Repository
 from vqserve_server.rescan import Rescan
 from vqserve_server.rpc import RpcServer
+from vqserve_server.rpc.admin import Execute
 from vqserve_server.search import SearchCounts
+from vqserve_server.stopping import Stop, exit_now
 from vqserve_server.tokenizer import Tokenizer
 from vqserve_server.usage.live import LiveUsage
 from vqserve_server.usage.memory import USAGE, USAGE_BYTES
@@ -152,9 +158,21 @@ class App:
         self._publish(tokenizers)
         self._rpc.use_live_set()
 
-    def refresh_access(self) -> None:
-        """Read certificates and tokens again that have changed; they are also read at their next use."""
-        self._access.refresh()
+    def refresh_access(self) -> list[str]:
+        """Read certificates and tokens that have changed now, not at their next use; return why some are not used."""
+        return self._access.refresh()
+
+    def info(self) -> pb.ServerInfo:
+        """Return version, uptime and load."""
+        return self._rpc.info()
+
+    def codebooks(self) -> list[CodebookInfo]:
+        """Return what is served, under each name."""
+        return self.engine.live.infos()
+
+    def administer_with(self, execute: Execute) -> None:
+        """Let that function execute what callers of AdminService ask."""
+        self._rpc.administer_with(execute)
 
     async def stop(self) -> bool:
         """Accept no more requests, answer the accepted ones, and stop; return whether all were answered in time."""
@@ -266,60 +284,62 @@ async def serve(
         lambda: app.swap(repository.tokenizers, repository.labels),
         on_result=lambda result: app.engine.metrics.add("reloads", result=result),
     )
-    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-
-    def on_signal(number: int) -> None:
-        if stop.is_set():
-            # Process 1 of a container ignores signals by default, so exit here.
-            _exit_now(128 + number)
-        logger.info(event("stopping", signal=signal.Signals(number).name))
-        stop.set()
+    stop = Stop()
 
     def on_reload() -> None:
-        if not stop.is_set():
+        if not stop.requested.is_set():
             app.refresh_access()
-            reloader.request()
+            systemd.reloading()
+            reloader.request().add_done_callback(on_reloaded)
 
-    def on_orphaned() -> None:
-        # Remove the reader, because a pipe at its end stays readable.
-        loop.remove_reader(sys.stdin.fileno())
-        logger.info(event("stopping", reason="the parent process has ended"))
-        stop.set()
+    def on_reloaded(_: object) -> None:
+        if not stop.requested.is_set():
+            systemd.ready("serving")
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+        loop.add_signal_handler(number, stop.on_signal, number)
     signals.on_sighup(loop, on_reload)
     if worker is not None:
         # The parent's end of the pipe closes when the parent ends.
-        loop.add_reader(sys.stdin.fileno(), on_orphaned)
+        loop.add_reader(sys.stdin.fileno(), stop.on_orphaned)
+    administration = Administration(
+        server=app,
+        reload=reloader.request,
+        drain=partial(stop.request, "an operator's call"),
+        drain_seconds=config.drain_seconds,
+    )
+    administration.parent = Control.of(os.environ, administration.execute)
+    beside = [] if administration.parent is None else [asyncio.create_task(administration.parent.run())]
+    app.administer_with(partial(administration.request, loop=loop))
     port = await app.start()
     if watchdog is not None:
         watchdog.start()
     if processes is not None:
         processes.ready.add(worker or 0)
     _announce(repository.tokenizers, config.rpc.host, port)
-    looking = None if rescan is None else asyncio.create_task(rescan.run(on_reload))
-    done, pending = await asyncio.wait(
-        [asyncio.create_task(stop.wait()), asyncio.create_task(app.broken.wait())],
-        return_when=asyncio.FIRST_COMPLETED,
-    )
-    del done
-    for task in (*pending, *([] if looking is None else [looking])):
-        task.cancel()
+    systemd.ready("serving")
+    beside.append(asyncio.create_task(systemd.keep_alive()))
+    if rescan is not None:
+        beside.append(asyncio.create_task(rescan.run(on_reload)))
+    ends = [asyncio.create_task(stop.requested.wait()), asyncio.create_task(app.broken.wait())]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    systemd.stopping()
     if watchdog is not None:
         watchdog.stop()
     if heartbeat is not None:
         heartbeat.close()
     in_time = await app.stop()
+    for task in (*ends, *beside):
+        task.cancel()
     if app.broken.is_set():
         sys.stderr.write("vqserved: error: the device failed; the log has the reason\n")
-        _exit_now(1)
+        exit_now(1)
     if not in_time:
         logger.warning(event("drain_expired", drain_seconds=config.drain_seconds))
     if not in_time or reloader.is_busy:
         # A thread that computes cannot be stopped, and the interpreter may crash if it exits meanwhile.
-        _exit_now(0)
+        exit_now(0)
     return 0
 
 
@@ -416,9 +436,3 @@ def _announce(tokenizers: Sequence[Tokenizer], host: str, port: int) -> None:
     devices = ", ".join(sorted({str(tokenizer.device) for tokenizer in tokenizers}))
     sys.stdout.write(f"vqserved: ready on {address(host, port)}, {count}, {devices}\n")
     sys.stdout.flush()
-
-
-def _exit_now(code: int) -> None:
-    sys.stdout.flush()
-    stderr.drain()
-    os._exit(code)

@@ -19,7 +19,11 @@ from vqserve_server import stderr
 _METADATA_LOGGER, _METADATA_TEXT = "grpc._cython.cygrpc", "Invalid encoding on "
 
 
-def set_up(level: str, *, form: str = "text", worker: int | None = None) -> None:
+# With an event that is the same in every process of a server, `extra=ONCE`: only the first worker logs it.
+ONCE = {"is_once": True}
+
+
+def set_up(level: str, *, form: str = "text", worker: int | None = None, is_parent: bool = False) -> None:
     """Send the log to stderr, one line for each event, without ever waiting for its reader; call it once.
 
     A crash of the interpreter leaves a traceback there.
@@ -28,9 +32,25 @@ def set_up(level: str, *, form: str = "text", worker: int | None = None) -> None
         level: "debug", "info", "warning" or "error".
         form: "text" or "json".
         worker: number of this process among several that serve a port, added to every line; None if it is the only one.
+        is_parent: whether this process is the parent of such processes.
     """
     write_to(stderr.take_over(_FORMATTERS[form](worker).dropped), level, form=form, worker=worker)
+    if worker or is_parent:
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(lambda record: not getattr(record, "is_once", False))
     faulthandler.enable(sys.stderr)
+
+
+def level() -> str:
+    """Return the level of the log: "debug", "info", "warning" or "error"."""
+    return logging.getLevelName(logging.getLogger().level).lower()
+
+
+def set_level(name: str) -> str:
+    """Change the level of the log, and return the one before."""
+    before = level()
+    logging.getLogger().setLevel(name.upper())
+    return before
 
 
 def write_to(stream: TextIO | io.TextIOBase, level: str, *, form: str = "text", worker: int | None = None) -> None:

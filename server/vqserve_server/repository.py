@@ -7,14 +7,14 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vqserve.codebook_info import VERSION_MARK
 from vqserve.errors import CodebookError, VqserveError
 from vqserve_server.codebook_files import Label, find_codebooks, latest
 from vqserve_server.codebooks import load_codebook
-from vqserve_server.console import event
+from vqserve_server.console import ONCE, event
 from vqserve_server.device import why_no_cuda
 from vqserve_server.process import trim_memory
 from vqserve_server.search import SearchCounts, why_slower
@@ -51,13 +51,22 @@ class Entry:
 
 @dataclass
 class ReloadCounts:
-    """Numbers of codebooks that a reload loaded, kept, removed, rejected (invalid files) and skipped."""
+    """Numbers of codebooks that a reload loaded, kept, removed, rejected (invalid files) and skipped.
+
+    Attributes:
+        problems: why files were rejected or skipped.
+    """
 
     loaded: int = 0
     unchanged: int = 0
     removed: int = 0
     rejected: int = 0
     skipped: int = 0
+    problems: list[str] = field(default_factory=list, compare=False)
+
+    def numbers(self) -> dict[str, int]:
+        """Return the numbers by name."""
+        return {name: value for name, value in vars(self).items() if name != "problems"}
 
 
 class Repository:
@@ -108,7 +117,7 @@ class Repository:
         found = find_codebooks(self._sources)
         found.check()
         for problem in found.problems:
-            logger.warning(event("codebook_skipped", problem=problem.text))
+            logger.warning(event("codebook_skipped", problem=problem.text), extra=ONCE)
         for name, path in found.files.items():
             try:
                 self._entries[name] = self._load(name, path)
@@ -117,7 +126,7 @@ class Repository:
         self._labels = found.labels
         free_memory()
         if self._device == "auto" and (reason := why_no_cuda()):
-            logger.info(event("device_chosen", device="cpu", reason=reason))
+            logger.info(event("device_chosen", device="cpu", reason=reason), extra=ONCE)
 
     def examine(self) -> Iterator[tuple[str, Path, Tokenizer | VqserveError]]:
         """Yield each codebook that `load` would load, or why it cannot, and keep none: one at a time is in memory."""
@@ -144,6 +153,7 @@ class Repository:
                 counts.rejected += 1
             else:
                 counts.skipped += 1
+            counts.problems.append(problem.text)
             fields = {"kept": ",".join(kept)} if kept else {}
             if problem.is_lost:
                 logger.error(event("source_lost", problem=problem.text, **fields))
@@ -184,6 +194,7 @@ class Repository:
             counts.rejected += 1
             kept = "nothing" if before is None else before.tokenizer.digest[:12]
             logger.warning(event("codebook_rejected", name=name, path=path, kept=kept, error=_reason(error)))
+            counts.problems.append(f"{path}: {_reason(error)}")
             return before
         if before is not None and entry.tokenizer is before.tokenizer:
             counts.unchanged += 1
@@ -243,7 +254,8 @@ class Reloader:
         self._repository = repository
         self._on_done = on_done
         self._on_result = on_result
-        self._is_requested = False
+        # Of the requests that the next reload answers.
+        self._waiting: list[asyncio.Future[ReloadCounts]] = []
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -251,15 +263,22 @@ class Reloader:
         """Whether a reload is running."""
         return self._task is not None
 
-    def request(self) -> None:
-        """Start a reload, or one more after the reload that is running, which may have missed a change."""
-        self._is_requested = True
+    def request(self) -> asyncio.Future[ReloadCounts]:
+        """Start a reload, or one more after the reload that is running, which may have missed a change.
+
+        Returns:
+            What that reload did, when it is done.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[ReloadCounts] = loop.create_future()
+        self._waiting.append(done)
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run())
+            self._task = loop.create_task(self._run())
+        return done
 
     async def _run(self) -> None:
-        while self._is_requested:
-            self._is_requested = False
+        while self._waiting:
+            waiting, self._waiting = self._waiting, []
             started = time.monotonic()
             try:
                 counts = await asyncio.to_thread(self._repository.reload)
@@ -269,9 +288,13 @@ class Reloader:
                 # The codebooks that were live stay live.
                 self._on_result("failed")
                 logger.exception(event("reload_failed"))
+                counts = ReloadCounts(problems=["the reload failed; the log has the reason"])
             else:
                 self._on_result("rejected" if counts.rejected else "ok")
-                logger.info(event("reload_done", seconds=time.monotonic() - started, **vars(counts)))
+                logger.info(event("reload_done", seconds=time.monotonic() - started, **counts.numbers()))
+            for done in waiting:
+                if not done.done():
+                    done.set_result(counts)
         self._task = None
 
 

@@ -28,8 +28,9 @@ from vqserve_server import supervisor
 from vqserve_server.codebooks import save_codebook
 from vqserve_server.config import ServeConfig, resolve
 from vqserve_server.errors import StartError
+from vqserve_server.process import WORKER_VARIABLE
 from vqserve_server.quantizers import VectorQuantizer
-from vqserve_server.supervisor import WORKER_VARIABLE, BackOff, Workers, worker_environment
+from vqserve_server.supervisor import BackOff, Workers, worker_environment
 from vqserve_server.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
@@ -108,6 +109,23 @@ def test_a_worker_that_dies_is_started_again_and_the_others_serve_on(
     code, log = daemon.stop(signal.SIGINT)
     assert code == 0
     assert "worker_ended number=0 code=-9 restart_s=0.5" in log
+
+
+def test_what_is_the_same_in_all_workers_is_logged_once(
+    vqserved: Callable[..., Any], codebook: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "book.safetensors").write_bytes(codebook.read_bytes())
+    (tmp_path / "foreign.npy").touch()
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(f'[tokens.me]\nsha256 = "{"0" * 64}"\n')
+    tokens.chmod(0o604)
+    daemon = vqserved(tmp_path, "--workers", 3, "--tokens", tokens)
+    code, log = daemon.stop(signal.SIGTERM)
+    assert code == 0
+    for name in ("file_open_to_all", "codebook_skipped"):
+        lines = [line for line in log.splitlines() if f" {name} " in line]
+        assert [line.endswith(" worker=0") for line in lines] == [True], name
+    assert log.count(" codebook_loaded ") == 3
 
 
 def test_workers_end_with_their_parent_however_it_ends(vqserved: Callable[..., Any], codebook: Path) -> None:
