@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import StartError
@@ -26,30 +26,55 @@ from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
 from vqserve_server.control import Control
+from vqserve_server.device import reserved_bytes
 from vqserve_server.engine import Engine, Watchdog
 from vqserve_server.heartbeat import Heartbeat
 from vqserve_server.metrics.memory import inherited_part, private_part
-from vqserve_server.metrics.port import MetricsPort
 from vqserve_server.metrics.present import Processes
 from vqserve_server.metrics.recorder import Metrics
 from vqserve_server.metrics.store import METRICS, NBYTES
+from vqserve_server.monitoring import metrics_port
 from vqserve_server.network import address, check, check_protected, check_unix_socket
 from vqserve_server.process import allow_connections
 from vqserve_server.repository import Reloader, Repository
 from vqserve_server.rescan import Rescan
 from vqserve_server.rpc import RpcServer
 from vqserve_server.rpc.admin import Execute
+from vqserve_server.search import SearchCounts
 from vqserve_server.stopping import Stop, exit_now
 from vqserve_server.tokenizer import Tokenizer
+from vqserve_server.usage.live import LiveUsage
+from vqserve_server.usage.memory import USAGE, USAGE_BYTES
+
+if TYPE_CHECKING:
+    from vqserve_server.rpc.tracing import Tracing
 
 # An idle device thread needs a moment to end.
 _IDLE_END_S = 0.5
 # A broken server fails all requests at once. This is for sending those replies; callers try again meanwhile, in vain.
 _BROKEN_DRAIN_S = 0.25
+# Seconds between two looks at what there is at the moment.
+_SAMPLE_S = 1.0
 # Whatever is stuck, a broken process has ended after so many seconds.
 _BROKEN_END_S = 5.0
 
 logger = logging.getLogger(__name__)
+
+
+class LiveCounts(SearchCounts):
+    """Counts the searches of one codebook in the metrics."""
+
+    def __init__(self, metrics: Metrics, codebook: str) -> None:
+        super().__init__()
+        self._metrics = metrics
+        self._codebook = codebook
+        metrics.add("rechecked_rows", 0, codebook=codebook)
+
+    def add(self, *, rows: int = 0, rechecked: int = 0, arbitrated: int = 0) -> None:
+        """Count the rows that the fast search left open: few batches have any."""
+        del rows, arbitrated
+        if rechecked:
+            self._metrics.add("rechecked_rows", rechecked, codebook=self._codebook)
 
 
 class App:
@@ -63,6 +88,8 @@ class App:
         labels: Mapping[str, str] | None = None,
         access: Access | None = None,
         metrics: Metrics | None = None,
+        tracing: Tracing | None = None,
+        usage: LiveUsage | None = None,
         shares_port: bool = False,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
@@ -74,6 +101,8 @@ class App:
             labels: further names of the codebooks: {"book@stable": "book@3"}.
             access: certificates and tokens; None: those of the settings.
             metrics: counts what the server does; None: nobody reads them.
+            tracing: makes spans of requests; None: there are none.
+            usage: samples the rows that are encoded; None: nobody reads what it counts.
             shares_port: whether other processes listen on the port too.
             on_broken: called, from any thread, when the server can serve no longer.
         """
@@ -82,11 +111,13 @@ class App:
         self._loop_turns = 0
         self.broken = asyncio.Event()
         self._when_broken = on_broken
+        self._sampling: asyncio.Task[None] | None = None
         self.engine = Engine(
             tokenizers,
             self._config.engine,
             labels=labels,
             metrics=metrics,
+            usage=usage,
             on_broken=self._on_broken,
         )
         self._access = access or Access(self._config.access)
@@ -95,6 +126,7 @@ class App:
             self._config.rpc,
             self._access,
             health_port=self._config.access.health_port,
+            tracing=tracing,
             shares_port=shares_port,
         )
 
@@ -107,6 +139,8 @@ class App:
         if self._config.rpc.unix_socket:
             # Check again: gRPC replaces a socket file without a check, and another server may have started meanwhile.
             check_unix_socket(self._config.rpc.unix_socket)
+        self._publish(self.engine.live.tokenizers())
+        self._sampling = self._loop.create_task(self._sample_forever())
         self.engine.start()
         try:
             port = self._rpc.start()
@@ -121,6 +155,7 @@ class App:
     def swap(self, tokenizers: Sequence[Tokenizer], labels: Mapping[str, str] | None = None) -> None:
         """Serve these codebooks from now on; a request that arrived before uses only the old ones."""
         self.engine.swap(tokenizers, labels)
+        self._publish(tokenizers)
         self._rpc.use_live_set()
 
     def refresh_access(self) -> list[str]:
@@ -148,12 +183,52 @@ class App:
         finished = await asyncio.to_thread(self._rpc.stop, drain_s)
         left_s = max(deadline - self._loop.time(), _IDLE_END_S)
         stopped = await asyncio.to_thread(self.engine.stop, left_s)
+        if self._sampling is not None:
+            self._sampling.cancel()
         logger.info(event("served", **self.engine.stats.summary()))
         return finished and stopped
 
     def threads(self) -> Mapping[str, Callable[[], int]]:
         """Return the threads that a watchdog should check; see `Watchdog`."""
         return {**self._rpc.threads(), threading.current_thread().name: self._count_loop_turns}
+
+    def _publish(self, tokenizers: Sequence[Tokenizer]) -> None:
+        """Say in the metrics which codebooks are served."""
+        for device in {tokenizer.device for tokenizer in tokenizers}:
+            self.engine.metrics.add("device_busy_seconds", 0, device=str(device))
+        self.engine.metrics.publish(
+            {
+                "codebook": tokenizer.info.name,
+                "digest": tokenizer.info.digest,
+                "kind": tokenizer.info.kind,
+                "num_codes": str(tokenizer.info.num_codes),
+                "code_dim": str(tokenizer.info.code_dim),
+                "num_quantizers": str(tokenizer.info.num_quantizers),
+                "search": tokenizer.search,
+                "device": str(tokenizer.device),
+            }
+            for tokenizer in tokenizers
+        )
+
+    async def _sample_forever(self) -> None:
+        """Write now and then what there is at the moment to the metrics: no request has to."""
+        while True:
+            self._sample()
+            await asyncio.sleep(_SAMPLE_S)
+
+    def _sample(self) -> None:
+        metrics, admission = self.engine.metrics, self.engine.admission
+        metrics.set("queue_requests", admission.requests)
+        metrics.set("queue_rows", admission.rows)
+        metrics.set("queue_bytes", admission.bytes)
+        metrics.set("open_calls", self._rpc.open_calls)
+        connections = self._rpc.connections
+        if connections is not None:
+            metrics.set("connections", connections)
+        for device in {tokenizer.device for tokenizer in self.engine.live.tokenizers()}:
+            nbytes = reserved_bytes(device)
+            if nbytes is not None:
+                metrics.set("device_memory_bytes", nbytes, device=str(device))
 
     def _count_loop_turns(self) -> int:
         """Return a number that grows if the loop has run since the last call."""
@@ -180,7 +255,9 @@ async def serve(
     access: Access | None = None,
     *,
     metrics: Metrics | None = None,
+    usage: LiveUsage | None = None,
     processes: Processes | None = None,
+    tracing: Tracing | None = None,
     worker: int | None = None,
     heartbeat: Heartbeat | None = None,
     rescan: Rescan | None = None,
@@ -196,11 +273,17 @@ async def serve(
         labels=repository.labels,
         access=access,
         metrics=metrics,
+        tracing=tracing,
+        usage=usage,
         shares_port=worker is not None,
         on_broken=on_broken,
     )
     watchdog = _watchdog(app, config, heartbeat)
-    reloader = Reloader(repository, lambda: app.swap(repository.tokenizers, repository.labels))
+    reloader = Reloader(
+        repository,
+        lambda: app.swap(repository.tokenizers, repository.labels),
+        on_result=lambda result: app.engine.metrics.add("reloads", result=result),
+    )
     loop = asyncio.get_running_loop()
     stop = Stop()
 
@@ -271,7 +354,7 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
     Raises:
         VqserveError: the daemon cannot start.
     """
-    console.set_up(config.log_level, worker=worker)
+    console.set_up(config.log_level, form=config.log_format, worker=worker)
     if worker is None:
         grpcio_release.warn_if_untested()
     find_codebooks(sources).check()
@@ -288,14 +371,19 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
     if memory is None:
         memory = private_part(NBYTES)
     metrics, processes = Metrics(memory), Processes(pids={0: os.getpid()})
+    usage_memory = inherited_part(USAGE, os.environ)
+    if usage_memory is None and worker is None and config.metrics.samples_traffic:
+        usage_memory = private_part(USAGE_BYTES)
     heartbeat = None if worker is None else Heartbeat.of(os.environ)
     with contextlib.ExitStack() as stack:
         if worker is None:
             # Before the codebooks are loaded, which may take minutes.
-            stack.enter_context(MetricsPort(config, access, processes, [memory]))
+            usage_memories = [] if usage_memory is None else [usage_memory]
+            stack.enter_context(metrics_port(config, access, processes, [memory], usage_memories))
         nowhere = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
         rescan = Rescan(sources, config.rescan_seconds)
-        repository = Repository(sources, device=config.device, search=config.search)
+        counts_of = partial(LiveCounts, metrics)
+        repository = Repository(sources, device=config.device, search=config.search, counts_of=counts_of)
         repository.load()
         # The present objects stay alive; a collection after a swap can skip them.
         gc.freeze()
@@ -304,13 +392,24 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
             config,
             access,
             metrics=metrics,
+            usage=None if usage_memory is None else LiveUsage(usage_memory, one_in=config.metrics.sample_one_in),
             processes=processes,
+            tracing=_tracing(config, stack, worker),
             worker=worker,
             heartbeat=heartbeat,
             rescan=rescan,
             on_broken=partial(_end_in_any_case, nowhere),
         )
         return asyncio.run(serving)
+
+
+def _tracing(config: ServeConfig, stack: contextlib.ExitStack, worker: int | None) -> Tracing | None:
+    if not config.traces.trace_endpoint:
+        return None
+    # Its packages are an extra.
+    from vqserve_server.rpc.tracing import Tracing  # noqa: PLC0415
+
+    return stack.enter_context(contextlib.closing(Tracing(config.traces, worker=worker)))
 
 
 def _watchdog(app: App, config: ServeConfig, heartbeat: Heartbeat | None) -> Watchdog | None:

@@ -17,7 +17,7 @@ from vqserve_server.codebooks import load_codebook
 from vqserve_server.console import ONCE, event
 from vqserve_server.device import why_no_cuda
 from vqserve_server.process import trim_memory
-from vqserve_server.search import why_slower
+from vqserve_server.search import SearchCounts, why_slower
 from vqserve_server.tokenizer import Tokenizer
 
 # Resolution of the times of some file systems: a file that changed this recently may change again unnoticed.
@@ -75,14 +75,23 @@ class Repository:
     A codebook counts as loaded when its file is complete, its tables are on the device, and its self-test has passed.
     """
 
-    def __init__(self, sources: Sequence[str], *, device: str = "auto", search: str = "auto") -> None:
+    def __init__(
+        self,
+        sources: Sequence[str],
+        *,
+        device: str = "auto",
+        search: str = "auto",
+        counts_of: Callable[[str], SearchCounts] | None = None,
+    ) -> None:
         """Load nothing yet.
 
         Args:
             sources: what the command line names; see `find_codebooks`.
             device: where to serve.
             search: the search backend.
+            counts_of: returns, by the name of a codebook, what its searches add to; None: they are not counted.
         """
+        self._counts_of = counts_of
         self._sources = list(sources)
         self._device = device
         self._search = search
@@ -201,9 +210,13 @@ class Repository:
             return before
         codebook = load_codebook(path)
         if before is not None and before.tokenizer.digest == codebook.digest:
+            # The digest does not cover them.
+            before.tokenizer.statistics = codebook.statistics
             return replace(before, path=path, stamp=stamp)
         tokenizer = Tokenizer.of_codebook(codebook, name=name, device=self._device, search=self._search)
         tokenizer.check_itself()
+        if self._counts_of is not None:
+            tokenizer.count_searches(self._counts_of(name))
         info = tokenizer.info
         slower = why_slower(tokenizer.search, tokenizer.device) if self._search == "auto" else None
         logger.info(
@@ -224,10 +237,23 @@ class Repository:
 class Reloader:
     """Reloads a repository when asked. Belongs to one event loop."""
 
-    def __init__(self, repository: Repository, on_done: Callable[[], None]) -> None:
-        """Do nothing yet; `on_done` is called, on the loop, after every reload."""
+    def __init__(
+        self,
+        repository: Repository,
+        on_done: Callable[[], None],
+        *,
+        on_result: Callable[[str], None] = lambda result: None,
+    ) -> None:
+        """Do nothing yet.
+
+        Args:
+            repository: what is loaded again.
+            on_done: called, on the loop, after every reload.
+            on_result: called with "ok", or "rejected" if a file could not be used, or "failed".
+        """
         self._repository = repository
         self._on_done = on_done
+        self._on_result = on_result
         # Of the requests that the next reload answers.
         self._waiting: list[asyncio.Future[ReloadCounts]] = []
         self._task: asyncio.Task[None] | None = None
@@ -260,9 +286,11 @@ class Reloader:
                 await asyncio.to_thread(free_memory)
             except Exception:
                 # The codebooks that were live stay live.
+                self._on_result("failed")
                 logger.exception(event("reload_failed"))
                 counts = ReloadCounts(problems=["the reload failed; the log has the reason"])
             else:
+                self._on_result("rejected" if counts.rejected else "ok")
                 logger.info(event("reload_done", seconds=time.monotonic() - started, **counts.numbers()))
             for done in waiting:
                 if not done.done():

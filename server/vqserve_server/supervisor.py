@@ -35,11 +35,12 @@ from vqserve_server.control import (
 )
 from vqserve_server.heartbeat import HEARTBEAT_VARIABLE, Checks, Pulse
 from vqserve_server.metrics.memory import SharedMemory
-from vqserve_server.metrics.port import MetricsPort
 from vqserve_server.metrics.present import Processes
 from vqserve_server.metrics.store import METRICS, NBYTES
+from vqserve_server.monitoring import metrics_port
 from vqserve_server.network import check_protected, reserve
 from vqserve_server.rescan import Rescan
+from vqserve_server.usage.memory import USAGE, USAGE_BYTES
 
 # Environment variable with the number of a worker; it is not a setting for users.
 WORKER_VARIABLE = "_VQSERVE_WORKER"
@@ -382,7 +383,7 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     Raises:
         VqserveError: the address cannot be bound, or a worker does not start.
     """
-    console.set_up(config.log_level, is_parent=True)
+    console.set_up(config.log_level, form=config.log_format, is_parent=True)
     grpcio_release.warn_if_untested()
     # Check here, so that an error is reported once and not by every worker.
     find_codebooks(sources).check()
@@ -392,10 +393,13 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     access = Access(config.access)
     if config.access.health_port:
         reserve(host, config.access.health_port, shared=False, flag="--health-port").close()
-    memory, processes = SharedMemory(METRICS, NBYTES, config.workers), Processes()
-    parts = [memory.part(number) for number in range(config.workers)]
-    with reserve(host, port, shared=True) as held, MetricsPort(config, access, processes, parts) as metrics:
+    memories, processes = [SharedMemory(METRICS, NBYTES, config.workers)], Processes()
+    if config.metrics.samples_traffic:
+        memories.append(SharedMemory(USAGE, USAGE_BYTES, config.workers))
+    parts = [[memory.part(number) for number in range(config.workers)] for memory in memories]
+    shown = metrics_port(config, access, processes, parts[0], parts[1] if len(parts) > 1 else [])
+    with reserve(host, port, shared=True) as held, shown as metrics:
         port = held.getsockname()[1]
-        workers = Workers(sources, config, port, memories=[memory], processes=processes, on_end=metrics.worker_ended)
+        workers = Workers(sources, config, port, memories=memories, processes=processes, on_end=metrics.worker_ended)
         rescan = Rescan(sources, config.rescan_seconds)
         return asyncio.run(serve(workers, config, rescan))
