@@ -71,7 +71,7 @@ EXPOSE 50051
 STOPSIGNAL SIGTERM
 # The port is bound only when every codebook is loaded and warm: until then this fails, and --start-period forgives it.
 # The command gives up before the engine does, so that the health log says why.
-HEALTHCHECK --interval=30s --timeout=10s --start-period=300s --retries=3 CMD ["vqserve", "status", "--timeout", "5"]
+HEALTHCHECK --interval=30s --timeout=10s --start-period=300s --retries=3 CMD ["vqserve", "status", "--quiet", "--timeout", "5"]
 # Without arguments: the demo codebook, reachable through `-p`. Arguments replace all of CMD: a command that is given in
 # its place must contain the address too. --insecure: the connections are not encrypted (docs/security.md says how to).
 ENTRYPOINT ["vqserved"]

@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PROTO_VENV := .venv-proto
-PROTO  := vqserve/v1/tokenizer.proto
+PROTO  := vqserve/v1/tokenizer.proto vqserve/v1/admin.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-busy test-search test-grpcio test-old soak coverage bench bench-behaviour bench-search check format proto lock image image-test sbom docs docs-serve clean
+.PHONY: help setup demo serve console-pictures test test-fast test-busy test-search test-grpcio test-old soak coverage bench bench-behaviour bench-search check format proto lock image image-test sbom docs docs-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -27,6 +27,9 @@ demo: $(VENV)/.installed  ## tokenize a real picture with a real server
 
 serve: $(VENV)/.installed  ## serve the demo codebook on localhost:50051
 	$(BIN)/vqserved serve
+
+console-pictures: $(VENV)/.installed  ## make the pictures of the console in docs/assets again, from a server under load
+	$(BIN)/python scripts/console_pictures.py
 
 test: $(VENV)/.installed  ## run all tests, on all cores (`ARGS` narrows them)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
@@ -105,7 +108,7 @@ check: $(VENV)/.installed $(PROTO_VENV)/.installed  ## what a change must pass b
 	$(BIN)/lint-imports
 	@rm -rf build/proto && mkdir -p build/proto && $(call generate,build/proto)
 	@diff -r -x __init__.py -x '*.proto' -x __pycache__ build/proto/vqserve/v1 proto/vqserve/v1 \
-		|| { echo 'generated code is out of step with tokenizer.proto: run `make proto`'; exit 1; }
+		|| { echo 'generated code is out of step with the .proto files: run `make proto`'; exit 1; }
 
 format: $(VENV)/.installed  ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
@@ -121,7 +124,7 @@ $(PROTO_VENV)/.installed:
 generate = $(PROTO_VENV)/bin/python -m grpc_tools.protoc -I proto --python_out=$(1) --pyi_out=$(1) \
 	--grpc_python_out=$(1) $(PROTO)
 
-proto: $(PROTO_VENV)/.installed  ## regenerate the code of tokenizer.proto
+proto: $(PROTO_VENV)/.installed  ## regenerate the code of proto/vqserve/v1/*.proto
 	$(call generate,proto)
 
 lock: $(VENV)/.installed  ## make constraints.txt again from the newest releases that fit together

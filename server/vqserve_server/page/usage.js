@@ -87,8 +87,10 @@ function stage(name, number) {
       const subject = data.of > 1 ? `stage ${Number(number) + 1} of ${name}` : name;
       const size = Math.ceil(data.codes / Math.max(1, data.usage.length));
       say(heading, size > 1 ? `${title}, ${size} in a square` : title);
-      const perplexity = data.sampled_rows ? `${short(data.perplexity)} of ${whole(data.codes)}` : NONE;
-      const used = data.sampled_rows ? `${percent(usedShare(data))}, ${whole(data.used)} codes` : NONE;
+      const counters = whole(data.used + data.dead);
+      const noun = data.codes_per_group > 1 ? `groups of ${data.codes_per_group} codes` : "codes";
+      const perplexity = data.sampled_rows ? `${short(data.perplexity)} of ${counters}` : NONE;
+      const used = data.sampled_rows ? `${percent(usedShare(data))}, ${whole(data.used)} ${noun}` : NONE;
       const drift = data.drift_bits === null ? NONE : `${data.drift_bits.toFixed(3)} bit`;
       [used, data.sampled_rows ? whole(data.dead) : NONE, perplexity, drift].forEach((text, i) => say(figures[i].value, text));
       set(figures[3].value, "data-bad", data.drift_bits >= DRIFT_LIMIT ? "yes" : null);
@@ -96,7 +98,7 @@ function stage(name, number) {
       const compared = data.reference !== null;
       for (const one of [file, change]) one.node.hidden = !compared;
       none.hidden = compared;
-      live.update(relative(data.usage), `Live usage of ${subject}: ${data.sampled_rows ? `${used} of ${whole(data.codes)} used, ${whole(data.dead)} not used, perplexity ${short(data.perplexity)}` : "no rows sampled yet"}`);
+      live.update(relative(data.usage), `Live usage of ${subject}: ${data.sampled_rows ? `${used} of ${counters} used, ${whole(data.dead)} not used, perplexity ${short(data.perplexity)}` : "no rows sampled yet"}`);
       if (compared) {
         file.update(relative(data.reference), `Usage of ${subject} in the file's statistics: ${summary(data.reference)}`);
         const ratios = changes(data);
