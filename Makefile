@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 PROTO  := vqserve/v1/tokenizer.proto vqserve/v1/admin.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-busy test-search test-grpcio test-old soak coverage bench bench-behaviour bench-search check format proto lock image docs docs-serve clean
+.PHONY: help setup demo serve console-pictures test test-fast test-busy test-search test-grpcio test-old soak coverage bench bench-behaviour bench-search check format proto lock image image-test sbom docs docs-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -27,6 +27,9 @@ demo: $(VENV)/.installed  ## tokenize a real picture with a real server
 
 serve: $(VENV)/.installed  ## serve the demo codebook on localhost:50051
 	$(BIN)/vqserved serve
+
+console-pictures: $(VENV)/.installed  ## make the pictures of the console in docs/assets again, from a server under load
+	$(BIN)/python scripts/console_pictures.py
 
 test: $(VENV)/.installed  ## run all tests, on all cores (`ARGS` narrows them)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
@@ -128,11 +131,19 @@ lock: $(VENV)/.installed  ## make constraints.txt again from the newest releases
 	$(BIN)/python scripts/lock.py
 
 image:  ## build the container image (IMAGE, BUILDER and BUILD_ARGS can be set)
-	$(BUILDER) $(BUILD_ARGS) $(IMAGE_LABELS) -t $(IMAGE) .
+	$(BUILDER) $(BUILD_ARGS) $(IMAGE_ARGS) -t $(IMAGE) .
 IMAGE   ?= vqserve
 BUILDER ?= docker build
-IMAGE_LABELS = --build-arg VERSION=$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' proto/vqserve/__init__.py) \
+# The time is always the same (the first that a zip can hold), so that a layer differs only if its content does.
+IMAGE_ARGS = --build-arg SOURCE_DATE_EPOCH=315532800 \
+	--build-arg VERSION=$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' proto/vqserve/__init__.py) \
 	--build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null)
+
+image-test: $(VENV)/.installed  ## build the image with buildah, run it, measure rebuilds (needs root and Debian's buildah)
+	$(BIN)/python scripts/image_test.py
+
+sbom: $(VENV)/.installed  ## list what the image installs in build/sbom.json (CycloneDX)
+	$(BIN)/python scripts/sbom.py build/sbom.json
 
 # Material's notice about its successor is no warning about our pages.
 docs docs-serve: export NO_MKDOCS_2_WARNING = 1

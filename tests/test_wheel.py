@@ -77,6 +77,8 @@ def test_it_holds_every_file_of_the_sources(names):
         "vqserve_server/assets/README.md",
         "vqserve_server/assets/demo.png",
         "vqserve_server/assets/demo.safetensors",
+        "vqserve_server/page/index.html",
+        "vqserve_server/page/main.js",
         "vqserve_server/search/native/search.c",
         f"{DIST_INFO}/licenses/LICENSE",
     ],

@@ -7,6 +7,7 @@ Names and attributes are those of OpenTelemetry's conventions for RPC.
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from types import TracebackType
 from typing import Any, Self
 
@@ -68,7 +69,7 @@ class Span:
 
 def _carried(context: Any) -> Metadata:
     """Return the metadata that carries a context to the server, by the propagators of the process."""
-    from opentelemetry import propagate  # noqa: PLC0415
+    propagate: Any = import_module("opentelemetry.propagate")
 
     carrier: dict[str, str] = {}
     propagate.inject(carrier, context=context)

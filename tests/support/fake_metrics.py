@@ -7,10 +7,12 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http import HTTPStatus
 from typing import Any
 
-from vqserve_server.page import HEADERS, page_files
+from vqserve_server.metrics.http import HttpServer, Problem, Request, Response
+from vqserve_server.monitoring import page_routes
+from vqserve_server.network import listen
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 ROWS = tuple(float(4**power) for power in range(10))
@@ -31,6 +33,12 @@ class FakeMetrics:
     failing: dict[str, int] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    # Answers wait for it.
+    gate: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        """Let answers pass."""
+        self.gate.set()
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a sample."""
@@ -88,6 +96,7 @@ class FakeMetrics:
         used = sum(share > 0 for share in usage)
         stage = {
             "codes": len(usage),
+            "codes_per_group": 1,
             "sampled_rows": 100_000,
             "used": used,
             "dead": len(usage) - used,
@@ -113,39 +122,22 @@ class FakeMetrics:
 
 @contextmanager
 def serving_fake(metrics: FakeMetrics, port: int = 0) -> Iterator[str]:
-    """Serve the console of invented metrics; yield its URL."""
-    files = page_files()
+    """Serve the console of invented metrics, as a server does; yield its URL."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            metrics.requests.append(self.path)
-            answers = {
-                "/metrics": lambda: ("text/plain; version=0.0.4; charset=utf-8", metrics.text().encode()),
-                "/codebooks.json": lambda: ("application/json", json.dumps(metrics.health).encode()),
-            }
-            status = metrics.failing.get(self.path, 200)
-            if status == 200 and self.path in answers:
-                content_type, body = answers[self.path]()
-            elif status == 200 and self.path in files:
-                content_type, body = files[self.path].content_type, files[self.path].body
-            else:
-                status, content_type, body = (404 if status == 200 else status), "text/plain", b""
-            self.send_response(status)
-            for name, value in (("Content-Type", content_type), ("Content-Length", str(len(body))), *HEADERS):
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
+    def answer(request: Request) -> Response:
+        metrics.requests.append(request.path)
+        metrics.gate.wait()
+        if request.path in metrics.failing:
+            raise Problem(HTTPStatus(metrics.failing[request.path]), "as the test wants it")
+        if request.path == "/metrics":
+            return Response(metrics.text().encode(), "text/plain; version=0.0.4; charset=utf-8")
+        return Response(json.dumps(metrics.health).encode(), "application/json")
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
+    listener = listen("127.0.0.1", port, flag="--metrics-port")
+    bound = listener.getsockname()[1]
+    server = HttpServer({"/metrics": answer, "/codebooks.json": answer, **page_routes()}, listener)
+    server.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        yield f"http://127.0.0.1:{bound}/"
     finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        server.close()

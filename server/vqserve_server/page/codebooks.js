@@ -29,9 +29,9 @@ export function codebooks(body, tell) {
   return (infos, health) => rows.update(infos.map((info) => [info.codebook, about(info, health.get(info.codebook))]));
 }
 
-/** Return the labels of all codebooks that are served, in the order of their names. */
+/** Return the labels of all codebooks that are served now, in the order of their names. */
 export const served = (scrapes) =>
-  scrapes.samples("codebook_info").map(({ labels }) => labels).sort((a, b) => (a.codebook < b.codebook ? -1 : 1));
+  scrapes.samples("codebook_info").filter(({ value }) => value > 0).map(({ labels }) => labels).sort((a, b) => (a.codebook < b.codebook ? -1 : 1));
 
 /** Return the anchor of a codebook's pictures: names may hold any character. */
 export const anchorOf = (name) => `usage-${encodeURIComponent(name)}`;
@@ -42,7 +42,8 @@ export function drift(health) {
   return known.length ? Math.max(...known) : null;
 }
 
-export const usedShare = ({ used, codes }) => (codes ? used / codes : null);
+/** Return the share of a stage's codes that are used; of very many codes, neighbours are counted as one. */
+export const usedShare = ({ used, dead }) => used / (used + dead);
 
 function about(info, health) {
   const sampled = health?.stages[0]?.sampled_rows ?? null;

@@ -7,6 +7,8 @@ const WIDTH = 300;
 const HEIGHT = 60;
 // Scrapes further apart than this are not joined: the page was hidden or the server did not answer.
 const GAP_S = 15;
+// One bar is not as wide as the picture.
+const FEWEST_BARS = 5;
 
 /** Make a picture of one or more curves: `lines` are {key, label, class}, `unit` writes a number. */
 export function curves(subject, lines, unit) {
@@ -22,7 +24,7 @@ export function curves(subject, lines, unit) {
       const most = nice(Math.max(0, ...values));
       say(top, values.length ? unit(most) : "");
       lines.forEach(({ key }, i) => set(paths[i], "d", pathOf(points, key, now, most)));
-      set(picture, "aria-label", `${subject} in the last 5 minutes: ${lines.map((line) => told(line, points, unit)).join("; ")}`);
+      set(picture, "aria-label", `${subject} in the last 5 minutes: ${lines.map((line) => course(line, points, unit)).join("; ")}`);
     },
   };
 }
@@ -40,7 +42,7 @@ function pathOf(points, key, now, most) {
   return path;
 }
 
-function told({ key, label }, points, unit) {
+function course({ key, label }, points, unit) {
   const values = points.map((point) => point[key]).filter((value) => value !== null);
   const name = label ? `${label} ` : "";
   if (!values.length) return `${name}not known yet`;
@@ -54,26 +56,29 @@ export function nice(value) {
   return [1, 2, 5, 10].map((step) => step * size).find((step) => step >= value);
 }
 
-/** Make a picture of a histogram's buckets: `unit` writes their bounds. */
-export function bars(heading, subject, unit) {
+/** Make a picture of a histogram's buckets: `unit` writes their bounds, `told` what is said of all below. */
+export function bars(heading, subject, unit, told) {
   const picture = svg("svg", { preserveAspectRatio: "none", role: "img", class: "histogram" });
   const from = element("span");
   const to = element("span");
   const note = element("span", { class: "note" });
-  const plot = element("div", { class: "plot" }, picture, element("div", { class: "ends", "aria-hidden": "true" }, from, to));
+  const ends = element("div", { class: "ends", "aria-hidden": "true" }, from, to);
+  const plot = element("div", { class: "plot" }, picture, ends);
   const node = element("figure", {}, element("h3", {}, heading), plot, element("figcaption", {}, note));
   return {
     node,
     update(histogram) {
       const parts = trimmed(histogram.parts());
       const most = Math.max(1, ...parts.map(([, , count]) => count));
-      plot.style.maxInlineSize = `${Math.max(4, parts.length) * 2.6}rem`;
-      set(picture, "viewBox", `0 0 ${Math.max(1, parts.length)} 100`);
+      const room = Math.max(FEWEST_BARS, parts.length);
+      plot.style.maxInlineSize = `${room * 2.6}rem`;
+      ends.style.inlineSize = `${(100 * parts.length) / room}%`;
+      set(picture, "viewBox", `0 0 ${room} 100`);
       picture.replaceChildren(...parts.map(([, , count], i) =>
         svg("rect", { x: i + 0.08, width: 0.84, y: 100 - (96 * count) / most, height: (96 * count) / most })));
       say(from, parts.length ? `over ${unit(parts[0][0])}` : "");
       say(to, parts.length ? upTo(parts.at(-1), unit) : "");
-      say(note, histogram.count ? `p50 ${unit(histogram.quantile(0.5))}, p99 ${unit(histogram.quantile(0.99))}, mean ${unit(histogram.mean)}` : "none in the last 10 seconds");
+      say(note, histogram.count ? told(histogram) : "none in the last 10 seconds");
       set(picture, "aria-label", parts.length
         ? `${subject}: ${parts.filter(([, , count]) => count).map((part) => `${upTo(part, unit)}: ${part[2]}`).join("; ")}`
         : `${subject}: none in the last 10 seconds`);

@@ -13,6 +13,7 @@ import { workers } from "./workers.js";
 
 const EVERY_MS = 2000;
 const ANSWER_MS = 5000;
+const SQUARES = "Each square is a code, or a group of neighbouring codes, in the order of the codebook. Its colour tells how often the sampled traffic chose it.";
 
 const at = (id) => document.getElementById(id);
 const tell = (sentence) => say(at("said"), sentence);
@@ -28,24 +29,29 @@ const show = {
 
 let timer = null;
 let paused = false;
+let asking = false;
 let answered = null;
 
 async function get(path) {
   const answer = await fetch(path, { signal: AbortSignal.timeout(ANSWER_MS), cache: "no-store" });
+  // A server that samples no traffic has no /codebooks.json.
+  if (answer.status === 404) return null;
   if (!answer.ok) throw new Error(`${path} answers with the status ${answer.status}`);
   return answer;
 }
 
 async function ask() {
   const [samples, health] = await Promise.all([
-    get("metrics").then((answer) => answer.text()).then(parse),
-    get("codebooks.json").then((answer) => answer.json()),
+    get("metrics").then((answer) => answer?.text() ?? "").then(parse),
+    get("codebooks.json").then((answer) => answer?.json() ?? []),
   ]);
   return { samples, health };
 }
 
 async function poll() {
-  clearTimeout(timer);
+  // An answer that overtook another one would make counters go back.
+  if (asking) return;
+  asking = true;
   try {
     const { samples, health } = await ask();
     answered = Date.now();
@@ -54,6 +60,7 @@ async function poll() {
   } catch (error) {
     noAnswer(error);
   }
+  asking = false;
   plan();
 }
 
@@ -71,6 +78,7 @@ function draw(scrapes, health) {
   show.traffic(scrapes);
   show.codebooks(served(scrapes), new Map(health.map((one) => [one.name, one])));
   show.usage(health);
+  say(at("usage-hint"), health.length ? SQUARES : "The server samples no traffic.");
   show.workers(scrapes);
   show.failures(scrapes, answered / 1000);
   about(scrapes);

@@ -10,11 +10,14 @@ export function traffic(body, figures) {
     const { node, cells } = row(12, { heads: 2, numbers: [2, 3, 4, 5, 6, 7, 8, 9, 10, 11] });
     return { node, update: (texts) => texts.forEach((text, i) => say(cells[i], text)) };
   });
+  const times = (histogram) => `p50 ${seconds(histogram.quantile(0.5))}, p99 ${seconds(histogram.quantile(0.99))}, mean ${seconds(histogram.mean)}`;
+  // A quantile between two whole numbers would be no size of a batch.
+  const sizes = (histogram) => `${short(histogram.count)} batches, mean ${short(histogram.mean)}`;
   const distributions = [
-    ["request_seconds", bars("Time of a request", "Requests of the last 10 seconds by their time", seconds)],
-    ["queue_seconds", bars("Time in the queue", "Requests of the last 10 seconds by their time in the queue", seconds)],
-    ["batch_requests", bars("Requests of a batch", "Batches of the last 10 seconds by their requests", short)],
-    ["batch_rows", bars("Rows of a batch", "Batches of the last 10 seconds by their rows", short)],
+    ["request_seconds", bars("Time of a request", "Requests of the last 10 seconds by their time", seconds, times)],
+    ["queue_seconds", bars("Time in the queue", "Requests of the last 10 seconds by their time in the queue", seconds, times)],
+    ["batch_requests", bars("Requests of a batch", "Batches of the last 10 seconds by their requests", short, sizes)],
+    ["batch_rows", bars("Rows of a batch", "Batches of the last 10 seconds by their rows", short, sizes)],
   ];
   figures.append(...distributions.map(([, figure]) => figure.node));
   return (scrapes) => {

@@ -2,7 +2,7 @@
 
 import { anchorOf, DRIFT_LIMIT, ERROR_LIMIT, usedShare } from "./codebooks.js";
 import { element, Keyed, say, set, svg } from "./dom.js";
-import { counted, NONE, percent, short, whole } from "./format.js";
+import { counted, NONE, percent, share, short, whole } from "./format.js";
 import { CHANGE, squares, USAGE } from "./squares.js";
 
 // As many codebooks are open at first.
@@ -87,8 +87,10 @@ function stage(name, number) {
       const subject = data.of > 1 ? `stage ${Number(number) + 1} of ${name}` : name;
       const size = Math.ceil(data.codes / Math.max(1, data.usage.length));
       say(heading, size > 1 ? `${title}, ${size} in a square` : title);
-      const perplexity = data.sampled_rows ? `${short(data.perplexity)} of ${whole(data.codes)}` : NONE;
-      const used = data.sampled_rows ? `${percent(usedShare(data))}, ${whole(data.used)} codes` : NONE;
+      const counters = whole(data.used + data.dead);
+      const noun = data.codes_per_group > 1 ? `groups of ${data.codes_per_group} codes` : "codes";
+      const perplexity = data.sampled_rows ? `${short(data.perplexity)} of ${counters}` : NONE;
+      const used = data.sampled_rows ? `${percent(usedShare(data))}, ${whole(data.used)} ${noun}` : NONE;
       const drift = data.drift_bits === null ? NONE : `${data.drift_bits.toFixed(3)} bit`;
       [used, data.sampled_rows ? whole(data.dead) : NONE, perplexity, drift].forEach((text, i) => say(figures[i].value, text));
       set(figures[3].value, "data-bad", data.drift_bits >= DRIFT_LIMIT ? "yes" : null);
@@ -96,7 +98,7 @@ function stage(name, number) {
       const compared = data.reference !== null;
       for (const one of [file, change]) one.node.hidden = !compared;
       none.hidden = compared;
-      live.update(relative(data.usage), `Live usage of ${subject}: ${data.sampled_rows ? `${used} of ${whole(data.codes)} used, ${whole(data.dead)} not used, perplexity ${short(data.perplexity)}` : "no rows sampled yet"}`);
+      live.update(relative(data.usage), `Live usage of ${subject}: ${data.sampled_rows ? `${used} of ${counters} used, ${whole(data.dead)} not used, perplexity ${short(data.perplexity)}` : "no rows sampled yet"}`);
       if (compared) {
         file.update(relative(data.reference), `Usage of ${subject} in the file's statistics: ${summary(data.reference)}`);
         const ratios = changes(data);
@@ -123,9 +125,9 @@ function keys(title, scale) {
 }
 
 /** Shares as multiples of what equal use would give. */
-const relative = (shares) => shares.map((share) => share * shares.length);
+const relative = (shares) => shares.map((each) => each * shares.length);
 
-const summary = (shares) => `${shares.filter((share) => share > 0).length} of ${shares.length} squares used`;
+const summary = (shares) => `${shares.filter((each) => each > 0).length} of ${shares.length} squares used`;
 
 /** Return live share over the file's for each group; 0 if the group was expected and never chosen. */
 function changes({ usage, reference, sampled_rows: rows }) {
@@ -137,10 +139,10 @@ function changes({ usage, reference, sampled_rows: rows }) {
 }
 
 function mostUsed({ usage, reference, codes }, size) {
-  return usage.map((share, i) => [share, i]).filter(([share]) => share > 0).sort(([a], [b]) => b - a).slice(0, MOST_USED)
-    .map(([share, i]) => {
+  return usage.map((live, i) => [live, i]).filter(([live]) => live > 0).sort(([a], [b]) => b - a).slice(0, MOST_USED)
+    .map(([live, i]) => {
       const last = Math.min(codes, (i + 1) * size) - 1;
       const range = size > 1 ? `${i * size} to ${last}` : String(i);
-      return [range, [range, percent(share), reference === null ? NONE : percent(reference[i])]];
+      return [range, [range, share(live), reference === null ? NONE : share(reference[i])]];
     });
 }

@@ -40,6 +40,7 @@ class Call:
     Attributes:
         caller: who made it.
         method: full name.
+        metadata: that the caller sent, as pairs of key and value.
         deadline: time.monotonic() seconds, or None.
         on_close: called once, when the caller has received everything, or has left.
         owes_reply: returns whether the server owes a reply, although another message may be received.
@@ -61,7 +62,7 @@ class Call:
         self.method = method
         self._gate = gate
         self._call = event.call
-        self._metadata = event.invocation_metadata
+        self.metadata: Iterable[tuple[str, str | bytes]] = event.invocation_metadata or ()
         self._on_end = on_end
         self._is_closed = False
         # Sent together with the first message or the status.
@@ -77,11 +78,6 @@ class Call:
         self.owes_reply: Callable[[], bool] = _no
         # Without the lock: no other thread knows of the call yet.
         self._call.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(0),), self._closed)
-
-    @property
-    def metadata(self) -> Iterable[tuple[str, str | bytes]]:
-        """Return what the caller sent beside its message."""
-        return self._metadata or ()
 
     @property
     def request_id(self) -> str:

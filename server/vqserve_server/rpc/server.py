@@ -205,10 +205,6 @@ class RpcServer:
         transports = [each for each in (self._transport, self._health_transport) if each is not None]
         return {name: turns for each in transports for name, turns in each.turns().items()}
 
-    def _now_and_then(self) -> None:
-        self._info.tick()
-        self._service.give_memory_back()
-
     @property
     def open_calls(self) -> int:
         """Open calls, those of health apart."""
@@ -218,6 +214,10 @@ class RpcServer:
     def connections(self) -> int | None:
         """Open connections of the port; None: gRPC does not tell."""
         return self._transport.connections
+
+    def _now_and_then(self) -> None:
+        self._info.tick()
+        self._service.give_memory_back()
 
     def use_live_set(self) -> None:
         """Serve the codebooks that the engine has live now."""

@@ -129,14 +129,14 @@ class Transport:
             raise RuntimeError(f"cannot bind {address}")
         return port
 
+    @property
+    def open_calls(self) -> int:
+        """How many calls are open, but for refused ones and those of reserved methods."""
+        return len(self._accepted)
+
     def turns(self) -> dict[str, Callable[[], int]]:
         """Return, by the names of the threads, how often each has looked for an event: once a second at least."""
         return {name: partial(self._turns.__getitem__, name) for name in self._turns}
-
-    @property
-    def open_calls(self) -> int:
-        """Calls that were not refused and have not ended."""
-        return len(self._accepted)
 
     @property
     def connections(self) -> int | None:

@@ -146,10 +146,19 @@ def test_a_codebook_of_which_nothing_was_sampled(open_console, metrics):
     assert console.complaints == []
 
 
+def test_a_server_that_samples_nothing(open_console, metrics):
+    metrics.failing["/codebooks.json"] = 404
+    console = open_console()
+    assert console.text("#usage-hint") == "The server samples no traffic."
+    assert [row[0] for row in console.table("codebook-rows")] == ["faces", "speech"]
+    assert console.text("#state") == "Serving"
+
+
 def test_codebooks_come_and_go(open_console, metrics):
     console = open_console()
     metrics.health.pop(0)
-    metrics.samples = {key: value for key, value in metrics.samples.items() if ("codebook", "faces") not in key[1]}
+    # What is no longer served has the value 0.
+    metrics.set("codebook_info", 0, codebook="faces", digest="fa" * 32, kind="vq", num_codes="1024", code_dim="4")
     metrics.codebook("added", metrics.stage([0.5, 0.5]))
     metrics.set("codebook_info", 1, codebook="added", digest="ad" * 32, kind="vq", num_codes="2", code_dim="4")
     console.poll()
@@ -215,6 +224,20 @@ def test_updates_can_be_paused(open_console, metrics):
     console.until(lambda: len(metrics.requests) >= asked + 2)
 
 
+def test_it_asks_once_at_a_time(open_console, metrics):
+    console = open_console()
+    metrics.gate.clear()
+    asked = len(metrics.requests)
+    console.page.clock.run_for(2000)
+    console.until(lambda: len(metrics.requests) > asked)
+    for _ in range(6):
+        console.page.click("#pause")
+    shown = console.text("#updated")
+    metrics.gate.set()
+    console.until(lambda: console.text("#updated") != shown)
+    assert len(metrics.requests) == asked + 2
+
+
 def test_after_a_long_pause_rates_begin_again(open_console, metrics):
     where = {"codebook": "faces", "operation": "encode", "status": "OK"}
     metrics.add("requests_total", 1, **where)
@@ -222,8 +245,9 @@ def test_after_a_long_pause_rates_begin_again(open_console, metrics):
     console.page.click("#pause")
     console.page.clock.run_for(600_000)
     metrics.add("requests_total", 60_000, **where)
+    shown = console.text("#updated")
     console.page.click("#pause")
-    console.until(lambda: console.text("#updated").endswith("25:00"))
+    console.until(lambda: console.text("#updated") != shown)
     assert console.text("#tile-requests .value") == UNKNOWN
 
 
