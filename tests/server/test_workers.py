@@ -24,14 +24,14 @@ from vqserve_client import Client
 from vqserve_client.channel import Connection
 from vqserve_client.config import ClientConfig
 from vqserve_client.health import SERVING, status
-from vqserve_server import supervisor
+from vqserve_server import workers as workers_module
 from vqserve_server.codebooks import save_codebook
 from vqserve_server.config import ServeConfig, resolve
 from vqserve_server.errors import StartError
 from vqserve_server.process import WORKER_VARIABLE
 from vqserve_server.quantizers import VectorQuantizer
-from vqserve_server.supervisor import BackOff, Workers, worker_environment
 from vqserve_server.tokenizer import Tokenizer
+from vqserve_server.workers import BackOff, Workers, worker_environment
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 
@@ -151,9 +151,9 @@ def test_a_worker_that_cannot_start_is_the_parents_error(
 def test_a_worker_for_which_nothing_is_left_is_the_parents_error_too(codebook: Path) -> None:
     # bash and not preexec_fn, which may not be used beside threads.
     command = 'ulimit -n 14; exec "$0" -m vqserve_server serve "$1" --workers 4 --port 0'
-    done = subprocess.run(
-        ["bash", "-c", command, sys.executable, str(codebook)], capture_output=True, text=True, check=False, timeout=200
-    )
+    environ = {**os.environ, "VQSERVE_METRICS_PORT": "0"}
+    words = ["bash", "-c", command, sys.executable, str(codebook)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=200, env=environ)
     assert done.returncode == 1
     assert done.stdout == ""
     assert 'error="Too many open files"' in done.stderr
@@ -176,7 +176,7 @@ def test_a_worker_for_which_no_thread_is_left_is_the_parents_error_too(
 def test_a_worker_that_takes_long_to_start_is_named(
     codebook: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(supervisor, "_LONG_START_S", 0.05)
+    monkeypatch.setattr(workers_module, "_LONG_START_S", 0.05)
 
     async def start_and_stop() -> None:
         workers = Workers([str(codebook)], ServeConfig(workers=1), 0)
