@@ -15,71 +15,68 @@ RUN python3 image_requirements.py out
 
 # pip works from outside: the environment that is shipped has none.
 FROM ${BASE} AS tools
-# There is no compiler here, so what has no wheel fails by name instead of halfway through a build of its own.
-ENV PIP_NO_CACHE_DIR=1 \
-    PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    PIP_ROOT_USER_ACTION=ignore \
-    PIP_ONLY_BINARY=:all:
-WORKDIR /build
-RUN python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/vqserve
+RUN python3 -m venv /opt/pip
 
-# Everything but our own code. It changes seldom and weighs gigabytes, so it is a layer of its own: a change of the
-# code neither installs nor pushes it again. pip's .pyc files would hold times, compileall's hold hashes, so that two
-# builds are equal.
-FROM tools AS dependencies
+# The compiled search. The compiler weighs 100 MB and takes a minute, so a change of Python does not reach this stage.
+FROM tools AS search
 # Where pip looks for wheels beside its index: a page that lists links, or a folder that is mounted into the build.
 ARG PIP_FIND_LINKS=
 # 1: pip looks nowhere else.
 ARG PIP_NO_INDEX=
-COPY --from=requirements /requirements/out/runtime ./
-RUN /opt/pip/bin/pip --python /opt/vqserve/bin/python install --no-compile -c constraints.txt -r requirements.txt \
-    && /opt/pip/bin/pip --python /opt/vqserve/bin/python check \
-    # torch has a file in the syntax of a newer Python: like pip, go on without it.
-    && { python3 -m compileall -qq -j 0 --invalidation-mode unchecked-hash /opt/vqserve/lib || true; }
-
-# The compiled search. The compiler weighs 100 MB and takes a minute, so a change of Python does not reach this stage.
-FROM tools AS search
-ARG PIP_FIND_LINKS=
-ARG PIP_NO_INDEX=
+WORKDIR /build
 COPY --from=requirements /requirements/out/build ./
-RUN /opt/pip/bin/pip install --no-compile -c constraints.txt -r requirements.txt
+RUN /opt/pip/bin/pip install --no-compile --no-cache-dir --only-binary :all: -c constraints.txt -r requirements.txt
 COPY hatch_build.py ./
 COPY server/vqserve_server/search/native/*.[ch] server/vqserve_server/search/native/
 RUN /opt/pip/bin/python hatch_build.py /build/libsearch.so
 
-# The wheel, unpacked where it can be laid over the environment.
+# The wheel, unpacked where it can be laid over the environment. pip's own .pyc files would hold times; these hold
+# hashes, so that two builds are equal.
 FROM search AS project
 # The time of the files in the wheel.
 ARG SOURCE_DATE_EPOCH=
 COPY . .
-RUN VQSERVE_LIBSEARCH=/build/libsearch.so /opt/pip/bin/pip wheel --no-deps --no-build-isolation -w dist . \
+RUN python3 -m venv --without-pip /opt/vqserve \
+    && VQSERVE_LIBSEARCH=/build/libsearch.so /opt/pip/bin/pip wheel --no-deps --no-build-isolation -w dist . \
     && /opt/pip/bin/pip --python /opt/vqserve/bin/python install --no-compile --no-deps --prefix /project dist/*.whl \
     && python3 -m compileall -q --invalidation-mode unchecked-hash -s /project -p /opt/vqserve /project/lib
 
 FROM ${BASE} AS runtime
-# A number, so that Kubernetes can verify runAsNonRoot. Caches go to /tmp, the one place that may be writable. useradd
-# would write the day, too.
-RUN echo 'vqserve:x:10001:' >> /etc/group \
-    && echo 'vqserve:x:10001:10001::/tmp:/usr/sbin/nologin' >> /etc/passwd
+ARG PIP_FIND_LINKS=
+ARG PIP_NO_INDEX=
 # The NVIDIA variables are read by its container runtime and by nothing else.
 ENV PATH=/opt/vqserve/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# A number, so that Kubernetes can verify runAsNonRoot. Caches go to /tmp, the one place that may be writable. useradd
+# would write the day, too.
+RUN echo 'vqserve:x:10001:' >> /etc/group \
+    && echo 'vqserve:x:10001:10001::/tmp:/usr/sbin/nologin' >> /etc/passwd
+# Everything but our own code. It changes seldom and weighs gigabytes, so it is a layer of its own, made here and not
+# copied: a change of the code neither installs, copies nor pushes it again. There is no compiler, so what has no wheel
+# fails by name instead of halfway through a build of its own.
+COPY --from=requirements /requirements/out/runtime /opt/vqserve/
+RUN --mount=type=bind,from=tools,source=/opt/pip,target=/opt/pip \
+    cd /opt/vqserve && python3 -m venv --without-pip . \
+    && /opt/pip/bin/pip --python bin/python install --no-compile --no-cache-dir --only-binary :all: \
+        --root-user-action ignore -c constraints.txt -r requirements.txt \
+    && /opt/pip/bin/pip --python bin/python check \
+    # torch has a file in the syntax of a newer Python: like pip, go on without it.
+    && { python3 -m compileall -qq -j 0 --invalidation-mode unchecked-hash lib || true; }
 WORKDIR /
 USER 10001:10001
 EXPOSE 50051
 STOPSIGNAL SIGTERM
 # The port is bound only when every codebook is loaded and warm: until then this fails, and --start-period forgives it.
 # The command gives up before the engine does, so that the health log says why.
-HEALTHCHECK --interval=30s --timeout=10s --start-period=300s --retries=3 CMD ["vqserve", "status", "--timeout", "5"]
+HEALTHCHECK --interval=30s --timeout=10s --start-period=300s --retries=3 CMD ["vqserve", "status", "--quiet", "--timeout", "5"]
 # Without arguments: the demo codebook, reachable through `-p`. Arguments replace all of CMD: a command that is given in
 # its place must contain the address too. --insecure: the connections are not encrypted (docs/security.md says how to).
 ENTRYPOINT ["vqserved"]
 CMD ["serve", "--host", "0.0.0.0", "--insecure"]
-# After the settings, so that a change of the code makes no layer again but the last.
-COPY --from=dependencies /opt/vqserve /opt/vqserve
+# After the settings, so that a change of the code makes no other layer again.
 COPY --from=project /project /opt/vqserve
 
 # Last, since they differ in every build.

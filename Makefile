@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PROTO_VENV := .venv-proto
-PROTO  := vqserve/v1/tokenizer.proto
+PROTO  := vqserve/v1/tokenizer.proto vqserve/v1/admin.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve console-pictures test test-fast test-busy test-search test-grpcio test-old soak coverage bench bench-behaviour bench-search check format proto lock image docs docs-serve clean
+.PHONY: help setup demo serve console-pictures test test-fast test-busy test-search test-grpcio test-old soak coverage bench bench-behaviour bench-search check format proto lock image image-test sbom docs docs-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -108,7 +108,7 @@ check: $(VENV)/.installed $(PROTO_VENV)/.installed  ## what a change must pass b
 	$(BIN)/lint-imports
 	@rm -rf build/proto && mkdir -p build/proto && $(call generate,build/proto)
 	@diff -r -x __init__.py -x '*.proto' -x __pycache__ build/proto/vqserve/v1 proto/vqserve/v1 \
-		|| { echo 'generated code is out of step with tokenizer.proto: run `make proto`'; exit 1; }
+		|| { echo 'generated code is out of step with the .proto files: run `make proto`'; exit 1; }
 
 format: $(VENV)/.installed  ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
@@ -124,18 +124,26 @@ $(PROTO_VENV)/.installed:
 generate = $(PROTO_VENV)/bin/python -m grpc_tools.protoc -I proto --python_out=$(1) --pyi_out=$(1) \
 	--grpc_python_out=$(1) $(PROTO)
 
-proto: $(PROTO_VENV)/.installed  ## regenerate the code of tokenizer.proto
+proto: $(PROTO_VENV)/.installed  ## regenerate the code of proto/vqserve/v1/*.proto
 	$(call generate,proto)
 
 lock: $(VENV)/.installed  ## make constraints.txt again from the newest releases that fit together
 	$(BIN)/python scripts/lock.py
 
 image:  ## build the container image (IMAGE, BUILDER and BUILD_ARGS can be set)
-	$(BUILDER) $(BUILD_ARGS) $(IMAGE_LABELS) -t $(IMAGE) .
+	$(BUILDER) $(BUILD_ARGS) $(IMAGE_ARGS) -t $(IMAGE) .
 IMAGE   ?= vqserve
 BUILDER ?= docker build
-IMAGE_LABELS = --build-arg VERSION=$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' proto/vqserve/__init__.py) \
+# The time is always the same (the first that a zip can hold), so that a layer differs only if its content does.
+IMAGE_ARGS = --build-arg SOURCE_DATE_EPOCH=315532800 \
+	--build-arg VERSION=$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' proto/vqserve/__init__.py) \
 	--build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null)
+
+image-test: $(VENV)/.installed  ## build the image with buildah, run it, measure rebuilds (needs root and Debian's buildah)
+	$(BIN)/python scripts/image_test.py
+
+sbom: $(VENV)/.installed  ## list what the image installs in build/sbom.json (CycloneDX)
+	$(BIN)/python scripts/sbom.py build/sbom.json
 
 # Material's notice about its successor is no warning about our pages.
 docs docs-serve: export NO_MKDOCS_2_WARNING = 1

@@ -3,8 +3,8 @@
 The compiler is zig's (a build requirement from the package index), so that a source build needs nothing that pip does
 not bring and the library runs on systems older than the one that built it.
 
-`python hatch_build.py FILE` compiles the library alone, and a build for which `VQSERVE_LIBSEARCH` names such a file packs
-it as it is: the Dockerfile compiles in a stage that changes of Python do not reach.
+`python hatch_build.py FILE` compiles the library alone, and a build for which `VQSERVE_LIBSEARCH` names such a file
+packs it as it is: the Dockerfile compiles in a stage that changes of Python do not reach.
 """
 
 from __future__ import annotations

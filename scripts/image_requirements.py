@@ -1,9 +1,9 @@
-"""Writes what the stages of the Dockerfile install, each with its own pins, so that a changed tool remakes none of them.
+"""Writes what the stages of the Dockerfile install, with their own pins: a changed tool remakes none of them.
 
     python scripts/image_requirements.py DIR
 
-DIR/runtime is for the daemon, DIR/build for the wheel; both have a requirements.txt and a constraints.txt. Needs nothing but
-Python, and reads pyproject.toml and constraints.txt of the working folder.
+DIR/runtime is for the daemon, DIR/build for the wheel; both have a requirements.txt and a constraints.txt. Needs
+nothing but Python, and reads pyproject.toml and constraints.txt of the working folder.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 # The parts of constraints.txt begin with these lines (scripts/lock.py).
 RUNTIME = "# Made by `make lock`, for the daemon:"
@@ -27,11 +28,10 @@ def main(folder: Path) -> None:
     _write(folder / "build", pyproject["build-system"]["requires"], runtime + build)
 
 
-def runtime_requirements(pyproject: dict[str, dict[str, object]]) -> list[str]:
+def runtime_requirements(pyproject: dict[str, Any]) -> list[str]:
     """Return what `vqserve[server]` requires, from the parsed pyproject.toml."""
     project = pyproject["project"]
-    dependencies, extras = project["dependencies"], project["optional-dependencies"]
-    return [*dependencies, *extras["server"]]
+    return [*project["dependencies"], *project["optional-dependencies"]["server"]]
 
 
 def _write(folder: Path, requirements: list[str], constraints: str) -> None:

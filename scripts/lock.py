@@ -1,7 +1,7 @@
-"""Remakes the lower parts of constraints.txt: the newest releases that fit together, as pip resolves them (`make lock`).
+"""Remakes the lower parts of constraints.txt: the newest releases that fit together, as pip resolves them.
 
-The upper part is written by hand and applies while the rest is resolved. Resolving installs nothing. The image installs what
-the daemon and the build of the wheel need, so these have parts of their own (scripts/image_requirements.py).
+The upper part is written by hand and applies while the rest is resolved. Resolving installs nothing. The image installs
+what the daemon and the build of the wheel need, so these have parts of their own (scripts/image_requirements.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from image_requirements import BUILD, DEVELOPMENT, RUNTIME, runtime_requirements
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import NormalizedName, canonicalize_name
 
 _ROOT = Path(__file__).resolve().parents[1]
 _LOCK = _ROOT / "constraints.txt"
@@ -52,15 +52,15 @@ def main() -> int:
     return 0
 
 
-def closure(requirements: Iterable[str], requires: Mapping[str, Iterable[str]]) -> set[str]:
+def closure(requirements: Iterable[str], requires: Mapping[NormalizedName, Iterable[str]]) -> set[NormalizedName]:
     """Return the canonical names of all packages that requirements need here, directly or not.
 
     Args:
         requirements: as in pyproject.toml.
         requires: what each package requires, by its canonical name.
     """
-    found: set[str] = set()
-    seen: set[tuple[str, str]] = set()
+    found: set[NormalizedName] = set()
+    seen: set[tuple[NormalizedName, str]] = set()
     # With the extra for which a requirement is read: "" for none.
     waiting = [(line, "") for line in requirements]
     while waiting:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
+import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
+import lock
 import pytest
+from packaging.utils import canonicalize_name
 
 import vqserve.__main__
 import vqserve_client.cli
@@ -34,6 +39,11 @@ GLOB = {".": r"\.", "**/": "(.*/)?", "*": "[^/]*"}
 
 def shipped(word):
     return [rest for name, rest in SHIPPED if name == word]
+
+
+def commands():
+    """Return what the shells of all stages run, one by one."""
+    return [command for word, rest in INSTRUCTIONS if word == "RUN" for command in rest.split("&&")]
 
 
 def kept(path):
@@ -66,21 +76,39 @@ def test_the_image_runs_as_a_number_that_is_not_root():
     assert "RUN" not in words[words.index("USER") :]
 
 
-def test_the_image_takes_nothing_but_what_the_other_stages_made():
+def test_the_image_takes_what_the_other_stages_made_and_pinned_wheels():
     assert "ADD" not in {word for word, _ in SHIPPED}
     assert shipped("COPY")
     assert all(rest.startswith("--from=") for rest in shipped("COPY"))
-    assert not any(re.search(r"\b(pip|apt|apt-get)\b", rest) for rest in shipped("RUN"))
+    runs = shipped("RUN")
+    assert not any(re.search(r"\b(apt|apt-get)\b", rest) for rest in runs)
+    # pip itself is mounted and does not stay.
+    [install] = [rest for rest in runs if re.search(r"\bpip\b", rest)]
+    assert install.startswith("--mount=type=bind,from=tools,source=/opt/pip,target=/opt/pip ")
+
+
+def test_no_compiled_file_holds_a_time():
+    installs = [command for command in commands() if re.search(r"\bpip\b.* install\b", command)]
+    assert installs
+    assert all("--no-compile" in command for command in installs)
+    compiling = [command for command in commands() if "compileall" in command]
+    assert len(compiling) == 2
+    assert all("--invalidation-mode unchecked-hash" in command for command in compiling)
+
+
+def test_labels_are_last():
+    words = [word for word, _ in SHIPPED]
+    assert words[-3:] == ["ARG", "ARG", "LABEL"]
 
 
 def test_torch_is_the_pinned_one_and_pip_keeps_no_cache():
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     assert any(re.fullmatch(r"torch==[\d.]+", line) for line in pins)
-    runs = [rest for word, rest in INSTRUCTIONS if word == "RUN"]
-    installs = [command for rest in runs for command in rest.split("&&") if re.search(r"\bpip\b.* install\b", command)]
+    installs = [command for command in commands() if re.search(r"\bpip\b.* install\b", command)]
     assert installs
-    assert all("-c constraints.txt" in command or "--no-deps" in command for command in installs)
-    assert any(word == "ENV" and "PIP_NO_CACHE_DIR=1" in rest for word, rest in INSTRUCTIONS)
+    pinned = [command for command in installs if "-c constraints.txt" in command]
+    assert all("--no-cache-dir" in command for command in pinned)
+    assert all("--no-deps" in command for command in installs if command not in pinned)
 
 
 def test_health_is_asked_by_a_command_that_the_wheel_installs(monkeypatch, capsys):
@@ -114,6 +142,7 @@ def test_the_wheel_can_be_built_from_what_enters_the_build():
     project, hatch = PROJECT["project"], PROJECT["tool"]["hatch"]
     packages = hatch["build"]["targets"]["wheel"]["packages"]
     needed = ["pyproject.toml", "constraints.txt", project["readme"], *project["license-files"]]
+    needed.append("scripts/image_requirements.py")
     hook = hatch["build"]["targets"]["wheel"]["hooks"]["custom"]["path"]
     sources = [str(path.relative_to(ROOT)) for path in (ROOT / "server").rglob("*.c")]
     assert sources
@@ -141,3 +170,52 @@ def test_the_wheel_can_be_built_from_what_enters_the_build():
 )
 def test_nothing_else_enters_the_build(path):
     assert not kept(path)
+
+
+@pytest.fixture
+def requirements(tmp_path):
+    """Return the files that the stages install from, after a change of pyproject.toml and constraints.txt."""
+
+    def write(change=str):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name in ("pyproject.toml", "constraints.txt"):
+            (folder / name).write_text(change((ROOT / name).read_text()))
+        script = ROOT / "scripts" / "image_requirements.py"
+        subprocess.run([sys.executable, script, "out"], cwd=folder, check=True)
+        return {
+            path.relative_to(folder / "out").as_posix(): path.read_text() for path in (folder / "out").rglob("*.txt")
+        }
+
+    return write
+
+
+def test_a_tool_of_the_developers_changes_nothing_that_the_image_installs(requirements):
+    def change(text):
+        changed = (
+            text.replace("ruff==0.", "ruff==1.").replace("pytest>=8", "pytest>=9").replace("typos==1.", "typos==2.")
+        )
+        assert changed != text
+        return changed
+
+    assert requirements(change) == requirements()
+
+
+def test_what_the_stages_install(requirements):
+    written = requirements()
+    assert sorted(written) == [
+        f"{part}/{name}.txt" for part in ("build", "runtime") for name in ("constraints", "requirements")
+    ]
+    server = PROJECT["project"]["optional-dependencies"]["server"]
+    assert written["runtime/requirements.txt"].splitlines() == [*PROJECT["project"]["dependencies"], *server]
+    assert written["build/requirements.txt"].splitlines() == PROJECT["build-system"]["requires"]
+
+
+def test_every_package_of_the_image_is_pinned_where_the_image_sees_it(requirements):
+    written = requirements()
+    installed = {canonicalize_name(one.name): one.requires or [] for one in metadata.distributions()}
+    needed = lock.closure(written["runtime/requirements.txt"].splitlines(), installed)
+    pins = set(re.findall(r"^([a-z0-9-]+)==", written["runtime/constraints.txt"], re.MULTILINE))
+    # CUDA's torch needs Triton, which is pinned in any case, and names what it needs of NVIDIA itself.
+    of_torch = {name for name in needed if name.startswith(("nvidia-", "cuda-"))}
+    assert pins - {"triton"} == needed - of_torch - {"triton"}

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import grpc
@@ -19,7 +20,7 @@ import torch
 from google.protobuf import json_format
 from safetensors.torch import save_file
 
-from support.certificates import Authority, Folder, replace
+from support.certificates import Authority, Folder, free_port, replace
 from support.foreign import CASES
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1.tokenizer_pb2_grpc import TokenizerServiceStub
@@ -424,6 +425,31 @@ def test_the_inspecting_commands(tmp_path, monkeypatch, capsys):
     [example] = examples("docs/inspecting.md", "text")
     shown, written = ([line[:13] for line in text.splitlines()] for text in (example, capsys.readouterr().out))
     assert [name for name in shown if name.strip() and name not in written] == []
+
+
+def test_the_health_example(vqserved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw, send = examples("docs/codebook-health.md", "python")
+    inspect, train, serve = commands("docs/codebook-health.md")
+    usual, louder, _ = examples("docs/codebook-health.md", "text")
+    run(draw)
+    assert COMMANDS[train[0]](train[1:]) == 0
+    port = free_port()
+    target = vqserved(*serve[2:], "--metrics-port", port).target
+
+    def sent(source):
+        run(f"{draw}\n{source}", target)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+            samples = [line.rsplit(" ", 1) for line in response.read().decode().splitlines()]
+        return {name: float(value) for name, value in samples if name.startswith("vqserve_codebook_")}
+
+    drift = 'vqserve_codebook_drift_bits{codebook="book",stage="0"}'
+    shown = sent(send.replace("40", "10"))
+    assert {line.split()[0] for line in usual.splitlines()} <= shown.keys()
+    assert shown[drift] < 0.01
+    assert sent(send.replace("40", "30").replace("50_000", "50_000, scale=1.5"))[drift] > 0.05
+    assert {line.split()[0] for line in louder.splitlines()} <= shown.keys()
+    assert COMMANDS[inspect[0]](inspect[1:]) == 0
 
 
 def test_the_codebooks_examples(tmp_path, monkeypatch):

@@ -44,6 +44,7 @@ CLIENT = [
     "PermissionDenied",
     "ProtocolError",
     "ServerError",
+    "ServerInfo",
     "Tls",
     "TokenBeyondRange",
     "Unauthenticated",
@@ -54,6 +55,15 @@ CLIENT = [
 PUBLIC = {
     "vqserve": CLIENT,
     "vqserve_client": CLIENT,
+    "vqserve_client.admin": [
+        "AdminClient",
+        "LiveCodebook",
+        "LogLevel",
+        "WorkerDrain",
+        "WorkerLogLevel",
+        "WorkerReload",
+        "WorkerStatus",
+    ],
     "vqserve_bench": [
         "ClosedLoop",
         "Latency",

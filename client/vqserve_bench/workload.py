@@ -15,8 +15,8 @@ from vqserve.dtypes import BY_NUMBER, LatentDTypeName
 from vqserve.errors import InvalidArgument, InvalidShape, of_file
 from vqserve.layout import channel_axis, parse_layout, resolve_layout
 from vqserve.npy import NpyFile
+from vqserve.trace import SERVICE_NAME
 from vqserve.types import LayoutName
-from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import check_indices_shape, check_latents_shape
 from vqserve_bench.request import Request
 from vqserve_bench.served import ReadStats, decode_stats, encode_stats
@@ -28,7 +28,6 @@ from vqserve_client.npy import open_array
 
 Grid = tuple[int, ...]
 
-_SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"].full_name
 # Requests of one shape have different data: this many variants, or as many as memory allows.
 _VARIANTS = 8
 _MEMORY_BYTES = 64 << 20
@@ -57,7 +56,7 @@ class Workload:
 
     def path(self, *, stream: bool) -> str:
         """Return the path of the gRPC method."""
-        return f"/{_SERVICE}/{self.method.capitalize()}{'Stream' if stream else ''}"
+        return f"/{SERVICE_NAME}/{self.method.capitalize()}{'Stream' if stream else ''}"
 
     @property
     def read_stats(self) -> ReadStats:

@@ -35,6 +35,7 @@ from vqserve_client.errors import (
     Unavailable,
     VqserveError,
 )
+from vqserve_client.server_info import ServerInfo
 from vqserve_client.tls import Tls
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ __all__ = [
     "PermissionDenied",
     "ProtocolError",
     "ServerError",
+    "ServerInfo",
     "Tls",
     "TokenBeyondRange",
     "Unauthenticated",

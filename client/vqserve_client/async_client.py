@@ -23,6 +23,7 @@ from vqserve_client.config import CallOptions, call_options, decode_options
 from vqserve_client.core import DECODE, ENCODE, ClientBase, Operation, without_frames
 from vqserve_client.pipeline import Pipeline
 from vqserve_client.requests import Steps
+from vqserve_client.server_info import ServerInfo
 
 T = TypeVar("T")
 _END = object()
@@ -120,6 +121,12 @@ class AsyncClient(ClientBase):
         options = call_options(timeout=timeout)
         waker = _Waker()
         return await _run(self._core.codebooks(options, waker.wake), waker)
+
+    async def server_info(self, *, timeout: float | None = None) -> ServerInfo | None:
+        """Return version, uptime and load of the server that answers; see Client.server_info."""
+        options = call_options(timeout=timeout)
+        waker = _Waker()
+        return await _run(self._core.server_info(options, waker.wake), waker)
 
     async def close(self) -> None:
         """Close the connection; calls that run raise Closed. Closing twice is fine."""

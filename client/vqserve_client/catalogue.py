@@ -15,6 +15,7 @@ from vqserve.text import is_name, printable
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import LARGEST_VOCABULARY, is_digest, no_codebook, wrong_digest
 from vqserve_client.requests import Request
+from vqserve_client.server_info import ServerInfo
 
 # Channels of a row at most: more have overflowed somewhere.
 _WIDEST_ROW = 1 << 31
@@ -27,13 +28,19 @@ _MOST_REFRESHES = 10
 
 
 class ListRequest(Request):
-    """The request for the codebooks that are served."""
+    """The request for the codebooks that are served.
+
+    Attributes:
+        codebooks: the codebooks, after the reply.
+        server: what the server says about itself; None: an older server does not.
+    """
 
     method = "ListCodebooks"
 
     def __init__(self, target: str) -> None:
         self._target = target
         self.codebooks: tuple[CodebookInfo, ...] = ()
+        self.server: ServerInfo | None = None
 
     def message(self) -> bytes:
         """Return the message to send."""
@@ -59,6 +66,7 @@ class ListRequest(Request):
             twice, _ = Counter(names).most_common(1)[0]
             raise ProtocolError(f"the server lists a codebook twice: {quoted(twice, 200)}", target=self._target)
         self.codebooks = codebooks
+        self.server = ServerInfo.of(listed.server) if listed.HasField("server") else None
 
     def _checked(self, entry: Any) -> CodebookInfo:
         widths = (entry.input_dim, entry.code_dim, entry.output_dim)

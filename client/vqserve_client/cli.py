@@ -37,10 +37,15 @@ from vqserve_client.arguments import (
 from vqserve_client.client import Client
 from vqserve_client.config import client_config
 from vqserve_client.npy import FileError
+from vqserve_client.server_info import ServerInfo
 from vqserve_client.transfer import Done, Progress, Task, decode_file, encode_file
 
-# Commands of packages on top of this one, imported on demand: name, help, and a module with `add_arguments` and `run`.
-_TOOLS = {"bench": ("measure a server under load", "vqserve_bench.command")}
+# Commands that are imported on demand, also of packages on top of this one: name, help, and a module with
+# `add_arguments` and `run`.
+_TOOLS = {
+    "admin": ("operate a server: reload, drain, log level, status", "vqserve_client.admin.command"),
+    "bench": ("measure a server under load", "vqserve_bench.command"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,8 +90,11 @@ def _parser(command: str) -> Parser:
     codebooks = _command(commands, "codebooks", "list the served codebooks", _codebooks)
     codebooks.add_argument("--json", action="store_true", help="as JSON, with all fields")
 
-    status = _command(commands, "status", "say whether the server serves; exit 0 only if it does", _status)
+    status = _command(commands, "status", "say whether the server serves, and how; exit 0 only if it does", _status)
     status.add_argument("--wait", type=seconds_or_zero, metavar="SECONDS", help="wait at most this long until it does")
+    form = status.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="as JSON, with all figures")
+    form.add_argument("--quiet", action="store_true", help="say nothing but errors, and ask for the health only")
 
     for name, (text, module) in _TOOLS.items():
         tool = _command(commands, name, text, partial(_run_tool, module))
@@ -170,8 +178,19 @@ def _status(args: argparse.Namespace) -> int:
                 _print_reason(lambda: health.status(server, timeout_s=args.timeout))
     finally:
         server.close()
-    print(status, flush=True)
+    info = _server_info(args) if status == health.SERVING and not args.quiet else None
+    if args.json:
+        print(json.dumps({"status": status, "server": None if info is None else asdict(info)}), flush=True)
+    elif not args.quiet:
+        print("\n".join([status, *([] if info is None else [str(info)])]), flush=True)
     return 0 if status == health.SERVING else 1
+
+
+def _server_info(args: argparse.Namespace) -> ServerInfo | None:
+    """Return what the server says about itself; None: it does not, or not to this caller, or not on this port."""
+    with contextlib.suppress(VqserveError), Client(**connection(args), retries=0) as client:
+        return client.server_info()
+    return None
 
 
 def _print_reason(ask: Callable[[], object]) -> None:

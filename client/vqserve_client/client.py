@@ -16,6 +16,7 @@ from vqserve_client.core import DECODE, ENCODE, ClientBase, Operation, without_f
 from vqserve_client.interrupts import SignalsDeferred, Waker
 from vqserve_client.pipeline import Pipeline
 from vqserve_client.requests import Steps
+from vqserve_client.server_info import ServerInfo
 
 T = TypeVar("T")
 
@@ -205,6 +206,16 @@ class Client(ClientBase):
         options = call_options(timeout=timeout)
         waker = Waker()
         return _run(self._core.codebooks(options, waker.wake), waker)
+
+    def server_info(self, *, timeout: float | None = None) -> ServerInfo | None:
+        """Return version, uptime and load of the server that answers; None: it is too old to say.
+
+        Raises:
+            VqserveError: see errors.py.
+        """
+        options = call_options(timeout=timeout)
+        waker = Waker()
+        return _run(self._core.server_info(options, waker.wake), waker)
 
     def close(self) -> None:
         """Close the connection; calls that run in other threads raise Closed. Closing twice is fine."""

@@ -18,7 +18,9 @@ from vqserve_client.channel import Connection
 from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, CallOptions, ClientConfig, client_config
 from vqserve_client.requests import Deadline, Exchange, Steps, Window
 from vqserve_client.retries import RetryPolicy
+from vqserve_client.server_info import ServerInfo
 from vqserve_client.tls import Tls
+from vqserve_client.tracing import Span
 from vqserve_client.transport import Sender, UnarySender
 
 Wake = Callable[[], None]
@@ -63,6 +65,13 @@ class Core:
 
     def codebooks(self, options: CallOptions, wake: Wake) -> Steps[list[CodebookInfo]]:
         """Request the list of codebooks."""
+        return list((yield from self._ask(options, wake)).codebooks)
+
+    def server_info(self, options: CallOptions, wake: Wake) -> Steps[ServerInfo | None]:
+        """Request what the server says about itself."""
+        return (yield from self._ask(options, wake)).server
+
+    def _ask(self, options: CallOptions, wake: Wake) -> Steps[ListRequest]:
         exchange = Exchange(
             self.connection,
             policy=self._policy,
@@ -70,7 +79,7 @@ class Core:
             window=Window(1),
             sender=UnarySender(self.connection, wake),
         )
-        return list((yield from self._list(exchange)))
+        return (yield from self._list(exchange))
 
     def convert_one(self, operation: Operation, array: object, options: CallOptions, wake: Wake) -> Steps[Any]:
         """Encode or decode one array, by calls of its own."""
@@ -98,30 +107,39 @@ class Core:
     ) -> Steps[list[Any]]:
         """Encode or decode arrays that join, as one."""
         source = inputs[0] if len(inputs) == 1 else joined(inputs)
-        exchange = Exchange(self.connection, policy=self._policy, deadline=deadline, window=window, sender=sender)
-        while True:
-            info = pin.info or pin.choose_remembered(self._catalogue)
-            if info is None:
-                info = pin.choose((yield from self._list(exchange)))
-            try:
-                call = operation.call(source, info, options, pin=pin, config=self.config)
-            except InvalidArgument:
-                # The array may fit the codebook that the server has now.
-                if not pin.may_be_outdated():
-                    raise
-                continue
-            try:
-                yield from exchange.run(call.requests(), info.name)
-            except (WrongDigest, DigestMismatch, CodebookNotFound) as error:
-                pin.reconsider(info, error)
-            else:
-                return call.results(inputs)
+        with Span(operation.call.method, self.config.target) as span:
+            exchange = Exchange(
+                self.connection,
+                policy=self._policy,
+                deadline=deadline,
+                window=window,
+                sender=sender,
+                trace=span.metadata,
+            )
+            while True:
+                info = pin.info or pin.choose_remembered(self._catalogue)
+                if info is None:
+                    info = pin.choose((yield from self._list(exchange)).codebooks)
+                try:
+                    call = operation.call(source, info, options, pin=pin, config=self.config)
+                except InvalidArgument:
+                    # The array may fit the codebook that the server has now.
+                    if not pin.may_be_outdated():
+                        raise
+                    continue
+                try:
+                    yield from exchange.run(call.requests(), info.name)
+                except (WrongDigest, DigestMismatch, CodebookNotFound) as error:
+                    pin.reconsider(info, error)
+                else:
+                    span.describe(codebook=info.name, digest=info.digest, arrays=len(inputs), requests=exchange.sent)
+                    return call.results(inputs)
 
-    def _list(self, exchange: Exchange) -> Steps[tuple[CodebookInfo, ...]]:
+    def _list(self, exchange: Exchange) -> Steps[ListRequest]:
         request = ListRequest(self.config.target)
         yield from exchange.run(iter((request,)), None)
         self._catalogue = request.codebooks
-        return request.codebooks
+        return request
 
 
 class ClientBase:

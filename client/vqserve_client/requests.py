@@ -18,6 +18,7 @@ import grpc
 
 from vqserve.errors import Closed, DeadlineExceeded, ProtocolError, Unauthenticated, VqserveError
 from vqserve_client.channel import Connection
+from vqserve_client.identity import Metadata
 from vqserve_client.retries import RetryPolicy
 from vqserve_client.status import Failure, text_metadata
 from vqserve_client.transport import ReplyFuture, Sender, StreamFuture
@@ -106,7 +107,11 @@ class Request(ABC):
 
 
 class Exchange:
-    """The state that the requests of one call share."""
+    """The state that the requests of one call share.
+
+    Attributes:
+        sent: requests that were begun.
+    """
 
     def __init__(
         self,
@@ -116,16 +121,19 @@ class Exchange:
         deadline: Deadline,
         window: Window,
         sender: Sender,
+        trace: Metadata = (),
     ) -> None:
+        """Send nothing yet; `trace` is the metadata that tells the server of the call's span."""
         self._connection = connection
         self._policy = policy
         self._deadline = deadline
         self._window = window
         self._sender = sender
+        self._trace = trace
         self._budget = connection.retry_budget
         self._pid = os.getpid()
         self._id = secrets.token_hex(8)
-        self._sent = 0
+        self.sent = 0
 
     def run(self, requests: Iterator[Request], codebook: str | None) -> Steps[None]:
         """Send every request and hand it its reply.
@@ -138,9 +146,9 @@ class Exchange:
         try:
             while running or upcoming is not None:
                 while upcoming is not None and self._window.free > 0:
-                    self._sent += 1
+                    self.sent += 1
                     self._window.take()
-                    upcoming.request_id = f"{self._id}-{self._sent}"
+                    upcoming.request_id = f"{self._id}-{self.sent}"
                     running.append(upcoming)
                     upcoming = next(requests, None)
                 wait_s: float | None = None
@@ -213,7 +221,7 @@ class Exchange:
         message = request.message()
         try:
             request.future = self._sender.send(
-                request.method, message, timeout_s=timeout_s, request_id=request.request_id
+                request.method, message, timeout_s=timeout_s, request_id=request.request_id, trace=self._trace
             )
         except ValueError as error:
             if self._connection.closed:

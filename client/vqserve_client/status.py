@@ -52,6 +52,7 @@ ERROR_OF_CODE: Mapping[grpc.StatusCode, type[VqserveError]] = MappingProxyType(
 )
 
 _LONGEST_TEXT = 2000
+_NO_METHOD = "is this the server's port, and not the one for health checks? are client and server of the same version?"
 
 # Requests that failed like this are sent again: nothing was computed, or the same result would be computed again.
 # CANCELLED is among them because a server that stops cancels the calls that still reach it; the client's own cancels
@@ -151,8 +152,9 @@ class Failure:
         if kind is ProtocolError and self.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             return kind("the server sent more metadata than gRPC accepts")
         text = escape(printable(" ".join(self.details[: _LONGEST_TEXT + 1].split()), _LONGEST_TEXT))
-        # vqserve servers add to their texts what to do.
-        return kind(text or f"{self.code.name} without a text", hint=None if kind is ProtocolError else "")
+        # vqserve servers add to their texts what to do, but where they do not know the method.
+        advice = _NO_METHOD if self.code is grpc.StatusCode.UNIMPLEMENTED else None if kind is ProtocolError else ""
+        return kind(text or f"{self.code.name} without a text", hint=advice)
 
 
 def text_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import grpc
 
 from vqserve_client.channel import STREAMED, Connection, gate
+from vqserve_client.identity import Metadata
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,17 @@ class ReplyFuture(Protocol):
 class Sender(Protocol):
     """Sends requests to the server."""
 
-    def send(self, method: str, message: bytes, *, timeout_s: float | None, request_id: str) -> ReplyFuture:
+    def send(
+        self, method: str, message: bytes, *, timeout_s: float | None, request_id: str, trace: Metadata = ()
+    ) -> ReplyFuture:
         """Send a request; the client is woken when the future is done.
+
+        Args:
+            method: name of the RPC.
+            message: the request.
+            timeout_s: seconds until its deadline; None: no limit.
+            request_id: names it in the server's log.
+            trace: metadata that tells the server of the caller's span.
 
         Raises:
             Closed: the client was closed.
@@ -69,12 +79,15 @@ class UnarySender:
         self._connection = connection
         self._wake = wake
 
-    def send(self, method: str, message: bytes, *, timeout_s: float | None, request_id: str) -> ReplyFuture:
+    def send(
+        self, method: str, message: bytes, *, timeout_s: float | None, request_id: str, trace: Metadata = ()
+    ) -> ReplyFuture:
         """Send a request; see Sender."""
         call = self._connection.method(method)
         gate.enter()
         try:
-            future: Any = call.future(message, timeout=timeout_s, metadata=self._connection.metadata(request_id))
+            metadata = (*self._connection.metadata(request_id), *trace)
+            future: Any = call.future(message, timeout=timeout_s, metadata=metadata)
         except BaseException:
             gate.leave()
             raise
@@ -98,17 +111,20 @@ class StreamSender:
         # Streams that take no more requests, and may still have some without a reply.
         self._ending: list[_Stream] = []
 
-    def send(self, method: str, message: bytes, *, timeout_s: float | None, request_id: str) -> ReplyFuture:
-        """Send a request; see Sender. In the server's log a stream has the id of its first request."""
+    def send(
+        self, method: str, message: bytes, *, timeout_s: float | None, request_id: str, trace: Metadata = ()
+    ) -> ReplyFuture:
+        """Send a request; see Sender. In the server's log and traces a stream is that of its first request."""
         streamed = self._connection.has_streams and method in STREAMED and len(message) <= LARGEST_STREAMED_BYTES
+        as_call = partial(self._unary.send, method, message, timeout_s=timeout_s, request_id=request_id, trace=trace)
         if not streamed:
-            return self._unary.send(method, message, timeout_s=timeout_s, request_id=request_id)
-        future = StreamFuture(partial(self._unary.send, method, message, timeout_s=timeout_s, request_id=request_id))
+            return as_call()
+        future = StreamFuture(as_call)
         stream = self._streams.get(method)
         if stream is None or not stream.send(message, future):
             if stream is not None:
                 self._ending = [one for one in (*self._ending, stream) if not one.done]
-            first = _Sent(message, future, request_id)
+            first = _Sent(message, future, request_id, trace)
             self._streams[method] = _Stream(self._connection, method, self._wake, first)
         return future
 
@@ -175,6 +191,7 @@ class _Sent(NamedTuple):
     message: bytes
     future: StreamFuture
     request_id: str
+    trace: Metadata
 
 
 class _Outcome(NamedTuple):
@@ -224,7 +241,8 @@ class _Stream:
         call = connection.stream(method)
         gate.enter(self.end_sending)
         try:
-            self._call = call(iter(self._messages.get, None), metadata=connection.metadata(first.request_id))
+            metadata = (*connection.metadata(first.request_id), *first.trace)
+            self._call = call(iter(self._messages.get, None), metadata=metadata)
             threading.Thread(target=self._read, name="vqserve-stream", daemon=True).start()
         except BaseException:
             gate.leave(self.end_sending)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         PermissionDenied,
         ProtocolError,
         ServerError,
+        ServerInfo,
         Tls,
         TokenBeyondRange,
         Unauthenticated,
@@ -75,6 +76,7 @@ __all__ = [
     "PermissionDenied",
     "ProtocolError",
     "ServerError",
+    "ServerInfo",
     "Tls",
     "TokenBeyondRange",
     "Unauthenticated",
@@ -86,7 +88,7 @@ __all__ = [
 
 # The modules of the names that do not need the client; all other such names are errors.
 _HOMES = {"CodebookInfo": "vqserve.codebook_info", "Layout": "vqserve.layout"}
-_CLIENT = {"AsyncClient", "Client", "Tls"}
+_CLIENT = {"AsyncClient", "Client", "ServerInfo", "Tls"}
 
 
 def __getattr__(name: str) -> object:

@@ -14,36 +14,67 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
+from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import StartError
-from vqserve_server import console, grpcio_release, signals, stderr
+from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve_server import console, grpcio_release, signals, systemd
 from vqserve_server.access import Access
+from vqserve_server.administration import Administration
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
+from vqserve_server.device import reserved_bytes
+from vqserve_server.control import Control
 from vqserve_server.engine import Engine, Watchdog
 from vqserve_server.heartbeat import Heartbeat
 from vqserve_server.metrics.memory import inherited_part, private_part
-from vqserve_server.metrics.port import MetricsPort
 from vqserve_server.metrics.present import Processes
 from vqserve_server.metrics.recorder import Metrics
 from vqserve_server.metrics.store import METRICS, NBYTES
+from vqserve_server.monitoring import metrics_port
 from vqserve_server.network import address, check, check_protected, check_unix_socket
 from vqserve_server.process import allow_connections
 from vqserve_server.repository import Reloader, Repository
 from vqserve_server.rescan import Rescan
 from vqserve_server.rpc import RpcServer
+from vqserve_server.search import SearchCounts
+from vqserve_server.rpc.admin import Execute
+from vqserve_server.stopping import Stop, exit_now
 from vqserve_server.tokenizer import Tokenizer
+from vqserve_server.usage.live import LiveUsage
+from vqserve_server.usage.memory import USAGE, USAGE_BYTES
+
+if TYPE_CHECKING:
+    from vqserve_server.rpc.tracing import Tracing
 
 # An idle device thread needs a moment to end.
 _IDLE_END_S = 0.5
 # A broken server fails all requests at once. This is for sending those replies; callers try again meanwhile, in vain.
 _BROKEN_DRAIN_S = 0.25
+# Seconds between two looks at what there is at the moment.
+_SAMPLE_S = 1.0
 # Whatever is stuck, a broken process has ended after so many seconds.
 _BROKEN_END_S = 5.0
 
 logger = logging.getLogger(__name__)
+
+
+class LiveCounts(SearchCounts):
+    """Counts the searches of one codebook in the metrics."""
+
+    def __init__(self, metrics: Metrics, codebook: str) -> None:
+        super().__init__()
+        self._metrics = metrics
+        self._codebook = codebook
+        metrics.add("rechecked_rows", 0, codebook=codebook)
+
+    def add(self, *, rows: int = 0, rechecked: int = 0, arbitrated: int = 0) -> None:
+        """Count the rows that the fast search left open: few batches have any."""
+        del rows, arbitrated
+        if rechecked:
+            self._metrics.add("rechecked_rows", rechecked, codebook=self._codebook)
 
 
 class App:
@@ -57,6 +88,8 @@ class App:
         labels: Mapping[str, str] | None = None,
         access: Access | None = None,
         metrics: Metrics | None = None,
+        tracing: Tracing | None = None,
+        usage: LiveUsage | None = None,
         shares_port: bool = False,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
@@ -68,6 +101,8 @@ class App:
             labels: further names of the codebooks: {"book@stable": "book@3"}.
             access: certificates and tokens; None: those of the settings.
             metrics: counts what the server does; None: nobody reads them.
+            tracing: makes spans of requests; None: there are none.
+            usage: samples the rows that are encoded; None: nobody reads what it counts.
             shares_port: whether other processes listen on the port too.
             on_broken: called, from any thread, when the server can serve no longer.
         """
@@ -76,11 +111,13 @@ class App:
         self._loop_turns = 0
         self.broken = asyncio.Event()
         self._when_broken = on_broken
+        self._sampling: asyncio.Task[None] | None = None
         self.engine = Engine(
             tokenizers,
             self._config.engine,
             labels=labels,
             metrics=metrics,
+            usage=usage,
             on_broken=self._on_broken,
         )
         self._access = access or Access(self._config.access)
@@ -89,6 +126,7 @@ class App:
             self._config.rpc,
             self._access,
             health_port=self._config.access.health_port,
+            tracing=tracing,
             shares_port=shares_port,
         )
 
@@ -101,6 +139,8 @@ class App:
         if self._config.rpc.unix_socket:
             # Check again: gRPC replaces a socket file without a check, and another server may have started meanwhile.
             check_unix_socket(self._config.rpc.unix_socket)
+        self._publish(self.engine.live.tokenizers())
+        self._sampling = self._loop.create_task(self._sample_forever())
         self.engine.start()
         try:
             port = self._rpc.start()
@@ -115,11 +155,24 @@ class App:
     def swap(self, tokenizers: Sequence[Tokenizer], labels: Mapping[str, str] | None = None) -> None:
         """Serve these codebooks from now on; a request that arrived before uses only the old ones."""
         self.engine.swap(tokenizers, labels)
+        self._publish(tokenizers)
         self._rpc.use_live_set()
 
-    def refresh_access(self) -> None:
-        """Read certificates and tokens again that have changed; they are also read at their next use."""
-        self._access.refresh()
+    def refresh_access(self) -> list[str]:
+        """Read certificates and tokens that have changed now, not at their next use; return why some are not used."""
+        return self._access.refresh()
+
+    def info(self) -> pb.ServerInfo:
+        """Return version, uptime and load."""
+        return self._rpc.info()
+
+    def codebooks(self) -> list[CodebookInfo]:
+        """Return what is served, under each name."""
+        return self.engine.live.infos()
+
+    def administer_with(self, execute: Execute) -> None:
+        """Let that function execute what callers of AdminService ask."""
+        self._rpc.administer_with(execute)
 
     async def stop(self) -> bool:
         """Accept no more requests, answer the accepted ones, and stop; return whether all were answered in time."""
@@ -130,12 +183,52 @@ class App:
         finished = await asyncio.to_thread(self._rpc.stop, drain_s)
         left_s = max(deadline - self._loop.time(), _IDLE_END_S)
         stopped = await asyncio.to_thread(self.engine.stop, left_s)
+        if self._sampling is not None:
+            self._sampling.cancel()
         logger.info(event("served", **self.engine.stats.summary()))
         return finished and stopped
 
     def threads(self) -> Mapping[str, Callable[[], int]]:
         """Return the threads that a watchdog should check; see `Watchdog`."""
         return {**self._rpc.threads(), threading.current_thread().name: self._count_loop_turns}
+
+    def _publish(self, tokenizers: Sequence[Tokenizer]) -> None:
+        """Say in the metrics which codebooks are served."""
+        for device in {tokenizer.device for tokenizer in tokenizers}:
+            self.engine.metrics.add("device_busy_seconds", 0, device=str(device))
+        self.engine.metrics.publish(
+            {
+                "codebook": tokenizer.info.name,
+                "digest": tokenizer.info.digest,
+                "kind": tokenizer.info.kind,
+                "num_codes": str(tokenizer.info.num_codes),
+                "code_dim": str(tokenizer.info.code_dim),
+                "num_quantizers": str(tokenizer.info.num_quantizers),
+                "search": tokenizer.search,
+                "device": str(tokenizer.device),
+            }
+            for tokenizer in tokenizers
+        )
+
+    async def _sample_forever(self) -> None:
+        """Write now and then what there is at the moment to the metrics: no request has to."""
+        while True:
+            self._sample()
+            await asyncio.sleep(_SAMPLE_S)
+
+    def _sample(self) -> None:
+        metrics, admission = self.engine.metrics, self.engine.admission
+        metrics.set("queue_requests", admission.requests)
+        metrics.set("queue_rows", admission.rows)
+        metrics.set("queue_bytes", admission.bytes)
+        metrics.set("open_calls", self._rpc.open_calls)
+        connections = self._rpc.connections
+        if connections is not None:
+            metrics.set("connections", connections)
+        for device in {tokenizer.device for tokenizer in self.engine.live.tokenizers()}:
+            nbytes = reserved_bytes(device)
+            if nbytes is not None:
+                metrics.set("device_memory_bytes", nbytes, device=str(device))
 
     def _count_loop_turns(self) -> int:
         """Return a number that grows if the loop has run since the last call."""
@@ -162,7 +255,9 @@ async def serve(
     access: Access | None = None,
     *,
     metrics: Metrics | None = None,
+    usage: LiveUsage | None = None,
     processes: Processes | None = None,
+    tracing: Tracing | None = None,
     worker: int | None = None,
     heartbeat: Heartbeat | None = None,
     rescan: Rescan | None = None,
@@ -178,65 +273,73 @@ async def serve(
         labels=repository.labels,
         access=access,
         metrics=metrics,
+        tracing=tracing,
+        usage=usage,
         shares_port=worker is not None,
         on_broken=on_broken,
     )
     watchdog = _watchdog(app, config, heartbeat)
-    reloader = Reloader(repository, lambda: app.swap(repository.tokenizers, repository.labels))
-    stop = asyncio.Event()
+    reloader = Reloader(
+        repository,
+        lambda: app.swap(repository.tokenizers, repository.labels),
+        on_result=lambda result: app.engine.metrics.add("reloads", result=result),
+    )
     loop = asyncio.get_running_loop()
-
-    def on_signal(number: int) -> None:
-        if stop.is_set():
-            # Process 1 of a container ignores signals by default, so exit here.
-            _exit_now(128 + number)
-        logger.info(event("stopping", signal=signal.Signals(number).name))
-        stop.set()
+    stop = Stop()
 
     def on_reload() -> None:
-        if not stop.is_set():
+        if not stop.requested.is_set():
             app.refresh_access()
-            reloader.request()
+            systemd.reloading()
+            reloader.request().add_done_callback(on_reloaded)
 
-    def on_orphaned() -> None:
-        # Remove the reader, because a pipe at its end stays readable.
-        loop.remove_reader(sys.stdin.fileno())
-        logger.info(event("stopping", reason="the parent process has ended"))
-        stop.set()
+    def on_reloaded(_: object) -> None:
+        if not stop.requested.is_set():
+            systemd.ready("serving")
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+        loop.add_signal_handler(number, stop.on_signal, number)
     signals.on_sighup(loop, on_reload)
     if worker is not None:
         # The parent's end of the pipe closes when the parent ends.
-        loop.add_reader(sys.stdin.fileno(), on_orphaned)
+        loop.add_reader(sys.stdin.fileno(), stop.on_orphaned)
+    administration = Administration(
+        server=app,
+        reload=reloader.request,
+        drain=partial(stop.request, "an operator's call"),
+        drain_seconds=config.drain_seconds,
+    )
+    administration.parent = Control.of(os.environ, administration.execute)
+    beside = [] if administration.parent is None else [asyncio.create_task(administration.parent.run())]
+    app.administer_with(partial(administration.request, loop=loop))
     port = await app.start()
     if watchdog is not None:
         watchdog.start()
     if processes is not None:
         processes.ready.add(worker or 0)
     _announce(repository.tokenizers, config.rpc.host, port)
-    looking = None if rescan is None else asyncio.create_task(rescan.run(on_reload))
-    done, pending = await asyncio.wait(
-        [asyncio.create_task(stop.wait()), asyncio.create_task(app.broken.wait())],
-        return_when=asyncio.FIRST_COMPLETED,
-    )
-    del done
-    for task in (*pending, *([] if looking is None else [looking])):
-        task.cancel()
+    systemd.ready("serving")
+    beside.append(asyncio.create_task(systemd.keep_alive()))
+    if rescan is not None:
+        beside.append(asyncio.create_task(rescan.run(on_reload)))
+    ends = [asyncio.create_task(stop.requested.wait()), asyncio.create_task(app.broken.wait())]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    systemd.stopping()
     if watchdog is not None:
         watchdog.stop()
     if heartbeat is not None:
         heartbeat.close()
     in_time = await app.stop()
+    for task in (*ends, *beside):
+        task.cancel()
     if app.broken.is_set():
         sys.stderr.write("vqserved: error: the device failed; the log has the reason\n")
-        _exit_now(1)
+        exit_now(1)
     if not in_time:
         logger.warning(event("drain_expired", drain_seconds=config.drain_seconds))
     if not in_time or reloader.is_busy:
         # A thread that computes cannot be stopped, and the interpreter may crash if it exits meanwhile.
-        _exit_now(0)
+        exit_now(0)
     return 0
 
 
@@ -251,7 +354,7 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
     Raises:
         VqserveError: the daemon cannot start.
     """
-    console.set_up(config.log_level, worker=worker)
+    console.set_up(config.log_level, form=config.log_format, worker=worker)
     if worker is None:
         grpcio_release.warn_if_untested()
     find_codebooks(sources).check()
@@ -268,14 +371,19 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
     if memory is None:
         memory = private_part(NBYTES)
     metrics, processes = Metrics(memory), Processes(pids={0: os.getpid()})
+    usage_memory = inherited_part(USAGE, os.environ)
+    if usage_memory is None and worker is None and config.metrics.samples_traffic:
+        usage_memory = private_part(USAGE_BYTES)
     heartbeat = None if worker is None else Heartbeat.of(os.environ)
     with contextlib.ExitStack() as stack:
         if worker is None:
             # Before the codebooks are loaded, which may take minutes.
-            stack.enter_context(MetricsPort(config, access, processes, [memory]))
+            usage_memories = [] if usage_memory is None else [usage_memory]
+            stack.enter_context(metrics_port(config, access, processes, [memory], usage_memories))
         nowhere = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
         rescan = Rescan(sources, config.rescan_seconds)
-        repository = Repository(sources, device=config.device, search=config.search)
+        counts_of = partial(LiveCounts, metrics)
+        repository = Repository(sources, device=config.device, search=config.search, counts_of=counts_of)
         repository.load()
         # The present objects stay alive; a collection after a swap can skip them.
         gc.freeze()
@@ -284,13 +392,24 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
             config,
             access,
             metrics=metrics,
+            usage=None if usage_memory is None else LiveUsage(usage_memory, one_in=config.metrics.sample_one_in),
             processes=processes,
+            tracing=_tracing(config, stack, worker),
             worker=worker,
             heartbeat=heartbeat,
             rescan=rescan,
             on_broken=partial(_end_in_any_case, nowhere),
         )
         return asyncio.run(serving)
+
+
+def _tracing(config: ServeConfig, stack: contextlib.ExitStack, worker: int | None) -> Tracing | None:
+    if not config.traces.trace_endpoint:
+        return None
+    # Its packages are an extra.
+    from vqserve_server.rpc.tracing import Tracing  # noqa: PLC0415
+
+    return stack.enter_context(contextlib.closing(Tracing(config.traces, worker=worker)))
 
 
 def _watchdog(app: App, config: ServeConfig, heartbeat: Heartbeat | None) -> Watchdog | None:
@@ -317,9 +436,3 @@ def _announce(tokenizers: Sequence[Tokenizer], host: str, port: int) -> None:
     devices = ", ".join(sorted({str(tokenizer.device) for tokenizer in tokenizers}))
     sys.stdout.write(f"vqserved: ready on {address(host, port)}, {count}, {devices}\n")
     sys.stdout.flush()
-
-
-def _exit_now(code: int) -> None:
-    sys.stdout.flush()
-    stderr.drain()
-    os._exit(code)

@@ -127,6 +127,11 @@ def is_device_failure(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _MARKS)
 
 
+def reserved_bytes(device: torch.device) -> int | None:
+    """Return how much memory of a device this process has; None: it is that of the host."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else None
+
+
 def free_cached_memory(device: torch.device) -> None:
     """Give back the memory of a device that torch keeps for later; does nothing on the CPU."""
     if device.type == "cuda":

@@ -1,10 +1,15 @@
-"""The packages of the extra `server`; without them the client still works."""
+"""The packages of the extras `server` and `trace`; without them the client still works."""
 
-_PACKAGES = frozenset({"einops", "grpc_reflection", "prometheus_client", "torch"})
+EXTRAS = {
+    "server": frozenset({"einops", "grpc_reflection", "prometheus_client", "torch"}),
+    "trace": frozenset({"opentelemetry"}),
+}
 
 
 def missing_package(error: Exception) -> str | None:
-    """Return what to install if an import failed for lack of the extra; None: the error is another one."""
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _PACKAGES:
-        return f"{error.name} is not installed: pip install 'vqserve[server]'"
-    return None
+    """Return what to install if an import failed for lack of an extra; None: the error is another one."""
+    if not isinstance(error, ModuleNotFoundError):
+        return None
+    package = (error.name or "").partition(".")[0]
+    missing = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+    return missing and f"{package} is not installed: pip install 'vqserve[{missing}]'"

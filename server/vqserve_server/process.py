@@ -6,7 +6,7 @@ import ctypes
 import logging
 import resource
 
-from vqserve_server.console import event
+from vqserve_server.console import ONCE, event
 
 # Descriptors beside those of connections: the process's own files, and a reload's.
 _OWN_DESCRIPTORS = 256
@@ -37,4 +37,4 @@ def allow_connections(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (got, hard))
     if got < wanted:
         text = "lower --max-connections, or raise the limit (ulimit -n, LimitNOFILE=)"
-        logger.warning(event("open_files_limited", limit=got, wanted=wanted, hint=text))
+        logger.warning(event("open_files_limited", limit=got, wanted=wanted, hint=text), extra=ONCE)

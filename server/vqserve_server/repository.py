@@ -7,17 +7,17 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vqserve.codebook_info import VERSION_MARK
 from vqserve.errors import CodebookError, VqserveError
 from vqserve_server.codebook_files import Label, find_codebooks, latest
 from vqserve_server.codebooks import load_codebook
-from vqserve_server.console import event
+from vqserve_server.console import ONCE, event
 from vqserve_server.device import why_no_cuda
 from vqserve_server.process import trim_memory
-from vqserve_server.search import why_slower
+from vqserve_server.search import SearchCounts, why_slower
 from vqserve_server.tokenizer import Tokenizer
 
 # Resolution of the times of some file systems: a file that changed this recently may change again unnoticed.
@@ -51,13 +51,22 @@ class Entry:
 
 @dataclass
 class ReloadCounts:
-    """Numbers of codebooks that a reload loaded, kept, removed, rejected (invalid files) and skipped."""
+    """Numbers of codebooks that a reload loaded, kept, removed, rejected (invalid files) and skipped.
+
+    Attributes:
+        problems: why files were rejected or skipped.
+    """
 
     loaded: int = 0
     unchanged: int = 0
     removed: int = 0
     rejected: int = 0
     skipped: int = 0
+    problems: list[str] = field(default_factory=list, compare=False)
+
+    def numbers(self) -> dict[str, int]:
+        """Return the numbers by name."""
+        return {name: value for name, value in vars(self).items() if name != "problems"}
 
 
 class Repository:
@@ -66,14 +75,23 @@ class Repository:
     A codebook counts as loaded when its file is complete, its tables are on the device, and its self-test has passed.
     """
 
-    def __init__(self, sources: Sequence[str], *, device: str = "auto", search: str = "auto") -> None:
+    def __init__(
+        self,
+        sources: Sequence[str],
+        *,
+        device: str = "auto",
+        search: str = "auto",
+        counts_of: Callable[[str], SearchCounts] | None = None,
+    ) -> None:
         """Load nothing yet.
 
         Args:
             sources: what the command line names; see `find_codebooks`.
             device: where to serve.
             search: the search backend.
+            counts_of: returns, by the name of a codebook, what its searches add to; None: they are not counted.
         """
+        self._counts_of = counts_of
         self._sources = list(sources)
         self._device = device
         self._search = search
@@ -99,7 +117,7 @@ class Repository:
         found = find_codebooks(self._sources)
         found.check()
         for problem in found.problems:
-            logger.warning(event("codebook_skipped", problem=problem.text))
+            logger.warning(event("codebook_skipped", problem=problem.text), extra=ONCE)
         for name, path in found.files.items():
             try:
                 self._entries[name] = self._load(name, path)
@@ -108,7 +126,7 @@ class Repository:
         self._labels = found.labels
         free_memory()
         if self._device == "auto" and (reason := why_no_cuda()):
-            logger.info(event("device_chosen", device="cpu", reason=reason))
+            logger.info(event("device_chosen", device="cpu", reason=reason), extra=ONCE)
 
     def examine(self) -> Iterator[tuple[str, Path, Tokenizer | VqserveError]]:
         """Yield each codebook that `load` would load, or why it cannot, and keep none: one at a time is in memory."""
@@ -135,6 +153,7 @@ class Repository:
                 counts.rejected += 1
             else:
                 counts.skipped += 1
+            counts.problems.append(problem.text)
             fields = {"kept": ",".join(kept)} if kept else {}
             if problem.is_lost:
                 logger.error(event("source_lost", problem=problem.text, **fields))
@@ -175,6 +194,7 @@ class Repository:
             counts.rejected += 1
             kept = "nothing" if before is None else before.tokenizer.digest[:12]
             logger.warning(event("codebook_rejected", name=name, path=path, kept=kept, error=_reason(error)))
+            counts.problems.append(f"{path}: {_reason(error)}")
             return before
         if before is not None and entry.tokenizer is before.tokenizer:
             counts.unchanged += 1
@@ -190,9 +210,13 @@ class Repository:
             return before
         codebook = load_codebook(path)
         if before is not None and before.tokenizer.digest == codebook.digest:
+            # The digest does not cover them.
+            before.tokenizer.statistics = codebook.statistics
             return replace(before, path=path, stamp=stamp)
         tokenizer = Tokenizer.of_codebook(codebook, name=name, device=self._device, search=self._search)
         tokenizer.check_itself()
+        if self._counts_of is not None:
+            tokenizer.count_searches(self._counts_of(name))
         info = tokenizer.info
         slower = why_slower(tokenizer.search, tokenizer.device) if self._search == "auto" else None
         logger.info(
@@ -213,11 +237,25 @@ class Repository:
 class Reloader:
     """Reloads a repository when asked. Belongs to one event loop."""
 
-    def __init__(self, repository: Repository, on_done: Callable[[], None]) -> None:
-        """Do nothing yet; `on_done` is called, on the loop, after every reload."""
+    def __init__(
+        self,
+        repository: Repository,
+        on_done: Callable[[], None],
+        *,
+        on_result: Callable[[str], None] = lambda result: None,
+    ) -> None:
+        """Do nothing yet.
+
+        Args:
+            repository: what is loaded again.
+            on_done: called, on the loop, after every reload.
+            on_result: called with "ok", or "rejected" if a file could not be used, or "failed".
+        """
         self._repository = repository
         self._on_done = on_done
-        self._is_requested = False
+        self._on_result = on_result
+        # Of the requests that the next reload answers.
+        self._waiting: list[asyncio.Future[ReloadCounts]] = []
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -225,15 +263,22 @@ class Reloader:
         """Whether a reload is running."""
         return self._task is not None
 
-    def request(self) -> None:
-        """Start a reload, or one more after the reload that is running, which may have missed a change."""
-        self._is_requested = True
+    def request(self) -> asyncio.Future[ReloadCounts]:
+        """Start a reload, or one more after the reload that is running, which may have missed a change.
+
+        Returns:
+            What that reload did, when it is done.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[ReloadCounts] = loop.create_future()
+        self._waiting.append(done)
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run())
+            self._task = loop.create_task(self._run())
+        return done
 
     async def _run(self) -> None:
-        while self._is_requested:
-            self._is_requested = False
+        while self._waiting:
+            waiting, self._waiting = self._waiting, []
             started = time.monotonic()
             try:
                 counts = await asyncio.to_thread(self._repository.reload)
@@ -241,9 +286,15 @@ class Reloader:
                 await asyncio.to_thread(free_memory)
             except Exception:
                 # The codebooks that were live stay live.
+                self._on_result("failed")
                 logger.exception(event("reload_failed"))
+                counts = ReloadCounts(problems=["the reload failed; the log has the reason"])
             else:
-                logger.info(event("reload_done", seconds=time.monotonic() - started, **vars(counts)))
+                self._on_result("rejected" if counts.rejected else "ok")
+                logger.info(event("reload_done", seconds=time.monotonic() - started, **counts.numbers()))
+            for done in waiting:
+                if not done.done():
+                    done.set_result(counts)
         self._task = None
 
 

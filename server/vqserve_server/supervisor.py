@@ -15,21 +15,32 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from vqserve.errors import StartError
 from vqserve_server import config as settings
-from vqserve_server import console, grpcio_release, signals
+from vqserve_server import console, grpcio_release, signals, systemd
 from vqserve_server.access import Access
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
+from vqserve_server.control import (
+    CONTROL_VARIABLE,
+    DRAIN,
+    LOG_LEVEL,
+    RELOAD,
+    Control,
+    ControlError,
+    ControlPair,
+)
 from vqserve_server.heartbeat import HEARTBEAT_VARIABLE, Checks, Pulse
 from vqserve_server.metrics.memory import SharedMemory
-from vqserve_server.metrics.port import MetricsPort
 from vqserve_server.metrics.present import Processes
 from vqserve_server.metrics.store import METRICS, NBYTES
+from vqserve_server.monitoring import metrics_port
 from vqserve_server.network import check_protected, reserve
 from vqserve_server.rescan import Rescan
+from vqserve_server.usage.memory import USAGE, USAGE_BYTES
 
 # Environment variable with the number of a worker; it is not a setting for users.
 WORKER_VARIABLE = "_VQSERVE_WORKER"
@@ -75,14 +86,22 @@ def worker_environment(config: ServeConfig, number: int, port: int) -> dict[str,
         # The parent looks, so that all workers reload at once.
         rescan_seconds=0.0,
     )
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(settings.ENV_PREFIX)}
+    plain = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(settings.ENV_PREFIX) and name not in systemd.VARIABLES
+    }
     threads = max(1, len(os.sched_getaffinity(0)) // config.workers)
     shared = {"OMP_NUM_THREADS": str(threads)} if "OMP_NUM_THREADS" not in plain else {}
     return plain | shared | settings.environment(own) | {WORKER_VARIABLE: str(number)}
 
 
 class Workers:
-    """The workers of one parent. Call its methods from one event loop."""
+    """The workers of one parent. Call its methods from one event loop.
+
+    Attributes:
+        drained: set when an operator's call asks the server to stop.
+    """
 
     def __init__(
         self,
@@ -111,9 +130,11 @@ class Workers:
         self._state = processes or Processes()
         self._on_end = on_end
         self._processes: dict[int, asyncio.subprocess.Process] = {}
+        self._controls: dict[int, Control] = {}
         self._reloads = 0
         self._stopping = asyncio.Event()
         self._keepers: list[asyncio.Task[int]] = []
+        self.drained = asyncio.Event()
 
     async def start(self) -> str:
         """Start all workers and wait until they are ready; return the ready line of one.
@@ -151,12 +172,30 @@ class Workers:
         for process in self._processes.values():
             _send(process, number)
 
-    def reload(self) -> None:
-        """Make all workers reload their codebooks; a worker that is starting reloads when it is ready."""
-        self._reloads += 1
-        for number in self._state.ready:
-            # A worker that has just died is restarted, and loads the present files.
-            _send(self._processes[number], signal.SIGHUP)
+    async def execute(self, command: str, argument: str) -> list[dict[str, Any]]:
+        """Have all workers execute a command of `control`, and return what each did, or why it did not."""
+        if command == RELOAD:
+            # A worker that is starting reloads when it is ready.
+            self._reloads += 1
+        if command == LOG_LEVEL:
+            console.set_level(argument)
+            # Workers that are started later have it, too.
+            self._config = replace(self._config, log_level=argument)
+        answers = await asyncio.gather(
+            *(self._execute(number, command, argument) for number in range(self._config.workers))
+        )
+        if command == DRAIN:
+            self.drained.set()
+        return answers
+
+    async def _execute(self, number: int, command: str, argument: str) -> dict[str, Any]:
+        control = self._controls.get(number) if number in self._state.ready else None
+        try:
+            if control is None:
+                raise ControlError("the process is not ready")
+            return {"worker": number, **await control.ask(command, argument)}
+        except ControlError as error:
+            return {"worker": number, "error": str(error)}
 
     async def _keep(self, number: int, first_line: asyncio.Future[str]) -> int:
         """Run one worker again and again until all stop; return its last exit code."""
@@ -183,13 +222,15 @@ class Workers:
         """Run one worker to its end; return its exit code, and for how many seconds it was ready."""
         reloads = self._reloads
         try:
-            process, pulse = await self._spawn(number)
+            process, pulse, control = await self._spawn(number)
         except (OSError, RuntimeError) as error:
             # The system lacks memory, files, processes or threads (a RuntimeError); the next attempt may succeed.
             reason = getattr(error, "strerror", None) or error
             logger.error(event("worker_not_started", number=number, error=reason))
             return 1, 0.0
         self._processes[number] = process
+        self._controls[number] = control
+        listening = asyncio.create_task(control.run())
         self._state.pids[number] = process.pid
         if self._stopping.is_set():
             _send(process, signal.SIGTERM)
@@ -208,16 +249,18 @@ class Workers:
                 watch = asyncio.create_task(self._watch(number, process, pulse))
         code = await process.wait()
         self._state.ready.discard(number)
-        del self._processes[number], self._state.pids[number]
+        del self._processes[number], self._controls[number], self._state.pids[number]
         self._on_end(number)
         if watch is not None:
             watch.cancel()
         pulse.close()
+        listening.cancel()
         return code, time.monotonic() - ready_at if line else 0.0
 
-    async def _spawn(self, number: int) -> tuple[asyncio.subprocess.Process, Pulse]:
-        pulse = Pulse()
-        environ = worker_environment(self._config, number, self._port) | {HEARTBEAT_VARIABLE: str(pulse.sender)}
+    async def _spawn(self, number: int) -> tuple[asyncio.subprocess.Process, Pulse, Control]:
+        pulse, pair = Pulse(), ControlPair()
+        environ = worker_environment(self._config, number, self._port)
+        environ |= {HEARTBEAT_VARIABLE: str(pulse.sender), CONTROL_VARIABLE: str(pair.worker)}
         for memory in self._memories:
             environ |= memory.environment(number)
         try:
@@ -228,7 +271,7 @@ class Workers:
                 "serve",
                 *self._sources,
                 env=environ,
-                pass_fds=(pulse.sender, *(memory.descriptor for memory in self._memories)),
+                pass_fds=(pulse.sender, pair.worker, *(memory.descriptor for memory in self._memories)),
                 # The pipe closes when the parent ends in any way; a worker then stops.
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
@@ -237,10 +280,12 @@ class Workers:
             )
         except BaseException:
             pulse.close()
+            pair.parent.close()
             raise
         finally:
             pulse.started()
-        return process, pulse
+            pair.started()
+        return process, pulse, Control(pair.parent, self.execute)
 
     async def _ready_line(self, number: int, process: asyncio.subprocess.Process) -> str:
         """Return what a worker writes when it is ready; "" if it ends before. The log says that it takes long."""
@@ -283,6 +328,7 @@ async def serve(workers: Workers, config: ServeConfig, rescan: Rescan) -> int:
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
+    reloads: set[asyncio.Task[None]] = set()
 
     def on_signal(number: int) -> None:
         if stop.is_set():
@@ -290,21 +336,45 @@ async def serve(workers: Workers, config: ServeConfig, rescan: Rescan) -> int:
         logger.info(event("stopping", signal=signal.Signals(number).name))
         stop.set()
 
+    async def reload() -> None:
+        # systemd waits for the start, and then for the stop.
+        is_serving = starting.done() and not stop.is_set()
+        if is_serving:
+            systemd.reloading()
+        await workers.execute(RELOAD, "")
+        if is_serving and not stop.is_set():
+            systemd.ready("serving")
+
+    def on_reload() -> None:
+        task = loop.create_task(reload())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    signals.on_sighup(loop, workers.reload)
     starting = asyncio.create_task(workers.start())
+    signals.on_sighup(loop, on_reload)
     stopping = asyncio.create_task(stop.wait())
+    draining = asyncio.create_task(workers.drained.wait())
+    beside: list[asyncio.Task[Any]] = [draining]
     await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
     if not stop.is_set():
         line = (await starting).rstrip("\n")
         sys.stdout.write(f"{line}, {config.workers} workers\n")
         sys.stdout.flush()
-        looking = asyncio.create_task(rescan.run(workers.reload))
-        await stopping
-        looking.cancel()
+        systemd.ready("serving")
+        beside += [asyncio.create_task(systemd.keep_alive()), asyncio.create_task(rescan.run(on_reload))]
+        await asyncio.wait([stopping, draining], return_when=asyncio.FIRST_COMPLETED)
+    if not stop.is_set():
+        logger.info(event("stopping", reason="an operator's call"))
+        # A signal from now on is the second.
+        stop.set()
+    systemd.stopping()
     starting.cancel()
-    return 0 if await workers.stop() else 1
+    has_stopped = await workers.stop()
+    for task in (*beside, *reloads):
+        task.cancel()
+    return 0 if has_stopped else 1
 
 
 def run(sources: Sequence[str], config: ServeConfig) -> int:
@@ -313,7 +383,7 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     Raises:
         VqserveError: the address cannot be bound, or a worker does not start.
     """
-    console.set_up(config.log_level)
+    console.set_up(config.log_level, form=config.log_format, is_parent=True)
     grpcio_release.warn_if_untested()
     # Check here, so that an error is reported once and not by every worker.
     find_codebooks(sources).check()
@@ -323,10 +393,13 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     access = Access(config.access)
     if config.access.health_port:
         reserve(host, config.access.health_port, shared=False, flag="--health-port").close()
-    memory, processes = SharedMemory(METRICS, NBYTES, config.workers), Processes()
-    parts = [memory.part(number) for number in range(config.workers)]
-    with reserve(host, port, shared=True) as held, MetricsPort(config, access, processes, parts) as metrics:
+    memories, processes = [SharedMemory(METRICS, NBYTES, config.workers)], Processes()
+    if config.metrics.samples_traffic:
+        memories.append(SharedMemory(USAGE, USAGE_BYTES, config.workers))
+    parts = [[memory.part(number) for number in range(config.workers)] for memory in memories]
+    shown = metrics_port(config, access, processes, parts[0], parts[1] if len(parts) > 1 else [])
+    with reserve(host, port, shared=True) as held, shown as metrics:
         port = held.getsockname()[1]
-        workers = Workers(sources, config, port, memories=[memory], processes=processes, on_end=metrics.worker_ended)
+        workers = Workers(sources, config, port, memories=memories, processes=processes, on_end=metrics.worker_ended)
         rescan = Rescan(sources, config.rescan_seconds)
         return asyncio.run(serve(workers, config, rescan))

@@ -279,6 +279,9 @@ class Awaited:
     def codebooks(self, **options: Any) -> Any:
         return self._loop.run_until_complete(self.client.codebooks(**options))
 
+    def server_info(self, **options: Any) -> Any:
+        return self._loop.run_until_complete(self.client.server_info(**options))
+
     def close(self) -> None:
         self._loop.run_until_complete(self.client.close())
 

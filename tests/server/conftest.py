@@ -23,6 +23,7 @@ class FakeTokenizer:
         self.codes = codes
         self.decodable = len(codes) if decodable is None else decodable
         self.device = torch.device("cpu")
+        self.search = "fake"
         self.probe = None
         self.info = CodebookInfo(
             name=name,

@@ -66,7 +66,7 @@ def run_here(
 ) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """Run `vqserved ARGUMENTS` in this process, which has torch already."""
     on_hangup = signal.getsignal(signal.SIGHUP)
-    monkeypatch.setattr(console, "set_up", lambda level, worker=None: None)
+    monkeypatch.setattr(console, "set_up", lambda level, **more: None)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         code = main(arguments)
@@ -128,8 +128,10 @@ def test_a_value_in_the_log_cannot_pass_for_another_field() -> None:
 
 def test_every_package_of_the_extra_is_known_to_be_of_it() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    names = {re.match(r"[\w-]+", need).group() for need in project["optional-dependencies"]["server"]}
-    assert {name.replace("grpcio", "grpc").replace("-", "_") for name in names} == extra._PACKAGES
+    for name, packages in extra.EXTRAS.items():
+        needs = {re.match(r"[\w-]+", need).group() for need in project["optional-dependencies"][name]}
+        found = {need.replace("grpcio", "grpc").replace("-", "_") for need in needs}
+        assert {"opentelemetry" if need.startswith("opentelemetry") else need for need in found} == packages
 
 
 def test_as_a_module_it_is_the_command() -> None:
@@ -399,7 +401,7 @@ def test_the_port_is_free_until_the_codebooks_are_loaded(monkeypatch: pytest.Mon
         raise StartError("enough")
 
     monkeypatch.setattr(app.Repository, "load", load)
-    monkeypatch.setattr(console, "set_up", lambda level, worker=None: None)
+    monkeypatch.setattr(console, "set_up", lambda level, **more: None)
     config = app.ServeConfig(rpc=RpcConfig(port=port))
     with pytest.raises(StartError, match="enough"):
         app.run([str(folder)], config)

@@ -110,6 +110,23 @@ def test_a_worker_that_dies_is_started_again_and_the_others_serve_on(
     assert "worker_ended number=0 code=-9 restart_s=0.5" in log
 
 
+def test_what_is_the_same_in_all_workers_is_logged_once(
+    vqserved: Callable[..., Any], codebook: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "book.safetensors").write_bytes(codebook.read_bytes())
+    (tmp_path / "foreign.npy").touch()
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(f'[tokens.me]\nsha256 = "{"0" * 64}"\n')
+    tokens.chmod(0o604)
+    daemon = vqserved(tmp_path, "--workers", 3, "--tokens", tokens)
+    code, log = daemon.stop(signal.SIGTERM)
+    assert code == 0
+    for name in ("file_open_to_all", "codebook_skipped"):
+        lines = [line for line in log.splitlines() if f" {name} " in line]
+        assert [line.endswith(" worker=0") for line in lines] == [True], name
+    assert log.count(" codebook_loaded ") == 3
+
+
 def test_workers_end_with_their_parent_however_it_ends(vqserved: Callable[..., Any], codebook: Path) -> None:
     daemon = vqserved(codebook, "--workers", 2)
     workers = children(daemon.process.pid)

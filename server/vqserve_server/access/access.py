@@ -24,9 +24,9 @@ class Access:
         self.certificates = ServerCertificates(config) if config.is_encrypted else None
         self.tokens = Tokens(config.tokens) if config.tokens else None
 
-    def refresh(self) -> None:
-        """Read the files that have changed again, now; a file that cannot be used changes nothing."""
-        if self.certificates is not None:
-            self.certificates.refresh()
-        if self.tokens is not None:
-            self.tokens.refresh()
+    def refresh(self) -> list[str]:
+        """Read the files that have changed again, now; return why some cannot be used: those change nothing."""
+        watched = [each for each in (self.certificates, self.tokens) if each is not None]
+        for each in watched:
+            each.refresh()
+        return [each.problem for each in watched if each.problem is not None]

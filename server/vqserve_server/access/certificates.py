@@ -8,14 +8,14 @@ import os
 import re
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from vqserve.errors import StartError
 from vqserve_server.access.files import Watched, warn_if_readable
 from vqserve_server.config import AccessConfig
-from vqserve_server.console import event
+from vqserve_server.console import ONCE, event
 
 _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 _KEY = re.compile(rb"-----BEGIN ([A-Z0-9 ]*)PRIVATE KEY-----.+?-----END [A-Z0-9 ]*PRIVATE KEY-----", re.DOTALL)
@@ -60,12 +60,17 @@ class ServerCertificates:
         warn_if_readable(config.tls_key, holds="the private key")
         # time.monotonic() seconds of the next look at the date.
         self._next_look = 0.0
-        self._log_expiry(logging.INFO)
+        self._log_expiry(logging.INFO, ONCE)
 
     @property
     def value(self) -> Certificates:
         """The newest good ones."""
         return self._watched.value
+
+    @property
+    def problem(self) -> str | None:
+        """Why the newest files cannot be used; None: they can."""
+        return self._watched.problem
 
     def refresh(self) -> Certificates:
         """Read the files again if they have changed; return the newest good ones."""
@@ -75,13 +80,13 @@ class ServerCertificates:
             self._log_expiry(logging.DEBUG)
         return self.value
 
-    def _log_expiry(self, level: int) -> None:
+    def _log_expiry(self, level: int, extra: Mapping[str, bool] | None = None) -> None:
         self._next_look = time.monotonic() + _DAY_S
         days = (self.value.expires - datetime.now(UTC)).total_seconds() / _DAY_S
         if days < _WARNED_DAYS:
             level = logging.ERROR if days <= 0 else logging.WARNING
         fields = {"path": self._path, "expires": self.value.expires.isoformat(), "days": int(days)}
-        logger.log(level, event("certificate_expires", **fields))
+        logger.log(level, event("certificate_expires", **fields), extra=extra)
 
 
 def _certificates(paths: Sequence[str], contents: Sequence[bytes]) -> Certificates:

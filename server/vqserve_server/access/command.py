@@ -50,6 +50,9 @@ def add_token_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--expires", type=_date, metavar="DATE", help="from when on it is not valid, for example 2031-04-01 (UTC)"
     )
+    parser.add_argument(
+        "--admin", action="store_true", help="it may operate the server, too: reload, drain, log level, status"
+    )
     parser.add_argument("--file", metavar="FILE", help="append the entry to this file, which need not exist")
     parser.set_defaults(run=run)
 
@@ -65,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         max_bytes=args.max_bytes,
         max_requests=args.max_requests,
         expires=args.expires,
+        admin=args.admin,
     )
     if args.file:
         append(Path(args.file), grant)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from vqserve.errors import StartError
-from vqserve_server.console import event
+from vqserve_server.console import ONCE, event
 
 T = TypeVar("T")
 
@@ -55,6 +55,11 @@ class Watched(Generic[T]):
         self._contents: list[bytes] | None = None
         self._stamps: _Stamps = ()
         self._contents, self.value = self._made()
+
+    @property
+    def problem(self) -> str | None:
+        """Why the newest files cannot be used, and those before are; None: they can."""
+        return self._rejected
 
     def may_have_changed(self) -> bool:
         """Return whether `refresh` would read the files."""
@@ -145,4 +150,5 @@ def warn_if_readable(path: str, *, holds: str) -> None:
     except OSError:
         return
     if mode & (stat.S_IROTH | stat.S_IWOTH):
-        logger.warning(event("file_open_to_all", path=path, holds=holds, mode=f"{stat.S_IMODE(mode):04o}"))
+        fields = {"path": path, "holds": holds, "mode": f"{stat.S_IMODE(mode):04o}"}
+        logger.warning(event("file_open_to_all", **fields), extra=ONCE)

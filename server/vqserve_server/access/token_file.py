@@ -51,6 +51,7 @@ class Grant:
         max_bytes: of its requests in the server and their replies, at most; None: the server's limit.
         max_requests: its requests in the server, at most; None: the server's limit.
         expires: from when on it is not valid; None: never.
+        admin: whether it may operate the server, beside what every token may.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Grant:
     max_bytes: int | None = None
     max_requests: int | None = None
     expires: datetime | None = None
+    admin: bool = False
 
     @cached_property
     def limits(self) -> CallerLimits:
@@ -109,6 +111,11 @@ def grants(path: str, content: bytes) -> list[Grant]:
     Raises:
         StartError: it is not valid; the text names the file and the entry.
     """
+    if content.lstrip().startswith(_PREFIX.encode()):
+        # Without its text, which is a secret.
+        raise StartError(
+            f"{path}: is the token of a caller: the file of tokens has their hashes (`vqserved token NAME --file FILE`)"
+        )
     try:
         document = tomllib.loads(content.decode())
     except (ValueError, RecursionError) as error:
@@ -183,6 +190,12 @@ def _count(value: object) -> int:
     return value
 
 
+def _admin(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false, without quotes")
+    return value
+
+
 def _expires(value: object) -> datetime:
     if isinstance(value, datetime):
         if value.tzinfo is None:
@@ -200,6 +213,7 @@ _FIELDS: Mapping[str, Callable[[object], Any]] = {
     "max_bytes": _count,
     "max_requests": _count,
     "expires": _expires,
+    "admin": _admin,
 }
 
 
@@ -216,6 +230,8 @@ def entry(grant: Grant) -> str:
         fields["max_requests"] = str(grant.max_requests)
     if grant.expires is not None:
         fields["expires"] = grant.expires.isoformat()
+    if grant.admin:
+        fields["admin"] = "true"
     lines = [f"{key} = {value}" for key, value in fields.items()]
     # Quoted, since a dot in a bare name would be a table in a table.
     return "\n".join((f'[tokens."{grant.name}"]', *lines)) + "\n"

@@ -119,6 +119,11 @@ class Tokens:
             raise self._refusal(peer, f"token {token.name} has expired or was revoked") from None
         return token
 
+    @property
+    def problem(self) -> str | None:
+        """Why the newest file cannot be used; None: it can."""
+        return self._watched.problem
+
     def names(self) -> list[str]:
         """Return the names of the tokens, in the order of the file."""
         return [grant.name for grant in self._watched.value]

@@ -8,6 +8,7 @@ from vqserve_server.config.settings import (
     EngineConfig,
     RpcConfig,
     ServeConfig,
+    TracesConfig,
     flag,
 )
 from vqserve_server.config.sources import CONFIG_VARIABLE, Resolved, add_flags, environment, load, resolve
@@ -24,6 +25,7 @@ __all__ = [
     "Resolved",
     "RpcConfig",
     "ServeConfig",
+    "TracesConfig",
     "add_flags",
     "environment",
     "flag",

@@ -145,6 +145,9 @@ class MetricsConfig:
     metrics_port: str = _setting(
         "auto", f"port that shows metrics over HTTP; auto: {METRICS_PORT} if it is free; 0: none", values.port_or_auto
     )
+    sample_one_in: int = _setting(
+        512, "one encoded row in so many is sampled for codebook health; 0: none", values.integer(0, 1 << 20)
+    )
 
     @property
     def port(self) -> int:
@@ -152,9 +155,26 @@ class MetricsConfig:
         return METRICS_PORT if self.metrics_port == "auto" else int(self.metrics_port)
 
     @property
+    def samples_traffic(self) -> bool:
+        """Whether rows are sampled, and somebody can read what is counted."""
+        return self.port > 0 and self.sample_one_in > 0
+
+    @property
     def is_port_required(self) -> bool:
         """Whether it is an error that the port is in use."""
         return self.metrics_port != "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracesConfig:
+    """Where the spans of requests are sent, and of how many requests."""
+
+    trace_endpoint: str = _setting(
+        "", "URL of an OpenTelemetry collector, OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces", values.url
+    )
+    trace_ratio: float = _setting(
+        0.0, "share of the requests that begin a trace, beside those of callers that trace", values.share
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +185,7 @@ class ServeConfig:
     access: AccessConfig = AccessConfig()
     engine: EngineConfig = EngineConfig()
     metrics: MetricsConfig = MetricsConfig()
+    traces: TracesConfig = TracesConfig()
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N", values.device)
     workers: int = _setting(
         1, "processes that serve the port, each with its own codebooks and queue", values.integer(1, 1024)
@@ -189,7 +210,8 @@ class ServeConfig:
         "seconds from one look at the codebook files to the next; what has changed is loaded; 0: only on a reload",
         values.zero_or_seconds(1),
     )
-    log_level: str = _setting("info", f"one of {', '.join(values.LOG_LEVELS)}", values.log_level)
+    log_level: str = _setting("info", f"one of {', '.join(values.LOG_LEVELS)}", values.one_of(values.LOG_LEVELS))
+    log_format: str = _setting("text", "text, or json: one object a line", values.one_of(values.LOG_FORMATS))
 
 
 @dataclass(frozen=True)
@@ -246,6 +268,7 @@ GROUPS: dict[str, type] = {
     "access": AccessConfig,
     "engine": EngineConfig,
     "metrics": MetricsConfig,
+    "traces": TracesConfig,
 }
 SETTINGS = tuple(
     Setting(group, each.name, each.default, each.metadata["help"], each.metadata["parse"])

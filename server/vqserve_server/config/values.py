@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 _SWITCH = {"on": True, "1": True, "true": True, "yes": True, "off": False, "0": False, "false": False, "no": False}
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
 
 
 def text(value: str) -> str:
@@ -35,11 +36,15 @@ def devices(value: str) -> str:
     return value
 
 
-def log_level(value: str) -> str:
-    """Return the name of a level of the log."""
-    if value not in LOG_LEVELS:
-        raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}, not {value!r}")
-    return value
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """Return a function that reads one of some names."""
+
+    def parse(value: str) -> str:
+        if value not in names:
+            raise ValueError(f"must be one of {', '.join(names)}, not {value!r}")
+        return value
+
+    return parse
 
 
 def seconds(value: str) -> float:
@@ -82,6 +87,24 @@ def integer(low: int, high: int) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def url(value: str) -> str:
+    """Return the URL of an HTTP server; "": none."""
+    if value and not re.fullmatch(r"https?://[^/\s]+\S*", value):
+        raise ValueError(f"must be a URL that begins with http:// or https://, not {value!r}")
+    return value
+
+
+def share(value: str) -> float:
+    """Return a number from 0 to 1."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise ValueError(f"must be a number from 0 to 1, not {value!r}")
+    return number
 
 
 def port_or_auto(value: str) -> str:

@@ -10,6 +10,7 @@ from vqserve.errors import Overloaded, VqserveError
 from vqserve_server.access import CallerLimits
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine.caller import Caller
+from vqserve_server.metrics.recorder import Metrics
 
 
 @dataclass
@@ -27,6 +28,7 @@ class EngineStats:
         expired: requests that were dropped because their deadline had passed or could not be met.
         cancelled: requests that were dropped because their caller had left.
         refused: requests that were rejected, by what there was too much of.
+        metrics: refused and expired requests are counted there as well.
     """
 
     requests: int = 0
@@ -39,6 +41,7 @@ class EngineStats:
     expired: int = 0
     cancelled: int = 0
     refused: Counter[str] = field(default_factory=Counter)
+    metrics: Metrics = field(default_factory=Metrics, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def count(self, *, requests: int, rows: int, finished: int, seconds: float) -> None:
@@ -67,12 +70,23 @@ class EngineStats:
         """Count a request that was rejected: by what there was too much of."""
         with self._lock:
             self.refused[reason] += 1
+        self.metrics.add("refused", reason=reason)
 
-    def count_dropped(self, *, expired: int = 0, cancelled: int = 0) -> None:
-        """Count requests that were not computed because their deadline could not be met or their caller had left."""
+    def count_expired(self, requests: int, where: str) -> None:
+        """Count requests whose deadline passed, or could not be met.
+
+        Args:
+            requests: how many.
+            where: that was noticed: on "arrival", in the "queue" or on the "device".
+        """
         with self._lock:
-            self.expired += expired
-            self.cancelled += cancelled
+            self.expired += requests
+        self.metrics.add("expired", requests, where=where)
+
+    def count_cancelled(self) -> None:
+        """Count a request that was not computed because its caller had left."""
+        with self._lock:
+            self.cancelled += 1
 
     @property
     def mean_batch_requests(self) -> float:

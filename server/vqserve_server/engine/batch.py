@@ -13,6 +13,7 @@ import torch
 
 from vqserve.errors import InvalidArgument, Overloaded
 from vqserve_server.console import event
+from vqserve_server.engine.caller import CANARY
 from vqserve_server.engine.job import Job, Key, RequestTiming
 from vqserve_server.engine.speed import Speed
 
@@ -75,6 +76,8 @@ class Batch:
         cost: seconds that it is expected to take.
         speed: what learns from the time that it takes.
         taken_at: when a device thread took it, in time.monotonic() seconds.
+        expired: jobs whose deadline passed while it was computed.
+        computed: its rows and their results, as long as the device thread's memory has them; None: not computed.
     """
 
     def __init__(self, key: Key, speed: Speed | None = None) -> None:
@@ -84,6 +87,8 @@ class Batch:
         self.rows = 0
         self.cost = 0.0
         self.taken_at = 0.0
+        self.expired = 0
+        self.computed: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
 
     def add(self, job: Job, rows: int) -> None:
         """Add the next rows of a job."""
@@ -99,9 +104,11 @@ class Batch:
         results = self.key.compute(rows)
         if len(results) != self.rows:
             raise RuntimeError(f"{len(results)} results for {self.rows} rows")
+        self.computed = rows, results
         now = time.monotonic()
         for part in self.parts:
-            if not part.job.is_wanted(now):
+            self.expired += part.job.expire(now)
+            if part.job.outcome is not None:
                 continue
             try:
                 part.job.write(part.start, results[part.rows])
@@ -127,6 +134,10 @@ class Batch:
             if timing is not None:
                 complete.append((part.job, timing))
         return complete
+
+    def own_rows(self) -> list[slice]:
+        """Return which of its rows are the server's own."""
+        return [part.rows for part in self.parts if part.job.caller is CANARY]
 
     def reject(self, error: InvalidArgument) -> None:
         """Fail the job of the only part with an error about that part."""

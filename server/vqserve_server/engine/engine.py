@@ -19,6 +19,7 @@ from vqserve_server.engine.admission import Admission, EngineStats
 from vqserve_server.engine.scheduler import Scheduler
 from vqserve_server.engine.worker import Worker
 from vqserve_server.metrics.recorder import Metrics
+from vqserve_server.usage.live import LiveUsage
 
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
@@ -110,6 +111,7 @@ class Engine:
         labels: Mapping[str, str] | None = None,
         threads: int | None = None,
         metrics: Metrics | None = None,
+        usage: LiveUsage | None = None,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
         """Make the engine; `start` starts it.
@@ -120,23 +122,30 @@ class Engine:
             labels: further names of them; see `LiveSet`.
             threads: number of batches that are computed at once; None: a number that suits the device.
             metrics: counts what the engine does; None: nobody reads them.
+            usage: samples the rows that are encoded; None: nobody reads what it counts.
             on_broken: called, from another thread, when the engine can serve no longer, before its jobs fail.
         """
         config = config or EngineConfig()
         tokenizers = list(tokenizers)
         self.live = _live(tokenizers, labels)
         self.metrics = metrics or Metrics()
-        self.stats = EngineStats()
+        self.stats = EngineStats(metrics=self.metrics)
         self._on_broken = on_broken
         self.admission = Admission(config, self.stats)
         self.scheduler = Scheduler(config, self.stats)
         if threads is None:
             threads = max((_threads(tokenizer) for tokenizer in tokenizers), default=1)
-        self._worker = Worker(self.scheduler, self.stats, threads=threads, on_broken=self._lost)
+        self._usage = usage
+        if usage is not None:
+            usage.follow(tokenizers)
+        self._worker = Worker(self.scheduler, self.stats, threads=threads, on_broken=self._lost, usage=usage)
 
     def swap(self, tokenizers: Iterable[Tokenizer], labels: Mapping[str, str] | None = None) -> None:
         """Serve these codebooks from now on; jobs that were made for others finish with those."""
-        self.live = _live(list(tokenizers), labels)
+        tokenizers = list(tokenizers)
+        self.live = _live(tokenizers, labels)
+        if self._usage is not None:
+            self._usage.follow(tokenizers)
 
     def start(self) -> None:
         """Start the threads."""

@@ -21,6 +21,7 @@ from vqserve_server.config import EngineConfig
 from vqserve_server.console import event
 from vqserve_server.engine.caller import Caller
 from vqserve_server.engine.copy import first_overflow, read_rows, read_tokens, write_rows, write_tokens
+from vqserve_server.metrics.recorder import OperationMetrics
 
 if TYPE_CHECKING:
     from vqserve_server.engine.queue import Line
@@ -136,8 +137,11 @@ class Job(ABC):
         next_row: first row that is not part of a batch yet.
         cost: seconds that the rows from there on are expected to take.
         line: where the job waits, until all its rows are part of a batch.
+        metrics: where its batches are counted; None: they are not.
         outcome: None until there is one; an exception if the job failed.
     """
+
+    metrics: OperationMetrics | None = None
 
     def __init__(
         self,
@@ -186,17 +190,18 @@ class Job(ABC):
         """Return an error about a row counted from `start` as one about the whole request."""
         return error
 
-    def resolve(self, outcome: RequestTiming | BaseException) -> None:
-        """Set the outcome and call `on_done`, if there is no outcome yet."""
+    def resolve(self, outcome: RequestTiming | BaseException) -> bool:
+        """Set the outcome and call `on_done`, if there is no outcome yet; return whether there was none."""
         with _outcomes:
             if self.outcome is not None:
-                return
+                return False
             self.outcome = outcome
         try:
             self._on_done()
         except Exception:
             # An error in sending the reply must not end a thread of the engine.
             logger.exception(event("reply_failed"))
+        return True
 
     def cancel(self) -> None:
         """Set `Cancelled` as the outcome, unless the job has one; `on_done` is not called."""
@@ -204,11 +209,11 @@ class Job(ABC):
             if self.outcome is None:
                 self.outcome = Cancelled("the caller has left")
 
-    def is_wanted(self, now: float) -> bool:
-        """Return whether the job still needs its result; one whose deadline has passed is resolved here."""
-        if self.deadline is not None and self.deadline <= now:
-            self.resolve(DeadlineExceeded("the deadline passed while the request was computed"))
-        return self.outcome is None
+    def expire(self, now: float) -> bool:
+        """Resolve the job if its deadline has passed and it has no outcome; return whether that is so."""
+        if self.deadline is None or self.deadline > now:
+            return False
+        return self.resolve(DeadlineExceeded("the deadline passed while the request was computed"))
 
     def finish_part(self, rows: int, *, started: float, ended: float, batch: tuple[int, int]) -> RequestTiming | None:
         """Count a part whose results are written; return the timing of the job if it was the last part.

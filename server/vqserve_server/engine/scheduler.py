@@ -45,6 +45,7 @@ class Scheduler:
         self._on_device: dict[str, Batch] = {}  # by the name of the thread that computes it
         self._on_device_s = 0.0  # seconds that those are expected to take
         self._last_done = 0.0
+        self._busy_since = 0.0  # when the first of those was taken
         self._closed: VqserveError | None = None
 
     def check(self, caller: Caller, key: Key, rows: int, deadline: float | None) -> None:
@@ -62,7 +63,7 @@ class Scheduler:
         """
         now = self._clock()
         if deadline is not None and deadline <= now:
-            self._stats.count_dropped(expired=1)
+            self._stats.count_expired(1, "arrival")
             raise DeadlineExceeded("the deadline passed before the request arrived")
         most_s = self._queue.cost + self._on_device_s
         if not self._queue.jobs or (
@@ -98,7 +99,7 @@ class Scheduler:
         job.cancel()
         with self._lock:
             self._queue.discard(job)
-        self._stats.count_dropped(cancelled=1)
+        self._stats.count_cancelled()
 
     def close(self, reason: VqserveError, *, drop: bool) -> None:
         """Accept no more jobs; those that are here finish or, with `drop`, fail with the reason."""
@@ -132,8 +133,10 @@ class Scheduler:
                 if self._queue.jobs:
                     batch, late = self._queue.take(self._clock(), allow_wait=self._closed is None)
                 if batch is not None:
-                    self._on_device[thread] = batch
                     batch.taken_at = self._clock()
+                    if not self._on_device:
+                        self._busy_since = batch.taken_at
+                    self._on_device[thread] = batch
                     self._on_device_s += batch.cost
                     if self._idle and self._queue.jobs:
                         # One notification may announce several batches.
@@ -171,6 +174,8 @@ class Scheduler:
         # Of two threads that compute at once each makes half of the progress.
         seconds = now - max(batch.taken_at, self._last_done)
         self._last_done = now
+        if not self._on_device:
+            self._stats.metrics.busy(batch.key.tokenizer.device, now - self._busy_since)
         self._on_device_s = self._on_device_s - batch.cost if self._on_device else 0.0
         if batch.speed is not None:
             batch.speed.measure(len(batch.parts), batch.rows, seconds)
@@ -178,7 +183,7 @@ class Scheduler:
     def _expire(self, jobs: list[Job]) -> None:
         for job in jobs:
             job.resolve(DeadlineExceeded("the deadline would pass before the request was computed"))
-        self._stats.count_dropped(expired=len(jobs))
+        self._stats.count_expired(len(jobs), "queue")
 
     def _reject(self, reason: str, text: str, wait_s: float) -> NoReturn:
         self._stats.count_refused(reason)

@@ -19,8 +19,10 @@ from vqserve_server.device import (
 from vqserve_server.engine.admission import EngineStats
 from vqserve_server.engine.batch import Batch, BatchFailed, Staging, no_memory
 from vqserve_server.engine.caller import CANARY
+from vqserve_server.engine.job import EncodeKey
 from vqserve_server.engine.row_limits import RowLimits
 from vqserve_server.engine.scheduler import Scheduler
+from vqserve_server.usage.live import LiveUsage
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +36,17 @@ class Worker:
     """
 
     def __init__(
-        self, scheduler: Scheduler, stats: EngineStats, *, threads: int, on_broken: Callable[[BaseException], None]
+        self,
+        scheduler: Scheduler,
+        stats: EngineStats,
+        *,
+        threads: int,
+        on_broken: Callable[[BaseException], None],
+        usage: LiveUsage | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._stats = stats
+        self._usage = usage
         self._on_broken = on_broken
         self._limits = RowLimits()
         self._threads = [
@@ -106,12 +115,19 @@ class Worker:
             complete = batch.finish(started=started, ended=ended)
             # Count before the replies are sent: a caller with a reply finds its request in the counters.
             if len(batch.parts) > 1 or batch.parts[0].job.caller is not CANARY:
-                self._stats.count(
-                    requests=len(batch.parts), rows=batch.rows, finished=len(complete), seconds=ended - started
-                )
+                requests, seconds = len(batch.parts), ended - started
+                self._stats.count(requests=requests, rows=batch.rows, finished=len(complete), seconds=seconds)
+                # All jobs of a batch have the same metrics, but the canary.
+                metrics = batch.parts[0].job.metrics or batch.parts[-1].job.metrics
+                if metrics is not None:
+                    metrics.computed(requests, batch.rows, seconds)
+                if batch.expired:
+                    self._stats.count_expired(batch.expired, "device")
             # Last, all together: the threads of the callers compete with this one.
             for job, timing in complete:
                 job.resolve(timing)
+            if self._usage is not None:
+                self._sample(batch, self._usage)
         except Exception as error:
             if is_device_failure(error):
                 raise
@@ -129,3 +145,18 @@ class Worker:
             else:
                 return batch.split()
         return []
+
+    def _sample(self, batch: Batch, usage: LiveUsage) -> None:
+        """Let rows of an encode batch be sampled, after it was answered: an error here fails no request."""
+        if batch.computed is None or not isinstance(batch.key, EncodeKey):
+            return
+        tokenizer = batch.key.tokenizer
+        try:
+            usage.record(tokenizer, *batch.computed, batch.own_rows)
+        except Exception as error:
+            if is_device_failure(error):
+                raise
+            # The next sample may find enough memory.
+            if not is_out_of_memory(error):
+                usage.forget(tokenizer)
+                logger.exception(event("usage_failed", codebook=tokenizer.info.name))

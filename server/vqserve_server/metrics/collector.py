@@ -53,6 +53,11 @@ class Collector:
     def collect(self) -> Iterator[Metric]:
         """Yield all families, each with its series."""
         series = self._sums()
+        # What is counted in a histogram is not counted again.
+        for key, values in series["request_seconds"].items():
+            series["requests"][*key, "OK"] = [sum(values[:-1])]
+        for key, values in series["batch_rows"].items():
+            series["rows"][key] = [values[-1]]
         for name, labels, value in self._present():
             series[name][tuple(labels[label] for label in FAMILIES[name].labels)] = [value]
         for family in FAMILIES.values():
@@ -104,7 +109,7 @@ def _metric(family: Family, series: Mapping[tuple[str, ...], list[float]]) -> Me
                 gauge.add_metric(key, value)
         return gauge
     histogram = HistogramMetricFamily(name, family.help, labels=labels)
-    bounds = [*map(repr, family.buckets), "+Inf"]
+    bounds = [*(repr(float(bound)) for bound in family.buckets), "+Inf"]
     for key, values in series.items():
         buckets = list(zip(bounds, accumulate(values[:-1]), strict=True))
         histogram.add_metric(key, buckets, sum_value=values[-1])

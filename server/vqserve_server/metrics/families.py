@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Literal
 
 PREFIX = "vqserve_"
+OPERATIONS = ("encode", "decode")
 
 Kind = Literal["counter", "gauge", "histogram"]
 
@@ -16,9 +17,8 @@ SECONDS = (
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
     *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
-# Powers of 4 and of 2, which a bit length finds.
-ROWS = tuple(float(4**power) for power in range(10))
-REQUESTS = tuple(float(2**power) for power in range(11))
+ROWS = tuple(4**power for power in range(10))
+REQUESTS = tuple(2**power for power in range(11))
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Family:
 
 
 _OPERATION = ("codebook", "operation")
+_STAGE = ("codebook", "stage")
 _CODEBOOK = ("codebook", "digest", "kind", "num_codes", "code_dim", "num_quantizers", "search", "device")
 _QUEUE = "requests, rows and bytes count from the message until its reply is sent"
 
@@ -69,14 +70,22 @@ _TABLE = (
     Family("compute_seconds", "histogram", "Time that the computation of a batch took.", _OPERATION, SECONDS),
     Family("batch_rows", "histogram", "Rows of a batch.", _OPERATION, ROWS),
     Family("batch_requests", "histogram", "Requests that a batch has rows of.", _OPERATION, REQUESTS),
-    Family("rows", "counter", "Rows that were computed, also for requests that failed later.", _OPERATION),
+    Family(
+        "rows",
+        "counter",
+        "Rows that were computed, also of requests that failed later and of the server's own checks.",
+        _OPERATION,
+    ),
     Family("tokens", "counter", "Tokens of requests with status OK.", _OPERATION),
     Family("request_bytes", "counter", "Bytes of the messages of requests.", _OPERATION),
     Family("reply_bytes", "counter", "Bytes of the messages of replies.", _OPERATION),
     Family("refused", "counter", "Requests that were refused for load, by what there was too much of.", ("reason",)),
     Family("expired", "counter", "Requests whose deadline passed, by where that was noticed.", ("where",)),
     Family(
-        "rechecked_rows", "counter", "Rows that the fast search left open and higher precision decided.", ("codebook",)
+        "rechecked_rows",
+        "counter",
+        "Rows that the fast search left open and higher precision decided; with stages, in each.",
+        ("codebook",),
     ),
     Family("queue_requests", "gauge", f"Requests in the server; {_QUEUE}.", ("worker",)),
     Family("queue_rows", "gauge", "Rows of the requests in the server.", ("worker",)),
@@ -100,6 +109,29 @@ _TABLE = (
     Family("worker_restarts", "counter", "Workers that ended and were started again."),
     Family("reloads", "counter", "Reloads of the codebooks, by result; each worker has its own.", ("result",)),
     Family("codebook_info", "gauge", "1 for each codebook that is served.", _CODEBOOK),
+    Family(
+        "codebook_sampled_rows",
+        "counter",
+        "Rows that were sampled for the codebook's health, since a codebook of this name was first loaded.",
+        ("codebook",),
+    ),
+    Family("codebook_window_rows", "gauge", "Sampled rows that the following figures are about.", _STAGE),
+    Family("codebook_used_ratio", "gauge", "Share of the codes that a row of the window has.", _STAGE),
+    Family("codebook_dead_codes", "gauge", "Codes that no row of the window has.", _STAGE),
+    Family(
+        "codebook_perplexity",
+        "gauge",
+        "Number of equally used codes with the same entropy, over the rows of the window.",
+        _STAGE,
+    ),
+    Family(
+        "codebook_drift_bits",
+        "gauge",
+        "Jensen-Shannon divergence of the use of codes from that in the codebook's file, corrected for chance.",
+        _STAGE,
+    ),
+    Family("codebook_error", "gauge", "Mean squared error of a channel, over the rows of the window.", ("codebook",)),
+    Family("codebook_error_ratio", "gauge", "That error divided by the one in the codebook's file.", ("codebook",)),
     Family("build_info", "gauge", "1; the labels say what runs.", ("version", "python", "torch", "grpcio")),
     Family("start_time_seconds", "gauge", "When the server was started, in seconds since 1970."),
     Family(

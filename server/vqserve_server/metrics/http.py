@@ -155,10 +155,11 @@ class HttpServer:
 
     def _run(self) -> None:
         try:
-            self._loop.run_until_complete(self._listen())
+            # A task: `close` may come before it, and would stop a loop that has to complete it.
+            listening = self._loop.create_task(self._listen())
             self._loop.run_forever()
         finally:
-            for task in asyncio.all_tasks(self._loop):
+            for task in {listening, *asyncio.all_tasks(self._loop)}:
                 task.cancel()
             self._loop.run_until_complete(asyncio.sleep(0))
             self._loop.close()

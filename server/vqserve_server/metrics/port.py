@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from http import HTTPStatus
+from itertools import chain
 from typing import Self
 
 from vqserve.errors import StartError
 from vqserve_server.access import Access
 from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
-from vqserve_server.metrics.collector import Collector
+from vqserve_server.metrics.collector import Collector, Sample
 from vqserve_server.metrics.http import HttpServer, Problem, Request, Response, Route
 from vqserve_server.metrics.present import Present, Processes
 from vqserve_server.network import address, listen
@@ -30,7 +31,9 @@ class MetricsPort:
         access: Access,
         processes: Processes,
         memories: Sequence[memoryview],
+        *,
         routes: Mapping[str, Route] | None = None,
+        samples: Callable[[], Iterable[Sample]] = tuple,
     ) -> None:
         """Bind the port, if the settings have one; nothing is answered before it is entered.
 
@@ -40,11 +43,13 @@ class MetricsPort:
             processes: whoever starts them keeps it up to date.
             memories: what each process counts in, by its number.
             routes: more of them, beside /metrics and the console.
+            samples: more of them, beside those that the memories have and that are known here.
 
         Raises:
             StartError: the port cannot be bound.
         """
-        self._collector = Collector(memories, Present(config, access, processes))
+        present = Present(config, access, processes)
+        self._collector = Collector(memories, lambda: chain(present(), samples()))
         listener = _listener(config)
         self._server = None
         if listener is not None:

@@ -10,7 +10,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,6 +40,7 @@ class Call:
     Attributes:
         caller: who made it.
         method: full name.
+        metadata: that the caller sent, as pairs of key and value.
         deadline: time.monotonic() seconds, or None.
         on_close: called once, when the caller has received everything, or has left.
         owes_reply: returns whether the server owes a reply, although another message may be received.
@@ -61,7 +62,7 @@ class Call:
         self.method = method
         self._gate = gate
         self._call = event.call
-        self._metadata = event.invocation_metadata
+        self.metadata: Iterable[tuple[str, str | bytes]] = event.invocation_metadata or ()
         self._on_end = on_end
         self._is_closed = False
         # Sent together with the first message or the status.
@@ -81,7 +82,7 @@ class Call:
     @property
     def request_id(self) -> str:
         """Return the caller's name for the call in logs, or a random one."""
-        for key, value in self._metadata or ():
+        for key, value in self.metadata:
             if key == REQUEST_ID_KEY and isinstance(value, str) and REQUEST_ID.fullmatch(value):
                 return value
         return secrets.token_hex(8)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from vqserve import layout, payload, wire
 from vqserve.codebook_info import VERSION_MARK, CodebookInfo
 from vqserve.dtypes import BY_NUMBER
-from vqserve.errors import InvalidDtype, InvalidOption
+from vqserve.errors import InvalidDtype, InvalidOption, VqserveError
 from vqserve.layout import LATENT_RANKS, Layout, first_channels
 from vqserve.types import OutputName
 from vqserve.v1 import tokenizer_pb2 as pb
@@ -31,6 +31,7 @@ from vqserve.validation import (
 )
 from vqserve_server.access import Codebooks
 from vqserve_server.engine import Caller, DecodeJob, DecodeKey, EncodeJob, EncodeKey, Job, LiveSet
+from vqserve_server.metrics.recorder import FailedRequests, Metrics
 from vqserve_server.rpc.messages import (
     check_array_dtype,
     check_dtype,
@@ -62,6 +63,8 @@ class RequestHeader(ABC, Generic[RequestT]):
 
     Attributes:
         request_type: the protobuf message.
+        operation: what the metrics call it.
+        metrics: of the operation and the codebook.
         codebook: name of the codebook, without a version unless the request has one.
         has_name: whether the request names it; another caller may have another only codebook.
         job_type: the engine's job for such a request.
@@ -73,6 +76,7 @@ class RequestHeader(ABC, Generic[RequestT]):
     """
 
     request_type: type[RequestT]
+    operation: ClassVar[str]
     job_type: ClassVar[type[Job]]
     codebook: str
     has_name: bool
@@ -89,6 +93,7 @@ class RequestHeader(ABC, Generic[RequestT]):
         *,
         live: LiveSet,
         codebooks: Codebooks | None,
+        metrics: Metrics,
         max_message_bytes: int,
     ) -> None:
         """Validate the header of a request with a payload of that size.
@@ -101,6 +106,7 @@ class RequestHeader(ABC, Generic[RequestT]):
         """
         self.payload_bytes = payload_bytes
         self._tokenizer = live.resolve(message.codebook, message.expected_digest, codebooks)
+        self.metrics = metrics.operation(self._tokenizer.info.name, self.operation)
         self.has_name = bool(message.codebook)
         self.codebook = message.codebook or self._tokenizer.info.name.partition(VERSION_MARK)[0]
         self._read(message, payload_bytes, self._tokenizer.info)
@@ -133,6 +139,7 @@ class RequestHeader(ABC, Generic[RequestT]):
             on_done=on_done,
             deadline=deadline,
         )
+        job.metrics = self.metrics
         return job, reply
 
     @abstractmethod
@@ -168,6 +175,7 @@ class EncodeHeader(RequestHeader[pb.EncodeRequest]):
     """Header of an EncodeRequest: latents to indices."""
 
     request_type = pb.EncodeRequest
+    operation = "encode"
     job_type = EncodeJob
 
     def _read(self, message: pb.EncodeRequest, payload_bytes: int, info: CodebookInfo) -> None:
@@ -204,6 +212,7 @@ class DecodeHeader(RequestHeader[pb.DecodeRequest]):
     """Header of a DecodeRequest: indices to latents."""
 
     request_type = pb.DecodeRequest
+    operation = "decode"
     job_type = DecodeJob
 
     def _read(self, message: pb.DecodeRequest, payload_bytes: int, info: CodebookInfo) -> None:
@@ -242,10 +251,17 @@ class HeaderCache(Generic[RequestT]):
     """The headers of one method, by their bytes, for the codebooks that are live.
 
     Thread-safe without a lock: at worst a header is parsed again.
+
+    Attributes:
+        unresolved: metrics of requests without a header that is valid.
     """
 
-    def __init__(self, kind: type[RequestHeader[RequestT]], live: LiveSet, *, max_message_bytes: int) -> None:
+    def __init__(
+        self, kind: type[RequestHeader[RequestT]], live: LiveSet, metrics: Metrics, *, max_message_bytes: int
+    ) -> None:
         self._kind: type[RequestHeader[RequestT]] = kind
+        self._metrics = metrics
+        self.unresolved = metrics.unresolved(kind.operation)
         self._max_message_bytes = max_message_bytes
         self._known: _Known[RequestT] = _Known(live)
 
@@ -288,12 +304,23 @@ class HeaderCache(Generic[RequestT]):
             known.add(raw, start, header)
         return header, data
 
+    def metrics_of(self, raw: bytes, codebooks: Codebooks | None) -> FailedRequests:
+        """Return the metrics of a request whose header is not valid: those of its codebook, if that is served."""
+        try:
+            message, _ = read(self._kind.request_type, raw)
+            tokenizer = self._known.live.resolve(message.codebook, codebooks=codebooks)
+        except VqserveError:
+            return self.unresolved
+        return self._metrics.operation(tokenizer.info.name, self._kind.operation)
+
     def _parse(
         self, raw: bytes, live: LiveSet, codebooks: Codebooks | None
     ) -> tuple[RequestHeader[RequestT], memoryview]:
         message, data = read(self._kind.request_type, raw)
-        limit = self._max_message_bytes
-        return self._kind(message, len(data), live=live, codebooks=codebooks, max_message_bytes=limit), data
+        limit, metrics = self._max_message_bytes, self._metrics
+        return self._kind(
+            message, len(data), live=live, codebooks=codebooks, metrics=metrics, max_message_bytes=limit
+        ), data
 
 
 class _Known(Generic[RequestT]):

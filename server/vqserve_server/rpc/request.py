@@ -8,15 +8,22 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import grpc
 
 from vqserve import wire
 from vqserve.errors import Draining, Overloaded, VqserveError
 from vqserve_server.access import Token
-from vqserve_server.engine import Caller, Engine, Job
+from vqserve_server.engine import Caller, Engine, Job, RequestTiming
+from vqserve_server.metrics.recorder import FailedRequests
 from vqserve_server.process import trim_memory
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.headers import HeaderCache, RequestHeader
+from vqserve_server.rpc.status import code_of
+
+if TYPE_CHECKING:
+    from vqserve_server.rpc.tracing import CallTrace, Tracing
 
 # Larger messages are validated on another thread. Validating this many bytes takes half a millisecond; the change of
 # thread takes a part of that, and needs another core.
@@ -25,6 +32,8 @@ _INLINE_BYTES = 2 << 20
 # After a large message or reply the server keeps what it freed for so long: another one probably follows.
 _TRIM_AFTER_S = 2.0
 
+# A caller that leaves so shortly before its deadline leaves because of it.
+_EARLY_S = 0.1
 # Guards the fields of all unary calls; it is held for a few operations only.
 _fields = threading.Lock()
 
@@ -43,26 +52,54 @@ class Recipient(Protocol):
     def deadline(self) -> float | None:
         """time.monotonic() seconds, or None."""
 
+    @property
+    def trace(self) -> CallTrace | None:
+        """Makes the spans of its requests; None: it is not traced."""
+
     def accepted(self, request: Request) -> bool:
         """Take over a valid request before it is queued; return False if the caller has left."""
 
     def ready(self) -> None:
         """React to a request whose `reply` can be called."""
 
-    def rejected(self, error: Exception, held: int) -> None:
-        """React to a request that is not valid, or for which the server has no capacity.
+    def rejected(self, rejection: Rejection) -> None:
+        """React to a request that is not valid, or for which the server has no capacity, and count it."""
 
-        Args:
-            error: why.
-            held: bytes that the admission holds for the message; the recipient must let go of them.
-        """
+
+class Rejection(NamedTuple):
+    """A request that is not valid, or for which the server has no capacity.
+
+    Attributes:
+        error: why.
+        held: bytes that the admission holds for the message; the recipient must let go of them.
+        metrics: where it is counted, if it does not start again.
+        nbytes: size of the message.
+        trace: makes its span, likewise.
+        received_at: when the message was there, in time.monotonic() seconds.
+    """
+
+    error: Exception
+    held: int
+    metrics: FailedRequests
+    nbytes: int
+    trace: CallTrace | None
+    received_at: float
+
+    def count_end(self, status: grpc.StatusCode | None = None) -> None:
+        """Count the request as ended, with that status; None: the one of the error."""
+        status = status or code_of(self.error)
+        self.metrics.failed(status.name, self.nbytes)
+        if self.trace is not None:
+            self.trace.failed(status, self.error, self.received_at)
 
 
 class Requests:
     """Validates requests and queues them."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, tracing: Tracing | None = None) -> None:
+        """Start no thread yet; `tracing` makes spans, None: there are none."""
         self._engine = engine
+        self._tracing = tracing
         # Large payloads are validated here, so that they do not delay small requests.
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="vqserve-payload")
         # When the last large one was in the server, in time.monotonic() seconds; None: its memory is given back.
@@ -71,6 +108,10 @@ class Requests:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def trace(self, call: Call) -> CallTrace | None:
+        """Return what makes the spans of a call's requests; None: it is not traced."""
+        return None if self._tracing is None else self._tracing.begin(call.method, call.metadata, call.request_id)
 
     def start(self, recipient: Recipient, headers: HeaderCache[Any], raw: bytes, *, held: int = 0) -> None:
         """Validate a request and queue it, here or, if it is large, on another thread.
@@ -92,12 +133,13 @@ class Requests:
                 self._engine.admission.hold(recipient.caller, len(raw) - held)
                 held = len(raw)
         except VqserveError as error:
-            recipient.rejected(error, held)
+            recipient.rejected(Rejection(error, held, headers.unresolved, len(raw), recipient.trace, received_at))
             return
         try:
             self._pool.submit(self._start, recipient, headers, raw, received_at, held)
         except RuntimeError:
-            recipient.rejected(Draining("the server is stopping"), held)
+            stopping = Draining("the server is stopping")
+            recipient.rejected(Rejection(stopping, held, headers.unresolved, len(raw), recipient.trace, received_at))
 
     def give_memory_back(self) -> None:
         """Give free memory back to the system, on another thread, if large requests were here and are no more.
@@ -123,15 +165,22 @@ class Requests:
     def _start(
         self, recipient: Recipient, headers: HeaderCache[Any], raw: bytes, received_at: float, held: int
     ) -> None:
+        metrics: FailedRequests = headers.unresolved
         try:
             token = recipient.caller.token
             # Also for each message of a stream: the token may have been revoked meanwhile.
             codebooks = None if token is None else token.check().codebooks
-            header, data = headers.find(raw, codebooks)
+            try:
+                header, data = headers.find(raw, codebooks)
+            except VqserveError:
+                metrics = headers.metrics_of(raw, codebooks)
+                raise
+            metrics = header.metrics
             if header.rows:
                 self._engine.scheduler.check(recipient.caller, header.key, header.rows, recipient.deadline)
             nbytes = len(raw) + header.reply_bytes
             request = Request(self._engine, recipient.caller, header, nbytes, received_at, held=held)
+            request.trace = recipient.trace
             held = 0
             if nbytes > _INLINE_BYTES:
                 self._large_at = received_at
@@ -141,10 +190,12 @@ class Requests:
                         data, caller=recipient.caller, on_done=recipient.ready, deadline=recipient.deadline
                     )
             except BaseException:
+                # It is counted as rejected.
+                request.is_counted = True
                 request.release()
                 raise
         except Exception as error:
-            recipient.rejected(error, held)
+            recipient.rejected(Rejection(error, held, metrics, len(raw), recipient.trace, received_at))
             return
         if not recipient.accepted(request):
             request.release()
@@ -162,10 +213,16 @@ class Request:
 
     Attributes:
         nbytes: size of the request and of the payload of its reply.
+        rows: its tokens.
+        message_bytes: size of the request.
         job: None if there is nothing to compute.
         buffer: the reply that the job writes.
+        trace: makes its spans; None: it has none.
+        is_counted: whether the metrics have counted its end.
     """
 
+    is_counted = False
+    trace: CallTrace | None = None
     job: Job | None = None
     buffer: wire.ReplyBuffer | None = None
 
@@ -190,6 +247,8 @@ class Request:
         else:
             _enter_at_rate(engine, caller, token, header.rows, nbytes, held=held)
         self.nbytes = nbytes
+        self.rows = header.rows
+        self.message_bytes = nbytes - header.reply_bytes
         self._engine = engine
         self._caller = caller
         self._header = header
@@ -206,24 +265,47 @@ class Request:
         Raises:
             VqserveError: the request failed.
         """
+        header = self._header
+        seconds = time.monotonic() - self._received_at
         if self.job is None or self.buffer is None:
-            return self._header.empty_reply
-        timing = self.job.outcome
-        if timing is None:
-            raise RuntimeError("the request is not answered yet")
-        if isinstance(timing, BaseException):
-            raise timing
-        total_us = round((time.monotonic() - self._received_at) * 1e6)
-        # In the order of the fields of ServedStats.
-        return self.buffer.write_header(
-            (timing.queue_us, timing.compute_us, total_us, timing.batch_requests, timing.batch_rows)
-        )
+            queue_us, reply = 0, header.empty_reply
+        else:
+            timing = self.job.outcome
+            if timing is None:
+                raise RuntimeError("the request is not answered yet")
+            if isinstance(timing, BaseException):
+                code = code_of(timing)
+                header.metrics.failed_once(self, code.name)
+                if self.trace is not None:
+                    self.trace.failed(code, timing, self._received_at)
+                raise timing
+            queue_us = timing.queue_us
+            # In the order of the fields of ServedStats.
+            reply = self.buffer.write_header(
+                (queue_us, timing.compute_us, round(seconds * 1e6), timing.batch_requests, timing.batch_rows)
+            )
+        # Before it is sent: a caller with a reply finds its request in the metrics.
+        header.metrics.answered(self, seconds, queue_us * 1e-6, len(reply))
+        if self.trace is not None:
+            outcome = None if self.job is None else self.job.outcome
+            timing = outcome if isinstance(outcome, RequestTiming) else None
+            self.trace.answered(timing, codebook=header.codebook, rows=self.rows, received_at=self._received_at)
+        return reply
 
     def release(self) -> None:
         """Stop counting the request, after its reply is sent or its caller has left."""
         if self.job is not None and self.job.outcome is None:
             self._engine.scheduler.cancel(self.job)
-        self._engine.admission.leave(self._caller, self._header.rows, self.nbytes)
+        if not self.is_counted:
+            self._header.metrics.failed_once(self, self._why_unanswered.name)
+        self._engine.admission.leave(self._caller, self.rows, self.nbytes)
+
+    @property
+    def _why_unanswered(self) -> grpc.StatusCode:
+        deadline = None if self.job is None else self.job.deadline
+        # By its own clock the caller gives up a moment earlier.
+        is_late = deadline is not None and deadline <= time.monotonic() + _EARLY_S
+        return grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
 
 
 def _enter_at_rate(engine: Engine, caller: Caller, token: Token, rows: int, nbytes: int, *, held: int) -> None:
@@ -252,6 +334,7 @@ class UnaryCall:
         """Wait for the request; `on_close` is called when the call has ended."""
         self.caller = call.caller
         self.deadline = call.deadline
+        self.trace = requests.trace(call)
         self._call = call
         self._requests = requests
         self._on_close = on_close
@@ -280,10 +363,11 @@ class UnaryCall:
         else:
             self._call.end(message=reply)
 
-    def rejected(self, error: Exception, held: int) -> None:
+    def rejected(self, rejection: Rejection) -> None:
         """End the call with the error."""
-        self._requests.let_go(self.caller, held)
-        self._call.fail(error)
+        self._requests.let_go(self.caller, rejection.held)
+        rejection.count_end()
+        self._call.fail(rejection.error)
 
     def _closed(self) -> None:
         with _fields:

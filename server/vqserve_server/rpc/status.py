@@ -53,13 +53,18 @@ class Status:
         return self.details.encode()
 
 
+def code_of(error: BaseException) -> grpc.StatusCode:
+    """Return the status code of an error."""
+    return next((STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES), grpc.StatusCode.INTERNAL)
+
+
 def status_of(error: BaseException, *, request_id: str) -> Status:
     """Return the status of an error; an unexpected error has a fixed text, so that no internals are sent.
 
     It never raises: without a status the call would never end.
     """
     internal = Status(grpc.StatusCode.INTERNAL, f"internal error; the server's log has it under request {request_id}")
-    code = next((STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES), grpc.StatusCode.INTERNAL)
+    code = code_of(error)
     if code is grpc.StatusCode.INTERNAL or not isinstance(error, VqserveError):
         return internal
     try:

@@ -7,10 +7,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import grpc
+
 from vqserve.errors import Draining, Overloaded
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.headers import HeaderCache
-from vqserve_server.rpc.request import Request, Requests
+from vqserve_server.rpc.request import Rejection, Request, Requests
 
 # Bytes of the requests and replies of a stream in the server; a single larger request is accepted alone.
 WINDOW_BYTES = 16 << 20
@@ -37,6 +39,7 @@ class StreamCall:
         """Take the call; `on_close` is called with this stream when it has ended."""
         self.caller = call.caller
         self.deadline = call.deadline
+        self.trace = requests.trace(call)
         self._call = call
         self._requests = requests
         self._headers = headers
@@ -49,6 +52,7 @@ class StreamCall:
         self._is_sending = False  # the reply of the first open request
         self._starting: bytes | None = None  # the message that is being started
         self._kept: bytes | None = None  # a message for which the server had no capacity
+        self._kept_for: Rejection | None = None  # why it is kept
         self._held = 0  # bytes that the admission holds for the next message, or for the one that is kept
         self._expected = 0  # bytes of the next message and its reply, if they are those of the last ones
         self._is_paused = False  # nothing is received until the window has room
@@ -65,7 +69,7 @@ class StreamCall:
         """Receive no more: requests that were received are answered, then the stream ends."""
         with self._lock:
             self._end = self._end or Draining("the server is stopping")
-            self._kept = None
+            self._drop_kept(grpc.StatusCode.UNAVAILABLE)
             self._let_go()
             self._advance()
 
@@ -102,16 +106,18 @@ class StreamCall:
             self._receive()
         return True
 
-    def rejected(self, error: Exception, held: int) -> None:
+    def rejected(self, rejection: Rejection) -> None:
         """Keep the message until the server has capacity, or end the stream with the error."""
+        error = rejection.error
         with self._lock:
             raw, self._starting = self._starting, None
-            self._held = held
+            self._held = rejection.held
             # A stream with requests in the server waits for capacity; one without is rejected like any other caller.
             waits = isinstance(error, Overloaded) and self._open and self._end is None and not self._has_ended
             if waits and raw is not None and self._can_hold(len(raw)):
-                self._kept = raw
+                self._kept, self._kept_for = raw, rejection
             else:
+                rejection.count_end()
                 self._end = self._end or error
                 self._let_go()
             self._advance()
@@ -197,6 +203,12 @@ class StreamCall:
         self._requests.let_go(self.caller, self._held)
         self._held = 0
 
+    def _drop_kept(self, status: grpc.StatusCode) -> None:
+        """Count the message that is kept, if there is one, as ended with a status. The lock is held."""
+        if self._kept is not None and self._kept_for is not None:
+            self._kept_for.count_end(status)
+        self._kept = None
+
     def _owes_reply(self) -> bool:
         return bool(self._open)
 
@@ -205,7 +217,7 @@ class StreamCall:
             self._has_ended = True
             left = list(self._open)
             self._open.clear()
-            self._kept = None
+            self._drop_kept(grpc.StatusCode.CANCELLED)
             self._let_go()
         for request in left:
             request.release()

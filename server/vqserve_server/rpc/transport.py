@@ -21,6 +21,7 @@ from vqserve.errors import Overloaded
 from vqserve_server.console import event
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.callers import Callers, stranger
+from vqserve_server.rpc.connections import Connections
 from vqserve_server.rpc.gate import Gate
 from vqserve_server.rpc.reserved import Places
 from vqserve_server.rpc.status import Status
@@ -58,6 +59,7 @@ class Transport:
         reserved: Mapping[str, int] | None = None,
         callers: Callers | None = None,
         name: str = "vqserve-grpc",
+        on_refused: Callable[[str, Exception, str], None] = lambda method, error, reason: None,
         now_and_then: Callable[[], None] = lambda: None,
     ) -> None:
         """Make the transport; `listen` to some addresses before `start`.
@@ -70,6 +72,8 @@ class Transport:
             idle_s: how long a call may wait for its caller before it ends with UNAVAILABLE; 0: for ever.
             callers: decides who may call; None: everyone.
             name: of the threads.
+            on_refused: called with the method of a call that no handler gets, why, and for load with what there was too
+                much of, else "".
             reserved: methods whose calls do not count among the others, and how many of each may be open; above that
                 the caller that has most of them loses its oldest.
             now_and_then: called once per second.
@@ -78,6 +82,7 @@ class Transport:
         self._max_calls = max_calls
         self._max_calls_per_caller = max_calls if max_calls_per_caller is None else max_calls_per_caller
         self._idle_s = idle_s
+        self._on_refused = on_refused
         self._now_and_then = now_and_then
         self._refused = Places(_MOST_REFUSED)
         self._places = {method: Places(most) for method, most in (reserved or {}).items()}
@@ -91,6 +96,7 @@ class Transport:
         # A message of 64 MiB keeps its thread for a tenth of a second: what is reserved has a queue and a thread too.
         self._queue, self._reserved_queue = cygrpc.CompletionQueue(), cygrpc.CompletionQueue()
         self._server = cygrpc.Server(list(options), False)
+        self._connections = Connections()
         for queue in (self._queue, self._reserved_queue):
             self._server.register_completion_queue(queue)
         for method in self._places:
@@ -123,9 +129,19 @@ class Transport:
             raise RuntimeError(f"cannot bind {address}")
         return port
 
+    @property
+    def open_calls(self) -> int:
+        """How many calls are open, but for refused ones and those of reserved methods."""
+        return len(self._accepted)
+
     def turns(self) -> dict[str, Callable[[], int]]:
         """Return, by the names of the threads, how often each has looked for an event: once a second at least."""
         return {name: partial(self._turns.__getitem__, name) for name in self._turns}
+
+    @property
+    def connections(self) -> int | None:
+        """Open connections; None: gRPC does not tell."""
+        return self._connections.count()
 
     def start(self) -> None:
         """Accept calls."""
@@ -238,14 +254,14 @@ class Transport:
         self._calls.add(call)
         handler = self._handlers.get(method)
         if refusal is not None:
-            call.fail(refusal)
+            self._refuse(call, refusal)
         elif handler is None:
             call.end(Status(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {call.method[:200]}"))
         elif len(self._accepted) >= self._max_calls:
-            call.fail(Overloaded("too many calls at once", retry_after_s=_RETRY_AFTER_S))
+            self._refuse(call, Overloaded("too many calls at once", retry_after_s=_RETRY_AFTER_S), "calls")
         elif caller.accepted >= self._max_calls_per_caller:
             text = f"too many calls of the caller {caller.name} at once"
-            call.fail(Overloaded(text, retry_after_s=_RETRY_AFTER_S))
+            self._refuse(call, Overloaded(text, retry_after_s=_RETRY_AFTER_S), "caller_calls")
         else:
             caller.accepted += 1
             self._accepted.add(call)
@@ -255,6 +271,10 @@ class Transport:
         too_many = self._refused.enter(call)
         if too_many is not None:
             too_many.abort(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many refused calls are not read"))
+
+    def _refuse(self, call: Call, error: Exception, reason: str = "") -> None:
+        self._on_refused(call.method, error, reason)
+        call.fail(error)
 
     def _on_end(self, call: Call) -> None:
         self._calls.discard(call)

@@ -26,6 +26,7 @@ from vqserve_server.codebooks.statistics import Statistics
 from vqserve_server.device import select_device, to_device, to_host
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.inference.base import FrozenQuantizer, freeze
+from vqserve_server.search import SearchCounts
 from vqserve_server.tokenizer.arrays import (
     TORCH_DTYPES,
     Options,
@@ -341,6 +342,10 @@ class Tokenizer:
         wanted = None if dtype is None else TORCH_DTYPES[np.dtype(dtype)]
         rows = to_host(self._open().decode_rows(to_device(indices, self.device), output=output, dtype=wanted))
         return dtypes.to_numpy(rows)
+
+    def count_searches(self, counts: SearchCounts) -> None:
+        """Let every later search add to counters: a residual codebook adds for each of its stages."""
+        self._frozen = self._open().counting([counts] * self.info.num_quantizers)
 
     def check_itself(self) -> None:
         """Encode and decode once, so that nothing is left to be made ready, look for some of the codes, make the probe.

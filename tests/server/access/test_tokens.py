@@ -101,6 +101,7 @@ def test_what_a_file_says(tmp_path: Path) -> None:
         "max_bytes = 1_000",
         "max_requests = 3",
         "expires = 2031-04-01",
+        "admin = true",
     )
     content = (table(SECRET, '"a.b"', *lines) + table(OTHER, "all", 'codebooks = ["*"]')).encode()
     first, second = grants("x", content)
@@ -109,6 +110,7 @@ def test_what_a_file_says(tmp_path: Path) -> None:
     assert first.codebooks.patterns == ("faces", "audio-*")
     assert first.expires is not None
     assert first.expires.isoformat() == "2031-04-01T00:00:00+00:00"
+    assert (first.admin, second.admin) == (True, False)
     assert second == Grant("all", hash_of(OTHER))
     [again] = grants("x", entry(first).encode())
     assert (again.codebooks or first.codebooks).patterns == first.codebooks.patterns
@@ -120,6 +122,7 @@ def test_what_a_file_says(tmp_path: Path) -> None:
     [
         ("", "has no tokens: `vqserved token NAME` makes one"),
         ("[tokens", "is not valid TOML: "),
+        (" vqs_0123456789\n", "is the token of a caller: the file of tokens has their hashes (`vqserved token NAME"),
         ("x = 1", "unknown entry 'x': each token is a table [tokens.NAME]"),
         ("tokens = 3", "has no tokens"),
         ("[tokens]\nx = 3", "token x: must be a table, [tokens.x]"),
@@ -138,6 +141,8 @@ def test_what_a_file_says(tmp_path: Path) -> None:
         (table() + "max_requests = 0", "token trainer: max_requests must be an integer above 0"),
         (table() + 'expires = "2031-04-01"', "token trainer: expires must be a date without quotes"),
         (table() + "expires = 2031-04-01T12:00:00", "token trainer: expires needs a time zone"),
+        (table() + 'admin = "true"', "token trainer: admin must be true or false, without quotes"),
+        (table() + "admin = 1", "token trainer: admin must be true or false, without quotes"),
         (table() + table(SECRET, "x"), "trainer and x are the same token"),
     ],
 )

@@ -17,7 +17,9 @@ from support.waiting import eventually
 from vqserve import payload
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.errors import Draining, Overloaded
+from vqserve_server.metrics.recorder import Metrics
 from vqserve_server.rpc import stream as stream_module
+from vqserve_server.rpc.request import Rejection
 
 
 @pytest.fixture
@@ -275,6 +277,10 @@ class FakeRequest:
         self.released += 1
 
 
+def a_rejection(held: int) -> Rejection:
+    return Rejection(Overloaded("full", retry_after_s=1.0), held, Metrics().unresolved("encode"), 1)
+
+
 class FakeRequests:
     """Notes which messages are started, and how many bytes are held, at most `room`."""
 
@@ -307,7 +313,7 @@ def test_a_reply_that_is_sent_forgets_no_message_that_is_being_started() -> None
     stream.ready()
     call.received(b"large")
     call.taken()
-    stream.rejected(Overloaded("full", retry_after_s=1.0), 0)
+    stream.rejected(a_rejection(0))
     assert not call.ends
     call.taken()
     assert requests.started == [b"one", b"two", b"large", b"large"]
@@ -336,7 +342,7 @@ def test_a_message_like_the_last_one_is_received_only_if_there_is_room_for_it() 
     call.taken()
     call.received(bytes(LARGE))
     assert (requests.passed_on, requests.held) == (0, 0)
-    stream.rejected(Overloaded("full", retry_after_s=1.0), 0)
+    stream.rejected(a_rejection(0))
     assert [type(end) for end in call.ends] == [Overloaded]
 
 
@@ -354,7 +360,7 @@ def test_what_is_held_is_let_go(how: str) -> None:
     call.received(bytes(LARGE))
     assert requests.passed_on == LARGE
     # Of a kept message the bytes stay counted.
-    stream.rejected(Overloaded("full", retry_after_s=1.0), LARGE)
+    stream.rejected(a_rejection(LARGE))
     assert (len(requests.started), requests.held, call.ends) == (1 + 1, LARGE, [])
     if how == "the stream drains":
         stream.drain()
@@ -373,7 +379,7 @@ def test_what_is_held_is_let_go(how: str) -> None:
 def test_a_message_that_is_larger_than_expected_and_has_no_room_ends_the_stream() -> None:
     call, requests, stream = a_large_stream(room=LARGE)
     call.received(bytes(2 * LARGE))
-    stream.rejected(Overloaded("full", retry_after_s=1.0), LARGE)
+    stream.rejected(a_rejection(LARGE))
     assert requests.held == 0
     assert not call.ends
     call.taken()

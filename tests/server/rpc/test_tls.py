@@ -251,6 +251,9 @@ def test_the_status_of_a_server_with_tls_is_asked_on_the_port_of_health(
     serving(fake(), health_port=port, **folder.settings(mutual=True))
     assert vqserve(["status", "--target", f"localhost:{port}"]) == 0
     assert capsys.readouterr().out == "SERVING\n"
+    # It has nothing else, and the error says so.
+    assert vqserve(["codebooks", "--target", f"localhost:{port}"]) == 1
+    assert "is this the server's port, and not the one for health checks?" in capsys.readouterr().err
 
 
 def test_who_connects_and_says_nothing_keeps_nobody_out(

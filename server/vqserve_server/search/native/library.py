@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from vqserve_server.console import event
+from vqserve_server.console import ONCE, event
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def why_unusable() -> str | None:
     except (OSError, AttributeError) as error:
         # Built for another platform, or by another version.
         reason = f"the compiled search cannot be loaded: {error}"
-    logger.warning(event("search_not_compiled", slower="torch searches on the CPU", reason=reason))
+    logger.warning(event("search_not_compiled", slower="torch searches on the CPU", reason=reason), extra=ONCE)
     return reason
 
 
