@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,16 @@ class Buildah:
         after = _sizes(registry)
         return sum(after[name] for name in after.keys() - before.keys())
 
+    @contextmanager
+    def mounted(self, image: str) -> Iterator[Path]:
+        """Yield the root folder of a new container of an image, which can be written."""
+        name = self("from", "--pull-never", image)
+        try:
+            yield Path(self("mount", name))
+            self("umount", name)
+        finally:
+            self("rm", name)
+
     def copy_to(self, other: Buildah, image: str) -> None:
         """Copy an image to another storage."""
         with tempfile.TemporaryDirectory() as scratch:
@@ -115,6 +127,8 @@ def make_base(buildah: Buildah, image: str) -> None:
         include = "--include=python3,python3-venv,ca-certificates"
         run("debootstrap", "--variant=minbase", include, _RELEASE, root)
         shutil.rmtree(root / "var" / "cache" / "apt" / "archives")
+        # Other base images have it; buildah would make it, to mount its own there.
+        (root / "etc" / "hosts").touch()
         container = buildah("from", "scratch")
         buildah("add", "--quiet", container, root, "/")
         buildah("commit", "--quiet", "--rm", container, image)

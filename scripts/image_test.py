@@ -13,21 +13,26 @@ measured. The first build takes minutes.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import sbom
 import trustme
-from image_buildah import Buildah, Failed, copy_context, download_wheels, make_base
+from image_buildah import Buildah, Failed, copy_context, download_wheels, make_base, run
 from image_container import Container
+from packaging.utils import canonicalize_name
 
+import vqserve
 from vqserve_client import Client, Tls
 from vqserve_server import Tokenizer
 
@@ -35,6 +40,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 _FOLDER = _ROOT / "build" / "image-test"
 _DEMO = _ROOT / "server" / "vqserve_server" / "assets" / "demo.safetensors"
 _START_SECONDS = 300.0
+_METRIC_SECONDS = 30.0
 
 
 def main() -> int:
@@ -46,7 +52,8 @@ def main() -> int:
     _FOLDER.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            buildah = _builds(Path(scratch))
+            buildah, base = _builds(Path(scratch))
+            _has_what_it_needs(buildah, base, Path(scratch))
             _serves(buildah, Path(scratch))
     except (Failed, AssertionError) as error:
         print(error, file=sys.stderr)
@@ -55,8 +62,8 @@ def main() -> int:
     return 0
 
 
-def _builds(scratch: Path) -> Buildah:
-    """Build again and again, and print the seconds, the bytes to push and the layers that changed."""
+def _builds(scratch: Path) -> tuple[Buildah, str]:
+    """Build again and again, and print the seconds, the bytes to push and the layers; return where, and the base."""
     context, wheels, registry = scratch / "context", _FOLDER / "wheels", scratch / "registry"
     copy_context(_ROOT, context)
     download_wheels(context, wheels)
@@ -93,7 +100,27 @@ def _builds(scratch: Path) -> Buildah:
         build("the same without any cache", "vqserve-requirement", other)
     finally:
         other.remove()
-    return buildah
+    return buildah, base
+
+
+def _has_what_it_needs(buildah: Buildah, base: str, scratch: Path) -> None:
+    """Look for files that the build left behind, and for packages that the bill of materials does not list."""
+    with buildah.mounted(base) as root:
+        before = {path: _stamp(path, root) for path in _files(root)}
+    with buildah.mounted("vqserve") as root:
+        after = {path: _stamp(path, root) for path in _files(root)}
+        [packages] = root.glob("opt/vqserve/lib/python3*/site-packages")
+        installed = {canonicalize_name(one.name): one.version for one in metadata.distributions(path=[str(packages)])}
+        times = [path for path in _files(packages) if path.suffix == ".pyc" and not _has_hash(packages / path)]
+    changed = {path for path in after if after[path] != before.get(path)}
+    others = {str(path) for path in changed if path.parts[:2] != ("opt", "vqserve")}
+    assert others == {"etc/group", "etc/passwd"}, f"beside the environment the build left {sorted(others)}"
+    assert not before.keys() - after.keys()
+    assert not times, f"compiled files with times: {times[:3]}"
+    sbom.main(scratch / "sbom.json")
+    listed = json.loads((scratch / "sbom.json").read_text())["components"]
+    bill = {canonicalize_name(one["name"]): one["version"] for one in listed}
+    assert installed == bill | {"vqserve": vqserve.__version__}, "the bill of materials differs from the image"
 
 
 def _serves(buildah: Buildah, scratch: Path) -> None:
@@ -107,8 +134,7 @@ def _serves(buildah: Buildah, scratch: Path) -> None:
     certificate.private_key_pem.write_to_path(files / "tls.key")
     for blob in certificate.cert_chain_pems:
         blob.write_to_path(files / "tls.crt", append=True)
-    command = [sys.executable, "-m", "vqserve_server", "token", "tester", "--file", str(files / "tokens.toml")]
-    secret = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    secret = run(sys.executable, "-m", "vqserve_tools", "token", "tester", "--file", files / "tokens.toml").strip()
     for path in (files, *files.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     port, health, metrics = _free_ports(3)
@@ -127,17 +153,42 @@ def _serves(buildah: Buildah, scratch: Path) -> None:
             decoded = client.decode(tokens)
         assert np.array_equal(tokens, local.encode(latents)), "the image gives other tokens than this checkout"
         assert np.array_equal(decoded, local.decode(tokens)), "the image decodes to other latents than this checkout"
-        with urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=10) as reply:
-            scraped = reply.read().decode()
         for operation in ("encode", "decode"):
-            labels = f'codebook="demo",operation="{operation}",status="OK"'
-            assert f"vqserve_requests_total{{{labels}}} 1.0" in scraped, f"no {operation} request in the metrics"
+            _wait_for_metric(
+                metrics, f'vqserve_requests_total{{codebook="demo",operation="{operation}",status="OK"}} 1.0'
+            )
         code = container.stop()
         assert code == 0, f"exit code {code} after SIGTERM:\n{container.log.read_text()[-2000:]}"
     finally:
         container.close()
     print("served as 10001 without capabilities on a read-only root: health check, encode and decode over TLS with a")
     print("token, the tokens of this checkout, metrics, exit code 0 after SIGTERM")
+
+
+def _wait_for_metric(port: int, line: str) -> None:
+    """Scrape the metrics until they have a line: a request is counted after its reply."""
+    deadline = time.monotonic() + _METRIC_SECONDS
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+            scraped = reply.read().decode()
+        if line in scraped.splitlines():
+            return
+        assert time.monotonic() < deadline, f"no {line} in the metrics:\n{scraped}"
+        time.sleep(0.1)
+
+
+def _files(root: Path) -> list[Path]:
+    return [Path(folder, name).relative_to(root) for folder, _, names in os.walk(root) for name in names]
+
+
+def _stamp(path: Path, root: Path) -> tuple[int, int]:
+    status = (root / path).lstat()
+    return status.st_mode, status.st_size
+
+
+def _has_hash(path: Path) -> bool:
+    # After the magic number a .pyc file has flags: the lowest bit says that a hash follows, not a time.
+    return bool(path.read_bytes()[4] & 1)
 
 
 def _replace(path: Path, pattern: str, text: str) -> None:

@@ -25,8 +25,8 @@ from vqserve_server.administration import Administration
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
-from vqserve_server.device import reserved_bytes
 from vqserve_server.control import Control
+from vqserve_server.device import reserved_bytes
 from vqserve_server.engine import Engine, Watchdog
 from vqserve_server.heartbeat import Heartbeat
 from vqserve_server.metrics.memory import inherited_part, private_part
@@ -39,8 +39,8 @@ from vqserve_server.process import allow_connections
 from vqserve_server.repository import Reloader, Repository
 from vqserve_server.rescan import Rescan
 from vqserve_server.rpc import RpcServer
-from vqserve_server.search import SearchCounts
 from vqserve_server.rpc.admin import Execute
+from vqserve_server.search import SearchCounts
 from vqserve_server.stopping import Stop, exit_now
 from vqserve_server.tokenizer import Tokenizer
 from vqserve_server.usage.live import LiveUsage

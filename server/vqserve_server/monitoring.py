@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 
 from vqserve_server.access import Access
 from vqserve_server.config import ServeConfig
-from vqserve_server.metrics.http import Request, Response, Route
+from vqserve_server.metrics.http import Problem, Request, Response, Route
 from vqserve_server.metrics.port import MetricsPort
 from vqserve_server.metrics.present import Processes
+from vqserve_server.page import HEADERS, page_files
 from vqserve_server.usage.health import HealthReader
 
 
@@ -40,4 +42,17 @@ def _routes(health: HealthReader) -> Mapping[str, Route]:
     def codebooks(request: Request) -> Response:
         return Response(json.dumps(health.as_json(), allow_nan=False).encode(), "application/json")
 
-    return {"/codebooks.json": codebooks}
+    return {"/codebooks.json": codebooks, **page_routes()}
+
+
+def page_routes() -> Mapping[str, Route]:
+    """Return the routes of the console."""
+    files = page_files()
+
+    def answer(request: Request) -> Response:
+        if request.path not in files:
+            raise Problem(HTTPStatus.NOT_FOUND, "the console has no such file")
+        file = files[request.path]
+        return Response(file.body, file.content_type, headers=HEADERS)
+
+    return {"/": answer, "/page/": answer}

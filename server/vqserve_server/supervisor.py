@@ -39,11 +39,10 @@ from vqserve_server.metrics.present import Processes
 from vqserve_server.metrics.store import METRICS, NBYTES
 from vqserve_server.monitoring import metrics_port
 from vqserve_server.network import check_protected, reserve
+from vqserve_server.process import WORKER_VARIABLE
 from vqserve_server.rescan import Rescan
 from vqserve_server.usage.memory import USAGE, USAGE_BYTES
 
-# Environment variable with the number of a worker; it is not a setting for users.
-WORKER_VARIABLE = "_VQSERVE_WORKER"
 # Seconds after --drain-seconds until a worker that has not ended is killed.
 _END_S = 5.0
 # How long codebooks may load until the log says so. A device that hangs may also hang the process that comes next.

@@ -7,14 +7,31 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import vqserve_server
 from vqserve_server.config import ServeConfig
 
 DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
 UNIT = DEPLOY / "vqserve.service"
+# PR_SET_MDWE and PR_MDWE_REFUSE_EXEC_GAIN: the kernel's form of MemoryDenyWriteExecute=.
+CONFINED = """
+import ctypes, sys
+if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):
+    sys.exit("this kernel cannot")
+import numpy as np
+from vqserve_server import Tokenizer
+from vqserve_server.search import available
+for search in available("cpu"):
+    tokenizer = Tokenizer.load(sys.argv[1], device="cpu", search=search)
+    tokens = tokenizer.encode(np.ones((1, 16, 64, 64), np.float32))
+    for dtype in ("float32", "float16", "bfloat16"):
+        tokenizer.decode(tokens, dtype=dtype)
+    print(search, tokens.shape)
+"""
 # Of 10, by systemd's own measure.
 MOST_EXPOSED = 3.0
 
@@ -72,3 +89,13 @@ def test_systemd_knows_every_setting(tmp_path):
     unit.write_text(UNIT.read_text().replace("/opt/vqserve/bin/vqserved", "/bin/true"))
     done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
     assert "vqserve.service" not in done.stderr + done.stdout
+
+
+def test_the_search_needs_no_memory_that_is_both_written_and_run():
+    assert Unit(UNIT)["Service"]["MemoryDenyWriteExecute"] == "yes"
+    demo = Path(vqserve_server.__file__).parent / "assets" / "demo.safetensors"
+    done = subprocess.run([sys.executable, "-c", CONFINED, demo], capture_output=True, text=True, check=False)
+    if "this kernel cannot" in done.stderr:
+        pytest.skip("the kernel is older than 6.3")
+    assert done.returncode == 0, done.stderr
+    assert "native (1, 64, 64)" in done.stdout

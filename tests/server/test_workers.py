@@ -28,8 +28,9 @@ from vqserve_server import supervisor
 from vqserve_server.codebooks import save_codebook
 from vqserve_server.config import ServeConfig, resolve
 from vqserve_server.errors import StartError
+from vqserve_server.process import WORKER_VARIABLE
 from vqserve_server.quantizers import VectorQuantizer
-from vqserve_server.supervisor import WORKER_VARIABLE, BackOff, Workers, worker_environment
+from vqserve_server.supervisor import BackOff, Workers, worker_environment
 from vqserve_server.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from http import HTTPStatus
 from itertools import chain
 from typing import Self
 
@@ -14,10 +13,9 @@ from vqserve_server.access import Access
 from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
 from vqserve_server.metrics.collector import Collector, Sample
-from vqserve_server.metrics.http import HttpServer, Problem, Request, Response, Route
+from vqserve_server.metrics.http import HttpServer, Request, Response, Route
 from vqserve_server.metrics.present import Present, Processes
-from vqserve_server.network import address, listen
-from vqserve_server.page import HEADERS, page_files
+from vqserve_server.network import address, is_loopback, listen
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +40,7 @@ class MetricsPort:
             access: the certificates.
             processes: whoever starts them keeps it up to date.
             memories: what each process counts in, by its number.
-            routes: more of them, beside /metrics and the console.
+            routes: more of them, beside /metrics.
             samples: more of them, beside those that the memories have and that are known here.
 
         Raises:
@@ -53,7 +51,7 @@ class MetricsPort:
         listener = _listener(config)
         self._server = None
         if listener is not None:
-            self._server = HttpServer({"/metrics": self._metrics, **page_routes(), **(routes or {})}, listener)
+            self._server = HttpServer({"/metrics": self._metrics, **(routes or {})}, listener)
 
     def __enter__(self) -> Self:
         """Answer requests from now on."""
@@ -75,19 +73,6 @@ class MetricsPort:
         return Response(body, content_type)
 
 
-def page_routes() -> Mapping[str, Route]:
-    """Return the routes of the console."""
-    files = page_files()
-
-    def answer(request: Request) -> Response:
-        if request.path not in files:
-            raise Problem(HTTPStatus.NOT_FOUND, "the console has no such file")
-        file = files[request.path]
-        return Response(file.body, file.content_type, headers=HEADERS)
-
-    return {"/": answer, "/page/": answer}
-
-
 def _listener(config: ServeConfig) -> socket.socket | None:
     """Return a socket that is bound to the port; None: there is none.
 
@@ -104,5 +89,8 @@ def _listener(config: ServeConfig) -> socket.socket | None:
             raise
         logger.warning(event("metrics_port_taken", port=metrics.port, reason=error.text()))
         return None
+    if not is_loopback(metrics.metrics_host):
+        risk = "no TLS and no tokens: who can reach the metrics port learns what is served, and how much"
+        logger.warning(event("listening_openly", host=metrics.metrics_host, risk=risk))
     logger.info(event("metrics", address=address(metrics.metrics_host, metrics.port)))
     return listener

@@ -26,8 +26,8 @@ from vqserve_server.rpc.messages import codebook_message, parse
 from vqserve_server.rpc.options import channel_options
 from vqserve_server.rpc.reflection import Reflection
 from vqserve_server.rpc.request import Requests
-from vqserve_server.rpc.status import code_of
 from vqserve_server.rpc.server_info import ServerInfo
+from vqserve_server.rpc.status import code_of
 from vqserve_server.rpc.tls import server_credentials
 from vqserve_server.rpc.transport import Handler, Transport
 
