@@ -18,9 +18,9 @@ import pytest
 
 from support.certificates import Authority, Folder, free_port
 from support.waiting import eventually
+from support.workers import children
 from vqserve.errors import InvalidArgument, VqserveError
 from vqserve_client import Client, Tls
-from vqserve_server.supervisor import WORKER_VARIABLE
 
 DIM, ROWS = 4, 64
 
@@ -71,19 +71,6 @@ class Callers:
         """Return whether so many more calls were answered than now."""
         before = self.total
         return lambda: self.total >= before + calls
-
-
-def worker_pid(parent: int, number: int) -> int | None:
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            environ = path.read_bytes().split(b"\0")
-            if f"{WORKER_VARIABLE}={number}".encode() in environ and f"PPid:\t{parent}\n" in (
-                path.with_name("status").read_text()
-            ):
-                return int(path.parent.name)
-        except (OSError, ProcessLookupError):
-            continue
-    return None
 
 
 def queries(dashboard: dict[str, Any]) -> list[str]:
@@ -165,8 +152,7 @@ def test_two_workers_under_load_that_are_killed(
     agree(callers)
 
     # One worker is killed while nobody calls: nothing that was counted is lost.
-    victim = worker_pid(daemon.process.pid, 0)
-    assert victim is not None
+    victim = children(daemon.process.pid)[0]
     os.kill(victim, signal.SIGKILL)
     eventually(lambda: monitor.value("vqserve_worker_restarts_total") == 1)
     eventually(lambda: monitor.value("vqserve_workers_ready") == 2)
@@ -174,8 +160,7 @@ def test_two_workers_under_load_that_are_killed(
 
     # The other one is killed under load: only the calls that it had are in doubt.
     before = Counter(callers.answered)
-    victim = worker_pid(daemon.process.pid, 1)
-    assert victim is not None
+    victim = children(daemon.process.pid)[1]
 
     def killed_and_back() -> bool:
         return monitor.value("vqserve_worker_restarts_total") == 2 and monitor.value("vqserve_workers_ready") == 2
