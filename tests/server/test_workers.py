@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from support.waiting import eventually, read_until
+from support.workers import children
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client import Client
 from vqserve_client.channel import Connection
@@ -42,24 +43,6 @@ def codebook(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     save_codebook(VectorQuantizer(300, 8), path)
     return path
-
-
-def children(parent: int) -> dict[int, int]:
-    """The workers of a process: their numbers and process ids."""
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[1]) != parent:
-                continue
-            environ = dict(
-                entry.split("=", 1) for entry in (stat.parent / "environ").read_text().split("\0") if "=" in entry
-            )
-        except (OSError, ProcessLookupError):
-            continue
-        if WORKER_VARIABLE in environ:
-            found[int(environ[WORKER_VARIABLE])] = int(stat.parent.name)
-    return found
 
 
 def all_gone(pids: Iterable[int]) -> bool:
