@@ -92,5 +92,6 @@ def _listener(config: ServeConfig) -> socket.socket | None:
     if not is_loopback(metrics.metrics_host):
         risk = "no TLS and no tokens: who can reach the metrics port learns what is served, and how much"
         logger.warning(event("listening_openly", host=metrics.metrics_host, risk=risk))
-    logger.info(event("metrics", address=address(metrics.metrics_host, metrics.port)))
+    # An error of the start that comes after it is the only line of the log.
+    logger.debug(event("metrics", address=address(metrics.metrics_host, metrics.port)))
     return listener
