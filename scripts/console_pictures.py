@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,12 @@ from playwright.sync_api import Browser, sync_playwright
 from vqserve_client import Client, VqserveError
 from vqserve_server.codebooks import load_codebook, save_codebook
 from vqserve_server.quantizers import ResidualQuantizer
+from vqserve_tools.cli import main as vqserved
 
 _OUT = Path(__file__).resolve().parents[1] / "docs" / "assets"
 _DIM, _CODES, _STAGES, _STAGE_CODES = 8, 1024, 4, 256
 _FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-_QUICK = ("--init", "sample", "--steps", 60, "--quiet")
+_QUICK = ("--init", "sample", "--steps", 40, "--quiet")
 _READY = re.compile(r"vqserved: ready on ([^,]+),")
 _WIDE, _NARROW = {"width": 1240, "height": 1120}, {"width": 390, "height": 1500}
 
@@ -120,8 +121,10 @@ def _make_codebooks(books: Path) -> None:
 
 
 def _vqserved(*arguments: object) -> None:
-    command = [sys.executable, "-m", "vqserve_tools", *map(str, arguments)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
+    """Run a command in this process: it starts only once."""
+    with redirect_stdout(io.StringIO()):
+        if code := vqserved(list(map(str, arguments))):
+            sys.exit(code)
 
 
 @contextmanager

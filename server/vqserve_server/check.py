@@ -21,7 +21,8 @@ _DAY_S = 86_400.0
 
 def run(resolved: Resolved) -> int:
     """Print what would be used and every problem; return the exit code: 1 if the server would not start."""
-    console.set_up("debug" if resolved.config.log_level == "debug" else "warning")
+    level = "debug" if resolved.config.log_level == "debug" else "warning"
+    console.set_up(level, form=resolved.config.log_format)
     check = _Check()
     config = resolved.config
     _say("settings (the others have their defaults):")

@@ -19,8 +19,9 @@ from vqserve.arguments import Parser
 from vqserve.errors import COMMAND_LINE, VqserveError
 from vqserve.text import printable
 from vqserve_server import config as settings
-from vqserve_server import signals, supervisor
+from vqserve_server import signals
 from vqserve_server.extra import missing_package
+from vqserve_server.process import worker_number
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,11 @@ def _serve(args: argparse.Namespace) -> int:
         print(settings.settings_file(resolved), end="")
         return 0
     config, sources = resolved.config, list(resolved.codebooks)
-    worker = os.environ.get(supervisor.WORKER_VARIABLE)
+    worker = worker_number(os.environ)
     with signals.sighup_blocked():
         if worker is None and config.workers > 1 and not args.check:
+            from vqserve_server import supervisor  # noqa: PLC0415
+
             return supervisor.run(sources, config)
         if config.log_level != "debug":
             # Any caller can make gRPC write lines that say nothing to an operator. It reads this when it is imported.
@@ -126,7 +129,7 @@ def _serve(args: argparse.Namespace) -> int:
             return check.run(resolved)
         from vqserve_server import app  # noqa: PLC0415
 
-        return app.run(sources, config, worker=None if worker is None else int(worker))
+        return app.run(sources, config, worker=worker)
 
 
 def _open_standard_files() -> None:

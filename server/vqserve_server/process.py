@@ -1,17 +1,26 @@
-"""What this process has of the system: memory that it gives back, files that it may open."""
+"""What this process is among others, and has of the system: memory that it gives back, files that it may open."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
 import resource
+from collections.abc import Mapping
 
 from vqserve_server.console import ONCE, event
 
+# Environment variable with the number of a worker; it is not a setting for users.
+WORKER_VARIABLE = "_VQSERVE_WORKER"
 # Descriptors beside those of connections: the process's own files, and a reload's.
 _OWN_DESCRIPTORS = 256
 
 logger = logging.getLogger(__name__)
+
+
+def worker_number(environ: Mapping[str, str]) -> int | None:
+    """Return the number of this process among several that share a port; None if it is no worker."""
+    number = environ.get(WORKER_VARIABLE)
+    return None if number is None else int(number)
 
 
 def trim_memory() -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vqserve_server.metrics.families import FAMILIES
+
 MONITORING = Path(__file__).parents[2] / "examples" / "monitoring"
 RULES = {rule["alert"]: rule for rule in yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"][0]["rules"]}
 ENDS_AT = "90m"
@@ -88,6 +90,11 @@ def promtool(*arguments: object) -> str:
 def test_the_configuration_is_valid():
     assert "14 rules found" in promtool("check", "config", MONITORING / "prometheus.yml")
     promtool("check", "rules", "--lint-fatal", MONITORING / "alerts.yml")
+
+
+def test_the_series_here_are_of_metrics_that_exist():
+    known = {f"{family.full_name}{end}" for family in FAMILIES.values() for end in ("", "_bucket")}
+    assert {name.partition("{")[0] for name in HEALTHY} - known == {"up"}
 
 
 def test_every_alert_is_tested():

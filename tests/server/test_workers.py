@@ -19,18 +19,20 @@ import pytest
 import torch
 
 from support.waiting import eventually, read_until
+from support.workers import children
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client import Client
 from vqserve_client.channel import Connection
 from vqserve_client.config import ClientConfig
 from vqserve_client.health import SERVING, status
-from vqserve_server import supervisor
+from vqserve_server import workers as workers_module
 from vqserve_server.codebooks import save_codebook
 from vqserve_server.config import ServeConfig, resolve
 from vqserve_server.errors import StartError
+from vqserve_server.process import WORKER_VARIABLE
 from vqserve_server.quantizers import VectorQuantizer
-from vqserve_server.supervisor import WORKER_VARIABLE, BackOff, Workers, worker_environment
 from vqserve_server.tokenizer import Tokenizer
+from vqserve_server.workers import BackOff, Workers, worker_environment
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 
@@ -41,24 +43,6 @@ def codebook(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     save_codebook(VectorQuantizer(300, 8), path)
     return path
-
-
-def children(parent: int) -> dict[int, int]:
-    """The workers of a process: their numbers and process ids."""
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[1]) != parent:
-                continue
-            environ = dict(
-                entry.split("=", 1) for entry in (stat.parent / "environ").read_text().split("\0") if "=" in entry
-            )
-        except (OSError, ProcessLookupError):
-            continue
-        if WORKER_VARIABLE in environ:
-            found[int(environ[WORKER_VARIABLE])] = int(stat.parent.name)
-    return found
 
 
 def all_gone(pids: Iterable[int]) -> bool:
@@ -150,9 +134,9 @@ def test_a_worker_that_cannot_start_is_the_parents_error(
 def test_a_worker_for_which_nothing_is_left_is_the_parents_error_too(codebook: Path) -> None:
     # bash and not preexec_fn, which may not be used beside threads.
     command = 'ulimit -n 14; exec "$0" -m vqserve_server serve "$1" --workers 4 --port 0'
-    done = subprocess.run(
-        ["bash", "-c", command, sys.executable, str(codebook)], capture_output=True, text=True, check=False, timeout=200
-    )
+    environ = {**os.environ, "VQSERVE_METRICS_PORT": "0"}
+    words = ["bash", "-c", command, sys.executable, str(codebook)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=200, env=environ)
     assert done.returncode == 1
     assert done.stdout == ""
     assert 'error="Too many open files"' in done.stderr
@@ -175,7 +159,7 @@ def test_a_worker_for_which_no_thread_is_left_is_the_parents_error_too(
 def test_a_worker_that_takes_long_to_start_is_named(
     codebook: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(supervisor, "_LONG_START_S", 0.05)
+    monkeypatch.setattr(workers_module, "_LONG_START_S", 0.05)
 
     async def start_and_stop() -> None:
         workers = Workers([str(codebook)], ServeConfig(workers=1), 0)
@@ -298,6 +282,7 @@ from vqserve_server import app
 
 class Stuck:
     device = torch.device("cpu")
+    search = "none"
     probe = None
     info = CodebookInfo(
         name="stuck", digest="", kind="vq", num_codes=2, vocab_size=2, input_dim=1, code_dim=1, output_dim=1

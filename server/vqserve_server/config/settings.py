@@ -146,7 +146,7 @@ class MetricsConfig:
         "auto", f"port that shows metrics over HTTP; auto: {METRICS_PORT} if it is free; 0: none", values.port_or_auto
     )
     sample_one_in: int = _setting(
-        512, "one encoded row in so many is sampled for codebook health; 0: none", values.integer(0, 1 << 20)
+        2048, "one encoded row in so many is sampled for codebook health; 0: none", values.integer(0, 1 << 20)
     )
 
     @property

@@ -135,9 +135,10 @@ class Batch:
                 complete.append((part.job, timing))
         return complete
 
-    def own_rows(self) -> list[slice]:
-        """Return which of its rows are the server's own."""
-        return [part.rows for part in self.parts if part.job.caller is CANARY]
+    def traffic(self, rows: list[int]) -> list[int]:
+        """Return those of some rows that are not the server's own."""
+        own = [part.rows for part in self.parts if part.job.caller is CANARY]
+        return [row for row in rows if not any(part.start <= row < part.stop for part in own)] if own else rows
 
     def reject(self, error: InvalidArgument) -> None:
         """Fail the job of the only part with an error about that part."""

@@ -22,7 +22,7 @@ from vqserve_server.engine.caller import CANARY
 from vqserve_server.engine.job import EncodeKey
 from vqserve_server.engine.row_limits import RowLimits
 from vqserve_server.engine.scheduler import Scheduler
-from vqserve_server.usage.live import LiveUsage
+from vqserve_server.usage.live import LiveUsage, RowSampler
 
 logger = logging.getLogger(__name__)
 
@@ -67,16 +67,17 @@ class Worker:
 
     def _run(self) -> None:
         streams, staging, thread = DeviceStreams(), Staging(), threading.current_thread().name
+        sampler = None if self._usage is None else self._usage.sampler()
         try:
             while (batch := self._scheduler.next_batch(thread)) is not None:
                 with streams.on(batch.key.tokenizer.device):
-                    self._serve(batch, staging)
+                    self._serve(batch, staging, sampler)
                 # A thread that waits must not keep a batch, and with it a codebook that was replaced.
                 del batch
         except BaseException as error:
             self._on_broken(error)
 
-    def _serve(self, batch: Batch, staging: Staging) -> None:
+    def _serve(self, batch: Batch, staging: Staging, sampler: RowSampler | None) -> None:
         """Compute a batch and answer its jobs, in smaller batches where the whole cannot be computed."""
         left = [batch]
         while left:
@@ -85,7 +86,7 @@ class Worker:
             if most is not None and batch.rows > most:
                 left[:0] = batch.pieces(most)
                 continue
-            instead = self._compute(batch, staging)
+            instead = self._compute(batch, staging, sampler)
             if instead is not None:
                 left[:0] = instead
                 continue
@@ -102,7 +103,7 @@ class Worker:
                     failed.fail(no_memory())
                 return
 
-    def _compute(self, batch: Batch, staging: Staging) -> list[Batch] | None:
+    def _compute(self, batch: Batch, staging: Staging, sampler: RowSampler | None) -> list[Batch] | None:
         """Compute a batch and answer its jobs; return the batches that are to be computed in its place.
 
         It returns None, and no job has an answer, if there was too little memory. The caller goes on from there: the
@@ -126,8 +127,10 @@ class Worker:
             # Last, all together: the threads of the callers compete with this one.
             for job, timing in complete:
                 job.resolve(timing)
-            if self._usage is not None:
-                self._sample(batch, self._usage)
+            if sampler is not None and isinstance(batch.key, EncodeKey):
+                chosen = sampler.choose(batch.rows)
+                if chosen:
+                    self._record(batch, chosen)
         except Exception as error:
             if is_device_failure(error):
                 raise
@@ -146,17 +149,18 @@ class Worker:
                 return batch.split()
         return []
 
-    def _sample(self, batch: Batch, usage: LiveUsage) -> None:
-        """Let rows of an encode batch be sampled, after it was answered: an error here fails no request."""
-        if batch.computed is None or not isinstance(batch.key, EncodeKey):
+    def _record(self, batch: Batch, chosen: list[int]) -> None:
+        """Let chosen rows of an encode batch be counted, after it was answered: an error here fails no request."""
+        rows = batch.traffic(chosen)
+        if self._usage is None or batch.computed is None or not rows:
             return
         tokenizer = batch.key.tokenizer
         try:
-            usage.record(tokenizer, *batch.computed, batch.own_rows)
+            self._usage.record(tokenizer, *batch.computed, rows)
         except Exception as error:
             if is_device_failure(error):
                 raise
             # The next sample may find enough memory.
             if not is_out_of_memory(error):
-                usage.forget(tokenizer)
+                self._usage.forget(tokenizer)
                 logger.exception(event("usage_failed", codebook=tokenizer.info.name))

@@ -15,7 +15,7 @@ from vqserve_server.console import event
 from vqserve_server.metrics.collector import Collector, Sample
 from vqserve_server.metrics.http import HttpServer, Request, Response, Route
 from vqserve_server.metrics.present import Present, Processes
-from vqserve_server.network import address, listen
+from vqserve_server.network import address, is_loopback, listen
 
 logger = logging.getLogger(__name__)
 
@@ -89,5 +89,9 @@ def _listener(config: ServeConfig) -> socket.socket | None:
             raise
         logger.warning(event("metrics_port_taken", port=metrics.port, reason=error.text()))
         return None
-    logger.info(event("metrics", address=address(metrics.metrics_host, metrics.port)))
+    if not is_loopback(metrics.metrics_host):
+        risk = "no TLS and no tokens: who can reach the metrics port learns what is served, and how much"
+        logger.warning(event("listening_openly", host=metrics.metrics_host, risk=risk))
+    # An error of the start that comes after it is the only line of the log.
+    logger.debug(event("metrics", address=address(metrics.metrics_host, metrics.port)))
     return listener

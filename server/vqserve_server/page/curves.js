@@ -62,15 +62,18 @@ export function bars(heading, subject, unit, told) {
   const from = element("span");
   const to = element("span");
   const note = element("span", { class: "note" });
-  const plot = element("div", { class: "plot" }, picture, element("div", { class: "ends", "aria-hidden": "true" }, from, to));
+  const ends = element("div", { class: "ends", "aria-hidden": "true" }, from, to);
+  const plot = element("div", { class: "plot" }, picture, ends);
   const node = element("figure", {}, element("h3", {}, heading), plot, element("figcaption", {}, note));
   return {
     node,
     update(histogram) {
       const parts = trimmed(histogram.parts());
       const most = Math.max(1, ...parts.map(([, , count]) => count));
-      plot.style.maxInlineSize = `${Math.max(FEWEST_BARS, parts.length) * 2.6}rem`;
-      set(picture, "viewBox", `0 0 ${Math.max(FEWEST_BARS, parts.length)} 100`);
+      const room = Math.max(FEWEST_BARS, parts.length);
+      plot.style.maxInlineSize = `${room * 2.6}rem`;
+      ends.style.inlineSize = `${(100 * parts.length) / room}%`;
+      set(picture, "viewBox", `0 0 ${room} 100`);
       picture.replaceChildren(...parts.map(([, , count], i) =>
         svg("rect", { x: i + 0.08, width: 0.84, y: 100 - (96 * count) / most, height: (96 * count) / most })));
       say(from, parts.length ? `over ${unit(parts[0][0])}` : "");

@@ -3,6 +3,7 @@
 export const NONE = "–";
 const THREE = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
 const WHOLE = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const PERCENT = new Intl.NumberFormat("en", { style: "percent", maximumFractionDigits: 1 });
 const SHARE = new Intl.NumberFormat("en", { style: "percent", maximumSignificantDigits: 3 });
 
 const known = (value) => value !== null && value !== undefined && Number.isFinite(value);
@@ -22,7 +23,10 @@ export function short(value) {
 
 export const whole = (value) => (known(value) ? WHOLE.format(value) : NONE);
 
-export const percent = (value) => (known(value) ? SHARE.format(value) : NONE);
+export const percent = (value) => (known(value) ? PERCENT.format(value) : NONE);
+
+/** A part of a whole that may be very small. */
+export const share = (value) => (known(value) ? SHARE.format(value) : NONE);
 
 export const bytes = (value) =>
   known(value) ? scaled(value, [[2 ** 40, " TiB"], [2 ** 30, " GiB"], [2 ** 20, " MiB"], [2 ** 10, " KiB"], [1, " B"]]) : NONE;

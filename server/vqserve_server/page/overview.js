@@ -19,7 +19,7 @@ const TILES = [
   },
   { id: "queue", heading: "Queue", unit: "of its limit", write: percent, lines: [{ key: "queue", label: "", class: "first" }], note: (point) => point.queued },
   { id: "busy", heading: "Device busy", unit: "of the time", write: percent, lines: [{ key: "busy", label: "", class: "first" }], note: (point) => point.devices },
-  { id: "failed", heading: "Not answered", unit: "per second", write: short, lines: [{ key: "failed", label: "", class: "bad" }], note: (point) => point.failures },
+  { id: "failed", heading: "Failed requests", unit: "per second", write: short, lines: [{ key: "failed", label: "", class: "bad" }], note: (point) => point.failures },
 ];
 
 /** Compute what the tiles show of two scrapes; null is what is not known. */

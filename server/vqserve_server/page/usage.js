@@ -2,7 +2,7 @@
 
 import { anchorOf, DRIFT_LIMIT, ERROR_LIMIT, usedShare } from "./codebooks.js";
 import { element, Keyed, say, set, svg } from "./dom.js";
-import { counted, NONE, percent, short, whole } from "./format.js";
+import { counted, NONE, percent, share, short, whole } from "./format.js";
 import { CHANGE, squares, USAGE } from "./squares.js";
 
 // As many codebooks are open at first.
@@ -125,9 +125,9 @@ function keys(title, scale) {
 }
 
 /** Shares as multiples of what equal use would give. */
-const relative = (shares) => shares.map((share) => share * shares.length);
+const relative = (shares) => shares.map((each) => each * shares.length);
 
-const summary = (shares) => `${shares.filter((share) => share > 0).length} of ${shares.length} squares used`;
+const summary = (shares) => `${shares.filter((each) => each > 0).length} of ${shares.length} squares used`;
 
 /** Return live share over the file's for each group; 0 if the group was expected and never chosen. */
 function changes({ usage, reference, sampled_rows: rows }) {
@@ -139,10 +139,10 @@ function changes({ usage, reference, sampled_rows: rows }) {
 }
 
 function mostUsed({ usage, reference, codes }, size) {
-  return usage.map((share, i) => [share, i]).filter(([share]) => share > 0).sort(([a], [b]) => b - a).slice(0, MOST_USED)
-    .map(([share, i]) => {
+  return usage.map((live, i) => [live, i]).filter(([live]) => live > 0).sort(([a], [b]) => b - a).slice(0, MOST_USED)
+    .map(([live, i]) => {
       const last = Math.min(codes, (i + 1) * size) - 1;
       const range = size > 1 ? `${i * size} to ${last}` : String(i);
-      return [range, [range, percent(share), reference === null ? NONE : percent(reference[i])]];
+      return [range, [range, share(live), reference === null ? NONE : share(reference[i])]];
     });
 }

@@ -1,14 +1,14 @@
 """Samples the rows that a server encodes, and counts which codes they got, and with what error.
 
 Every row has the same probability to be sampled, whoever sent it, in whatever batch and place, and whatever happens to
-other rows: so the counts are unbiased. Sampled rows are copied and counted many at once, after the replies are sent.
+other rows: so the counts are unbiased. Sampled rows are copied after the replies are sent, and counted many at once.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +20,10 @@ from vqserve_server.usage.memory import Block, BlockText, UsageMemory
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
 
+Rows = npt.NDArray[np.floating[Any]]
+
 # Sampled rows that are counted at once, in at most so many bytes; and how long they wait for more.
-_BUFFER_ROWS, _BUFFER_BYTES = 1024, 1 << 20
+_MOST_KEPT, _MOST_KEPT_BYTES = 1024, 1 << 20
 _LONGEST_WAIT_S = 1.0
 # Rows of a full half of the window: several for each code, so that those in use are seen; less is too little for any.
 _ROWS_PER_CODE, _LEAST_WINDOW_ROWS, _MOST_WINDOW_ROWS = 4, 1 << 14, 1 << 20
@@ -63,24 +65,19 @@ def window_rows(groups: CodeGroups) -> int:
 
 
 class CodebookUsage:
-    """The sample of one codebook's rows. Safe for use by many threads."""
+    """The sampled rows of one codebook. Safe for use by many threads."""
 
-    def __init__(self, tokenizer: Tokenizer, block: Block, sampler: RowSampler) -> None:
+    def __init__(self, tokenizer: Tokenizer, block: Block) -> None:
         """Count in a block; the numbers that are there stay."""
         self._tokenizer = tokenizer
         self._block: Block | None = block
-        self._sampler = sampler
         self._lock = threading.Lock()
         self._groups = block.text.groups
         self._window_rows = window_rows(self._groups)
-        info = tokenizer.info
-        capacity = max(1, min(_BUFFER_ROWS, _BUFFER_BYTES // (8 * info.input_dim)))
-        # float64 holds all latents as they are.
-        self._rows = np.empty((capacity, info.input_dim))
-        self._indices = np.zeros((capacity, info.num_quantizers), np.int64)
-        # Indices of each row: fewer than all, if the caller wanted fewer.
-        self._counts = np.empty(capacity, np.int64)
-        self._filled = 0
+        self._most_kept = max(1, min(_MOST_KEPT, _MOST_KEPT_BYTES // (8 * tokenizer.info.input_dim)))
+        # Rows and indices that are not counted yet, by the number of indices that the callers wanted.
+        self._kept: dict[int, list[tuple[Rows, Ints]]] = {}
+        self._num_kept = 0
         self._counted_at = time.monotonic()
         self._statistics = tokenizer.statistics
         self._compare(block)
@@ -97,29 +94,14 @@ class CodebookUsage:
         with self._lock:
             self._block = None
 
-    def record(
-        self, rows: npt.NDArray[np.floating[Any]], indices: Ints, own_rows: Callable[[], Sequence[slice]]
-    ) -> None:
-        """Sample the rows of a batch.
-
-        Args:
-            rows: (n, input_dim) float32 or float64, encoded; not kept.
-            indices: (n,) or (n, q) of the first q stages.
-            own_rows: returns the rows of the batch that are the server's own, and not traffic.
-        """
+    def record(self, rows: Rows, indices: Ints) -> None:
+        """Take sampled rows; see `LiveUsage.record`."""
         with self._lock:
-            chosen = self._sampler.choose(len(rows))
-            if not chosen or self._block is None:
+            if self._block is None:
                 return
-            own = own_rows()
-            if own:
-                chosen = [row for row in chosen if not any(part.start <= row < part.stop for part in own)]
-            for start in range(0, len(chosen), len(self._rows)):
-                part = chosen[start : start + len(self._rows)]
-                if self._filled + len(part) > len(self._rows):
-                    self._count(self._block)
-                self._keep(rows, indices, part)
-            if time.monotonic() - self._counted_at > _LONGEST_WAIT_S:
+            self._kept.setdefault(indices.shape[1] if indices.ndim > 1 else 1, []).append((rows, indices))
+            self._num_kept += len(rows)
+            if self._num_kept >= self._most_kept or time.monotonic() - self._counted_at > _LONGEST_WAIT_S:
                 self._count(self._block)
 
     def _compare(self, block: Block) -> None:
@@ -129,29 +111,19 @@ class CodebookUsage:
         else:
             block.set_reference(statistics.rows, statistics.usage, statistics.error)
 
-    def _keep(self, rows: npt.NDArray[np.floating[Any]], indices: Ints, chosen: list[int]) -> None:
-        kept = slice(self._filled, self._filled + len(chosen))
-        # Twice as fast as rows[chosen] for a few.
-        found = indices.take(chosen, axis=0).reshape(len(chosen), -1)
-        self._rows[kept] = rows.take(chosen, axis=0)
-        self._indices[kept, : found.shape[1]] = found
-        self._counts[kept] = found.shape[1]
-        self._filled = kept.stop
-
     def _count(self, block: Block) -> None:
         """Count the rows that are kept."""
-        count, self._filled = self._filled, 0
+        kept, self._kept, self._num_kept = self._kept, {}, 0
         self._counted_at = time.monotonic()
-        indices, counts = self._indices[:count], self._counts[:count]
-        stages = indices.shape[1]
-        is_there = np.arange(stages) < counts[:, None]
-        errors = np.empty(0)
-        if self._tokenizer.errors is not None:
-            whole = counts == stages
-            errors = self._tokenizer.errors.of(self._rows[:count][whole], indices[whole])
-            errors = errors[np.isfinite(errors)]
-        places = self._groups.places(indices)[is_there]
-        block.add(places, errors, rows=count, window_rows=self._window_rows)
+        for stages, parts in kept.items():
+            rows = np.concatenate([part for part, _ in parts])
+            indices = np.concatenate([part for _, part in parts]).reshape(len(rows), stages)
+            errors = np.empty(0)
+            if self._tokenizer.errors is not None and stages == self._tokenizer.info.num_quantizers:
+                errors = self._tokenizer.errors.of(rows, indices)
+                errors = errors[np.isfinite(errors)]
+            places = self._groups.places(indices).ravel()
+            block.add(places, errors, rows=len(rows), window_rows=self._window_rows)
 
 
 class LiveUsage:
@@ -190,21 +162,26 @@ class LiveUsage:
                 usages[tokenizer] = self._usages[tokenizer]
                 usages[tokenizer].use_statistics()
             elif (block := self._memory.block(_text(tokenizer))) is not None:
-                sampler = RowSampler(self._one_in, self._rng.spawn(1)[0])
-                usages[tokenizer] = CodebookUsage(tokenizer, block, sampler)
+                usages[tokenizer] = CodebookUsage(tokenizer, block)
         self._usages = usages
 
-    def record(
-        self,
-        tokenizer: Tokenizer,
-        rows: npt.NDArray[np.floating[Any]],
-        indices: Ints,
-        own_rows: Callable[[], Sequence[slice]],
-    ) -> None:
-        """Sample the rows of a batch; see `CodebookUsage.record`. It is quick: it may be called for every batch."""
+    def sampler(self) -> RowSampler:
+        """Return what chooses the rows of the batches of one device thread."""
+        return RowSampler(self._one_in, self._rng.spawn(1)[0])
+
+    def record(self, tokenizer: Tokenizer, rows: Rows, indices: Ints, chosen: Sequence[int]) -> None:
+        """Take the chosen rows of a batch.
+
+        Args:
+            tokenizer: has encoded them.
+            rows: (n, input_dim) float32 or float64; not kept.
+            indices: (n,) or (n, q) of the first q stages; not kept.
+            chosen: at least one of the n, by a `sampler`.
+        """
         usage = self._usages.get(tokenizer)
         if usage is not None:
-            usage.record(rows, indices, own_rows)
+            # Twice as fast as rows[chosen] for a few.
+            usage.record(rows.take(chosen, axis=0), indices.take(chosen, axis=0))
 
     def forget(self, tokenizer: Tokenizer) -> None:
         """Sample a codebook no longer, after an error."""

@@ -23,17 +23,17 @@ class Recording(LiveUsage):
 
     def __init__(self) -> None:
         super().__init__(memoryview(bytearray(1 << 16)), one_in=1)
-        self.batches: list[tuple[np.ndarray, np.ndarray, list[slice]]] = []
+        self.batches: list[tuple[np.ndarray, np.ndarray, list[int]]] = []
         self.forgotten: list[Any] = []
         self.error: BaseException | None = None
 
     def follow(self, tokenizers: Any) -> None:
         """Fakes have nothing to count."""
 
-    def record(self, tokenizer: Any, rows: Any, indices: Any, own_rows: Callable[[], Any]) -> None:
+    def record(self, tokenizer: Any, rows: Any, indices: Any, chosen: Any) -> None:
         if self.error is not None:
             raise self.error
-        self.batches.append((rows.copy(), indices.copy(), list(own_rows())))
+        self.batches.append((rows.copy(), indices.copy(), list(chosen)))
 
     def forget(self, tokenizer: Any) -> None:
         self.forgotten.append(tokenizer)
@@ -72,13 +72,13 @@ def test_rows_and_their_indices_are_sampled(
     engine.scheduler.put(job)
     JOBS.result(job)
     eventually(lambda: usage.batches)
-    [(rows, indices, own)] = usage.batches
+    [(rows, indices, chosen)] = usage.batches
     np.testing.assert_array_equal(rows, job.source)
     np.testing.assert_array_equal(indices, job.result)
-    assert own == []
+    assert chosen == list(range(7))
 
 
-def test_the_server_s_own_rows_are_named(
+def test_the_server_s_own_rows_are_not_sampled(
     fake: Callable[..., Any], start: Callable[..., Engine], usage: Recording
 ) -> None:
     tokenizer = fake()
@@ -88,16 +88,23 @@ def test_the_server_s_own_rows_are_named(
     engine.scheduler.put(first)
     tokenizer.wait_entered()
     # One batch.
-    jobs = [JOBS.encode(tokenizer, latents(3)), JOBS.encode(tokenizer, latents(5), caller=CANARY)]
+    jobs = [JOBS.encode(tokenizer, latents(5), caller=CANARY), JOBS.encode(tokenizer, latents(3))]
     for job in jobs:
         engine.scheduler.put(job)
     tokenizer.release()
     for job in jobs:
         JOBS.result(job)
     eventually(lambda: len(usage.batches) == 2)
-    rows, _, [own] = usage.batches[1]
+    rows, _, chosen = usage.batches[1]
     assert len(rows) == 8
-    np.testing.assert_array_equal(rows[own], jobs[1].source)
+    np.testing.assert_array_equal(rows[chosen], jobs[1].source)
+    alone = JOBS.encode(tokenizer, latents(5), caller=CANARY)
+    engine.scheduler.put(alone)
+    JOBS.result(alone)
+    after = JOBS.encode(tokenizer, latents(2))
+    engine.scheduler.put(after)
+    eventually(lambda: len(usage.batches) == 3)
+    assert len(usage.batches[2][0]) == 2
 
 
 def test_decoding_is_not_sampled(fake: Callable[..., Any], start: Callable[..., Engine], usage: Recording) -> None:

@@ -83,7 +83,22 @@ def metrics() -> FakeMetrics:
 
 
 @pytest.fixture
-def open_console(chromium: Any, metrics: FakeMetrics) -> Iterator[Callable[..., Console]]:
+def console_of() -> Callable[..., Console]:
+    """Return a console in a page of the browser, of whatever server; its clock runs."""
+
+    def make(page: Any, metrics: FakeMetrics, url: str) -> Console:
+        console = Console(page, metrics, url)
+        page.on("console", lambda message: console.complaints.append(message.text))
+        page.on("pageerror", lambda error: console.complaints.append(str(error)))
+        return console
+
+    return make
+
+
+@pytest.fixture
+def open_console(
+    chromium: Any, metrics: FakeMetrics, console_of: Callable[..., Console]
+) -> Iterator[Callable[..., Console]]:
     """Open the console, with options of a browser's context: open_console(color_scheme="dark") -> Console."""
     contexts = []
     with serving_fake(metrics) as url:
@@ -92,9 +107,7 @@ def open_console(chromium: Any, metrics: FakeMetrics) -> Iterator[Callable[..., 
             context = chromium.new_context(**options)
             contexts.append(context)
             page = context.new_page()
-            console = Console(page, metrics, url)
-            page.on("console", lambda message: console.complaints.append(message.text))
-            page.on("pageerror", lambda error: console.complaints.append(str(error)))
+            console = console_of(page, metrics, url)
             page.clock.install(time=1_700_000_600)
             page.clock.pause_at(1_700_000_700)
             page.goto(url)

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from support.fake_metrics import ROWS, serving_fake
+from vqserve_server.metrics.families import FAMILIES
+from vqserve_server.usage.health import CodebookHealth, StageHealth
 
 UNKNOWN, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
+
+
+def test_the_metrics_that_are_invented_here_exist(metrics):
+    known = {family.full_name: set(family.labels) for family in FAMILIES.values()}
+    for name, labels in metrics.samples:
+        assert {label for label, _ in labels} <= known[f"vqserve_{name}"]
+    for health in metrics.health:
+        assert {field.name for field in fields(CodebookHealth)} - {"sampled_rows"} == health.keys()
+        for stage in health["stages"]:
+            assert {field.name for field in fields(StageHealth)} == stage.keys()
 
 
 def test_it_shows_the_server_its_workers_and_its_codebooks(open_console):

@@ -278,7 +278,7 @@ class FakeRequest:
 
 
 def a_rejection(held: int) -> Rejection:
-    return Rejection(Overloaded("full", retry_after_s=1.0), held, Metrics().unresolved("encode"), 1)
+    return Rejection(Overloaded("full", retry_after_s=1.0), held, Metrics().unresolved("encode"), 1, None, 0.0)
 
 
 class FakeRequests:
@@ -288,6 +288,9 @@ class FakeRequests:
         self.started: list[bytes] = []
         self.room = room
         self.held = 0
+
+    def trace(self, call: Any) -> None:
+        return None
 
     def start(self, caller: Any, headers: Any, raw: bytes, *, held: int) -> None:
         self.started.append(raw)

@@ -21,8 +21,9 @@ from vqserve_server.usage.live import LiveUsage, RowSampler, window_rows
 NBYTES = 8 << 20
 
 
-def nothing_own():
-    return []
+def record(usage, tokenizer, rows, indices):
+    """Take all rows of a batch."""
+    usage.record(tokenizer, rows, indices, range(len(rows)))
 
 
 def followed(*tokenizers, one_in=1, memory=None):
@@ -85,26 +86,20 @@ def test_callers_with_large_and_small_batches_are_sampled_alike():
     """One caller's rows come 3 at a time, the other's 5000 at a time."""
     tokenizer = Tokenizer(VectorQuantizer(8, 2))
     usage, memory = followed(tokenizer, one_in=16)
-    small, large = np.zeros(3, np.int64), np.ones(5000, np.int64)
+    sampler = usage.sampler()
+
+    def send(rows, code):
+        chosen = sampler.choose(rows)
+        if chosen:
+            usage.record(tokenizer, np.zeros((rows, 2), np.float32), np.full(rows, code), chosen)
+
     for _ in range(60):
         for _ in range(1667):
-            usage.record(tokenizer, np.zeros((3, 2), np.float32), small, nothing_own)
-        usage.record(tokenizer, np.zeros((5000, 2), np.float32), large, nothing_own)
+            send(3, 0)
+        send(5000, 1)
     window = HealthReader([memory]).codebooks()[0].stages[0]
     # 5001 and 5000 rows a round: half each, within five standard deviations of what is left in the window.
     assert window.usage[0] == pytest.approx(0.5, abs=5 * 0.5 / np.sqrt(window.sampled_rows))
-
-
-def test_the_server_s_own_rows_are_no_traffic():
-    tokenizer = Tokenizer(VectorQuantizer(8, 2))
-    usage, memory = followed(tokenizer)
-    indices = np.arange(8)
-    rows = np.zeros((8, 2), np.float32)
-    usage.record(tokenizer, rows, indices, lambda: [slice(0, 3), slice(6, 7)])
-    usage.record(tokenizer, rows, indices, lambda: [slice(0, 8)])
-    found = health_of(memory)["codebook"]
-    assert found.sampled_rows == 4
-    assert np.flatnonzero(found.stages[0].usage).tolist() == [3, 4, 5, 7]
 
 
 # What is counted.
@@ -124,7 +119,7 @@ def test_usage_and_error_of_every_kind(name, dtype):
     tokenizer.statistics = expected
     usage, memory = followed(tokenizer)
     for start in range(0, 700, 100):
-        usage.record(tokenizer, latents[start : start + 100], found[start : start + 100], nothing_own)
+        record(usage, tokenizer, latents[start : start + 100], found[start : start + 100])
     health = health_of(memory)[name]
     assert (health.kind, health.digest, health.sampled_rows) == (quantizer.kind, tokenizer.digest, 700)
     assert (health.error is None) == (not quantizer.is_approximate)
@@ -150,7 +145,7 @@ def test_requests_for_fewer_indices_count_for_their_stages_only():
     latents = latents_of(tokenizer, 60)
     for count in (1, 2, 3):
         found = tokenizer.encode_rows(latents[: 20 * count], num_quantizers=count)
-        usage.record(tokenizer, latents[: 20 * count], found, nothing_own)
+        record(usage, tokenizer, latents[: 20 * count], found)
     health = health_of(memory)["codebook"]
     assert [stage.sampled_rows for stage in health.stages] == [120, 100, 60]
     whole = tokenizer.encode_rows(latents)
@@ -162,19 +157,18 @@ def test_rows_are_counted_many_at_once(monkeypatch):
     tokenizer = Tokenizer(VectorQuantizer(8, 2))
     usage, memory = followed(tokenizer)
     for _ in range(2050):
-        usage.record(tokenizer, np.zeros((1, 2), np.float32), np.zeros(1, np.int64), nothing_own)
+        record(usage, tokenizer, np.zeros((1, 2), np.float32), np.zeros(1, np.int64))
     assert health_of(memory)["codebook"].sampled_rows == 2048
-    # A batch of more rows than are kept.
-    usage.record(tokenizer, np.zeros((5000, 2), np.float32), np.zeros(5000, np.int64), nothing_own)
-    assert health_of(memory)["codebook"].sampled_rows == 2050 + 4096
+    record(usage, tokenizer, np.zeros((5000, 2), np.float32), np.zeros(5000, np.int64))
+    assert health_of(memory)["codebook"].sampled_rows == 7050
 
 
 def test_latents_that_overflow_have_no_error():
     tokenizer = Tokenizer(VectorQuantizer(8, 2))
     usage, memory = followed(tokenizer)
     latents = np.full((10, 2), 1e200)
-    usage.record(tokenizer, latents, tokenizer.encode_rows(latents), nothing_own)
-    usage.record(tokenizer, latents[:1] * 0, np.zeros(1, np.int64), nothing_own)
+    record(usage, tokenizer, latents, tokenizer.encode_rows(latents))
+    record(usage, tokenizer, latents[:1] * 0, np.zeros(1, np.int64))
     health = health_of(memory)["codebook"]
     assert health.sampled_rows == 11
     assert np.isfinite(health.error)
@@ -188,7 +182,7 @@ def test_the_window_forgets():
 
     def send(code, count):
         for _ in range(count // 1024):
-            usage.record(tokenizer, rows, np.full(1024, code), nothing_own)
+            record(usage, tokenizer, rows, np.full(1024, code))
             stage = HealthReader([memory]).codebooks()[0].stages[0]
         return stage.sampled_rows, stage.usage
 
@@ -214,7 +208,7 @@ def test_threads_lose_nothing():
 
     def send():
         for _ in range(300):
-            usage.record(tokenizer, rows, indices, nothing_own)
+            record(usage, tokenizer, rows, indices)
 
     threads = [threading.Thread(target=send) for _ in range(4)]
     for thread in threads:
@@ -231,28 +225,28 @@ def test_threads_lose_nothing():
 def test_a_codebook_that_is_not_followed_is_not_sampled():
     first, second = (Tokenizer(VectorQuantizer(8, 2), name=name) for name in ("a", "b"))
     usage, memory = followed(first)
-    usage.record(second, np.zeros((9, 2), np.float32), np.zeros(9, np.int64), nothing_own)
+    record(usage, second, np.zeros((9, 2), np.float32), np.zeros(9, np.int64))
     assert list(health_of(memory)) == ["a"]
     usage.follow([second])
-    usage.record(second, np.zeros((9, 2), np.float32), np.zeros(9, np.int64), nothing_own)
-    usage.record(first, np.zeros((9, 2), np.float32), np.zeros(9, np.int64), nothing_own)
+    record(usage, second, np.zeros((9, 2), np.float32), np.zeros(9, np.int64))
+    record(usage, first, np.zeros((9, 2), np.float32), np.zeros(9, np.int64))
     assert {name: found.sampled_rows for name, found in health_of(memory).items()} == {"b": 9}
     usage.forget(second)
-    usage.record(second, np.zeros((9, 2), np.float32), np.zeros(9, np.int64), nothing_own)
+    record(usage, second, np.zeros((9, 2), np.float32), np.zeros(9, np.int64))
     assert health_of(memory)["b"].sampled_rows == 9
 
 
 def test_a_swap_starts_anew_and_the_number_of_rows_goes_on():
     old, new = (Tokenizer(make("vq", seed), name="book") for seed in range(2))
     usage, memory = followed(old)
-    usage.record(old, np.zeros((50, 3), np.float32), np.zeros(50, np.int64), nothing_own)
+    record(usage, old, np.zeros((50, 3), np.float32), np.zeros(50, np.int64))
     usage.follow([new])
     health = health_of(memory)["book"]
     assert (health.digest, health.sampled_rows, health.stages[0].sampled_rows) == (new.digest, 50, 0)
     assert (health.error, health.stages[0].perplexity) == (None, None)
     # A batch of the old one that ends only now.
-    usage.record(old, np.zeros((50, 3), np.float32), np.zeros(50, np.int64), nothing_own)
-    usage.record(new, np.zeros((7, 3), np.float32), np.full(7, 3), nothing_own)
+    record(usage, old, np.zeros((50, 3), np.float32), np.zeros(50, np.int64))
+    record(usage, new, np.zeros((7, 3), np.float32), np.full(7, 3))
     health = health_of(memory)["book"]
     assert (health.sampled_rows, health.stages[0].sampled_rows, health.stages[0].usage[3]) == (57, 7, 1.0)
 
@@ -260,16 +254,16 @@ def test_a_swap_starts_anew_and_the_number_of_rows_goes_on():
 def test_other_codebooks_of_a_swap_go_on():
     kept, old, new = (Tokenizer(make("vq", seed), name=name) for seed, name in enumerate(("kept", "book", "book")))
     usage, memory = followed(kept, old)
-    usage.record(kept, np.zeros((5, 3), np.float32), np.zeros(5, np.int64), nothing_own)
+    record(usage, kept, np.zeros((5, 3), np.float32), np.zeros(5, np.int64))
     usage.follow([new, kept])
-    usage.record(kept, np.zeros((5, 3), np.float32), np.zeros(5, np.int64), nothing_own)
+    record(usage, kept, np.zeros((5, 3), np.float32), np.zeros(5, np.int64))
     assert health_of(memory)["kept"].stages[0].sampled_rows == 10
 
 
 def test_new_statistics_of_the_same_codebook_are_compared_with():
     tokenizer = Tokenizer(make("vq"), name="book")
     usage, memory = followed(tokenizer)
-    usage.record(tokenizer, np.zeros((5, 3), np.float32), np.zeros(5, np.int64), nothing_own)
+    record(usage, tokenizer, np.zeros((5, 3), np.float32), np.zeros(5, np.int64))
     assert health_of(memory)["book"].stages[0].reference is None
     tally = StatisticsTally(tokenizer.code_groups)
     tally.add(np.array([[1], [1], [2], [3]]), np.full(4, 2.0))
@@ -287,8 +281,8 @@ def test_new_statistics_of_the_same_codebook_are_compared_with():
 def test_a_process_that_comes_next_goes_on():
     tokenizer = Tokenizer(make("vq"), name="book")
     usage, memory = followed(tokenizer)
-    usage.record(tokenizer, np.zeros((50, 3), np.float32), np.zeros(50, np.int64), nothing_own)
+    record(usage, tokenizer, np.zeros((50, 3), np.float32), np.zeros(50, np.int64))
     again, _ = followed(tokenizer, memory=memory)
-    again.record(tokenizer, np.zeros((50, 3), np.float32), np.ones(50, np.int64), nothing_own)
+    record(again, tokenizer, np.zeros((50, 3), np.float32), np.ones(50, np.int64))
     health = health_of(memory)["book"]
     assert (health.sampled_rows, health.stages[0].usage[:2]) == (100, [0.5, 0.5])
