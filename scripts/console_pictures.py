@@ -149,9 +149,9 @@ def _load(target: str) -> Iterator[None]:
     stopped = threading.Event()
     jobs = [
         _Job("faces", _FACES, 2048, makes_mistakes=True),
-        _Job("faces", _FACES, 2048),
-        _Job("speech", _FACES, 1024),
-        _Job("textures", _narrow, 4096),
+        *[_Job("faces", _FACES, 2048)] * 4,
+        *[_Job("speech", _FACES, 1024)] * 3,
+        *[_Job("textures", _narrow, 4096)] * 2,
     ]
     threads = [threading.Thread(target=_call, args=(target, job, stopped, i)) for i, job in enumerate(jobs)]
     for thread in threads:
@@ -177,7 +177,7 @@ def _call(target: str, job: _Job, stopped: threading.Event, number: int) -> None
             if job.makes_mistakes and calls % 40 == 0:
                 # The page shows errors.
                 _send_what_is_no_latent(client)
-            stopped.wait(0.012 * (1.2 + math.sin(time.monotonic() / 20 + number)))
+            stopped.wait(0.01 * (1.2 + math.sin(time.monotonic() / 20 + number)))
 
 
 def _send_what_is_no_latent(client: Client) -> None:

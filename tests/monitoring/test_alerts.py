@@ -48,8 +48,8 @@ HEALTHY = {
     # Few rows were sampled of this one.
     'vqserve_codebook_used_ratio{job="vqserve",codebook="new",stage="0"}': "0.1x400",
     'vqserve_codebook_dead_codes{job="vqserve",codebook="new",stage="0"}': "900x400",
-    'vqserve_codebook_sampled_rows_total{job="vqserve",codebook="a"}': "20000x400",
-    'vqserve_codebook_sampled_rows_total{job="vqserve",codebook="new"}': "7000x400",
+    'vqserve_codebook_window_rows{job="vqserve",codebook="a",stage="0"}': "20000x400",
+    'vqserve_codebook_window_rows{job="vqserve",codebook="new",stage="0"}': "7000x400",
 }
 ILL = {
     "VqserveDown": {'up{job="vqserve"}': "0x400"},

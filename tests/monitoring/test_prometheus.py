@@ -178,10 +178,13 @@ def test_two_workers_under_load_that_are_killed(
     assert len(counters) > 20
     assert [name for labels, _ in counters if monitor.query(f"resets({(name := labels['__name__'])}[1h]) > 0")] == []
 
+    daemon.rescan(workers=2)
     with Client(daemon.target, tls=Tls(ca=ca)) as client:
         with pytest.raises(InvalidArgument):
             client.encode(np.full((1, DIM), np.nan, np.float32))
         encode_until_sampled(client, monitor, 3000)
+    # A rate needs two scrapes.
+    monitor.next_scrape()
 
     empty = [expression for expression in queries(dashboard) if not monitor.query(expression)]
     # What needs an event that there was none of, or a GPU.

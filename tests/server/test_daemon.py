@@ -24,6 +24,7 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from conftest import daemon_environment
 from support.waiting import eventually, read_until
 from vqserve import __version__
 from vqserve.v1 import tokenizer_pb2 as pb
@@ -419,6 +420,7 @@ class Stubborn:
     device = torch.device("cpu")
     search = "none"
     probe = None
+    search = "none"
     info = CodebookInfo(
         name="stubborn", digest="", kind="vq", num_codes=2, vocab_size=2, input_dim=1, code_dim=1, output_dim=1
     )
@@ -449,6 +451,7 @@ def stubborn() -> Iterator[Callable[..., Any]]:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
+                    env=daemon_environment(),
                 )
             )
             stack.callback(process.kill)

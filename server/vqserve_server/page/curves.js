@@ -10,19 +10,19 @@ const GAP_S = 15;
 // One bar is not as wide as the picture.
 const FEWEST_BARS = 5;
 
-/** Make a picture of one or more curves: `lines` are {key, label, class}, `unit` writes a number. */
-export function curves(subject, lines, unit) {
+/** Make a picture of one or more curves: `lines` are {key, label, class}, `unit` writes a number, `top` ends the scale if it is fixed. */
+export function curves(subject, lines, unit, top = null) {
   const paths = lines.map((line) => svg("path", { class: `curve ${line.class}` }));
   const picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", class: "curves" },
     svg("path", { class: "grid", d: `M0 ${HEIGHT}H${WIDTH}M0 ${HEIGHT / 2}H${WIDTH}M0 1H${WIDTH}` }), ...paths);
-  const top = element("span", { class: "top-of-scale", "aria-hidden": "true" });
-  const node = element("div", { class: "chart" }, top, picture);
+  const scale = element("span", { class: "top-of-scale", "aria-hidden": "true" });
+  const node = element("div", { class: "chart" }, scale, picture);
   return {
     node,
     update(points, now) {
       const values = points.flatMap((point) => lines.map(({ key }) => point[key])).filter((value) => value !== null);
-      const most = nice(Math.max(0, ...values));
-      say(top, values.length ? unit(most) : "");
+      const most = top ?? nice(Math.max(0, ...values));
+      say(scale, values.length ? unit(most) : "");
       lines.forEach(({ key }, i) => set(paths[i], "d", pathOf(points, key, now, most)));
       set(picture, "aria-label", `${subject} in the last 5 minutes: ${lines.map((line) => course(line, points, unit)).join("; ")}`);
     },

@@ -17,8 +17,8 @@ const TILES = [
     id: "p99", heading: "Latency", unit: "p99", write: seconds,
     lines: [{ key: "p50", label: "p50", class: "first" }, { key: "p99", label: "p99", class: "second" }],
   },
-  { id: "queue", heading: "Queue", unit: "of its limit", write: percent, lines: [{ key: "queue", label: "", class: "first" }], note: (point) => point.queued },
-  { id: "busy", heading: "Device busy", unit: "of the time", write: percent, lines: [{ key: "busy", label: "", class: "first" }], note: (point) => point.devices },
+  { id: "queue", heading: "Queue", unit: "of its limit", write: percent, top: 1, lines: [{ key: "queue", label: "", class: "first" }], note: (point) => point.queued },
+  { id: "busy", heading: "Device busy", unit: "of the time", write: percent, top: 1, lines: [{ key: "busy", label: "", class: "first" }], note: (point) => point.devices },
   { id: "failed", heading: "Failed requests", unit: "per second", write: short, lines: [{ key: "failed", label: "", class: "bad" }], note: (point) => point.failures },
 ];
 
@@ -60,7 +60,7 @@ function fullestQueue(scrapes) {
 export function overview(parent) {
   const tiles = TILES.map((tile) => {
     const value = element("span", { class: "value" });
-    const chart = curves(tile.heading, tile.lines, tile.write);
+    const chart = curves(tile.heading, tile.lines, tile.write, tile.top);
     const below = tile.lines.map((line) => element("span", { class: tile.note ? "" : line.class }));
     parent.append(element("article", { class: "tile", id: `tile-${tile.id}` },
       element("h3", {}, tile.heading), element("p", { class: "figure" }, value, " ", element("span", { class: "unit" }, tile.unit)),
