@@ -418,6 +418,7 @@ from vqserve_server import app
 
 class Stubborn:
     device = torch.device("cpu")
+    search = "none"
     probe = None
     search = "none"
     info = CodebookInfo(
@@ -434,7 +435,7 @@ class Stubborn:
 app.Repository.load = lambda self: None
 app.Repository.tokenizers = [Stubborn()]
 from vqserve_tools.cli import main
-sys.exit(main(["serve", "--port", "0", *sys.argv[1:]]))
+sys.exit(main(["serve", "--port", "0", "--metrics-port", "0", *sys.argv[1:]]))
 """
 
 
