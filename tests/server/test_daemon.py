@@ -417,6 +417,7 @@ from vqserve_server import app
 
 class Stubborn:
     device = torch.device("cpu")
+    search = "none"
     probe = None
     info = CodebookInfo(
         name="stubborn", digest="", kind="vq", num_codes=2, vocab_size=2, input_dim=1, code_dim=1, output_dim=1
@@ -432,7 +433,7 @@ class Stubborn:
 app.Repository.load = lambda self: None
 app.Repository.tokenizers = [Stubborn()]
 from vqserve_tools.cli import main
-sys.exit(main(["serve", "--port", "0", *sys.argv[1:]]))
+sys.exit(main(["serve", "--port", "0", "--metrics-port", "0", *sys.argv[1:]]))
 """
 
 
