@@ -62,7 +62,7 @@ class RunningServer:
 
 
 @contextmanager
-def _serving(tokenizers: Sequence[Any], environ: dict[str, str], metrics: Any) -> Iterator[RunningServer]:
+def _serving(tokenizers: Sequence[Any], environ: dict[str, str], instruments: Any) -> Iterator[RunningServer]:
     from vqserve_server.app import App  # noqa: PLC0415
     from vqserve_server.config import resolve  # noqa: PLC0415
 
@@ -72,7 +72,7 @@ def _serving(tokenizers: Sequence[Any], environ: dict[str, str], metrics: Any) -
     try:
 
         async def start() -> tuple[Any, int]:
-            app = App(tokenizers, resolve({"port": 0}, environ), metrics=metrics)
+            app = App(tokenizers, resolve({"port": 0}, environ), instruments=instruments)
             return app, await app.start()
 
         app, port = asyncio.run_coroutine_threadsafe(start(), loop).result()
@@ -92,9 +92,9 @@ def serving() -> Iterator[Callable[..., RunningServer]]:
     """Start a server in this process: serving(tokenizer, ..., max_batch_rows=64) -> RunningServer."""
     with ExitStack() as stack:
 
-        def start(*tokenizers: Any, metrics: Any = None, **settings: object) -> RunningServer:
+        def start(*tokenizers: Any, instruments: Any = None, **settings: object) -> RunningServer:
             environ = {f"VQSERVE_{name.upper()}": str(value) for name, value in settings.items()}
-            return stack.enter_context(_serving(tokenizers, environ, metrics))
+            return stack.enter_context(_serving(tokenizers, environ, instruments))
 
         yield start
 

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from vqserve_server import console, grpcio_release, signals, systemd
 from vqserve_server.access import Access
@@ -23,23 +23,14 @@ from vqserve_server.console import event
 from vqserve_server.control import Control
 from vqserve_server.engine import Watchdog
 from vqserve_server.heartbeat import Heartbeat
-from vqserve_server.metrics.memory import inherited_part, private_part
-from vqserve_server.metrics.present import Processes
-from vqserve_server.metrics.recorder import Metrics
-from vqserve_server.metrics.store import METRICS, NBYTES
-from vqserve_server.monitoring import metrics_port
+from vqserve_server.monitoring.instruments import ProcessInstruments
 from vqserve_server.network import address, check, check_protected, check_unix_socket
 from vqserve_server.process import allow_connections
 from vqserve_server.repository import Reloader, Repository
 from vqserve_server.rescan import Rescan
-from vqserve_server.server import App, LiveCounts
+from vqserve_server.server import App
 from vqserve_server.stopping import Stop, exit_now
 from vqserve_server.tokenizer import Tokenizer
-from vqserve_server.usage.live import LiveUsage
-from vqserve_server.usage.memory import USAGE, USAGE_BYTES
-
-if TYPE_CHECKING:
-    from vqserve_server.rpc.tracing import Tracing
 
 # Whatever is stuck, a broken process has ended after so many seconds.
 _BROKEN_END_S = 5.0
@@ -52,10 +43,7 @@ async def serve(
     config: ServeConfig,
     access: Access | None = None,
     *,
-    metrics: Metrics | None = None,
-    usage: LiveUsage | None = None,
-    processes: Processes | None = None,
-    tracing: Tracing | None = None,
+    own: ProcessInstruments,
     worker: int | None = None,
     heartbeat: Heartbeat | None = None,
     rescan: Rescan | None = None,
@@ -70,9 +58,7 @@ async def serve(
         config,
         labels=repository.labels,
         access=access,
-        metrics=metrics,
-        tracing=tracing,
-        usage=usage,
+        instruments=own.instruments,
         shares_port=worker is not None,
         on_broken=on_broken,
     )
@@ -113,8 +99,7 @@ async def serve(
     port = await app.start()
     if watchdog is not None:
         watchdog.start()
-    if processes is not None:
-        processes.ready.add(worker or 0)
+    own.processes.ready.add(worker or 0)
     _announce(repository.tokenizers, config.rpc.host, port)
     systemd.ready("serving")
     beside.append(asyncio.create_task(systemd.keep_alive()))
@@ -165,23 +150,15 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
             check_unix_socket(config.rpc.unix_socket)
     allow_connections(config.rpc.max_connections)
     access = Access(config.access)
-    memory = inherited_part(METRICS, os.environ)
-    if memory is None:
-        memory = private_part(NBYTES)
-    metrics, processes = Metrics(memory), Processes(pids={0: os.getpid()})
-    usage_memory = inherited_part(USAGE, os.environ)
-    if usage_memory is None and worker is None and config.metrics.samples_traffic:
-        usage_memory = private_part(USAGE_BYTES)
     heartbeat = None if worker is None else Heartbeat.of(os.environ)
     with contextlib.ExitStack() as stack:
+        own = stack.enter_context(contextlib.closing(ProcessInstruments(config, os.environ, worker=worker)))
         if worker is None:
             # Before the codebooks are loaded, which may take minutes.
-            usage_memories = [] if usage_memory is None else [usage_memory]
-            stack.enter_context(metrics_port(config, access, processes, [memory], usage_memories))
+            stack.enter_context(own.port(access))
         nowhere = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
         rescan = Rescan(sources, config.rescan_seconds)
-        counts_of = partial(LiveCounts, metrics)
-        repository = Repository(sources, device=config.device, search=config.search, counts_of=counts_of)
+        repository = Repository(sources, device=config.device, search=config.search, counts_of=own.search_counts)
         repository.load()
         # The present objects stay alive; a collection after a swap can skip them.
         gc.freeze()
@@ -189,25 +166,13 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
             repository,
             config,
             access,
-            metrics=metrics,
-            usage=None if usage_memory is None else LiveUsage(usage_memory, one_in=config.metrics.sample_one_in),
-            processes=processes,
-            tracing=_tracing(config, stack, worker),
+            own=own,
             worker=worker,
             heartbeat=heartbeat,
             rescan=rescan,
             on_broken=partial(_end_in_any_case, nowhere),
         )
         return asyncio.run(serving)
-
-
-def _tracing(config: ServeConfig, stack: contextlib.ExitStack, worker: int | None) -> Tracing | None:
-    if not config.traces.trace_endpoint:
-        return None
-    # Its packages are an extra.
-    from vqserve_server.rpc.tracing import Tracing  # noqa: PLC0415
-
-    return stack.enter_context(contextlib.closing(Tracing(config.traces, worker=worker)))
 
 
 def _watchdog(app: App, config: ServeConfig, heartbeat: Heartbeat | None) -> Watchdog | None:

@@ -8,7 +8,6 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import StartError
@@ -16,43 +15,20 @@ from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.access import Access
 from vqserve_server.config import ServeConfig
 from vqserve_server.console import event
-from vqserve_server.device import reserved_bytes
 from vqserve_server.engine import Engine
-from vqserve_server.metrics.recorder import Metrics
+from vqserve_server.monitoring.gauges import Gauges
+from vqserve_server.monitoring.instruments import Instruments
 from vqserve_server.network import address, check_unix_socket
 from vqserve_server.rpc import RpcServer
 from vqserve_server.rpc.admin import Execute
-from vqserve_server.search import SearchCounts
 from vqserve_server.tokenizer import Tokenizer
-from vqserve_server.usage.live import LiveUsage
-
-if TYPE_CHECKING:
-    from vqserve_server.rpc.tracing import Tracing
 
 # An idle device thread needs a moment to end.
 _IDLE_END_S = 0.5
 # A broken server fails all requests at once. This is for sending those replies; callers try again meanwhile, in vain.
 _BROKEN_DRAIN_S = 0.25
-# Seconds between two looks at what there is at the moment.
-_SAMPLE_S = 1.0
 
 logger = logging.getLogger(__name__)
-
-
-class LiveCounts(SearchCounts):
-    """Counts the searches of one codebook in the metrics."""
-
-    def __init__(self, metrics: Metrics, codebook: str) -> None:
-        super().__init__()
-        self._metrics = metrics
-        self._codebook = codebook
-        metrics.add("rechecked_rows", 0, codebook=codebook)
-
-    def add(self, *, rows: int = 0, rechecked: int = 0, arbitrated: int = 0) -> None:
-        """Count the rows that the fast search left open: few batches have any."""
-        del rows, arbitrated
-        if rechecked:
-            self._metrics.add("rechecked_rows", rechecked, codebook=self._codebook)
 
 
 class App:
@@ -65,9 +41,7 @@ class App:
         *,
         labels: Mapping[str, str] | None = None,
         access: Access | None = None,
-        metrics: Metrics | None = None,
-        tracing: Tracing | None = None,
-        usage: LiveUsage | None = None,
+        instruments: Instruments | None = None,
         shares_port: bool = False,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
@@ -78,9 +52,7 @@ class App:
             config: all settings.
             labels: further names of the codebooks: {"book@stable": "book@3"}.
             access: certificates and tokens; None: those of the settings.
-            metrics: counts what the server does; None: nobody reads them.
-            tracing: makes spans of requests; None: there are none.
-            usage: samples the rows that are encoded; None: nobody reads what it counts.
+            instruments: count, sample and trace; None: nobody asks for it.
             shares_port: whether other processes listen on the port too.
             on_broken: called, from any thread, when the server can serve no longer.
         """
@@ -89,13 +61,13 @@ class App:
         self._loop_turns = 0
         self.broken = asyncio.Event()
         self._when_broken = on_broken
-        self._sampling: asyncio.Task[None] | None = None
+        instruments = instruments or Instruments()
         self.engine = Engine(
             tokenizers,
             self._config.engine,
             labels=labels,
-            metrics=metrics,
-            usage=usage,
+            metrics=instruments.metrics,
+            usage=instruments.usage,
             on_broken=self._on_broken,
         )
         self._access = access or Access(self._config.access)
@@ -104,9 +76,10 @@ class App:
             self._config.rpc,
             self._access,
             health_port=self._config.access.health_port,
-            tracing=tracing,
+            tracing=instruments.tracing,
             shares_port=shares_port,
         )
+        self._gauges = Gauges(self.engine, self._rpc)
 
     async def start(self) -> int:
         """Start, and return the port.
@@ -117,8 +90,8 @@ class App:
         if self._config.rpc.unix_socket:
             # Check again: gRPC replaces a socket file without a check, and another server may have started meanwhile.
             check_unix_socket(self._config.rpc.unix_socket)
-        self._publish(self.engine.live.tokenizers())
-        self._sampling = self._loop.create_task(self._sample_forever())
+        self._gauges.publish(self.engine.live.tokenizers())
+        self._gauges.start()
         self.engine.start()
         try:
             port = self._rpc.start()
@@ -133,7 +106,7 @@ class App:
     def swap(self, tokenizers: Sequence[Tokenizer], labels: Mapping[str, str] | None = None) -> None:
         """Serve these codebooks from now on; a request that arrived before uses only the old ones."""
         self.engine.swap(tokenizers, labels)
-        self._publish(tokenizers)
+        self._gauges.publish(tokenizers)
         self._rpc.use_live_set()
 
     def refresh_access(self) -> list[str]:
@@ -161,52 +134,13 @@ class App:
         finished = await asyncio.to_thread(self._rpc.stop, drain_s)
         left_s = max(deadline - self._loop.time(), _IDLE_END_S)
         stopped = await asyncio.to_thread(self.engine.stop, left_s)
-        if self._sampling is not None:
-            self._sampling.cancel()
+        self._gauges.stop()
         logger.info(event("served", **self.engine.stats.summary()))
         return finished and stopped
 
     def threads(self) -> Mapping[str, Callable[[], int]]:
         """Return the threads that a watchdog should check; see `Watchdog`."""
         return {**self._rpc.threads(), threading.current_thread().name: self._count_loop_turns}
-
-    def _publish(self, tokenizers: Sequence[Tokenizer]) -> None:
-        """Say in the metrics which codebooks are served."""
-        for device in {tokenizer.device for tokenizer in tokenizers}:
-            self.engine.metrics.add("device_busy_seconds", 0, device=str(device))
-        self.engine.metrics.publish(
-            {
-                "codebook": tokenizer.info.name,
-                "digest": tokenizer.info.digest,
-                "kind": tokenizer.info.kind,
-                "num_codes": str(tokenizer.info.num_codes),
-                "code_dim": str(tokenizer.info.code_dim),
-                "num_quantizers": str(tokenizer.info.num_quantizers),
-                "search": tokenizer.search,
-                "device": str(tokenizer.device),
-            }
-            for tokenizer in tokenizers
-        )
-
-    async def _sample_forever(self) -> None:
-        """Write now and then what there is at the moment to the metrics: no request has to."""
-        while True:
-            self._sample()
-            await asyncio.sleep(_SAMPLE_S)
-
-    def _sample(self) -> None:
-        metrics, admission = self.engine.metrics, self.engine.admission
-        metrics.set("queue_requests", admission.requests)
-        metrics.set("queue_rows", admission.rows)
-        metrics.set("queue_bytes", admission.bytes)
-        metrics.set("open_calls", self._rpc.open_calls)
-        connections = self._rpc.connections
-        if connections is not None:
-            metrics.set("connections", connections)
-        for device in {tokenizer.device for tokenizer in self.engine.live.tokenizers()}:
-            nbytes = reserved_bytes(device)
-            if nbytes is not None:
-                metrics.set("device_memory_bytes", nbytes, device=str(device))
 
     def _count_loop_turns(self) -> int:
         """Return a number that grows if the loop has run since the last call."""

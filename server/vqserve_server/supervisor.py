@@ -20,7 +20,7 @@ from vqserve_server.control import (
 from vqserve_server.metrics.memory import SharedMemory
 from vqserve_server.metrics.present import Processes
 from vqserve_server.metrics.store import METRICS, NBYTES
-from vqserve_server.monitoring import metrics_port
+from vqserve_server.monitoring.port import metrics_port
 from vqserve_server.network import check_protected, reserve
 from vqserve_server.rescan import Rescan
 from vqserve_server.usage.memory import USAGE, USAGE_BYTES

@@ -24,6 +24,7 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from conftest import daemon_environment
 from support.waiting import eventually, read_until
 from vqserve import __version__
 from vqserve.v1 import tokenizer_pb2 as pb
@@ -418,6 +419,7 @@ from vqserve_server import app
 class Stubborn:
     device = torch.device("cpu")
     probe = None
+    search = "none"
     info = CodebookInfo(
         name="stubborn", digest="", kind="vq", num_codes=2, vocab_size=2, input_dim=1, code_dim=1, output_dim=1
     )
@@ -448,6 +450,7 @@ def stubborn() -> Iterator[Callable[..., Any]]:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
+                    env=daemon_environment(),
                 )
             )
             stack.callback(process.kill)

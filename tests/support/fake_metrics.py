@@ -11,7 +11,7 @@ from http import HTTPStatus
 from typing import Any
 
 from vqserve_server.metrics.http import HttpServer, Problem, Request, Response
-from vqserve_server.monitoring import page_routes
+from vqserve_server.monitoring.port import page_routes
 from vqserve_server.network import listen
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)

@@ -31,7 +31,7 @@ _EXACT_UP_TO = 64.0
 # More rows than this have a probability below 1e-20 where the mean is _EXACT_UP_TO.
 _MOST_ROWS_SUMMED = 192
 # The moments are smooth in t: they are computed for so many values of t, and interpolated.
-_NODES = 1024
+_NODES = 256
 _MOST_COUNTED = 1 << 20
 
 

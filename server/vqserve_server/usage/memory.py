@@ -27,7 +27,7 @@ from vqserve_server.console import event
 
 # Name and size of the memory of one process. What nobody has written to takes no memory.
 USAGE = "usage"
-USAGE_BYTES = 512 << 20
+USAGE_BYTES = 256 << 20
 
 # Marks memory of this layout: a parent may be older than the worker that it starts after an upgrade.
 _MARK = 0x7671_7573_6167_0001

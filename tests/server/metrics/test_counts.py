@@ -22,6 +22,7 @@ from vqserve_server.metrics.port import MetricsPort
 from vqserve_server.metrics.present import Processes
 from vqserve_server.metrics.recorder import Metrics
 from vqserve_server.metrics.store import NBYTES
+from vqserve_server.monitoring.instruments import Instruments
 
 ROWS = 3
 REQUEST = pb.EncodeRequest(codebook="book", dtype=pb.DTYPE_FLOAT32, shape=[ROWS, 4], latents=bytes(16 * ROWS))
@@ -64,7 +65,7 @@ def serve(
         shown = MetricsPort(config, Access(config.access), Processes(), [memory])
         shown.__enter__()
         made.append(shown.__exit__)
-        served = Served(serving(tokenizer, metrics=Metrics(memory), **settings), port)
+        served = Served(serving(tokenizer, instruments=Instruments(Metrics(memory)), **settings), port)
         made.append(served.close)
         return served
 

@@ -182,7 +182,8 @@ def test_callers_that_do_nothing_keep_nobody_waiting(port: int) -> None:
         for _ in range(20):
             assert get(port)[0] == 200
         # The first ones were closed for the last ones.
-        assert idle[0].recv(1) == b""
+        with contextlib.suppress(ConnectionResetError):
+            assert idle[0].recv(1) == b""
 
 
 def test_many_callers_at_once_are_all_answered(port: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
 from support.certificates import free_port
@@ -20,6 +21,7 @@ from support.scraping import OPENMETRICS, Scrape, check_grows
 from support.waiting import eventually, read_until
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1 import tokenizer_pb2_grpc
+from vqserve_client import Client
 
 ROWS = 5
 ENCODE = pb.EncodeRequest(dtype=pb.DTYPE_FLOAT32, shape=[ROWS, 4], latents=bytes(16 * ROWS))
@@ -212,6 +214,20 @@ def test_reloads_are_counted(vqserved: Callable[..., Any], tmp_path: Path, token
     found = Scrape(port)
     assert (found("reloads_total", result="ok"), found("reloads_total", result="rejected")) == (1, 1)
     assert found.labels("codebook_info", "digest") == {other.info.digest}
+
+
+def test_rows_that_the_fast_search_leaves_open_are_counted(
+    vqserved: Callable[..., Any], tmp_path: Path, tokenizer: Any
+) -> None:
+    port = free_port()
+    daemon = vqserved(tmp_path / "book.safetensors", "--metrics-port", port)
+    before = Scrape(port)("rechecked_rows_total", codebook="book")
+    codes = tokenizer.decode(np.arange(40))
+    pairs = [(a, b) for a in range(40) for b in range(a)]
+    a, b = min(pairs, key=lambda pair: np.linalg.norm(codes[pair[0]] - codes[pair[1]]))
+    with Client(daemon.target) as client:
+        client.encode((codes[[a]] + codes[[b]]) / 2)
+    assert Scrape(port)("rechecked_rows_total", codebook="book") > before
 
 
 def test_two_servers_on_one_machine_both_start(

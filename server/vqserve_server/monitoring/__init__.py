@@ -1,0 +1,1 @@
+"""What is known of a running server from outside: its gauges, its instruments, the port that shows them."""
