@@ -109,6 +109,7 @@ def book(put: Callable[..., Any], run_vqserved: Callable[..., Any], tmp_path: Pa
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_two_workers_under_load_that_are_killed(
     vqserved: Callable[..., Any],
     book: Path,
@@ -207,6 +208,7 @@ def test_two_workers_under_load_that_are_killed(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_the_drift_alarm_fires_on_other_latents_only(
     vqserved: Callable[..., Any],
     book: Path,

@@ -20,6 +20,8 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
 )
+# Far more than anything takes on a machine that has other work.
+LONGEST_MS = 120_000
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def chromium() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("there is no Chromium on this machine")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS), timeout=LONGEST_MS)
         yield browser
         browser.close()
 
@@ -88,6 +90,7 @@ def console_of() -> Callable[..., Console]:
 
     def make(page: Any, metrics: FakeMetrics, url: str) -> Console:
         console = Console(page, metrics, url)
+        page.set_default_timeout(LONGEST_MS)
         page.on("console", lambda message: console.complaints.append(message.text))
         page.on("pageerror", lambda error: console.complaints.append(str(error)))
         return console
