@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from support.certificates import Authority, Folder, free_port, replace
 from support.foreign import CASES
+from support.waiting import eventually
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from vqserve_client.cli import main as vqserve
@@ -437,18 +438,21 @@ def test_the_health_example(vqserved, tmp_path, monkeypatch):
     port = free_port()
     target = vqserved(*serve[2:], "--metrics-port", port).target
 
-    def sent(source):
-        run(f"{draw}\n{source}", target)
+    def samples():
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
-            samples = [line.rsplit(" ", 1) for line in response.read().decode().splitlines()]
-        return {name: float(value) for name, value in samples if name.startswith("vqserve_codebook_")}
+            lines = [line.rsplit(" ", 1) for line in response.read().decode().splitlines()]
+        return {name: float(value) for name, value in lines if name.startswith("vqserve_codebook_")}
+
+    def sent(source, is_shown):
+        """Run it, and return the samples when the figures, which are made now and then, have come so far."""
+        run(f"{draw}\n{source}", target)
+        return eventually(lambda: (shown := samples()) and is_shown(shown) and shown)
 
     drift = 'vqserve_codebook_drift_bits{codebook="book",stage="0"}'
-    shown = sent(send.replace("40", "10"))
-    assert {line.split()[0] for line in usual.splitlines()} <= shown.keys()
+    named = {line.split()[0] for line in (*usual.splitlines(), *louder.splitlines())}
+    shown = sent(send.replace("40", "10"), lambda shown: named <= shown.keys())
     assert shown[drift] < 0.01
-    assert sent(send.replace("40", "30").replace("50_000", "50_000, scale=1.5"))[drift] > 0.05
-    assert {line.split()[0] for line in louder.splitlines()} <= shown.keys()
+    sent(send.replace("40", "30").replace("50_000", "50_000, scale=1.5"), lambda shown: shown[drift] > 0.05)
     assert COMMANDS[inspect[0]](inspect[1:]) == 0
 
 
