@@ -132,12 +132,10 @@ class Echo(Contender):
 class Ours(Contender):
     """`vqserved serve`, for all cells: of this checkout, or of `checkout`, where `make install` has run."""
 
-    name = "vqserve"
-
-    def __init__(self, folder: Path, *flags: str, checkout: Path | None = None) -> None:
+    def __init__(self, folder: Path, *flags: str, name: str = "vqserve", checkout: Path | None = None) -> None:
+        self.name = name
         program = [sys.executable, "-m", "vqserve_tools"]
         if checkout is not None:
-            self.name = BEFORE
             program = [str(checkout / ".venv" / "bin" / "vqserved")]
         super().__init__([*program, "serve", str(folder), "--port", "0", *flags], {"VQSERVE_LOG_LEVEL": "error"})
         self.target = self.first_line().removeprefix("vqserved: ready on ").partition(",")[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shlex
 import statistics
 import tempfile
 import time
@@ -187,6 +188,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.8, help="of each measurement")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--before", type=Path, help="another checkout, installed, whose server is measured in turn")
+    parser.add_argument(
+        "--before-flags",
+        default="",
+        help='flags of that server, which without --before is this checkout\'s: "--metrics-port 0 --sample-one-in 0"',
+    )
     parser.add_argument("--machine", default=f"{platform.machine()}-{os.cpu_count()}cores", help="name for the results")
     options = parser.parse_args()
     rows = []
@@ -195,8 +201,9 @@ def main() -> None:
         tokenizers = make_books(folder)
         with ExitStack() as stack:
             servers = [stack.enter_context(Ours(folder))]
-            if options.before:
-                servers.append(stack.enter_context(Ours(folder, checkout=options.before)))
+            if options.before or options.before_flags:
+                flags = shlex.split(options.before_flags)
+                servers.append(stack.enter_context(Ours(folder, *flags, name=BEFORE, checkout=options.before)))
             for cell in tqdm(cells(options.cells)):
                 rows.append(measure_cell(cell, servers, tokenizers[cell.book], folder, options))
                 tqdm.write(table(rows[-1:])[-1])
