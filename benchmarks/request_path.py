@@ -26,13 +26,17 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 from vqserve.trace import SERVICE_NAME
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.codebooks import save_codebook
+from vqserve_server.config import ServeConfig
 from vqserve_server.engine import Engine
 from vqserve_server.engine.batch import Staging
+from vqserve_server.metrics.memory import private_part
 from vqserve_server.quantizers import VectorQuantizer
 from vqserve_server.rpc.server import TokenizerService
 from vqserve_server.rpc.server_info import ServerInfo
 from vqserve_server.rpc.transport import Transport
 from vqserve_server.tokenizer import Tokenizer
+from vqserve_server.usage.live import LiveUsage
+from vqserve_server.usage.memory import USAGE_BYTES
 
 STEPS = ("call", "message", "take", "batch", "close")
 TOKENS, CHANNELS, CODES = 16, 4, 16
@@ -62,7 +66,9 @@ class RequestPath:
     """The server's own part of the way of a request."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._engine = Engine([tokenizer])
+        usage = LiveUsage(private_part(USAGE_BYTES), one_in=ServeConfig().metrics.sample_one_in)
+        self._engine = Engine([tokenizer], usage=usage)
+        self._sampler = usage.sampler()
         info = ServerInfo(self._engine, lambda: 0)
         service = TokenizerService(self._engine, info, max_message_bytes=64 << 20)
         self._transport = Transport(service.handlers(), options=[], max_calls=1 << 20)
@@ -94,7 +100,7 @@ class RequestPath:
             taken = time.perf_counter()
             assert batch is not None
             left -= len(batch.parts)
-            self._engine._worker._serve(batch, self._staging)
+            self._engine._worker._serve(batch, self._staging, self._sampler)
             took[0] += taken - start
             took[1] += time.perf_counter() - taken
         times.append(time.perf_counter())

@@ -143,6 +143,7 @@ class Admission:
             rows=config.max_caller_rows or config.max_queue_rows,
             bytes=config.max_caller_bytes or config.max_queue_bytes,
         )
+        self._completed: dict[CallerLimits, CallerLimits] = {}
         self._stats = stats
         self._lock = threading.Lock()
         self._closed: VqserveError | None = None
@@ -174,8 +175,8 @@ class Admission:
                 return False
             if self.bytes:
                 free = self._limits.bytes - self.bytes - nbytes
-                own = (caller.limits or self._caller_limits).bytes or self._caller_limits.bytes
-                if free < 0 or (caller.bytes and caller.bytes + nbytes > min(_SHARE * free, own)):
+                own = self._limits_of(caller)
+                if free < 0 or (caller.bytes and caller.bytes + nbytes > min(_SHARE * free, own.bytes)):
                     return False
             self.bytes += nbytes
             caller.bytes += nbytes
@@ -217,7 +218,7 @@ class Admission:
                 if free_bytes < 0:
                     raise self._overloaded("bytes")
                 # Nearly every request is far from all limits of its caller.
-                own = caller.limits or self._caller_limits
+                own = self._limits_of(caller)
                 has_requests, has_rows, has_bytes = (
                     caller.requests + 1,
                     caller.rows + rows,
@@ -233,12 +234,11 @@ class Admission:
                 ):
                     is_small = rows <= _SMALL * limits.rows and nbytes <= _SMALL * limits.bytes
                     share = _SHARE_WITH_SMALL if is_small else _SHARE
-                    others = self._caller_limits
-                    if has_requests > min(share * free_requests, own.requests or others.requests):
+                    if has_requests > min(share * free_requests, own.requests):
                         raise self._overloaded("requests", caller)
-                    if has_rows > min(share * free_rows, own.rows or others.rows):
+                    if has_rows > min(share * free_rows, own.rows):
                         raise self._overloaded("rows", caller)
-                    if has_bytes > min(share * free_bytes, own.bytes or others.bytes):
+                    if has_bytes > min(share * free_bytes, own.bytes):
                         raise self._overloaded("bytes", caller)
             self.requests += 1
             self.rows += rows
@@ -256,6 +256,21 @@ class Admission:
             caller.requests -= 1
             caller.rows -= rows
             caller.bytes -= nbytes
+
+    def _limits_of(self, caller: Caller) -> CallerLimits:
+        """Return the limits of a caller: what its own leave open, the settings say."""
+        own, others = caller.limits, self._caller_limits
+        if own is None:
+            return others
+        completed = self._completed.get(own)
+        if completed is None:
+            # There are as many as there were tokens.
+            completed = self._completed[own] = CallerLimits(
+                requests=own.requests or others.requests,
+                rows=own.rows or others.rows,
+                bytes=own.bytes or others.bytes,
+            )
+        return completed
 
     def _overloaded(self, what: str, caller: Caller | None = None) -> Overloaded:
         self._stats.count_refused(what if caller is None else f"caller_{what}")
