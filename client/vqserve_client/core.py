@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -20,7 +21,7 @@ from vqserve_client.requests import Deadline, Exchange, Steps, Window
 from vqserve_client.retries import RetryPolicy
 from vqserve_client.server_info import ServerInfo
 from vqserve_client.tls import Tls
-from vqserve_client.tracing import Span
+from vqserve_client.tracing import TRACING, Span
 from vqserve_client.transport import Sender, UnarySender
 
 Wake = Callable[[], None]
@@ -107,15 +108,17 @@ class Core:
     ) -> Steps[list[Any]]:
         """Encode or decode arrays that join, as one."""
         source = inputs[0] if len(inputs) == 1 else joined(inputs)
-        with Span(operation.call.method, self.config.target) as span:
-            exchange = Exchange(
-                self.connection,
-                policy=self._policy,
-                deadline=deadline,
-                window=window,
-                sender=sender,
-                trace=span.metadata,
-            )
+        # A process that does not trace pays for no call here.
+        span = Span(operation.call.method, self.config.target) if TRACING in sys.modules else None
+        exchange = Exchange(
+            self.connection,
+            policy=self._policy,
+            deadline=deadline,
+            window=window,
+            sender=sender,
+            trace=() if span is None else span.metadata,
+        )
+        try:
             while True:
                 info = pin.info or pin.choose_remembered(self._catalogue)
                 if info is None:
@@ -132,8 +135,15 @@ class Core:
                 except (WrongDigest, DigestMismatch, CodebookNotFound) as error:
                     pin.reconsider(info, error)
                 else:
-                    span.describe(codebook=info.name, digest=info.digest, arrays=len(inputs), requests=exchange.sent)
-                    return call.results(inputs)
+                    results = call.results(inputs)
+                    break
+        except BaseException as error:
+            if span is not None:
+                span.fail(error)
+            raise
+        if span is not None:
+            span.end(codebook=info.name, digest=info.digest, arrays=len(inputs), requests=exchange.sent)
+        return results
 
     def _list(self, exchange: Exchange) -> Steps[ListRequest]:
         request = ListRequest(self.config.target)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from vqserve import __version__
 from vqserve.errors import VqserveError
 from vqserve.trace import PROPAGATED, SERVICE_NAME
 from vqserve_client.identity import Metadata
+
+# The module that a process has imported which traces.
+TRACING = "opentelemetry.trace"
 
 
 class Span:
@@ -24,44 +26,31 @@ class Span:
         metadata: tells the server of the span.
     """
 
-    metadata: Metadata = ()
-    _span: Any = None
-
     def __init__(self, method: str, target: str) -> None:
-        """Begin the span, below the one that is current in this thread or task, if the process traces.
+        """Begin the span, below the one that is current in this thread or task; the process has imported `TRACING`.
 
         Args:
             method: name of the RPC.
             target: the server's address.
         """
-        trace: Any = sys.modules.get("opentelemetry.trace")
-        if trace is None:
-            return
-        tracer = trace.get_tracer("vqserve_client", __version__)
+        self._trace: Any = sys.modules[TRACING]
+        tracer = self._trace.get_tracer("vqserve_client", __version__)
         attributes = {"rpc.system": "grpc", "rpc.service": SERVICE_NAME, "rpc.method": method, "server.address": target}
         name = f"{SERVICE_NAME}/{method}"
-        self._span = tracer.start_span(name, kind=trace.SpanKind.CLIENT, attributes=attributes)
-        self.metadata = _carried(trace.set_span_in_context(self._span))
+        self._span = tracer.start_span(name, kind=self._trace.SpanKind.CLIENT, attributes=attributes)
+        self.metadata = _carried(self._trace.set_span_in_context(self._span))
 
-    def describe(self, **attributes: str | int) -> None:
-        """Add attributes, whose names get the prefix "vqserve."."""
-        if self._span is not None:
-            for name, value in attributes.items():
-                self._span.set_attribute(f"vqserve.{name}", value)
+    def end(self, **attributes: str | int) -> None:
+        """End the span of a call that has its result, with attributes, whose names get the prefix "vqserve."."""
+        for name, value in attributes.items():
+            self._span.set_attribute(f"vqserve.{name}", value)
+        self._span.end()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._span is None:
-            return
+    def fail(self, error: BaseException) -> None:
+        """End the span of a call that failed, or that the caller gave up."""
         if isinstance(error, Exception):
-            status: Any = sys.modules["opentelemetry.trace"].Status
-            code: Any = sys.modules["opentelemetry.trace"].StatusCode
             self._span.set_attribute("error.type", type(error).__name__)
-            self._span.set_status(status(code.ERROR, str(error)))
+            self._span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, str(error)))
             if isinstance(error, VqserveError) and error.request_id:
                 self._span.set_attribute("vqserve.request_id", error.request_id)
         self._span.end()

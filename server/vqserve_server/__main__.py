@@ -5,7 +5,7 @@ import sys
 from vqserve_server import signals
 
 if __name__ == "__main__":
-    signals.end_at_sigterm()
+    signals.end_at_signals()
     from vqserve_server.cli import main
 
     sys.exit(main())

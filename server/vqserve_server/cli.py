@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = NO
     try:
         args = _parser(arguments[0] if arguments else "", commands).parse_command(arguments, _explained)
         run: Callable[[argparse.Namespace], int] = args.run
+        if run is not _serve:
+            signals.raise_at_sigint()
         return run(args)
     except VqserveError as error:
         return _complain(error.text(COMMAND_LINE))

@@ -1,4 +1,4 @@
-"""Signals: SIGTERM to process 1 during its start, and SIGHUP, which requests a reload.
+"""Signals: those that end a process during its start, and SIGHUP, which requests a reload.
 
 The first import of a process of `vqserved`, so it imports nothing large.
 """
@@ -15,15 +15,29 @@ if TYPE_CHECKING:
     import asyncio
 
 
-def end_at_sigterm() -> None:
-    """Let SIGTERM end the process with 128 + 15 until something else handles it. Call it first: imports take seconds.
+def end_at_signals() -> None:
+    """Let SIGINT and SIGTERM end the process with 128 + N until something else handles them. Call it first.
 
-    The kernel discards signals that process 1 of a container has no handler for. In any other process their default
-    action has the same effect, and needs no interpreter.
+    Imports take seconds, and an exception is lost in a destructor or in a callback of the import system: after a
+    KeyboardInterrupt there the server would start. There is nothing to clean up yet. The kernel discards signals that
+    process 1 of a container has no handler for. In any other process SIGTERM's default action has the same effect, and
+    needs no interpreter.
     """
     if os.getpid() == 1:
-        # An exception would be lost in a destructor, and there is nothing to clean up yet.
-        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
+        signal.signal(signal.SIGTERM, _end)
+    # Not where it is ignored, as in the background of a shell.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def raise_at_sigint() -> None:
+    """Let SIGINT raise KeyboardInterrupt again, for what has files to clean up."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, _: object) -> None:
+    os._exit(128 + number)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from vqserve_server import signals
 
 def main() -> int:
     """Run `vqserved` as a process of its own; return the exit code."""
-    signals.end_at_sigterm()
+    signals.end_at_signals()
     from vqserve_tools import cli  # noqa: PLC0415
 
     return cli.main()

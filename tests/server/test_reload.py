@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import daemon_environment
 from support.waiting import eventually, read_until
 from vqserve_client import Client, CodebookNotFound
 from vqserve_client.channel import Connection
@@ -214,6 +215,7 @@ def test_a_signal_while_it_starts_is_not_lost(put: Callable[..., Any], tmp_path:
     process = subprocess.Popen(
         [sys.executable, "-m", "vqserve_server", "serve", str(tmp_path), "--port", "0"],
         stdout=subprocess.PIPE,
+        env=daemon_environment(),
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -275,6 +277,7 @@ def test_a_signal_while_it_fails_to_start_does_not_swallow_the_reason(tmp_path: 
     process = subprocess.Popen(
         [sys.executable, "-m", "vqserve_server", "serve", str(tmp_path), "--port", "0"],
         stdout=subprocess.PIPE,
+        env=daemon_environment(),
         stderr=subprocess.PIPE,
         text=True,
     )

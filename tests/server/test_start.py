@@ -109,6 +109,21 @@ def test_the_handler_of_process_1_is_there_before_anything_large(package: str) -
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
+def test_an_interrupt_is_not_lost_where_exceptions_are() -> None:
+    code = (
+        "import os, signal\n"
+        "from vqserve_server import signals\n"
+        "signals.end_at_signals()\n"
+        "class Last:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "Last()\n"
+        "print('lost', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", "")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("workers", ["1", "2"])

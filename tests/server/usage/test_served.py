@@ -168,7 +168,8 @@ def test_another_codebook_of_the_name_starts_anew(
     assert after["stages"][0]["sampled_rows"] == 0
     assert watched.sampled() >= total
     watched.send(until=total + 3000)
-    assert watched.json()["error"] > 0
+    # The figures are made now and then.
+    assert eventually(lambda: watched.json()["error"]) > 0
 
 
 def test_statistics_of_a_served_file_count_after_a_reload(
