@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from google.protobuf import json_format
 
 from vqserve.codebook_info import CodebookInfo
+from vqserve.text import printable
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server import console
 from vqserve_server.console import event
@@ -93,7 +94,9 @@ class Administration:
         if command == RELOAD:
             problems = self.server.refresh_access()
             counts = await self.reload()
-            return {**counts.numbers(), "problems": problems + counts.problems} | self._codebooks()
+            # A file's name may be bytes that no reply can carry.
+            shown = [printable(problem) for problem in problems + counts.problems]
+            return {**counts.numbers(), "problems": shown} | self._codebooks()
         if command == LOG_LEVEL:
             return {"previous": console.set_level(argument)}
         if command == DRAIN:

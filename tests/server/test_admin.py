@@ -326,3 +326,16 @@ def test_calls_without_a_token_to_a_server_that_has_some(
     assert main(["admin", "drain", "--target", daemon.target]) == 1
     assert "the server needs a valid access token" in capsys.readouterr().err
     assert daemon.stop(signal.SIGTERM)[0] == 0
+
+
+def test_a_file_whose_name_is_not_utf8_does_not_hide_what_a_reload_did(
+    start: Callable[..., Any], put: Any, books: Path, secrets: Secrets
+) -> None:
+    put(books / "book.safetensors")
+    daemon = start()
+    (books / os.fsdecode(b"odd\xff.safetensors")).write_bytes(b"half")
+    with AdminClient(daemon.target, token=secrets.ops) as admin:
+        [worker] = admin.reload()
+        assert worker.rejected == 1
+        assert "odd\\udcff" in worker.problems[0]
+    assert daemon.stop(signal.SIGTERM)[0] == 0
