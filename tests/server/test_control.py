@@ -46,6 +46,22 @@ def test_both_ends_may_ask_at_once() -> None:
     connected(test)
 
 
+def test_a_question_waits_until_the_connection_is_open() -> None:
+    async def test() -> None:
+        first, second = (Control(end, echo) for end in socket.socketpair())
+        asking = asyncio.create_task(first.ask("status"))
+        await asyncio.sleep(0.01)
+        tasks = [asyncio.create_task(each.run()) for each in (first, second)]
+        try:
+            assert await asyncio.wait_for(asking, 60) == ["status", ""]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(test())
+
+
 def test_answers_may_come_in_another_order_and_be_long() -> None:
     gate = asyncio.Event()
 
