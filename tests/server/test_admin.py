@@ -224,6 +224,23 @@ def test_a_worker_that_is_not_ready_says_so(start: Callable[..., Any], put: Any,
     assert daemon.stop(signal.SIGTERM)[0] == 0
 
 
+def test_a_stopped_worker_holds_up_no_operator(
+    start: Callable[..., Any], put: Any, books: Path, secrets: Secrets
+) -> None:
+    put(books / "book.safetensors")
+    daemon = start("--workers", 2, "--watchdog-seconds", 0, "--drain-seconds", 1)
+    with AdminClient(daemon.target, token=secrets.ops) as admin:
+        pids = {worker.worker: worker.pid for worker in admin.status()}
+        line = read_until(daemon.process.stderr, "admin_call method=Status ")
+        stopped = 1 - int(line.rpartition("worker=")[2])
+        os.kill(pids[stopped], signal.SIGSTOP)
+        errors = {worker.worker: worker.error for worker in admin.status()}
+        assert errors == {stopped: "the process does not answer", 1 - stopped: None}
+        assert {worker.worker: worker.error for worker in admin.drain()} == errors
+    _, log = daemon.process.communicate()
+    assert "workers_killed count=1" in log
+
+
 def test_an_operator_gets_through_to_a_full_server(
     start: Callable[..., Any], put: Any, books: Path, secrets: Secrets
 ) -> None:
