@@ -345,6 +345,24 @@ def test_calls_without_a_token_to_a_server_that_has_some(
     assert daemon.stop(signal.SIGTERM)[0] == 0
 
 
+def test_many_problems_are_counted_and_the_first_are_named(
+    start: Callable[..., Any], put: Any, books: Path, secrets: Secrets
+) -> None:
+    put(books / "book.safetensors")
+    daemon = start()
+    for number in range(150):
+        (books / f"array{number:03}.npy").touch()
+    with AdminClient(daemon.target, token=secrets.ops) as admin:
+        [worker] = admin.reload()
+    assert worker.skipped == 150
+    assert len(worker.problems) == 101
+    assert "array099.npy is skipped" in worker.problems[-2]
+    assert worker.problems[-1] == "and 50 more: the log has all"
+    code, log = daemon.stop(signal.SIGTERM)
+    assert code == 0
+    assert "array149.npy" in log
+
+
 def test_a_file_whose_name_is_not_utf8_does_not_hide_what_a_reload_did(
     start: Callable[..., Any], put: Any, books: Path, secrets: Secrets
 ) -> None:
