@@ -69,6 +69,9 @@ class Control:
         try:
             async for line in reader:
                 self._take(json.loads(line))
+        except ConnectionError:
+            # The other side was killed with something unread; whoever started it reports its end.
+            logger.debug(event("control_cut_off"))
         except (OSError, ValueError):
             logger.exception(event("control_failed"))
         finally:

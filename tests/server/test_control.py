@@ -108,6 +108,25 @@ def test_the_end_of_the_other_side_ends_what_is_asked() -> None:
     connected(test, handle)
 
 
+def test_a_process_that_is_killed_with_something_unread_is_no_fault_of_this_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def run() -> None:
+        end, other = socket.socketpair()
+        control = Control(end, echo)
+        task = asyncio.create_task(control.run())
+        asked = asyncio.create_task(control.ask("status"))
+        # The question is there, and the process ends before it reads it.
+        await asyncio.get_running_loop().run_in_executor(None, lambda: other.recv(1, socket.MSG_PEEK))
+        other.close()
+        with pytest.raises(ControlError, match="the process has ended"):
+            await asyncio.wait_for(asked, 60)
+        await asyncio.wait_for(task, 60)
+
+    asyncio.run(run())
+    assert not caplog.text
+
+
 def test_nonsense_ends_the_connection(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
         end, other = socket.socketpair()
