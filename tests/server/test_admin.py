@@ -259,6 +259,26 @@ def test_an_operator_gets_through_to_a_full_server(
     assert daemon.stop(signal.SIGTERM)[0] == 0
 
 
+def test_strangers_do_not_end_the_call_of_an_operator(
+    start: Callable[..., Any], put: Any, books: Path, secrets: Secrets
+) -> None:
+    put(books / "book.safetensors")
+    daemon = start()
+    status = "/vqserve.v1.AdminService/Status"
+    messages: queue.Queue[bytes] = queue.Queue()
+    with grpc.insecure_channel(daemon.target) as channel, grpc.insecure_channel(daemon.target) as other:
+        # As long as a reload takes.
+        own: Any = channel.stream_unary(status)
+        reply = own.future((messages.get() for _ in range(1)), metadata=[("authorization", f"Bearer {secrets.ops}")])
+        stranger: Any = other.unary_unary(status)
+        for metadata in [None, [("authorization", f"Bearer {secrets.user}")]] * 10:
+            calls = [stranger.future(b"", metadata=metadata, timeout=60) for _ in range(100)]
+            assert all(call.exception() for call in calls)
+        messages.put(b"")
+        assert reply.result(timeout=60)
+    assert daemon.stop(signal.SIGTERM)[0] == 0
+
+
 def test_many_operators_at_once(start: Callable[..., Any], put: Any, books: Path, secrets: Secrets) -> None:
     put(books / "book.safetensors")
     daemon = start("--workers", 2)
