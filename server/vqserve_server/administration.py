@@ -6,19 +6,23 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from google.protobuf import json_format
 
 from vqserve.codebook_info import CodebookInfo
+from vqserve.text import printable
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server import console
 from vqserve_server.console import event
 from vqserve_server.control import DRAIN, LOG_LEVEL, RELOAD, STATUS, Control, ControlError
 from vqserve_server.repository import ReloadCounts
 from vqserve_server.rpc.admin import Answers
+
+# A folder may have a hundred thousand files that are skipped, and a reply has room for fewer.
+_MOST_PROBLEMS = 100
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +97,7 @@ class Administration:
         if command == RELOAD:
             problems = self.server.refresh_access()
             counts = await self.reload()
-            return {**counts.numbers(), "problems": problems + counts.problems} | self._codebooks()
+            return {**counts.numbers(), "problems": _shown(problems + counts.problems)} | self._codebooks()
         if command == LOG_LEVEL:
             return {"previous": console.set_level(argument)}
         if command == DRAIN:
@@ -105,3 +109,10 @@ class Administration:
             {"name": info.name, "digest": info.digest, "version": info.version or 0} for info in self.server.codebooks()
         ]
         return {"codebooks": live}
+
+
+def _shown(problems: Sequence[str]) -> list[str]:
+    """Return the first problems, without bytes of a name that no reply can carry, and how many more there are."""
+    shown = [printable(problem) for problem in problems[:_MOST_PROBLEMS]]
+    more = len(problems) - len(shown)
+    return [*shown, f"and {more} more: the log has all"] if more else shown

@@ -45,6 +45,8 @@ class Control:
         self._end = end
         self._handle = handle
         self._writer: asyncio.StreamWriter | None = None
+        # Set for good when the connection is open, or cannot be.
+        self._was_opened = asyncio.Event()
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._count = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -60,10 +62,16 @@ class Control:
 
     async def run(self) -> None:
         """Answer the other side until it closes its end, and then fail what is still asked."""
-        reader, self._writer = await asyncio.open_unix_connection(sock=self._end, limit=_LONGEST_LINE)
+        try:
+            reader, self._writer = await asyncio.open_unix_connection(sock=self._end, limit=_LONGEST_LINE)
+        finally:
+            self._was_opened.set()
         try:
             async for line in reader:
                 self._take(json.loads(line))
+        except ConnectionError:
+            # The other side was killed with something unread; whoever started it reports its end.
+            logger.debug(event("control_cut_off"))
         except (OSError, ValueError):
             logger.exception(event("control_failed"))
         finally:
@@ -74,11 +82,12 @@ class Control:
                     future.set_exception(ControlError("the process has ended"))
 
     async def ask(self, command: str, argument: str = "") -> Any:
-        """Return the other side's answer to a command.
+        """Return the other side's answer to a command; before `run` has opened the connection, it waits.
 
         Raises:
             ControlError: it failed, or the other side has ended.
         """
+        await self._was_opened.wait()
         self._count += 1
         number = self._count
         future = self._waiting[number] = asyncio.get_running_loop().create_future()

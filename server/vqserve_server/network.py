@@ -87,6 +87,8 @@ def reserve(host: str, port: int, *, shared: bool, flag: str = "--port") -> sock
         except OSError:
             held.close()
             raise
+    except UnicodeError:
+        raise StartError(f"cannot listen on {address(host, port)}: it is no name of a host") from None
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno == errno.EADDRINUSE:

@@ -57,11 +57,11 @@ def _notify(*lines: str, patience_s: float = _PATIENCE_S) -> None:
         return
     # A leading @ stands for the zero byte of an abstract name.
     name = f"\0{address[1:]}" if address.startswith("@") else address
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-        sender.settimeout(patience_s)
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.settimeout(patience_s)
             sender.connect(name)
             sender.send("\n".join(lines).encode())
-        except OSError:
-            # The server is as good without a manager that listens.
-            return
+    except OSError:
+        # The server is as good without a manager that listens, and must stop also when it has no descriptor left.
+        return

@@ -38,6 +38,8 @@ from vqserve_server.process import WORKER_VARIABLE
 
 # Seconds after --drain-seconds until a worker that has not ended is killed.
 _END_S = 5.0
+# Seconds in which a worker that runs answers anything but a reload, which takes as long as its codebooks take to load.
+_ANSWER_S = 10.0
 # How long codebooks may load until the log says so. A device that hangs may also hang the process that comes next.
 _LONG_START_S = 60.0
 
@@ -185,9 +187,12 @@ class Workers:
         try:
             if control is None:
                 raise ControlError("the process is not ready")
-            return {"worker": number, **await control.ask(command, argument)}
+            async with asyncio.timeout(None if command == RELOAD else _ANSWER_S):
+                return {"worker": number, **await control.ask(command, argument)}
         except ControlError as error:
             return {"worker": number, "error": str(error)}
+        except TimeoutError:
+            return {"worker": number, "error": "the process does not answer"}
 
     async def _keep(self, number: int, first_line: asyncio.Future[str]) -> int:
         """Run one worker again and again until all stop; return its last exit code."""

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import torch
@@ -210,6 +211,26 @@ def test_a_collector_that_is_not_there_holds_up_nothing(vqserved: Callable[..., 
     code, log = daemon.stop(signal.SIGTERM)
     assert code == 0
     assert "served requests=20" in log
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        [("traceparent", "x" * 600)],
+        [("traceparent", f"00-{'1' * 32}-{'2' * 16}-01"), ("tracestate", "no member, a=1, a=2")],
+    ],
+)
+def test_what_callers_send_fills_no_log(
+    vqserved: Callable[..., Any], folder: Path, collector: Collector, metadata: list[tuple[str, str]]
+) -> None:
+    daemon = vqserved(folder, "--device", "cpu", "--trace-endpoint", collector.url)
+    with grpc.insecure_channel(daemon.target) as channel:
+        encode: Any = channel.unary_unary(f"/{ENCODE}")
+        with pytest.raises(grpc.RpcError):
+            encode(b"", metadata=metadata, timeout=60)
+    code, log = daemon.stop(signal.SIGTERM)
+    assert code == 0
+    assert " WARNING " not in log
 
 
 def test_without_its_packages_the_daemon_names_the_command(folder: Path) -> None:

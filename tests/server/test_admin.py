@@ -224,6 +224,23 @@ def test_a_worker_that_is_not_ready_says_so(start: Callable[..., Any], put: Any,
     assert daemon.stop(signal.SIGTERM)[0] == 0
 
 
+def test_a_stopped_worker_holds_up_no_operator(
+    start: Callable[..., Any], put: Any, books: Path, secrets: Secrets
+) -> None:
+    put(books / "book.safetensors")
+    daemon = start("--workers", 2, "--watchdog-seconds", 0, "--drain-seconds", 1)
+    with AdminClient(daemon.target, token=secrets.ops) as admin:
+        pids = {worker.worker: worker.pid for worker in admin.status()}
+        line = read_until(daemon.process.stderr, "admin_call method=Status ")
+        stopped = 1 - int(line.rpartition("worker=")[2])
+        os.kill(pids[stopped], signal.SIGSTOP)
+        errors = {worker.worker: worker.error for worker in admin.status()}
+        assert errors == {stopped: "the process does not answer", 1 - stopped: None}
+        assert {worker.worker: worker.error for worker in admin.drain()} == errors
+    _, log = daemon.process.communicate()
+    assert "workers_killed count=1" in log
+
+
 def test_an_operator_gets_through_to_a_full_server(
     start: Callable[..., Any], put: Any, books: Path, secrets: Secrets
 ) -> None:
@@ -239,6 +256,26 @@ def test_an_operator_gets_through_to_a_full_server(
         assert admin.reload()[0].unchanged == 1
         requests.put(None)
         assert list(call) == []
+    assert daemon.stop(signal.SIGTERM)[0] == 0
+
+
+def test_strangers_do_not_end_the_call_of_an_operator(
+    start: Callable[..., Any], put: Any, books: Path, secrets: Secrets
+) -> None:
+    put(books / "book.safetensors")
+    daemon = start()
+    status = "/vqserve.v1.AdminService/Status"
+    messages: queue.Queue[bytes] = queue.Queue()
+    with grpc.insecure_channel(daemon.target) as channel, grpc.insecure_channel(daemon.target) as other:
+        # As long as a reload takes.
+        own: Any = channel.stream_unary(status)
+        reply = own.future((messages.get() for _ in range(1)), metadata=[("authorization", f"Bearer {secrets.ops}")])
+        stranger: Any = other.unary_unary(status)
+        for metadata in [None, [("authorization", f"Bearer {secrets.user}")]] * 10:
+            calls = [stranger.future(b"", metadata=metadata, timeout=60) for _ in range(100)]
+            assert all(call.exception() for call in calls)
+        messages.put(b"")
+        assert reply.result(timeout=60)
     assert daemon.stop(signal.SIGTERM)[0] == 0
 
 
@@ -325,4 +362,35 @@ def test_calls_without_a_token_to_a_server_that_has_some(
         admin.drain()
     assert main(["admin", "drain", "--target", daemon.target]) == 1
     assert "the server needs a valid access token" in capsys.readouterr().err
+    assert daemon.stop(signal.SIGTERM)[0] == 0
+
+
+def test_many_problems_are_counted_and_the_first_are_named(
+    start: Callable[..., Any], put: Any, books: Path, secrets: Secrets
+) -> None:
+    put(books / "book.safetensors")
+    daemon = start()
+    for number in range(150):
+        (books / f"array{number:03}.npy").touch()
+    with AdminClient(daemon.target, token=secrets.ops) as admin:
+        [worker] = admin.reload()
+    assert worker.skipped == 150
+    assert len(worker.problems) == 101
+    assert "array099.npy is skipped" in worker.problems[-2]
+    assert worker.problems[-1] == "and 50 more: the log has all"
+    code, log = daemon.stop(signal.SIGTERM)
+    assert code == 0
+    assert "array149.npy" in log
+
+
+def test_a_file_whose_name_is_not_utf8_does_not_hide_what_a_reload_did(
+    start: Callable[..., Any], put: Any, books: Path, secrets: Secrets
+) -> None:
+    put(books / "book.safetensors")
+    daemon = start()
+    (books / os.fsdecode(b"odd\xff.safetensors")).write_bytes(b"half")
+    with AdminClient(daemon.target, token=secrets.ops) as admin:
+        [worker] = admin.reload()
+        assert worker.rejected == 1
+        assert "odd\\udcff" in worker.problems[0]
     assert daemon.stop(signal.SIGTERM)[0] == 0

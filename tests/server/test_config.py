@@ -225,6 +225,23 @@ def test_the_printed_file_gives_the_same_settings(tmp_path: Path) -> None:
     assert again.origins.keys() == found.origins.keys()
 
 
+def test_any_path_can_be_printed(tmp_path: Path) -> None:
+    found = config.load({"sources": ["/b\U0001f600\u00e4\n\x7f\t/x"], "tokens": "/\U0001f600"}, {})
+    again = in_file(tmp_path, config.settings_file(found))
+    assert (again.codebooks, again.config) == (found.codebooks, found.config)
+
+
+def test_a_path_that_toml_cannot_have_is_named() -> None:
+    with pytest.raises(config.ConfigError, match=r"codebooks '/b\\udcff' is not UTF-8"):
+        config.settings_file(config.load({"sources": ["/b\udcff"]}, {}))
+
+
+@pytest.mark.parametrize("key", ["tokens", "tls_cert", "unix_socket", "host"])
+def test_a_text_with_a_zero_byte_is_a_mistake(tmp_path: Path, key: str) -> None:
+    with pytest.raises(config.ConfigError, match=rf"{key} must not have a zero byte"):
+        in_file(tmp_path, f'{key} = "/a\\u0000b"\n')
+
+
 def test_the_defaults_in_a_printed_file_are_the_defaults(tmp_path: Path) -> None:
     text = config.settings_file(config.load({}, {}))
     assert in_file(tmp_path, text).origins == {}

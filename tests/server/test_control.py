@@ -46,6 +46,22 @@ def test_both_ends_may_ask_at_once() -> None:
     connected(test)
 
 
+def test_a_question_waits_until_the_connection_is_open() -> None:
+    async def test() -> None:
+        first, second = (Control(end, echo) for end in socket.socketpair())
+        asking = asyncio.create_task(first.ask("status"))
+        await asyncio.sleep(0.01)
+        tasks = [asyncio.create_task(each.run()) for each in (first, second)]
+        try:
+            assert await asyncio.wait_for(asking, 60) == ["status", ""]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(test())
+
+
 def test_answers_may_come_in_another_order_and_be_long() -> None:
     gate = asyncio.Event()
 
@@ -90,6 +106,25 @@ def test_the_end_of_the_other_side_ends_what_is_asked() -> None:
             await first.ask("reload")
 
     connected(test, handle)
+
+
+def test_a_process_that_is_killed_with_something_unread_is_no_fault_of_this_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def run() -> None:
+        end, other = socket.socketpair()
+        control = Control(end, echo)
+        task = asyncio.create_task(control.run())
+        asked = asyncio.create_task(control.ask("status"))
+        # The question is there, and the process ends before it reads it.
+        await asyncio.get_running_loop().run_in_executor(None, lambda: other.recv(1, socket.MSG_PEEK))
+        other.close()
+        with pytest.raises(ControlError, match="the process has ended"):
+            await asyncio.wait_for(asked, 60)
+        await asyncio.wait_for(task, 60)
+
+    asyncio.run(run())
+    assert not caplog.text
 
 
 def test_nonsense_ends_the_connection(caplog: pytest.LogCaptureFixture) -> None:

@@ -269,6 +269,7 @@ def test_grpc_itself_rejects_a_port_in_use(serving: Callable[..., Any], folder: 
         (["serve", "{folder}", "--port", "0", "--device", "cuda:99"], "cuda:99"),
         (["serve", "{folder}", "--host", "192.0.2.1", "--insecure"], "cannot listen on 192.0.2.1:50051"),
         (["serve", "{folder}", "--host", "::1%nowhere"], "cannot listen on [::1%nowhere]:50051"),
+        (["serve", "{folder}", "--host", "..", "--insecure"], "cannot listen on ..:50051: it is no name of a host"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import os
 import signal
@@ -108,6 +109,16 @@ def test_a_watchdog_of_another_process_is_not_served(
 def test_a_manager_that_is_not_there_does_no_harm(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     systemd.ready("serving")
+    systemd.stopping()
+
+
+def test_a_process_without_descriptors_stops_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+
+    def none_left(*_: object) -> socket.socket:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(systemd.socket, "socket", none_left)
     systemd.stopping()
 
 

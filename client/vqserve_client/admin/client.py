@@ -86,7 +86,8 @@ class WorkerReload(_Worker):
         removed: codebooks whose file is gone.
         rejected: files that cannot be used; what they replace is served still.
         skipped: files and folders that are no codebooks.
-        problems: why files were rejected or skipped, and certificates or access tokens not used.
+        problems: why files were rejected or skipped, and certificates or access tokens not used: the first hundred, and
+            how many more there are.
         codebooks: what it serves now.
     """
 

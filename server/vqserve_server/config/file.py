@@ -87,6 +87,9 @@ def _value(setting: Setting, value: object, folder: Path) -> Any:
     # True is an int, too.
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise ValueError(f"must be {wanted}, not {_shown(value)}")
+    if isinstance(value, str) and "\0" in value:
+        # A flag or a variable cannot have one, and the system takes none.
+        raise ValueError("must not have a zero byte")
     parsed = setting.parse(values.written(value))
     return str(folder / parsed) if setting.is_path and parsed else parsed
 

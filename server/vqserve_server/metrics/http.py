@@ -175,7 +175,10 @@ class HttpServer:
             return
         self._connections[task] = None
         if len(self._connections) > _MOST_CONNECTIONS:
-            next(iter(self._connections)).cancel()
+            # At once: many may be accepted before it has ended.
+            oldest = next(iter(self._connections))
+            del self._connections[oldest]
+            oldest.cancel()
         try:
             head, response = await self._received(reader)
             async with asyncio.timeout(_WRITE_S):

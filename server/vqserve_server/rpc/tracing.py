@@ -6,6 +6,7 @@ and sent to a collector by a thread of OpenTelemetry's.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 
@@ -26,6 +27,8 @@ from vqserve_server.engine import RequestTiming
 # A collector that does not answer holds up nothing but the thread that waits for it, and the end of the process.
 _EXPORT_S = 5.0
 _CLOSE_MS = 2_000
+# It writes a line with all that a caller sent for each header that is not well-formed: any caller could fill the log.
+_HEADERS_LOGGER = "opentelemetry.trace"
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
@@ -40,6 +43,7 @@ class Tracing:
             config: where to send them, and how many.
             worker: number of this process among several that serve a port; None if it is the only one.
         """
+        logging.getLogger(_HEADERS_LOGGER).setLevel(logging.ERROR)
         # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES add to these and override them.
         own = {"service.name": "vqserve", "service.version": __version__}
         resource = Resource(own | ({} if worker is None else {"service.instance.id": str(worker)}))

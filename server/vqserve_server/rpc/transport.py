@@ -86,6 +86,8 @@ class Transport:
         self._now_and_then = now_and_then
         self._refused = Places(_MOST_REFUSED)
         self._places = {method: Places(most) for method, most in (reserved or {}).items()}
+        # For the thread of the reserved methods.
+        self._reserved_refused = Places(_MOST_REFUSED)
         # The calls that have not ended; those of them that were not refused; and those that count apart.
         self._calls: set[Call] = set()
         self._accepted: set[Call] = set()
@@ -293,14 +295,16 @@ class Transport:
             return
         call = Call(event, stranger(event.call.peer().decode()), method, self._on_reserved_end)
         self._reserved_calls.add(call)
-        too_many = self._places[method].enter(call)
+        # First: whoever is refused must not take the place of one who is not.
+        is_handled = _handle(self._handlers[method], call)
+        too_many = (self._places[method] if is_handled else self._reserved_refused).enter(call)
         if too_many is not None:
             too_many.abort(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, "there are too many calls of this method"))
-        _handle(self._handlers[method], call)
 
     def _on_reserved_end(self, call: Call) -> None:
         self._reserved_calls.discard(call)
         self._places[call.method].leave(call)
+        self._reserved_refused.leave(call)
 
     def _end_idle(self, calls: set[Call]) -> None:
         if not self._idle_s:
@@ -317,8 +321,11 @@ class Transport:
         self._shut_down(self._reserved_queue, self._reserved_calls)
 
 
-def _handle(handler: Handler, call: Call) -> None:
+def _handle(handler: Handler, call: Call) -> bool:
+    """Return whether the handler has taken the call."""
     try:
         handler(call)
     except Exception as error:
         call.fail(error)
+        return False
+    return True

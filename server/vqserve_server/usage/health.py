@@ -153,9 +153,14 @@ def _health(snapshots: Sequence[Snapshot]) -> CodebookHealth:
         kind=last.text.kind,
         sampled_rows=sum(snapshot.total_rows for snapshot in snapshots),
         stages=[_stage(last.text, number, usage, last.reference) for number in range(len(last.text.sizes))],
-        error=error,
-        error_ratio=error / known if error is not None and known else None,
+        error=_known(error),
+        error_ratio=_known(error / known if error is not None and known else None),
     )
+
+
+def _known(figure: float | None) -> float | None:
+    # A file may have an error so small that no float holds the ratio. JSON has no word for infinity.
+    return figure if figure is not None and math.isfinite(figure) else None
 
 
 def _stage(text: BlockText, number: int, usage: Ints, reference: Ints | None) -> StageHealth:

@@ -188,6 +188,22 @@ def test_callers_that_do_nothing_keep_nobody_waiting(port: int) -> None:
             assert idle[0].recv(1) == b""
 
 
+def test_callers_that_connect_all_at_once_are_not_more_than_the_limit(server: HttpServer, port: int) -> None:
+    with contextlib.ExitStack() as stack:
+        held, resume = threading.Event(), threading.Event()
+        # Connections that wait in the kernel are accepted together.
+        for _ in range(3):
+            held.clear()
+            resume.clear()
+            server._loop.call_soon_threadsafe(lambda: (held.set(), resume.wait(60)))
+            assert held.wait(60)
+            for _ in range(90):
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+            resume.set()
+            assert get(port)[0] == 200
+        assert len(server._connections) <= metrics_http._MOST_CONNECTIONS
+
+
 def test_many_callers_at_once_are_all_answered(port: int) -> None:
     found: list[int] = []
     threads = [threading.Thread(target=lambda: found.append(get(port)[0])) for _ in range(40)]

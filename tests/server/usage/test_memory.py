@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import numpy as np
@@ -205,6 +206,17 @@ def test_metrics():
         ("codebook_dead_codes", "1"): 1,
         ("codebook_perplexity", "1"): 1.0,
     }
+
+
+@pytest.mark.parametrize(("reference_error", "error"), [(5e-324, 1.0), (0.5, float("inf")), (0.5, float("nan"))])
+def test_figures_that_no_float_can_hold_are_not_known(reference_error, error):
+    memory = new_memory()
+    block = UsageMemory(memory).block(text(sizes=(4,)))
+    block.set_reference(2000, np.array([2000, 0, 0, 0, 0]), reference_error)
+    block.add(np.zeros(10, np.int64), np.array([error]), rows=10, window_rows=WINDOW)
+    [book] = HealthReader([memory]).as_json()
+    assert book["error_ratio"] is None
+    json.dumps(book, allow_nan=False)
 
 
 def test_a_picture_has_at_most_1024_groups():
