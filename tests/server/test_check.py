@@ -85,3 +85,11 @@ def test_a_printed_file_can_be_used(run_vqserved: Callable[..., Any], tmp_path: 
     assert check.returncode == 0
     lines = [line.split() for line in check.stdout.splitlines()]
     assert ["port", "0", "from", str(tmp_path / "vqserve.toml")] in lines
+
+
+def test_traces_need_their_packages(run_vqserved: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "opentelemetry.py").write_text("raise ModuleNotFoundError(name='opentelemetry')\n")
+    words = ("serve", "--check", "--device", "cpu", "--trace-endpoint", "http://127.0.0.1:9")
+    done = run_vqserved(*words, PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout[-27:]) == (1, "would not start: 1 problem\n")
+    assert done.stderr == "vqserved: error: opentelemetry is not installed: pip install 'vqserve[trace]'\n"
