@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from support.certificates import Authority, Folder, free_port, replace
 from support.foreign import CASES
+from support.waiting import eventually
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from vqserve_client.cli import main as vqserve
@@ -437,17 +438,19 @@ def test_the_health_example(vqserved, tmp_path, monkeypatch):
     port = free_port()
     target = vqserved(*serve[2:], "--metrics-port", port).target
 
-    def sent(source):
-        run(f"{draw}\n{source}", target)
+    def shown_now():
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
             samples = [line.rsplit(" ", 1) for line in response.read().decode().splitlines()]
         return {name: float(value) for name, value in samples if name.startswith("vqserve_codebook_")}
 
     drift = 'vqserve_codebook_drift_bits{codebook="book",stage="0"}'
-    shown = sent(send.replace("40", "10"))
+    # The figures may be seconds old.
+    run(f"{draw}\n{send.replace('40', '10')}", target)
+    shown = eventually(lambda: drift in (figures := shown_now()) and figures)
     assert {line.split()[0] for line in usual.splitlines()} <= shown.keys()
     assert shown[drift] < 0.01
-    assert sent(send.replace("40", "30").replace("50_000", "50_000, scale=1.5"))[drift] > 0.05
+    run(f"{draw}\n{send.replace('40', '30').replace('50_000', '50_000, scale=1.5')}", target)
+    shown = eventually(lambda: (figures := shown_now())[drift] > 0.05 and figures)
     assert {line.split()[0] for line in louder.splitlines()} <= shown.keys()
     assert COMMANDS[inspect[0]](inspect[1:]) == 0
 
