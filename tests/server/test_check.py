@@ -68,12 +68,13 @@ def test_certificates_and_tokens(run_vqserved: Callable[..., Any], tmp_path: Pat
     files = Folder(tmp_path)
     files.put(Authority().issue("vq.example"))
     secret = new_secret()
-    replace(tmp_path / "tokens.toml", f'[tokens.me]\nsha256 = "{hash_of(secret)}"\n'.encode())
+    old = f'[tokens.old]\nsha256 = "{hash_of(new_secret())}"\nexpires = 2021-04-01\n'
+    replace(tmp_path / "tokens.toml", f'[tokens.me]\nsha256 = "{hash_of(secret)}"\n{old}'.encode())
     environ = {f"VQSERVE_{name.upper()}": str(value) for name, value in files.settings().items()}
     done = run_vqserved("serve", "--check", "--tokens", tmp_path / "tokens.toml", **environ)
     assert done.returncode == 0
     assert "certificate: expires 20" in done.stdout
-    assert "access tokens: me\n" in done.stdout
+    assert "access tokens: me, old (expired)\n" in done.stdout
     assert secret not in done.stdout + done.stderr
 
 
