@@ -26,7 +26,7 @@ from vqserve_server.heartbeat import Heartbeat
 from vqserve_server.monitoring.instruments import ProcessInstruments
 from vqserve_server.network import address, check, check_protected, check_unix_socket
 from vqserve_server.process import allow_connections
-from vqserve_server.repository import Reloader, Repository
+from vqserve_server.repository import RELOAD_RESULTS, Reloader, Repository
 from vqserve_server.rescan import Rescan
 from vqserve_server.server import App
 from vqserve_server.stopping import Stop, exit_now
@@ -63,6 +63,9 @@ async def serve(
         on_broken=on_broken,
     )
     watchdog = _watchdog(app, config, heartbeat)
+    # From the start, because a rate or an increase does not see the value with which a series begins.
+    for result in RELOAD_RESULTS:
+        app.engine.metrics.add("reloads", 0, result=result)
     reloader = Reloader(
         repository,
         lambda: app.swap(repository.tokenizers, repository.labels),

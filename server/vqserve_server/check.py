@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from vqserve_server.access import Access
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import CODEBOOKS, SETTINGS, Resolved, ServeConfig
 from vqserve_server.config.values import written
+from vqserve_server.extra import missing_package
 from vqserve_server.network import address, check_protected, check_socket_path
 from vqserve_server.repository import Repository, free_memory
 
@@ -32,6 +34,8 @@ def run(resolved: Resolved) -> int:
     if config.rpc.unix_socket:
         check.attempt(lambda: check_socket_path(config.rpc.unix_socket))
     check.attempt(lambda: _access(config))
+    if config.traces.trace_endpoint:
+        check.attempt(_tracing)
     _say("codebooks:")
     count = _codebooks(resolved, check)
     if check.problems:
@@ -78,6 +82,15 @@ def _access(config: ServeConfig) -> None:
         _say(f"certificate: expires {expires:%Y-%m-%d}, in {_counted(int(days), 'day')}")
     if access.tokens is not None:
         _say(f"access tokens: {', '.join(access.tokens.names())}")
+
+
+def _tracing() -> None:
+    try:
+        importlib.import_module("vqserve_server.rpc.tracing")
+    except ModuleNotFoundError as error:
+        if (text := missing_package(error)) is None:
+            raise
+        raise StartError(text) from None
 
 
 def _codebooks(resolved: Resolved, check: _Check) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -221,7 +222,7 @@ def _versions(folder: Path, root: Path) -> Iterator[_Claim | Problem]:
         if target in targets:
             labels[f"{folder.name}{VERSION_MARK}{link.stem}"] = Label(link, targets[target])
         else:
-            text = f"{link} is a label, and so must be a link to a version beside it, such as 3{SUFFIX}"
+            text = f"{link} is a label, and so must be a link to a version beside it, such as 3{SUFFIX}{_not_to(link)}"
             yield Problem(f"{text}; `ln -sfn 3{SUFFIX} {link}` makes one", (link,))
     if files:
         yield _Claim(folder.name, folder, {names[version]: files[version] for version in names}, labels)
@@ -246,6 +247,13 @@ def _target(path: Path) -> Path | None:
     except (OSError, RuntimeError):
         # Links that form a cycle have no target.
         return None
+
+
+def _not_to(link: Path) -> str:
+    # It may be replaced at any moment.
+    with contextlib.suppress(OSError):
+        return f", not to {link.readlink()}"
+    return ""
 
 
 def _outside_link(path: Path) -> Problem:

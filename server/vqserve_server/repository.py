@@ -23,6 +23,9 @@ from vqserve_server.tokenizer import Tokenizer
 # Resolution of the times of some file systems: a file that changed this recently may change again unnoticed.
 _CLOCK_S = 2.0
 
+# What a reload ends with.
+RELOAD_RESULTS = ("ok", "rejected", "failed")
+
 logger = logging.getLogger(__name__)
 
 # Device, inode, size, times of change: they stay the same while a file does not change.
@@ -249,7 +252,7 @@ class Reloader:
         Args:
             repository: what is loaded again.
             on_done: called, on the loop, after every reload.
-            on_result: called with "ok", or "rejected" if a file could not be used, or "failed".
+            on_result: called with one of `RELOAD_RESULTS`: "rejected" if a file could not be used.
         """
         self._repository = repository
         self._on_done = on_done

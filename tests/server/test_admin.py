@@ -323,6 +323,15 @@ def test_the_command_line(
     code, lines = admin("reload")
     assert (code, len(lines)) == (1, 6)
     assert lines[1].startswith(f"  {books / 'bad.safetensors'}: the codebook cannot be used")
+    (books / "bad.safetensors").unlink()
+    secrets.write("half")
+    code, lines = admin("reload")
+    assert (code, lines[0]) == (1, "worker 0: 0 loaded, 1 unchanged, 0 removed, 0 rejected, 0 skipped")
+    assert "is not valid TOML" in lines[1]
+    secrets.write("true")
+    # What is skipped is no mistake.
+    (books / "latents.npy").touch()
+    assert admin("reload")[0] == 0
     code, lines = admin("log-level", "error")
     assert (code, lines) == (0, ["worker 0: the level was info", "worker 1: the level was info"])
     code, lines = admin("status", "--json")
@@ -335,6 +344,9 @@ def test_the_command_line(
             admin(*words)
         assert caught.value.code == 2
         assert "log-level needs one of debug, info, warning, error" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["admin"])
+    assert "required: {status,reload,log-level,drain}; " in capsys.readouterr().err
     code, lines = admin("drain")
     assert code == 0
     assert lines[0].startswith("worker 0: stopping, within 30 s: ")

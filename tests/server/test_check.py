@@ -68,12 +68,13 @@ def test_certificates_and_tokens(run_vqserved: Callable[..., Any], tmp_path: Pat
     files = Folder(tmp_path)
     files.put(Authority().issue("vq.example"))
     secret = new_secret()
-    replace(tmp_path / "tokens.toml", f'[tokens.me]\nsha256 = "{hash_of(secret)}"\n'.encode())
+    old = f'[tokens.old]\nsha256 = "{hash_of(new_secret())}"\nexpires = 2021-04-01\n'
+    replace(tmp_path / "tokens.toml", f'[tokens.me]\nsha256 = "{hash_of(secret)}"\n{old}'.encode())
     environ = {f"VQSERVE_{name.upper()}": str(value) for name, value in files.settings().items()}
     done = run_vqserved("serve", "--check", "--tokens", tmp_path / "tokens.toml", **environ)
     assert done.returncode == 0
     assert "certificate: expires 20" in done.stdout
-    assert "access tokens: me\n" in done.stdout
+    assert "access tokens: me, old (expired)\n" in done.stdout
     assert secret not in done.stdout + done.stderr
 
 
@@ -85,3 +86,11 @@ def test_a_printed_file_can_be_used(run_vqserved: Callable[..., Any], tmp_path: 
     assert check.returncode == 0
     lines = [line.split() for line in check.stdout.splitlines()]
     assert ["port", "0", "from", str(tmp_path / "vqserve.toml")] in lines
+
+
+def test_traces_need_their_packages(run_vqserved: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "opentelemetry.py").write_text("raise ModuleNotFoundError(name='opentelemetry')\n")
+    words = ("serve", "--check", "--device", "cpu", "--trace-endpoint", "http://127.0.0.1:9")
+    done = run_vqserved(*words, PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout[-27:]) == (1, "would not start: 1 problem\n")
+    assert done.stderr == "vqserved: error: opentelemetry is not installed: pip install 'vqserve[trace]'\n"

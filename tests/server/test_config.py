@@ -196,6 +196,9 @@ def test_paths_of_the_file_start_at_its_folder(tmp_path: Path) -> None:
         ("drain_seconds = nan", "drain_seconds must be a number of seconds from 0 to 86400, not 'nan'"),
         ("host = 1", "host must be a text in quotes, not 1"),
         ("host = []", "host must be a text in quotes, not a list"),
+        ("metrics_port = 1.0", 'metrics_port must be an integer, without quotes, or "auto", not 1.0'),
+        ("metrics_port = false", 'metrics_port must be an integer, without quotes, or "auto", not False'),
+        ("metrics_port = 65536", "metrics_port must be an integer from 0 to 65535, not '65536'"),
         ("codebooks = 'books'", "codebooks must be a list of files, folders and NAME=FILE"),
         ("port = ", "is not valid TOML: Invalid value (at end of document)"),
         ("tls_key = 'a'", "--tls-cert and --tls-key need each other"),
@@ -205,6 +208,13 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, problem: str)
     with pytest.raises(config.ConfigError) as caught:
         in_file(tmp_path, text)
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "port"), [("9465", 9465), ("0", 0), ("'9465'", 9465), ("'auto'", 9464)])
+def test_the_metrics_port_is_a_number_in_the_file_too(tmp_path: Path, text: str, port: int) -> None:
+    found = in_file(tmp_path, f"metrics_port = {text}")
+    assert found.config.metrics.port == port
+    assert f"metrics_port = {text.replace(chr(39), chr(34)) if port == 9464 else port}\n" in config.settings_file(found)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -218,6 +218,7 @@ def test_a_label_of_no_version_is_an_error(tmp_path: Path, target: str) -> None:
     assert list(found.files) == ["book@3", "other"]
     [text] = texts(found)
     assert text.startswith(f"{link} is a label, and so must be a link to a version beside it, such as 3.safetensors")
+    assert f", not to {target}; `ln -sfn" in text
 
 
 def test_links_whose_names_look_like_versions_are_no_labels(tmp_path: Path) -> None:

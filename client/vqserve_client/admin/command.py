@@ -21,7 +21,8 @@ from vqserve_client.arguments import connection
 _LEVELS = ("debug", "info", "warning", "error")
 _EPILOG = """\
 Each command acts on all processes of the server and prints what each did. The exit code is 0 only if all did, and no
-file was rejected. They need an access token that may operate the server (`vqserved token NAME --admin`).
+file was rejected, those of certificates and access tokens included. They need an access token that may operate the
+server (`vqserved token NAME --admin`).
 """
 
 
@@ -31,6 +32,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "action",
         choices=tuple(_ACTIONS),
+        # Without it an error would call the argument "action", a word that no help has.
+        metavar=f"{{{','.join(_ACTIONS)}}}",
         help="status: what is served, and the load; reload: load what has changed; log-level: log more, or less; "
         "drain: answer what was accepted, and end",
     )
@@ -54,7 +57,13 @@ def run(args: argparse.Namespace) -> int:
             # One process needs no number.
             first = f"worker {worker.worker}: " if len(workers) > 1 else ""
             print("\n".join([first + lines[0], *(f"  {line}" for line in lines[1:])]), flush=True)
-    return 1 if any(worker.error or getattr(worker, "rejected", 0) for worker in workers) else 0
+    return 1 if any(map(_failed, workers)) else 0
+
+
+def _failed(worker: Any) -> bool:
+    # What is skipped is no mistake. All other problems are, also those that `rejected` does not count: certificates and
+    # access tokens that cannot be used, and a reload that failed.
+    return bool(worker.error) or (isinstance(worker, WorkerReload) and len(worker.problems) > worker.skipped)
 
 
 def _status(worker: WorkerStatus) -> Iterator[str]:

@@ -66,7 +66,7 @@ class Token:
         """
         self._tokens.refresh_soon()
         grant = self._grant
-        if grant is None or (grant.expires is not None and time.time() >= grant.expires.timestamp()):
+        if grant is None or _has_expired(grant):
             raise _unauthenticated()
         return grant
 
@@ -125,8 +125,8 @@ class Tokens:
         return self._watched.problem
 
     def names(self) -> list[str]:
-        """Return the names of the tokens, in the order of the file."""
-        return [grant.name for grant in self._watched.value]
+        """Return the names of the tokens, in the order of the file, with a word about those that have expired."""
+        return [f"{grant.name}{' (expired)' if _has_expired(grant) else ''}" for grant in self._watched.value]
 
     def refresh(self) -> None:
         """Read the file again if it has changed; one that cannot be used changes nothing."""
@@ -165,6 +165,10 @@ class Tokens:
             logger.warning(event("caller_refused", peer=peer, reason=reason, calls=self._refused))
             self._next_line, self._refused = now + _LINE_S, 0
         return _unauthenticated()
+
+
+def _has_expired(grant: Grant) -> bool:
+    return grant.expires is not None and time.time() >= grant.expires.timestamp()
 
 
 def _unauthenticated() -> Unauthenticated:

@@ -83,7 +83,7 @@ def _suggestion(key: str, known: Mapping[str, object]) -> str:
 
 
 def _value(setting: Setting, value: object, folder: Path) -> Any:
-    wanted, kinds = _KINDS[type(setting.default)]
+    wanted, kinds = _PORT_OR_AUTO if setting.is_port_or_auto else _KINDS[type(setting.default)]
     # True is an int, too.
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise ValueError(f"must be {wanted}, not {_shown(value)}")
@@ -100,6 +100,7 @@ _KINDS: Mapping[type, tuple[str, tuple[type, ...]]] = {
     float: ("a number, without quotes", (int, float)),
     str: ("a text in quotes", (str,)),
 }
+_PORT_OR_AUTO: tuple[str, tuple[type, ...]] = ('an integer, without quotes, or "auto"', (int, str))
 
 
 def _codebooks(value: object, folder: Path) -> tuple[str, ...]:

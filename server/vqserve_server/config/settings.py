@@ -253,6 +253,11 @@ class Setting:
         return self.parse is values.path
 
     @property
+    def is_port_or_auto(self) -> bool:
+        """Whether the value is "auto", or a port: in a file an integer, as other ports are."""
+        return self.parse is values.port_or_auto
+
+    @property
     def shown_default(self) -> str:
         """The default, for people."""
         default = self.default

@@ -47,7 +47,11 @@ def settings_file(resolved: Resolved) -> str:
             if setting.group == group:
                 lines += ["", *wrap(setting.help, _WIDTH, initial_indent="# ", subsequent_indent="# ")]
                 value = setting.of(resolved.config)
-                literal = _literal(setting.name, str(here / value) if setting.is_path and value else value)
+                if setting.is_path and value:
+                    value = str(here / value)
+                elif setting.is_port_or_auto and value != "auto":
+                    value = int(value)
+                literal = _literal(setting.name, value)
                 lines.append(_entry(setting.name, literal, is_set=setting.name in resolved.origins))
     return "\n".join(lines) + "\n"
 

@@ -203,6 +203,8 @@ def test_reloads_are_counted(vqserved: Callable[..., Any], tmp_path: Path, token
     daemon = vqserved(tmp_path / "book.safetensors", "--metrics-port", port)
     digest = {tokenizer.info.digest}
     assert Scrape(port).labels("codebook_info", "digest") == digest
+    # An alert sees the first reload that fails only where a zero is before it.
+    assert Scrape(port).labels("reloads_total", "result") == {"ok", "rejected", "failed"}
     other = put(tmp_path / "other.safetensors", seed=1)
     (tmp_path / "other.safetensors").replace(tmp_path / "book.safetensors")
     daemon.rescan()
