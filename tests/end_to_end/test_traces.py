@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gzip
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,10 +28,13 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from support.waiting import eventually
 from vqserve.errors import NonFiniteLatents
 from vqserve_client import AsyncClient, Client
 from vqserve_server.codebooks import save_codebook
+from vqserve_server.config import TracesConfig
 from vqserve_server.quantizers import VectorQuantizer
+from vqserve_server.rpc import tracing
 
 ENCODE = "vqserve.v1.TokenizerService/Encode"
 LATENTS = np.zeros((1, 2, 4), np.float32)
@@ -211,6 +216,19 @@ def test_a_collector_that_is_not_there_holds_up_nothing(vqserved: Callable[..., 
     code, log = daemon.stop(signal.SIGTERM)
     assert code == 0
     assert "served requests=20" in log
+
+
+def test_a_collector_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "_EXPORT_S", 1000.0)
+    with socket.create_server(("127.0.0.1", 0)) as hanging:
+        endpoint = f"http://127.0.0.1:{hanging.getsockname()[1]}/v1/traces"
+        made = tracing.Tracing(TracesConfig(trace_endpoint=endpoint, trace_ratio=1.0))
+        call = made.begin(f"/{ENCODE}", [], "id")
+        assert call is not None
+        call.answered(None, codebook="book", rows=1, received_at=time.monotonic())
+        closing = threading.Thread(target=made.close, daemon=True)
+        closing.start()
+        eventually(lambda: not closing.is_alive(), seconds=30)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ and sent to a collector by a thread of OpenTelemetry's.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterable
 
@@ -26,7 +27,7 @@ from vqserve_server.engine import RequestTiming
 
 # A collector that does not answer holds up nothing but the thread that waits for it, and the end of the process.
 _EXPORT_S = 5.0
-_CLOSE_MS = 2_000
+_CLOSE_S = 2.0
 # It writes a line with all that a caller sent for each header that is not well-formed: any caller could fill the log.
 _HEADERS_LOGGER = "opentelemetry.trace"
 
@@ -52,8 +53,8 @@ class Tracing:
             sampler=ParentBasedTraceIdRatio(config.trace_ratio),
             shutdown_on_exit=False,
         )
-        self._processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=config.trace_endpoint, timeout=_EXPORT_S))
-        self._provider.add_span_processor(self._processor)
+        exporter = OTLPSpanExporter(endpoint=config.trace_endpoint, timeout=_EXPORT_S)
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("vqserve_server", __version__)
         self._takes_others = config.trace_ratio > 0
 
@@ -76,8 +77,10 @@ class Tracing:
 
     def close(self) -> None:
         """Send what is left, if the collector answers soon."""
-        self._processor.force_flush(_CLOSE_MS)
-        self._provider.shutdown()
+        # Both wait for one export after the other, whatever limit they are given.
+        closing = threading.Thread(target=self._provider.shutdown, name="vqserve-traces-end", daemon=True)
+        closing.start()
+        closing.join(_CLOSE_S)
 
 
 class CallTrace:
