@@ -15,9 +15,9 @@ from google.protobuf import json_format
 from vqserve.codebook_info import CodebookInfo
 from vqserve.text import printable
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve_server import console
-from vqserve_server.console import event
+from vqserve_server import event_log
 from vqserve_server.control import DRAIN, LOG_LEVEL, RELOAD, STATUS, Control, ControlError
+from vqserve_server.event_log import event
 from vqserve_server.repository import ReloadCounts
 from vqserve_server.rpc.admin import Answers
 
@@ -92,14 +92,14 @@ class Administration:
         """Execute a command in this process, and return the fields of its answer, but for a drain."""
         if command == STATUS:
             info = json_format.MessageToDict(self.server.info(), preserving_proto_field_name=True)
-            state = {"pid": os.getpid(), "server": info, "log_level": console.level()}
+            state = {"pid": os.getpid(), "server": info, "log_level": event_log.level()}
             return state | self._codebooks()
         if command == RELOAD:
             problems = self.server.refresh_access()
             counts = await self.reload()
             return {**counts.numbers(), "problems": _shown(problems + counts.problems)} | self._codebooks()
         if command == LOG_LEVEL:
-            return {"previous": console.set_level(argument)}
+            return {"previous": event_log.set_level(argument)}
         if command == DRAIN:
             return {"requests": self.server.info().requests, "drain_seconds": self.drain_seconds}
         raise ValueError(f"there is no command {command}")

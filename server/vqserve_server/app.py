@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TextIO
 
-from vqserve_server import console, grpcio_release, signals, systemd
+from vqserve_server import event_log, grpcio_release, signals, systemd
 from vqserve_server.access import Access
 from vqserve_server.administration import Administration
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
-from vqserve_server.console import event
 from vqserve_server.control import Control
 from vqserve_server.engine import Watchdog
+from vqserve_server.event_log import event
 from vqserve_server.heartbeat import Heartbeat
 from vqserve_server.monitoring.instruments import ProcessInstruments
 from vqserve_server.network import address, check, check_protected, check_unix_socket
@@ -140,7 +140,7 @@ def run(sources: Sequence[str], config: ServeConfig, *, worker: int | None = Non
     Raises:
         VqserveError: the daemon cannot start.
     """
-    console.set_up(config.log_level, form=config.log_format, worker=worker)
+    event_log.set_up(config.log_level, form=config.log_format, worker=worker)
     if worker is None:
         grpcio_release.warn_if_untested()
     find_codebooks(sources).check()

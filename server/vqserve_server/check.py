@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from vqserve.errors import COMMAND_LINE, StartError, VqserveError
 from vqserve.text import printable
-from vqserve_server import console
+from vqserve_server import event_log
 from vqserve_server.access import Access
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import CODEBOOKS, SETTINGS, Resolved, ServeConfig
@@ -24,7 +24,7 @@ _DAY_S = 86_400.0
 def run(resolved: Resolved) -> int:
     """Print what would be used and every problem; return the exit code: 1 if the server would not start."""
     level = "debug" if resolved.config.log_level == "debug" else "warning"
-    console.set_up(level, form=resolved.config.log_format)
+    event_log.set_up(level, form=resolved.config.log_format)
     check = _Check()
     config = resolved.config
     _say("settings (the others have their defaults):")

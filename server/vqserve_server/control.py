@@ -13,7 +13,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Self
 
-from vqserve_server.console import event
+from vqserve_server.event_log import event
 
 # Environment variable with the file descriptor of the worker's end; it is not a setting for users.
 CONTROL_VARIABLE = "_VQSERVE_CONTROL"

@@ -6,7 +6,7 @@ import importlib.metadata
 import logging
 import re
 
-from vqserve_server.console import event
+from vqserve_server.event_log import event
 
 # The oldest tested release, and the first release that is too new. pyproject.toml contains the same bounds, and
 # `make test-grpcio` runs the tests on the oldest and the newest release between them.

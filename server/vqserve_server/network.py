@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vqserve.errors import StartError
 from vqserve_server.config import AccessConfig
-from vqserve_server.console import event
+from vqserve_server.event_log import event
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import logging
 import resource
 from collections.abc import Mapping
 
-from vqserve_server.console import ONCE, event
+from vqserve_server.event_log import ONCE, event
 
 # Environment variable with the number of a worker; it is not a setting for users.
 WORKER_VARIABLE = "_VQSERVE_WORKER"

@@ -14,8 +14,8 @@ from vqserve.codebook_info import VERSION_MARK
 from vqserve.errors import CodebookError, VqserveError
 from vqserve_server.codebook_files import Label, find_codebooks, latest
 from vqserve_server.codebooks import load_codebook
-from vqserve_server.console import ONCE, event
 from vqserve_server.device import why_no_cuda
+from vqserve_server.event_log import ONCE, event
 from vqserve_server.process import trim_memory
 from vqserve_server.search import SearchCounts, why_slower
 from vqserve_server.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vqserve_server.codebook_files import find_codebooks
-from vqserve_server.console import event
+from vqserve_server.event_log import event
 
 # A file that changed this recently may still be being written. Times of some file systems have this resolution.
 _SETTLED_S = 2.0

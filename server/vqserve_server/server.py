@@ -14,8 +14,8 @@ from vqserve.errors import StartError
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_server.access import Access
 from vqserve_server.config import ServeConfig
-from vqserve_server.console import event
 from vqserve_server.engine import Engine
+from vqserve_server.event_log import event
 from vqserve_server.monitoring.gauges import Gauges
 from vqserve_server.monitoring.instruments import Instruments
 from vqserve_server.network import address, check_unix_socket

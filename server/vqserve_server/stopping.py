@@ -9,7 +9,7 @@ import signal
 import sys
 
 from vqserve_server import stderr
-from vqserve_server.console import event
+from vqserve_server.event_log import event
 
 logger = logging.getLogger(__name__)
 

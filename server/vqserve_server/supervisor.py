@@ -9,14 +9,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vqserve_server import console, grpcio_release, signals, systemd
+from vqserve_server import event_log, grpcio_release, signals, systemd
 from vqserve_server.access import Access
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.config import ServeConfig
-from vqserve_server.console import event
 from vqserve_server.control import (
     RELOAD,
 )
+from vqserve_server.event_log import event
 from vqserve_server.metrics.memory import SharedMemory
 from vqserve_server.metrics.present import Processes
 from vqserve_server.metrics.store import METRICS, NBYTES
@@ -92,7 +92,7 @@ def run(sources: Sequence[str], config: ServeConfig) -> int:
     Raises:
         VqserveError: the address cannot be bound, or a worker does not start.
     """
-    console.set_up(config.log_level, form=config.log_format, is_parent=True)
+    event_log.set_up(config.log_level, form=config.log_format, is_parent=True)
     grpcio_release.warn_if_untested()
     # Check here, so that an error is reported once and not by every worker.
     find_codebooks(sources).check()

@@ -19,9 +19,8 @@ from typing import Any
 
 from vqserve.errors import StartError
 from vqserve_server import config as settings
-from vqserve_server import console, systemd
+from vqserve_server import event_log, systemd
 from vqserve_server.config import ServeConfig
-from vqserve_server.console import event
 from vqserve_server.control import (
     CONTROL_VARIABLE,
     DRAIN,
@@ -31,6 +30,7 @@ from vqserve_server.control import (
     ControlError,
     ControlPair,
 )
+from vqserve_server.event_log import event
 from vqserve_server.heartbeat import HEARTBEAT_VARIABLE, Checks, Pulse
 from vqserve_server.metrics.memory import SharedMemory
 from vqserve_server.metrics.present import Processes
@@ -172,7 +172,7 @@ class Workers:
             # A worker that is starting reloads when it is ready.
             self._reloads += 1
         if command == LOG_LEVEL:
-            console.set_level(argument)
+            event_log.set_level(argument)
             # Workers that are started later have it, too.
             self._config = replace(self._config, log_level=argument)
         answers = await asyncio.gather(

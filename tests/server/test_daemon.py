@@ -30,7 +30,7 @@ from vqserve import __version__
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1 import tokenizer_pb2_grpc
 from vqserve_client import Client
-from vqserve_server import app, console, extra
+from vqserve_server import app, event_log, extra
 from vqserve_server.codebooks import save_codebook
 from vqserve_server.config import RpcConfig
 from vqserve_server.errors import StartError
@@ -67,7 +67,7 @@ def run_here(
 ) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """Run `vqserved ARGUMENTS` in this process, which has torch already."""
     on_hangup = signal.getsignal(signal.SIGHUP)
-    monkeypatch.setattr(console, "set_up", lambda level, **more: None)
+    monkeypatch.setattr(event_log, "set_up", lambda level, **more: None)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         code = main(arguments)
@@ -123,8 +123,8 @@ def test_the_log_says_what_is_served(vqserved: Callable[..., Any], folder: Path)
 
 
 def test_a_value_in_the_log_cannot_pass_for_another_field() -> None:
-    assert console.event("rejected", name='a" status=OK x') == r'rejected name="a\" status=OK x"'
-    assert console.event("rejected", name='a\\" status=OK x') == r'rejected name="a\\\" status=OK x"'
+    assert event_log.event("rejected", name='a" status=OK x') == r'rejected name="a\" status=OK x"'
+    assert event_log.event("rejected", name='a\\" status=OK x') == r'rejected name="a\\\" status=OK x"'
 
 
 def test_every_package_of_the_extra_is_known_to_be_of_it() -> None:
@@ -403,7 +403,7 @@ def test_the_port_is_free_until_the_codebooks_are_loaded(monkeypatch: pytest.Mon
         raise StartError("enough")
 
     monkeypatch.setattr(app.Repository, "load", load)
-    monkeypatch.setattr(console, "set_up", lambda level, **more: None)
+    monkeypatch.setattr(event_log, "set_up", lambda level, **more: None)
     config = app.ServeConfig(rpc=RpcConfig(port=port))
     with pytest.raises(StartError, match="enough"):
         app.run([str(folder)], config)

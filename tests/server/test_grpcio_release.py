@@ -61,7 +61,7 @@ def test_the_constraints_are_tested():
 def test_an_untested_release_is_logged_once_at_start(run, release, monkeypatch, caplog):
     installed = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: release if name == "grpcio" else installed(name))
-    monkeypatch.setattr("vqserve_server.console.set_up", lambda level, **more: None)
+    monkeypatch.setattr("vqserve_server.event_log.set_up", lambda level, **more: None)
     with caplog.at_level(logging.WARNING), pytest.raises(StartError):
         run(["/nothing/here.safetensors"], ServeConfig())
     lines = [record.getMessage() for record in caplog.records if "grpcio" in record.getMessage()]

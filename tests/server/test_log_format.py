@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from vqserve.errors import NonFiniteLatents
 from vqserve_client import Client
-from vqserve_server import console
+from vqserve_server import event_log
 from vqserve_server.codebooks import save_codebook
 from vqserve_server.quantizers import VectorQuantizer
 
@@ -39,7 +39,7 @@ def log_of(form: str, worker: int | None = None) -> Iterator[io.StringIO]:
     before = root.handlers[:], root.level
     stream = io.StringIO()
     try:
-        console.write_to(stream, "info", form=form, worker=worker)
+        event_log.write_to(stream, "info", form=form, worker=worker)
         yield stream
     finally:
         root.handlers, root.level = before
@@ -48,7 +48,7 @@ def log_of(form: str, worker: int | None = None) -> Iterator[io.StringIO]:
 @given(fields=FIELDS, worker=st.none() | st.integers(0, 99))
 def test_a_line_is_an_object_with_the_fields_of_the_event(fields: dict[str, Any], worker: int | None) -> None:
     with log_of("json", worker) as stream:
-        logging.getLogger("vqserve_server.engine").warning(console.event("it_happened", **fields))
+        logging.getLogger("vqserve_server.engine").warning(event_log.event("it_happened", **fields))
     [line] = stream.getvalue().splitlines()
     assert line.isascii()
     entry = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
@@ -71,7 +71,7 @@ def test_lines_of_other_packages_and_tracebacks_are_objects_too() -> None:
         try:
             raise ValueError("a \x1b[2J b")
         except ValueError:
-            logging.getLogger("vqserve_server.rpc").exception(console.event("failed"))
+            logging.getLogger("vqserve_server.rpc").exception(event_log.event("failed"))
     slow, failed = map(json.loads, stream.getvalue().splitlines())
     assert (slow["logger"], slow["message"]) == ("asyncio", "slow: two\nlines")
     assert failed["event"] == "failed"
@@ -80,7 +80,7 @@ def test_lines_of_other_packages_and_tracebacks_are_objects_too() -> None:
 
 
 def test_an_event_with_its_fields_is_the_same_text_as_before() -> None:
-    text = console.event("codebook", of=1.5, name="a b")
+    text = event_log.event("codebook", of=1.5, name="a b")
     assert text == 'codebook of=1.5 name="a b"'
     assert (text.event, dict(text.fields)) == ("codebook", {"of": 1.5, "name": "a b"})
 

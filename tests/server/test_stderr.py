@@ -26,7 +26,7 @@ from support.http2 import END_STREAM, HEADERS, Peer
 from support.waiting import eventually
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1 import tokenizer_pb2_grpc
-from vqserve_server import console
+from vqserve_server import event_log
 from vqserve_server.stderr import BoundedStream
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -170,8 +170,8 @@ def test_lines_of_the_log_name_other_packages_only() -> None:
     before = root.handlers[:], root.level
     stream = io.StringIO()
     try:
-        console.write_to(stream, "info", worker=1)
-        logging.getLogger("vqserve_server.repository").info(console.event("codebook", of=1.5, name="a \x1b[2J=b"))
+        event_log.write_to(stream, "info", worker=1)
+        logging.getLogger("vqserve_server.repository").info(event_log.event("codebook", of=1.5, name="a \x1b[2J=b"))
         logging.getLogger("asyncio").warning("slow")
     finally:
         root.handlers, root.level = before
@@ -290,8 +290,8 @@ def test_the_pipe_of_the_parent_still_waits(pipe: tuple[int, int]) -> None:
     _, writer = pipe
     code = (
         "import os, sys\n"
-        "from vqserve_server import console\n"
-        "console.set_up('info')\n"
+        "from vqserve_server import event_log\n"
+        "event_log.set_up('info')\n"
         "print(os.get_blocking(2), os.isatty(2), sys.stderr.fileno())"
     )
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=writer, text=True, check=True)
@@ -302,8 +302,8 @@ def test_the_pipe_of_the_parent_still_waits(pipe: tuple[int, int]) -> None:
 def test_a_file_and_a_socket_do(tmp_path: Path) -> None:
     code = (
         "import logging, os, sys, warnings\n"
-        "from vqserve_server import console\n"
-        "console.set_up('info')\n"
+        "from vqserve_server import event_log\n"
+        "event_log.set_up('info')\n"
         "logging.warning('logged'); os.write(2, b'native\\n'); warnings.warn('warned'); sys.stderr.write('last\\n')\n"
     )
     path = tmp_path / "log"

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from vqserve.errors import StartError
 from vqserve_server.access.files import Watched, warn_if_readable
 from vqserve_server.config import AccessConfig
-from vqserve_server.console import ONCE, event
+from vqserve_server.event_log import ONCE, event
 
 _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 _KEY = re.compile(rb"-----BEGIN ([A-Z0-9 ]*)PRIVATE KEY-----.+?-----END [A-Z0-9 ]*PRIVATE KEY-----", re.DOTALL)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from vqserve.errors import StartError
-from vqserve_server.console import ONCE, event
+from vqserve_server.event_log import ONCE, event
 
 T = TypeVar("T")
 

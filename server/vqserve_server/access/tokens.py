@@ -12,7 +12,7 @@ from vqserve.errors import Unauthenticated
 from vqserve_server.access.files import Watched, warn_if_readable
 from vqserve_server.access.rate import RowRate
 from vqserve_server.access.token_file import CallerLimits, Grant, grants, hash_of
-from vqserve_server.console import event
+from vqserve_server.event_log import event
 
 _KEY = "authorization"
 _SCHEME = "bearer"

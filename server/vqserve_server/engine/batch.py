@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 
 from vqserve.errors import InvalidArgument, Overloaded
-from vqserve_server.console import event
 from vqserve_server.engine.caller import CANARY
 from vqserve_server.engine.job import Job, Key, RequestTiming
 from vqserve_server.engine.speed import Speed
+from vqserve_server.event_log import event
 
 
 class Staging:

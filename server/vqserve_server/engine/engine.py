@@ -13,11 +13,11 @@ from vqserve.validation import check_digest, no_codebook
 from vqserve_server.access import Codebooks
 from vqserve_server.codebook_files import latest, version_of, version_order
 from vqserve_server.config import EngineConfig
-from vqserve_server.console import event
 from vqserve_server.device import wait_for_stream
 from vqserve_server.engine.admission import Admission, EngineStats
 from vqserve_server.engine.scheduler import Scheduler
 from vqserve_server.engine.worker import Worker
+from vqserve_server.event_log import event
 from vqserve_server.metrics.recorder import Metrics
 from vqserve_server.usage.live import LiveUsage
 

@@ -18,9 +18,9 @@ from vqserve.layout import Layout, grid_shape
 from vqserve.types import OutputName
 from vqserve.validation import beyond_dtype
 from vqserve_server.config import EngineConfig
-from vqserve_server.console import event
 from vqserve_server.engine.caller import Caller
 from vqserve_server.engine.copy import first_overflow, read_rows, read_tokens, write_rows, write_tokens
+from vqserve_server.event_log import event
 from vqserve_server.metrics.recorder import OperationMetrics
 
 if TYPE_CHECKING:

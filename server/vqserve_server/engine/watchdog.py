@@ -15,10 +15,10 @@ from types import FrameType, TracebackType
 from weakref import WeakKeyDictionary
 
 from vqserve.errors import VqserveError
-from vqserve_server.console import event
 from vqserve_server.engine.batch import Batch
 from vqserve_server.engine.canary import Canary
 from vqserve_server.engine.engine import Engine
+from vqserve_server.event_log import event
 from vqserve_server.heartbeat import Checks
 
 # Seconds between two canaries.

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 
 from vqserve.errors import InvalidArgument
-from vqserve_server.console import event
 from vqserve_server.device import (
     DeviceStreams,
     free_cached_memory,
@@ -22,6 +21,7 @@ from vqserve_server.engine.caller import CANARY
 from vqserve_server.engine.job import EncodeKey
 from vqserve_server.engine.row_limits import RowLimits
 from vqserve_server.engine.scheduler import Scheduler
+from vqserve_server.event_log import event
 from vqserve_server.usage.live import LiveUsage, RowSampler
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 from types import MappingProxyType
 
-from vqserve_server.console import event
+from vqserve_server.event_log import event
 from vqserve_server.network import is_address, is_loopback
 
 # A request is a line and some headers. A browser sends cookies of other servers of the machine, too.

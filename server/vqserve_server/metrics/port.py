@@ -11,7 +11,7 @@ from typing import Self
 from vqserve.errors import StartError
 from vqserve_server.access import Access
 from vqserve_server.config import ServeConfig
-from vqserve_server.console import event
+from vqserve_server.event_log import event
 from vqserve_server.metrics.collector import Collector, Sample
 from vqserve_server.metrics.http import HttpServer, Request, Response, Route
 from vqserve_server.metrics.present import Present, Processes

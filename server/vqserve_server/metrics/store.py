@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from vqserve_server.console import event
+from vqserve_server.event_log import event
 
 # Name of the memory.
 METRICS = "metrics"

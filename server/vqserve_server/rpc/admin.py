@@ -17,8 +17,8 @@ from vqserve.errors import AccessDenied, InvalidOption, Unavailable
 from vqserve.v1 import admin_pb2 as pb
 from vqserve_server.access import Tokens
 from vqserve_server.config.values import LOG_LEVELS
-from vqserve_server.console import event
 from vqserve_server.control import DRAIN, LOG_LEVEL, RELOAD, STATUS
+from vqserve_server.event_log import event
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.messages import parse
 from vqserve_server.rpc.transport import Handler

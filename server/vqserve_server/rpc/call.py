@@ -20,8 +20,8 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from vqserve.error_wire import REQUEST_ID, REQUEST_ID_KEY
 from vqserve.errors import InvalidArgument
-from vqserve_server.console import event
 from vqserve_server.engine import BatchFailed, Caller
+from vqserve_server.event_log import event
 from vqserve_server.rpc.gate import Gate
 from vqserve_server.rpc.status import Status, status_of
 

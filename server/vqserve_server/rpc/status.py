@@ -12,7 +12,7 @@ import grpc
 from vqserve import errors
 from vqserve.error_wire import ERROR_KEY, RETRY_AFTER_KEY, RETRY_PUSHBACK_KEY, written
 from vqserve.errors import PYTHON, VqserveError
-from vqserve_server.console import event
+from vqserve_server.event_log import event
 
 # The entry of an error's class counts, or of its nearest base. The texts of INTERNAL errors are not sent.
 STATUS_CODES: dict[type[BaseException], grpc.StatusCode] = {

@@ -18,7 +18,7 @@ import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from vqserve.errors import Overloaded
-from vqserve_server.console import event
+from vqserve_server.event_log import event
 from vqserve_server.rpc.call import Call
 from vqserve_server.rpc.callers import Callers, stranger
 from vqserve_server.rpc.connections import Connections

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve_server.code_groups import CodeGroups, Ints
-from vqserve_server.console import event
+from vqserve_server.event_log import event
 
 # Name and size of the memory of one process. What nobody has written to takes no memory.
 USAGE = "usage"

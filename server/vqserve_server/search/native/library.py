@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from vqserve_server.console import ONCE, event
+from vqserve_server.event_log import ONCE, event
 
 logger = logging.getLogger(__name__)
 
