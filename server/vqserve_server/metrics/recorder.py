@@ -12,6 +12,10 @@ from vqserve_server.metrics.memory import private_part
 from vqserve_server.metrics.store import NBYTES, Labels, Store, labels_of
 
 
+# Statuses of which there are series before the first request has one: else the first would be no increase, and no alarm.
+_FROM_ZERO = ("OK", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE")
+
+
 class Counted(Protocol):
     """A request that is counted once, however it ends: several threads may try.
 
@@ -171,8 +175,8 @@ class Metrics:
             self._store.cells[cell] = labels in self._published
         for each in self._published:
             for operation in OPERATIONS:
-                # From 0 on: the first request would else be no increase.
-                self._store.cell("requests", codebook=dict(each)["codebook"], operation=operation, status="OK")
+                for status in _FROM_ZERO:
+                    self._store.cell("requests", codebook=dict(each)["codebook"], operation=operation, status=status)
 
     def busy(self, device: object, seconds: float) -> None:
         """Count time in which a device had batches; for one thread at a time."""

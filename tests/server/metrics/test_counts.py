@@ -222,6 +222,8 @@ def test_refusals_are_counted_by_reason(serve: Callable[..., Served], tokenizer:
 
 def test_a_failed_computation_is_counted(serve: Callable[..., Served], tokenizer: Any) -> None:
     served = serve()
+    # The alert asks for an increase: the series is there before the first failure.
+    assert 'vqserve_requests_total{codebook="book",operation="encode",status="INTERNAL"} 0.0' in served.scrape().text
     tokenizer.error = ValueError("no")
     assert code(lambda: served.stub.Encode(REQUEST)).name == "INTERNAL"
     found = served.scrape()
