@@ -11,7 +11,7 @@ from vqserve_server.metrics.families import FAMILIES, OPERATIONS, REQUESTS, ROWS
 from vqserve_server.metrics.memory import private_part
 from vqserve_server.metrics.store import NBYTES, Labels, Store, labels_of
 
-# Statuses of which there are series before the first request has one: else the first would be no increase, and no alarm.
+# Statuses whose series are there before the first request has one: else the first would be no increase, and no alarm.
 _FROM_ZERO = ("OK", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE")
 
 
