@@ -16,20 +16,15 @@ from vqserve_server.codebook_files import Label, find_codebooks, latest
 from vqserve_server.codebooks import load_codebook
 from vqserve_server.device import why_no_cuda
 from vqserve_server.event_log import ONCE, event
+from vqserve_server.file_stamps import CLOCK_S, Stamp, last_change_s, stamp_of
 from vqserve_server.process import trim_memory
 from vqserve_server.search import SearchCounts, why_slower
 from vqserve_server.tokenizer import Tokenizer
-
-# Resolution of the times of some file systems: a file that changed this recently may change again unnoticed.
-_CLOCK_S = 2.0
 
 # What a reload ends with.
 RELOAD_RESULTS = ("ok", "rejected", "failed")
 
 logger = logging.getLogger(__name__)
-
-# Device, inode, size, times of change: they stay the same while a file does not change.
-Stamp = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -312,14 +307,9 @@ def free_memory() -> None:
 
 
 def _stamp(path: Path) -> Stamp | None:
-    try:
-        status = path.stat()
-    except OSError:
-        # Reading the file will raise the error.
-        return None
-    if max(status.st_mtime, status.st_ctime) > time.time() - _CLOCK_S:
-        return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    """Return the stamp of a file that has not changed just now; None: read it, which raises the error if it is gone."""
+    stamp = stamp_of(path)
+    return None if last_change_s([stamp]) > time.time() - CLOCK_S else stamp
 
 
 def _is_below(path: Path, folders: Sequence[Path]) -> bool:

@@ -6,13 +6,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from vqserve_server.codebook_files import find_codebooks
 from vqserve_server.event_log import event
-
-# A file that changed this recently may still be being written. Times of some file systems have this resolution.
-_SETTLED_S = 2.0
+from vqserve_server.file_stamps import CLOCK_S, last_change_s, stamp_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,17 +64,8 @@ class Rescan:
 def _look(sources: Sequence[str]) -> tuple[_Look, bool]:
     """Return what the sources hold, and whether no file of it has changed just now."""
     found = find_codebooks(sources)
-    stamps = {name: _stamp(path) for name, path in found.files.items()}
-    newest = max((max(stamp[-2:]) for stamp in stamps.values() if stamp is not None), default=0) / 1e9
-    # A clock that is ahead of ours must not hold up changes for ever.
-    is_settled = not 0 <= time.time() - newest < _SETTLED_S
+    stamps = {name: stamp_of(path) for name, path in found.files.items()}
+    # What changed just now may still be being written. A clock that is ahead of ours must not hold up changes for ever.
+    is_settled = not 0 <= time.time() - last_change_s(stamps.values()) < CLOCK_S
     problems = [problem.text for problem in found.problems]
     return (found.files, stamps, problems, found.labels), is_settled
-
-
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

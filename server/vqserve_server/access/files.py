@@ -12,17 +12,16 @@ from typing import Generic, TypeVar
 
 from vqserve.errors import StartError
 from vqserve_server.event_log import ONCE, event
+from vqserve_server.file_stamps import CLOCK_S, Stamp, last_change_s, stamp_of
 
 T = TypeVar("T")
 
-# Resolution of the times of some file systems: a file that changed this recently may change again unnoticed.
-_CLOCK_S = 2.0
 _MOST_BYTES = 4 << 20
 # Attempts to read several files that somebody replaces one after the other.
 _ATTEMPTS = 3
 
-# Device, inode, size and times of change of each file; None: there is no such file.
-_Stamps = tuple[tuple[int, ...] | None, ...]
+# Of each file; None: there is no such file.
+_Stamps = tuple[Stamp | None, ...]
 
 logger = logging.getLogger(__name__)
 
@@ -127,20 +126,11 @@ def _content(path: Path) -> bytes:
 
 
 def _stamps(paths: Sequence[Path]) -> _Stamps:
-    def stamp(path: Path) -> tuple[int, ...] | None:
-        try:
-            # Follows links: a mounted Kubernetes Secret changes by the exchange of a link to its folder.
-            status = path.stat()
-        except OSError:
-            return None
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-    return tuple(map(stamp, paths))
+    return tuple(map(stamp_of, paths))
 
 
 def _is_settled(stamps: _Stamps) -> bool:
-    newest_ns = max((max(stamp[-2:]) for stamp in stamps if stamp is not None), default=0)
-    return newest_ns / 1e9 < time.time() - _CLOCK_S
+    return last_change_s(stamps) < time.time() - CLOCK_S
 
 
 def warn_if_readable(path: str, *, holds: str) -> None:

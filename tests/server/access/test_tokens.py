@@ -241,7 +241,7 @@ def test_a_broken_file_changes_nothing_and_is_logged_once(path: Path, caplog: py
 
 def test_a_change_that_cannot_be_read_at_first_is_read_later(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Only the first look notices the change.
-    monkeypatch.setattr(files_module, "_CLOCK_S", -3600.0)
+    monkeypatch.setattr(files_module, "CLOCK_S", -3600.0)
     tokens = Tokens(str(path))
     replace(path, table(OTHER, "other").encode())
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)

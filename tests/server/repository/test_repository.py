@@ -120,7 +120,7 @@ def test_a_file_that_was_not_touched_is_not_read(
 ) -> None:
     put(tmp_path / "a.safetensors")
     put(tmp_path / "b.safetensors")
-    monkeypatch.setattr(repository_module, "_CLOCK_S", 0.0)
+    monkeypatch.setattr(repository_module, "CLOCK_S", 0.0)
     repo = loaded(tmp_path)
     assert reads == ["a", "b"]
     assert repo.reload() == ReloadCounts(unchanged=2)
