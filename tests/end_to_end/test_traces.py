@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -223,7 +224,7 @@ def test_a_collector_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.Mon
     with socket.create_server(("127.0.0.1", 0)) as hanging:
         endpoint = f"http://127.0.0.1:{hanging.getsockname()[1]}/v1/traces"
         made = tracing.Tracing(TracesConfig(trace_endpoint=endpoint, trace_ratio=1.0))
-        call = made.begin(f"/{ENCODE}", [], "id")
+        call = made.begin(SimpleNamespace(method=f"/{ENCODE}", metadata=[], request_id="id"))
         assert call is not None
         call.answered(None, codebook="book", rows=1, received_at=time.monotonic())
         closing = threading.Thread(target=made.close, daemon=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -49,10 +50,7 @@ def one_of(names: Sequence[str]) -> Callable[[str], str]:
 
 def seconds(value: str) -> float:
     """Return a number of seconds, at most a day."""
-    try:
-        number = float(value)
-    except ValueError:
-        number = -1.0
+    number = _number(value)
     if not 0 <= number <= 86_400:
         raise ValueError(f"must be a number of seconds from 0 to 86400, not {value!r}")
     return number
@@ -98,10 +96,7 @@ def url(value: str) -> str:
 
 def share(value: str) -> float:
     """Return a number from 0 to 1."""
-    try:
-        number = float(value)
-    except ValueError:
-        number = -1.0
+    number = _number(value)
     if not 0 <= number <= 1:
         raise ValueError(f"must be a number from 0 to 1, not {value!r}")
     return number
@@ -119,3 +114,11 @@ def written(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return repr(value) if isinstance(value, float) else str(value)
+
+
+def _number(value: str) -> float:
+    """Return a number; NaN, which is in no range, if the text is none."""
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan

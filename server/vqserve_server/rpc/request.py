@@ -74,7 +74,6 @@ class Rejection(NamedTuple):
         held: bytes that the admission holds for the message; the recipient must let go of them.
         metrics: where it is counted, if it does not start again.
         nbytes: size of the message.
-        trace: makes its span, likewise.
         received_at: when the message was there, in time.monotonic() seconds.
     """
 
@@ -82,15 +81,19 @@ class Rejection(NamedTuple):
     held: int
     metrics: FailedRequests
     nbytes: int
-    trace: CallTrace | None
     received_at: float
 
-    def count_end(self, status: grpc.StatusCode | None = None) -> None:
-        """Count the request as ended, with that status; None: the one of the error."""
+    def count_end(self, trace: CallTrace | None, status: grpc.StatusCode | None = None) -> None:
+        """Count the request as ended.
+
+        Args:
+            trace: of its call.
+            status: with which it ended; None: that of the error.
+        """
         status = status or code_of(self.error)
         self.metrics.failed(status.name, self.nbytes)
-        if self.trace is not None:
-            self.trace.failed(status, self.error, self.received_at)
+        if trace is not None:
+            trace.failed(status, self.error, self.received_at)
 
 
 class Requests:
@@ -111,7 +114,7 @@ class Requests:
 
     def trace(self, call: Call) -> CallTrace | None:
         """Return what makes the spans of a call's requests; None: it is not traced."""
-        return None if self._tracing is None else self._tracing.begin(call.method, call.metadata, call.request_id)
+        return None if self._tracing is None else self._tracing.begin(call)
 
     def start(self, recipient: Recipient, headers: HeaderCache[Any], raw: bytes, *, held: int = 0) -> None:
         """Validate a request and queue it, here or, if it is large, on another thread.
@@ -133,13 +136,13 @@ class Requests:
                 self._engine.admission.hold(recipient.caller, len(raw) - held)
                 held = len(raw)
         except VqserveError as error:
-            recipient.rejected(Rejection(error, held, headers.unresolved, len(raw), recipient.trace, received_at))
+            recipient.rejected(Rejection(error, held, headers.unresolved, len(raw), received_at))
             return
         try:
             self._pool.submit(self._start, recipient, headers, raw, received_at, held)
         except RuntimeError:
             stopping = Draining("the server is stopping")
-            recipient.rejected(Rejection(stopping, held, headers.unresolved, len(raw), recipient.trace, received_at))
+            recipient.rejected(Rejection(stopping, held, headers.unresolved, len(raw), received_at))
 
     def give_memory_back(self) -> None:
         """Give free memory back to the system, on another thread, if large requests were here and are no more.
@@ -195,7 +198,7 @@ class Requests:
                 request.release()
                 raise
         except Exception as error:
-            recipient.rejected(Rejection(error, held, metrics, len(raw), recipient.trace, received_at))
+            recipient.rejected(Rejection(error, held, metrics, len(raw), received_at))
             return
         if not recipient.accepted(request):
             request.release()
@@ -267,18 +270,20 @@ class Request:
         """
         header = self._header
         seconds = time.monotonic() - self._received_at
+        timing: RequestTiming | None = None
         if self.job is None or self.buffer is None:
             queue_us, reply = 0, header.empty_reply
         else:
-            timing = self.job.outcome
-            if timing is None:
+            outcome = self.job.outcome
+            if outcome is None:
                 raise RuntimeError("the request is not answered yet")
-            if isinstance(timing, BaseException):
-                code = code_of(timing)
+            if isinstance(outcome, BaseException):
+                code = code_of(outcome)
                 header.metrics.failed_once(self, code.name)
                 if self.trace is not None:
-                    self.trace.failed(code, timing, self._received_at)
-                raise timing
+                    self.trace.failed(code, outcome, self._received_at)
+                raise outcome
+            timing = outcome
             queue_us = timing.queue_us
             # In the order of the fields of ServedStats.
             reply = self.buffer.write_header(
@@ -287,8 +292,6 @@ class Request:
         # Before it is sent: a caller with a reply finds its request in the metrics.
         header.metrics.answered(self, seconds, queue_us * 1e-6, len(reply))
         if self.trace is not None:
-            outcome = None if self.job is None else self.job.outcome
-            timing = outcome if isinstance(outcome, RequestTiming) else None
             self.trace.answered(timing, codebook=header.codebook, rows=self.rows, received_at=self._received_at)
         return reply
 
@@ -366,7 +369,7 @@ class UnaryCall:
     def rejected(self, rejection: Rejection) -> None:
         """End the call with the error."""
         self._requests.let_go(self.caller, rejection.held)
-        rejection.count_end()
+        rejection.count_end(self.trace)
         self._call.fail(rejection.error)
 
     def _closed(self) -> None:

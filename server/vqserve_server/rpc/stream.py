@@ -117,7 +117,7 @@ class StreamCall:
             if waits and raw is not None and self._can_hold(len(raw)):
                 self._kept, self._kept_for = raw, rejection
             else:
-                rejection.count_end()
+                rejection.count_end(self.trace)
                 self._end = self._end or error
                 self._let_go()
             self._advance()
@@ -206,7 +206,7 @@ class StreamCall:
     def _drop_kept(self, status: grpc.StatusCode) -> None:
         """Count the message that is kept, if there is one, as ended with a status. The lock is held."""
         if self._kept is not None and self._kept_for is not None:
-            self._kept_for.count_end(status)
+            self._kept_for.count_end(self.trace, status)
         self._kept = None
 
     def _owes_reply(self) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable
 
 import grpc
 from opentelemetry import propagate, trace
@@ -24,14 +23,13 @@ from vqserve import __version__
 from vqserve.trace import PROPAGATED, SERVICE_NAME
 from vqserve_server.config import TracesConfig
 from vqserve_server.engine import RequestTiming
+from vqserve_server.rpc.call import Call
 
 # A collector that does not answer holds up nothing but the thread that waits for it, and the end of the process.
 _EXPORT_S = 5.0
 _CLOSE_S = 2.0
 # It writes a line with all that a caller sent for each header that is not well-formed: any caller could fill the log.
 _HEADERS_LOGGER = "opentelemetry.trace"
-
-Metadata = Iterable[tuple[str, str | bytes]]
 
 
 class Tracing:
@@ -58,22 +56,16 @@ class Tracing:
         self._tracer = self._provider.get_tracer("vqserve_server", __version__)
         self._takes_others = config.trace_ratio > 0
 
-    def begin(self, method: str, metadata: Metadata, request_id: str) -> CallTrace | None:
-        """Return what makes the spans of a call; None: it has none.
-
-        Args:
-            method: full name.
-            metadata: of the call.
-            request_id: its name in the log.
-        """
-        carrier = {key: value for key, value in metadata if key in PROPAGATED and isinstance(value, str)}
+    def begin(self, call: Call) -> CallTrace | None:
+        """Return what makes the spans of a call; None: it has none."""
+        carrier = {key: value for key, value in call.metadata if key in PROPAGATED and isinstance(value, str)}
         if not carrier and not self._takes_others:
             return None
         context = propagate.extract(carrier)
         parent = trace.get_current_span(context).get_span_context()
         if parent.is_valid and not parent.trace_flags.sampled:
             return None
-        return CallTrace(self._tracer, context, method.rpartition("/")[2], request_id)
+        return CallTrace(self._tracer, context, call.method.rpartition("/")[2], call.request_id)
 
     def close(self) -> None:
         """Send what is left, if the collector answers soon."""

@@ -278,7 +278,7 @@ class FakeRequest:
 
 
 def a_rejection(held: int) -> Rejection:
-    return Rejection(Overloaded("full", retry_after_s=1.0), held, Metrics().unresolved("encode"), 1, None, 0.0)
+    return Rejection(Overloaded("full", retry_after_s=1.0), held, Metrics().unresolved("encode"), 1, 0.0)
 
 
 class FakeRequests:
