@@ -30,6 +30,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from support.waiting import eventually
+from vqserve.error_wire import REQUEST_ID_KEY
 from vqserve.errors import NonFiniteLatents
 from vqserve_client import AsyncClient, Client
 from vqserve_server.codebooks import save_codebook
@@ -179,6 +180,18 @@ def test_a_request_that_fails_is_a_span_with_its_status(
     assert found["rpc.grpc.status_code"] == 3
     assert found["error.type"] == "NonFiniteLatents"
     assert found["vqserve.request_id"] == caught.value.request_id
+
+
+def test_a_caller_without_a_request_id_finds_its_span_by_the_one_of_the_error(
+    vqserved: Callable[..., Any], folder: Path, collector: Collector
+) -> None:
+    daemon = vqserved(folder, "--device", "cpu", "--trace-endpoint", collector.url, "--trace-ratio", "1")
+    with grpc.insecure_channel(daemon.target) as channel, pytest.raises(grpc.RpcError) as caught:
+        channel.unary_unary(f"/{ENCODE}")(b"")
+    assert daemon.stop(signal.SIGTERM)[0] == 0
+    failure: Any = caught.value
+    [served] = collector.named(ENCODE)
+    assert dict(failure.trailing_metadata())[REQUEST_ID_KEY] == attributes(served)["vqserve.request_id"]
 
 
 def test_only_traced_callers_are_traced_unless_a_share_is_asked_for(

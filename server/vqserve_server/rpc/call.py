@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import grpc
@@ -79,7 +79,7 @@ class Call:
         # Without the lock: no other thread knows of the call yet.
         self._call.start_server_batch((cygrpc.ReceiveCloseOnServerOperation(0),), self._closed)
 
-    @property
+    @cached_property
     def request_id(self) -> str:
         """Return the caller's name for the call in logs, or a random one."""
         for key, value in self.metadata:
