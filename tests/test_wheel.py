@@ -17,7 +17,7 @@ import pytest
 import vqserve
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ["vqserve", "vqserve_bench", "vqserve_client", "vqserve_server", "vqserve_tools"]
+PACKAGES = ["vqserve", "vqserve_bench", "vqserve_client", "vqserve_data", "vqserve_server", "vqserve_tools"]
 PLATFORMS = {"x86_64": "manylinux_2_28_x86_64", "aarch64": "manylinux_2_28_aarch64"}
 COMPILED = PLATFORMS.get(platform.machine()) if sys.platform == "linux" else None
 LIBRARY = "vqserve_server/search/native/libsearch.so"

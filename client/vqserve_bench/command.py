@@ -27,7 +27,7 @@ from vqserve_client.arguments import connection
 from vqserve_client.catalogue import Pin
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig, client_config
-from vqserve_client.npy import check_output
+from vqserve_data.files import check_output
 
 __all__ = ["add_arguments", "run"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vqserve_bench.measurement import Measurement
-from vqserve_client.npy import FileError
+from vqserve_data.errors import FileError
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _PERCENTILES = ("p50", "p90", "p95", "p99")

@@ -24,7 +24,7 @@ from vqserve_client.arrays import Array, ArrayInput, indices_input, latents_inpu
 from vqserve_client.calls import DecodeCall, EncodeCall
 from vqserve_client.catalogue import Pin
 from vqserve_client.config import ClientConfig, call_options, decode_options
-from vqserve_client.npy import open_array
+from vqserve_data.files import open_array
 
 Grid = tuple[int, ...]
 

@@ -36,9 +36,9 @@ from vqserve_client.arguments import (
 )
 from vqserve_client.client import Client
 from vqserve_client.config import client_config
-from vqserve_client.npy import FileError
 from vqserve_client.server_info import ServerInfo
 from vqserve_client.transfer import Done, Progress, Task, decode_file, encode_file
+from vqserve_data.errors import FileError
 
 # Commands that are imported on demand, also of packages on top of this one: name, help, and a module with
 # `add_arguments` and `run`.

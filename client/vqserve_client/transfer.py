@@ -35,7 +35,7 @@ from vqserve_client.arrays import (
 )
 from vqserve_client.catalogue import choose
 from vqserve_client.client import Client
-from vqserve_client.npy import check_output, new_array, open_array, read_part
+from vqserve_data.files import check_output, new_array, open_array, read_part
 
 # Small enough that several pieces in flight need little memory, large enough that calls cost little.
 _PIECE_BYTES = 4 << 20

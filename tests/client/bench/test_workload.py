@@ -12,7 +12,7 @@ from vqserve_bench.served import decode_stats, encode_stats
 from vqserve_bench.workload import Workload
 from vqserve_client import Client, InvalidArgument
 from vqserve_client.config import ClientConfig
-from vqserve_client.npy import FileError
+from vqserve_data.errors import FileError
 
 
 @pytest.fixture

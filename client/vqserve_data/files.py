@@ -12,11 +12,8 @@ from typing import Any
 import numpy as np
 
 from vqserve.npy import NpyFile, TruncatedFile
-from vqserve_client.arrays import Array, Cut
-
-
-class FileError(Exception):
-    """A file cannot be used; the text names it."""
+from vqserve_data.errors import FileError
+from vqserve_data.items import Array, Cut
 
 
 def open_array(path: Path) -> NpyFile:

@@ -1,0 +1,1 @@
+"""Readers: one module a format, and what finds the reader of a file."""

@@ -1,0 +1,1 @@
+"""Writers: one module a format, and what finds the writer of a name."""
