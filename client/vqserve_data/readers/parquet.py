@@ -8,15 +8,14 @@ from typing import Any
 from vqserve_data.errors import FileError, MissingLibrary, UnfitSelection
 from vqserve_data.items import BadItem, Entry, Record
 from vqserve_data.keys import one_line
-from vqserve_data.readers.handle import open_source, reason
+from vqserve_data.readers.handle import MOST_OF_A_BYTE, open_source, reason
 from vqserve_data.readers.protocol import Selection, SourceFile
 from vqserve_data.readers.table import Columns, entries_of_batch, key_of_row, records_of_batch
 
 # Rows that are decoded at once.
 _BATCH_BYTES = 8 << 20
 _MAX_BATCH_ROWS = 1 << 14
-# A group of rows whose encoding claims to hold so many times its bytes is no data, above a size that does no harm.
-_MOST_OF_A_BYTE = 1032
+# A group of rows may claim so much, however few bytes it has.
 _HARMLESS_BYTES = 64 << 20
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT96": 12}
 
@@ -104,7 +103,7 @@ def _rows_of_batch(group: Any, columns: Columns) -> int:
             width = _WIDTHS.get(column.physical_type, 8)
             decoded += max(column.num_values * width, column.total_uncompressed_size)
             held += column.total_compressed_size
-    if decoded > max(_HARMLESS_BYTES, held * _MOST_OF_A_BYTE):
+    if decoded > max(_HARMLESS_BYTES, held * MOST_OF_A_BYTE):
         raise ValueError(f"it claims {decoded} bytes in {held}, more than numbers can be packed")
     rows: int = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES * group.num_rows // max(1, decoded)))
     return rows
