@@ -13,6 +13,7 @@ from vqserve_data.readers.protocol import Reader, Selection, SourceFile
 from vqserve_data.readers.raw import RawReader
 from vqserve_data.readers.safetensors import SafetensorsReader
 from vqserve_data.readers.tar import TarReader
+from vqserve_data.readers.torch import TorchReader
 from vqserve_data.readers.zarr import ZarrReader
 
 __all__ = ["SUFFIXES", "Reader", "Selection", "SourceFile", "add_reader", "reader_of", "suffix_of"]
@@ -66,5 +67,6 @@ for _reader in (
     ArrowReader(),
     Hdf5Reader(),
     ZarrReader(),
+    TorchReader(),
 ):
     add_reader(_reader)
