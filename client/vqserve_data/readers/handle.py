@@ -8,6 +8,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -21,6 +22,11 @@ from vqserve_data.readers.protocol import SourceFile
 
 # Arrays up to this size are read into memory at once; larger ones part by part.
 WHOLE_BYTES = 32 << 20
+# No more is made of a byte of compressed data: deflate cannot (https://zlib.net/zlib_tech.html), and only numbers that
+# are all the same can be packed better.
+MOST_OF_A_BYTE = 1032
+# Chunks of HDF5 and Zarr, which are unpacked as a whole.
+MAX_CHUNK_BYTES = 1 << 30
 # Most headers are shorter.
 _HEADER_BYTES = 4096
 LONGEST_HEADER_BYTES = 1 << 17
@@ -267,6 +273,6 @@ def item_or_bad(key: str, file: SourceFile, array: Callable[[], SourceArray]) ->
 def reason(file: SourceFile, error: Exception) -> str:
     """Return what an error says of a source, without its name."""
     text = one_line(error)
-    for before in (f"cannot read {file.name}: ", f"{file.name}: ", f"{file.name} "):
+    for before in (f"cannot read {file.name}: ", f"{file.name}: ", f"{file.name} ", f"{Path(file.name).name}: "):
         text = text.removeprefix(before)
     return text
