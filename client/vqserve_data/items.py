@@ -52,6 +52,22 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
+class RawItem:
+    """What belongs to one key, as it is in the file, for a function that makes the array of it.
+
+    Attributes:
+        key: as of an item.
+        source: path or URL of the file that it came from.
+        fields: of a sample of a tar the bytes of its members by extension ("jpg"), of a row of a table all columns,
+            of a file of another format its bytes under its suffix ("jpg", "" if it has none).
+    """
+
+    key: str
+    source: str
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class BadItem:
     """An item that could not be read; the data set goes on after it.
 
@@ -79,3 +95,7 @@ class Entry:
     key: str
     shape: tuple[int, ...] | None = None
     dtype: np.dtype[Any] | None = None
+
+
+# What a reader yields.
+Record = Item | RawItem | BadItem

@@ -1,42 +1,35 @@
-"""Keys of items: what they may be, and how they are written where dots have a meaning."""
+"""Keys of items: what a part of one may be, since file names, members and rows of strangers become paths of outputs."""
 
 from __future__ import annotations
 
-import unicodedata
+import re
 
-# Of a part between two slashes: file systems allow 255, and suffixes and the names of drafts come on top.
-_PART_BYTES = 200
+MAX_PART_BYTES = 200
+# Control characters, the backslash, and halves of surrogate pairs, which no encoding can hold.
+_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]")
+_DOTS = frozenset({"", ".", ".."})
+_LONGEST_QUOTED = 80
 
 
-def fault_of_key(key: str) -> str | None:
-    """Return what is wrong with a key; None: nothing.
-
-    Each key can be a path below a folder: it leads nowhere else, and file systems can hold its parts.
-    """
-    try:
-        lengths = [len(part.encode()) for part in key.split("/")]
-    except UnicodeEncodeError:
-        return "the key is not Unicode text"
-    for part, length in zip(key.split("/"), lengths, strict=True):
-        if part in {"", ".", ".."}:
-            return f"the key {key!r} has the part {part!r}"
-        if length > _PART_BYTES:
-            return f"the key {key[:40]!r}... has a part of {length} bytes, and {_PART_BYTES} is the most"
-    if "\\" in key or any(unicodedata.category(character) == "Cc" for character in key):
-        return f"the key {key!r} has a backslash or a control character"
+def problem_of(key: str) -> str | None:
+    """Return what is wrong with a key; None: nothing."""
+    if _FORBIDDEN.search(key):
+        return "has a control character or a backslash"
+    for part in key.split("/"):
+        if part in _DOTS:
+            return f"has a part {part!r} between slashes"
+        if len(part) > MAX_PART_BYTES // 4 and len(part.encode()) > MAX_PART_BYTES:
+            return f"has a part of more than {MAX_PART_BYTES} bytes"
     return None
 
 
-def sample_of(key: str) -> str:
-    """Return the name of an item's sample in a tar, where the name of a member ends at the first dot of its last part.
-
-    A dot there is written %2E and a percent sign %25; most keys have neither.
-    """
-    folder, slash, last = key.rpartition("/")
-    return f"{folder}{slash}{last.replace('%', '%25').replace('.', '%2E')}"
+def quoted(name: str) -> str:
+    """Return a stranger's name for a text, on one line and not long."""
+    text = ascii(name)[1:-1]
+    return text if len(text) <= _LONGEST_QUOTED else f"{text[:_LONGEST_QUOTED]}..."
 
 
-def key_of(sample: str) -> str:
-    """Return the key whose sample has this name; the inverse of `sample_of`."""
-    folder, slash, last = sample.rpartition("/")
-    return f"{folder}{slash}{last.replace('%2E', '.').replace('%25', '%')}"
+def one_line(error: BaseException) -> str:
+    """Return what an error says on one line; its type if it says nothing."""
+    text = " ".join(str(error).split())
+    return text[:400] if text else type(error).__name__

@@ -5,13 +5,16 @@ They are not memory-mapped: where somebody truncates a mapped file, SIGBUS ends 
 
 from __future__ import annotations
 
+import functools
+import io
 import itertools
 import math
 import os
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,40 +26,37 @@ _CALL_S = 3e-6
 _BYTE_S = 2e-10
 # Bytes that are read at once to keep a part of them.
 _SCRATCH_BYTES = 1 << 22
+# numpy parses headers of up to 10,000 characters.
+_MAX_HEADER_BYTES = 1 << 16
 
 
 class TruncatedFile(OSError):
     """A file became shorter while it was read."""
 
 
-class NpyFile:
-    """The array in a file; a part is read when it is indexed. Safe for use by many threads.
+class StoredArray(ABC):
+    """An array whose elements lie together somewhere; a part is read when it is indexed.
 
     Attributes:
-        path: the file.
         shape: shape of the array.
-        dtype: its element type, in the byte order of the file.
+        dtype: its element type, in the byte order in which it is stored.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open a file and check its header against its length; pickled objects are refused.
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], *, is_fortran: bool = False) -> None:
+        """Store what it looks like.
 
-        Raises:
-            OSError: it cannot be read.
-            ValueError: it is not a .npy file of numbers, or it is incomplete.
+        Args:
+            shape: lengths of the axes.
+            dtype: type of the elements.
+            is_fortran: whether the first axis varies fastest.
         """
-        self.path = path
-        with path.open("rb") as file:
-            self.shape, self._is_fortran, self.dtype = _header(file)
-            self._start = file.tell()
-            size = os.fstat(file.fileno()).st_size - self._start
-            self._fd = os.dup(file.fileno())
-        weakref.finalize(self, os.close, self._fd)
-        if self.dtype.hasobject:
-            raise ValueError("it holds Python objects, which are not loaded")
-        needed = self.size * self.dtype.itemsize
-        if needed > size or min(self.shape, default=0) < 0:
-            raise ValueError(f"an array of shape {self.shape} needs {needed} bytes and it has {size}: it is incomplete")
+        self.shape = shape
+        self.dtype = dtype
+        self._is_fortran = is_fortran
+
+    @abstractmethod
+    def _read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with the bytes from an offset on, counted from the first element."""
 
     @property
     def ndim(self) -> int:
@@ -91,7 +91,7 @@ class NpyFile:
             A copy, also of an array of no axes.
 
         Raises:
-            TruncatedFile: the file became shorter since it was opened.
+            TruncatedFile: a file became shorter since it was opened.
             OSError: it cannot be read.
         """
         slices = cut if isinstance(cut, tuple) else (cut,)
@@ -155,6 +155,32 @@ class NpyFile:
                 out[outer][start - first : end - first] = scratch[(slice(None), *inner)]
         return out
 
+
+class NpyFile(StoredArray):
+    """The array in a .npy file. Safe for use by many threads.
+
+    Attributes:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a file and check its header against its length; pickled objects are refused.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is not a .npy file of numbers, or it is incomplete.
+        """
+        self.path = path
+        with path.open("rb") as file:
+            shape, is_fortran, dtype = read_header(file)
+            self._start = file.tell()
+            size = os.fstat(file.fileno()).st_size - self._start
+            self._fd = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._fd)
+        super().__init__(shape, dtype, is_fortran=is_fortran)
+        if self.nbytes > size:
+            raise ValueError(f"an array of shape {shape} needs {self.nbytes} bytes and it has {size}: it is incomplete")
+
     def _read_into(self, buffer: memoryview, offset: int) -> None:
         at = self._start + offset
         while buffer:
@@ -164,19 +190,49 @@ class NpyFile:
             buffer, at = buffer[count:], at + count
 
 
-def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read the header of an array in the format of .npy files, up to where its elements begin.
+
+    Returns:
+        Its shape, whether the first axis varies fastest, and its element type, which is no Python object.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: there is no such header, or it is of an array of Python objects.
+    """
+    prefix = file.read(len(np.lib.format.MAGIC_PREFIX) + 2)
+    if not prefix.startswith(np.lib.format.MAGIC_PREFIX):
+        raise ValueError("it does not begin as a .npy file does")
+    version = tuple(prefix[-2:])
+    if version not in _PARSERS:
+        # 3.0 is for names in UTF-8 of fields of structures.
+        raise ValueError(f"format {version} of .npy is not read")
+    length_bytes = file.read(2 if version == (1, 0) else 4)
+    length = int.from_bytes(length_bytes, "little")
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError(f"its header claims {length} bytes, more than any array of numbers has")
+    header = file.read(length)
+    if len(header) < length:
+        raise ValueError("it is incomplete: it ends in its header")
+    return _parsed(version, length_bytes + header)
+
+
+_PARSERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(version: tuple[int, int], header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Parse a header; many files have the same one, and parsing takes longer than reading a small file."""
     try:
-        version = np.lib.format.read_magic(file)
-    except ValueError:
-        raise ValueError("it does not begin as a .npy file does") from None
-    match version:
-        case (1, 0):
-            return np.lib.format.read_array_header_1_0(file)
-        case (2, 0):
-            return np.lib.format.read_array_header_2_0(file)
-        case _:
-            # 3.0 is for names in UTF-8 of fields of structures.
-            raise ValueError(f"format {version} of .npy is not read")
+        shape, is_fortran, dtype = _PARSERS[version](io.BytesIO(header))
+    except Exception as error:
+        # numpy evaluates the text as a literal, which can fail in many ways.
+        raise ValueError(f"its header cannot be parsed: {' '.join(str(error).split())[:200]}") from None
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which are not loaded")
+    if min(shape, default=0) < 0:
+        raise ValueError(f"its header claims shape {shape}: it is incomplete, or no .npy file")
+    return shape, is_fortran, dtype
 
 
 def _axis_of_reads(lengths: tuple[int, ...], shape: tuple[int, ...], strides: list[int]) -> int:

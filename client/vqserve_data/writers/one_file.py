@@ -12,7 +12,7 @@ import numpy as np
 from vqserve_data.drafts import Draft, publish, writing
 from vqserve_data.errors import FileError
 from vqserve_data.items import Array
-from vqserve_data.keys import fault_of_key
+from vqserve_data.keys import problem_of, quoted
 from vqserve_data.writers.protocol import Written
 
 
@@ -107,8 +107,8 @@ def check_key(key: str) -> None:
     Raises:
         FileError: it cannot.
     """
-    if fault := fault_of_key(key):
-        raise FileError(fault)
+    if problem := problem_of(key):
+        raise FileError(f"the key '{quoted(key)}' {problem}")
 
 
 def close_quietly(file: IO[bytes]) -> None:

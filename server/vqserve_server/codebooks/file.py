@@ -13,9 +13,9 @@ from typing import Any
 import numpy.typing as npt
 
 from vqserve.errors import CodebookError, CodebookFileError, escape
+from vqserve.safetensors_file import ContainerError, read_header, read_tensor, unique_names, write_file
 from vqserve_server.codebook_files import NAME, SUFFIX
 from vqserve_server.codebooks.kinds import KINDS
-from vqserve_server.codebooks.safetensors_file import ContainerError, read_header, read_tensor, unique_names, write_file
 from vqserve_server.codebooks.state import CodebookState, StateError, canonical_json
 from vqserve_server.codebooks.statistics import ENTRY, USAGE, Statistics, check_claim, code_groups
 from vqserve_server.quantizers import Quantizer

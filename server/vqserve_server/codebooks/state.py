@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from vqserve.dtypes import BY_SAFETENSORS, LATENTS
 from vqserve.errors import CodebookError, InvalidOption
+from vqserve.safetensors_file import dtype_name
 from vqserve.validation import LARGEST_VOCABULARY
 from vqserve_server.codebooks.kinds import KINDS, kind_of
-from vqserve_server.codebooks.safetensors_file import dtype_name
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.arguments import ArgumentError, check_arguments, written_arguments
 from vqserve_server.validation import first_non_finite

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vqserve.errors import ForeignCheckpointError
-from vqserve_server.codebooks.safetensors_file import unique_names
+from vqserve.safetensors_file import unique_names
 
 
 def read_json(path: Path, max_bytes: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from vqserve.errors import ForeignCheckpointError
-from vqserve_server.codebooks.safetensors_file import ContainerError
+from vqserve.safetensors_file import ContainerError
 from vqserve_tools.importing.files.foreign_array import LONG_NAME, MAX_NAME_CHARACTERS, ForeignArray
 from vqserve_tools.importing.files.numpy_files import open_npy, open_npz
 from vqserve_tools.importing.files.recognition import NO_ARRAYS, Format, format_of

@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 
 from vqserve.errors import ForeignCheckpointError
-from vqserve_server.codebooks.safetensors_file import MAX_HEADER_BYTES
+from vqserve.safetensors_file import MAX_HEADER_BYTES
 
 _HEAD_BYTES = 2048
 # A tar archive has headers at multiples of this; the first one may be of further attributes of the second one.

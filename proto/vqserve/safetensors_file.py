@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -80,17 +80,17 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
     return _NAMES[dtype.newbyteorder("<")]
 
 
-def read_header(file: BufferedReader, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Header:
+def read_header(file: IO[bytes], *, max_header_bytes: int = MAX_HEADER_BYTES) -> Header:
     """Read and check the header of an open file.
 
     Args:
-        file: opened for reading, a regular file.
+        file: opened for reading; it can seek.
         max_header_bytes: bounds the memory that a hostile header can make this take.
 
     Raises:
         ContainerError: says what is malformed.
     """
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
     prefix = file.read(8)
     if len(prefix) < 8:
