@@ -36,6 +36,8 @@ def swapped(client: Client | Tokenizer) -> None:
     assert_type(client.decode(array, dtype=np.float64, layout=Layout.CHANNELS_FIRST), Numpy)
     for indices in client.encode_many([array, array], layout="channels_last"):
         assert_type(indices, Numpy)
+    assert_type(client.encode(array, batched=False), Numpy)
+    client.encode(array, batched="no")  # error: arg-type
     client.encode([1.0, 2.0])  # error: type-var
     client.encode(array, layout="first")  # error: arg-type
     client.encode(array, layer="channels_last")  # error: call-arg

@@ -41,6 +41,7 @@ class AsyncClient(ClientBase):
         latents: ArrayT,
         *,
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
@@ -48,7 +49,12 @@ class AsyncClient(ClientBase):
     ) -> ArrayT:
         """Return the indices of latents; see Client.encode."""
         options = call_options(
-            layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
+            layout=layout,
+            num_quantizers=num_quantizers,
+            codebook=codebook,
+            digest=digest,
+            timeout=timeout,
+            batched=batched,
         )
         return await self._convert(ENCODE, latents, options)
 
@@ -57,6 +63,7 @@ class AsyncClient(ClientBase):
         indices: ArrayT,
         *,
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         dtype: LatentDType = "float32",
         output: OutputName = "latents",
         num_quantizers: int | None = None,
@@ -73,6 +80,7 @@ class AsyncClient(ClientBase):
             codebook=codebook,
             digest=digest,
             timeout=timeout,
+            batched=batched,
         )
         return await self._convert(DECODE, indices, options)
 
@@ -81,6 +89,7 @@ class AsyncClient(ClientBase):
         items: Iterable[ArrayT] | AsyncIterable[ArrayT],
         *,
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
@@ -88,7 +97,12 @@ class AsyncClient(ClientBase):
     ) -> AsyncGenerator[ArrayT, None]:
         """Return the indices of each of many arrays, as an async generator; see Client.encode_many."""
         options = call_options(
-            layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
+            layout=layout,
+            num_quantizers=num_quantizers,
+            codebook=codebook,
+            digest=digest,
+            timeout=timeout,
+            batched=batched,
         )
         return self._convert_many(ENCODE, _iterator(iterable_of_arrays(items, "encode")), options)
 
@@ -97,6 +111,7 @@ class AsyncClient(ClientBase):
         items: Iterable[ArrayT] | AsyncIterable[ArrayT],
         *,
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         dtype: LatentDType = "float32",
         output: OutputName = "latents",
         num_quantizers: int | None = None,
@@ -113,6 +128,7 @@ class AsyncClient(ClientBase):
             codebook=codebook,
             digest=digest,
             timeout=timeout,
+            batched=batched,
         )
         return self._convert_many(DECODE, _iterator(iterable_of_arrays(items, "decode")), options)
 

@@ -50,6 +50,7 @@ class Client(ClientBase):
         latents: ArrayT,
         *,
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
@@ -61,6 +62,8 @@ class Client(ClientBase):
             latents: (b, C, h, w), (b, C, t, h, w), (b, s, C) or (n, C), a numpy array of float16, float32 or float64,
                 or a torch tensor of these or bfloat16, on any device.
             layout: "channels_first" or "channels_last"; None: the codebook's default.
+            batched: False: the array has no batch axis, (C, h, w), (C, t, h, w), (s, C) or (C,), and neither has the
+                result.
             num_quantizers: number of indices of each token, for a residual codebook: the first ones; None: all.
             codebook: name of the codebook; None: the client's.
             digest: digest that the codebook must have; None: the client's.
@@ -76,7 +79,12 @@ class Client(ClientBase):
             TypeError: latents is not an array.
         """
         options = call_options(
-            layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
+            layout=layout,
+            num_quantizers=num_quantizers,
+            codebook=codebook,
+            digest=digest,
+            timeout=timeout,
+            batched=batched,
         )
         return self._convert(ENCODE, latents, options)
 
@@ -85,6 +93,7 @@ class Client(ClientBase):
         indices: ArrayT,
         *,
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         dtype: LatentDType = "float32",
         output: OutputName = "latents",
         num_quantizers: int | None = None,
@@ -97,6 +106,7 @@ class Client(ClientBase):
         Args:
             indices: integers, shaped as encode returns them, a numpy array or a torch tensor on any device.
             layout: as for encode.
+            batched: as for encode.
             dtype: "float32", "float16", "float64" or "bfloat16", or numpy's or torch's type of that name. numpy has no
                 bfloat16: its values come as float32.
             output: "latents", or "code_rows" for the raw rows of the codebook.
@@ -121,6 +131,7 @@ class Client(ClientBase):
             codebook=codebook,
             digest=digest,
             timeout=timeout,
+            batched=batched,
         )
         return self._convert(DECODE, indices, options)
 
@@ -129,6 +140,7 @@ class Client(ClientBase):
         items: Iterable[ArrayT],
         *,
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
@@ -144,6 +156,7 @@ class Client(ClientBase):
             items: arrays as for encode. At most `window` are taken ahead; of small ones as many as `window` + 2
                 requests hold, up to 256 KiB and 64 arrays each. With a window of 1 it is one array at a time.
             layout: as for encode.
+            batched: as for encode.
             num_quantizers: as for encode.
             codebook: as for encode.
             digest: as for encode.
@@ -154,7 +167,12 @@ class Client(ClientBase):
             TypeError: items is one array, or an item is not an array.
         """
         options = call_options(
-            layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
+            layout=layout,
+            num_quantizers=num_quantizers,
+            codebook=codebook,
+            digest=digest,
+            timeout=timeout,
+            batched=batched,
         )
         return self._convert_many(ENCODE, iter(iterable_of_arrays(items, "encode")), options)
 
@@ -163,6 +181,7 @@ class Client(ClientBase):
         items: Iterable[ArrayT],
         *,
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         dtype: LatentDType = "float32",
         output: OutputName = "latents",
         num_quantizers: int | None = None,
@@ -175,6 +194,7 @@ class Client(ClientBase):
         Args:
             items: arrays as for decode, taken ahead as for encode_many.
             layout: as for encode.
+            batched: as for encode.
             dtype: as for decode.
             output: as for decode.
             num_quantizers: as for decode.
@@ -194,6 +214,7 @@ class Client(ClientBase):
             codebook=codebook,
             digest=digest,
             timeout=timeout,
+            batched=batched,
         )
         return self._convert_many(DECODE, iter(iterable_of_arrays(items, "decode")), options)
 

@@ -95,7 +95,7 @@ class Pipeline:
     def _put(self, array: object) -> None:
         last = self._groups[-1] if self._groups else None
         try:
-            source = self._operation.read(array)
+            source = self._operation.input(array, self._options)
         except VqserveError as error:
             error.item = self._num_put
             raise

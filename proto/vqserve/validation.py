@@ -228,33 +228,53 @@ def _listed(names: Sequence[str]) -> str:
 # Shapes.
 
 
-def check_latents_shape(shape: Sequence[int], layout: str | None, *, info: CodebookInfo) -> Layout:
+def check_batched(batched: object) -> bool:
+    """Return whether arrays have a batch axis, checked.
+
+    Raises:
+        TypeError: it is neither True nor False.
+    """
+    if not isinstance(batched, bool):
+        raise TypeError(f"batched must be True or False, not {repr(batched)[:_QUOTED_CHARACTERS]}")
+    return batched
+
+
+def check_latents_shape(
+    shape: Sequence[int], layout: str | None, *, info: CodebookInfo, batched: bool = True
+) -> Layout:
     """Check the shape of latents for a codebook, and return their layout.
 
     Args:
         shape: shape of the latents.
         layout: "channels_first", "channels_last" or None, the codebook's default.
         info: the codebook.
+        batched: False: the first axis was added to the caller's array, and is not in errors.
 
     Raises:
         InvalidOption: there is no such layout.
         InvalidShape: the rank is not 2 to 5, the channel count is not the codebook's, or a size overflows.
     """
-    resolved = resolve_layout(len(shape), parse_layout(layout), info.layout)
-    check_channels(shape, resolved, info.input_dim)
+    resolved = resolve_layout(len(shape), parse_layout(layout), info.layout, batched=batched)
+    check_channels(shape, resolved, info.input_dim, batched=batched)
     # Empty axes count as 1: otherwise the other axes could have any length, and the reply could not be addressed.
     if math.prod([length or 1 for length in shape]) > _MAX_ELEMENTS:
-        raise InvalidShape(f"latents of shape {tuple(shape)} are too large", array="latents")
+        raise InvalidShape(f"latents of shape {_shape_of_caller(shape, batched)} are too large", array="latents")
     return resolved
 
 
-def check_channels(shape: Sequence[int], layout: Layout, channels: int) -> None:
+def _shape_of_caller(shape: Sequence[int], batched: bool | None) -> tuple[int, ...]:
+    """Return the shape of the caller's array, which may have no batch axis."""
+    return tuple(shape) if batched is not False else tuple(shape)[1:]
+
+
+def check_channels(shape: Sequence[int], layout: Layout, channels: int, *, batched: bool | None = None) -> None:
     """Check the number of channels of latents.
 
     Args:
         shape: shape of the latents, of a rank that the layout allows.
         layout: layout of the latents.
         channels: number of channels that the codebook takes.
+        batched: as in `check_latents_shape`; None: the caller has no such option.
 
     Raises:
         InvalidShape: the number is another; the error suggests a layout or a batch axis if that would fit.
@@ -262,7 +282,8 @@ def check_channels(shape: Sequence[int], layout: Layout, channels: int) -> None:
     found = shape[channel_axis(layout)]
     if found == channels:
         return
-    text = f"latents of shape {tuple(shape)} have {found} channels in layout {layout}, the codebook takes {channels}"
+    shown = _shape_of_caller(shape, batched)
+    text = f"latents of shape {shown} have {found} channels in layout {layout}, the codebook takes {channels}"
     other = Layout.CHANNELS_FIRST if layout is Layout.CHANNELS_LAST else Layout.CHANNELS_LAST
     # Latents of two axes have their channels last.
     if len(shape) > 2 and shape[channel_axis(other)] == channels:
@@ -272,13 +293,30 @@ def check_channels(shape: Sequence[int], layout: Layout, channels: int) -> None:
             option="layout",
             suggestion={"layout": str(other)},
         )
-    if len(shape) in (3, 4) and shape[0] == channels:
-        text += ": is the batch axis missing? pass latents[None]"
-    raise InvalidShape(text, array="latents")
+    if batched is False:
+        # An axis was added: with a batch axis of the caller's own, the channels are the third axis.
+        question = "is there a batch axis?" if shape[2:3] == (channels,) and layout is Layout.CHANNELS_FIRST else None
+    else:
+        question = "is the batch axis missing?" if len(shape) in (3, 4) and shape[0] == channels else None
+    if question is None:
+        raise InvalidShape(text, array="latents")
+    if batched is None:
+        raise InvalidShape(f"{text}: {question} pass latents[None]", array="latents")
+    raise InvalidShape(
+        f"{text}: {question} pass {{suggestion}}",
+        array="latents",
+        option="batched",
+        suggestion={"batched": not batched},
+    )
 
 
 def check_indices_shape(
-    shape: Sequence[int], layout: str | None, *, info: CodebookInfo, num_quantizers: object = None
+    shape: Sequence[int],
+    layout: str | None,
+    *,
+    info: CodebookInfo,
+    num_quantizers: object = None,
+    batched: bool = True,
 ) -> Layout:
     """Check the shape of indices for a codebook, and return the layout of the latents that they decode to.
 
@@ -289,6 +327,7 @@ def check_indices_shape(
         info: the codebook.
         num_quantizers: number of indices of each token to decode, the first ones; None: all. The array may have more
             than are decoded, up to the number that the codebook has.
+        batched: as in `check_latents_shape`.
 
     Raises:
         InvalidOption: there is no such layout, or num_quantizers is not an integer in [1, info.num_quantizers].
@@ -297,26 +336,27 @@ def check_indices_shape(
     """
     wanted = check_num_quantizers(num_quantizers, available=info.num_quantizers)
     has_stages = info.has_stages
-    check_indices_rank(len(shape), LATENT_RANKS if has_stages else INDEX_RANKS)
+    check_indices_rank(len(shape), LATENT_RANKS if has_stages else INDEX_RANKS, batched=batched)
     if math.prod([length or 1 for length in shape]) * max(info.output_dim, info.code_dim) > _MAX_ELEMENTS:
-        raise InvalidShape(f"indices of shape {tuple(shape)} decode to more than can be held", array="indices")
-    resolved = resolve_layout(len(shape) + (not has_stages), parse_layout(layout), info.layout)
+        shown = _shape_of_caller(shape, batched)
+        raise InvalidShape(f"indices of shape {shown} decode to more than can be held", array="indices")
+    resolved = resolve_layout(len(shape) + (not has_stages), parse_layout(layout), info.layout, batched=batched)
     if has_stages:
-        check_stages(shape, resolved, wanted=wanted, available=info.num_quantizers)
+        check_stages(shape, resolved, wanted=wanted, available=info.num_quantizers, batched=batched)
     return resolved
 
 
-def check_indices_rank(rank: int, ranks: Sequence[int] = INDEX_RANKS) -> None:
-    """Check the number of axes of indices.
+def check_indices_rank(rank: int, ranks: Sequence[int] = INDEX_RANKS, *, batched: bool = True) -> None:
+    """Check the number of axes of indices; see `wrong_rank`.
 
     Raises:
         InvalidShape: the rank is not one of `ranks`.
     """
     if rank not in ranks:
-        raise wrong_rank("indices", ranks, rank)
+        raise wrong_rank("indices", ranks, rank, batched=batched)
 
 
-def check_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available: int) -> None:
+def check_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available: int, batched: bool = True) -> None:
     """Check the number of indices of a token in indices of a residual codebook.
 
     Args:
@@ -324,6 +364,7 @@ def check_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available
         layout: layout of the latents; the indices of a token take the place of the channels.
         wanted: number of indices of a token to decode, the first ones.
         available: number of indices of a token that the codebook has.
+        batched: False: the first axis was added to the caller's array, and is not in errors.
 
     Raises:
         InvalidShape: the array has fewer than `wanted` or more than `available`.
@@ -332,8 +373,9 @@ def check_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available
     if wanted <= found <= available:
         return
     which = str(available) if wanted == available else f"{wanted} to {available}"
-    text = f"indices of shape {tuple(shape)} have {found} for a token in layout {layout}, expected {which}"
-    if layout is Layout.CHANNELS_FIRST and wanted <= shape[0] <= available:
+    shown = _shape_of_caller(shape, batched)
+    text = f"indices of shape {shown} have {found} for a token in layout {layout}, expected {which}"
+    if batched and layout is Layout.CHANNELS_FIRST and wanted <= shape[0] <= available:
         text += ": are they (n_q, b, ...)? swapaxes(0, 1) first"
     elif 0 < found < wanted == available:
         raise InvalidShape(

@@ -176,6 +176,7 @@ class Tokenizer:
         latents: ArrayT,
         *,
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
@@ -188,6 +189,7 @@ class Tokenizer:
                 `info.input_dim` channels.
             layout: "channels_first" or "channels_last"; None: `info.layout`, and if that is None channels first for 4
                 and 5 axes, last for 2 and 3.
+            batched: False: the array has no batch axis, and the answer has none.
             num_quantizers: for a residual codebook, number of (first) indices for each token; None: all.
             codebook: the codebook's name, if it is to be checked.
             digest: the codebook's digest, if it is to be checked.
@@ -208,7 +210,9 @@ class Tokenizer:
             DigestMismatch: it has another digest.
             Closed: the tokenizer was closed.
         """
-        asked = options(self.info, codebook, digest, timeout, layout=layout, num_quantizers=num_quantizers)
+        asked = options(
+            self.info, codebook, digest, timeout, layout=layout, num_quantizers=num_quantizers, batched=batched
+        )
         return self._encode(latents, asked)
 
     def decode(
@@ -216,6 +220,7 @@ class Tokenizer:
         indices: ArrayT,
         *,
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         dtype: LatentDType = "float32",
         output: OutputName = "latents",
         num_quantizers: int | None = None,
@@ -229,6 +234,7 @@ class Tokenizer:
             indices: any integers, shaped as `encode` returns them, in [0, decodable), or where the stages differ in
                 [0, info.stage_vocab_sizes[i]).
             layout: of the result, as in `encode`.
+            batched: as in `encode`.
             dtype: of the result: "float32", "float16", "float64" or "bfloat16", or numpy's or torch's type of that
                 name; rounded once from the codebook's own values. numpy has no bfloat16: float32 holds its values.
             output: "latents", which the decoder takes, or "code_rows", the codebook's rows before any projection.
@@ -258,6 +264,7 @@ class Tokenizer:
             dtype=dtype,
             output=output,
             num_quantizers=num_quantizers,
+            batched=batched,
         )
         return self._decode(indices, asked)
 
@@ -266,13 +273,16 @@ class Tokenizer:
         items: Iterable[ArrayT],
         *,
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
     ) -> Generator[ArrayT, None, None]:
         """Return the indices of each of many arrays, lazily and in order; see `encode`."""
-        asked = options(self.info, codebook, digest, timeout, layout=layout, num_quantizers=num_quantizers)
+        asked = options(
+            self.info, codebook, digest, timeout, layout=layout, num_quantizers=num_quantizers, batched=batched
+        )
         return _each(several(items, "encode"), lambda item: self._encode(item, asked))
 
     def decode_many(
@@ -280,6 +290,7 @@ class Tokenizer:
         items: Iterable[ArrayT],
         *,
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         dtype: LatentDType = "float32",
         output: OutputName = "latents",
         num_quantizers: int | None = None,
@@ -297,6 +308,7 @@ class Tokenizer:
             dtype=dtype,
             output=output,
             num_quantizers=num_quantizers,
+            batched=batched,
         )
         return _each(several(items, "decode"), lambda item: self._decode(item, asked))
 
@@ -361,7 +373,7 @@ class Tokenizer:
 
     def _encode(self, latents: ArrayT, asked: Options) -> ArrayT:
         frozen = self._open(asked.codebook, asked.digest)
-        with self._named():
+        with self._named(asked):
             given = given_latents(latents, asked, info=self.info)
             found = encode_grid(frozen, given, asked, has_stages=self.info.has_stages)
         indices: ArrayT = given.indices(found, vocab_size=self.info.vocab_size)
@@ -369,7 +381,7 @@ class Tokenizer:
 
     def _decode(self, indices: ArrayT, asked: Options) -> ArrayT:
         frozen = self._open(asked.codebook, asked.digest)
-        with self._named():
+        with self._named(asked):
             given = given_indices(indices, asked, info=self.info, decodable=self.decodable)
             latents: ArrayT = given.latents(decode_grid(frozen, given, asked))
         return latents
@@ -386,13 +398,15 @@ class Tokenizer:
         return frozen
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Let errors leave the block with the codebook's name, as they do in the SDK."""
+    def _named(self, asked: Options) -> Iterator[None]:
+        """Let errors leave the block with the codebook's name, and about the caller's array, as they do in the SDK."""
         try:
             yield
         except VqserveError as error:
             error.codebook = self.info.name
-            raise
+            if asked.batched:
+                raise
+            raise error.without_batch_axis() from None
 
     def __enter__(self) -> Self:
         return self
