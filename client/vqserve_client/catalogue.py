@@ -134,6 +134,7 @@ class Pin:
 
     Attributes:
         info: the codebook; None until the list was seen, and again when it proves out of date.
+        answered: whether a reply of the codebook has come.
     """
 
     def __init__(self, codebook: str | None, digest: str | None, *, target: str) -> None:
@@ -142,7 +143,7 @@ class Pin:
         self._codebook = codebook
         self._digest = digest
         self._target = target
-        self._answered = False
+        self.answered = False
         self._remembered = False
 
     def choose_remembered(self, codebooks: Sequence[CodebookInfo] | None) -> CodebookInfo | None:
@@ -181,7 +182,7 @@ class Pin:
 
     def may_be_outdated(self) -> bool:
         """Return whether the list was remembered and has led to no reply yet; it is then requested again."""
-        if not self._remembered or self._answered or self._refreshes:
+        if not self._remembered or self.answered or self._refreshes:
             return False
         self._refresh()
         return True
@@ -194,7 +195,7 @@ class Pin:
         """
         if digest != info.digest or self.info is not info:
             raise WrongDigest
-        self._answered = True
+        self.answered = True
 
     def reconsider(self, info: CodebookInfo, error: Exception) -> None:
         """Return if the request that failed may be made again with the next pinned codebook.
@@ -210,7 +211,7 @@ class Pin:
             return
         # Retry once only for a wrong digest: the server contradicts its own list.
         most = 1 if isinstance(error, WrongDigest) else _MOST_REFRESHES
-        if not self._answered and self._refreshes < most:
+        if not self.answered and self._refreshes < most:
             self._refresh()
             return
         if isinstance(error, CodebookNotFound) or (self._digest is not None and isinstance(error, DigestMismatch)):

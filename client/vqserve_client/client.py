@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import VqserveError
 from vqserve.layout import Layout
-from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
+from vqserve.types import ArrayT, DecodeOptions, EncodeOptions, KeyT, LatentDType, LayoutName, OnError, OutputName
 from vqserve_client.arrays import iterable_of_arrays
 from vqserve_client.config import CallOptions, call_options, decode_options
 from vqserve_client.core import DECODE, ENCODE, ClientBase, Operation, without_frames
@@ -135,17 +135,54 @@ class Client(ClientBase):
         )
         return self._convert(DECODE, indices, options)
 
+    @overload
     def encode_many(
         self,
         items: Iterable[ArrayT],
         *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[EncodeOptions],
+    ) -> Generator[ArrayT, None, None]: ...
+
+    @overload
+    def encode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[EncodeOptions],
+    ) -> Generator[tuple[KeyT, ArrayT], None, None]: ...
+
+    @overload
+    def encode_many(
+        self,
+        items: Iterable[ArrayT],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[EncodeOptions],
+    ) -> Generator[ArrayT | VqserveError, None, None]: ...
+
+    @overload
+    def encode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[EncodeOptions],
+    ) -> Generator[tuple[KeyT, ArrayT | VqserveError], None, None]: ...
+
+    def encode_many(
+        self,
+        items: Iterable[Any],
+        *,
+        on_error: OnError = "raise",
         layout: LayoutName | Layout | None = None,
         batched: bool = True,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> Generator[ArrayT, None, None]:
+    ) -> Generator[Any, None, None]:
         """Return the indices of each of many arrays, lazily and in order, several requests in flight at once.
 
         All results come from the codebook of the first. Do not change an array before its result is returned. An array
@@ -153,8 +190,12 @@ class Client(ClientBase):
         `timeout` is for each array; its clock stops while the caller does not ask for the next result.
 
         Args:
-            items: arrays as for encode. At most `window` are taken ahead; of small ones as many as `window` + 2
-                requests hold, up to 256 KiB and 64 arrays each. With a window of 1 it is one array at a time.
+            items: arrays as for encode, or pairs (key, array), whose results are pairs (key, result); a key is any
+                object. At most `window` are taken ahead; of small ones as many as `window` + 2 requests hold, up to
+                256 KiB and 64 arrays each. With a window of 1 it is one array at a time.
+            on_error: "return": an error about one array is yielded in the place of its result, and the arrays after it
+                go on. An error of the whole call, such as Closed, DigestChanged or Unavailable, is yielded in the place
+                of each array that was taken and has no result, and is then raised.
             layout: as for encode.
             batched: as for encode.
             num_quantizers: as for encode.
@@ -173,13 +214,51 @@ class Client(ClientBase):
             digest=digest,
             timeout=timeout,
             batched=batched,
+            on_error=on_error,
         )
         return self._convert_many(ENCODE, iter(iterable_of_arrays(items, "encode")), options)
 
+    @overload
     def decode_many(
         self,
         items: Iterable[ArrayT],
         *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[DecodeOptions],
+    ) -> Generator[ArrayT, None, None]: ...
+
+    @overload
+    def decode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[DecodeOptions],
+    ) -> Generator[tuple[KeyT, ArrayT], None, None]: ...
+
+    @overload
+    def decode_many(
+        self,
+        items: Iterable[ArrayT],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[DecodeOptions],
+    ) -> Generator[ArrayT | VqserveError, None, None]: ...
+
+    @overload
+    def decode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[DecodeOptions],
+    ) -> Generator[tuple[KeyT, ArrayT | VqserveError], None, None]: ...
+
+    def decode_many(
+        self,
+        items: Iterable[Any],
+        *,
+        on_error: OnError = "raise",
         layout: LayoutName | Layout | None = None,
         batched: bool = True,
         dtype: LatentDType = "float32",
@@ -188,11 +267,12 @@ class Client(ClientBase):
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> Generator[ArrayT, None, None]:
+    ) -> Generator[Any, None, None]:
         """Return the latents of each of many arrays of indices; see encode_many and decode.
 
         Args:
-            items: arrays as for decode, taken ahead as for encode_many.
+            items: arrays as for decode, or pairs (key, array), taken ahead as for encode_many.
+            on_error: as for encode_many.
             layout: as for encode.
             batched: as for encode.
             dtype: as for decode.
@@ -215,6 +295,7 @@ class Client(ClientBase):
             digest=digest,
             timeout=timeout,
             batched=batched,
+            on_error=on_error,
         )
         return self._convert_many(DECODE, iter(iterable_of_arrays(items, "decode")), options)
 

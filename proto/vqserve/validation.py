@@ -39,6 +39,7 @@ INDEX_RANKS = (1, 2, 3, 4)
 # The number of values of uint32, the widest index type of replies.
 LARGEST_VOCABULARY = 1 << 32
 OUTPUTS = ("latents", "code_rows")
+ON_ERROR = ("raise", "return")
 # Positions and byte counts are signed 64-bit numbers everywhere.
 _MAX_ELEMENTS = (1 << 63) // 8
 # An error text quotes at most this much of a name or a digest that a caller sent.
@@ -57,9 +58,22 @@ def check_output(output: object) -> None:
     Raises:
         InvalidOption: it is neither "latents" nor "code_rows".
     """
-    if output not in OUTPUTS:
-        names = ", ".join(map(repr, OUTPUTS))
-        raise InvalidOption(f"{{option}} must be one of {names}, not {quoted(output)}", option="output")
+    _check_one_of("output", output, OUTPUTS)
+
+
+def check_on_error(on_error: object) -> None:
+    """Check what `encode_many` and `decode_many` do with an error.
+
+    Raises:
+        InvalidOption: it is neither "raise" nor "return".
+    """
+    _check_one_of("on_error", on_error, ON_ERROR)
+
+
+def _check_one_of(option: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        names = ", ".join(map(repr, allowed))
+        raise InvalidOption(f"{{option}} must be one of {names}, not {quoted(value)}", option=option)
 
 
 def check_count(num_quantizers: object) -> None:

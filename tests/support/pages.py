@@ -45,7 +45,7 @@ def run(source, target=""):
 NOT_RUN = ("git clone ", "python3 -m venv ", "pip install ", "make ", "docker ", ". ")
 
 
-def follow(page, vqserved, folder, run_python):
+def follow(page, vqserved, folder, run_python, target=""):
     """Run a page's examples in their order, as printed, in an empty folder, with real servers of their own.
 
     Args:
@@ -53,10 +53,10 @@ def follow(page, vqserved, folder, run_python):
         vqserved: the fixture that starts a server.
         folder: the folder in which the reader is.
         run_python: called for each Python example, with its source and the address of the server.
+        target: address of the server that runs before the page starts one.
     """
     scripts = Path(sys.executable).parent
     path = f"{scripts}{os.pathsep}{os.environ['PATH']}"
-    target = ""
     for language, body in FENCED.findall((ROOT / page).read_text()):
         if language == "python":
             run_python(body, target)

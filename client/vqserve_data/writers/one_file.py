@@ -109,7 +109,7 @@ def check_key(key: str) -> None:
         FileError: it cannot.
     """
     if problem := problem_of(key):
-        raise FileError(f"the key '{quoted(key)}' {problem}")
+        raise FileError(f"the key {quoted(key)} {problem}")
 
 
 def close_quietly(file: IO[bytes]) -> None:

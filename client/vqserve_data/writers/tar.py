@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from vqserve_data.items import Array
-from vqserve_data.samples import sample_of
+from vqserve_data.keys import sample_of
 from vqserve_data.writers.one_file import OneFile, OneFileWriter, bytes_of, kind_of, npy_header
 from vqserve_data.writers.protocol import Shard
 

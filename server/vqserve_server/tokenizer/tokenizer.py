@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,9 @@ from vqserve import dtypes
 from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import Closed, VqserveError
 from vqserve.layout import Layout
-from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
-from vqserve.validation import check_call, check_digest, no_codebook
+from vqserve.many import concerns_one_array, keyed, with_key
+from vqserve.types import ArrayT, DecodeOptions, EncodeOptions, KeyT, LatentDType, LayoutName, OnError, OutputName
+from vqserve.validation import check_call, check_digest, check_on_error, no_codebook
 from vqserve_server.code_groups import CodeGroups
 from vqserve_server.codebooks import Codebook, codebook_digest, load_codebook
 from vqserve_server.codebooks.kinds import kind_of
@@ -268,27 +269,102 @@ class Tokenizer:
         )
         return self._decode(indices, asked)
 
+    @overload
     def encode_many(
         self,
         items: Iterable[ArrayT],
         *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[EncodeOptions],
+    ) -> Generator[ArrayT, None, None]: ...
+
+    @overload
+    def encode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[EncodeOptions],
+    ) -> Generator[tuple[KeyT, ArrayT], None, None]: ...
+
+    @overload
+    def encode_many(
+        self,
+        items: Iterable[ArrayT],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[EncodeOptions],
+    ) -> Generator[ArrayT | VqserveError, None, None]: ...
+
+    @overload
+    def encode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[EncodeOptions],
+    ) -> Generator[tuple[KeyT, ArrayT | VqserveError], None, None]: ...
+
+    def encode_many(
+        self,
+        items: Iterable[Any],
+        *,
+        on_error: OnError = "raise",
         layout: LayoutName | Layout | None = None,
         batched: bool = True,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> Generator[ArrayT, None, None]:
+    ) -> Generator[Any, None, None]:
         """Return the indices of each of many arrays, lazily and in order; see `encode`."""
         asked = options(
             self.info, codebook, digest, timeout, layout=layout, num_quantizers=num_quantizers, batched=batched
         )
-        return _each(several(items, "encode"), lambda item: self._encode(item, asked))
+        check_on_error(on_error)
+        return _each(several(items, "encode"), lambda array: self._encode(array, asked), on_error)
 
+    @overload
     def decode_many(
         self,
         items: Iterable[ArrayT],
         *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[DecodeOptions],
+    ) -> Generator[ArrayT, None, None]: ...
+
+    @overload
+    def decode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[DecodeOptions],
+    ) -> Generator[tuple[KeyT, ArrayT], None, None]: ...
+
+    @overload
+    def decode_many(
+        self,
+        items: Iterable[ArrayT],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[DecodeOptions],
+    ) -> Generator[ArrayT | VqserveError, None, None]: ...
+
+    @overload
+    def decode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[DecodeOptions],
+    ) -> Generator[tuple[KeyT, ArrayT | VqserveError], None, None]: ...
+
+    def decode_many(
+        self,
+        items: Iterable[Any],
+        *,
+        on_error: OnError = "raise",
         layout: LayoutName | Layout | None = None,
         batched: bool = True,
         dtype: LatentDType = "float32",
@@ -297,7 +373,7 @@ class Tokenizer:
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> Generator[ArrayT, None, None]:
+    ) -> Generator[Any, None, None]:
         """Return the latents of each of many arrays of indices, lazily and in order; see `decode`."""
         asked = options(
             self.info,
@@ -310,7 +386,8 @@ class Tokenizer:
             num_quantizers=num_quantizers,
             batched=batched,
         )
-        return _each(several(items, "decode"), lambda item: self._decode(item, asked))
+        check_on_error(on_error)
+        return _each(several(items, "decode"), lambda array: self._decode(array, asked), on_error)
 
     def codebooks(self, *, timeout: float | None = None) -> list[CodebookInfo]:
         """Return what there is: the one codebook."""
@@ -425,18 +502,25 @@ class Tokenizer:
         )
 
 
-def _each(items: Iterable[ArrayT], convert: Callable[[ArrayT], ArrayT]) -> Generator[ArrayT, None, None]:
+def _each(items: Iterable[Any], convert: Callable[[Any], Any], on_error: OnError) -> Generator[Any, None, None]:
     """Return the results of arrays, lazily; an error says which array it is about."""
     # A value that cannot be iterated is an error here, not at the first result.
     numbered = enumerate(items)
 
-    def results() -> Generator[ArrayT, None, None]:
+    def results() -> Generator[Any, None, None]:
         for number, item in numbered:
+            key, array = keyed(item)
+            failure: VqserveError | None = None
             try:
-                result = convert(item)
+                result = convert(array)
             except VqserveError as error:
                 error.item = number
-                raise
-            yield result
+                if on_error == "raise":
+                    raise
+                # A copy, without the frames that have the array.
+                result, failure = error.with_fields(), error
+            yield with_key(key, result)
+            if failure is not None and not concerns_one_array(failure, answered=True):
+                raise failure.with_fields(item=None)
 
     return results()

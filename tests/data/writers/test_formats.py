@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from vqserve_data.errors import FileError
-from vqserve_data.samples import key_of, sample_of
+from vqserve_data.keys import key_of, sample_of
 from vqserve_data.stream import TokenStream
 from vqserve_data.writers import FORMATS, add_writer, writer_of
 
