@@ -28,7 +28,8 @@ class Client(ClientBase):
         target: HOST:PORT, dns:///NAME:PORT for a name of several servers, IP:PORT,IP:PORT for a list of servers, or
             unix:PATH.
         codebook: name of the codebook for calls that name none; None: the server's only one.
-        digest: digest that this codebook must have.
+        digest: digest that this codebook must have, or at least 8 of its first digits; without a name, the codebook
+            that has it.
         timeout: seconds for one whole call, its retries and all of its requests; math.inf: no limit.
         retries: how many times a request is sent again if the server is overloaded or cannot be reached.
         window: requests of one call that are in flight at once.
@@ -66,7 +67,8 @@ class Client(ClientBase):
                 result.
             num_quantizers: number of indices of each token, for a residual codebook: the first ones; None: all.
             codebook: name of the codebook; None: the client's.
-            digest: digest that the codebook must have; None: the client's.
+            digest: digest that the codebook must have, or at least 8 of its first digits; without a name, the codebook
+                that has it; None: the client's.
             timeout: seconds for the whole call; None: the client's.
 
         Returns:

@@ -47,6 +47,8 @@ _QUOTED_CHARACTERS = 80
 # Characters of a list of names in an error text; status details hold 1024.
 _LONGEST_LIST = 700
 _DIGEST_CHARACTERS = 64
+# Digits of a digest that are enough to name a codebook among those of one server.
+_PREFIX_CHARACTERS = 8
 
 
 # Options.
@@ -176,23 +178,28 @@ def check_timeout(timeout_s: object) -> float:
 
 
 def check_digest_form(digest: object) -> None:
-    """Check that an optional text has the form of a digest.
+    """Check that an optional text has the form of a digest, or of the beginning of one.
 
     Raises:
         TypeError: it is not a string.
-        InvalidOption: it is not 64 lower-case hexadecimal digits.
+        InvalidOption: it is not 64 lower-case hexadecimal digits, or 8 or more.
     """
     check_name("digest", digest)
-    if isinstance(digest, str) and not is_digest(digest):
+    if isinstance(digest, str) and not _begins_digest(digest):
         raise InvalidOption(
-            f"{{option}} must be the codebook's 64 lower-case hexadecimal digits, not {quoted(digest, 80)}",
+            f"{{option}} must be the codebook's 64 lower-case hexadecimal digits, or the first {_PREFIX_CHARACTERS} or "
+            f"more of them, not {quoted(digest, 80)}",
             option="digest",
         )
 
 
 def is_digest(text: str) -> bool:
     """Return whether a text has the form of a digest."""
-    return len(text) == _DIGEST_CHARACTERS and set(text) <= set("0123456789abcdef")
+    return len(text) == _DIGEST_CHARACTERS and _begins_digest(text)
+
+
+def _begins_digest(text: str) -> bool:
+    return _PREFIX_CHARACTERS <= len(text) <= _DIGEST_CHARACTERS and set(text) <= set("0123456789abcdef")
 
 
 def check_digest(expected: str, *, info: CodebookInfo) -> None:
@@ -205,22 +212,39 @@ def check_digest(expected: str, *, info: CodebookInfo) -> None:
         raise wrong_digest(expected, info=info)
 
 
-def wrong_digest(expected: str, *, info: CodebookInfo) -> DigestMismatch:
-    """Return the error for a pinned digest that is not the codebook's."""
+def wrong_digest(expected: str, *, info: CodebookInfo, holder: CodebookInfo | None = None) -> DigestMismatch:
+    """Return the error for a pinned digest that is not the codebook's.
+
+    Args:
+        expected: the pinned digest, or its beginning.
+        info: the codebook.
+        holder: a codebook that has this digest; None: none is known.
+    """
+    text = (
+        f"codebook {quoted(info.name, 200)} has digest {info.digest}, not {quoted(expected[:_DIGEST_CHARACTERS], 80)}"
+    )
+    if holder is None:
+        return DigestMismatch(text, codebook=info.name, digest=info.digest)
     return DigestMismatch(
-        f"codebook {quoted(info.name, 200)} has digest {info.digest}, not {quoted(expected[:_DIGEST_CHARACTERS], 80)}",
+        f"{text}, which is that of codebook {quoted(holder.name, 200)}",
         codebook=info.name,
         digest=info.digest,
+        option="codebook",
+        suggestion={"codebook": holder.name},
+        hint="pass {suggestion}",
     )
 
 
-def no_codebook(name: str | None, served: Sequence[str], *, num_codebooks: int) -> CodebookNotFound:
+def no_codebook(
+    name: str | None, served: Sequence[str], *, num_codebooks: int, holder: CodebookInfo | None = None
+) -> CodebookNotFound:
     """Return the error for a codebook that is not served.
 
     Args:
         name: name in the request; None or "" if it has none.
         served: names of all served codebooks.
         num_codebooks: number of served codebooks; versions of one count once.
+        holder: a codebook that has the digest in the request; None: none is known.
     """
     names = _listed(served)
     if not served:
@@ -228,7 +252,41 @@ def no_codebook(name: str | None, served: Sequence[str], *, num_codebooks: int) 
     if not name:
         return CodebookNotFound(f"{num_codebooks} codebooks are served, choose one with {{codebook=}}: {names}")
     shown = name[:_QUOTED_CHARACTERS]
-    return CodebookNotFound(f"no codebook {escape(repr(shown))} is served, only: {names}", codebook=shown)
+    error = CodebookNotFound(f"no codebook {escape(repr(shown))} is served, only: {names}", codebook=shown)
+    if holder is None:
+        return error
+    return error.with_fields(
+        option="codebook", suggestion={"codebook": holder.name}, hint="{suggestion} has the digest that was asked for"
+    )
+
+
+def no_digest(expected: str, infos: Sequence[CodebookInfo]) -> CodebookNotFound:
+    """Return the error for a digest that none of several codebooks has.
+
+    Args:
+        expected: the digest, or its beginning.
+        infos: the served codebooks.
+    """
+    shown = quoted(expected[:_DIGEST_CHARACTERS], 80)
+    return CodebookNotFound(f"no codebook with digest {shown} is served, only: {_with_digests(infos)}")
+
+
+def ambiguous_digest(expected: str, infos: Sequence[CodebookInfo]) -> InvalidOption:
+    """Return the error for the beginning of a digest that several digests have.
+
+    Args:
+        expected: the beginning.
+        infos: the codebooks that have these digests.
+    """
+    shown = quoted(expected[:_DIGEST_CHARACTERS], 80)
+    return InvalidOption(
+        f"{{option}} {shown} is the beginning of several digests, use more digits: {_with_digests(infos)}",
+        option="digest",
+    )
+
+
+def _with_digests(infos: Sequence[CodebookInfo]) -> str:
+    return _listed([f"{info.name} {info.digest}" for info in infos])
 
 
 def _listed(names: Sequence[str]) -> str:

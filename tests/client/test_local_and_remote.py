@@ -238,7 +238,7 @@ def test_pinning_and_closing(book):
         (
             {"digest": "abc"},
             InvalidOption,
-            "digest must be the codebook's 64 lower-case hexadecimal digits, not 'abc'",
+            "digest must be the codebook's 64 lower-case hexadecimal digits, or the first 8 or more of them, not 'abc'",
         ),
         ({"timeout": -1}, InvalidOption, "timeout must be above 0 seconds, not -1"),
         ({"timeout": float("nan")}, InvalidOption, "timeout must be above 0 seconds, not nan"),

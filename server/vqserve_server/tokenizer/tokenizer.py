@@ -19,7 +19,7 @@ from vqserve.errors import Closed, VqserveError
 from vqserve.layout import Layout
 from vqserve.many import concerns_one_array, keyed, with_key
 from vqserve.types import ArrayT, DecodeOptions, EncodeOptions, KeyT, LatentDType, LayoutName, OnError, OutputName
-from vqserve.validation import check_call, check_digest, check_on_error, no_codebook
+from vqserve.validation import check_call, check_on_error, no_codebook, wrong_digest
 from vqserve_server.code_groups import CodeGroups
 from vqserve_server.codebooks import Codebook, codebook_digest, load_codebook
 from vqserve_server.codebooks.kinds import kind_of
@@ -193,7 +193,7 @@ class Tokenizer:
             batched: False: the array has no batch axis, and the answer has none.
             num_quantizers: for a residual codebook, number of (first) indices for each token; None: all.
             codebook: the codebook's name, if it is to be checked.
-            digest: the codebook's digest, if it is to be checked.
+            digest: the codebook's digest, or at least 8 of its first digits, if it is to be checked.
             timeout: has no effect in process, but must be valid.
 
         Returns:
@@ -470,8 +470,8 @@ class Tokenizer:
             raise Closed("the tokenizer was closed")
         if codebook is not None and codebook != self.info.name:
             raise no_codebook(codebook, [self.info.name], num_codebooks=1)
-        if digest is not None:
-            check_digest(digest, info=self.info)
+        if digest is not None and not self.info.digest.startswith(digest):
+            raise wrong_digest(digest, info=self.info)
         return frozen
 
     @contextmanager
