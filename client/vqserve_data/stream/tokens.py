@@ -1,4 +1,4 @@
-"""Reads streams of tokens, as `vqserve encode --format stream` writes them. It needs numpy only."""
+"""The items of a stream of tokens: files that are mapped, and their indexes."""
 
 from __future__ import annotations
 
