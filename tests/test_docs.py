@@ -95,7 +95,7 @@ def test_the_readme_s_example(target, demo):
 
 
 def test_the_client_s_example(target, demo):
-    source, _, _ = examples("docs/client.md", "python")
+    source, _ = examples("docs/client.md", "python")
     names = run(source, target)
     assert (names["indices"] == demo.encode(names["latents"])).all()
 
@@ -108,33 +108,13 @@ def test_the_client_s_example_with_tls(serving, demo, tmp_path, monkeypatch, cap
     Path("token").write_text(secret)
     replace(tmp_path / "tokens.toml", f'[tokens.me]\nsha256 = "{hash_of(secret)}"\n'.encode())
     server = serving(demo, tokens=tmp_path / "tokens.toml", **files.settings())
-    _, source, _ = examples("docs/client.md", "python")
+    _, source = examples("docs/client.md", "python")
     run(source.replace("vq.example:50051", server.target))
     assert "name='demo'" in capsys.readouterr().out
 
 
-def test_the_client_s_job(target, demo, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("latents").mkdir()
-    rng = np.random.default_rng(0)
-    latents = {name: rng.standard_normal((2, demo.info.input_dim, 8, 8), dtype=np.float32) for name in "abcde"}
-    for name in "bd":
-        latents[name][1, 2, 3, 4] = np.nan
-    for name, array in latents.items():
-        np.save(f"latents/{name}.npy", array)
-    _, _, source = examples("docs/client.md", "python")
-    run(source, target)
-    for name in "ace":
-        assert (np.load(f"tokens/{name}.npy") == demo.encode(latents[name])).all()
-    assert sorted(path.name for path in Path("tokens").iterdir()) == ["a.npy", "c.npy", "codebook.json", "e.npy"]
-    assert json.loads(Path("tokens/codebook.json").read_text()) == {"name": "demo", "digest": demo.info.digest}
-    said = capsys.readouterr().out.splitlines()
-    assert [line.partition(" is left out: ")[0] for line in said] == ["latents/b.npy", "latents/d.npy"]
-    assert "latents[1, 2, 3, 4] is nan" in said[0]
-
-
 def test_the_client_s_example_in_process(demo, monkeypatch):
-    source, _, _ = examples("docs/client.md", "python")
+    source, _ = examples("docs/client.md", "python")
     [line] = re.findall(r"`(with Tokenizer\.load\(.*\) as client:)`", prose(ROOT / "docs/client.md"))
     monkeypatch.chdir(ROOT)
     names = run("from vqserve_server import Tokenizer\n" + re.sub(r"with Client\(.*", line, source))

@@ -63,10 +63,15 @@ class OneFile:
         """Add the next item.
 
         Raises:
-            FileError: it cannot be written.
+            FileError: it cannot be written; nothing of the shard is left.
         """
-        with writing(self._draft.path):
-            self._write(key, array, fields)
+        try:
+            with writing(self._draft.path):
+                self._write(key, array, fields)
+        except BaseException:
+            # A part of it may be there.
+            self.abandon()
+            raise
         self._nbytes += array.nbytes
 
     def close(self) -> list[Written]:
