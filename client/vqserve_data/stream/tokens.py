@@ -36,6 +36,8 @@ class TokenStream(Sequence[Tokens]):
             FileError: there is no stream, or it is incomplete.
         """
         self.path = Path(path)
+        if not self.path.exists():
+            raise FileError(f"{self.path}: there is no such file or folder")
         self._starts = [0]
         if not self.path.is_dir():
             self.shards: tuple[TokenStream, ...] = (self,)
