@@ -7,16 +7,19 @@ import asyncio
 import contextlib
 import http.client
 import inspect
+import runpy
 import subprocess
 import sys
 import tarfile
 
 import numpy as np
 import pytest
+import torch
 
 from support.certificates import free_port
 from support.pages import examples, follow
 from support.waiting import eventually
+from vqserve_client import Client
 from vqserve_server.codebook_files import DEMO_PATH
 from vqserve_server.tokenizer import Tokenizer
 
@@ -54,8 +57,13 @@ def images(count):
     return [np.random.default_rng(i).standard_normal((16, 8, 8), dtype=np.float32) for i in range(count)]
 
 
-def test_dataloader(guide):
-    assert guide("dataloader") == "torch.Size([8, 8, 8])\n" * 2
+def test_dataloader(guide, target, demo, tmp_path):
+    # The last batch of 1000 items.
+    assert guide("dataloader") == "torch.Size([8, 8, 8]) torch.int64\n" * 2
+    with Client(target) as client:
+        tokens = runpy.run_path(str(tmp_path / "loader.py"))["Tokens"](client)
+        latents = torch.stack([tokens.latents(i) for i in range(5)])
+        assert (torch.stack(tokens.__getitems__(range(5))) == demo.encode(latents)).all()
 
 
 def test_datasets(guide, demo, tmp_path):
