@@ -20,6 +20,7 @@ from support.certificates import free_port
 from support.pages import examples, follow
 from support.waiting import eventually
 from vqserve_client import Client
+from vqserve_data.stream import TokenStream
 from vqserve_server.codebook_files import DEMO_PATH
 from vqserve_server.tokenizer import Tokenizer
 
@@ -55,6 +56,25 @@ def guide(vqserved, target, tmp_path, monkeypatch, capfd):
 
 def images(count):
     return [np.random.default_rng(i).standard_normal((16, 8, 8), dtype=np.float32) for i in range(count)]
+
+
+def test_data_set(guide, demo, tmp_path):
+    guide("data-set")
+    latents = np.stack(images(300))
+    indices = demo.encode(latents)
+    for i, (tokens, decoded) in enumerate(zip(indices, demo.decode(indices), strict=True)):
+        assert (np.load(tmp_path / f"tokens/{i:03}.npy") == tokens).all()
+        assert (np.load(tmp_path / f"decoded/{i:03}.npy") == decoded).all()
+    assert demo.info.digest in (tmp_path / "tokens/manifest.json").read_text()
+
+
+def test_training(guide, demo, tmp_path):
+    loss, shapes = guide("train-from-tokens").splitlines()
+    assert 5 < float(loss) < 10
+    assert shapes == "torch.Size([20, 8, 8]) torch.Size([20])"
+    stream = TokenStream(tmp_path / "stream")
+    assert stream.keys == [f"{i:03}" for i in range(300)]
+    assert (np.stack(stream[:]) == demo.encode(np.stack(images(300)))).all()
 
 
 def test_dataloader(guide, target, demo, tmp_path):
