@@ -125,6 +125,9 @@ class _ParquetShard(OneFile):
             columns[kind_of(arrays[0].dtype)] = self._lists(arrays)
         for name in dict.fromkeys(name for _, _, fields in self._rows for name in fields):
             values = [_plain(name, fields.get(name)) for _, _, fields in self._rows]
+            if name == "key" and values == columns["key"].to_pylist():
+                # From a table of ours.
+                continue
             column = name
             while column in columns:
                 column += "_"

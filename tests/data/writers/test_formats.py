@@ -327,6 +327,15 @@ def test_parquet_fields_are_columns(tmp_path):
     assert frame.iloc[1][["txt", "caption", "image"]].isna().all()
 
 
+def test_a_field_of_the_name_of_another_column_gets_an_underscore(tmp_path):
+    rows = [("a", np.zeros(1, np.uint16), {"key": "a", "indices": 1}), ("b", np.zeros(1, np.uint16), {"key": "b"})]
+    write("parquet", tmp_path, rows)
+    assert pq.read_schema(tmp_path / "shard-00000.parquet").names == ["key", "indices", "indices_"]
+    write("parquet", tmp_path, [*rows, ("c", np.zeros(1, np.uint16), {"key": "another"})])
+    table = pq.read_table(tmp_path / "shard-00000.parquet")
+    assert table["key_"].to_pylist() == ["a", "b", "another"]
+
+
 def test_datasets_reads_parquet_and_tar(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     datasets = pytest.importorskip("datasets")
