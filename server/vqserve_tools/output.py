@@ -1,4 +1,4 @@
-"""The file that a tool writes: its option on the command line, and whether it may be written."""
+"""The files that a tool writes: their options on the command line, and whether they may be written."""
 
 from __future__ import annotations
 
@@ -56,6 +56,25 @@ def check_output(path: Path, *, force: bool, sources: Iterable[Path | None] = ()
         raise PermissionError(f"user {os.geteuid()} cannot write into the folder {path.parent}: {hint}")
 
 
+def check_plot(path: Path, *, force: bool, sources: Iterable[Path | None] = ()) -> None:
+    """Check, before the work, that a plot can be drawn and written.
+
+    Args:
+        path: PNG file to write.
+        force: whether an existing file may be replaced.
+        sources: files that the tool reads.
+
+    Raises:
+        InvalidOption: the file exists or is a source, its folder does not exist, or matplotlib is missing.
+        PermissionError: this user cannot write into the folder.
+    """
+    check_output(path, force=force, sources=sources)
+    try:
+        import matplotlib.figure  # noqa: F401, PLC0415
+    except ImportError:
+        raise InvalidOption(f"{path.name} cannot be drawn without matplotlib: pip install 'vqserve[plot]'") from None
+
+
 def _new_codebook_path(text: str) -> Path:
     """Return the path of a codebook file to be written, for argparse.
 
@@ -74,4 +93,16 @@ def _new_codebook_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(
             f"{path.name!r} cannot be served under its name: use letters, digits and . _ + -"
         )
+    return path
+
+
+def png_path(text: str) -> Path:
+    """Return the path of a picture to be written, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it does not end in .png.
+    """
+    path = Path(text)
+    if path.suffix != ".png":
+        raise argparse.ArgumentTypeError(f"{path.name!r} must end in .png")
     return path

@@ -16,11 +16,12 @@ from vqserve.layout import Layout
 from vqserve_server.codebooks import Codebook, load_codebook
 from vqserve_tools.inspection.inspection import FORMAT, inspect
 from vqserve_tools.inspection.pair import Side, verdict
-from vqserve_tools.inspection.plot import check_plot, draw
+from vqserve_tools.inspection.plot import draw
 from vqserve_tools.inspection.statistics import save_codebook_again, with_statistics
 from vqserve_tools.inspection.text import as_text, as_text_side_by_side
-from vqserve_tools.latent_file import LatentRows
-from vqserve_tools.output import check_output
+from vqserve_tools.latents.array import ArrayRows
+from vqserve_tools.latents.rows import LatentRows
+from vqserve_tools.output import check_output, check_plot, png_path
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -54,7 +55,7 @@ def add_inspect_parser(subparsers: Subparsers) -> None:
         "traffic with; tokens and digest stay",
     )
     parser.add_argument("--json", action="store_true", help="write one JSON object, with all texts in full length")
-    parser.add_argument("--plot", type=_png_path, metavar="OUT.png", help="draw the figures into this file")
+    parser.add_argument("--plot", type=png_path, metavar="OUT.png", help="draw the figures into this file")
     parser.add_argument("--force", action="store_true", help="replace OUT.png if it exists")
     parser.set_defaults(run=run_inspect)
 
@@ -114,7 +115,7 @@ def _check_save(args: argparse.Namespace) -> None:
 def _latents(args: argparse.Namespace, codebook: Codebook) -> LatentRows | None:
     if args.latents is None:
         return None
-    return LatentRows.open(args.latents, args.layout, default=codebook.quantizer.layout, keeps_float64=True)
+    return ArrayRows.open(args.latents, args.layout, default=codebook.quantizer.layout, keeps_float64=True)
 
 
 @contextmanager
@@ -130,10 +131,3 @@ def _names(files: Sequence[Path]) -> list[str]:
     """Return the shortest of stem and path that tells the files apart."""
     stems = [file.stem for file in files]
     return stems if len(set(stems)) == len(stems) else [str(file) for file in files]
-
-
-def _png_path(text: str) -> Path:
-    path = Path(text)
-    if path.suffix != ".png":
-        raise argparse.ArgumentTypeError(f"{path.name!r} must end in .png")
-    return path

@@ -11,7 +11,7 @@ from pathlib import Path
 import vqserve
 from vqserve.errors import of_file
 from vqserve_server.codebooks import save_codebook
-from vqserve_tools.latent_file import LatentRows
+from vqserve_tools.latents.array import ArrayRows
 from vqserve_tools.output import check_output
 from vqserve_tools.training.options import TrainingOptions
 from vqserve_tools.training.trainer import Trained, train
@@ -53,7 +53,7 @@ def train_file(
         OSError: a file cannot be read or written.
     """
     check_output(out, force=force, sources=[latents])
-    rows = LatentRows.open(latents, layout)
+    rows = ArrayRows.open(latents, layout)
     if progress and layout is None and rows.array.ndim > 2:
         # Shown before the training, so that a user who sees a wrong number of channels need not wait for the end.
         sys.stderr.write(f"latents {rows.array.shape} read {rows.layout.replace('_', ' ')}: {rows.dim} channels\n")

@@ -17,7 +17,7 @@ from vqserve_server.codebooks.statistics import Statistics, StatisticsTally, cod
 from vqserve_server.device import select_device
 from vqserve_server.quantizers import AbstractQuantizer, measure_perplexity
 from vqserve_server.search import prepare
-from vqserve_tools.latent_file import LatentRows
+from vqserve_tools.latents.rows import RandomRows
 from vqserve_tools.progress import Progress, progress_of
 from vqserve_tools.training.initialisation import initial_codes
 from vqserve_tools.training.learners import AdamLearner, CodeUsage, EmaLearner, Learner, draw_seeds
@@ -65,7 +65,7 @@ class Trained:
     statistics: Statistics
 
 
-def train(rows: LatentRows, options: TrainingOptions, *, progress: bool = False) -> Trained:
+def train(rows: RandomRows, options: TrainingOptions, *, progress: bool = False) -> Trained:
     """Train a codebook on latents.
 
     Args:
@@ -99,7 +99,7 @@ def train(rows: LatentRows, options: TrainingOptions, *, progress: bool = False)
 
 @torch.no_grad()
 def measure_quality(
-    quantizer: AbstractQuantizer, rows: LatentRows, *, device: torch.device, progress: bool = False
+    quantizer: AbstractQuantizer, rows: RandomRows, *, device: torch.device, progress: bool = False
 ) -> tuple[Quality, Statistics]:
     """Encode and decode all rows, and return the quality, and the statistics for the file.
 
@@ -133,7 +133,7 @@ def measure_quality(
 
 def _run(
     learner: Learner,
-    rows: LatentRows,
+    rows: RandomRows,
     plan: TrainingPlan,
     *,
     rng: np.random.Generator,
@@ -173,13 +173,13 @@ def _report(bar: Progress, mean_squared_error: Tensor, ids: Tensor, num_codes: i
     )
 
 
-def _learner(codes: Tensor, rows: LatentRows, options: TrainingOptions, plan: TrainingPlan) -> Learner:
+def _learner(codes: Tensor, rows: RandomRows, options: TrainingOptions, plan: TrainingPlan) -> Learner:
     if options.kind == "ema":
         return EmaLearner(codes, options, plan.batch_size)
     return AdamLearner(codes, options, options.lr or _LR_SHARE * _typical_error(rows, codes))
 
 
-def _typical_error(rows: LatentRows, codes: Tensor) -> float:
+def _typical_error(rows: RandomRows, codes: Tensor) -> float:
     """Return the root mean squared error per element of the median row: the typical distance that codes must move.
 
     The standard deviation of the latents is too large for this if there are many codes, or a few outliers.
