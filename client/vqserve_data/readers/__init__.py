@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import KeysView
 
+from vqserve_data.readers.arrow import ArrowReader
+from vqserve_data.readers.npy import NpyReader
+from vqserve_data.readers.npz import NpzReader
+from vqserve_data.readers.parquet import ParquetReader
 from vqserve_data.readers.protocol import Reader, Selection, SourceFile
 from vqserve_data.readers.raw import RawReader
+from vqserve_data.readers.safetensors import SafetensorsReader
+from vqserve_data.readers.tar import TarReader
 
 __all__ = ["SUFFIXES", "Reader", "Selection", "SourceFile", "add_reader", "reader_of", "suffix_of"]
 
@@ -47,3 +53,7 @@ def _path_of(name: str) -> str:
     if url.startswith(("http://", "https://")):
         url = url.partition("#")[0].partition("?")[0]
     return url.partition("://")[2]
+
+
+for _reader in (NpyReader(), NpzReader(), SafetensorsReader(), TarReader(), ParquetReader(), ArrowReader()):
+    add_reader(_reader)
