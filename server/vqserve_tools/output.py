@@ -46,8 +46,9 @@ def check_output(path: Path, *, force: bool, sources: Iterable[Path | None] = ()
         raise InvalidOption(f"there is no folder {path.parent}: make it first")
     if path.is_dir():
         raise InvalidOption(f"{path} is a folder: name a file in it")
-    for source in sources:
-        if source is not None and source.exists() and path.exists() and path.samefile(source):
+    # There may be a million sources.
+    for source in sources if path.exists() else ():
+        if source is not None and source.exists() and path.samefile(source):
             raise InvalidOption(f"{path} is what is read: name another file to write")
     if path.exists() and not force:
         raise InvalidOption(f"{path} is there already: pass --force to replace it")

@@ -242,6 +242,7 @@ def check_latents(rows: LatentRows, quantizer: Quantizer) -> None:
         NonFiniteLatents: NaN or infinity; names the first one's position.
     """
     rows.check_channels(quantizer.input_dim)
+    # A data set has at least one, or it cannot be read.
     if len(rows) == 0:
         raise InvalidShape(f"latents of shape {rows.describe().shape} hold no tokens", array="latents")
     rows.check_finite()

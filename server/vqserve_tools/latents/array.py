@@ -17,7 +17,7 @@ from vqserve.npy import NpyFile
 from vqserve.validation import check_channels, not_finite, not_latents
 from vqserve_server.rows import channels_last
 from vqserve_server.validation import first_non_finite
-from vqserve_tools.latents.rows import Description
+from vqserve_tools.latents.rows import Description, Ints
 
 _CHUNK_BYTES = 1 << 26
 # Larger files are read on demand.
@@ -179,6 +179,11 @@ class ArrayRows:
         return Description(
             shape=self.array.shape, dtype=self.array.dtype.name, layout=str(self.layout), tokens=len(self)
         )
+
+    def groupings(self) -> Iterator[tuple[str, Ints]]:
+        """Group the rows by the entries of the batch axis: by pictures, recordings or sequences."""
+        if len(self.grid) > 1 and len(self):
+            yield "entries of the batch axis", np.arange(len(self)) // math.prod(self.grid[1:])
 
 
 def check_finite_as(part: npt.NDArray[Any], dtype: np.dtype[Any], offset: Sequence[int]) -> None:

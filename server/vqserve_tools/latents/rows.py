@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,20 +15,41 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataSetSize:
+    """Sizes of a data set.
+
+    Attributes:
+        files: number of files.
+        items: number of arrays that are used.
+        bad_items: number of arrays that are left out because they cannot be used.
+        tokens: number of rows of the used arrays.
+        is_sampled: whether the latents are a sample of these rows; otherwise they are all of them.
+    """
+
+    files: int
+    items: int
+    bad_items: int
+    tokens: int
+    is_sampled: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Description:
     """What latents are, for a report.
 
     Attributes:
-        shape: shape of the array.
-        dtype: element type of the array.
-        layout: layout of the array.
+        shape: shape of the array; None: the latents are of a data set.
+        dtype: element type, "float32"; of a data set all of them, "float16, float32".
+        layout: layout, "channels_first"; of a data set all of them, "channels_first, channels_last".
         tokens: number of rows.
+        data_set: sizes of the data set; None: the latents are one array.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     dtype: str
     layout: str
     tokens: int
+    data_set: DataSetSize | None = None
 
 
 class LatentRows(Protocol):
@@ -37,10 +58,6 @@ class LatentRows(Protocol):
     @property
     def dim(self) -> int:
         """Number of channels, which is the width of a row."""
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """Shape of the latents without the channels."""
 
     def __len__(self) -> int: ...
 
@@ -85,3 +102,53 @@ class RandomRows(LatentRows, Protocol):
         Raises:
             OSError: a file cannot be read any more.
         """
+
+    def groupings(self) -> Iterator[tuple[str, Ints]]:
+        """Yield ways to group rows that belong together, such as those of one picture, the largest groups first.
+
+        Yields:
+            What the groups are, in plural, and the number of each row's group, (n,).
+        """
+
+
+class Subset:
+    """Some of the rows of latents."""
+
+    def __init__(self, rows: RandomRows, positions: Ints) -> None:
+        """Store the rows and which of them, ascending."""
+        self._rows = rows
+        self._positions = positions
+        self.dim = rows.dim
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def take(self, positions: Ints) -> Rows:
+        """Return the rows at these positions of the subset."""
+        return self._rows.take(self._positions[positions])
+
+    def chunks(self, rows_per_chunk: int) -> Iterator[Rows]:
+        """Yield all rows in order, at most `rows_per_chunk` at a time."""
+        for start in range(0, len(self), rows_per_chunk):
+            yield self._rows.take(self._positions[start : start + rows_per_chunk])
+
+    def check_channels(self, channels: int) -> None:
+        """See LatentRows."""
+        self._rows.check_channels(channels)
+
+    def check_finite(self) -> None:
+        """Check all rows, those that are not in the subset, too."""
+        self._rows.check_finite()
+
+    def placed(self, start: int) -> AbstractContextManager[None]:
+        """See LatentRows."""
+        return self._rows.placed(int(self._positions[start]) if len(self) else 0)
+
+    def describe(self) -> Description:
+        """See LatentRows."""
+        return replace(self._rows.describe(), tokens=len(self))
+
+    def groupings(self) -> Iterator[tuple[str, Ints]]:
+        """See RandomRows."""
+        for name, groups in self._rows.groupings():
+            yield name, groups[self._positions]
