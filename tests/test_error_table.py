@@ -78,7 +78,7 @@ MISTAKES = (
         "encode",
         np.zeros((6, 8, 9), F32),
         "latents of shape (6, 8, 9) have 9 channels in layout channels_last, the codebook takes 6: "
-        "is the batch axis missing? pass latents[None]",
+        "is the batch axis missing? pass batched=False",
         BOOK,
     ),
     Mistake(

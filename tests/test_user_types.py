@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vqserve import AsyncClient, Client, CodebookInfo, InvalidArgument, Layout
+from vqserve import AsyncClient, Client, CodebookInfo, InvalidArgument, Layout, VqserveError
 from vqserve_server import Tokenizer
 
 Numpy = npt.NDArray[Any]
@@ -36,6 +36,8 @@ def swapped(client: Client | Tokenizer) -> None:
     assert_type(client.decode(array, dtype=np.float64, layout=Layout.CHANNELS_FIRST), Numpy)
     for indices in client.encode_many([array, array], layout="channels_last"):
         assert_type(indices, Numpy)
+    assert_type(client.encode(array, batched=False), Numpy)
+    client.encode(array, batched="no")  # error: arg-type
     client.encode([1.0, 2.0])  # error: type-var
     client.encode(array, layout="first")  # error: arg-type
     client.encode(array, layer="channels_last")  # error: call-arg
@@ -43,7 +45,17 @@ def swapped(client: Client | Tokenizer) -> None:
     client.decode(array, output="rows")  # error: arg-type
     client.decode(array, dtype="int8")  # error: arg-type
     client.decode(array, num_quantizers="2")  # error: arg-type
+    for key, indices in client.encode_many([("a", array)]):
+        assert_type(key, str)
+        assert_type(indices, Numpy)
+    for result in client.decode_many([tensor], on_error="return", dtype="float16"):
+        assert_type(result, torch.Tensor | VqserveError)
+    for pair in client.encode_many([(1, array)], on_error="return", batched=False):
+        assert_type(pair, tuple[int, Numpy | VqserveError])
     client.encode_many(["a"])  # error: type-var
+    client.encode_many([array], on_error="skip")  # error: call-overload
+    client.encode_many([array], layout="first")  # error: call-overload
+    client.decode_many([array], layer="channels_last")  # error: call-overload
     names: list[str] = client.encode(array)  # error: assignment
 
 
@@ -61,6 +73,9 @@ async def awaited(client: AsyncClient) -> None:
     assert_type(await client.encode(array), Numpy)
     assert_type(await client.decode(tensor), torch.Tensor)
     assert_type(client.encode_many([array]), AsyncGenerator[Numpy, None])
+    assert_type(
+        client.decode_many([("a", array)], on_error="return"), AsyncGenerator[tuple[str, Numpy | VqserveError], None]
+    )
     client.encode(array)  # error: unused-coroutine
     await client.encode("latents")  # error: type-var
     await client.decode(array, layout="last")  # error: arg-type

@@ -85,7 +85,12 @@ def add_codebook(command: argparse.ArgumentParser) -> None:
         default=os.environ.get("VQSERVE_CODEBOOK") or None,
         help="name of the codebook (VQSERVE_CODEBOOK; default: the server's only one)",
     )
-    command.add_argument("--digest", type=digest, help="the digest that the codebook must have")
+    command.add_argument(
+        "--digest",
+        type=digest,
+        help="the digest that the codebook must have, or 8 or more of its first digits; without --codebook, it selects "
+        "the codebook that has it",
+    )
     command.add_argument("--layout", choices=LAYOUTS, help="where the channels of the latents are")
 
 

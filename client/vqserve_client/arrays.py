@@ -46,11 +46,30 @@ class ArrayInput:
         array: the values, of any strides and byte order; types that numpy lacks as bit patterns.
         dtype: the wire type.
         device: the torch tensor's device; None for numpy.
+        batched: False: the caller's array has no batch axis, and one of length 1 was added.
     """
 
     array: Array
     dtype: int
     device: Any = None
+    batched: bool = True
+
+    def with_batch_axis(self) -> ArrayInput:
+        """Return an array without a batch axis with one of length 1."""
+        return replace(self, array=self.array[None], batched=False)
+
+    def to_caller(self, result: Array, dtype: int) -> Any:
+        """Return a finished result as the kind of this array: numpy, or torch on its device; with its axes.
+
+        Args:
+            result: the values.
+            dtype: their wire type.
+        """
+        return to_caller(result if self.batched else result.reshape(result.shape[1:]), dtype, self.device)
+
+    def of_caller(self, error: VqserveError) -> VqserveError:
+        """Return an error with a position in this array as one about the caller's array."""
+        return error if self.batched else error.without_batch_axis()
 
     def joins(self, other: ArrayInput) -> bool:
         """Return whether both can be concatenated along the first axis."""
@@ -187,24 +206,28 @@ def to_caller(array: Array, dtype: int, device: object) -> Any:
     return dtypes.to_torch(array, name).to(device)
 
 
-def latents_geometry(shape: tuple[int, ...], layout: Layout | None, info: CodebookInfo) -> Geometry:
+def latents_geometry(
+    shape: tuple[int, ...], layout: Layout | None, info: CodebookInfo, *, batched: bool = True
+) -> Geometry:
     """Return the grid of tokens and the layout of latents of this shape.
 
     Args:
         shape: shape of the latents.
         layout: the caller's; None: the codebook's default.
         info: the codebook.
+        batched: False: the first axis was added to the caller's array.
 
     Raises:
         InvalidShape: the rank or the channel count is not the codebook's.
     """
-    resolved = check_latents_shape(shape, layout, info=info)
-    warn_of_an_image(shape, layout, info.layout)
+    resolved = check_latents_shape(shape, layout, info=info, batched=batched)
+    if batched:
+        warn_of_an_image(shape, layout, info.layout)
     return grid_shape(shape, resolved), resolved
 
 
 def indices_geometry(
-    shape: tuple[int, ...], layout: Layout | None, info: CodebookInfo, *, stages: int | None
+    shape: tuple[int, ...], layout: Layout | None, info: CodebookInfo, *, stages: int | None, batched: bool = True
 ) -> Geometry:
     """Return the grid of tokens of indices of this shape and the layout of the latents that they decode to.
 
@@ -213,11 +236,12 @@ def indices_geometry(
         layout: the caller's; None: the codebook's default.
         info: the codebook.
         stages: how many indices of each token are read; None: one, and there is no axis of stages.
+        batched: as in latents_geometry.
 
     Raises:
         InvalidShape: the rank, or the number of indices per token, is not the codebook's.
     """
-    resolved = check_indices_shape(shape, layout, info=info, num_quantizers=stages)
+    resolved = check_indices_shape(shape, layout, info=info, num_quantizers=stages, batched=batched)
     return shape if stages is None else grid_shape(shape, resolved), resolved
 
 

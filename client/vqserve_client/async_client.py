@@ -12,12 +12,12 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
 from contextlib import closing
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import VqserveError
 from vqserve.layout import Layout
-from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
+from vqserve.types import ArrayT, DecodeOptions, EncodeOptions, KeyT, LatentDType, LayoutName, OnError, OutputName
 from vqserve_client.arrays import iterable_of_arrays
 from vqserve_client.config import CallOptions, call_options, decode_options
 from vqserve_client.core import DECODE, ENCODE, ClientBase, Operation, without_frames
@@ -41,6 +41,7 @@ class AsyncClient(ClientBase):
         latents: ArrayT,
         *,
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
@@ -48,7 +49,12 @@ class AsyncClient(ClientBase):
     ) -> ArrayT:
         """Return the indices of latents; see Client.encode."""
         options = call_options(
-            layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
+            layout=layout,
+            num_quantizers=num_quantizers,
+            codebook=codebook,
+            digest=digest,
+            timeout=timeout,
+            batched=batched,
         )
         return await self._convert(ENCODE, latents, options)
 
@@ -57,6 +63,7 @@ class AsyncClient(ClientBase):
         indices: ArrayT,
         *,
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         dtype: LatentDType = "float32",
         output: OutputName = "latents",
         num_quantizers: int | None = None,
@@ -73,37 +80,120 @@ class AsyncClient(ClientBase):
             codebook=codebook,
             digest=digest,
             timeout=timeout,
+            batched=batched,
         )
         return await self._convert(DECODE, indices, options)
 
+    @overload
     def encode_many(
         self,
         items: Iterable[ArrayT] | AsyncIterable[ArrayT],
         *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[EncodeOptions],
+    ) -> AsyncGenerator[ArrayT, None]: ...
+
+    @overload
+    def encode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]] | AsyncIterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[EncodeOptions],
+    ) -> AsyncGenerator[tuple[KeyT, ArrayT], None]: ...
+
+    @overload
+    def encode_many(
+        self,
+        items: Iterable[ArrayT] | AsyncIterable[ArrayT],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[EncodeOptions],
+    ) -> AsyncGenerator[ArrayT | VqserveError, None]: ...
+
+    @overload
+    def encode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]] | AsyncIterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[EncodeOptions],
+    ) -> AsyncGenerator[tuple[KeyT, ArrayT | VqserveError], None]: ...
+
+    def encode_many(
+        self,
+        items: Iterable[Any] | AsyncIterable[Any],
+        *,
+        on_error: OnError = "raise",
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> AsyncGenerator[ArrayT, None]:
+    ) -> AsyncGenerator[Any, None]:
         """Return the indices of each of many arrays, as an async generator; see Client.encode_many."""
         options = call_options(
-            layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
+            layout=layout,
+            num_quantizers=num_quantizers,
+            codebook=codebook,
+            digest=digest,
+            timeout=timeout,
+            batched=batched,
+            on_error=on_error,
         )
         return self._convert_many(ENCODE, _iterator(iterable_of_arrays(items, "encode")), options)
 
+    @overload
     def decode_many(
         self,
         items: Iterable[ArrayT] | AsyncIterable[ArrayT],
         *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[DecodeOptions],
+    ) -> AsyncGenerator[ArrayT, None]: ...
+
+    @overload
+    def decode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]] | AsyncIterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[DecodeOptions],
+    ) -> AsyncGenerator[tuple[KeyT, ArrayT], None]: ...
+
+    @overload
+    def decode_many(
+        self,
+        items: Iterable[ArrayT] | AsyncIterable[ArrayT],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[DecodeOptions],
+    ) -> AsyncGenerator[ArrayT | VqserveError, None]: ...
+
+    @overload
+    def decode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]] | AsyncIterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[DecodeOptions],
+    ) -> AsyncGenerator[tuple[KeyT, ArrayT | VqserveError], None]: ...
+
+    def decode_many(
+        self,
+        items: Iterable[Any] | AsyncIterable[Any],
+        *,
+        on_error: OnError = "raise",
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         dtype: LatentDType = "float32",
         output: OutputName = "latents",
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> AsyncGenerator[ArrayT, None]:
+    ) -> AsyncGenerator[Any, None]:
         """Return the latents of each of many arrays of indices, as an async generator; see Client.decode_many."""
         options = decode_options(
             layout=layout,
@@ -113,6 +203,8 @@ class AsyncClient(ClientBase):
             codebook=codebook,
             digest=digest,
             timeout=timeout,
+            batched=batched,
+            on_error=on_error,
         )
         return self._convert_many(DECODE, _iterator(iterable_of_arrays(items, "decode")), options)
 
@@ -148,7 +240,12 @@ class AsyncClient(ClientBase):
                 while not (pipeline.ended and pipeline.empty):
                     if pipeline.is_due:
                         pipeline.advance()
-                    if pipeline.ready:
+                    if pipeline.failed and upcoming is not None:
+                        # What the source gives until it is cancelled has no result either.
+                        ended, upcoming = upcoming, None
+                        await _cancel(ended)
+                        _put(pipeline, ended)
+                    elif pipeline.ready:
                         result = pipeline.take()
                         with pipeline.paused():
                             yield result
@@ -166,10 +263,7 @@ class AsyncClient(ClientBase):
             except VqserveError as error:
                 failure = error if error is pipeline.source_failure else without_frames(error)
             finally:
-                if upcoming is not None:
-                    upcoming.cancel()
-                    with contextlib.suppress(asyncio.CancelledError, Exception):
-                        await upcoming
+                await _cancel(upcoming)
         if failure is not None:
             try:
                 raise failure
@@ -224,8 +318,18 @@ async def _run(steps: Steps[T], waker: _Waker) -> T:
         del failure
 
 
+async def _cancel(source: asyncio.Task[Any] | None) -> None:
+    """Cancel a source that is waited for, and wait until it is done."""
+    if source is not None:
+        source.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await source
+
+
 def _put(pipeline: Pipeline, source: asyncio.Task[Any]) -> None:
-    """Put what a source has given, an array, its end or its error."""
+    """Put what a source has given, an array, its end or its error; nothing if it was cancelled before."""
+    if source.cancelled():
+        return
     try:
         item = source.result()
     except Exception as error:

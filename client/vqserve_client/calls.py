@@ -32,7 +32,6 @@ from vqserve_client.arrays import (
     plan,
     rows_per_message,
     store,
-    to_caller,
 )
 from vqserve_client.catalogue import Pin
 from vqserve_client.config import CallOptions, ClientConfig
@@ -85,7 +84,7 @@ class ArrayCall(ABC):
             self._measure()
         except InvalidArgument as error:
             error.target, error.codebook = config.target, info.name
-            raise
+            raise source.of_caller(error) from None
         rows = self.rows_within(config.max_message_bytes)
         if rows < 1:
             raise MessageTooLarge(
@@ -124,12 +123,12 @@ class ArrayCall(ABC):
         """
         out = self._empty() if self._out is None else self._out
         if len(inputs) == 1:
-            return [to_caller(out, self.reply_dtype, self.source.device)]
+            return [self.source.to_caller(out, self.reply_dtype)]
         results, start = [], 0
         for one in inputs:
             stop = start + len(one.array)
             # A copy: a caller that stores or pickles one result must not hold the memory of all of them.
-            results.append(to_caller(out[start:stop].copy(), self.reply_dtype, one.device))
+            results.append(one.to_caller(out[start:stop].copy(), self.reply_dtype))
             start = stop
         return results
 
@@ -198,7 +197,9 @@ class EncodeCall(ArrayCall):
 
     def _measure(self) -> None:
         self.array = self.source.array
-        self.grid, self.layout = latents_geometry(self.array.shape, self.options.layout, self.info)
+        self.grid, self.layout = latents_geometry(
+            self.array.shape, self.options.layout, self.info, batched=self.source.batched
+        )
         self.reply_dtype = payload.index_dtype(self.info.vocab_size)
         index_bytes = payload.itemsize(self.reply_dtype) * (self.stages or 1)
         self.row_bytes = self.info.input_dim * self.array.itemsize, index_bytes
@@ -247,7 +248,9 @@ class DecodeCall(ArrayCall):
 
     def _measure(self) -> None:
         indices = self.source.array
-        self.grid, self.layout = indices_geometry(indices.shape, self.options.layout, self.info, stages=self.stages)
+        self.grid, self.layout = indices_geometry(
+            indices.shape, self.options.layout, self.info, stages=self.stages, batched=self.source.batched
+        )
         self.array = indices if self.stages is None else indices[first_channels(self.stages, self.layout)]
         if self.array.dtype.itemsize == 8 and self.array.dtype.kind == "u":
             check_indices(self.array, decodable=self.info.vocab_size)
@@ -300,13 +303,15 @@ class ArrayRequest(Request):
 
     def explain(self, error: VqserveError) -> VqserveError:
         """Return an error of the server with its position counted in the caller's array."""
+        source = self._call.source
         if self._cut is None:
-            return error
+            return source.of_caller(error)
         cut = self._call.source_cut(self._cut)
         whole = of_whole(error, array=cut, grid=self._cut)
         if whole is not error or not isinstance(error, InvalidArgument):
-            return whole
-        return error.noted(f"in the part {self._call.name}{cut_text(cut)}, from whose start positions count")
+            return source.of_caller(whole)
+        part = cut_text(cut if source.batched else cut[1:])
+        return error.noted(f"in the part {self._call.name}{part}, from whose start positions count")
 
     def message(self) -> bytes:
         """Return the message to send."""

@@ -9,11 +9,27 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from vqserve.codebook_info import CodebookInfo
-from vqserve.errors import CodebookNotFound, DigestChanged, DigestMismatch, ProtocolError, VqserveError, escape, quoted
+from vqserve.errors import (
+    CodebookNotFound,
+    DigestChanged,
+    DigestMismatch,
+    InvalidOption,
+    ProtocolError,
+    VqserveError,
+    escape,
+    quoted,
+)
 from vqserve.payload import LAYOUT_OF_NUMBER
 from vqserve.text import is_name, printable
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve.validation import LARGEST_VOCABULARY, is_digest, no_codebook, wrong_digest
+from vqserve.validation import (
+    LARGEST_VOCABULARY,
+    ambiguous_digest,
+    is_digest,
+    no_codebook,
+    no_digest,
+    wrong_digest,
+)
 from vqserve_client.requests import Request
 from vqserve_client.server_info import ServerInfo
 
@@ -108,18 +124,52 @@ def _can_be_stages(entry: Any) -> bool:
     return not sizes or (len(sizes) == entry.num_quantizers > 1 and min(sizes) >= 1 and max(sizes) == entry.vocab_size)
 
 
-def choose(codebooks: Sequence[CodebookInfo], name: str | None, *, target: str) -> CodebookInfo:
-    """Return the codebook of that name; without a name, the only one, of several versions the latest.
+def choose(
+    codebooks: Sequence[CodebookInfo], name: str | None, digest: str | None = None, *, target: str
+) -> CodebookInfo:
+    """Return the codebook of that name and digest.
+
+    Args:
+        codebooks: the served codebooks.
+        name: name of the codebook; None: the one that has the digest; without a digest the only one, of several
+            versions the latest.
+        digest: its digest, or at least 8 of the first digits; None: any.
+        target: the server's address, for errors.
 
     Raises:
-        CodebookNotFound: if there is none, or several and no name; the text lists what there is.
+        CodebookNotFound: if there is none, or several and neither name nor digest; the text lists what there is.
+        DigestMismatch: the codebook has another digest; the text says which one has this digest, if any.
+        InvalidOption: several digests begin with these digits.
     """
-    chosen = [info for info in codebooks if (not info.is_version if name is None else info.name == name)]
-    if len(chosen) == 1:
-        return chosen[0]
-    error = no_codebook(name, [info.name for info in codebooks], num_codebooks=len(chosen))
-    error.target = target
-    raise error
+    try:
+        return _chosen(codebooks, name, digest)
+    except VqserveError as error:
+        error.target = target
+        raise
+
+
+def _chosen(codebooks: Sequence[CodebookInfo], name: str | None, digest: str | None) -> CodebookInfo:
+    holders = [] if digest is None else [info for info in codebooks if info.digest.startswith(digest)]
+    named = [info for info in codebooks if (not info.is_version if name is None else info.name == name)]
+    if name is None and holders and digest is not None:
+        if len({info.digest for info in holders}) > 1:
+            raise ambiguous_digest(digest, holders)
+        return _most_lasting(holders)
+    holder = _most_lasting(holders) if holders else None
+    if len(named) == 1:
+        if digest is not None and named[0] not in holders:
+            raise wrong_digest(digest, info=named[0], holder=holder)
+        return named[0]
+    if name is None and digest is not None and codebooks:
+        raise no_digest(digest, codebooks)
+    raise no_codebook(name, [info.name for info in codebooks], num_codebooks=len(named), holder=holder)
+
+
+def _most_lasting(holders: Sequence[CodebookInfo]) -> CodebookInfo:
+    """Return the codebook whose name will mean this digest for the longest: a version, rather than the latest one."""
+    return min(
+        holders, key=lambda info: (info.version is None or not info.name.endswith(f"@{info.version}"), info.name)
+    )
 
 
 class WrongDigest(Exception):
@@ -134,15 +184,17 @@ class Pin:
 
     Attributes:
         info: the codebook; None until the list was seen, and again when it proves out of date.
+        answered: whether a reply of the codebook has come.
     """
 
     def __init__(self, codebook: str | None, digest: str | None, *, target: str) -> None:
+        """Pin nothing yet; see `choose` for name and digest."""
         self.info: CodebookInfo | None = None
         self._refreshes = 0
         self._codebook = codebook
         self._digest = digest
         self._target = target
-        self._answered = False
+        self.answered = False
         self._remembered = False
 
     def choose_remembered(self, codebooks: Sequence[CodebookInfo] | None) -> CodebookInfo | None:
@@ -155,7 +207,7 @@ class Pin:
             return None
         try:
             info = self.choose(codebooks)
-        except (CodebookNotFound, DigestMismatch):
+        except (CodebookNotFound, DigestMismatch, InvalidOption):
             self._refresh()
             return None
         self._remembered = True
@@ -170,18 +222,16 @@ class Pin:
         Raises:
             CodebookNotFound: it is not there, or none was named and there are several.
             DigestMismatch: it has another digest than the caller's.
+            InvalidOption: the caller's digest is the beginning of several.
         """
         if self.info is None:
-            info = choose(codebooks, self._codebook, target=self._target)
-            if self._digest is not None and self._digest != info.digest:
-                raise wrong_digest(self._digest, info=info).with_fields(target=self._target)
-            self.info = info
+            self.info = choose(codebooks, self._codebook, self._digest, target=self._target)
             self._remembered = False
         return self.info
 
     def may_be_outdated(self) -> bool:
         """Return whether the list was remembered and has led to no reply yet; it is then requested again."""
-        if not self._remembered or self._answered or self._refreshes:
+        if not self._remembered or self.answered or self._refreshes:
             return False
         self._refresh()
         return True
@@ -194,7 +244,7 @@ class Pin:
         """
         if digest != info.digest or self.info is not info:
             raise WrongDigest
-        self._answered = True
+        self.answered = True
 
     def reconsider(self, info: CodebookInfo, error: Exception) -> None:
         """Return if the request that failed may be made again with the next pinned codebook.
@@ -210,7 +260,7 @@ class Pin:
             return
         # Retry once only for a wrong digest: the server contradicts its own list.
         most = 1 if isinstance(error, WrongDigest) else _MOST_REFRESHES
-        if not self._answered and self._refreshes < most:
+        if not self.answered and self._refreshes < most:
             self._refresh()
             return
         if isinstance(error, CodebookNotFound) or (self._digest is not None and isinstance(error, DigestMismatch)):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import VqserveError
 from vqserve.layout import Layout
-from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
+from vqserve.types import ArrayT, DecodeOptions, EncodeOptions, KeyT, LatentDType, LayoutName, OnError, OutputName
 from vqserve_client.arrays import iterable_of_arrays
 from vqserve_client.config import CallOptions, call_options, decode_options
 from vqserve_client.core import DECODE, ENCODE, ClientBase, Operation, without_frames
@@ -28,7 +28,8 @@ class Client(ClientBase):
         target: HOST:PORT, dns:///NAME:PORT for a name of several servers, IP:PORT,IP:PORT for a list of servers, or
             unix:PATH.
         codebook: name of the codebook for calls that name none; None: the server's only one.
-        digest: digest that this codebook must have.
+        digest: digest that this codebook must have, or at least 8 of its first digits; without a name, the codebook
+            that has it.
         timeout: seconds for one whole call, its retries and all of its requests; math.inf: no limit.
         retries: how many times a request is sent again if the server is overloaded or cannot be reached.
         window: requests of one call that are in flight at once.
@@ -50,6 +51,7 @@ class Client(ClientBase):
         latents: ArrayT,
         *,
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
@@ -61,9 +63,12 @@ class Client(ClientBase):
             latents: (b, C, h, w), (b, C, t, h, w), (b, s, C) or (n, C), a numpy array of float16, float32 or float64,
                 or a torch tensor of these or bfloat16, on any device.
             layout: "channels_first" or "channels_last"; None: the codebook's default.
+            batched: False: the array has no batch axis, (C, h, w), (C, t, h, w), (s, C) or (C,), and neither has the
+                result.
             num_quantizers: number of indices of each token, for a residual codebook: the first ones; None: all.
             codebook: name of the codebook; None: the client's.
-            digest: digest that the codebook must have; None: the client's.
+            digest: digest that the codebook must have, or at least 8 of its first digits; without a name, the codebook
+                that has it; None: the client's.
             timeout: seconds for the whole call; None: the client's.
 
         Returns:
@@ -76,7 +81,12 @@ class Client(ClientBase):
             TypeError: latents is not an array.
         """
         options = call_options(
-            layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
+            layout=layout,
+            num_quantizers=num_quantizers,
+            codebook=codebook,
+            digest=digest,
+            timeout=timeout,
+            batched=batched,
         )
         return self._convert(ENCODE, latents, options)
 
@@ -85,6 +95,7 @@ class Client(ClientBase):
         indices: ArrayT,
         *,
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         dtype: LatentDType = "float32",
         output: OutputName = "latents",
         num_quantizers: int | None = None,
@@ -97,6 +108,7 @@ class Client(ClientBase):
         Args:
             indices: integers, shaped as encode returns them, a numpy array or a torch tensor on any device.
             layout: as for encode.
+            batched: as for encode.
             dtype: "float32", "float16", "float64" or "bfloat16", or numpy's or torch's type of that name. numpy has no
                 bfloat16: its values come as float32.
             output: "latents", or "code_rows" for the raw rows of the codebook.
@@ -121,19 +133,58 @@ class Client(ClientBase):
             codebook=codebook,
             digest=digest,
             timeout=timeout,
+            batched=batched,
         )
         return self._convert(DECODE, indices, options)
 
+    @overload
     def encode_many(
         self,
         items: Iterable[ArrayT],
         *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[EncodeOptions],
+    ) -> Generator[ArrayT, None, None]: ...
+
+    @overload
+    def encode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[EncodeOptions],
+    ) -> Generator[tuple[KeyT, ArrayT], None, None]: ...
+
+    @overload
+    def encode_many(
+        self,
+        items: Iterable[ArrayT],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[EncodeOptions],
+    ) -> Generator[ArrayT | VqserveError, None, None]: ...
+
+    @overload
+    def encode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[EncodeOptions],
+    ) -> Generator[tuple[KeyT, ArrayT | VqserveError], None, None]: ...
+
+    def encode_many(
+        self,
+        items: Iterable[Any],
+        *,
+        on_error: OnError = "raise",
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> Generator[ArrayT, None, None]:
+    ) -> Generator[Any, None, None]:
         """Return the indices of each of many arrays, lazily and in order, several requests in flight at once.
 
         All results come from the codebook of the first. Do not change an array before its result is returned. An array
@@ -141,9 +192,14 @@ class Client(ClientBase):
         `timeout` is for each array; its clock stops while the caller does not ask for the next result.
 
         Args:
-            items: arrays as for encode. At most `window` are taken ahead; of small ones as many as `window` + 2
-                requests hold, up to 256 KiB and 64 arrays each. With a window of 1 it is one array at a time.
+            items: arrays as for encode, or pairs (key, array), whose results are pairs (key, result); a key is any
+                object. At most `window` are taken ahead; of small ones as many as `window` + 2 requests hold, up to
+                256 KiB and 64 arrays each. With a window of 1 it is one array at a time.
+            on_error: "return": an error about one array is yielded in the place of its result, and the arrays after it
+                go on. An error of the whole call, such as Closed, DigestChanged or Unavailable, is yielded in the place
+                of each array that was taken and has no result, and is then raised.
             layout: as for encode.
+            batched: as for encode.
             num_quantizers: as for encode.
             codebook: as for encode.
             digest: as for encode.
@@ -154,27 +210,73 @@ class Client(ClientBase):
             TypeError: items is one array, or an item is not an array.
         """
         options = call_options(
-            layout=layout, num_quantizers=num_quantizers, codebook=codebook, digest=digest, timeout=timeout
+            layout=layout,
+            num_quantizers=num_quantizers,
+            codebook=codebook,
+            digest=digest,
+            timeout=timeout,
+            batched=batched,
+            on_error=on_error,
         )
         return self._convert_many(ENCODE, iter(iterable_of_arrays(items, "encode")), options)
 
+    @overload
     def decode_many(
         self,
         items: Iterable[ArrayT],
         *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[DecodeOptions],
+    ) -> Generator[ArrayT, None, None]: ...
+
+    @overload
+    def decode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[DecodeOptions],
+    ) -> Generator[tuple[KeyT, ArrayT], None, None]: ...
+
+    @overload
+    def decode_many(
+        self,
+        items: Iterable[ArrayT],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[DecodeOptions],
+    ) -> Generator[ArrayT | VqserveError, None, None]: ...
+
+    @overload
+    def decode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[DecodeOptions],
+    ) -> Generator[tuple[KeyT, ArrayT | VqserveError], None, None]: ...
+
+    def decode_many(
+        self,
+        items: Iterable[Any],
+        *,
+        on_error: OnError = "raise",
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         dtype: LatentDType = "float32",
         output: OutputName = "latents",
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> Generator[ArrayT, None, None]:
+    ) -> Generator[Any, None, None]:
         """Return the latents of each of many arrays of indices; see encode_many and decode.
 
         Args:
-            items: arrays as for decode, taken ahead as for encode_many.
+            items: arrays as for decode, or pairs (key, array), taken ahead as for encode_many.
+            on_error: as for encode_many.
             layout: as for encode.
+            batched: as for encode.
             dtype: as for decode.
             output: as for decode.
             num_quantizers: as for decode.
@@ -194,6 +296,8 @@ class Client(ClientBase):
             codebook=codebook,
             digest=digest,
             timeout=timeout,
+            batched=batched,
+            on_error=on_error,
         )
         return self._convert_many(DECODE, iter(iterable_of_arrays(items, "decode")), options)
 

@@ -11,9 +11,17 @@ from vqserve import payload
 from vqserve.dtypes import latent_dtype_name
 from vqserve.errors import InvalidOption
 from vqserve.layout import Layout, parse_layout
-from vqserve.types import LatentDType, LayoutName, OutputName
+from vqserve.types import LatentDType, LayoutName, OnError, OutputName
 from vqserve.v1 import tokenizer_pb2 as pb
-from vqserve.validation import check_call, check_digest_form, check_name, check_output, check_timeout
+from vqserve.validation import (
+    check_batched,
+    check_call,
+    check_digest_form,
+    check_name,
+    check_on_error,
+    check_output,
+    check_timeout,
+)
 from vqserve_client.identity import (
     AUTHORIZATION,
     Metadata,
@@ -124,6 +132,8 @@ class CallOptions:
     num_quantizers: int | None = None
     dtype: int = pb.DTYPE_FLOAT32
     output: int = pb.DECODE_OUTPUT_LATENTS
+    batched: bool = True
+    on_error: OnError = "raise"
 
 
 def call_options(
@@ -135,6 +145,8 @@ def call_options(
     timeout: float | None = None,
     dtype: int = pb.DTYPE_FLOAT32,
     output: int = pb.DECODE_OUTPUT_LATENTS,
+    batched: bool = True,
+    on_error: OnError = "raise",
 ) -> CallOptions:
     """Return the options of a call, checked here so that `encode_many` raises before it begins.
 
@@ -146,14 +158,18 @@ def call_options(
         timeout: see Client.encode.
         dtype: wire type of decoded latents.
         output: wire value of the output of decode.
+        batched: see Client.encode.
+        on_error: see Client.encode_many.
 
     Raises:
         InvalidOption: an option has none of its values.
-        TypeError: codebook, digest or timeout is of another type.
+        TypeError: codebook, digest, timeout or batched is of another type.
     """
+    check_batched(batched)
+    check_on_error(on_error)
     check_call(codebook=codebook, digest=digest, timeout=timeout, num_quantizers=num_quantizers)
     parsed = None if layout is None else parse_layout(layout)
-    return CallOptions(codebook, digest, timeout, parsed, num_quantizers, dtype, output)
+    return CallOptions(codebook, digest, timeout, parsed, num_quantizers, dtype, output, batched, on_error)
 
 
 def decode_options(
@@ -165,6 +181,8 @@ def decode_options(
     codebook: str | None = None,
     digest: str | None = None,
     timeout: float | None = None,
+    batched: bool = True,
+    on_error: OnError = "raise",
 ) -> CallOptions:
     """Return the options of a decode call; see call_options.
 
@@ -180,6 +198,8 @@ def decode_options(
         timeout=timeout,
         dtype=payload.dtype_of_name(latent_dtype_name(dtype)),
         output=_OUTPUTS[output],
+        batched=batched,
+        on_error=on_error,
     )
 
 

@@ -36,6 +36,15 @@ class Operation:
     read: Callable[[object], ArrayInput]
     call: type[ArrayCall]
 
+    def input(self, array: object, options: CallOptions) -> ArrayInput:
+        """Return the caller's array as it is sent: with a batch axis.
+
+        Raises:
+            InvalidDtype: it is no array, or has elements of another type.
+        """
+        source = self.read(array)
+        return source if options.batched else source.with_batch_axis()
+
 
 ENCODE = Operation(latents_input, EncodeCall)
 DECODE = Operation(indices_input, DecodeCall)
@@ -86,7 +95,7 @@ class Core:
         """Encode or decode one array, by calls of its own."""
         results = yield from self.convert(
             operation,
-            [operation.read(array)],
+            [operation.input(array, options)],
             options,
             pin=self.pin(options),
             deadline=self.deadline(options),

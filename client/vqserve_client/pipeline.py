@@ -17,9 +17,10 @@ from functools import partial
 from typing import Any
 
 from vqserve.errors import Closed, InvalidArgument, VqserveError
+from vqserve.many import concerns_one_array, keyed, with_key
 from vqserve_client.arrays import ArrayInput
 from vqserve_client.config import CallOptions
-from vqserve_client.core import Core, Operation, Wake
+from vqserve_client.core import Core, Operation, Wake, without_frames
 from vqserve_client.requests import Deadline, Steps, Window
 from vqserve_client.transport import LARGEST_STREAMED_BYTES, StreamSender
 
@@ -36,6 +37,8 @@ class Pipeline:
     Attributes:
         ended: whether no more arrays come.
         source_failure: the error that the caller's iterator raised; None if it raised none.
+        failed: whether the whole call has failed and errors are returned: `take` gives the error in the place of each
+            result that is missing, and then raises it.
     """
 
     def __init__(self, core: Core, operation: Operation, options: CallOptions, wake: Wake) -> None:
@@ -50,6 +53,7 @@ class Pipeline:
         self._groups: deque[_Group] = deque()
         self.ended = False
         self.source_failure: Exception | None = None
+        self.failed = False
         # Whether something has changed since `advance` looked last, and when it must look again in any case.
         self._changed = False
         self._due_at = math.inf
@@ -82,29 +86,47 @@ class Pipeline:
         """Return whether the next result in order, or its error, is there."""
         return self._groups[0].ready if self._groups else self._failure is not None
 
-    def put(self, array: object) -> None:
-        """Add one more array; `advance` sends it when the window has a place.
+    def put(self, item: object) -> None:
+        """Add one more array, or a pair of a key and an array; `advance` sends it when the window has a place.
 
-        `take` raises the error of a wrong array after the results of the arrays before it.
+        `take` raises the error of a wrong array after the results of the arrays before it, or returns it in its place.
         """
+        key, array = keyed(item)
+        if self.failed:
+            self._put_error(key, self._failure)
+            return
         try:
-            self._put(array)
+            self._put(key, array)
+        except VqserveError as error:
+            if self._is_returned(error):
+                self._put_error(key, error)
+            else:
+                self._fail(error)
         except Exception as error:
             self._fail(error)
+        self._num_put += 1
 
-    def _put(self, array: object) -> None:
-        last = self._groups[-1] if self._groups else None
+    def _put(self, key: object, array: object) -> None:
         try:
-            source = self._operation.read(array)
+            source = self._operation.input(array, self._options)
         except VqserveError as error:
             error.item = self._num_put
             raise
-        self._num_put += 1
-        if last is None or not last.add(source):
-            deadline = self._core.deadline(self._options)
-            room = self._steps_that_join(source)
-            self._groups.append(_Group(source, deadline, partial(self._convert, deadline), room=room))
-        self._changed = self._changed or self._may_begin(self._groups[-1])
+        last = self._groups[-1] if self._groups else None
+        if last is None or not last.joins(source):
+            last = self._new_group(room=self._steps_that_join(source))
+            self._groups.append(last)
+        last.put(key, source)
+        self._changed = self._changed or self._may_begin(last)
+
+    def _put_error(self, key: object, error: Exception | None) -> None:
+        group = self._new_group(room=0)
+        group.put_error(key, error)
+        self._groups.append(group)
+
+    def _new_group(self, *, room: int) -> _Group:
+        deadline = self._core.deadline(self._options)
+        return _Group(deadline, partial(self._convert, deadline), room=room, is_returned=self._is_returned)
 
     def advance(self) -> float | None:
         """Send what fits the window, receive replies; return the seconds until the next call (None: a reply).
@@ -123,6 +145,9 @@ class Pipeline:
                 if not group.begun and not self._may_begin(group):
                     break
                 wait_s = group.advance()
+                if group.error is not None and self._options.on_error == "return":
+                    self._fail_as_a_whole(group.error)
+                    return None
                 if wait_s is not None:
                     waits.append(wait_s)
                 # The first array finds out which codebook is pinned; the others need not request the list too.
@@ -140,8 +165,9 @@ class Pipeline:
         Args:
             failure: what the caller's iterator raised; `take` raises it after the results of the arrays before it.
         """
-        self.source_failure = failure
-        self._fail(failure)
+        if not self.failed:
+            self.source_failure = failure
+            self._fail(failure)
 
     def take(self) -> Any:
         """Return the next result in order, or raise its error, whose `item` is the number of the array."""
@@ -149,14 +175,17 @@ class Pipeline:
         if self._failure is not None and not self._groups:
             raise self._failure
         try:
-            result = self._groups[0].take()
+            key, result = self._groups[0].take()
         except VqserveError as error:
             error.item = self._num_taken
             raise
+        if isinstance(result, VqserveError):
+            # A copy: the error of the whole call stands for several arrays.
+            result = without_frames(result).with_fields(item=self._num_taken)
         self._num_taken += 1
         if self._groups[0].spent:
             self._groups.popleft()
-        return result
+        return with_key(key, result)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -178,6 +207,18 @@ class Pipeline:
     def _fail(self, failure: Exception | None) -> None:
         self.ended = self._changed = True
         self._failure = failure
+
+    def _fail_as_a_whole(self, error: Exception) -> None:
+        """Let an error stand for each result that is missing, and end the call."""
+        self._fail(error)
+        if isinstance(error, VqserveError):
+            self.failed = True
+            for group in self._groups:
+                group.give_up(error)
+
+    def _is_returned(self, error: VqserveError) -> bool:
+        """Return whether an error is about one array and takes the place of its result."""
+        return self._options.on_error == "return" and concerns_one_array(error, answered=self._pin.answered)
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
@@ -225,40 +266,64 @@ class _Group:
         deadline: deadline of the array that has waited longest.
         begun: whether they are in flight: no more can be added.
         done: whether no more results come.
+        error: why some of them have no result.
     """
 
-    def __init__(self, source: ArrayInput, deadline: Deadline, convert: Convert, *, room: int) -> None:
+    def __init__(
+        self, deadline: Deadline, convert: Convert, *, room: int, is_returned: Callable[[VqserveError], bool]
+    ) -> None:
+        """Make an empty group.
+
+        Args:
+            deadline: deadline of the array that is put next.
+            convert: encodes or decodes arrays.
+            room: how many steps of the first axis fit.
+            is_returned: whether an error takes the place of the one result that is missing because of it.
+        """
         self.deadline = deadline
         self.begun = self.done = False
-        self._inputs = [source]
+        self.error: Exception | None = None
+        self._inputs: list[ArrayInput] = []
+        self._keys: deque[object] = deque()
         self._convert = convert
-        self._room = room - len(source.array) if source.array.ndim else 0
+        self._room = room
+        self._is_returned = is_returned
         self._steps = self._run()
         self._results: deque[Any] = deque()
-        self._error: Exception | None = None
 
     @property
     def takes_more(self) -> bool:
         """Return whether there is room for another array like the last, before the group begins."""
-        return len(self._inputs) < MOST_JOINED and 0 < self._room >= len(self._inputs[-1].array)
+        return 0 < self._room >= len(self._inputs[-1].array) and len(self._inputs) < MOST_JOINED
 
     @property
     def ready(self) -> bool:
         """Return whether there is a result to take, or an error."""
-        return bool(self._results) or self._error is not None
+        return bool(self._results) or self.error is not None
 
     @property
     def spent(self) -> bool:
         """Return whether all results have been taken."""
         return self.done and not self.ready
 
-    def add(self, source: ArrayInput) -> bool:
-        """Add one more array if it can go with the others; return whether it could."""
-        if self.begun or not self.takes_more or not self._inputs[-1].joins(source) or len(source.array) > self._room:
+    def joins(self, source: ArrayInput) -> bool:
+        """Return whether one more array can go with the others."""
+        if self.begun or not self.takes_more:
             return False
+        return self._inputs[-1].joins(source) and len(source.array) <= self._room
+
+    def put(self, key: object, source: ArrayInput) -> None:
+        """Add an array, the first or one that joins the others."""
         self._inputs.append(source)
-        self._room -= len(source.array)
-        return True
+        self._keys.append(key)
+        if source.array.ndim:
+            self._room -= len(source.array)
+
+    def put_error(self, key: object, error: Exception | None) -> None:
+        """Add an array that is not sent, with the error that takes the place of its result."""
+        self.begun = self.done = True
+        self._keys.append(key)
+        self._results.append(error)
 
     def advance(self) -> float | None:
         """Send what fits the window, receive replies; return the seconds until the next call (None: a reply)."""
@@ -272,14 +337,21 @@ class _Group:
         except Exception as error:
             # Kept until `take`: the results before it come first.
             self.done = True
-            self._error = error
+            self.error = error
         return None
 
-    def take(self) -> Any:
-        """Return the next result, or raise the error."""
-        if self._error is not None and not self._results:
-            raise self._error
-        return self._results.popleft()
+    def take(self) -> tuple[object, Any]:
+        """Return the key and the result of the next array, or raise the error."""
+        if self.error is not None and not self._results:
+            raise self.error
+        return self._keys.popleft(), self._results.popleft()
+
+    def give_up(self, error: VqserveError) -> None:
+        """Cancel the requests in flight, and let the error take the place of each result that is missing."""
+        self.close()
+        self.begun = self.done = True
+        self.error = None
+        self._results.extend([error] * (len(self._keys) - len(self._results)))
 
     def close(self) -> None:
         """Cancel the requests in flight."""
@@ -289,10 +361,16 @@ class _Group:
         if len(self._inputs) > 1:
             try:
                 self._results.extend((yield from self._convert(self._inputs)))
-            except InvalidArgument:
+            except VqserveError as error:
                 # One of them is at fault. Alone, its error says what and where, and the others get their results.
-                pass
+                if not (isinstance(error, InvalidArgument) or self._is_returned(error)):
+                    raise
             else:
                 return
         for source in self._inputs:
-            self._results.extend((yield from self._convert([source])))
+            try:
+                self._results.extend((yield from self._convert([source])))
+            except VqserveError as error:
+                if not self._is_returned(error):
+                    raise
+                self._results.append(error)

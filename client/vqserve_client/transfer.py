@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +165,7 @@ def _stages(task: Task, info: CodebookInfo) -> int | None:
 
 def _info(client: Client, task: Task) -> CodebookInfo:
     """Return the codebook; its digest is pinned for every piece, so that a file never mixes two."""
-    info = choose(client.codebooks(), task.codebook, target=client.target)
-    return info if task.digest is None else replace(info, digest=task.digest)
+    return choose(client.codebooks(), task.codebook, task.digest, target=client.target)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,9 @@
-"""Reading and writing `.npy` files larger than memory."""
+"""Reading and writing `.npy` files larger than memory, and whether a file may be written."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vqserve.npy import NpyFile, TruncatedFile
+from vqserve_data.drafts import Draft, publish, writing
 from vqserve_data.errors import FileError
 from vqserve_data.items import Array, Cut
 
@@ -81,38 +81,31 @@ def new_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, force
     Raises:
         FileError: it cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    draft = Draft.unshared(path)
     try:
-        with _named(path):
-            array = _created(draft, shape, dtype)
-        yield array
-        with _named(path):
-            if isinstance(array, np.memmap):
-                array.flush()
-            # Another process may have made it meanwhile.
-            check_output(path, force=force)
-            draft.replace(path)
+        yield map_draft(draft, shape, dtype)
+        # Another process may have made it meanwhile.
+        check_output(path, force=force)
+        publish([draft])
     finally:
-        draft.unlink(missing_ok=True)
+        draft.remove()
 
 
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+def map_draft(draft: Draft, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Create a draft that is a .npy file, and return its array, mapped.
 
-
-def _created(draft: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    if 0 in shape:
-        # An array without elements cannot be mapped.
-        empty: Array = np.empty(shape, dtype)
-        with draft.open("wb") as file:
-            np.save(file, empty, allow_pickle=False)
-        return empty
-    mapped: Array = np.lib.format.open_memmap(draft, mode="w+", dtype=dtype, shape=shape)
-    # Allocated now: a full disk under a mapped file would later kill the process without an error.
-    with draft.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, draft.stat().st_size)
-    return mapped
+    Raises:
+        FileError: it cannot be created, or the disk is full.
+    """
+    with writing(draft.path):
+        if 0 in shape:
+            # An array without elements cannot be mapped.
+            empty: Array = np.empty(shape, dtype)
+            with draft.file.open("wb") as file:
+                np.save(file, empty, allow_pickle=False)
+            return empty
+        mapped: Array = np.lib.format.open_memmap(draft.file, mode="w+", dtype=dtype, shape=shape)
+        # Allocated now: a full disk under a mapped file would later kill the process without an error.
+        with draft.file.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, draft.file.stat().st_size)
+        return mapped

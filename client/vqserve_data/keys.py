@@ -1,9 +1,10 @@
-"""Keys of items: what a part of one may be, since file names, members and rows of strangers become paths of outputs."""
+"""Keys of items: what they may be, since names of strangers become paths, and how a tar writes them."""
 
 from __future__ import annotations
 
 import re
 
+# Of a part between two slashes: file systems allow 255, and suffixes and the names of drafts come on top.
 MAX_PART_BYTES = 200
 # Control characters, the backslash, and halves of surrogate pairs, which no encoding can hold.
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]")
@@ -33,3 +34,18 @@ def one_line(error: BaseException) -> str:
     """Return what an error says on one line; its type if it says nothing."""
     text = " ".join(str(error).split())
     return text[:400] if text else type(error).__name__
+
+
+def sample_of(key: str) -> str:
+    """Return the name of an item's sample in a tar, where the name of a member ends at the first dot of its last part.
+
+    A dot there is written %2E and a percent sign %25; most keys have neither.
+    """
+    folder, slash, last = key.rpartition("/")
+    return f"{folder}{slash}{last.replace('%', '%25').replace('.', '%2E')}"
+
+
+def key_of(sample: str) -> str:
+    """Return the key whose sample has this name; the inverse of `sample_of`."""
+    folder, slash, last = sample.rpartition("/")
+    return f"{folder}{slash}{last.replace('%2E', '.').replace('%25', '%')}"

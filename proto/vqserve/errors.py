@@ -57,6 +57,8 @@ _PLACEHOLDER = re.compile(r"\{*\{(?:(where|option|suggestion)|([a-z_]{1,40})=)\}
 
 # There is no flag for a token: other users of the machine can read the flags of a process.
 _NO_FLAG = {"token": "VQSERVE_TOKEN"}
+# Values that a flag of their own stands for.
+_FLAGS: dict[tuple[str, object], str] = {("batched", False): "--unbatched", ("batched", True): "no --unbatched"}
 
 # Characters of a message about a file; a list of a thousand names of arrays has fewer.
 _LONGEST_FOREIGN = 1 << 18
@@ -79,7 +81,7 @@ class Spelling:
     def setting(self, option: str, value: object) -> str:
         """Return `layout="channels_last"`, or `--layout channels_last`."""
         if self.is_command_line:
-            return f"{self.name(option)} {value}"
+            return _FLAGS.get((option, value)) or f"{self.name(option)} {value}"
         return f"{option}={json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)}"
 
 
@@ -157,6 +159,9 @@ class VqserveError(Exception):
     @property
     def where(self) -> str:
         """The offending element: "latents[0, 3]", "token [7]"; without a position the array's name."""
+        if self.position == ():
+            # An array without axes has one element.
+            return "the token" if self.array == "tokens" else self.array or "it"
         if self.position is None and self.row is None:
             return self.array or "it"
         name = "token " if self.array == "tokens" else self.array or "element "
@@ -216,6 +221,10 @@ class VqserveError(Exception):
         if self.position is None or len(self.position) != len(offset):
             return self
         return self.with_fields(position=tuple(int(at + by) for at, by in zip(self.position, offset, strict=True)))
+
+    def without_batch_axis(self) -> Self:
+        """Return an error about an array to which a batch axis was added as one about the array without it."""
+        return self if not self.position else self.with_fields(position=self.position[1:])
 
     def placed(self, grid: Sequence[int], start: int = 0) -> Self:
         """Return an error about a row as an error about a token in a grid; other errors are returned unchanged.

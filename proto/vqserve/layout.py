@@ -40,23 +40,25 @@ def parse_layout(layout: str | None) -> Layout | None:
         ) from None
 
 
-def resolve_layout(rank: int, layout: Layout | None, default: Layout | None = None) -> Layout:
+def resolve_layout(rank: int, layout: Layout | None, default: Layout | None = None, *, batched: bool = True) -> Layout:
     """Return the layout of a latent array of this rank.
 
     Args:
         rank: number of axes of the latents, 2 to 5.
         layout: layout that the caller gave; None: the default.
         default: default of the codebook; None: channels first for 4 and 5 axes, last for 2 and 3.
+        batched: False: the first of these axes was added to the caller's array, and is not in the error.
 
     Raises:
         InvalidShape: the rank is another, or the layout is channels first for 2 axes, which have no batch axis.
     """
     if rank not in LATENT_RANKS:
-        raise wrong_rank("latents", LATENT_RANKS, rank)
+        raise wrong_rank("latents", LATENT_RANKS, rank, batched=batched)
     if rank == 2:
         if layout is Layout.CHANNELS_FIRST:
+            found, least = ("2 axes are (n, C)", 3) if batched else ("1 axis are (C,)", 2)
             raise InvalidShape(
-                "latents of 2 axes are (n, C): channels_first needs at least 3 axes", array="latents", option="layout"
+                f"latents of {found}: channels_first needs at least {least} axes", array="latents", option="layout"
             )
         return Layout.CHANNELS_LAST
     if layout is not None:
@@ -93,9 +95,19 @@ def _level_of_the_caller() -> int:
     return level
 
 
-def wrong_rank(array: str, ranks: Sequence[int], rank: int) -> InvalidShape:
-    """Return the error for an array whose number of axes is not in `ranks` (ascending)."""
-    return InvalidShape(f"{array} must have {ranks[0]} to {ranks[-1]} axes, not {rank}", array=array)
+def wrong_rank(array: str, ranks: Sequence[int], rank: int, *, batched: bool = True) -> InvalidShape:
+    """Return the error for an array whose number of axes is not in `ranks` (ascending).
+
+    Args:
+        array: name of the array.
+        ranks: numbers of axes that it can have.
+        rank: number of axes that it has.
+        batched: False: one of these axes was added to the caller's array, and is not in the error.
+    """
+    added = 0 if batched else 1
+    named = array if batched else f"{array} without a batch axis"
+    text = f"{named} must have {ranks[0] - added} to {ranks[-1] - added} axes, not {rank - added}"
+    return InvalidShape(text, array=array)
 
 
 def channel_axis(layout: Layout) -> int:

@@ -39,6 +39,7 @@ INDEX_RANKS = (1, 2, 3, 4)
 # The number of values of uint32, the widest index type of replies.
 LARGEST_VOCABULARY = 1 << 32
 OUTPUTS = ("latents", "code_rows")
+ON_ERROR = ("raise", "return")
 # Positions and byte counts are signed 64-bit numbers everywhere.
 _MAX_ELEMENTS = (1 << 63) // 8
 # An error text quotes at most this much of a name or a digest that a caller sent.
@@ -46,6 +47,8 @@ _QUOTED_CHARACTERS = 80
 # Characters of a list of names in an error text; status details hold 1024.
 _LONGEST_LIST = 700
 _DIGEST_CHARACTERS = 64
+# Digits of a digest that are enough to name a codebook among those of one server.
+_PREFIX_CHARACTERS = 8
 
 
 # Options.
@@ -57,9 +60,22 @@ def check_output(output: object) -> None:
     Raises:
         InvalidOption: it is neither "latents" nor "code_rows".
     """
-    if output not in OUTPUTS:
-        names = ", ".join(map(repr, OUTPUTS))
-        raise InvalidOption(f"{{option}} must be one of {names}, not {quoted(output)}", option="output")
+    _check_one_of("output", output, OUTPUTS)
+
+
+def check_on_error(on_error: object) -> None:
+    """Check what `encode_many` and `decode_many` do with an error.
+
+    Raises:
+        InvalidOption: it is neither "raise" nor "return".
+    """
+    _check_one_of("on_error", on_error, ON_ERROR)
+
+
+def _check_one_of(option: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        names = ", ".join(map(repr, allowed))
+        raise InvalidOption(f"{{option}} must be one of {names}, not {quoted(value)}", option=option)
 
 
 def check_count(num_quantizers: object) -> None:
@@ -162,23 +178,28 @@ def check_timeout(timeout_s: object) -> float:
 
 
 def check_digest_form(digest: object) -> None:
-    """Check that an optional text has the form of a digest.
+    """Check that an optional text has the form of a digest, or of the beginning of one.
 
     Raises:
         TypeError: it is not a string.
-        InvalidOption: it is not 64 lower-case hexadecimal digits.
+        InvalidOption: it is not 64 lower-case hexadecimal digits, or 8 or more.
     """
     check_name("digest", digest)
-    if isinstance(digest, str) and not is_digest(digest):
+    if isinstance(digest, str) and not _begins_digest(digest):
         raise InvalidOption(
-            f"{{option}} must be the codebook's 64 lower-case hexadecimal digits, not {quoted(digest, 80)}",
+            f"{{option}} must be the codebook's 64 lower-case hexadecimal digits, or the first {_PREFIX_CHARACTERS} or "
+            f"more of them, not {quoted(digest, 80)}",
             option="digest",
         )
 
 
 def is_digest(text: str) -> bool:
     """Return whether a text has the form of a digest."""
-    return len(text) == _DIGEST_CHARACTERS and set(text) <= set("0123456789abcdef")
+    return len(text) == _DIGEST_CHARACTERS and _begins_digest(text)
+
+
+def _begins_digest(text: str) -> bool:
+    return _PREFIX_CHARACTERS <= len(text) <= _DIGEST_CHARACTERS and set(text) <= set("0123456789abcdef")
 
 
 def check_digest(expected: str, *, info: CodebookInfo) -> None:
@@ -191,22 +212,39 @@ def check_digest(expected: str, *, info: CodebookInfo) -> None:
         raise wrong_digest(expected, info=info)
 
 
-def wrong_digest(expected: str, *, info: CodebookInfo) -> DigestMismatch:
-    """Return the error for a pinned digest that is not the codebook's."""
+def wrong_digest(expected: str, *, info: CodebookInfo, holder: CodebookInfo | None = None) -> DigestMismatch:
+    """Return the error for a pinned digest that is not the codebook's.
+
+    Args:
+        expected: the pinned digest, or its beginning.
+        info: the codebook.
+        holder: a codebook that has this digest; None: none is known.
+    """
+    text = (
+        f"codebook {quoted(info.name, 200)} has digest {info.digest}, not {quoted(expected[:_DIGEST_CHARACTERS], 80)}"
+    )
+    if holder is None:
+        return DigestMismatch(text, codebook=info.name, digest=info.digest)
     return DigestMismatch(
-        f"codebook {quoted(info.name, 200)} has digest {info.digest}, not {quoted(expected[:_DIGEST_CHARACTERS], 80)}",
+        f"{text}, which is that of codebook {quoted(holder.name, 200)}",
         codebook=info.name,
         digest=info.digest,
+        option="codebook",
+        suggestion={"codebook": holder.name},
+        hint="pass {suggestion}",
     )
 
 
-def no_codebook(name: str | None, served: Sequence[str], *, num_codebooks: int) -> CodebookNotFound:
+def no_codebook(
+    name: str | None, served: Sequence[str], *, num_codebooks: int, holder: CodebookInfo | None = None
+) -> CodebookNotFound:
     """Return the error for a codebook that is not served.
 
     Args:
         name: name in the request; None or "" if it has none.
         served: names of all served codebooks.
         num_codebooks: number of served codebooks; versions of one count once.
+        holder: a codebook that has the digest in the request; None: none is known.
     """
     names = _listed(served)
     if not served:
@@ -214,7 +252,41 @@ def no_codebook(name: str | None, served: Sequence[str], *, num_codebooks: int) 
     if not name:
         return CodebookNotFound(f"{num_codebooks} codebooks are served, choose one with {{codebook=}}: {names}")
     shown = name[:_QUOTED_CHARACTERS]
-    return CodebookNotFound(f"no codebook {escape(repr(shown))} is served, only: {names}", codebook=shown)
+    error = CodebookNotFound(f"no codebook {escape(repr(shown))} is served, only: {names}", codebook=shown)
+    if holder is None:
+        return error
+    return error.with_fields(
+        option="codebook", suggestion={"codebook": holder.name}, hint="{suggestion} has the digest that was asked for"
+    )
+
+
+def no_digest(expected: str, infos: Sequence[CodebookInfo]) -> CodebookNotFound:
+    """Return the error for a digest that none of several codebooks has.
+
+    Args:
+        expected: the digest, or its beginning.
+        infos: the served codebooks.
+    """
+    shown = quoted(expected[:_DIGEST_CHARACTERS], 80)
+    return CodebookNotFound(f"no codebook with digest {shown} is served, only: {_with_digests(infos)}")
+
+
+def ambiguous_digest(expected: str, infos: Sequence[CodebookInfo]) -> InvalidOption:
+    """Return the error for the beginning of a digest that several digests have.
+
+    Args:
+        expected: the beginning.
+        infos: the codebooks that have these digests.
+    """
+    shown = quoted(expected[:_DIGEST_CHARACTERS], 80)
+    return InvalidOption(
+        f"{{option}} {shown} is the beginning of several digests, use more digits: {_with_digests(infos)}",
+        option="digest",
+    )
+
+
+def _with_digests(infos: Sequence[CodebookInfo]) -> str:
+    return _listed([f"{info.name} {info.digest}" for info in infos])
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -228,33 +300,53 @@ def _listed(names: Sequence[str]) -> str:
 # Shapes.
 
 
-def check_latents_shape(shape: Sequence[int], layout: str | None, *, info: CodebookInfo) -> Layout:
+def check_batched(batched: object) -> bool:
+    """Return whether arrays have a batch axis, checked.
+
+    Raises:
+        TypeError: it is neither True nor False.
+    """
+    if not isinstance(batched, bool):
+        raise TypeError(f"batched must be True or False, not {repr(batched)[:_QUOTED_CHARACTERS]}")
+    return batched
+
+
+def check_latents_shape(
+    shape: Sequence[int], layout: str | None, *, info: CodebookInfo, batched: bool = True
+) -> Layout:
     """Check the shape of latents for a codebook, and return their layout.
 
     Args:
         shape: shape of the latents.
         layout: "channels_first", "channels_last" or None, the codebook's default.
         info: the codebook.
+        batched: False: the first axis was added to the caller's array, and is not in errors.
 
     Raises:
         InvalidOption: there is no such layout.
         InvalidShape: the rank is not 2 to 5, the channel count is not the codebook's, or a size overflows.
     """
-    resolved = resolve_layout(len(shape), parse_layout(layout), info.layout)
-    check_channels(shape, resolved, info.input_dim)
+    resolved = resolve_layout(len(shape), parse_layout(layout), info.layout, batched=batched)
+    check_channels(shape, resolved, info.input_dim, batched=batched)
     # Empty axes count as 1: otherwise the other axes could have any length, and the reply could not be addressed.
     if math.prod([length or 1 for length in shape]) > _MAX_ELEMENTS:
-        raise InvalidShape(f"latents of shape {tuple(shape)} are too large", array="latents")
+        raise InvalidShape(f"latents of shape {_shape_of_caller(shape, batched)} are too large", array="latents")
     return resolved
 
 
-def check_channels(shape: Sequence[int], layout: Layout, channels: int) -> None:
+def _shape_of_caller(shape: Sequence[int], batched: bool | None) -> tuple[int, ...]:
+    """Return the shape of the caller's array, which may have no batch axis."""
+    return tuple(shape) if batched is not False else tuple(shape)[1:]
+
+
+def check_channels(shape: Sequence[int], layout: Layout, channels: int, *, batched: bool | None = None) -> None:
     """Check the number of channels of latents.
 
     Args:
         shape: shape of the latents, of a rank that the layout allows.
         layout: layout of the latents.
         channels: number of channels that the codebook takes.
+        batched: as in `check_latents_shape`; None: the caller has no such option.
 
     Raises:
         InvalidShape: the number is another; the error suggests a layout or a batch axis if that would fit.
@@ -262,7 +354,8 @@ def check_channels(shape: Sequence[int], layout: Layout, channels: int) -> None:
     found = shape[channel_axis(layout)]
     if found == channels:
         return
-    text = f"latents of shape {tuple(shape)} have {found} channels in layout {layout}, the codebook takes {channels}"
+    shown = _shape_of_caller(shape, batched)
+    text = f"latents of shape {shown} have {found} channels in layout {layout}, the codebook takes {channels}"
     other = Layout.CHANNELS_FIRST if layout is Layout.CHANNELS_LAST else Layout.CHANNELS_LAST
     # Latents of two axes have their channels last.
     if len(shape) > 2 and shape[channel_axis(other)] == channels:
@@ -272,13 +365,30 @@ def check_channels(shape: Sequence[int], layout: Layout, channels: int) -> None:
             option="layout",
             suggestion={"layout": str(other)},
         )
-    if len(shape) in (3, 4) and shape[0] == channels:
-        text += ": is the batch axis missing? pass latents[None]"
-    raise InvalidShape(text, array="latents")
+    if batched is False:
+        # An axis was added: with a batch axis of the caller's own, the channels are the third axis.
+        question = "is there a batch axis?" if shape[2:3] == (channels,) and layout is Layout.CHANNELS_FIRST else None
+    else:
+        question = "is the batch axis missing?" if len(shape) in (3, 4) and shape[0] == channels else None
+    if question is None:
+        raise InvalidShape(text, array="latents")
+    if batched is None:
+        raise InvalidShape(f"{text}: {question} pass latents[None]", array="latents")
+    raise InvalidShape(
+        f"{text}: {question} pass {{suggestion}}",
+        array="latents",
+        option="batched",
+        suggestion={"batched": not batched},
+    )
 
 
 def check_indices_shape(
-    shape: Sequence[int], layout: str | None, *, info: CodebookInfo, num_quantizers: object = None
+    shape: Sequence[int],
+    layout: str | None,
+    *,
+    info: CodebookInfo,
+    num_quantizers: object = None,
+    batched: bool = True,
 ) -> Layout:
     """Check the shape of indices for a codebook, and return the layout of the latents that they decode to.
 
@@ -289,6 +399,7 @@ def check_indices_shape(
         info: the codebook.
         num_quantizers: number of indices of each token to decode, the first ones; None: all. The array may have more
             than are decoded, up to the number that the codebook has.
+        batched: as in `check_latents_shape`.
 
     Raises:
         InvalidOption: there is no such layout, or num_quantizers is not an integer in [1, info.num_quantizers].
@@ -297,26 +408,27 @@ def check_indices_shape(
     """
     wanted = check_num_quantizers(num_quantizers, available=info.num_quantizers)
     has_stages = info.has_stages
-    check_indices_rank(len(shape), LATENT_RANKS if has_stages else INDEX_RANKS)
+    check_indices_rank(len(shape), LATENT_RANKS if has_stages else INDEX_RANKS, batched=batched)
     if math.prod([length or 1 for length in shape]) * max(info.output_dim, info.code_dim) > _MAX_ELEMENTS:
-        raise InvalidShape(f"indices of shape {tuple(shape)} decode to more than can be held", array="indices")
-    resolved = resolve_layout(len(shape) + (not has_stages), parse_layout(layout), info.layout)
+        shown = _shape_of_caller(shape, batched)
+        raise InvalidShape(f"indices of shape {shown} decode to more than can be held", array="indices")
+    resolved = resolve_layout(len(shape) + (not has_stages), parse_layout(layout), info.layout, batched=batched)
     if has_stages:
-        check_stages(shape, resolved, wanted=wanted, available=info.num_quantizers)
+        check_stages(shape, resolved, wanted=wanted, available=info.num_quantizers, batched=batched)
     return resolved
 
 
-def check_indices_rank(rank: int, ranks: Sequence[int] = INDEX_RANKS) -> None:
-    """Check the number of axes of indices.
+def check_indices_rank(rank: int, ranks: Sequence[int] = INDEX_RANKS, *, batched: bool = True) -> None:
+    """Check the number of axes of indices; see `wrong_rank`.
 
     Raises:
         InvalidShape: the rank is not one of `ranks`.
     """
     if rank not in ranks:
-        raise wrong_rank("indices", ranks, rank)
+        raise wrong_rank("indices", ranks, rank, batched=batched)
 
 
-def check_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available: int) -> None:
+def check_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available: int, batched: bool = True) -> None:
     """Check the number of indices of a token in indices of a residual codebook.
 
     Args:
@@ -324,6 +436,7 @@ def check_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available
         layout: layout of the latents; the indices of a token take the place of the channels.
         wanted: number of indices of a token to decode, the first ones.
         available: number of indices of a token that the codebook has.
+        batched: False: the first axis was added to the caller's array, and is not in errors.
 
     Raises:
         InvalidShape: the array has fewer than `wanted` or more than `available`.
@@ -332,8 +445,9 @@ def check_stages(shape: Sequence[int], layout: Layout, *, wanted: int, available
     if wanted <= found <= available:
         return
     which = str(available) if wanted == available else f"{wanted} to {available}"
-    text = f"indices of shape {tuple(shape)} have {found} for a token in layout {layout}, expected {which}"
-    if layout is Layout.CHANNELS_FIRST and wanted <= shape[0] <= available:
+    shown = _shape_of_caller(shape, batched)
+    text = f"indices of shape {shown} have {found} for a token in layout {layout}, expected {which}"
+    if batched and layout is Layout.CHANNELS_FIRST and wanted <= shape[0] <= available:
         text += ": are they (n_q, b, ...)? swapaxes(0, 1) first"
     elif 0 < found < wanted == available:
         raise InvalidShape(

@@ -159,7 +159,7 @@ def test_one_image_that_would_pass_for_sequences(vqserve, files, latents):
         warning = "vqserve: warning: latents of shape (4, 9, 4) are read as (b, s, C); if they are one image"
         assert err.count(warning) == err.count("pass --layout channels_last") == said
     np.save(source, latents(4, 9, 5))
-    assert "is the batch axis missing? pass latents[None]" in vqserve("encode", source, "-o", middle, "--force")[2]
+    assert "is the batch axis missing? pass --unbatched" in vqserve("encode", source, "-o", middle, "--force")[2]
 
 
 def test_a_server_that_is_back_in_a_while(vqserve, tiny, files, failing):

@@ -189,7 +189,7 @@ def test_one_image_that_would_pass_for_sequences_is_warned_of(book, latents):
             np.zeros((6, 8, 8), np.float32),
             {},
             ValueError,
-            r"6: is the batch axis missing\? pass latents\[None\]",
+            r"6: is the batch axis missing\? pass batched=False",
         ),
         ("encode", np.full((1, 6), np.nan, np.float32), {}, ValueError, r"latents\[0, 0\] is nan"),
         ("encode", np.zeros((2, 6), np.float32), {"layout": "nchw"}, ValueError, "nchw"),
@@ -238,7 +238,7 @@ def test_pinning_and_closing(book):
         (
             {"digest": "abc"},
             InvalidOption,
-            "digest must be the codebook's 64 lower-case hexadecimal digits, not 'abc'",
+            "digest must be the codebook's 64 lower-case hexadecimal digits, or the first 8 or more of them, not 'abc'",
         ),
         ({"timeout": -1}, InvalidOption, "timeout must be above 0 seconds, not -1"),
         ({"timeout": float("nan")}, InvalidOption, "timeout must be above 0 seconds, not nan"),

@@ -178,6 +178,9 @@ def _samples(file: SourceFile, kept: _Kept) -> Iterator[_Sample | BadItem]:
                 data = _unpacked(compressed, info, kept(number, extension))
                 part = _Part(extension, MemoryHandle(file.name, data), 0, info.size)
             sample.parts.append(part)
+        # The checksum is behind the tar's end.
+        while compressed is not None and compressed.read(_PIECE_BYTES):
+            pass
     except _Cut as error:
         if sample is not None:
             yield sample

@@ -18,6 +18,7 @@ from vqserve.layout import Layout, channel_axis, first_channels, grid_shape, par
 from vqserve.types import OutputName
 from vqserve.validation import (
     beyond_dtype,
+    check_batched,
     check_call,
     check_has_output,
     check_indices,
@@ -54,6 +55,7 @@ class Options:
     num_quantizers: int
     codebook: str | None
     digest: str | None
+    batched: bool
 
 
 def options(
@@ -66,20 +68,22 @@ def options(
     dtype: Any = "float32",
     output: str = "latents",
     num_quantizers: int | None = None,
+    batched: bool = True,
 ) -> Options:
     """Return the options of a call.
 
     Raises:
         InvalidOption: a value is not one of an option's values, or the codebook cannot give it.
-        TypeError: codebook, digest or timeout is of another type.
+        TypeError: codebook, digest, timeout or batched is of another type.
     """
     check_output(output)
+    check_batched(batched)
     check_call(codebook=codebook, digest=digest, timeout=timeout)
     check_has_output(output, info=info)
     count = check_num_quantizers(num_quantizers, available=info.num_quantizers)
     wanted: OutputName = "code_rows" if output == "code_rows" else "latents"
     torch_dtype = getattr(torch, dtypes.latent_dtype_name(dtype))
-    return Options(parse_layout(layout), torch_dtype, wanted, count, codebook, digest)
+    return Options(parse_layout(layout), torch_dtype, wanted, count, codebook, digest, batched)
 
 
 @dataclass(frozen=True)
@@ -89,28 +93,35 @@ class Given:
     Attributes:
         tokens: latents as (n, input_dim) float32 or float64, finite, in C order; indices as int64, in range: (n,), of a
             residual codebook (n, q), those of them that are requested.
-        grid: shape of the tokens in the caller's array.
+        grid: shape of the tokens in the caller's array, with its batch axis or the one that was added to it.
         layout: layout of the latents, given or requested.
         device: the tensor's; None for numpy.
+        batched: False: a batch axis was added, and is not in answers.
     """
 
     tokens: Tensor
     grid: tuple[int, ...]
     layout: Layout
     device: torch.device | None = None
+    batched: bool = True
 
     def indices(self, indices: Tensor, *, vocab_size: int) -> Any:
         """Return indices as the caller's kind: torch int64, numpy of the smallest type that holds the vocabulary."""
+        indices = self._of_caller(indices)
         if self.device is not None:
             return indices.to(self.device)
         return indices.cpu().numpy().astype(dtypes.smallest_unsigned(vocab_size))
 
     def latents(self, latents: Tensor) -> Any:
         """Return latents as the caller's kind; float32 holds the values of types that numpy lacks."""
+        latents = self._of_caller(latents)
         if self.device is not None:
             return latents.to(self.device)
         dtype = dtypes.of_torch(latents.dtype)
         return (latents if dtype is None or dtype.coding is None else latents.float()).cpu().numpy()
+
+    def _of_caller(self, answer: Tensor) -> Tensor:
+        return answer if self.batched else answer.squeeze(0)
 
 
 def several(items: T, verb: str) -> T:
@@ -138,26 +149,30 @@ def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Giv
         dtype = dtypes.of_torch(latents.dtype)
         if dtype is None or dtype not in dtypes.LATENTS:
             raise not_latents(latents.dtype)
+        if not asked.batched:
+            latents = latents[None]
         resolved = _layout(latents.shape, asked, info)
         wide = latents.detach().to(getattr(torch, dtype.computed.name))
         tensors.check_finite(wide)
-        return Given(
-            to_rows(wide, resolved).contiguous(), grid_shape(latents.shape, resolved), resolved, latents.device
-        )
+        rows, grid = to_rows(wide, resolved).contiguous(), grid_shape(latents.shape, resolved)
+        return Given(rows, grid, resolved, latents.device, asked.batched)
     array = _plain_array(latents, "latents")
     if dtypes.of_numpy(array.dtype) not in dtypes.LATENTS:
         raise not_latents(array.dtype)
+    if not asked.batched:
+        array = array[None]
     resolved = _layout(array.shape, asked, info)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     check_finite(array)
     flat = to_rows(array, resolved)
     wide = to_device(np.ascontiguousarray(flat, np.result_type(flat, np.float32)), torch.device("cpu"))
-    return Given(wide, grid_shape(array.shape, resolved), resolved)
+    return Given(wide, grid_shape(array.shape, resolved), resolved, batched=asked.batched)
 
 
 def _layout(shape: Sequence[int], asked: Options, info: CodebookInfo) -> Layout:
-    resolved = check_latents_shape(shape, asked.layout, info=info)
-    warn_of_an_image(shape, asked.layout, info.layout)
+    resolved = check_latents_shape(shape, asked.layout, info=info, batched=asked.batched)
+    if asked.batched:
+        warn_of_an_image(shape, asked.layout, info.layout)
     return resolved
 
 
@@ -173,6 +188,8 @@ def given_indices(indices: object, asked: Options, *, info: CodebookInfo, decoda
     if isinstance(indices, Tensor):
         _check_dense(indices, "indices")
         tensors.check_integers(indices)
+        if not asked.batched:
+            indices = indices[None]
         layout = _layout_of_indices(indices.shape, asked, info)
         used_ids = _used(indices.detach(), layout, asked, info)
         axis = channel_axis(layout)
@@ -182,14 +199,16 @@ def given_indices(indices: object, asked: Options, *, info: CodebookInfo, decoda
         array = _plain_array(indices, "indices")
         if array.dtype.kind not in "iu":
             raise not_indices(array.dtype)
+        if not asked.batched:
+            array = array[None]
         layout = _layout_of_indices(array.shape, asked, info)
         used = _used(array, layout, asked, info)
         check_indices(used, decodable=decodable, stage_sizes=info.stage_vocab_sizes, axis=channel_axis(layout))
         ids, device = torch.from_numpy(used.astype(np.int64)), None
     if not info.has_stages:
-        return Given(ids.reshape(-1), tuple(ids.shape), layout, device)
+        return Given(ids.reshape(-1), tuple(ids.shape), layout, device, asked.batched)
     grid = grid_shape(ids.shape, layout)
-    return Given(to_rows(ids, layout), grid, layout, device)
+    return Given(to_rows(ids, layout), grid, layout, device, asked.batched)
 
 
 def encode_grid(frozen: FrozenQuantizer, latents: Given, asked: Options, *, has_stages: bool) -> Tensor:
@@ -229,7 +248,9 @@ def decode_grid(frozen: FrozenQuantizer, indices: Given, asked: Options) -> Tens
 
 
 def _layout_of_indices(shape: Sequence[int], asked: Options, info: CodebookInfo) -> Layout:
-    return check_indices_shape(shape, asked.layout, info=info, num_quantizers=asked.num_quantizers)
+    return check_indices_shape(
+        shape, asked.layout, info=info, num_quantizers=asked.num_quantizers, batched=asked.batched
+    )
 
 
 def _used(indices: Indices, layout: Layout, asked: Options, info: CodebookInfo) -> Indices:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,9 @@ from vqserve import dtypes
 from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import Closed, VqserveError
 from vqserve.layout import Layout
-from vqserve.types import ArrayT, LatentDType, LayoutName, OutputName
-from vqserve.validation import check_call, check_digest, no_codebook
+from vqserve.many import concerns_one_array, keyed, with_key
+from vqserve.types import ArrayT, DecodeOptions, EncodeOptions, KeyT, LatentDType, LayoutName, OnError, OutputName
+from vqserve.validation import check_call, check_on_error, no_codebook, wrong_digest
 from vqserve_server.code_groups import CodeGroups
 from vqserve_server.codebooks import Codebook, codebook_digest, load_codebook
 from vqserve_server.codebooks.kinds import kind_of
@@ -176,6 +177,7 @@ class Tokenizer:
         latents: ArrayT,
         *,
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
@@ -188,9 +190,10 @@ class Tokenizer:
                 `info.input_dim` channels.
             layout: "channels_first" or "channels_last"; None: `info.layout`, and if that is None channels first for 4
                 and 5 axes, last for 2 and 3.
+            batched: False: the array has no batch axis, and the answer has none.
             num_quantizers: for a residual codebook, number of (first) indices for each token; None: all.
             codebook: the codebook's name, if it is to be checked.
-            digest: the codebook's digest, if it is to be checked.
+            digest: the codebook's digest, or at least 8 of its first digits, if it is to be checked.
             timeout: has no effect in process, but must be valid.
 
         Returns:
@@ -208,7 +211,9 @@ class Tokenizer:
             DigestMismatch: it has another digest.
             Closed: the tokenizer was closed.
         """
-        asked = options(self.info, codebook, digest, timeout, layout=layout, num_quantizers=num_quantizers)
+        asked = options(
+            self.info, codebook, digest, timeout, layout=layout, num_quantizers=num_quantizers, batched=batched
+        )
         return self._encode(latents, asked)
 
     def decode(
@@ -216,6 +221,7 @@ class Tokenizer:
         indices: ArrayT,
         *,
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         dtype: LatentDType = "float32",
         output: OutputName = "latents",
         num_quantizers: int | None = None,
@@ -229,6 +235,7 @@ class Tokenizer:
             indices: any integers, shaped as `encode` returns them, in [0, decodable), or where the stages differ in
                 [0, info.stage_vocab_sizes[i]).
             layout: of the result, as in `encode`.
+            batched: as in `encode`.
             dtype: of the result: "float32", "float16", "float64" or "bfloat16", or numpy's or torch's type of that
                 name; rounded once from the codebook's own values. numpy has no bfloat16: float32 holds its values.
             output: "latents", which the decoder takes, or "code_rows", the codebook's rows before any projection.
@@ -258,35 +265,115 @@ class Tokenizer:
             dtype=dtype,
             output=output,
             num_quantizers=num_quantizers,
+            batched=batched,
         )
         return self._decode(indices, asked)
 
+    @overload
     def encode_many(
         self,
         items: Iterable[ArrayT],
         *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[EncodeOptions],
+    ) -> Generator[ArrayT, None, None]: ...
+
+    @overload
+    def encode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[EncodeOptions],
+    ) -> Generator[tuple[KeyT, ArrayT], None, None]: ...
+
+    @overload
+    def encode_many(
+        self,
+        items: Iterable[ArrayT],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[EncodeOptions],
+    ) -> Generator[ArrayT | VqserveError, None, None]: ...
+
+    @overload
+    def encode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[EncodeOptions],
+    ) -> Generator[tuple[KeyT, ArrayT | VqserveError], None, None]: ...
+
+    def encode_many(
+        self,
+        items: Iterable[Any],
+        *,
+        on_error: OnError = "raise",
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> Generator[ArrayT, None, None]:
+    ) -> Generator[Any, None, None]:
         """Return the indices of each of many arrays, lazily and in order; see `encode`."""
-        asked = options(self.info, codebook, digest, timeout, layout=layout, num_quantizers=num_quantizers)
-        return _each(several(items, "encode"), lambda item: self._encode(item, asked))
+        asked = options(
+            self.info, codebook, digest, timeout, layout=layout, num_quantizers=num_quantizers, batched=batched
+        )
+        check_on_error(on_error)
+        return _each(several(items, "encode"), lambda array: self._encode(array, asked), on_error)
 
+    @overload
     def decode_many(
         self,
         items: Iterable[ArrayT],
         *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[DecodeOptions],
+    ) -> Generator[ArrayT, None, None]: ...
+
+    @overload
+    def decode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[DecodeOptions],
+    ) -> Generator[tuple[KeyT, ArrayT], None, None]: ...
+
+    @overload
+    def decode_many(
+        self,
+        items: Iterable[ArrayT],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[DecodeOptions],
+    ) -> Generator[ArrayT | VqserveError, None, None]: ...
+
+    @overload
+    def decode_many(
+        self,
+        items: Iterable[tuple[KeyT, ArrayT]],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[DecodeOptions],
+    ) -> Generator[tuple[KeyT, ArrayT | VqserveError], None, None]: ...
+
+    def decode_many(
+        self,
+        items: Iterable[Any],
+        *,
+        on_error: OnError = "raise",
         layout: LayoutName | Layout | None = None,
+        batched: bool = True,
         dtype: LatentDType = "float32",
         output: OutputName = "latents",
         num_quantizers: int | None = None,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float | None = None,
-    ) -> Generator[ArrayT, None, None]:
+    ) -> Generator[Any, None, None]:
         """Return the latents of each of many arrays of indices, lazily and in order; see `decode`."""
         asked = options(
             self.info,
@@ -297,8 +384,10 @@ class Tokenizer:
             dtype=dtype,
             output=output,
             num_quantizers=num_quantizers,
+            batched=batched,
         )
-        return _each(several(items, "decode"), lambda item: self._decode(item, asked))
+        check_on_error(on_error)
+        return _each(several(items, "decode"), lambda array: self._decode(array, asked), on_error)
 
     def codebooks(self, *, timeout: float | None = None) -> list[CodebookInfo]:
         """Return what there is: the one codebook."""
@@ -361,7 +450,7 @@ class Tokenizer:
 
     def _encode(self, latents: ArrayT, asked: Options) -> ArrayT:
         frozen = self._open(asked.codebook, asked.digest)
-        with self._named():
+        with self._named(asked):
             given = given_latents(latents, asked, info=self.info)
             found = encode_grid(frozen, given, asked, has_stages=self.info.has_stages)
         indices: ArrayT = given.indices(found, vocab_size=self.info.vocab_size)
@@ -369,7 +458,7 @@ class Tokenizer:
 
     def _decode(self, indices: ArrayT, asked: Options) -> ArrayT:
         frozen = self._open(asked.codebook, asked.digest)
-        with self._named():
+        with self._named(asked):
             given = given_indices(indices, asked, info=self.info, decodable=self.decodable)
             latents: ArrayT = given.latents(decode_grid(frozen, given, asked))
         return latents
@@ -381,18 +470,20 @@ class Tokenizer:
             raise Closed("the tokenizer was closed")
         if codebook is not None and codebook != self.info.name:
             raise no_codebook(codebook, [self.info.name], num_codebooks=1)
-        if digest is not None:
-            check_digest(digest, info=self.info)
+        if digest is not None and not self.info.digest.startswith(digest):
+            raise wrong_digest(digest, info=self.info)
         return frozen
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Let errors leave the block with the codebook's name, as they do in the SDK."""
+    def _named(self, asked: Options) -> Iterator[None]:
+        """Let errors leave the block with the codebook's name, and about the caller's array, as they do in the SDK."""
         try:
             yield
         except VqserveError as error:
             error.codebook = self.info.name
-            raise
+            if asked.batched:
+                raise
+            raise error.without_batch_axis() from None
 
     def __enter__(self) -> Self:
         return self
@@ -411,18 +502,25 @@ class Tokenizer:
         )
 
 
-def _each(items: Iterable[ArrayT], convert: Callable[[ArrayT], ArrayT]) -> Generator[ArrayT, None, None]:
+def _each(items: Iterable[Any], convert: Callable[[Any], Any], on_error: OnError) -> Generator[Any, None, None]:
     """Return the results of arrays, lazily; an error says which array it is about."""
     # A value that cannot be iterated is an error here, not at the first result.
     numbered = enumerate(items)
 
-    def results() -> Generator[ArrayT, None, None]:
+    def results() -> Generator[Any, None, None]:
         for number, item in numbered:
+            key, array = keyed(item)
+            failure: VqserveError | None = None
             try:
-                result = convert(item)
+                result = convert(array)
             except VqserveError as error:
                 error.item = number
-                raise
-            yield result
+                if on_error == "raise":
+                    raise
+                # A copy, without the frames that have the array.
+                result, failure = error.with_fields(), error
+            yield with_key(key, result)
+            if failure is not None and not concerns_one_array(failure, answered=True):
+                raise failure.with_fields(item=None)
 
     return results()

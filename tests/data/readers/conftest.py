@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vqserve_data.errors import FileError
 from vqserve_data.items import BadItem, Entry, Item, Record
 from vqserve_data.readers import Selection, reader_of
 from vqserve_data.sources import find
@@ -77,13 +79,13 @@ def draw() -> Callable[..., np.ndarray]:
 def damaged(tmp_path: Path, files: type[Files]) -> Callable[..., set[str]]:
     """Read a file cut off at many lengths and with many bytes changed; return the reasons of bad items.
 
-    Anything but items, bad items and FileErrors fails the test by itself, as do items that the whole file does not have.
+    Anything but items, bad items and FileErrors fails the test by itself.
     """
 
     def check(path: Path, *, cuts: int = 400, flips: int = 400, seed: int = 0, **select: Any) -> set[str]:
         whole = path.read_bytes()
         keys = [record.key for record in files(path, **select).read()]
-        broken = path.with_name(f"broken{path.name.removeprefix(path.stem)}")
+        broken = path.with_name(f"broken{''.join(path.suffixes)}")
         random = np.random.default_rng(seed)
         lengths: Sequence[int] = range(0, len(whole), max(1, len(whole) // cuts))
         reasons = set()
@@ -106,12 +108,8 @@ def damaged(tmp_path: Path, files: type[Files]) -> Callable[..., set[str]]:
 
 
 def _survives(files: Files) -> list[Record]:
-    from vqserve_data.errors import FileError  # noqa: PLC0415
-
-    try:
+    with contextlib.suppress(FileError):
         files.entries()
-    except FileError:
-        pass
     try:
         records = files.read()
     except FileError:

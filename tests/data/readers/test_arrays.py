@@ -91,7 +91,7 @@ def test_members_are_selected_by_pattern(tmp_path: Path, files: Any, draw: Any) 
     assert list(files(tmp_path, members=("latents_*",)).arrays()) == ["a/latents_0", "a/latents_1", "b"]
     assert list(files(tmp_path / "a.npz", members=("labels", "*_1")).arrays()) == ["a/latents_1", "a/labels"]
     for call in (files(tmp_path, members=("x", "y")).read, files(tmp_path, members=("x", "y")).entries):
-        with pytest.raises(FileError, match="a.npz: no member matches x or y; it has latents_0, latents_1, labels"):
+        with pytest.raises(FileError, match=r"a\.npz: no member matches x or y; it has latents_0, latents_1, labels"):
             call()
 
 
