@@ -198,7 +198,7 @@ def _stamp(info: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def _stamp_of_store(fs: Any, location: str) -> tuple[int, str]:
-    """Return the same of a folder: of all its files, or where they cannot be listed of those that describe it.
+    """Return the same of a folder: of all its files; where they cannot be listed, no size and that of its description.
 
     Raises:
         FileNotFoundError: there is nothing.
@@ -218,8 +218,7 @@ def _stamp_of_store(fs: Any, location: str) -> tuple[int, str]:
             continue
     if not contents:
         raise FileNotFoundError(location)
-    size = sum(len(content) for content in contents.values())
-    return size, _hash(f"{name}:{hashlib.sha256(content).hexdigest()}" for name, content in contents.items())
+    return 0, _hash(f"{name}:{hashlib.sha256(content).hexdigest()}" for name, content in contents.items())
 
 
 def _hash(lines: Iterable[str]) -> str:

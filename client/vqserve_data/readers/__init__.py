@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import KeysView
 
 from vqserve_data.readers.arrow import ArrowReader
+from vqserve_data.readers.hdf5 import Hdf5Reader
 from vqserve_data.readers.npy import NpyReader
 from vqserve_data.readers.npz import NpzReader
 from vqserve_data.readers.parquet import ParquetReader
@@ -12,6 +13,7 @@ from vqserve_data.readers.protocol import Reader, Selection, SourceFile
 from vqserve_data.readers.raw import RawReader
 from vqserve_data.readers.safetensors import SafetensorsReader
 from vqserve_data.readers.tar import TarReader
+from vqserve_data.readers.zarr import ZarrReader
 
 __all__ = ["SUFFIXES", "Reader", "Selection", "SourceFile", "add_reader", "reader_of", "suffix_of"]
 
@@ -55,5 +57,14 @@ def _path_of(name: str) -> str:
     return url.partition("://")[2]
 
 
-for _reader in (NpyReader(), NpzReader(), SafetensorsReader(), TarReader(), ParquetReader(), ArrowReader()):
+for _reader in (
+    NpyReader(),
+    NpzReader(),
+    SafetensorsReader(),
+    TarReader(),
+    ParquetReader(),
+    ArrowReader(),
+    Hdf5Reader(),
+    ZarrReader(),
+):
     add_reader(_reader)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vqserve_data.errors import FileError, MissingLibrary
+from vqserve_data.errors import FileError, MissingLibrary, UnfitSelection
 from vqserve_data.items import BadItem, Entry, Record
 from vqserve_data.keys import one_line
 from vqserve_data.readers.handle import open_source, reason
 from vqserve_data.readers.protocol import Selection, SourceFile
-from vqserve_data.readers.table import Columns, keys_of_batch, known_shape, records_of_batch
+from vqserve_data.readers.table import Columns, entries_of_batch, records_of_batch
 
 _MAGIC = b"ARROW1"
 _OLD_MAGIC = b"FEA1"
@@ -25,18 +25,15 @@ class ArrowReader:
         """Yield an entry a row; of the columns only that of the keys is read, or the narrowest."""
         try:
             schema = _open(file, None)[0]
-        except (MissingLibrary, FileError):
+            columns = Columns.of(file, schema, select)
+        except FileError:
             raise
         except Exception as error:
             raise FileError(f"{file.name}: {one_line(error)}") from error
-        columns = Columns.of(file, schema, select)
-        look = (None, None) if columns.array is None else known_shape(schema.field(columns.array).type)
         first = 0
         try:
             for batch in _open(file, [schema.get_field_index(columns.key or columns.names[0])])[1]:
-                batch.validate(full=True)
-                for key, _ in keys_of_batch(file, batch, columns, first):
-                    yield Entry(key, *look)
+                yield from entries_of_batch(file, batch, columns, first)
                 first += batch.num_rows
         except Exception as error:
             if not first:
@@ -47,19 +44,17 @@ class ArrowReader:
         """Yield the rows. Batches in front of `start` are read, but not converted."""
         try:
             schema = _open(file, None)[0]
-        except MissingLibrary:
+            columns = Columns.of(file, schema, select)
+        except (MissingLibrary, UnfitSelection):
             raise
         except Exception as error:
             yield from [BadItem(file.key, file.name, reason(file, error))][start:]
             return
-        columns = Columns.of(file, schema, select)
         first = 0
         try:
             for batch in _open(file, [schema.get_field_index(name) for name in columns.names])[1]:
                 wanted = batch.slice(max(start - first, 0))
                 if wanted.num_rows:
-                    # Nothing else compares offsets with the lengths of what they point into.
-                    wanted.validate(full=True)
                     yield from records_of_batch(file, wanted, columns, first + batch.num_rows - wanted.num_rows)
                 first += batch.num_rows
         except Exception as error:

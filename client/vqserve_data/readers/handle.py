@@ -21,6 +21,11 @@ from vqserve_data.readers.protocol import SourceFile
 
 # Arrays up to this size are read into memory at once; larger ones part by part.
 WHOLE_BYTES = 32 << 20
+# No more is made of a byte of compressed data: deflate cannot (https://zlib.net/zlib_tech.html), and only numbers that
+# are all the same can be packed better.
+MOST_OF_A_BYTE = 1032
+# Chunks of HDF5 and Zarr, which are unpacked as a whole.
+MAX_CHUNK_BYTES = 1 << 30
 # Most headers are shorter.
 _HEADER_BYTES = 4096
 LONGEST_HEADER_BYTES = 1 << 17

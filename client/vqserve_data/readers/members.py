@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vqserve_data.errors import FileError, MissingLibrary
+from vqserve_data.errors import FileError, MissingLibrary, UnfitSelection
 from vqserve_data.items import BadItem, Entry, Record, SourceArray
 from vqserve_data.keys import problem_of, quoted
 from vqserve_data.readers.handle import item_or_bad, reason
@@ -92,7 +92,7 @@ def _selected(file: SourceFile, members: Sequence[Member], select: Selection) ->
     if not selected:
         names = ", ".join(quoted(member.name) for member in members[:_MOST_NAMED])
         more = ", ..." if len(members) > _MOST_NAMED else ""
-        raise FileError(f"{file.name}: no member matches {' or '.join(select.members)}; it has {names}{more}")
+        raise UnfitSelection(f"{file.name}: no member matches {' or '.join(select.members)}; it has {names}{more}")
     return selected
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vqserve_data.errors import FileError, MissingLibrary
+from vqserve_data.errors import FileError, MissingLibrary, UnfitSelection
 from vqserve_data.items import BadItem, Entry, Record
 from vqserve_data.keys import one_line
-from vqserve_data.readers.handle import open_source, reason
+from vqserve_data.readers.handle import MOST_OF_A_BYTE, open_source, reason
 from vqserve_data.readers.protocol import Selection, SourceFile
-from vqserve_data.readers.table import Columns, key_of_row, keys_of_batch, known_shape, records_of_batch
+from vqserve_data.readers.table import Columns, entries_of_batch, key_of_row, records_of_batch
 
 # Rows that are decoded at once.
 _BATCH_BYTES = 8 << 20
 _MAX_BATCH_ROWS = 1 << 14
-# A group of rows whose encoding claims to hold so many times its bytes is no data, above a size that does no harm.
-_MOST_OF_A_BYTE = 1032
+# A group of rows may claim so much, however few bytes it has.
 _HARMLESS_BYTES = 64 << 20
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT96": 12}
 
@@ -30,21 +29,19 @@ class ParquetReader:
         """Yield an entry a row; of the columns only that of the keys is read."""
         try:
             table = _open(file)
-        except (MissingLibrary, FileError):
+            columns = Columns.of(file, table.schema_arrow, select)
+        except FileError:
             raise
         except Exception as error:
             raise FileError(f"{file.name}: {one_line(error)}") from error
-        columns = Columns.of(file, table.schema_arrow, select)
-        look = (None, None) if columns.array is None else known_shape(table.schema_arrow.field(columns.array).type)
         if columns.key is None:
             for number in range(table.metadata.num_rows):
-                yield Entry(key_of_row(file, number), *look)
+                yield Entry(key_of_row(file, number), *columns.look)
             return
         first = 0
         try:
             for batch in table.iter_batches(_MAX_BATCH_ROWS, columns=[columns.key]):
-                for key, _ in keys_of_batch(file, batch, columns, first):
-                    yield Entry(key, *look)
+                yield from entries_of_batch(file, batch, columns, first)
                 first += batch.num_rows
         except Exception as error:
             raise FileError(f"{file.name}: its keys cannot be read: {one_line(error)}") from error
@@ -53,12 +50,12 @@ class ParquetReader:
         """Yield the rows; groups of rows in front of `start` are not read."""
         try:
             table = _open(file)
-        except MissingLibrary:
+            columns = Columns.of(file, table.schema_arrow, select)
+        except (MissingLibrary, UnfitSelection):
             raise
         except Exception as error:
             yield from [BadItem(file.key, file.name, reason(file, error))][start:]
             return
-        columns = Columns.of(file, table.schema_arrow, select)
         first = 0
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
@@ -106,7 +103,7 @@ def _rows_of_batch(group: Any, columns: Columns) -> int:
             width = _WIDTHS.get(column.physical_type, 8)
             decoded += max(column.num_values * width, column.total_uncompressed_size)
             held += column.total_compressed_size
-    if decoded > max(_HARMLESS_BYTES, held * _MOST_OF_A_BYTE):
+    if decoded > max(_HARMLESS_BYTES, held * MOST_OF_A_BYTE):
         raise ValueError(f"it claims {decoded} bytes in {held}, more than numbers can be packed")
     rows: int = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES * group.num_rows // max(1, decoded)))
     return rows

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vqserve_data.errors import FileError
-from vqserve_data.items import Array, BadItem, Item, RawItem, Record
+from vqserve_data.errors import UnfitSelection
+from vqserve_data.items import Array, BadItem, Entry, Item, RawItem, Record
 from vqserve_data.keys import one_line, problem_of, quoted
 from vqserve_data.readers.protocol import Selection, SourceFile
 
@@ -28,11 +28,13 @@ class Columns:
         array: name of that with the arrays; None: rows are wanted as they are.
         key: name of that with the keys; None: rows have numbers.
         names: names of all that are read, in the order of the table.
+        look: shape and element type of all arrays, None where they differ or may.
     """
 
     array: str | None
     key: str | None
     names: tuple[str, ...]
+    look: tuple[tuple[int, ...] | None, np.dtype[Any] | None]
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -44,28 +46,30 @@ class Columns:
         """Choose columns.
 
         Raises:
-            FileError: the selection does not fit the table.
+            UnfitSelection: the selection does not fit the table.
+            Exception: the names of its columns cannot be read.
         """
         names: list[str] = list(schema.names)
         for name in (select.column, select.key):
             if name is not None and names.count(name) != 1:
                 what = "no column" if name not in names else "several columns"
-                raise FileError(f"{file.name}: {what} {quoted(name)!r}; it has {_listed(schema, names)}")
+                raise UnfitSelection(f"{file.name}: {what} {quoted(name)!r}; it has {_listed(schema, names)}")
         array = None if select.raw else select.column or _only_array(file, schema, names)
         if array is not None and not is_array(schema.field(array).type):
-            raise FileError(
+            raise UnfitSelection(
                 f"{file.name}: column {quoted(array)!r} has no lists of numbers: {_listed(schema, [array])}"
             )
         every = select.fields or select.raw
         read = [name for name in names if name in (array, select.key) or (every and names.count(name) == 1)]
-        return cls(array, select.key, tuple(read))
+        look = (None, None) if array is None else _look(schema.field(array).type)
+        return cls(array, select.key, tuple(read), look)
 
 
 def _only_array(file: SourceFile, schema: Any, names: Sequence[str]) -> str:
     found = [name for name in names if names.count(name) == 1 and is_array(schema.field(name).type)]
     if len(found) != 1:
         what = "several columns have" if found else "no column has"
-        raise FileError(
+        raise UnfitSelection(
             f"{file.name}: {what} lists of numbers: name one with --column; it has {_listed(schema, names)}"
         )
     return found[0]
@@ -102,10 +106,10 @@ def _is_number(kind: Any) -> bool:
     return bool(types.is_integer(kind) or types.is_floating(kind))
 
 
-def known_shape(kind: Any) -> tuple[tuple[int, ...] | None, np.dtype[Any]]:
+def _look(kind: Any) -> tuple[tuple[int, ...] | None, np.dtype[Any]]:
     """Return the shape and the element type of arrays of an Arrow type; None: their shapes differ, or may."""
-    shape: list[int] | None = list(kind.shape) if _is_tensor(kind) else []
     is_tensor = _is_tensor(kind)
+    shape: list[int] | None = _logical(kind, kind.shape) if is_tensor else []
     while _is_list(kind := _storage_type(kind)):
         if not is_tensor and shape is not None:
             shape = [*shape, kind.list_size] if hasattr(kind, "list_size") else None
@@ -113,11 +117,36 @@ def known_shape(kind: Any) -> tuple[tuple[int, ...] | None, np.dtype[Any]]:
     return None if shape is None else tuple(shape), np.dtype(kind.to_pandas_dtype())
 
 
+def _logical(kind: Any, shape: Sequence[int]) -> list[int]:
+    """Return the axes of a tensor in the order that it is meant to have, which may not be that in memory.
+
+    As the specification has it (https://arrow.apache.org/docs/format/CanonicalExtensions.html); pyarrow 26 itself gives
+    other numbers for a permutation that is not its own inverse.
+    """
+    return [shape[axis] for axis in kind.permutation or range(len(shape))]
+
+
 def _is_tensor(kind: Any) -> bool:
     return getattr(kind, "extension_name", "") == "arrow.fixed_shape_tensor"
 
 
-def keys_of_batch(file: SourceFile, batch: Any, columns: Columns, first: int) -> Iterator[tuple[str, str | None]]:
+def entries_of_batch(file: SourceFile, batch: Any, columns: Columns, first: int) -> Iterator[Entry]:
+    """Yield the entries of a batch that has the column of keys; `first` is the number of its first row."""
+    try:
+        batch.validate(full=True)
+        keys = [key for key, _ in _keys(file, batch, columns, first)]
+    except Exception:
+        if batch.num_rows == 1:
+            yield Entry(key_of_row(file, first), *columns.look)
+            return
+        for row in range(batch.num_rows):
+            yield from entries_of_batch(file, batch.slice(row, 1), columns, first + row)
+        return
+    for key in keys:
+        yield Entry(key, *columns.look)
+
+
+def _keys(file: SourceFile, batch: Any, columns: Columns, first: int) -> Iterator[tuple[str, str | None]]:
     """Yield the key of each row, and what is wrong with it (None: nothing); `first` is the number of the first row."""
     if columns.key is None:
         for number in range(first, first + batch.num_rows):
@@ -140,6 +169,8 @@ def key_of_row(file: SourceFile, number: int) -> str:
 def records_of_batch(file: SourceFile, batch: Any, columns: Columns, first: int) -> Iterator[Record]:
     """Yield the rows of a batch of the columns that were chosen; `first` is the number of its first row."""
     try:
+        # Nothing else compares the offsets in a file with the lengths of what they point into.
+        batch.validate(full=True)
         records = list(_records(file, batch, columns, first))
     except Exception as error:
         if batch.num_rows == 1:
@@ -153,7 +184,7 @@ def records_of_batch(file: SourceFile, batch: Any, columns: Columns, first: int)
 
 
 def _records(file: SourceFile, batch: Any, columns: Columns, first: int) -> Iterator[Record]:
-    keys = keys_of_batch(file, batch, columns, first)
+    keys = _keys(file, batch, columns, first)
     fields = _fields(batch, columns)
     if columns.array is None:
         for (key, problem), own in zip(keys, fields, strict=True):
