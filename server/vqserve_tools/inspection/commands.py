@@ -92,7 +92,8 @@ def run_inspect(args: argparse.Namespace) -> int:
     latents = [_latents(sources, args.layout, codebook, progress=progress) for codebook in codebooks]
     if args.save_stats and latents[0] is not None and sources is not None:
         with of_file(array):
-            codebooks[0] = with_statistics(codebooks[0], latents[0], sources.title, progress=progress)
+            source = sources.title if reading.sample_rows is None else f"a sample of {sources.title}"
+            codebooks[0] = with_statistics(codebooks[0], latents[0], source, progress=progress)
         save_codebook_again(codebooks[0], files[0])
     names = _names(files)
     inspections = []

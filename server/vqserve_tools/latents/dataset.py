@@ -306,11 +306,12 @@ class DataSet:
         """
         if dtype.kind != "f" or dtype.itemsize > 8:
             raise not_latents(dtype)
-        added = 1 if self.options.unbatched else 0
-        layout = resolve_layout(len(shape) + added, self._layout, self._default)
-        axis = channel_axis(layout) % (len(shape) + added) - added
+        batched = not self.options.unbatched
+        whole = shape if batched else (1, *shape)
+        layout = resolve_layout(len(whole), self._layout, self._default, batched=batched)
+        axis = channel_axis(layout) % len(whole) - (len(whole) - len(shape))
         if self._channels is not None:
-            check_channels((1, *shape) if added else shape, layout, self._channels)
+            check_channels(whole, layout, self._channels, batched=batched)
         grid = shape[:axis] + shape[axis + 1 :]
         if 0 in grid:
             raise InvalidShape(f"latents of shape {shape} hold no tokens", array="latents")

@@ -91,9 +91,9 @@ class Sources:
         """Write to stderr which files and items of a data set that was read are left out."""
         skipped, contents = self._found.skipped, data.contents
         if skipped:
-            _say(f"{len(skipped)} files of types that are not read are left out, such as {skipped[0]}")
+            _say(f"files of types that are not read, left out: {len(skipped)}, such as {skipped[0]}")
         if contents.bad:
-            _say(f"{contents.bad} of {contents.bad + contents.items} items are left out:")
+            _say(f"items that cannot be used, left out: {contents.bad} of {contents.bad + contents.items}")
             for bad in contents.named:
                 sys.stderr.write(f"  {bad_text(bad)}\n")
             if contents.bad > len(contents.named):

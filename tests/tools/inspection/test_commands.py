@@ -70,7 +70,13 @@ def test_latents(files, capsys):
     assert (status, err) == (0, "")
     report = json.loads(run(capsys, book, "--latents", latents, "--json")[1])
     fit = report["fit"]
-    assert fit["latents"] == {"shape": [500, 3], "dtype": "float32", "layout": "channels_last", "tokens": 500, "data_set": None}
+    assert fit["latents"] == {
+        "shape": [500, 3],
+        "dtype": "float32",
+        "layout": "channels_last",
+        "tokens": 500,
+        "data_set": None,
+    }
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines() if not line.startswith(" "))
     usage, error = fit["usage"][0], fit["error"]
     assert lines["latents"].startswith("500 tokens: 500 x 3 float32, channels_last")
