@@ -122,6 +122,16 @@ def is_url(argument: str) -> bool:
     return "://" in argument and not Path(argument).exists()
 
 
+def path_of(name: str) -> str:
+    """Return the path in a URL, such as that of the first file of a chain of them; a path as it is."""
+    if "://" not in name:
+        return name
+    url = next(link for link in name.split("::") if "://" in link)
+    if url.startswith(("http://", "https://")):
+        url = url.partition("#")[0].partition("?")[0]
+    return url.partition("://")[2]
+
+
 def list_url(url: str, *, is_file: bool, store: str) -> tuple[list[RemotePath], bool]:
     """Return what a URL names: a file, a folder's files, or those that match a pattern.
 

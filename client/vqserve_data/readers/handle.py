@@ -8,6 +8,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -272,6 +273,6 @@ def item_or_bad(key: str, file: SourceFile, array: Callable[[], SourceArray]) ->
 def reason(file: SourceFile, error: Exception) -> str:
     """Return what an error says of a source, without its name."""
     text = one_line(error)
-    for before in (f"cannot read {file.name}: ", f"{file.name}: ", f"{file.name} "):
+    for before in (f"cannot read {file.name}: ", f"{file.name}: ", f"{file.name} ", f"{Path(file.name).name}: "):
         text = text.removeprefix(before)
     return text
