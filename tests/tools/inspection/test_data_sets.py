@@ -125,10 +125,15 @@ def test_a_token_beyond_float32_is_named_with_its_item(tmp_path, capsys, more):
     assert err.count("\n") == 1
 
 
-def test_a_codebook_among_its_latents_is_an_error(book, folder, tmp_path, capsys):
-    status, _, err = run(capsys, book, "--latents", folder, tmp_path / "c.safetensors")
+def test_codebooks_among_the_latents_are_left_out(book, folder, capsys):
+    book.rename(folder / "c.safetensors")
+    status, text, err = run(capsys, folder / "c.safetensors", "--latents", folder)
+    assert status == 0
+    assert "all 500 tokens" in text
+    assert f"vqserved: codebook files, left out: 1, such as {folder / 'c.safetensors'}\n" in err
+    status, _, err = run(capsys, folder / "c.safetensors", "--latents", folder / "c.safetensors")
     assert status == 1
-    assert err == f"vqserved: error: {book} is a codebook, and among the latents: name them without it\n"
+    assert err == f"vqserved: error: {folder / 'c.safetensors'} is a codebook: name files of latents\n"
 
 
 @pytest.mark.parametrize("more", [["--unbatched"], ["--sample-rows=3"], ["--member=z"], ["--max-errors=3"]])

@@ -172,5 +172,10 @@ def test_a_codebook_is_not_written_over_a_source(
     out.write_bytes(b"mine")
     assert train(folder, "--force", out=out) == 1
     assert f"{out} is what is read" in capsys.readouterr().err
+    # A codebook of an earlier training is none.
+    out.unlink()
+    for _ in range(2):
+        assert train(folder, "--quiet", "--force", out=out) == 0
+        assert load_codebook(out).provenance["latents"]["files"] == 101
     assert train(tmp_path / "none", out=tmp_path / "book.safetensors") == 1
     assert f"{tmp_path / 'none'}: there is no such file" in capsys.readouterr().err
