@@ -79,7 +79,7 @@ def run_inspect(args: argparse.Namespace) -> int:
         raise InvalidOption(f"{len(files)} files are given: name one to describe it, or two to compare them")
     if args.latents is None:
         _check_without_latents(args, reading)
-    sources = None if args.latents is None else _sources(args.latents, reading, files)
+    sources = None if args.latents is None else Sources(args.latents, reading)
     paths = [] if sources is None else sources.paths
     if args.save_stats:
         _check_save(args, paths)
@@ -92,7 +92,8 @@ def run_inspect(args: argparse.Namespace) -> int:
     latents = [_latents(sources, args.layout, codebook, progress=progress) for codebook in codebooks]
     if args.save_stats and latents[0] is not None and sources is not None:
         with of_file(array):
-            codebooks[0] = with_statistics(codebooks[0], latents[0], sources.title, progress=progress)
+            source = sources.title if reading.sample_rows is None else f"a sample of {sources.title}"
+            codebooks[0] = with_statistics(codebooks[0], latents[0], source, progress=progress)
         save_codebook_again(codebooks[0], files[0])
     names = _names(files)
     inspections = []
@@ -130,15 +131,6 @@ def _check_save(args: argparse.Namespace, paths: Sequence[Path]) -> None:
     if len(args.file) > 1:
         raise InvalidOption("{option} writes into one file: name one", option="save_stats")
     check_output(args.file[0].resolve(), force=True, sources=paths)
-
-
-def _sources(names: Sequence[str], reading: SourceOptions, files: Sequence[Path]) -> Sources:
-    sources = Sources(names, reading)
-    for file in files:
-        if any(path.name == file.name and path.exists() and path.samefile(file) for path in sources.paths):
-            # Its arrays would be read as latents.
-            raise InvalidOption(f"{file} is a codebook, and among the latents: name them without it")
-    return sources
 
 
 def _latents(sources: Sources | None, layout: str | None, codebook: Codebook, *, progress: bool) -> LatentRows | None:

@@ -52,6 +52,8 @@ class Form(NamedTuple):
         grid: shape of its tokens.
         tokens: number of its tokens.
         dtype: type of its rows, float32 or float64.
+        stored: name of the type of its elements.
+        is_one_part: whether it is read at once.
     """
 
     layout: Layout
@@ -59,6 +61,8 @@ class Form(NamedTuple):
     grid: tuple[int, ...]
     tokens: int
     dtype: np.dtype[Any]
+    stored: str
+    is_one_part: bool
 
 
 class Piece(NamedTuple):
@@ -256,6 +260,7 @@ class DataSet:
         self.contents = Contents()
         self.dim = self.dim or self._usual_channels()
         select = self.options.selection
+        shown = 0
         try:
             with progress_of("reading", len(self.files), "file", shown=progress) as bar:
                 for file in self.files:
@@ -264,9 +269,11 @@ class DataSet:
                             yield from self._pieces_of(record)
                         elif isinstance(record, BadItem):
                             self._leave_out(record)
-                        bar.set_postfix_str(f"{self.contents.tokens} rows")
-                        # A line of a log is due even if a file takes long.
-                        bar.update(0)
+                        if self.contents.tokens - shown >= _CHUNK_ROWS:
+                            shown = self.contents.tokens
+                            bar.set_postfix_str(f"{shown} rows")
+                            # A line of a log is due even if a file takes long.
+                            bar.update(0)
                     bar.update(1)
         except FileError as error:
             raise InvalidOption(escape(str(error))) from error
@@ -289,7 +296,7 @@ class DataSet:
         self.dim = array.shape[form.axis]
         contents.items += 1
         contents.tokens += form.tokens
-        contents.dtypes.add(array.dtype.name)
+        contents.dtypes.add(form.stored)
         contents.layouts.add(form.layout)
         contents.first = contents.first or (item.key, array.shape, form.layout)
         for part in _parts(array, form) if whole is None else (whole,):
@@ -306,16 +313,25 @@ class DataSet:
         """
         if dtype.kind != "f" or dtype.itemsize > 8:
             raise not_latents(dtype)
-        added = 1 if self.options.unbatched else 0
-        layout = resolve_layout(len(shape) + added, self._layout, self._default)
-        axis = channel_axis(layout) % (len(shape) + added) - added
+        batched = not self.options.unbatched
+        whole = shape if batched else (1, *shape)
+        layout = resolve_layout(len(whole), self._layout, self._default, batched=batched)
+        axis = channel_axis(layout) % len(whole) - (len(whole) - len(shape))
         if self._channels is not None:
-            check_channels((1, *shape) if added else shape, layout, self._channels)
+            check_channels(whole, layout, self._channels, batched=batched)
         grid = shape[:axis] + shape[axis + 1 :]
         if 0 in grid:
             raise InvalidShape(f"latents of shape {shape} hold no tokens", array="latents")
         wide = self._keeps_float64 and dtype.itemsize == 8
-        return Form(layout, axis, grid, math.prod(grid), np.dtype(np.float64 if wide else np.float32))
+        return Form(
+            layout=layout,
+            axis=axis,
+            grid=grid,
+            tokens=math.prod(grid),
+            dtype=np.dtype(np.float64 if wide else np.float32),
+            stored=dtype.name,
+            is_one_part=dtype.itemsize * math.prod(shape) <= _PART_BYTES,
+        )
 
     def _check_channels(self, shape: tuple[int, ...], form: Form) -> None:
         """Check that an item has as many channels as the others.
@@ -367,13 +383,14 @@ def _checked(array: SourceArray, form: Form) -> Rows | None:
         NonFiniteLatents: names the first other one's position.
         FileError, OSError: it cannot be read.
     """
-    whole = None
-    cuts = _cuts(array.shape, form.axis, array.dtype.itemsize)
-    for number, cut in enumerate(cuts):
-        part = array[cut]
-        check_finite_as(part, form.dtype, [each.start for each in cut])
-        whole = part if number == 0 and part.shape == array.shape else None
-    return whole
+    if form.is_one_part:
+        # There may be millions of small arrays.
+        whole = array if isinstance(array, np.ndarray) else array[(slice(None),) * len(array.shape)]
+        check_finite_as(whole, form.dtype, (0,) * whole.ndim)
+        return whole
+    for cut in _cuts(array.shape, form.axis, array.dtype.itemsize):
+        check_finite_as(array[cut], form.dtype, [each.start for each in cut])
+    return None
 
 
 def _parts(array: SourceArray, form: Form) -> Iterator[Rows]:

@@ -6,9 +6,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vqserve.errors import InvalidOption, escape
 from vqserve.layout import Layout
 from vqserve.text import printable
+from vqserve_data.readers.protocol import SourceFile
 from vqserve_data.sources import Found
+from vqserve_server.codebook_files import SUFFIX
+from vqserve_server.codebooks.file import is_codebook_file
 from vqserve_tools.latents.arguments import SourceOptions, digest_of, find_files, one_array, title_of
 from vqserve_tools.latents.array import ArrayRows
 from vqserve_tools.latents.dataset import DataSet, bad_text
@@ -19,7 +23,7 @@ class Sources:
 
     Attributes:
         array: the .npy file; None: it is a data set.
-        paths: local files that are read.
+        paths: local files that are read. Codebook files are not: their tensors are no latents.
     """
 
     def __init__(self, names: Sequence[str], options: SourceOptions | None = None) -> None:
@@ -35,9 +39,15 @@ class Sources:
         self.names = names
         self.options = options or SourceOptions()
         self.array = one_array(names, self.options)
-        self._found = Found([], []) if self.array is not None else find_files(names)
-        found = [file.path for file in self._found.files if file.path is not None]
-        self.paths: list[Path] = found if self.array is None else [self.array]
+        found = Found([], []) if self.array is not None else find_files(names)
+        self._skipped = found.skipped
+        self._codebooks = [file.name for file in found.files if _is_codebook(file)]
+        codebooks = set(self._codebooks)
+        self._files = [file for file in found.files if file.name not in codebooks]
+        if self._codebooks and not self._files:
+            raise InvalidOption(f"{escape(self._codebooks[0])} is a codebook: name files of latents")
+        read = [file.path for file in self._files if file.path is not None]
+        self.paths: list[Path] = read if self.array is None else [self.array]
 
     def read_array(
         self, layout: str | None = None, *, default: Layout | None = None, keeps_float64: bool = False
@@ -57,7 +67,7 @@ class Sources:
     ) -> DataSet:
         """Return the data set; see `DataSet`."""
         return DataSet(
-            self._found.files,
+            self._files,
             self.options,
             layout,
             default=default,
@@ -70,12 +80,12 @@ class Sources:
         """What is read, for people: the name of the file, or how many files of which sources."""
         if self.array is not None:
             return self.array.name
-        count = len(self._found.files)
+        count = len(self._files)
         return f"{', '.join(map(title_of, self.names))} ({count} {'file' if count == 1 else 'files'})"
 
     def provenance(self) -> Mapping[str, object]:
         """Return what identifies a data set: its names, without folders of this machine, and a digest."""
-        files = self._found.files
+        files = self._files
         options = self.options
         selection = {"column": options.column, "member": list(options.member), "key": options.key}
         return {
@@ -89,15 +99,23 @@ class Sources:
 
     def tell_of_left_out(self, data: DataSet) -> None:
         """Write to stderr which files and items of a data set that was read are left out."""
-        skipped, contents = self._found.skipped, data.contents
-        if skipped:
-            _say(f"{len(skipped)} files of types that are not read are left out, such as {skipped[0]}")
+        contents = data.contents
+        for what, names in (
+            ("files of types that are not read", self._skipped),
+            ("codebook files", self._codebooks),
+        ):
+            if names:
+                _say(f"{what}, left out: {len(names)}, such as {names[0]}")
         if contents.bad:
-            _say(f"{contents.bad} of {contents.bad + contents.items} items are left out:")
+            _say(f"items that cannot be used, left out: {contents.bad} of {contents.bad + contents.items}")
             for bad in contents.named:
                 sys.stderr.write(f"  {bad_text(bad)}\n")
             if contents.bad > len(contents.named):
                 sys.stderr.write(f"  and {contents.bad - len(contents.named)} more\n")
+
+
+def _is_codebook(file: SourceFile) -> bool:
+    return file.path is not None and file.path.suffix == SUFFIX and is_codebook_file(file.path)
 
 
 def _say(text: str) -> None:

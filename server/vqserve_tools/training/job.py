@@ -81,7 +81,7 @@ def train_file(
     if plot is not None:
         check_plot(plot, force=force, sources=[*found.paths, out])
     rows, origin = _read(found, layout, options.seed, progress=progress)
-    share = (0.0 if found.array else DATA_SET_SHARE) if held_out is None else held_out
+    share = _usual_share(rows) if held_out is None else held_out
     with of_file(found.array):
         parts = split(rows, share, seed=options.seed) if share else None
         trained = train(
@@ -131,6 +131,12 @@ def _read(
     sizes = {"items": contents.items, "bad_items": contents.bad, "rows": contents.tokens, "sampled_rows": len(sample)}
     forms = {"dtypes": sorted(contents.dtypes), "layouts": sorted(map(str, contents.layouts))}
     return sample, {**found.provenance(), **sizes, **forms}
+
+
+def _usual_share(rows: ArrayRows | SampledRows) -> float:
+    """Return the share that is held out by default: none of one array, whose codebook stays as it always was."""
+    is_enough = isinstance(rows, SampledRows) and round(DATA_SET_SHARE * len(rows)) > 0
+    return DATA_SET_SHARE if is_enough else 0.0
 
 
 def _say_layout(what: str, shape: tuple[int, ...], layout: str, channels: int) -> None:
