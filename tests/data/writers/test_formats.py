@@ -257,9 +257,9 @@ def test_the_metadata_is_where_a_reader_of_the_format_finds_it(tmp_path):
     with safe_open(tmp_path / "shard-00000.safetensors", "numpy") as file:
         assert file.metadata() == METADATA
     with tarfile.open(tmp_path / "shard-00000.tar") as archive:
-        assert archive.pax_headers == {f"VQSERVE.{name}": value for name, value in METADATA.items()}
+        assert json.loads(archive.pax_headers["comment"]) == METADATA
     schema = pq.read_schema(tmp_path / "shard-00000.parquet")
-    assert {name: schema.metadata[f"vqserve.{name}".encode()].decode() for name in METADATA} == METADATA
+    assert {name: schema.metadata[name.encode()].decode() for name in METADATA} == METADATA
     assert TokenStream(tmp_path / "shard-00000.bin").metadata == METADATA
 
 
@@ -365,7 +365,7 @@ def test_parquet_items_with_other_fields_later_widen_the_table(tmp_path, monkeyp
     assert [row["a"] for row in rows] == [None, None, 1, None, 2.5, None, None]
     assert [row["b"] for row in rows] == [None, None, None, "x", None, "y", None]
     assert [row["c"] for row in rows[-2:]] == [{"d": 1, "e": None}, {"d": None, "e": 2}]
-    assert pq.read_schema(tmp_path / "shard-00000.parquet").metadata[b"vqserve.codebook"] == b"demo"
+    assert pq.read_schema(tmp_path / "shard-00000.parquet").metadata[b"codebook"] == b"demo"
 
 
 @pytest.mark.parametrize("rows", [1, 10])
