@@ -20,6 +20,7 @@ from support.certificates import free_port
 from support.pages import examples, follow
 from support.waiting import eventually
 from vqserve_client import Client
+from vqserve_data.items import RawItem
 from vqserve_data.stream import TokenStream
 from vqserve_server.codebook_files import DEMO_PATH
 from vqserve_server.tokenizer import Tokenizer
@@ -59,13 +60,20 @@ def images(count):
 
 
 def test_data_set(guide, demo, tmp_path):
-    guide("data-set")
+    assert guide("data-set").endswith("300 0 19200\n")
     latents = np.stack(images(300))
     indices = demo.encode(latents)
     for i, (tokens, decoded) in enumerate(zip(indices, demo.decode(indices), strict=True)):
         assert (np.load(tmp_path / f"tokens/{i:03}.npy") == tokens).all()
         assert (np.load(tmp_path / f"decoded/{i:03}.npy") == decoded).all()
     assert demo.info.digest in (tmp_path / "tokens/manifest.json").read_text()
+    with np.load(tmp_path / "tokens-npz/shard-00000.npz") as shard:
+        assert (np.stack([shard[f"{i:03}"] for i in range(300)]) == indices).all()
+    pictures = runpy.run_path(str(tmp_path / "encoders.py"))["latents"]
+    for i in range(8):
+        content = (tmp_path / f"pictures/{i}.png").read_bytes()
+        expected = demo.encode(pictures(RawItem(f"{i}", "", {"png": content})))
+        assert (np.load(tmp_path / f"picture-tokens/{i}.npy") == expected).all()
 
 
 def test_training(guide, demo, tmp_path):
