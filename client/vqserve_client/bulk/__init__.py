@@ -8,9 +8,10 @@ from vqserve_client.bulk.dataset import JobOptions, Summary, decode, encode
 from vqserve_client.bulk.job import Limits, TooManyErrors
 from vqserve_client.conversion import ConversionOptions
 from vqserve_data.errors import FileError, MissingLibrary
-from vqserve_data.items import BadItem, Entry, Item
-from vqserve_data.readers import add_reader
+from vqserve_data.items import BadItem, Entry, Item, RawItem
+from vqserve_data.readers import add_reader, reader_of
 from vqserve_data.readers.protocol import Reader, Selection, SourceFile
+from vqserve_data.sources import find
 from vqserve_data.writers import add_writer
 from vqserve_data.writers.protocol import Shard, Writer, Written
 
@@ -23,6 +24,7 @@ __all__ = [
     "JobOptions",
     "Limits",
     "MissingLibrary",
+    "RawItem",
     "Reader",
     "Selection",
     "Shard",
@@ -35,4 +37,6 @@ __all__ = [
     "add_writer",
     "decode",
     "encode",
+    "find",
+    "reader_of",
 ]
