@@ -106,7 +106,7 @@ def test_rows_of_one_file_are_sampled_and_held_out_if_asked(tmp_path: Path, caps
     assert load_codebook(out).provenance["latents"]["file"] == "z.npy"
     assert train(tmp_path / "z.npy", "--sample-rows=200", "--force", out=out) == 0
     output = capsys.readouterr().out
-    assert "\nread 1 items of 1 files, a sample of 200 of 600 rows\n" in output
+    assert "\nread 1 item of 1 file, a sample of 200 of 600 rows\n" in output
     assert "\ntrained on 190 rows, held out 10\n" in output
 
 
@@ -123,7 +123,7 @@ def test_items_that_cannot_be_used_are_named(folder: Path, tmp_path: Path, capsy
     assert load_codebook(out).provenance["latents"]["bad_items"] == 1
     assert train(folder, "--quiet", "--force", "--max-errors=0", out=out) == 1
     assert capsys.readouterr().err == (
-        f"vqserved: error: 1 items cannot be used, and --max-errors is 0. The last: {folder / '000.npy'}, item 000: "
+        f"vqserved: error: 1 item cannot be used, and --max-errors is 0. The last: {folder / '000.npy'}, item 000: "
         "latents[0, 0, 0, 0] is nan\n"
     )
 
