@@ -26,6 +26,7 @@ from vqserve.text import printable
 from vqserve_client.arguments import (
     add_codebook,
     add_connection,
+    add_connections,
     add_message_limit,
     add_progress,
     add_retries,
@@ -117,6 +118,7 @@ def _add_files(command: argparse.ArgumentParser, what: str) -> None:
     add_codebook(command)
     add_message_limit(command)
     add_retries(command)
+    add_connections(command)
     command.add_argument("--quiet", action="store_true", help="say nothing but errors")
     add_progress(command, "a progress bar")
 
@@ -132,7 +134,12 @@ def _decode(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace, convert: Callable[[Client, Task, Progress], Done], task: Task) -> int:
     shown = args.progress and not args.quiet
     with (
-        Client(**connection(args), retries=args.retries, max_message_bytes=args.max_message_bytes) as client,
+        Client(
+            **connection(args),
+            retries=args.retries,
+            max_message_bytes=args.max_message_bytes,
+            connections=args.connections,
+        ) as client,
         _bar(shown=shown) as progress,
     ):
         done = convert(client, task, progress)
@@ -168,16 +175,17 @@ def _status(args: argparse.Namespace) -> int:
     from vqserve_client import health  # noqa: PLC0415
     from vqserve_client.channel import Connection  # noqa: PLC0415
 
-    server = Connection(client_config(**connection(args)))
-    try:
+    config = client_config(**connection(args))
+    with contextlib.ExitStack() as stack:
+        servers = [Connection(config, address) for address in config.address.addresses]
+        for server in servers:
+            stack.callback(server.close)
         if not args.wait:
-            status = health.status(server, timeout_s=args.timeout)
+            status = health.status_of_any(servers, timeout_s=args.timeout)
         else:
-            status = health.wait_until_serving(server, timeout_s=args.wait)
+            status = health.wait_until_any_serves(servers, timeout_s=args.wait)
             if status == health.UNREACHABLE:
-                _print_reason(lambda: health.status(server, timeout_s=args.timeout))
-    finally:
-        server.close()
+                _print_reason(lambda: health.status_of_any(servers, timeout_s=args.timeout))
     info = _server_info(args) if status == health.SERVING and not args.quiet else None
     if args.json:
         print(json.dumps({"status": status, "server": None if info is None else asdict(info)}), flush=True)
