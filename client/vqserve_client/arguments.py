@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from vqserve.validation import check_digest_form, check_timeout
@@ -134,17 +133,6 @@ def add_connections(command: argparse._ActionsContainer) -> None:
     )
 
 
-def add_retries(command: argparse.ArgumentParser) -> None:
-    """Add the option for retries."""
-    command.add_argument(
-        "--retries",
-        type=integer(0),
-        default=ClientConfig.retries,
-        metavar="N",
-        help=f"while the server is overloaded or unreachable ({ClientConfig.retries}, half a second; 20 are a minute)",
-    )
-
-
 def add_progress(command: argparse.ArgumentParser, what: str) -> None:
     """Add the option that shows progress."""
     command.add_argument(
@@ -186,13 +174,6 @@ def target(text: str) -> str:
     except ValueError as error:
         source = "VQSERVE_TARGET: " if text == os.environ.get("VQSERVE_TARGET") else ""
         raise argparse.ArgumentTypeError(f"{source}{error}") from None
-
-
-def new_file(text: str) -> Path:
-    """Return the path of a file to write."""
-    if text.endswith(("/", os.sep)):
-        raise argparse.ArgumentTypeError(f"{text} is the name of a folder: name a file in it")
-    return Path(text)
 
 
 def digest(text: str) -> str:

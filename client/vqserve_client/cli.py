@@ -14,36 +14,28 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from vqserve import __version__
 from vqserve.arguments import Parser
 from vqserve.codebook_info import CodebookInfo
-from vqserve.dtypes import LATENT_NAMES
 from vqserve.errors import COMMAND_LINE, LayoutWarning, VqserveError
 from vqserve.text import printable
 from vqserve_client.arguments import (
-    add_codebook,
     add_connection,
-    add_connections,
-    add_message_limit,
-    add_progress,
-    add_retries,
     connection,
-    integer,
-    new_file,
     seconds_or_zero,
 )
 from vqserve_client.client import Client
 from vqserve_client.config import client_config
 from vqserve_client.server_info import ServerInfo
-from vqserve_client.transfer import Done, Progress, Task, decode_file, encode_file
 from vqserve_data.errors import FileError
 
 # Commands that are imported on demand, also of packages on top of this one: name, help, and a module with
-# `add_arguments` and `run`.
+# `add_arguments` and `run`. The parser's default of `command` is the name.
 _TOOLS = {
+    "encode": ("write the indices of latents: of a .npy file, or of a data set", "vqserve_client.bulk.command"),
+    "decode": ("write the latents of indices: of a .npy file, or of a data set", "vqserve_client.bulk.command"),
     "admin": ("operate a server: reload, drain, log level, status", "vqserve_client.admin.command"),
     "bench": ("measure a server under load", "vqserve_bench.command"),
 }
@@ -72,22 +64,6 @@ def _parser(command: str) -> Parser:
     parser.add_argument("--version", action="version", version=f"vqserve {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    encode = _command(commands, "encode", "write the indices of a .npy file of latents", _encode)
-    decode = _command(commands, "decode", "write the latents of a .npy file of indices", _decode)
-    _add_files(encode, "latents, float16, float32 or float64 of 2 to 5 axes")
-    _add_files(decode, "indices, integers, shaped as encode writes them")
-    for files in (encode, decode):
-        files.add_argument(
-            "--num-quantizers",
-            type=integer(1),
-            metavar="N",
-            help="residual codebooks: number of indices for each token (default: all)",
-        )
-    decode.add_argument(
-        "--dtype", choices=LATENT_NAMES, default="float32", help="of the latents (bfloat16 is stored as float32)"
-    )
-    decode.add_argument("--output", choices=("latents", "code_rows"), default="latents", help="what to write")
-
     codebooks = _command(commands, "codebooks", "list the served codebooks", _codebooks)
     codebooks.add_argument("--json", action="store_true", help="as JSON, with all fields")
 
@@ -106,61 +82,9 @@ def _parser(command: str) -> Parser:
 
 def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, command=name)
     add_connection(command)
     return command
-
-
-def _add_files(command: argparse.ArgumentParser, what: str) -> None:
-    command.add_argument("source", type=Path, metavar="IN.npy", help=what)
-    command.add_argument("-o", "--out", type=new_file, required=True, metavar="OUT.npy", help="the file to write")
-    command.add_argument("--force", action="store_true", help="replace OUT if it is there")
-    add_codebook(command)
-    add_message_limit(command)
-    add_retries(command)
-    add_connections(command)
-    command.add_argument("--quiet", action="store_true", help="say nothing but errors")
-    add_progress(command, "a progress bar")
-
-
-def _encode(args: argparse.Namespace) -> int:
-    return _convert(args, encode_file, _task(args))
-
-
-def _decode(args: argparse.Namespace) -> int:
-    return _convert(args, decode_file, _task(args, dtype=args.dtype, output=args.output))
-
-
-def _convert(args: argparse.Namespace, convert: Callable[[Client, Task, Progress], Done], task: Task) -> int:
-    shown = args.progress and not args.quiet
-    with (
-        Client(
-            **connection(args),
-            retries=args.retries,
-            max_message_bytes=args.max_message_bytes,
-            connections=args.connections,
-        ) as client,
-        _bar(shown=shown) as progress,
-    ):
-        done = convert(client, task, progress)
-    if not args.quiet:
-        shape = "x".join(map(str, done.shape))
-        summary = f"{shape} {done.dtype}, codebook {done.info.name}, digest {done.info.digest}"
-        print(printable(f"wrote {task.target}: {summary}"), file=sys.stderr)
-    return 0
-
-
-def _task(args: argparse.Namespace, **more: Any) -> Task:
-    return Task(
-        source=args.source,
-        target=args.out,
-        force=args.force,
-        codebook=args.codebook,
-        digest=args.digest,
-        layout=args.layout,
-        num_quantizers=args.num_quantizers,
-        **more,
-    )
 
 
 def _codebooks(args: argparse.Namespace) -> int:
@@ -234,27 +158,6 @@ def _table(codebooks: Sequence[CodebookInfo]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
     )
-
-
-@contextlib.contextmanager
-def _bar(*, shown: bool) -> Iterator[Progress]:
-    """Yield a function that begins a progress bar, or one that shows nothing."""
-    if not shown:
-        yield lambda _: lambda _: None
-        return
-    from tqdm import tqdm  # noqa: PLC0415
-
-    with contextlib.ExitStack() as stack:
-
-        def begin(tokens: int) -> Callable[[int], None]:
-            bar = stack.enter_context(tqdm(total=tokens, unit="token", unit_scale=True, file=sys.stderr))
-
-            def advance(count: int) -> None:
-                bar.update(count)
-
-            return advance
-
-        yield begin
 
 
 @contextlib.contextmanager

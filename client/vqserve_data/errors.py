@@ -7,6 +7,10 @@ class FileError(Exception):
     """A file cannot be used; the text names it."""
 
 
+class UnfitSelection(FileError):
+    """The selection of arrays does not fit a file, such as a column that it does not have."""
+
+
 class MissingLibrary(FileError):
     """A format needs a library that is not installed; the text has the install command."""
 

@@ -98,6 +98,7 @@ INDICES = (
 )
 DTYPES = LATENTS + INDICES
 LATENT_NAMES = tuple(dtype.name for dtype in LATENTS)
+INDEX_NAMES = tuple(dtype.name for dtype in INDICES)
 
 BFLOAT16 = LATENTS[2]
 

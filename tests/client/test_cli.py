@@ -48,7 +48,7 @@ def files(tmp_path, latents):
 @pytest.mark.usefixtures("apart")
 def test_there_and_back(vqserve, tiny, files, monkeypatch):
     # Pieces of 4096 bytes, so that this small file is cut inside its items.
-    monkeypatch.setattr("vqserve_client.transfer._PIECE_BYTES", 4096)
+    monkeypatch.setattr("vqserve_client.conversion.PIECE_BYTES", 4096)
     source, middle, target = files
     said = f"20x32x32 uint16, codebook small, digest {tiny.codes['small'].info.digest}"
     assert vqserve("encode", source, "-o", middle) == (0, "", f"wrote {middle}: {said}\n")
@@ -69,7 +69,12 @@ def test_there_and_back(vqserve, tiny, files, monkeypatch):
             expected = client.decode(indices, **options)
             assert decoded.dtype == expected.dtype
             assert (decoded == expected).all()
-    assert sorted(path.name for path in source.parent.iterdir()) == ["in.npy", "indices.npy", "out.npy"]
+    assert sorted(path.name for path in source.parent.iterdir()) == [
+        "in.npy",
+        "indices.npy",
+        "indices.npy.json",
+        "out.npy",
+    ]
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (0, 4, 3, 3), (2, 4, 0, 3)])
@@ -95,6 +100,11 @@ def test_what_is_no_file_is_kept(vqserve, tiny, files, tmp_path):
     assert (code, out) == (1, "")
     assert one_line(err)
     assert "is a device or a pipe" in err
+    (tmp_path / "text.txt").write_text("kept")
+    code, _, err = vqserve("encode", files[0], "-o", tmp_path / "text.txt", "--force")
+    assert code == 1
+    assert "is a file: name a folder, or NAME.npy" in err
+    assert (tmp_path / "text.txt").read_text() == "kept"
     assert pipe.is_fifo()
     assert tiny.requests == []
 
@@ -198,8 +208,9 @@ def test_errors_are_one_line_and_leave_nothing_behind(vqserve, tiny, failing, fi
     assert "int64" in vqserve("encode", save(tmp_path, np.arange(4)), "-o", middle)[2]
     assert "float32" in vqserve("decode", source, "-o", middle)[2]
     assert "no folder" in vqserve("encode", source, "-o", tmp_path / "nowhere" / "x.npy")[2]
-    assert "is a folder" in vqserve("encode", source, "-o", tmp_path)[2]
-    assert "is the name of a folder" in vqserve("encode", source, "-o", f"{tmp_path}/new/")[2]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    assert "is not empty" in vqserve("encode", source, "-o", tmp_path / "full")[2]
     assert "no codebook 'x' is served" in vqserve("encode", source, "-o", middle, "--codebook", "x")[2]
     assert "codebook 'small' has digest" in vqserve("encode", source, "-o", middle, "--digest", "0" * 64)[2]
     tiny.script.append(failing("INTERNAL", "line\nline\x1b[31m"))
@@ -209,7 +220,7 @@ def test_errors_are_one_line_and_leave_nothing_behind(vqserve, tiny, failing, fi
     assert "array 0" not in err
     assert "line" in err
     assert "\x1b" not in err
-    assert {path.name for path in tmp_path.iterdir()} == before | {"saved.npy"}
+    assert {path.name for path in tmp_path.iterdir()} == before | {"saved.npy", "full"}
 
 
 def save(folder, array):

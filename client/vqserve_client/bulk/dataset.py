@@ -1,0 +1,325 @@
+"""One job over a data set, from its sources to its output: what `vqserve encode` and `decode` do with a folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from vqserve.errors import InvalidArgument
+from vqserve_client.bulk.job import Job, Limits
+from vqserve_client.bulk.keys import Keys, check_unique
+from vqserve_client.bulk.mapping import Mapping
+from vqserve_client.bulk.progress import Counts, Display, short
+from vqserve_client.bulk.records import Records, read_manifest
+from vqserve_client.bulk.tokens import PartFile, output_of
+from vqserve_client.client import Client
+from vqserve_client.conversion import Conversion, ConversionOptions, Decoding, Encoding
+from vqserve_client.provenance import codebook_of, common_origin, description, options_as_made
+from vqserve_data.errors import FileError
+from vqserve_data.items import BadItem, Entry, Item
+from vqserve_data.readers import reader_of
+from vqserve_data.readers.protocol import Selection, SourceFile
+from vqserve_data.sources import find
+from vqserve_data.writers import writer_of
+
+Form = Literal["bar", "lines", "json", "none"]
+_KINDS = {"encode": "indices", "decode": "latents"}
+# Mirrored files that appear together.
+_MIRRORED_ITEMS = 1000
+# Keys that a dry run shows.
+_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """Options of a job, as those of the command line.
+
+    Attributes:
+        conversion: options of each call; those of the codebook's tokens are the default of decode.
+        codebook: name of the codebook; None: the only one, or the one that made the tokens.
+        digest: digest of the codebook; None: any.
+        format: format of the output.
+        select: which arrays of the sources are items.
+        limits: limits of shards and errors.
+        map: function between the sources and the server, as "package.module:function".
+        map_processes: processes of that function; 0: this one.
+        force: whether an output of another job is removed, and tokens may meet another codebook.
+        progress: how it is shown.
+    """
+
+    conversion: ConversionOptions = field(default_factory=ConversionOptions)
+    codebook: str | None = None
+    digest: str | None = None
+    format: str = "npy"
+    select: Selection = field(default_factory=Selection)
+    limits: Limits = field(default_factory=Limits)
+    map: str | None = None
+    map_processes: int = 0
+    force: bool = False
+    progress: Form = "none"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a job did.
+
+    Attributes:
+        folder: folder of the output.
+        items: items with a result, those of earlier runs included.
+        bad: items without one; errors.jsonl in the folder says why.
+        tokens: tokens of the items.
+        counts: counts of this run.
+    """
+
+    folder: Path
+    items: int
+    bad: int
+    tokens: int
+    counts: Counts
+
+
+class DataSet:
+    """The sources of a job, their items and its codebook: all that is known before the first array is read.
+
+    Attributes:
+        conversion: what is done to each array.
+        files: the sources in order.
+        skipped: files in folders that no reader knows.
+    """
+
+    def __init__(
+        self, client: Client, operation: str, sources: Sequence[str], folder: Path, options: JobOptions
+    ) -> None:
+        """Find the sources and the codebook.
+
+        Raises:
+            FileError: a source cannot be used.
+            VqserveError: the servers do not have the codebook.
+        """
+        self._client = client
+        self._folder = folder
+        self._options = options
+        self._writer = writer_of(options.format)
+        if _KINDS[operation] not in self._writer.kinds:
+            raise FileError(f"--format {options.format} cannot hold {_KINDS[operation]}")
+        self._map = None if options.map is None else Mapping(options.map, options.map_processes)
+        self._select = replace(options.select, fields=self._writer.keeps_fields, raw=self._map is not None)
+        self._output = output_of(sources) if operation == "decode" else None
+        self.files: Sequence[SourceFile]
+        self.skipped: Sequence[str] = ()
+        if self._output is not None:
+            self.files = self._output.parts()
+        else:
+            found = find(sources, any_suffix=self._map is not None)
+            self.files, self.skipped = found.files, found.skipped
+        self._check_apart(sources)
+        before = None if options.force else read_manifest(folder)
+        self._continued: dict[str, Any] | None = None if before is None else before["job"]
+        self.conversion = self._conversion(operation)
+        self._counts = Counts(total_bytes=sum(file.size for file in self.files))
+
+    @property
+    def job(self) -> dict[str, Any]:
+        """What the job is, as the manifest says it: the same job is needed to go on."""
+        options = self._options
+        made = description(self.conversion.operation, self.conversion.info, self.conversion.options)
+        if self._continued is not None and self._continued["codebook"]["digest"] == self.conversion.info.digest:
+            # The codebook may have got another version number since.
+            made["codebook"] = self._continued["codebook"]
+        limits = self._limits
+        return {
+            **made,
+            "select": {
+                "column": options.select.column,
+                "members": list(options.select.members),
+                "key": options.select.key,
+                "map": options.map,
+            },
+            "format": {
+                "name": options.format,
+                "shard_items": limits.shard_items,
+                "shard_bytes": limits.shard_bytes,
+            },
+        }
+
+    def run(self) -> Summary:
+        """Convert what is left of the data set.
+
+        Raises:
+            FileError: the output cannot be written, is that of another job, or a source was changed.
+            VqserveError: the servers cannot go on.
+        """
+        records = Records(self._folder)
+        counts = self._counts
+        with Display(counts, self._options.progress):
+            try:
+                records.open(self.job, self.files, restart=self._options.force)
+                records.check()
+                counts.total_items = self._count_keys()
+                counts.begun_items = sum(part.items + part.bad for part in records.parts)
+                counts.read_bytes = sum(file.size for file in self.files[: records.end.file])
+                self._run(records)
+            finally:
+                records.close()
+                if self._map is not None:
+                    self._map.close()
+        items, bad, tokens = (sum(getattr(part, name) for part in records.parts) for name in ("items", "bad", "tokens"))
+        return Summary(self._folder, items, bad, tokens, counts)
+
+    def outlook(self) -> str:
+        """Return what would be read and written, without doing it.
+
+        Raises:
+            FileError: a source cannot be read.
+        """
+        items = tokens = nbytes = unknown = 0
+        keys: list[str] = []
+        bad: list[str] = []
+        for file, entry in self._entries():
+            items += 1
+            if len(keys) < _SHOWN:
+                keys.append(entry.key)
+            if entry.shape is None or entry.dtype is None or self._map is not None:
+                unknown += 1
+                continue
+            try:
+                outline = self.conversion.outline(entry.shape, entry.dtype)
+            except InvalidArgument as error:
+                bad.append(f"{entry.key} in {file.name}: {error.message}")
+                continue
+            tokens += outline.tokens
+            nbytes += math.prod(outline.shape) * self.conversion.dtype.itemsize
+        info = self.conversion.info
+        lines = [
+            f"codebook: {info.name}, {info.size}, digest {info.digest}",
+            f"sources: {len(self.files):,} files, {short(self._counts.total_bytes)}B, {items:,} items "
+            f"({', '.join(keys)}{', ...' if items > len(keys) else ''})",
+            f"output: {self._folder}, format {self._options.format}, {short(tokens)}tokens, {self.conversion.dtype}, "
+            f"{short(nbytes)}B" + (f", and {unknown:,} items whose size is not known before" if unknown else ""),
+        ]
+        if self.skipped:
+            lines.append(f"left out: {len(self.skipped):,} files of other types, such as {self.skipped[0]}")
+        lines += [f"no result: {text}" for text in bad[:_SHOWN]]
+        if len(bad) > _SHOWN:
+            lines.append(f"no result: {len(bad) - _SHOWN:,} more")
+        return "\n".join(lines)
+
+    @property
+    def _limits(self) -> Limits:
+        limits = self._options.limits
+        if self._writer.names(0) is not None or limits.shard_items is not None:
+            return limits
+        return Limits(shard_items=_MIRRORED_ITEMS, shard_bytes=limits.shard_bytes, errors=limits.errors)
+
+    def _conversion(self, operation: str) -> Conversion:
+        options = self._options
+        made_by = self._continued
+        if operation == "decode":
+            made_by = self._origin()
+        info = codebook_of(
+            made_by,
+            self._client.codebooks(),
+            name=options.codebook,
+            digest=options.digest,
+            target=self._client.target,
+            force=options.force,
+        )
+        if operation == "encode":
+            return Encoding(info, options.conversion)
+        return Decoding(info, options_as_made(options.conversion, made_by))
+
+    def _check_apart(self, sources: Sequence[str]) -> None:
+        """Check that what is written is not among what is read: the next run would read it, too.
+
+        Raises:
+            FileError: the output is in a source, or a source in the output.
+        """
+        out = self._folder.resolve()
+        inside = next((source for source in sources if out.is_relative_to(Path(source).resolve())), None)
+        if inside is not None:
+            raise FileError(f"{self._folder} is in {inside}, which is read: name a folder that is apart from it")
+        for folder in {file.path.parent for file in self.files if file.path is not None}:
+            if folder.resolve().is_relative_to(out):
+                raise FileError(f"{folder} is read, and in {self._folder}, which is written: name another folder")
+
+    def _origin(self) -> dict[str, Any] | None:
+        """Return what made the tokens; None: nothing says it."""
+        if self._output is not None:
+            return self._output.made_by
+        return common_origin(file.path for file in self.files if file.path is not None and file.path.suffix == ".npy")
+
+    def _run(self, records: Records) -> None:
+        job = Job(
+            self._client,
+            self.conversion,
+            files=self.files,
+            read=self._read,
+            writer=self._writer,
+            metadata={"vqserve": json.dumps(self.job, separators=(",", ":"))},
+            records=records,
+            limits=self._limits,
+            counts=self._counts,
+        )
+        try:
+            job.run()
+        except BaseException:
+            records.write_errors(job.open_errors)
+            raise
+        records.finish(self.job)
+
+    def _read(self, file: SourceFile, start: int) -> Iterator[Item | BadItem]:
+        if isinstance(file, PartFile):
+            return file.read(start)
+        records = reader_of(file).read(file, self._select, start=start)
+        # Without a map no reader gives raw items.
+        return cast("Iterator[Item | BadItem]", records) if self._map is None else self._map(records)
+
+    def _count_keys(self) -> int | None:
+        """Check that the keys are unique; return the number of items."""
+        if self._output is not None:
+            return sum(file.part.items for file in self.files if isinstance(file, PartFile))
+        keys = Keys()
+        for _, entry in self._entries():
+            keys.add(entry.key)
+        check_unique(keys, ((file, entry.key) for file, entry in self._entries()))
+        return len(keys)
+
+    def _entries(self) -> Iterator[tuple[SourceFile, Entry]]:
+        for file in self.files:
+            if isinstance(file, PartFile):
+                for item in file.read():
+                    if isinstance(item, Item):
+                        yield file, Entry(item.key, tuple(item.array.shape), np.dtype(item.array.dtype))
+                continue
+            try:
+                for entry in reader_of(file).entries(file, self._select):
+                    yield file, entry
+            except FileError:
+                # It is one item without a result when it is read.
+                yield file, Entry(file.key)
+
+
+def encode(client: Client, sources: Sequence[str], folder: Path, options: JobOptions | None = None) -> Summary:
+    """Write the indices of a data set of latents into a folder; see `vqserve encode`.
+
+    Raises:
+        FileError: a source or the output cannot be used.
+        VqserveError: see errors.py.
+    """
+    return DataSet(client, "encode", sources, folder, options or JobOptions()).run()
+
+
+def decode(client: Client, sources: Sequence[str], folder: Path, options: JobOptions | None = None) -> Summary:
+    """Write the latents of a data set of indices, or of the output of `encode`; see `vqserve decode`.
+
+    Raises:
+        FileError: a source or the output cannot be used.
+        VqserveError: see errors.py.
+    """
+    return DataSet(client, "decode", sources, folder, options or JobOptions()).run()

@@ -1,0 +1,363 @@
+"""What a job writes about its output, so that it can go on after any end: the manifest and one record file a part.
+
+A part is a run of items whose files appear together. It counts when its record file is there, which is renamed to its
+name after the files of the part. So a job that was killed leaves whole parts, and perhaps files that no record names.
+Nothing in these files depends on the time or on the machine: the same job leaves the same bytes, killed or not.
+
+    OUT/manifest.json               what the job is: codebook, options, sources; whether it is complete
+    OUT/manifest/sources.jsonl      the files that are read, in order
+    OUT/manifest/part-00000.jsonl   a line about the part, then one for each of its items
+    OUT/errors.jsonl                the items without a result, and why
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vqserve.text import printable
+from vqserve_data.drafts import drafts_below, write_file
+from vqserve_data.errors import FileError
+from vqserve_data.readers.protocol import SourceFile
+from vqserve_data.writers.protocol import Written
+
+MANIFEST = "manifest.json"
+ERRORS = "errors.jsonl"
+_FOLDER = "manifest"
+_SOURCES = "sources.jsonl"
+_READ_BYTES = 1 << 20
+# Version of the form of these files.
+_FORM = 1
+# Differences that an error lists.
+_MOST_LISTED = 5
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class Position(NamedTuple):
+    """A place in the sources: so many items of this file, and all of the files before it, are behind it."""
+
+    file: int
+    items: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """The first line of a record file.
+
+    Attributes:
+        files: what was written.
+        end: the place in the sources after its last item.
+        items: items with a result.
+        bad: items without one.
+        tokens: tokens of the items.
+    """
+
+    files: tuple[Written, ...]
+    end: Position
+    items: int
+    bad: int
+    tokens: int
+
+    def line(self) -> str:
+        """Return it as a line of JSON."""
+        return _line(
+            {
+                "files": [{"name": file.name, "bytes": file.nbytes, "sha256": file.sha256} for file in self.files],
+                "end": list(self.end),
+                "items": self.items,
+                "bad": self.bad,
+                "tokens": self.tokens,
+            }
+        )
+
+    @classmethod
+    def of_line(cls, line: str) -> Part:
+        """Return the part that a line describes.
+
+        Raises:
+            ValueError, KeyError, TypeError: it describes none.
+        """
+        fields = json.loads(line)
+        files = tuple(Written(file["name"], file["bytes"], file["sha256"]) for file in fields["files"])
+        return cls(files, Position(*fields["end"]), fields["items"], fields["bad"], fields["tokens"])
+
+
+class Records:
+    """The records of one output folder, for the one job that may write there.
+
+    Attributes:
+        folder: the folder.
+        parts: the parts that are whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.parts: list[Part] = []
+        self._lock: int | None = None
+
+    @property
+    def end(self) -> Position:
+        """The place in the sources behind the last whole part."""
+        return self.parts[-1].end if self.parts else Position(0, 0)
+
+    def open(self, job: Mapping[str, Any], sources: Sequence[SourceFile], *, restart: bool) -> None:
+        """Begin an output, or go on with it.
+
+        Args:
+            job: what the job is, as JSON: the same job is needed to go on.
+            sources: the files that are read.
+            restart: whether the output of another job in the folder is removed.
+
+        Raises:
+            FileError: the folder has something else in it, or the output of another job.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            what = "a file" if self.folder.is_file() else "a device or a pipe"
+            raise FileError(f"{self.folder} is {what}: name a folder, or NAME.npy to write one array")
+        if self.folder.is_dir() and read_manifest(self.folder) is None:
+            self._check_empty()
+        with _named(self.folder):
+            (self.folder / _FOLDER).mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+        listed = "".join(map(_source_line, sources))
+        before = read_manifest(self.folder)
+        if before is not None and restart:
+            self._remove()
+            before = None
+        if before is None:
+            write_file(self.folder / _FOLDER / _SOURCES, [listed.encode()])
+            self._write_manifest(job)
+            return
+        differences = _differences(before["job"], json.loads(json.dumps(job)))
+        if not differences:
+            differences = _source_differences((self.folder / _FOLDER / _SOURCES).read_text(), listed)
+        if differences:
+            shown = "; ".join(differences[:_MOST_LISTED])
+            more = f"; and {len(differences) - _MOST_LISTED} more" if len(differences) > _MOST_LISTED else ""
+            raise FileError(
+                f"{self.folder} has the output of another job: {shown}{more}. Name another folder, or begin anew "
+                "with --force, which removes that output"
+            )
+        self.parts = list(self._whole_parts())
+
+    def check(self, advance: Any = None) -> None:
+        """Check that the files of the whole parts are as they were written; remove what belongs to no whole part.
+
+        Args:
+            advance: called with the bytes of each file that was checked.
+
+        Raises:
+            FileError: a file is missing or was changed.
+        """
+        for part in self.parts:
+            for file in part.files:
+                check_file(self.folder, file)
+                if advance is not None:
+                    advance(file.nbytes)
+        for path in drafts_below(self.folder):
+            path.unlink()
+        for path in (self.folder / _FOLDER).glob("part-*.jsonl"):
+            if _part_number(path) >= len(self.parts):
+                path.unlink()
+
+    def add(self, part: Part, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Add a part, whose files are in place.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        path = self.folder / _FOLDER / _part_name(len(self.parts))
+        write_file(path, map(str.encode, chain([part.line()], map(_line, lines))))
+        self.parts.append(part)
+
+    def finish(self, job: Mapping[str, Any]) -> None:
+        """Write errors.jsonl, and the manifest of a complete output."""
+        self.write_errors()
+        totals = {name: sum(getattr(part, name) for part in self.parts) for name in ("items", "bad", "tokens")}
+        self._write_manifest(job, complete=True, parts=len(self.parts), **totals)
+
+    def write_errors(self, more: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Write the list of the items without a result, `more` after those of the parts; without any, remove it."""
+        parts = read_parts(self.folder, len(self.parts))
+        bad = map(_line, chain((line for _, lines in parts for line in lines if "reason" in line), more))
+        first = next(bad, None)
+        if first is None:
+            (self.folder / ERRORS).unlink(missing_ok=True)
+        else:
+            write_file(self.folder / ERRORS, map(str.encode, chain([first], bad)))
+
+    def close(self) -> None:
+        """Let other jobs write to the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.folder / _FOLDER, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise FileError(f"another job writes to {self.folder}: wait for its end, or name another folder") from None
+        except OSError:
+            # Some network file systems have no locks.
+            return
+
+    def _check_empty(self) -> None:
+        if any(path.name != _FOLDER for path in self.folder.iterdir()):
+            raise FileError(
+                f"{self.folder} is not empty, and is no output of a job: name a new folder, or an empty one"
+            )
+
+    def _whole_parts(self) -> Iterator[Part]:
+        number = 0
+        while (path := self.folder / _FOLDER / _part_name(number)).exists():
+            with path.open() as lines, _readable(path):
+                yield Part.of_line(next(lines))
+            number += 1
+
+    def _remove(self) -> None:
+        """Remove the output of a job, and nothing else."""
+        (self.folder / MANIFEST).unlink()
+        for part in self._whole_parts():
+            for file in part.files:
+                (self.folder / file.name).unlink(missing_ok=True)
+        for path in [*(self.folder / _FOLDER).iterdir(), self.folder / ERRORS]:
+            path.unlink(missing_ok=True)
+        for path in drafts_below(self.folder):
+            path.unlink()
+        for path in sorted(self.folder.rglob("*"), reverse=True):
+            if path.is_dir() and path != self.folder / _FOLDER:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+
+    def _write_manifest(self, job: Mapping[str, Any], *, complete: bool = False, **totals: int) -> None:
+        content = {"form": _FORM, "complete": complete, **totals, "job": job}
+        write_file(self.folder / MANIFEST, [f"{json.dumps(content, indent=2)}\n".encode()])
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of an output folder; None: it has none.
+
+    Raises:
+        FileError: it is not a manifest that this release can read.
+    """
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"cannot read {path}: {error}") from error
+    with _readable(path):
+        manifest: dict[str, Any] = json.loads(text)
+        if manifest["form"] != _FORM:
+            raise FileError(
+                f"{path} has form {manifest['form']!r}, and this release reads form {_FORM}: update vqserve"
+            )
+        if not isinstance(manifest["job"], dict):
+            raise TypeError
+    return manifest
+
+
+def read_parts(folder: Path, count: int | None = None) -> Iterator[tuple[Part, Iterator[dict[str, Any]]]]:
+    """Yield each part of an output, and its records; those of one part are read before the next is asked for.
+
+    Args:
+        folder: the output.
+        count: number of parts; None: all.
+
+    Raises:
+        FileError: a record file cannot be read.
+    """
+    number = 0
+    while number != count and (path := folder / _FOLDER / _part_name(number)).exists():
+        with path.open(encoding="utf-8") as lines, _readable(path):
+            yield Part.of_line(next(lines)), map(json.loads, lines)
+        number += 1
+
+
+def check_file(folder: Path, file: Written) -> None:
+    """Check that a file of an output is as it was written.
+
+    Raises:
+        FileError: it is missing or was changed.
+    """
+    path = folder / file.name
+    sha256 = hashlib.sha256()
+    try:
+        size = path.stat().st_size
+        with path.open("rb", buffering=0) as data:
+            while size == file.nbytes and (block := data.read(_READ_BYTES)):
+                sha256.update(block)
+    except FileNotFoundError:
+        raise FileError(f"{path} is missing, which was written before") from None
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
+    if size != file.nbytes or sha256.hexdigest() != file.sha256:
+        raise FileError(f"{path} is not as it was written: it was changed or damaged since")
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """Return how two values of JSON differ, one text for each difference."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = dict.fromkeys((*before, *now))
+        return [text for key in keys for text in _differences(before.get(key), now.get(key), f"{name} {key}".strip())]
+    if before == now or name == "vqserve":
+        return []
+    return [f"{name} was {_shown(before)} and is {_shown(now)}"]
+
+
+def _source_differences(before: str, now: str) -> list[str]:
+    if before == now:
+        return []
+    old, new = ({line["name"]: line for line in map(json.loads, text.splitlines())} for text in (before, now))
+    gone = [f"source {_shown(name)} is missing" for name in old if name not in new]
+    more = [f"source {_shown(name)} is new" for name in new if name not in old]
+    changed = [f"source {_shown(name)} was changed" for name in new if name in old and old[name] != new[name]]
+    return [*gone, *more, *changed] or ["the sources are in another order"]
+
+
+def _source_line(source: SourceFile) -> str:
+    return _line({"name": source.name, "key": source.key, "bytes": source.size, "version": source.version})
+
+
+def _line(fields: Mapping[str, Any]) -> str:
+    return _encode(fields) + "\n"
+
+
+def _shown(value: object) -> str:
+    return printable(json.dumps(value, ensure_ascii=False), 100)
+
+
+def _part_name(number: int) -> str:
+    return f"part-{number:05}.jsonl"
+
+
+def _part_number(path: Path) -> int:
+    digits = path.stem.removeprefix("part-")
+    return int(digits) if digits.isdecimal() else 0
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, StopIteration, AttributeError) as error:
+        raise FileError(f"{path} is damaged, or not a file that vqserve wrote: {error!r}") from error
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,89 @@
+"""`--map`: the user's function between a reader and the server."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+FUNCTIONS = """
+import io
+import os
+
+import numpy as np
+
+
+def latents(item):
+    text = item.fields["txt"].decode()
+    if text == "none":
+        return None
+    return np.full((1, 4, 2, 2), float(text), np.float32)
+
+
+def halves(item):
+    return np.asarray(item.array[(slice(None),) * 4]) / 2
+
+
+def dies(item):
+    os._exit(1)
+"""
+
+
+@pytest.fixture
+def functions(tmp_path, monkeypatch):
+    """A module `functions` in the current folder, and a folder of texts."""
+    (tmp_path / "functions.py").write_text(FUNCTIONS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.delitem(sys.modules, "functions", raising=False)
+    (tmp_path / "texts").mkdir()
+    for name, text in (("a", "0.5"), ("b", "none"), ("c", "words"), ("d", "-1")):
+        (tmp_path / "texts" / f"{name}.txt").write_text(text)
+
+
+@pytest.mark.usefixtures("functions")
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_function_makes_the_latents(vqserve, client, tmp_path, processes):
+    options = ("--map", "functions:latents", "--map-processes", processes)
+    assert vqserve("encode", tmp_path / "texts", "-o", tmp_path / "tokens", *options)[0] == 3
+    for name, value in (("a", 0.5), ("d", -1)):
+        expected = client.encode(np.full((1, 4, 2, 2), value, np.float32))
+        assert (np.load(tmp_path / "tokens" / f"{name}.npy") == expected).all()
+    lines = map(json.loads, (tmp_path / "tokens" / "errors.jsonl").read_text().splitlines())
+    assert {line["key"]: line["reason"] for line in lines} == {
+        "b": "map: TypeError: it returned NoneType, not an array",
+        "c": "map: ValueError: could not convert string to float: 'words'",
+    }
+
+
+@pytest.mark.usefixtures("functions")
+def test_arrays_reach_it_as_items(vqserve, client, source, arrays, tmp_path):
+    assert vqserve("encode", source, "-o", tmp_path / "tokens", "--map", "functions:halves")[0] == 0
+    assert (np.load(tmp_path / "tokens" / "b" / "c.npy") == client.encode(arrays["b/c"] / 2)).all()
+
+
+@pytest.mark.usefixtures("functions")
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("functions", "--map must be MODULE:FUNCTION"),
+        ("functions:", "--map must be MODULE:FUNCTION"),
+        ("nowhere:f", "No module named 'nowhere'"),
+        ("functions:f", "has no attribute 'f'"),
+        ("functions:np", "it is not a function"),
+    ],
+)
+def test_a_name_of_nothing(vqserve, tmp_path, name, problem):
+    code, _, said = vqserve("encode", tmp_path / "texts", "-o", tmp_path / "tokens", "--map", name)
+    assert code == 1
+    assert problem in said
+
+
+@pytest.mark.usefixtures("functions")
+def test_a_process_that_dies(vqserve, tmp_path):
+    options = ("--map", "functions:dies", "--map-processes", 1)
+    code, _, said = vqserve("encode", tmp_path / "texts", "-o", tmp_path / "tokens", *options)
+    assert code == 1
+    assert "one of its processes ended" in said

@@ -1,0 +1,64 @@
+"""One file of tokens knows the codebook that made it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def tokens(vqserve, source, tmp_path):
+    path = tmp_path / "tokens.npy"
+    assert vqserve("encode", source / "b" / "c.npy", "-o", path)[0] == 0
+    return path
+
+
+@pytest.fixture
+def other(tokens, serving, put, monkeypatch, tmp_path):
+    """Another server with another codebook of the same name."""
+    server = serving(put(tmp_path / "other" / "small.safetensors", seed=1, num_codes=300))
+    monkeypatch.setenv("VQSERVE_TARGET", server.target)
+
+
+def test_it_says_what_made_the_tokens(tokens, book):
+    made = json.loads((tokens.parent / "tokens.npy.json").read_text())
+    assert made["codebook"]["digest"] == book.info.digest
+    assert made["codebook"]["vocab_size"] == 300
+    assert made["operation"] == "encode"
+
+
+def test_there_and_back(vqserve, tokens, client, arrays, tmp_path):
+    assert vqserve("decode", tokens, "-o", tmp_path / "out.npy")[0] == 0
+    assert (np.load(tmp_path / "out.npy") == client.decode(client.encode(arrays["b/c"]))).all()
+    assert not (tmp_path / "out.npy.json").exists()
+
+
+@pytest.mark.usefixtures("other")
+def test_another_codebook_is_refused(vqserve, tokens, tmp_path, book):
+    code, _, said = vqserve("decode", tokens, "-o", tmp_path / "out.npy")
+    assert code == 1
+    assert f"codebook 'small' with digest {book.info.digest} made these tokens" in said
+    assert "--force" in said
+    assert vqserve("decode", tokens, "-o", tmp_path / "out.npy", "--force")[0] == 0
+
+
+@pytest.mark.usefixtures("other")
+def test_files_of_a_folder_know_it_too(vqserve, tokens, tmp_path):
+    code, _, said = vqserve("decode", tokens.parent / "tokens.npy", "-o", tmp_path / "decoded")
+    assert code == 1
+    assert "made these tokens" in said
+
+
+def test_a_damaged_one_is_an_error(vqserve, tokens, tmp_path):
+    (tokens.parent / "tokens.npy.json").write_text('{"codebook": 1}')
+    code, _, said = vqserve("decode", tokens, "-o", tmp_path / "out.npy")
+    assert code == 1
+    assert "tokens.npy.json, which says what made tokens.npy, cannot be read" in said
+
+
+def test_a_run_that_fails_leaves_both(vqserve, tokens, source, tmp_path):
+    (source / "a.npy").write_bytes(b"")
+    assert vqserve("encode", source / "a.npy", "-o", tokens, "--force")[0] == 1
+    assert (np.load(tokens).shape, (tokens.parent / "tokens.npy.json").exists()) == ((2, 4, 6), True)
