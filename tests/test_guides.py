@@ -162,3 +162,21 @@ def test_fastapi(target, demo, tmp_path):
     finally:
         process.terminate()
         process.wait()
+
+
+def test_one_job_on_many_servers(vqserved, tmp_path, monkeypatch, demo):
+    """Its commands for the nodes, with two servers here in place of theirs."""
+    hosts = ("127.0.0.1", "127.0.0.2")
+    servers = [vqserved(f"book={DEMO_PATH}", "--device", "cpu", "--host", host) for host in hosts]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latents").mkdir()
+    for number, image in enumerate(images(9)):
+        np.save(f"latents/{number}.npy", image)
+    block = next(one for one in examples("docs/guides/many-servers.md", "sh") if "export" in one)
+    setting, *lines = block.splitlines()
+    assert setting.startswith("export VQSERVE_TARGET=gpu-1:50051,gpu-1:50052,")
+    monkeypatch.setenv("VQSERVE_TARGET", ",".join(server.target for server in servers))
+    for line in lines:
+        subprocess.run([sys.executable, "-m", "vqserve_client", *line.split()[1:]], check=True)
+    for number, image in enumerate(images(9)):
+        assert (np.load(f"tokens/{number}.npy") == demo.encode(image, batched=False)).all()
