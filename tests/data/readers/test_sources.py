@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vqserve_data.errors import FileError
+from vqserve_data.errors import FileError, MissingLibrary
 from vqserve_data.items import RawItem
 from vqserve_data.readers import SUFFIXES, Selection, add_reader, reader_of, suffix_of
 from vqserve_data.sources import LocalFile, find
@@ -193,3 +193,27 @@ def test_a_reader_of_ones_own(tmp_path: Path, files: Any) -> None:
     assert item.key == "a"
     assert item.array.tolist() == [1, 2, 3]
     assert ".numbers" in SUFFIXES
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "extra"),
+    [
+        ("a.parquet", "pyarrow", "arrow"),
+        ("a.arrow", "pyarrow", "arrow"),
+        ("a.h5", "h5py", "hdf5"),
+        ("a.zarr", "zarr", "zarr"),
+        ("memory://a.npy", "fsspec", "url"),
+    ],
+)
+def test_a_missing_library_is_named(
+    tmp_path: Path, files: Any, monkeypatch: pytest.MonkeyPatch, name: str, module: str, extra: str
+) -> None:
+    for known in [known for known in sys.modules if known.partition(".")[0] == module]:
+        monkeypatch.setitem(sys.modules, known, None)
+    monkeypatch.setitem(sys.modules, module, None)
+    if "://" not in name:
+        (tmp_path / name).write_bytes(b"")
+        name = str(tmp_path / name)
+    for method in ("read", "entries"):
+        with pytest.raises(MissingLibrary, match=rf"pip install 'vqserve\[{extra}\]'"):
+            getattr(files(name), method)()
