@@ -80,7 +80,7 @@ class _SafetensorsShard(OneFile):
         self._add_to_header(key, entry)
 
     def _finish(self) -> None:
-        header = [b"{", self._header, b"}"]
+        header: list[bytes | bytearray] = [b"{", self._header, b"}"]
         length = sum(map(len, header))
         padding = -length % 8
         self._file.write((length + padding).to_bytes(8, "little"))
