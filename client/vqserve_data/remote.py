@@ -122,6 +122,16 @@ def is_url(argument: str) -> bool:
     return "://" in argument and not Path(argument).exists()
 
 
+def path_of(name: str) -> str:
+    """Return the path in a URL, such as that of the first file of a chain of them; a path as it is."""
+    if "://" not in name:
+        return name
+    url = next(link for link in name.split("::") if "://" in link)
+    if url.startswith(("http://", "https://")):
+        url = url.partition("#")[0].partition("?")[0]
+    return url.partition("://")[2]
+
+
 def list_url(url: str, *, is_file: bool, store: str) -> tuple[list[RemotePath], bool]:
     """Return what a URL names: a file, a folder's files, or those that match a pattern.
 
@@ -198,7 +208,7 @@ def _stamp(info: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def _stamp_of_store(fs: Any, location: str) -> tuple[int, str]:
-    """Return the same of a folder: of all its files, or where they cannot be listed of those that describe it.
+    """Return the same of a folder: of all its files; where they cannot be listed, no size and that of its description.
 
     Raises:
         FileNotFoundError: there is nothing.
@@ -218,8 +228,7 @@ def _stamp_of_store(fs: Any, location: str) -> tuple[int, str]:
             continue
     if not contents:
         raise FileNotFoundError(location)
-    size = sum(len(content) for content in contents.values())
-    return size, _hash(f"{name}:{hashlib.sha256(content).hexdigest()}" for name, content in contents.items())
+    return 0, _hash(f"{name}:{hashlib.sha256(content).hexdigest()}" for name, content in contents.items())
 
 
 def _hash(lines: Iterable[str]) -> str:

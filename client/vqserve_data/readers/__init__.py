@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import KeysView
 
 from vqserve_data.readers.arrow import ArrowReader
+from vqserve_data.readers.hdf5 import Hdf5Reader
 from vqserve_data.readers.npy import NpyReader
 from vqserve_data.readers.npz import NpzReader
 from vqserve_data.readers.parquet import ParquetReader
@@ -12,6 +13,9 @@ from vqserve_data.readers.protocol import Reader, Selection, SourceFile
 from vqserve_data.readers.raw import RawReader
 from vqserve_data.readers.safetensors import SafetensorsReader
 from vqserve_data.readers.tar import TarReader
+from vqserve_data.readers.torch import TorchReader
+from vqserve_data.readers.zarr import ZarrReader
+from vqserve_data.remote import path_of
 
 __all__ = ["SUFFIXES", "Reader", "Selection", "SourceFile", "add_reader", "reader_of", "suffix_of"]
 
@@ -29,7 +33,7 @@ def add_reader(reader: Reader) -> None:
 
 def suffix_of(name: str) -> str | None:
     """Return the longest known suffix of a path or URL, in lower case; None: it has none."""
-    base = _path_of(name).rstrip("/").rpartition("/")[2].lower()
+    base = path_of(name).rstrip("/").rpartition("/")[2].lower()
     start = base.find(".")
     while start >= 0:
         # A name that is nothing but a suffix has none.
@@ -45,15 +49,15 @@ def reader_of(file: SourceFile) -> Reader:
     return _RAW if suffix is None else _BY_SUFFIX[suffix]
 
 
-def _path_of(name: str) -> str:
-    """Return the path in a URL, such as that of the first file of a chain of them; a path as it is."""
-    if "://" not in name:
-        return name
-    url = next(link for link in name.split("::") if "://" in link)
-    if url.startswith(("http://", "https://")):
-        url = url.partition("#")[0].partition("?")[0]
-    return url.partition("://")[2]
-
-
-for _reader in (NpyReader(), NpzReader(), SafetensorsReader(), TarReader(), ParquetReader(), ArrowReader()):
+for _reader in (
+    NpyReader(),
+    NpzReader(),
+    SafetensorsReader(),
+    TarReader(),
+    ParquetReader(),
+    ArrowReader(),
+    Hdf5Reader(),
+    ZarrReader(),
+    TorchReader(),
+):
     add_reader(_reader)

@@ -12,12 +12,10 @@ import numpy as np
 
 from vqserve.npy import read_header
 from vqserve_data.items import Array, SourceArray
-from vqserve_data.readers.handle import WHOLE_BYTES, Handle, check_numbers, open_source, stored_npy
+from vqserve_data.readers.handle import MOST_OF_A_BYTE, WHOLE_BYTES, Handle, check_numbers, open_source, stored_npy
 from vqserve_data.readers.members import Member, MembersReader
 from vqserve_data.readers.protocol import SourceFile
 
-# deflate makes no more of a byte (https://zlib.net/zlib_tech.html).
-_MOST_OF_A_BYTE = 1032
 # A member that is unpacked is in memory as a whole.
 _MAX_UNPACKED_BYTES = 4 << 30
 # In front of each member's name.
@@ -66,7 +64,7 @@ def _array(handle: Handle, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> S
     with _opened(archive, info) as member:
         shape, is_fortran, dtype = read_header(member)
         check_numbers(dtype)
-        return _unpacked(member, shape, dtype, is_fortran=is_fortran, most=info.compress_size * _MOST_OF_A_BYTE)
+        return _unpacked(member, shape, dtype, is_fortran=is_fortran, most=info.compress_size * MOST_OF_A_BYTE)
 
 
 def _unpacked(member: Any, shape: tuple[int, ...], dtype: np.dtype[Any], *, is_fortran: bool, most: int) -> Array:

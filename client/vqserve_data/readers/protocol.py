@@ -23,7 +23,7 @@ class SourceFile(Protocol):
 
     @property
     def size(self) -> int:
-        """Bytes; of a folder the bytes of all its files."""
+        """Bytes, of a folder those of all its files; 0 if nobody knows."""
 
     @property
     def version(self) -> str:

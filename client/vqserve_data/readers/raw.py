@@ -9,6 +9,7 @@ from vqserve_data.errors import FileError
 from vqserve_data.items import BadItem, Entry, RawItem, Record
 from vqserve_data.keys import one_line
 from vqserve_data.readers.protocol import Selection, SourceFile
+from vqserve_data.remote import path_of
 
 
 class RawReader:
@@ -37,5 +38,5 @@ class RawReader:
             # A remote store raises errors of its own.
             yield BadItem(file.key, file.name, one_line(error))
             return
-        suffix = PurePosixPath(file.name.partition("?")[0] if file.path is None else file.name).suffix
+        suffix = PurePosixPath(path_of(file.name)).suffix
         yield RawItem(file.key, file.name, {suffix.lower().removeprefix("."): content})

@@ -30,6 +30,7 @@ from vqserve_data.readers.handle import (
 from vqserve_data.readers.protocol import Selection, SourceFile
 
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+_GZIP = b"\x1f\x8b"
 # Members that describe the whole tar.
 _META = re.compile(r"__[^/]*__($|/)")
 # No header needs more, such as one with a long name.
@@ -37,6 +38,8 @@ _MAX_HEADER_BYTES = 1 << 20
 # A member of a compressed tar is in memory as a whole.
 _MAX_UNPACKED_BYTES = 4 << 30
 _PIECE_BYTES = 1 << 20
+# Small members follow each other closely, so several headers are read at once.
+_BUFFER_BYTES = 1 << 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +164,9 @@ def _samples(file: SourceFile, kept: _Kept) -> Iterator[_Sample | BadItem]:
     number = -1
     try:
         handle = open_source(file)
-        compressed = None if file.name.lower().endswith(".tar") else gzip.GzipFile(fileobj=handle.stream(), mode="rb")
-        for info in _members(compressed or handle.stream()):
+        is_compressed = handle.read(0, len(_GZIP)) == _GZIP
+        compressed = gzip.GzipFile(fileobj=handle.stream(), mode="rb") if is_compressed else None
+        for info in _members(compressed or io.BufferedReader(handle.stream(), _BUFFER_BYTES)):
             match = _KEY_AND_EXTENSION.fullmatch(info.name.removeprefix("./"))
             if match is None or not info.isreg() or info.sparse is not None or _META.match(info.name):
                 continue

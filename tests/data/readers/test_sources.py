@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,16 @@ def test_files_of_any_suffix_give_their_bytes(tmp_path: Path) -> None:
 )
 def test_suffixes(name: str, suffix: str | None) -> None:
     assert suffix_of(name) == suffix
+
+
+def test_the_reader_of_the_documentation(tmp_path: Path) -> None:
+    """In a process of its own, because it adds a suffix."""
+    page = Path(__file__).parents[3] / "docs" / "formats.md"
+    code = page.read_text().partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("1 2 3\n4 5 6\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "a (2, 3)\n"
 
 
 def test_a_reader_of_ones_own(tmp_path: Path, files: Any) -> None:

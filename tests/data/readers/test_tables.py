@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,3 +225,32 @@ def test_damaged_tables(tmp_path: Path, draw: Any, damaged: Any, write: Write, s
     write(pa.table({"x": pa.array(draw(4, 2, 2).tolist(), pa.list_(pa.list_(pa.float32()))), "s": list("abcd")}), path)
     reasons = damaged(path, cuts=150, flips=500)
     assert not any("MemoryError" in reason for reason in reasons), reasons
+
+
+def test_a_footer_that_contradicts_itself_does_not_end_the_process(tmp_path: Path, draw: Any) -> None:
+    """pyarrow aborts where it is asked for the size statistics of such a file; here it runs in a process of its own."""
+    table = pa.table({"x": pa.array(draw(4, 2, 2).tolist(), pa.list_(pa.list_(pa.float32())))})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    data = bytearray((tmp_path / "t.parquet").read_bytes())
+    length = int.from_bytes(data[-8:-4], "little")
+    code = """
+import sys
+import numpy as np
+from vqserve_data.errors import FileError
+from vqserve_data.readers import Selection, reader_of
+from vqserve_data.sources import find
+[path, length] = sys.argv[1:]
+whole = open(path, "rb").read()
+for place in range(len(whole) - 8 - int(length), len(whole) - 8):
+    for value in ((whole[place] + 16) % 256, whole[place] ^ 1):
+        open(path, "wb").write(whole[:place] + bytes([value]) + whole[place + 1 :])
+        [file] = find([path]).files
+        try:
+            list(reader_of(file).read(file, Selection()))
+        except FileError:
+            pass
+print("alive")
+"""
+    arguments = [sys.executable, "-c", code, str(tmp_path / "t.parquet"), str(length)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.stdout == "alive\n", done.stderr

@@ -22,8 +22,9 @@ from torch import nn
 
 from support.hostile import LIMIT, members_of, memory, text, watching, write_members
 from vqserve.errors import ForeignCheckpointError
-from vqserve_tools.importing.files import open_foreign, torch_containers
-from vqserve_tools.importing.files.pickle_machine import Machine
+from vqserve_data.foreign import torch_containers
+from vqserve_data.foreign.pickle_machine import Machine
+from vqserve_tools.importing.files import open_foreign
 
 EXTENSION = 242
 # Instructions that name, call, refer and build, to be put anywhere.

@@ -17,13 +17,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vqserve_data.foreign import foreign_array
 from vqserve_server.codebooks import codebook_digest, load_codebook, save_codebook
 from vqserve_server.errors import ForeignCheckpointError
 from vqserve_server.quantizers import VectorQuantizer, legacy_weight_norm_names
 from vqserve_tools import cli
 from vqserve_tools.importing import commands
 from vqserve_tools.importing.families.options import Options
-from vqserve_tools.importing.files import foreign_array
 from vqserve_tools.importing.importer import import_checkpoint
 from vqserve_tools.inspection import commands as inspection_commands
 

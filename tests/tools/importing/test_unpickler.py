@@ -17,16 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqserve.errors import ForeignCheckpointError
-from vqserve_tools.importing.files import (
-    open_foreign,
-    pickle_machine,
-    pickled_names,
-    pickled_tensors,
-    pickled_values,
-    unpickler,
-)
-from vqserve_tools.importing.files.pickle_machine import Machine
-from vqserve_tools.importing.files.pickled_values import Bag, Instance, PickleError, Table
+from vqserve_data.foreign import pickle_machine, pickled_names, pickled_tensors, pickled_values, unpickler
+from vqserve_data.foreign.pickle_machine import Machine
+from vqserve_data.foreign.pickled_values import Bag, Instance, PickleError, Table
+from vqserve_tools.importing.files import open_foreign
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -145,7 +139,7 @@ def test_the_modules_have_nothing_that_could_run_anything(module):
     tree = ast.parse(Path(module.__file__).read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    ours = {name for name in imported if name.startswith("vqserve_tools.importing.files.")}
+    ours = {name for name in imported if name.startswith("vqserve_data.foreign.")}
     assert imported - ours <= {
         "__future__",
         "codecs",

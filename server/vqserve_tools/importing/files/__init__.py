@@ -5,7 +5,7 @@ an interpreter that imports and calls nothing (unpickler.py). Every size that a 
 its data, or with a limit, before memory is allocated.
 """
 
-from vqserve_tools.importing.files.foreign_array import UNNAMED, ForeignArray
+from vqserve_data.foreign.foreign_array import UNNAMED, ForeignArray
 from vqserve_tools.importing.files.opening import open_foreign
 from vqserve_tools.importing.files.weights import Weights, check_whole, has_one_model, weights_of
 

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve.errors import ForeignCheckpointError
-from vqserve_tools.importing.files.archive import check_members
-from vqserve_tools.importing.files.foreign_array import UNNAMED, ForeignArray, check_size
+from vqserve_data.foreign.archive import check_members
+from vqserve_data.foreign.foreign_array import UNNAMED, ForeignArray, check_size
 from vqserve_tools.importing.files.recognition import NO_ARRAYS
 
 # A header of a .npy file is one line of text.

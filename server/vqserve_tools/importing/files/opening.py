@@ -9,11 +9,11 @@ from pathlib import Path
 
 from vqserve.errors import ForeignCheckpointError
 from vqserve.safetensors_file import ContainerError
-from vqserve_tools.importing.files.foreign_array import LONG_NAME, MAX_NAME_CHARACTERS, ForeignArray
+from vqserve_data.foreign.foreign_array import LONG_NAME, MAX_NAME_CHARACTERS, ForeignArray
+from vqserve_data.foreign.torch_files import TORCH_SUFFIXES, open_torch
 from vqserve_tools.importing.files.numpy_files import open_npy, open_npz
 from vqserve_tools.importing.files.recognition import NO_ARRAYS, Format, format_of
 from vqserve_tools.importing.files.safetensors_files import open_safetensors
-from vqserve_tools.importing.files.torch_files import TORCH_SUFFIXES, open_torch
 from vqserve_tools.importing.files.weights import Weights, weights_of
 
 _READERS: Mapping[Format, Callable[[Path], AbstractContextManager[Mapping[str, ForeignArray]]]] = {

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from vqserve import dtypes
 from vqserve.errors import ForeignCheckpointError
 from vqserve.safetensors_file import NUMPY_DTYPES, TensorEntry, read_header, read_tensor
-from vqserve_tools.importing.files.foreign_array import ForeignArray, check_size
+from vqserve_data.foreign.foreign_array import ForeignArray, check_size
 
 # Keys of the metadata that are never names of tensors, whatever the tensors are called.
 _NO_NAMES = frozenset({"format"})

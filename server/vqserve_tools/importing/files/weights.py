@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from vqserve.errors import ForeignCheckpointError
+from vqserve_data.foreign.torch_files import TORCH_SUFFIXES
 from vqserve_tools.importing.files.json_files import read_json
-from vqserve_tools.importing.files.torch_files import TORCH_SUFFIXES
 
 _SUFFIXES = frozenset({".npy", ".npz", ".safetensors", *TORCH_SUFFIXES})
 # As many files are open at the same time; a process may have 1024. The largest models have some 200 parts.

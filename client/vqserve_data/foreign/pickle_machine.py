@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vqserve_tools.importing.files.pickled_values import PersistentId, PickleCutOff, PickleError
+from vqserve_data.foreign.pickled_values import PersistentId, PickleCutOff, PickleError
 
 # The pickle of thousands of tensors is below 2 MiB.
 MAX_PICKLE_BYTES = 16 << 20

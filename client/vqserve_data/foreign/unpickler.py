@@ -15,8 +15,8 @@ import struct
 from collections.abc import Callable
 from typing import TypeAlias
 
-from vqserve_tools.importing.files.pickle_machine import Machine
-from vqserve_tools.importing.files.pickled_values import Bag, Global, Instance, PersistentId, PickleError, Table
+from vqserve_data.foreign.pickle_machine import Machine
+from vqserve_data.foreign.pickled_values import Bag, Global, Instance, PersistentId, PickleError, Table
 
 Instruction: TypeAlias = Callable[[Machine], None]
 

@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve.errors import ForeignCheckpointError
-from vqserve_tools.importing.files.archive import check_directory, check_members, start_of
-from vqserve_tools.importing.files.pickle_machine import MAX_PICKLE_BYTES, Machine
-from vqserve_tools.importing.files.pickled_tensors import Storage, storage_of
-from vqserve_tools.importing.files.pickled_values import PickleCutOff, PickleError
-from vqserve_tools.importing.files.unpickler import load
+from vqserve_data.foreign.archive import check_directory, check_members, start_of
+from vqserve_data.foreign.pickle_machine import MAX_PICKLE_BYTES, Machine
+from vqserve_data.foreign.pickled_tensors import Storage, storage_of
+from vqserve_data.foreign.pickled_values import PickleCutOff, PickleError
+from vqserve_data.foreign.unpickler import load
 
 # What the older format begins with (torch/serialization.py).
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001

@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
-from vqserve_tools.importing.files.foreign_array import MAX_NAME_CHARACTERS
-from vqserve_tools.importing.files.pickled_tensors import PickledTensor, tensor_of
-from vqserve_tools.importing.files.pickled_values import Bag, Instance, PickleError, Table
+from vqserve_data.foreign.foreign_array import MAX_NAME_CHARACTERS
+from vqserve_data.foreign.pickled_tensors import PickledTensor, tensor_of
+from vqserve_data.foreign.pickled_values import Bag, Instance, PickleError, Table
 
 # All entries of all containers, and the containers among them that may lead to tensors; a shared container counts once.
 _MAX_ENTRIES = 1 << 21

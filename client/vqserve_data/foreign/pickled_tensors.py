@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vqserve_tools.importing.files.pickled_values import (
+from vqserve_data.foreign.pickled_values import (
     Global,
     Instance,
     PersistentId,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vqserve_tools.importing.files.foreign_array import MAX_NAME_CHARACTERS
+from vqserve_data.foreign.foreign_array import MAX_NAME_CHARACTERS
 
 
 class PickleError(Exception):
