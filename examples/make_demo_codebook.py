@@ -59,7 +59,7 @@ def main() -> int:
         latents = Path(folder) / "demo-latents.npy"
         np.save(latents, rows)
         made = train_file(
-            latents,
+            [str(latents)],
             out / "demo.safetensors",
             OPTIONS,
             force=True,

@@ -172,6 +172,15 @@ def test_git_ignores_what_the_first_pages_write():
     assert {"/out/", "/env/", ".venv/"} <= set((ROOT / ".gitignore").read_text().split())
 
 
+def save_data_set(rows):
+    """Write rows as the folder and the archive of the pages about training and inspection."""
+    first, *parts = np.array_split(rows, 10)
+    for folder in ("latents", "more"):
+        Path(folder).mkdir()
+    np.save("latents/first.npy", first)
+    np.savez("more/parts.npz", *parts)
+
+
 @pytest.mark.parametrize("page", ["docs/codebooks.md", "docs/training.md"])
 def test_the_commands_that_make_codebooks(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -180,6 +189,7 @@ def test_the_commands_that_make_codebooks(page, tmp_path, monkeypatch):
     np.save("codes.npy", codes)
     np.savez("vqvae.npz", codebook=codes)
     np.save("latents.npy", rng.standard_normal((10_000, 4), dtype=np.float32))
+    save_data_set(np.load("latents.npy"))
     for name, prefix in (("last", "model.regularization."), ("vqgan", "quantize.")):
         torch.save({"state_dict": {f"{prefix}embedding.weight": torch.from_numpy(codes)}}, f"{name}.ckpt")
     Path("encodec").mkdir()
@@ -336,6 +346,7 @@ def test_the_inspecting_commands(tmp_path, monkeypatch, capsys):
     for name in ("book", "old", "new"):
         shutil.copy(DEMO_PATH, f"{name}.safetensors")
     np.save("latents.npy", np.random.default_rng(0).standard_normal((1000, 16), dtype=np.float32))
+    save_data_set(np.load("latents.npy"))
     for line in commands("docs/inspecting.md"):
         assert COMMANDS[line[0]](line[1:]) == 0
     assert Path("book.png").exists()

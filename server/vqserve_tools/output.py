@@ -1,4 +1,4 @@
-"""The file that a tool writes: its option on the command line, and whether it may be written."""
+"""The files that a tool writes: their options on the command line, and whether they may be written."""
 
 from __future__ import annotations
 
@@ -46,14 +46,34 @@ def check_output(path: Path, *, force: bool, sources: Iterable[Path | None] = ()
         raise InvalidOption(f"there is no folder {path.parent}: make it first")
     if path.is_dir():
         raise InvalidOption(f"{path} is a folder: name a file in it")
-    for source in sources:
-        if source is not None and source.exists() and path.exists() and path.samefile(source):
+    # There may be a million sources.
+    for source in sources if path.exists() else ():
+        if source is not None and source.exists() and path.samefile(source):
             raise InvalidOption(f"{path} is what is read: name another file to write")
     if path.exists() and not force:
         raise InvalidOption(f"{path} is there already: pass --force to replace it")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         hint = "let it, or name another folder or user"
         raise PermissionError(f"user {os.geteuid()} cannot write into the folder {path.parent}: {hint}")
+
+
+def check_plot(path: Path, *, force: bool, sources: Iterable[Path | None] = ()) -> None:
+    """Check, before the work, that a plot can be drawn and written.
+
+    Args:
+        path: PNG file to write.
+        force: whether an existing file may be replaced.
+        sources: files that the tool reads.
+
+    Raises:
+        InvalidOption: the file exists or is a source, its folder does not exist, or matplotlib is missing.
+        PermissionError: this user cannot write into the folder.
+    """
+    check_output(path, force=force, sources=sources)
+    try:
+        import matplotlib.figure  # noqa: F401, PLC0415
+    except ImportError:
+        raise InvalidOption(f"{path.name} cannot be drawn without matplotlib: pip install 'vqserve[plot]'") from None
 
 
 def _new_codebook_path(text: str) -> Path:
@@ -74,4 +94,16 @@ def _new_codebook_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(
             f"{path.name!r} cannot be served under its name: use letters, digits and . _ + -"
         )
+    return path
+
+
+def png_path(text: str) -> Path:
+    """Return the path of a picture to be written, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it does not end in .png.
+    """
+    path = Path(text)
+    if path.suffix != ".png":
+        raise argparse.ArgumentTypeError(f"{path.name!r} must end in .png")
     return path

@@ -16,7 +16,7 @@ from vqserve_server.quantizers import (
     freeze,
 )
 from vqserve_tools.inspection.fit import FitTally, measure_fit
-from vqserve_tools.latent_file import LatentRows
+from vqserve_tools.latents.array import ArrayRows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,7 +42,7 @@ def test_figures_are_the_cpu_s(name):
         parameter.data.normal_()
     latents = np.random.default_rng(0).standard_normal((5000, 12)).astype(np.float32)
     latents[7] = 1e5
-    rows = LatentRows(latents)
+    rows = ArrayRows(latents)
     here, there = (measure_fit(FitTally(quantizer, freeze(quantizer, device=name)), rows) for name in ("cpu", "cuda"))
     assert there.device.startswith("cuda")
     assert (there.usage, there.rounded, there.outside_remap) == (here.usage, here.rounded, here.outside_remap)

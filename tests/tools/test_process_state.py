@@ -10,7 +10,7 @@ from libraries.golden import Golden
 from make_foreign import FOREIGN
 from support.process_state import STATES
 from vqserve_server.codebooks import save_codebook
-from vqserve_tools.latent_file import LatentRows
+from vqserve_tools.latents.array import ArrayRows
 from vqserve_tools.training.options import TrainingOptions
 from vqserve_tools.training.trainer import train
 
@@ -38,8 +38,8 @@ def test_train(tmp_path, state, kind):
     np.save(tmp_path / "latents.npy", np.random.default_rng(0).normal(size=(500, 4)).astype(np.float32))
     options = TrainingOptions(num_codes=16, kind=kind, steps=20, batch_size=100, device="cpu")
     files = [tmp_path / "usual.safetensors", tmp_path / "inside.safetensors"]
-    save_codebook(train(LatentRows.open(tmp_path / "latents.npy"), options).quantizer, files[0])
+    save_codebook(train(ArrayRows.open(tmp_path / "latents.npy"), options).quantizer, files[0])
     with STATES[state]():
-        quantizer = train(LatentRows.open(tmp_path / "latents.npy"), options).quantizer
+        quantizer = train(ArrayRows.open(tmp_path / "latents.npy"), options).quantizer
         save_codebook(quantizer, files[1])
     assert files[0].read_bytes() == files[1].read_bytes()

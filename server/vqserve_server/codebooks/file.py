@@ -130,6 +130,15 @@ def save_state(
     return digest
 
 
+def is_codebook_file(path: Path) -> bool:
+    """Return whether a file says that it is a codebook file, as opposed to a safetensors file of something else."""
+    try:
+        with path.open("rb") as file:
+            return f"{_PREFIX}format" in read_header(file, max_header_bytes=_MAX_HEADER_BYTES).metadata
+    except (OSError, ContainerError):
+        return False
+
+
 def load_codebook(path: str | Path) -> Codebook:
     """Read a codebook file; nothing in it is trusted, and memory is bounded by a few times its length.
 

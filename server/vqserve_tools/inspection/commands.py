@@ -8,19 +8,24 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqserve.errors import InvalidArgument, InvalidOption, of_file
 from vqserve.layout import Layout
 from vqserve_server.codebooks import Codebook, load_codebook
+from vqserve_tools.flags import add_flags, from_flags
 from vqserve_tools.inspection.inspection import FORMAT, inspect
 from vqserve_tools.inspection.pair import Side, verdict
-from vqserve_tools.inspection.plot import check_plot, draw
+from vqserve_tools.inspection.plot import draw
 from vqserve_tools.inspection.statistics import save_codebook_again, with_statistics
 from vqserve_tools.inspection.text import as_text, as_text_side_by_side
-from vqserve_tools.latent_file import LatentRows
-from vqserve_tools.output import check_output
+from vqserve_tools.latents.arguments import SOURCES_HELP, SourceOptions
+from vqserve_tools.latents.opening import Sources
+from vqserve_tools.latents.rows import LatentRows
+from vqserve_tools.latents.sample import SampledRows, StreamedRows, draw_sample
+from vqserve_tools.output import check_output, check_plot, png_path
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -38,14 +43,14 @@ def add_inspect_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--latents",
-        type=Path,
-        metavar="LATENTS.npy",
-        help="latents to encode, 2 to 5 axes, float16, float32 or float64",
+        nargs="+",
+        metavar="SRC",
+        help=f"latents to encode: {SOURCES_HELP}, with 2 to 5 axes of float16, bfloat16, float32 or float64",
     )
     parser.add_argument(
         "--layout",
         choices=[str(layout) for layout in Layout],
-        help="position of the channels in LATENTS (default: the layout of the codebook)",
+        help="position of the channels in the latents (default: the layout of the codebook)",
     )
     parser.add_argument(
         "--save-stats",
@@ -53,8 +58,9 @@ def add_inspect_parser(subparsers: Subparsers) -> None:
         help="write how often the latents use each code, and their error, into FILE, for a server to compare its "
         "traffic with; tokens and digest stay",
     )
+    add_flags(parser, SourceOptions)
     parser.add_argument("--json", action="store_true", help="write one JSON object, with all texts in full length")
-    parser.add_argument("--plot", type=_png_path, metavar="OUT.png", help="draw the figures into this file")
+    parser.add_argument("--plot", type=png_path, metavar="OUT.png", help="draw the figures into this file")
     parser.add_argument("--force", action="store_true", help="replace OUT.png if it exists")
     parser.set_defaults(run=run_inspect)
 
@@ -67,27 +73,35 @@ def run_inspect(args: argparse.Namespace) -> int:
         InvalidArgument: the latents or options cannot be used.
         OSError: a file cannot be read or written.
     """
-    if args.layout is not None and args.latents is None:
-        raise InvalidOption("{option} says where the channels of LATENTS are: give --latents too", option="layout")
+    reading = from_flags(SourceOptions, args)
     files: list[Path] = args.file
     if len(files) > 2:
         raise InvalidOption(f"{len(files)} files are given: name one to describe it, or two to compare them")
+    if args.latents is None:
+        _check_without_latents(args, reading)
+    sources = None if args.latents is None else Sources(args.latents, reading)
+    paths = [] if sources is None else sources.paths
     if args.save_stats:
-        _check_save(args)
+        _check_save(args, paths)
     if args.plot is not None:
-        check_plot(args.plot, force=args.force, sources=(*files, args.latents))
+        check_plot(args.plot, force=args.force, sources=(*files, *paths))
+    # Without a terminal, stderr has errors only, and what is left out of a data set, for programs that read it.
+    progress = sys.stderr.isatty()
+    array = None if sources is None else sources.array
     codebooks = [load_codebook(file) for file in files]
-    latents = [_latents(args, codebook) for codebook in codebooks]
-    if args.save_stats and latents[0] is not None:
-        with of_file(args.latents):
-            codebooks[0] = with_statistics(codebooks[0], latents[0], args.latents.name, progress=sys.stderr.isatty())
+    latents = [_latents(sources, args.layout, codebook, progress=progress) for codebook in codebooks]
+    if args.save_stats and latents[0] is not None and sources is not None:
+        with of_file(array):
+            source = sources.title if reading.sample_rows is None else f"a sample of {sources.title}"
+            codebooks[0] = with_statistics(codebooks[0], latents[0], source, progress=progress)
         save_codebook_again(codebooks[0], files[0])
     names = _names(files)
     inspections = []
     for name, codebook, rows in zip(names, codebooks, latents, strict=True):
-        with of_file(args.latents), _of_codebook(name if len(files) > 1 else None):
-            # Without a terminal, stderr has errors only, for programs that read it.
-            inspections.append(inspect(codebook, rows, progress=sys.stderr.isatty()))
+        with of_file(array), _of_codebook(name if len(files) > 1 else None):
+            inspections.append(inspect(codebook, rows, progress=progress))
+    if sources is not None and isinstance(latents[0], SampledRows | StreamedRows):
+        sources.tell_of_left_out(latents[0].data)
     if args.plot is not None:
         draw(list(zip(names, inspections, strict=True)), args.plot)
     columns = shutil.get_terminal_size(fallback=(120, 0)).columns
@@ -103,18 +117,33 @@ def run_inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_save(args: argparse.Namespace) -> None:
-    if args.latents is None:
+def _check_without_latents(args: argparse.Namespace, reading: SourceOptions) -> None:
+    if args.layout is not None:
+        raise InvalidOption("{option} says where the channels of the latents are: give --latents too", option="layout")
+    if args.save_stats:
         raise InvalidOption("{option} keeps what is measured on latents: give --latents too", option="save_stats")
+    for setting in fields(reading):
+        if getattr(reading, setting.name) != setting.default:
+            raise InvalidOption("{option} says how latents are read: give --latents too", option=setting.name)
+
+
+def _check_save(args: argparse.Namespace, paths: Sequence[Path]) -> None:
     if len(args.file) > 1:
         raise InvalidOption("{option} writes into one file: name one", option="save_stats")
-    check_output(args.file[0].resolve(), force=True, sources=[args.latents])
+    check_output(args.file[0].resolve(), force=True, sources=paths)
 
 
-def _latents(args: argparse.Namespace, codebook: Codebook) -> LatentRows | None:
-    if args.latents is None:
+def _latents(sources: Sources | None, layout: str | None, codebook: Codebook, *, progress: bool) -> LatentRows | None:
+    if sources is None:
         return None
-    return LatentRows.open(args.latents, args.layout, default=codebook.quantizer.layout, keeps_float64=True)
+    default = codebook.quantizer.layout
+    if sources.array is not None:
+        return sources.read_array(layout, default=default, keeps_float64=True)
+    channels = codebook.quantizer.input_dim
+    data = sources.data_set(layout, default=default, channels=channels, keeps_float64=True)
+    if sources.options.sample_rows is None:
+        return StreamedRows(data, progress=progress)
+    return draw_sample(data, sources.options.sample_rows, seed=0, progress=progress)
 
 
 @contextmanager
@@ -130,10 +159,3 @@ def _names(files: Sequence[Path]) -> list[str]:
     """Return the shortest of stem and path that tells the files apart."""
     stems = [file.stem for file in files]
     return stems if len(set(stems)) == len(stems) else [str(file) for file in files]
-
-
-def _png_path(text: str) -> Path:
-    path = Path(text)
-    if path.suffix != ".png":
-        raise argparse.ArgumentTypeError(f"{path.name!r} must end in .png")
-    return path

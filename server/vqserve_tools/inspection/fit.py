@@ -9,14 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vqserve.errors import InvalidShape, rows_placed
-from vqserve.validation import check_channels
+from vqserve.errors import InvalidShape
 from vqserve_server.quantizers import FrozenQuantizer, Quantizer, freeze
 from vqserve_server.quantizers.comparison import Comparison
 from vqserve_server.search import SearchCounts
 from vqserve_tools.inspection.error import ErrorTally, QuantizationError, stages_to_compare
 from vqserve_tools.inspection.rounding import DTYPES, Rounded, RoundingTally
-from vqserve_tools.latent_file import LatentRows
+from vqserve_tools.latents.rows import Description, LatentRows
 from vqserve_tools.progress import progress_of
 
 Ints = npt.NDArray[np.int64]
@@ -118,23 +117,6 @@ class UsageTally:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Latents:
-    """Description of the latents.
-
-    Attributes:
-        shape: shape of the array.
-        dtype: element type of the array.
-        layout: layout of the array.
-        tokens: number of tokens.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    layout: str
-    tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Rechecked:
     """Precision that the exact search needed, for one index position of the tokens.
 
@@ -165,7 +147,7 @@ class Fit:
         rounded: changes caused by rounding, for "float16" and "bfloat16".
     """
 
-    latents: Latents
+    latents: Description
     device: str
     backend: str
     usage: tuple[Usage, ...]
@@ -235,9 +217,7 @@ class FitTally:
         frozen = self._frozen
         is_searched = frozen.search_backend != "none"
         return Fit(
-            latents=Latents(
-                shape=rows.array.shape, dtype=rows.array.dtype.name, layout=str(rows.layout), tokens=len(rows)
-            ),
+            latents=rows.describe(),
             device=str(frozen.device),
             backend=frozen.search_backend,
             usage=tuple(
@@ -261,9 +241,10 @@ def check_latents(rows: LatentRows, quantizer: Quantizer) -> None:
         InvalidShape: another channel count, or no tokens.
         NonFiniteLatents: NaN or infinity; names the first one's position.
     """
-    check_channels(rows.array.shape, rows.layout, quantizer.input_dim)
+    rows.check_channels(quantizer.input_dim)
+    # A data set has at least one, or it cannot be read.
     if len(rows) == 0:
-        raise InvalidShape(f"latents of shape {rows.array.shape} hold no tokens", array="latents")
+        raise InvalidShape(f"latents of shape {rows.describe().shape} hold no tokens", array="latents")
     rows.check_finite()
 
 
@@ -281,7 +262,7 @@ def measure_fit(tally: FitTally, rows: LatentRows, *, progress: bool = False) ->
     done = 0
     with progress_of("encoding", len(rows), "token", shown=progress) as bar:
         for chunk in rows.chunks(tally.rows_at_once):
-            with rows_placed(rows.grid, done):
+            with rows.placed(done):
                 tally.add(chunk)
             done += len(chunk)
             bar.update(len(chunk))

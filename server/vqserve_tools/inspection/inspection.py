@@ -17,7 +17,7 @@ from vqserve_server.quantizers import freeze
 from vqserve_tools.inspection.codes import Codes, count_dead_looking, measure_codes
 from vqserve_tools.inspection.fit import Fit, FitTally, check_latents, measure_fit
 from vqserve_tools.inspection.wrong_import import signs_of_wrong_import
-from vqserve_tools.latent_file import LatentRows
+from vqserve_tools.latents.rows import LatentRows
 
 # Version of the JSON report: increased when a field is removed or changes its meaning, not when one is added.
 FORMAT = 1

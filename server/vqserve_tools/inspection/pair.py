@@ -13,7 +13,7 @@ from vqserve.codebook_info import of_stages
 from vqserve_server.codebooks import Codebook
 from vqserve_server.codebooks.kinds import KINDS
 from vqserve_tools.inspection.inspection import Report
-from vqserve_tools.latent_file import LatentRows
+from vqserve_tools.latents.rows import LatentRows
 
 # Rows that are encoded by both to count equal tokens.
 _MAX_ROWS = 1 << 16

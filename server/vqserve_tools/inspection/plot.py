@@ -14,7 +14,6 @@ from vqserve.errors import InvalidOption
 from vqserve_tools.inspection.error import ErrorTally
 from vqserve_tools.inspection.fit import UsageTally
 from vqserve_tools.inspection.inspection import Inspection
-from vqserve_tools.output import check_output
 
 # Odd, so that equal values are in the middle of one bin.
 _BINS = 61
@@ -23,25 +22,6 @@ _LEAST_SPREAD = 0.05
 # Where the two codebooks of a comparison are drawn.
 _SIDES = ("left", "right")
 Floats = npt.NDArray[np.float64]
-
-
-def check_plot(path: Path, *, force: bool, sources: Sequence[Path | None] = ()) -> None:
-    """Check, before the measurements, that a plot can be drawn and written.
-
-    Args:
-        path: PNG file to write.
-        force: whether an existing file may be replaced.
-        sources: files that the inspection reads.
-
-    Raises:
-        InvalidOption: the file exists or is a source, its folder does not exist, or matplotlib is missing.
-        PermissionError: this user cannot write into the folder.
-    """
-    check_output(path, force=force, sources=sources)
-    try:
-        import matplotlib.figure  # noqa: F401, PLC0415
-    except ImportError:
-        raise InvalidOption(f"{path.name} cannot be drawn without matplotlib: pip install 'vqserve[plot]'") from None
 
 
 def draw(inspections: Sequence[tuple[str, Inspection]], path: Path) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from vqserve.errors import rows_placed
 from vqserve_server.codebooks import Codebook, save_codebook
 from vqserve_server.codebooks.statistics import StatisticsTally
 from vqserve_server.tokenizer import Tokenizer
 from vqserve_tools.inspection.fit import check_latents
-from vqserve_tools.latent_file import LatentRows
+from vqserve_tools.latents.rows import LatentRows
 from vqserve_tools.progress import progress_of
 
 _ELEMENTS_AT_ONCE = 1 << 22
@@ -37,7 +36,7 @@ def with_statistics(codebook: Codebook, rows: LatentRows, source: str, *, progre
     widest = max(info.input_dim, info.code_dim, info.output_dim)
     with progress_of("measuring statistics", len(rows), "token", shown=progress) as bar:
         for chunk in rows.chunks(max(1, min(_MOST_ROWS_AT_ONCE, _ELEMENTS_AT_ONCE // widest))):
-            with rows_placed(rows.grid, done):
+            with rows.placed(done):
                 indices = tokenizer.encode_rows(chunk).reshape(len(chunk), -1)
             tally.add(indices, None if tokenizer.errors is None else tokenizer.errors.of(chunk, indices))
             done += len(chunk)

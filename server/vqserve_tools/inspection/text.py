@@ -12,6 +12,7 @@ from vqserve_tools.inspection.error import QuantizationError
 from vqserve_tools.inspection.fit import Fit, Usage, UsageBin
 from vqserve_tools.inspection.inspection import CodeFigures, Neighbours, Norms, Report
 from vqserve_tools.inspection.rounding import Changed
+from vqserve_tools.latents.rows import Description
 
 # The longest name of an argument fits; names in the provenance can have any length.
 _NAME_COLUMNS = 32
@@ -132,20 +133,19 @@ def _figures(report: Report) -> Iterator[_Line]:
 
 
 def _fit(report: Report, fit: Fit) -> Iterator[_Line]:
-    shape, read = " x ".join(map(str, fit.latents.shape)), fit.latents
-    yield "latents", f"{read.tokens} tokens: {shape} {read.dtype}, {read.layout}, encoded on {fit.device}"
+    yield "latents", f"{_described(fit.latents)}, encoded on {fit.device}"
     if len(fit.usage) == 1:
         yield from _usage(fit.usage[0])
     else:
         bits, most = sum(usage.bits for usage in fit.usage), sum(math.log2(usage.codes) for usage in fit.usage)
         yield "entropy", f"{bits:.2f} of {most:.2f} bits a token, each index for itself"
     if fit.outside_remap is not None:
-        outside = _share(fit.outside_remap, read.tokens)
+        outside = _share(fit.outside_remap, fit.latents.tokens)
         yield "outside remap", f"{outside} of the tokens; all figures are about their own codes"
     yield from _error(fit.error)
     for dtype, rounded in fit.rounded.items():
         parts = ("latents", rounded.latents), ("codebook", rounded.codebook), ("both", rounded.both)
-        changes = "; ".join(f"{what} {_changed(changed, read.tokens)}" for what, changed in parts)
+        changes = "; ".join(f"{what} {_changed(changed, fit.latents.tokens)}" for what, changed in parts)
         yield f"in {dtype}", f"tokens change: {changes}"
     yield from _rechecked(fit)
     if report.stages:
@@ -158,6 +158,21 @@ def _fit(report: Report, fit: Fit) -> Iterator[_Line]:
         yield "stage", f"{'used':>7} {'bits':>6} {'float16':>9}"
         for number in range(len(fit.usage)):
             yield f"{number + 1:5}", _stage_fit(fit, number)
+
+
+def _described(latents: Description) -> str:
+    """Return what the latents are: "5984 tokens: 1 x 16 x 68 x 88 float32, channels_first"."""
+    form = f"{latents.dtype}, {latents.layout}"
+    size = latents.data_set
+    if latents.shape is not None:
+        return f"{latents.tokens} tokens: {' x '.join(map(str, latents.shape))} {form}"
+    if size is None:
+        return f"{latents.tokens} tokens: {form}"
+    bad = f" ({size.bad_items} left out)" if size.bad_items else ""
+    items = f"{size.items} items{bad} of {size.files} files, {form}"
+    if size.is_sampled:
+        return f"a sample of {latents.tokens} of {size.tokens} tokens: {items}"
+    return f"all {latents.tokens} tokens: {items}"
 
 
 def _stage_fit(fit: Fit, number: int) -> str:

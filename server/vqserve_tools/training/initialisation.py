@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vqserve.errors import InvalidShape
-from vqserve_tools.latent_file import LatentRows
+from vqserve_tools.latents.rows import RandomRows
 from vqserve_tools.progress import progress_of
 
 # Rows that are sampled for each code: more rows cost time and hardly change the positions of the codes.
@@ -34,7 +34,7 @@ _FAR = 1e30
 
 
 def initial_codes(
-    rows: LatentRows, num_codes: int, method: str, *, rng: np.random.Generator, device: torch.device, progress: bool
+    rows: RandomRows, num_codes: int, method: str, *, rng: np.random.Generator, device: torch.device, progress: bool
 ) -> npt.NDArray[np.float32]:
     """Return `num_codes` distinct rows, (K, D) float32.
 

@@ -47,7 +47,7 @@ class TrainingOptions:
         None, f"number of batches (default: {DEFAULT_STEPS})", group="length", type=int, metavar="N"
     )
     epochs: float | None = option(
-        None, "number of passes over LATENTS, instead of --steps", group="length", type=float, metavar="N"
+        None, "number of passes over the latents, instead of --steps", group="length", type=float, metavar="N"
     )
     initialisation: str = option(
         "kmeans++", "how the first codes are drawn (default: %(default)s)", flag="--init", choices=INITIALISATIONS

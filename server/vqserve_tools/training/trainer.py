@@ -17,8 +17,9 @@ from vqserve_server.codebooks.statistics import Statistics, StatisticsTally, cod
 from vqserve_server.device import select_device
 from vqserve_server.quantizers import AbstractQuantizer, measure_perplexity
 from vqserve_server.search import prepare
-from vqserve_tools.latent_file import LatentRows
+from vqserve_tools.latents.rows import RandomRows
 from vqserve_tools.progress import Progress, progress_of
+from vqserve_tools.training.curve import Curve, Point
 from vqserve_tools.training.initialisation import initial_codes
 from vqserve_tools.training.learners import AdamLearner, CodeUsage, EmaLearner, Learner, draw_seeds
 from vqserve_tools.training.options import TrainingOptions, TrainingPlan
@@ -33,7 +34,7 @@ _ROWS_AT_ONCE = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Quality of a codebook on all rows of the latents.
+    """Quality of a codebook on rows.
 
     Attributes:
         mean_squared_error: mean of (decoded - latent)^2 over all elements.
@@ -52,26 +53,39 @@ class Trained:
 
     Attributes:
         quantizer: quantizer on the CPU, in eval mode.
-        quality: quality on all rows of the latents.
+        quality: quality on all rows of the training.
+        held_out: quality on the rows that were held out; None: there were none.
+        curve: quality after some of the steps; empty unless it was asked for.
         plan: batch size and step counts of the training.
         codes_reseeded: number of moves of dead codes.
-        statistics: usage and error on all rows of the latents, for the file.
+        statistics: usage and error on all rows of the training, for the file.
     """
 
     quantizer: AbstractQuantizer
     quality: Quality
+    held_out: Quality | None
+    curve: list[Point]
     plan: TrainingPlan
     codes_reseeded: int
     statistics: Statistics
 
 
-def train(rows: LatentRows, options: TrainingOptions, *, progress: bool = False) -> Trained:
+def train(
+    rows: RandomRows,
+    options: TrainingOptions,
+    *,
+    held_out: RandomRows | None = None,
+    with_curve: bool = False,
+    progress: bool = False,
+) -> Trained:
     """Train a codebook on latents.
 
     Args:
         rows: latents.
         options: options of the training. On the CPU of one machine the same options and rows give the same codebook,
             bit for bit.
+        held_out: latents to measure the codebook on; they have no influence on it. None: there are none.
+        with_curve: whether to measure the quality after some of the steps; that has no influence either.
         progress: whether to show progress on stderr, with error and perplexity.
 
     Raises:
@@ -87,19 +101,27 @@ def train(rows: LatentRows, options: TrainingOptions, *, progress: bool = False)
             rows, options.num_codes, options.initialisation, rng=rng, device=device, progress=progress
         )
         learner = _learner(torch.from_numpy(first).to(device), rows, options, plan)
-        codes_reseeded = _run(learner, rows, plan, rng=rng, device=device, progress=progress)
+        curve = Curve(rows, held_out, steps=plan.steps, seed=options.seed, device=device) if with_curve else None
+        codes_reseeded = _run(learner, rows, plan, curve, rng=rng, device=device, progress=progress)
         quantizer = learner.quantizer.eval()
         if not torch.isfinite(quantizer.code_rows()).all():
             raise InvalidOption("the training diverged: the codebook holds NaN or infinity; a smaller {lr=} may help")
         quality, statistics = measure_quality(quantizer, rows, device=device, progress=progress)
+        new = None if held_out is None else measure_quality(quantizer, held_out, device=device, progress=progress)[0]
     return Trained(
-        quantizer=quantizer.cpu(), quality=quality, plan=plan, codes_reseeded=codes_reseeded, statistics=statistics
+        quantizer=quantizer.cpu(),
+        quality=quality,
+        held_out=new,
+        curve=[] if curve is None else curve.points,
+        plan=plan,
+        codes_reseeded=codes_reseeded,
+        statistics=statistics,
     )
 
 
 @torch.no_grad()
 def measure_quality(
-    quantizer: AbstractQuantizer, rows: LatentRows, *, device: torch.device, progress: bool = False
+    quantizer: AbstractQuantizer, rows: RandomRows, *, device: torch.device, progress: bool = False
 ) -> tuple[Quality, Statistics]:
     """Encode and decode all rows, and return the quality, and the statistics for the file.
 
@@ -133,8 +155,9 @@ def measure_quality(
 
 def _run(
     learner: Learner,
-    rows: LatentRows,
+    rows: RandomRows,
     plan: TrainingPlan,
+    curve: Curve | None,
     *,
     rng: np.random.Generator,
     device: torch.device,
@@ -144,6 +167,8 @@ def _run(
     num_codes = learner.quantizer.num_codes
     usage = CodeUsage(num_codes, device)
     codes_reseeded = 0
+    if curve is not None:
+        curve.measure(learner.quantizer, 0)
     with progress_of("training", plan.steps, "step", shown=progress, is_main=True) as bar:
         for step, positions in enumerate(shuffled_batches(len(rows), plan.batch_size, plan.steps, rng)):
             batch = torch.from_numpy(rows.take(positions)).to(device)
@@ -156,6 +181,8 @@ def _run(
                 codes_reseeded += len(seeds)
             if progress and (step % _STEPS_PER_REPORT == 0 or step + 1 == plan.steps):
                 _report(bar, (z_q - batch).square().mean(), ids, num_codes, codes_reseeded)
+            if curve is not None:
+                curve.measure(learner.quantizer, step + 1)
             bar.update()
     return codes_reseeded
 
@@ -173,13 +200,13 @@ def _report(bar: Progress, mean_squared_error: Tensor, ids: Tensor, num_codes: i
     )
 
 
-def _learner(codes: Tensor, rows: LatentRows, options: TrainingOptions, plan: TrainingPlan) -> Learner:
+def _learner(codes: Tensor, rows: RandomRows, options: TrainingOptions, plan: TrainingPlan) -> Learner:
     if options.kind == "ema":
         return EmaLearner(codes, options, plan.batch_size)
     return AdamLearner(codes, options, options.lr or _LR_SHARE * _typical_error(rows, codes))
 
 
-def _typical_error(rows: LatentRows, codes: Tensor) -> float:
+def _typical_error(rows: RandomRows, codes: Tensor) -> float:
     """Return the root mean squared error per element of the median row: the typical distance that codes must move.
 
     The standard deviation of the latents is too large for this if there are many codes, or a few outliers.

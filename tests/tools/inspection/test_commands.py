@@ -70,7 +70,13 @@ def test_latents(files, capsys):
     assert (status, err) == (0, "")
     report = json.loads(run(capsys, book, "--latents", latents, "--json")[1])
     fit = report["fit"]
-    assert fit["latents"] == {"shape": [500, 3], "dtype": "float32", "layout": "channels_last", "tokens": 500}
+    assert fit["latents"] == {
+        "shape": [500, 3],
+        "dtype": "float32",
+        "layout": "channels_last",
+        "tokens": 500,
+        "data_set": None,
+    }
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines() if not line.startswith(" "))
     usage, error = fit["usage"][0], fit["error"]
     assert lines["latents"].startswith("500 tokens: 500 x 3 float32, channels_last")
@@ -118,7 +124,7 @@ def test_a_layout_is_the_codebook_s_unless_it_is_given(make_quantizer, saved, tm
     )
     status, _, err = run(capsys, *asked[:2], "--layout", "channels_last")
     assert status == 1
-    assert err == "vqserved: error: --layout says where the channels of LATENTS are: give --latents too\n"
+    assert err == "vqserved: error: --layout says where the channels of the latents are: give --latents too\n"
 
 
 @pytest.mark.parametrize("name", ["vq", "vq_remap", "gumbel", "rvq", "fsq", "residual_fsq_back", "lfq_spherical"])

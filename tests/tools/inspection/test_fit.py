@@ -12,13 +12,13 @@ from vqserve_server.errors import InvalidShape, NonFiniteLatents
 from vqserve_server.quantizers import CosineQuantizer, VectorQuantizer, VectorQuantizerWithInputProjection
 from vqserve_server.search import SearchCounts, prepare
 from vqserve_tools.inspection import inspect
-from vqserve_tools.latent_file import LatentRows
+from vqserve_tools.latents.array import ArrayRows
 
 DTYPES = {"float16": to_float16, "bfloat16": to_bfloat16}
 
 
 def fit_of(codebook, latents, **options):
-    return inspect(codebook, LatentRows(latents, keeps_float64=True, **options)).report.fit
+    return inspect(codebook, ArrayRows(latents, keeps_float64=True, **options)).report.fit
 
 
 @pytest.fixture(params=[np.float32, np.float64, np.float16], ids=lambda dtype: dtype.__name__)

@@ -17,7 +17,7 @@ from vqserve_server.search import available
 from vqserve_tools.inspection import inspect
 from vqserve_tools.inspection.codes import count_duplicates
 from vqserve_tools.inspection.text import as_text
-from vqserve_tools.latent_file import LatentRows
+from vqserve_tools.latents.array import ArrayRows
 
 
 def vq_of(rows, **options):
@@ -130,7 +130,7 @@ def test_stages_of_different_sizes(saved, latents_of):
     quantizer = ResidualQuantizer(3, [40, 5, 1], 3)
     for book in quantizer.codebooks():
         book.embedding.weight.data.normal_(generator=torch.Generator().manual_seed(0))
-    inspection = inspect(saved(quantizer), LatentRows(latents_of(quantizer)))
+    inspection = inspect(saved(quantizer), ArrayRows(latents_of(quantizer)))
     report = inspection.report
     assert report.stage_vocab_sizes == (40, 5, 1)
     assert report.codes == "1 stage of 40, 1 of 5 and 1 of 1"

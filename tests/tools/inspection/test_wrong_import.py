@@ -10,7 +10,7 @@ import torch
 
 from vqserve_server.quantizers import CosineQuantizer, EMAVectorQuantizer, Quantizer, ResidualQuantizer, VectorQuantizer
 from vqserve_tools.inspection import inspect
-from vqserve_tools.latent_file import LatentRows
+from vqserve_tools.latents.array import ArrayRows
 
 
 def trained(quantizer: Quantizer, shrinking: float = 0.6) -> Quantizer:
@@ -92,6 +92,6 @@ def test_latents_that_the_codes_are_not_made_for(saved):
     quantizer = trained(VectorQuantizer(40, 3))
     rows = np.random.default_rng(0).standard_normal((500, 3)).astype(np.float32)
     codebook = saved(quantizer)
-    assert inspect(codebook, LatentRows(rows)).report.warnings == ()
-    [warning] = inspect(codebook, LatentRows(rows / 100)).report.warnings
+    assert inspect(codebook, ArrayRows(rows)).report.warnings == ()
+    [warning] = inspect(codebook, ArrayRows(rows / 100)).report.warnings
     assert "the error is greater than the variance of the latents" in warning

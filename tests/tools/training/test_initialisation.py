@@ -8,7 +8,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 from vqserve_server.errors import InvalidShape
-from vqserve_tools.latent_file import LatentRows
+from vqserve_tools.latents.array import ArrayRows
 from vqserve_tools.training.initialisation import choose_weighted, initial_codes
 from vqserve_tools.training.trainer import shuffled_batches
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 def codes_of(array: np.ndarray, num_codes: int, method: str, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return initial_codes(LatentRows(array), num_codes, method, rng=rng, device=CPU, progress=False)
+    return initial_codes(ArrayRows(array), num_codes, method, rng=rng, device=CPU, progress=False)
 
 
 @pytest.mark.parametrize("method", ["kmeans++", "sample"])

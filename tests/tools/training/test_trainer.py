@@ -10,7 +10,7 @@ import torch
 from scipy.cluster.vq import kmeans2
 
 from vqserve_server.errors import InvalidOption, InvalidShape, NonFiniteLatents
-from vqserve_tools.latent_file import LatentRows
+from vqserve_tools.latents.array import ArrayRows
 from vqserve_tools.training.options import TrainingOptions
 from vqserve_tools.training.trainer import Trained, train
 
@@ -28,7 +28,7 @@ def clustered() -> np.ndarray:
 
 def run(array: np.ndarray, **options: Any) -> Trained:
     settings = {"num_codes": NUM_CODES, "batch_size": 500, "steps": 150, "decay": 0.9, "device": "cpu"} | options
-    return train(LatentRows(array), TrainingOptions(**settings))
+    return train(ArrayRows(array), TrainingOptions(**settings))
 
 
 def mean_squared_error(array: np.ndarray, codes: np.ndarray) -> float:

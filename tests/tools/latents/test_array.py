@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from vqserve_server.errors import InvalidDtype, InvalidOption, InvalidShape, NonFiniteLatents
-from vqserve_tools import latent_file
-from vqserve_tools.latent_file import LatentRows
+from vqserve_tools.latents import array as array_rows
+from vqserve_tools.latents.array import ArrayRows
 
 
 @pytest.mark.parametrize(
@@ -36,11 +36,11 @@ def test_rows_are_tokens_in_the_order_of_the_grid(
     read_bytes: int | None,
 ) -> None:
     if read_bytes is not None:
-        monkeypatch.setattr(latent_file, "_IN_MEMORY_BYTES", 0)
-        monkeypatch.setattr(latent_file, "_READ_BYTES", read_bytes)
+        monkeypatch.setattr(array_rows, "_IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(array_rows, "_READ_BYTES", read_bytes)
     array = np.asarray(np.random.default_rng(0).normal(size=shape), dtype=np.float32, order=order)
     np.save(tmp_path / "z.npy", array)
-    rows = LatentRows.open(tmp_path / "z.npy", layout)
+    rows = ArrayRows.open(tmp_path / "z.npy", layout)
     expected = np.moveaxis(array, axis, -1).reshape(-1, 3)
     assert (len(rows), rows.dim) == expected.shape
     np.testing.assert_array_equal(rows.take(np.arange(len(rows))[::-1]), expected[::-1])
@@ -54,7 +54,7 @@ def test_rows_are_tokens_in_the_order_of_the_grid(
 @pytest.mark.parametrize("dtype", ["float16", "float64", ">f4"])
 def test_rows_are_float32_of_any_float(dtype: str) -> None:
     array = np.arange(6).reshape(2, 3).astype(dtype)
-    taken = LatentRows(array).take(np.array([1, 0]))
+    taken = ArrayRows(array).take(np.array([1, 0]))
     assert taken.dtype == np.float32
     np.testing.assert_array_equal(taken, array[::-1].astype(np.float32))
 
@@ -62,20 +62,20 @@ def test_rows_are_float32_of_any_float(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["int32", "complex64", "bool", "longdouble"])
 def test_other_elements_are_rejected(dtype: str) -> None:
     with pytest.raises(InvalidDtype, match="float16, float32 or float64"):
-        LatentRows(np.zeros((2, 3), dtype))
+        ArrayRows(np.zeros((2, 3), dtype))
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (1, 2, 3, 4, 5, 6), (4, 0)])
 def test_other_shapes_are_rejected(shape: tuple[int, ...]) -> None:
     with pytest.raises(InvalidShape):
-        LatentRows(np.zeros(shape, np.float32))
+        ArrayRows(np.zeros(shape, np.float32))
 
 
 def test_layouts_are_checked() -> None:
     with pytest.raises(InvalidOption, match="layout must be one of"):
-        LatentRows(np.zeros((2, 3), np.float32), "nchw")
+        ArrayRows(np.zeros((2, 3), np.float32), "nchw")
     with pytest.raises(InvalidShape, match="channels_first needs"):
-        LatentRows(np.zeros((2, 3), np.float32), "channels_first")
+        ArrayRows(np.zeros((2, 3), np.float32), "channels_first")
 
 
 @pytest.mark.parametrize(
@@ -85,9 +85,9 @@ def test_layouts_are_checked() -> None:
 def test_the_first_bad_value_is_named_by_its_place_in_the_array(
     monkeypatch: pytest.MonkeyPatch, dtype: str, value: float, text: str
 ) -> None:
-    monkeypatch.setattr("vqserve_tools.latent_file._CHUNK_BYTES", 200)
+    monkeypatch.setattr("vqserve_tools.latents.array._CHUNK_BYTES", 200)
     array = np.zeros((7, 3, 2, 5), dtype)
-    rows = LatentRows(array)
+    rows = ArrayRows(array)
     rows.check_finite()
     array[4, 2, 1, 3] = array[6, 0, 0, 0] = value
     with pytest.raises(NonFiniteLatents, match=rf"latents\[4, 2, 1, 3\] is .*{text.removeprefix('is ')}") as caught:
@@ -102,7 +102,7 @@ def test_a_pipe_is_rejected_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "z.npy")
     for path in (tmp_path, tmp_path / "z.npy"):
         with pytest.raises(InvalidOption, match=r"it is (a folder|no regular file): name a .npy file"):
-            LatentRows.open(path)
+            ArrayRows.open(path)
 
 
 def test_files_that_hold_no_latents_are_rejected(tmp_path: Path) -> None:
@@ -110,18 +110,18 @@ def test_files_that_hold_no_latents_are_rejected(tmp_path: Path) -> None:
     for content in (b"", b"hello", b"\x93NUMPY\x01\x00"):
         path.write_bytes(content)
         with pytest.raises(InvalidOption, match=r"z\.npy: it is not a \.npy file"):
-            LatentRows.open(path)
+            ArrayRows.open(path)
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(InvalidOption, match="Python objects"):
-        LatentRows.open(path)
+        ArrayRows.open(path)
     np.save(path, np.zeros((8, 2), np.float32))
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InvalidOption):
-        LatentRows.open(path)
+        ArrayRows.open(path)
 
 
 def test_an_empty_array_has_no_rows(tmp_path: Path) -> None:
-    rows = LatentRows(np.zeros((0, 3), np.float32))
+    rows = ArrayRows(np.zeros((0, 3), np.float32))
     rows.check_finite()
     assert len(rows) == 0
 
@@ -130,10 +130,10 @@ def test_an_empty_array_has_no_rows(tmp_path: Path) -> None:
 def test_a_file_that_is_truncated_while_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
-    monkeypatch.setattr(latent_file, "_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(array_rows, "_IN_MEMORY_BYTES", 0)
     path = tmp_path / "z.npy"
     np.save(path, np.zeros((64, 64, 64), np.float32))
-    rows = LatentRows.open(path, layout)
+    rows = ArrayRows.open(path, layout)
     os.truncate(path, 1 << 14)
     for read in (rows.check_finite, lambda: rows.take(np.array([4095, 0])), lambda: list(rows.chunks(100))):
         with pytest.raises(OSError, match="was truncated while it was read"):

@@ -1,21 +1,23 @@
-"""Latents of a .npy file as rows, in any layout; a large file is read on demand."""
+"""Latents of one array as rows, in any layout; a large .npy file is read on demand."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vqserve.errors import InvalidOption, InvalidShape, escape, of_file
+from vqserve.errors import InvalidOption, InvalidShape, escape, of_file, rows_placed
 from vqserve.layout import Layout, channel_axis, parse_layout, resolve_layout
 from vqserve.npy import NpyFile
-from vqserve.validation import not_finite, not_latents
+from vqserve.validation import check_channels, not_finite, not_latents
 from vqserve_server.rows import channels_last
 from vqserve_server.validation import first_non_finite
+from vqserve_tools.latents.rows import Description, Ints
 
 _CHUNK_BYTES = 1 << 26
 # Larger files are read on demand.
@@ -24,7 +26,7 @@ _IN_MEMORY_BYTES = 1 << 30
 _READ_BYTES = 1 << 22
 
 
-class LatentRows:
+class ArrayRows:
     """Latents of 2 to 5 axes as rows: row i is the token at position i of the grid in C order.
 
     Attributes:
@@ -71,7 +73,7 @@ class LatentRows:
     @classmethod
     def open(
         cls, path: Path, layout: str | None = None, *, default: Layout | None = None, keeps_float64: bool = False
-    ) -> LatentRows:
+    ) -> ArrayRows:
         """Open a .npy file; pickled objects are rejected. See the constructor for the arguments.
 
         A file of up to 1 GiB is read into memory, because training reads it many times in random order.
@@ -147,6 +149,14 @@ class LatentRows:
         for start in range(0, len(self), rows_per_chunk):
             yield self.take(np.arange(start, min(start + rows_per_chunk, len(self))))
 
+    def check_channels(self, channels: int) -> None:
+        """Check the number of channels.
+
+        Raises:
+            InvalidShape: it is another.
+        """
+        check_channels(self.array.shape, self.layout, channels)
+
     def check_finite(self) -> None:
         """Check in one pass that all numbers are finite, also when converted to the type of the rows.
 
@@ -158,13 +168,41 @@ class LatentRows:
         bytes_per_item = self.array.size // self.array.shape[0] * self.dtype.itemsize
         step = max(1, _CHUNK_BYTES // bytes_per_item)
         for start in range(0, self.array.shape[0], step):
-            chunk = self.array[start : start + step]
-            with np.errstate(over="ignore"):
-                position = first_non_finite(chunk.astype(self.dtype, copy=False))
-            if position is not None:
-                value = float(chunk[position])
-                whole = [start + position[0], *position[1:]]
-                raise not_finite(whole, value, as_float32=math.isfinite(value))
+            check_finite_as(self.array[start : start + step], self.dtype, (start, *[0] * (self.array.ndim - 1)))
+
+    def placed(self, start: int) -> AbstractContextManager[None]:
+        """Return a context that converts errors about rows, counted from `start`, to errors about tokens."""
+        return rows_placed(self.grid, start)
+
+    def describe(self) -> Description:
+        """Return what the latents are."""
+        return Description(
+            shape=self.array.shape, dtype=self.array.dtype.name, layout=str(self.layout), tokens=len(self)
+        )
+
+    def groupings(self) -> Iterator[tuple[str, Ints]]:
+        """Group the rows by the entries of the batch axis: by pictures, recordings or sequences."""
+        if len(self.grid) > 1 and len(self):
+            yield "entries of the batch axis", np.arange(len(self)) // math.prod(self.grid[1:])
+
+
+def check_finite_as(part: npt.NDArray[Any], dtype: np.dtype[Any], offset: Sequence[int]) -> None:
+    """Check that all numbers of a part of an array are finite, also when converted to a type.
+
+    Args:
+        part: float16, float32 or float64.
+        dtype: float32 or float64.
+        offset: position of the part in its array.
+
+    Raises:
+        NonFiniteLatents: names the first other one's position in the array.
+    """
+    with np.errstate(over="ignore"):
+        position = first_non_finite(part.astype(dtype, copy=False))
+    if position is not None:
+        value = float(part[position])
+        whole = [at + by for at, by in zip(position, offset, strict=True)]
+        raise not_finite(whole, value, as_float32=math.isfinite(value))
 
 
 def _ends_of_reads(items: npt.NDArray[np.intp], *, most: int) -> list[int]:

@@ -1,0 +1,102 @@
+"""What a user says about sources of latents. Importing it does not import torch."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from vqserve.errors import InvalidOption, escape
+from vqserve_data.errors import FileError
+from vqserve_data.readers import suffix_of
+from vqserve_data.readers.protocol import Selection, SourceFile
+from vqserve_data.sources import Found, find
+from vqserve_tools.flags import option
+
+SOURCES_HELP = "files, folders, globs or URLs of .npy, .npz, .safetensors, .pt, tars, Parquet, Arrow, HDF5 and Zarr"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """How sources are read.
+
+    Attributes:
+        unbatched: whether the arrays have no batch axis.
+        column: column of tables with the latents; None: the only one that can be.
+        member: patterns of the names of members of archives and tars; none: all arrays.
+        key: column of tables with the keys; None: the number of the row.
+        sample_rows: number of rows to sample; None: up to the tool.
+        max_errors: number of bad items up to which the tool goes on without them.
+    """
+
+    unbatched: bool = option(False, "arrays have no batch axis: (C, h, w), (s, C)", action="store_true")
+    column: str | None = option(None, "column of tables with the latents (default: the only one)", metavar="NAME")
+    member: tuple[str, ...] = option(
+        (),
+        "members of archives, such as 'latents*' (default: all); may be given again",
+        action="append",
+        metavar="GLOB",
+    )
+    key: str | None = option(
+        None, "column of tables with the keys, for messages (default: the number of the row)", metavar="NAME"
+    )
+    sample_rows: int | None = option(None, "rows to sample uniformly from all rows", type=int, metavar="N")
+    max_errors: int = option(
+        100, "stop if more items than this cannot be used (default: %(default)s)", type=int, metavar="N"
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (("sample_rows", 1), ("max_errors", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InvalidOption(f"{{option}} must be at least {least}, not {value}", option=name)
+
+    @property
+    def selection(self) -> Selection:
+        """Which arrays of a file are items."""
+        return Selection(column=self.column, members=self.member, key=self.key, fields=False)
+
+
+def one_array(sources: Sequence[str], options: SourceOptions) -> Path | None:
+    """Return the one .npy file that the sources are, which is read as a whole; None: they are a data set."""
+    if len(sources) != 1 or options != SourceOptions(max_errors=options.max_errors):
+        return None
+    [source] = sources
+    path = Path(source)
+    if "://" in source or path.is_dir() or (glob.has_magic(source) and not path.exists()):
+        return None
+    is_npy = path.suffix.lower() == ".npy"
+    # A file of an unknown suffix may be one, too: its content decides.
+    return path if is_npy or (path.exists() and suffix_of(source) is None) else None
+
+
+def find_files(sources: Sequence[str]) -> Found:
+    """Return the files of a data set.
+
+    Raises:
+        InvalidOption: a source names nothing that can be read.
+    """
+    try:
+        return find(sources)
+    except FileError as error:
+        raise InvalidOption(escape(str(error))) from None
+
+
+def digest_of(files: Sequence[SourceFile]) -> str:
+    """Return the SHA-256 of the keys, sizes and versions of files, in lower-case hexadecimal."""
+    sha256 = hashlib.sha256()
+    for file in files:
+        sha256.update(f"{file.key}\0{file.size}\0{file.version}\n".encode("utf-8", "surrogateescape"))
+    return sha256.hexdigest()
+
+
+def title_of(source: str) -> str:
+    """Return a source for a text that leaves the machine: the last part of a path, a URL without secrets."""
+    if "://" not in source:
+        path = Path(source)
+        return path.name or path.resolve().name
+    url = urlsplit(source)
+    return f"{url.scheme}://{url.hostname or ''}{url.path}"
