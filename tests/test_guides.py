@@ -103,6 +103,17 @@ def test_datasets(guide, demo, tmp_path):
     assert list(rows["label"]) == list(range(1000))
 
 
+def test_the_cache_of_datasets_tells_digests_apart():
+    fingerprint = pytest.importorskip("datasets.fingerprint")
+
+    def hash_of(digest):
+        client = Client("localhost:1", codebook="demo", digest=digest)
+        return fingerprint.Hasher.hash(lambda batch: client.encode(batch["latents"]))
+
+    assert hash_of("ab" * 32) == hash_of("ab" * 32)
+    assert hash_of("ab" * 32) != hash_of("cd" * 32)
+
+
 def test_webdataset(guide, demo, tmp_path):
     assert guide("webdataset") == "(8, 8) uint16 7\n"
     with tarfile.open(tmp_path / "latents.tar") as tar:

@@ -169,6 +169,14 @@ def test_the_reader_of_the_documentation(tmp_path: Path) -> None:
     """In a process of its own, because it adds a suffix."""
     page = Path(__file__).parents[3] / "docs" / "formats.md"
     code = page.read_text().partition("```python\n")[2].partition("```")[0]
+    code += """
+from vqserve_data.readers import Selection, reader_of
+from vqserve_data.sources import find
+
+for file in find(["data"]).files:
+    for item in reader_of(file).read(file, Selection()):
+        print(item.key, item.array.shape)
+"""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.txt").write_text("1 2 3\n4 5 6\n")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
