@@ -9,9 +9,8 @@ from vqserve_client.bulk.job import Limits, TooManyErrors
 from vqserve_client.conversion import ConversionOptions
 from vqserve_data.errors import FileError, MissingLibrary
 from vqserve_data.items import BadItem, Entry, Item, RawItem
-from vqserve_data.readers import add_reader, reader_of
+from vqserve_data.readers import add_reader
 from vqserve_data.readers.protocol import Reader, Selection, SourceFile
-from vqserve_data.sources import find
 from vqserve_data.writers import add_writer
 from vqserve_data.writers.protocol import Shard, Writer, Written
 
@@ -37,6 +36,4 @@ __all__ = [
     "add_writer",
     "decode",
     "encode",
-    "find",
-    "reader_of",
 ]
