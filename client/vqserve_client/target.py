@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 from vqserve.errors import InvalidOption, quoted
 
@@ -128,6 +129,12 @@ def _address(text: str, whole: str) -> Address:
     if host == "" or "://" in host or host.startswith(_UNIX) or not port.isdecimal() or int(port) >= 1 << 16:
         raise InvalidOption(f"{_FORMS}, not {quoted(whole, 200)}", option="target")
     host = host.removeprefix("[").removesuffix("]")
+    if named and named[1] and find_spec("dns") is None:
+        raise InvalidOption(
+            f"{{option}} {quoted(text, 200)} names a DNS server, which needs a library that is not installed: "
+            "pip install 'vqserve[dns]'",
+            option="target",
+        )
     return Address(text, host, int(port), named[1] if named else "")
 
 
