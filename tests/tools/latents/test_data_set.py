@@ -276,6 +276,9 @@ def test_one_npy_file_is_no_data_set(tmp_path: Path) -> None:
         ("a/*.npy", "*.npy"),
         ("s3://bucket/a/z.npy", "s3://bucket/a/z.npy"),
         ("https://me:word@host:80/z.npy?token=1", "https://host/z.npy"),
+        ("file:///home/me/latents", "latents"),
+        ("simplecache::https://me:word@host/z.npy", "simplecache::https://host/z.npy"),
+        ("zip://a/z.npy::s3://bucket/b.zip", "zip://a/z.npy::s3://bucket/b.zip"),
     ],
 )
 def test_titles_have_no_secrets_and_no_folders_of_this_machine(source: str, title: str) -> None:
