@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
-import shlex
 import shutil
-import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 
@@ -22,30 +18,19 @@ from safetensors.torch import save_file
 
 from support.certificates import Authority, Folder, free_port, replace
 from support.foreign import CASES
+from support.pages import COMMANDS, ROOT, commands, examples, follow, prose, run
 from support.waiting import eventually
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.v1.tokenizer_pb2_grpc import TokenizerServiceStub
-from vqserve_client.cli import main as vqserve
 from vqserve_server.access.token_file import hash_of, new_secret
 from vqserve_server.codebook_files import DEMO_PATH, find_codebooks
 from vqserve_server.codebooks import load_codebook
 from vqserve_server.tokenizer import Tokenizer
-from vqserve_tools.cli import main as vqserved
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     page for pattern in ("*.md", "docs/**/*.md", "benchmarks/**/*.md", "server/**/*.md") for page in ROOT.glob(pattern)
 )
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
-
-
-def prose(page):
-    return FENCED.sub("", page.read_text())
-
-
-def examples(page, language):
-    return [body for tag, body in FENCED.findall((ROOT / page).read_text()) if tag == language]
 
 
 def anchors(page):
@@ -101,23 +86,6 @@ def target(demo, serving):
     return serving(demo).target
 
 
-COMMANDS = {"vqserve": vqserve, "vqserved": vqserved}
-
-
-def commands(page):
-    """Return the lines of a page's shell examples that run `vqserve` or `vqserved`, as lists of words."""
-    lines = [line for tag in ("", "sh") for body in examples(page, tag) for line in body.splitlines()]
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [line for line in words if line and line[0] in COMMANDS]
-
-
-def run(source, target=""):
-    """Run an example against a server and return its names."""
-    names = {"__name__": "example"}
-    exec(source.replace("localhost:50051", target), names)  # noqa: S102
-    return names
-
-
 def test_the_readme_s_example(target, demo):
     [source] = examples("README.md", "python")
     names = run(source, target)
@@ -127,7 +95,7 @@ def test_the_readme_s_example(target, demo):
 
 
 def test_the_client_s_example(target, demo):
-    source, _, _ = examples("docs/client.md", "python")
+    source, _ = examples("docs/client.md", "python")
     names = run(source, target)
     assert (names["indices"] == demo.encode(names["latents"])).all()
 
@@ -140,33 +108,13 @@ def test_the_client_s_example_with_tls(serving, demo, tmp_path, monkeypatch, cap
     Path("token").write_text(secret)
     replace(tmp_path / "tokens.toml", f'[tokens.me]\nsha256 = "{hash_of(secret)}"\n'.encode())
     server = serving(demo, tokens=tmp_path / "tokens.toml", **files.settings())
-    _, source, _ = examples("docs/client.md", "python")
+    _, source = examples("docs/client.md", "python")
     run(source.replace("vq.example:50051", server.target))
     assert "name='demo'" in capsys.readouterr().out
 
 
-def test_the_client_s_job(target, demo, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("latents").mkdir()
-    rng = np.random.default_rng(0)
-    latents = {name: rng.standard_normal((2, demo.info.input_dim, 8, 8), dtype=np.float32) for name in "abcde"}
-    for name in "bd":
-        latents[name][1, 2, 3, 4] = np.nan
-    for name, array in latents.items():
-        np.save(f"latents/{name}.npy", array)
-    _, _, source = examples("docs/client.md", "python")
-    run(source, target)
-    for name in "ace":
-        assert (np.load(f"tokens/{name}.npy") == demo.encode(latents[name])).all()
-    assert sorted(path.name for path in Path("tokens").iterdir()) == ["a.npy", "c.npy", "codebook.json", "e.npy"]
-    assert json.loads(Path("tokens/codebook.json").read_text()) == {"name": "demo", "digest": demo.info.digest}
-    said = capsys.readouterr().out.splitlines()
-    assert [line.partition(" is left out: ")[0] for line in said] == ["latents/b.npy", "latents/d.npy"]
-    assert "latents[1, 2, 3, 4] is nan" in said[0]
-
-
 def test_the_client_s_example_in_process(demo, monkeypatch):
-    source, _, _ = examples("docs/client.md", "python")
+    source, _ = examples("docs/client.md", "python")
     [line] = re.findall(r"`(with Tokenizer\.load\(.*\) as client:)`", prose(ROOT / "docs/client.md"))
     monkeypatch.chdir(ROOT)
     names = run("from vqserve_server import Tokenizer\n" + re.sub(r"with Client\(.*", line, source))
@@ -195,37 +143,6 @@ def test_the_benchmarks_commands(vqserved, tmp_path, monkeypatch):
     assert Path("run.png").exists()
     [source] = examples("docs/benchmarks.md", "python")
     assert run(source, target)["measured"].requests > 0
-
-
-# What these pages do before, or without, the shell of this test: install, start Python, and go into a container.
-NOT_RUN = ("git clone ", "python3 -m venv ", "pip install ", "make ", "docker ", ". ")
-
-
-def follow(page, vqserved, folder, run_python):
-    """Run a page's examples in their order, as printed, in an empty folder, with real servers of their own.
-
-    Args:
-        page: its path in the repository.
-        vqserved: the fixture that starts a server.
-        folder: the folder in which the reader is.
-        run_python: called for each Python example, with its source and the address of the server.
-    """
-    scripts = Path(sys.executable).parent
-    path = f"{scripts}{os.pathsep}{os.environ['PATH']}"
-    target = ""
-    for language, body in FENCED.findall((ROOT / page).read_text()):
-        if language == "python":
-            run_python(body, target)
-        elif language == "sh":
-            lines = [line for line in body.splitlines() if not line.startswith(NOT_RUN)]
-            served = [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("vqserved serve")]
-            # A short training: what it learns is not tested here.
-            script = "\n".join(line for line in lines if not line.startswith("vqserved serve"))
-            script = script.replace("vqserved train", "vqserved train --steps=1")
-            environ = {**os.environ, "PATH": path, "VQSERVE_TARGET": target}
-            subprocess.run(["sh", "-e", "-c", script], cwd=folder, env=environ, check=True)
-            for sources in served:
-                target = vqserved(*(folder / source for source in sources), "--device", "cpu").target
 
 
 def test_the_readme_s_commands(vqserved, tmp_path):

@@ -76,6 +76,7 @@ PUBLIC = {
         "encode_stats",
         "measure",
     ],
+    "vqserve_data.stream": ["TokenStream"],
     "vqserve_server": ["Tokenizer", "__version__"],
     "vqserve_server.codebooks": ["Codebook", "codebook_digest", "load_codebook", "save_codebook"],
     "vqserve_server.quantizers": [

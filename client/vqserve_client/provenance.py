@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from vqserve.errors import DigestMismatch, InvalidOption
 from vqserve.validation import is_digest
 from vqserve_client.catalogue import choose
 from vqserve_client.conversion import ConversionOptions
+from vqserve_data.drafts import write_file
 from vqserve_data.errors import FileError
 
 _SUFFIX = ".json"
@@ -69,23 +69,9 @@ def with_sidecar(path: Path, content: Mapping[str, Any]) -> Iterator[None]:
         yield
     except BaseException:
         if before is not None:
-            _write(beside, before)
+            write_file(beside, [before])
         raise
-    _write(beside, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    draft = path.with_name(f".{path.name}.part")
-    try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
+    write_file(beside, [f"{json.dumps(content, indent=2)}\n".encode()])
 
 
 def read_sidecar(path: Path) -> dict[str, Any] | None:

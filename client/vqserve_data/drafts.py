@@ -10,7 +10,7 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +89,8 @@ def publish(drafts: Sequence[Draft], *, root: Path | None = None) -> None:
         root: folder below which folders may be new, so that their names are written to the disk, too; None: none is.
 
     Raises:
-        FileError: they cannot be written; neither the drafts nor the files are left.
+        FileError: they cannot be written; neither the drafts nor the files are left. If it is only the names of their
+            folder that cannot be written to the disk, the files are left.
     """
     done: list[Draft] = []
     try:
@@ -100,9 +101,6 @@ def publish(drafts: Sequence[Draft], *, root: Path | None = None) -> None:
             with writing(draft.path):
                 draft.file.replace(draft.path)
             done.append(draft)
-        for folder in sorted(_folders(drafts, root)):
-            with writing(folder):
-                _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
     except BaseException:
         for draft in drafts:
             draft.remove()
@@ -110,6 +108,24 @@ def publish(drafts: Sequence[Draft], *, root: Path | None = None) -> None:
             with contextlib.suppress(OSError):
                 draft.path.unlink(missing_ok=True)
         raise
+    for folder in sorted(_folders(drafts, root)):
+        with writing(folder):
+            _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def write_file(path: Path, content: Iterable[bytes]) -> None:
+    """Write a file that is there as a whole or not at all.
+
+    Raises:
+        FileError: it cannot be written; what was there is still there.
+    """
+    draft = Draft.unshared(path)
+    try:
+        with writing(path), draft.open() as file:
+            file.writelines(content)
+        publish([draft])
+    finally:
+        draft.remove()
 
 
 def drafts_below(folder: Path) -> Iterator[Path]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vqserve.text import printable
+from vqserve_data.drafts import drafts_below, write_file
 from vqserve_data.errors import FileError
 from vqserve_data.readers.protocol import SourceFile
 from vqserve_data.writers.protocol import Written
@@ -32,7 +33,6 @@ MANIFEST = "manifest.json"
 ERRORS = "errors.jsonl"
 _FOLDER = "manifest"
 _SOURCES = "sources.jsonl"
-_DRAFT = ".part"
 _READ_BYTES = 1 << 20
 # Version of the form of these files.
 _FORM = 1
@@ -133,7 +133,7 @@ class Records:
             self._remove()
             before = None
         if before is None:
-            self._write(self.folder / _FOLDER / _SOURCES, listed)
+            write_file(self.folder / _FOLDER / _SOURCES, [listed.encode()])
             self._write_manifest(job)
             return
         differences = _differences(before["job"], json.loads(json.dumps(job)))
@@ -162,7 +162,7 @@ class Records:
                 check_file(self.folder, file)
                 if advance is not None:
                     advance(file.nbytes)
-        for path in self.folder.rglob(f".*{_DRAFT}"):
+        for path in drafts_below(self.folder):
             path.unlink()
         for path in (self.folder / _FOLDER).glob("part-*.jsonl"):
             if _part_number(path) >= len(self.parts):
@@ -175,7 +175,7 @@ class Records:
             FileError: it cannot be written.
         """
         path = self.folder / _FOLDER / _part_name(len(self.parts))
-        self._write(path, part.line(), *map(_line, lines))
+        write_file(path, map(str.encode, chain([part.line()], map(_line, lines))))
         self.parts.append(part)
 
     def finish(self, job: Mapping[str, Any]) -> None:
@@ -192,7 +192,7 @@ class Records:
         if first is None:
             (self.folder / ERRORS).unlink(missing_ok=True)
         else:
-            self._write(self.folder / ERRORS, first, *bad)
+            write_file(self.folder / ERRORS, map(str.encode, chain([first], bad)))
 
     def close(self) -> None:
         """Let other jobs write to the folder."""
@@ -232,7 +232,7 @@ class Records:
                 (self.folder / file.name).unlink(missing_ok=True)
         for path in [*(self.folder / _FOLDER).iterdir(), self.folder / ERRORS]:
             path.unlink(missing_ok=True)
-        for path in self.folder.rglob(f".*{_DRAFT}"):
+        for path in drafts_below(self.folder):
             path.unlink()
         for path in sorted(self.folder.rglob("*"), reverse=True):
             if path.is_dir() and path != self.folder / _FOLDER:
@@ -241,22 +241,7 @@ class Records:
 
     def _write_manifest(self, job: Mapping[str, Any], *, complete: bool = False, **totals: int) -> None:
         content = {"form": _FORM, "complete": complete, **totals, "job": job}
-        self._write(self.folder / MANIFEST, json.dumps(content, indent=2) + "\n")
-
-    def _write(self, path: Path, *texts: str) -> None:
-        """Write a file that is either there as a whole or not at all."""
-        draft = path.with_name(f".{path.name}{_DRAFT}")
-        with _named(path):
-            with draft.open("w", encoding="utf-8") as file:
-                file.writelines(texts)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        write_file(self.folder / MANIFEST, [f"{json.dumps(content, indent=2)}\n".encode()])
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

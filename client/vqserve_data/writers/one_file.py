@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,10 +63,15 @@ class OneFile:
         """Add the next item.
 
         Raises:
-            FileError: it cannot be written.
+            FileError: it cannot be written; nothing of the shard is left.
         """
-        with writing(self._draft.path):
-            self._write(key, array, fields)
+        try:
+            with writing(self._draft.path):
+                self._write(key, array, fields)
+        except BaseException:
+            # A part of it may be there.
+            self.abandon()
+            raise
         self._nbytes += array.nbytes
 
     def close(self) -> list[Written]:
@@ -128,8 +134,14 @@ def bytes_of(array: Array) -> memoryview:
 
 def npy_header(array: Array) -> bytes:
     """Return what comes before the elements in a .npy file with the array in C order."""
+    return _npy_header(array.shape, array.dtype)
+
+
+# Most items have one of few shapes, and making a header takes as long as writing a small item.
+@functools.lru_cache(1 << 10)
+def _npy_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
     header = io.BytesIO()
-    description = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
+    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, description)
     return header.getvalue()
 

@@ -45,7 +45,7 @@ class _ParquetShard(OneFile):
     def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
         self._pa, self._parquet = _library("pyarrow"), _library("pyarrow.parquet")
         super().__init__(path)
-        self._metadata = {f"vqserve.{name}": value for name, value in sorted(metadata.items())}
+        self._metadata = dict(sorted(metadata.items()))
         self._rows: list[tuple[str, Array, Mapping[str, Any]]] = []
         self._row_bytes = 0
         self._kind: tuple[int, np.dtype[Any]] | None = None
@@ -125,6 +125,9 @@ class _ParquetShard(OneFile):
             columns[kind_of(arrays[0].dtype)] = self._lists(arrays)
         for name in dict.fromkeys(name for _, _, fields in self._rows for name in fields):
             values = [_plain(name, fields.get(name)) for _, _, fields in self._rows]
+            if name == "key" and values == columns["key"].to_pylist():
+                # From a table of ours.
+                continue
             column = name
             while column in columns:
                 column += "_"

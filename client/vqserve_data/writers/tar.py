@@ -21,13 +21,11 @@ from vqserve_data.keys import sample_of
 from vqserve_data.writers.one_file import OneFile, OneFileWriter, bytes_of, kind_of, npy_header
 from vqserve_data.writers.protocol import Shard
 
-# The metadata is in a global header, under these names.
-_PREFIX = "VQSERVE."
 _END = bytes(2 * tarfile.BLOCKSIZE)
 
 
 class TarWriter(OneFileWriter):
-    """Writes WebDataset shards."""
+    """Writes WebDataset shards. The metadata is JSON in the comment of a global header."""
 
     name = "tar"
     keeps_fields = True
@@ -42,8 +40,9 @@ class _TarShard(OneFile):
 
     def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
         super().__init__(path)
-        headers = {f"{_PREFIX}{name}": value for name, value in sorted(metadata.items())}
-        self._begin = tarfile.TarInfo.create_pax_global_header(headers) if headers else b""
+        # Of the keywords of global headers, tar takes this one without a warning.
+        headers = {"comment": json.dumps(dict(metadata), sort_keys=True)}
+        self._begin = tarfile.TarInfo.create_pax_global_header(headers) if metadata else b""
 
     def _write(self, key: str, array: Array, fields: Mapping[str, Any]) -> None:
         self._file.write(self._begin)

@@ -257,9 +257,9 @@ def test_the_metadata_is_where_a_reader_of_the_format_finds_it(tmp_path):
     with safe_open(tmp_path / "shard-00000.safetensors", "numpy") as file:
         assert file.metadata() == METADATA
     with tarfile.open(tmp_path / "shard-00000.tar") as archive:
-        assert archive.pax_headers == {f"VQSERVE.{name}": value for name, value in METADATA.items()}
+        assert json.loads(archive.pax_headers["comment"]) == METADATA
     schema = pq.read_schema(tmp_path / "shard-00000.parquet")
-    assert {name: schema.metadata[f"vqserve.{name}".encode()].decode() for name in METADATA} == METADATA
+    assert {name: schema.metadata[name.encode()].decode() for name in METADATA} == METADATA
     assert TokenStream(tmp_path / "shard-00000.bin").metadata == METADATA
 
 
@@ -327,6 +327,15 @@ def test_parquet_fields_are_columns(tmp_path):
     assert frame.iloc[1][["txt", "caption", "image"]].isna().all()
 
 
+def test_a_field_of_the_name_of_another_column_gets_an_underscore(tmp_path):
+    rows = [("a", np.zeros(1, np.uint16), {"key": "a", "indices": 1}), ("b", np.zeros(1, np.uint16), {"key": "b"})]
+    write("parquet", tmp_path, rows)
+    assert pq.read_schema(tmp_path / "shard-00000.parquet").names == ["key", "indices", "indices_"]
+    write("parquet", tmp_path, [*rows, ("c", np.zeros(1, np.uint16), {"key": "another"})])
+    table = pq.read_table(tmp_path / "shard-00000.parquet")
+    assert table["key_"].to_pylist() == ["a", "b", "another"]
+
+
 def test_datasets_reads_parquet_and_tar(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     datasets = pytest.importorskip("datasets")
@@ -356,7 +365,7 @@ def test_parquet_items_with_other_fields_later_widen_the_table(tmp_path, monkeyp
     assert [row["a"] for row in rows] == [None, None, 1, None, 2.5, None, None]
     assert [row["b"] for row in rows] == [None, None, None, "x", None, "y", None]
     assert [row["c"] for row in rows[-2:]] == [{"d": 1, "e": None}, {"d": None, "e": 2}]
-    assert pq.read_schema(tmp_path / "shard-00000.parquet").metadata[b"vqserve.codebook"] == b"demo"
+    assert pq.read_schema(tmp_path / "shard-00000.parquet").metadata[b"codebook"] == b"demo"
 
 
 @pytest.mark.parametrize("rows", [1, 10])

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vqserve_data.drafts import Draft, drafts_below, publish
+from vqserve_data.drafts import Draft, drafts_below, publish, write_file
 from vqserve_data.errors import FileError
 from vqserve_data.files import new_array
 from vqserve_data.writers import FORMATS, writer_of
@@ -264,3 +264,19 @@ def test_a_draft_that_cannot_be_removed_is_no_second_error(tmp_path):
     draft.remove()
     assert draft.file.is_dir()
     assert list(drafts_below(tmp_path)) == []
+
+
+def test_a_file_is_replaced_as_a_whole_or_stays(tmp_path, monkeypatch):
+    path = tmp_path / "manifest.json"
+    write_file(path, [b"one ", b"two"])
+    assert path.read_bytes() == b"one two"
+
+    def opened(draft):
+        return io.BufferedRandom(FullDisk(draft.file, "w+"), 1 << 16)
+
+    FullDisk.left = 3
+    monkeypatch.setattr(Draft, "open", opened)
+    with pytest.raises(FileError, match=r"cannot write .*manifest\.json: No space left on device"):
+        write_file(path, [b"three"])
+    assert path.read_bytes() == b"one two"
+    assert list(tmp_path.iterdir()) == [path]

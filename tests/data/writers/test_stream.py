@@ -78,7 +78,7 @@ def test_what_is_no_stream_is_an_error(folder, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(FileError, match=r"has no shard-\*\.bin: it is no stream"):
         TokenStream(empty)
-    with pytest.raises(FileError, match=r"index\.npz: there is no such file"):
+    with pytest.raises(FileError, match=r"shard-00000\.bin: there is no such file or folder"):
         TokenStream(empty / "shard-00000.bin")
     tokens, index = folder / "shard-00000.bin", folder / "shard-00000.index.npz"
     tokens.write_bytes(tokens.read_bytes()[:-1])
@@ -90,8 +90,8 @@ def test_what_is_no_stream_is_an_error(folder, tmp_path_factory):
     np.savez(index, offsets=np.zeros(0))
     with pytest.raises(FileError, match="is no index of a stream of tokens"):
         TokenStream(folder)
-    tokens.unlink()
-    with pytest.raises(FileError, match=r"no index of a stream|no such file"):
+    index.unlink()
+    with pytest.raises(FileError, match=r"shard-00000\.index\.npz: there is no such file"):
         TokenStream(tokens)
 
 

@@ -1,4 +1,4 @@
-"""Reads streams of tokens, as `vqserve encode --format stream` writes them. It needs numpy only."""
+"""The items of a stream of tokens: files that are mapped, and their indexes."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ class TokenStream(Sequence[Tokens]):
             FileError: there is no stream, or it is incomplete.
         """
         self.path = Path(path)
+        if not self.path.exists():
+            raise FileError(f"{self.path}: there is no such file or folder")
         self._starts = [0]
         if not self.path.is_dir():
             self.shards: tuple[TokenStream, ...] = (self,)
