@@ -43,7 +43,12 @@ class SourceOptions:
     key: str | None = option(
         None, "column of tables with the keys, for messages (default: the number of the row)", metavar="NAME"
     )
-    sample_rows: int | None = option(None, "rows to sample uniformly from all rows", type=int, metavar="N")
+    sample_rows: int | None = option(
+        None,
+        "rows to sample, uniformly from all (default: train takes as many as fit 1 GiB, inspect takes all)",
+        type=int,
+        metavar="N",
+    )
     max_errors: int = option(
         100, "stop if more items than this cannot be used (default: %(default)s)", type=int, metavar="N"
     )
@@ -98,5 +103,12 @@ def title_of(source: str) -> str:
     if "://" not in source:
         path = Path(source)
         return path.name or path.resolve().name
-    url = urlsplit(source)
+    # Links of a chain, such as zip://a.npy::s3://bucket/b.zip.
+    return "::".join(_title_of_link(link) if "://" in link else link for link in source.split("::"))
+
+
+def _title_of_link(link: str) -> str:
+    url = urlsplit(link)
+    if url.scheme in {"file", "local"}:
+        return Path(url.path).name
     return f"{url.scheme}://{url.hostname or ''}{url.path}"

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import numpy as np
 
 from vqserve.errors import InvalidOption, InvalidShape, VqserveError
-from vqserve_tools.latents.dataset import Chunk, DataSet
+from vqserve_tools.latents.dataset import DataSet
+from vqserve_tools.latents.items import Chunk
 from vqserve_tools.latents.rows import DataSetSize, Description, Ints, Rows
 
 # Size of a sample if no number of rows is given: as large as the arrays that are read into memory.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vqserve.errors import InvalidOption, NonFiniteLatents, TokenBeyondRange
-from vqserve_tools.latents import dataset
+from vqserve_tools.latents import dataset, items
 from vqserve_tools.latents.arguments import SourceOptions, one_array, title_of
 from vqserve_tools.latents.dataset import DataSet
 from vqserve_tools.latents.opening import Sources
@@ -52,7 +52,7 @@ def grids(folder: Path) -> np.ndarray:
 def test_rows_are_those_of_the_items_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int, chunk_rows: int
 ) -> None:
-    monkeypatch.setattr(dataset, "_PART_BYTES", part_bytes)
+    monkeypatch.setattr(items, "_PART_BYTES", part_bytes)
     monkeypatch.setattr(dataset, "_CHUNK_ROWS", chunk_rows)
     expected = grids(tmp_path / "z")
     data = read(tmp_path / "z")
@@ -118,7 +118,7 @@ def damaged(folder: Path) -> dict[str, str]:
 def test_items_that_cannot_be_used_are_left_out_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int
 ) -> None:
-    monkeypatch.setattr(dataset, "_PART_BYTES", part_bytes)
+    monkeypatch.setattr(items, "_PART_BYTES", part_bytes)
     expected = damaged(tmp_path / "z")
     data = read(tmp_path / "z", max_errors=6)
     rows = rows_of(data)
@@ -276,6 +276,9 @@ def test_one_npy_file_is_no_data_set(tmp_path: Path) -> None:
         ("a/*.npy", "*.npy"),
         ("s3://bucket/a/z.npy", "s3://bucket/a/z.npy"),
         ("https://me:word@host:80/z.npy?token=1", "https://host/z.npy"),
+        ("file:///home/me/latents", "latents"),
+        ("simplecache::https://me:word@host/z.npy", "simplecache::https://host/z.npy"),
+        ("zip://a/z.npy::s3://bucket/b.zip", "zip://a/z.npy::s3://bucket/b.zip"),
     ],
 )
 def test_titles_have_no_secrets_and_no_folders_of_this_machine(source: str, title: str) -> None:
