@@ -45,7 +45,7 @@ class _SafetensorsShard(OneFile):
 
     def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
         super().__init__(path)
-        # JSON as it is written, without its braces: objects of a million items would need ten times as much memory.
+        # JSON as it is written, without its braces: objects of a million items would need much more memory.
         self._header = bytearray()
         if metadata:
             self._add_to_header(_METADATA, dict(sorted(metadata.items())))
