@@ -14,6 +14,8 @@ from vqserve_data.readers.table import Columns, entries_of_batch, records_of_bat
 
 _MAGIC = b"ARROW1"
 _OLD_MAGIC = b"FEA1"
+# A row takes a bit at least, but for few.
+_HARMLESS_ROWS = 1 << 20
 
 
 class ArrowReader:
@@ -33,6 +35,7 @@ class ArrowReader:
         first = 0
         try:
             for batch in _open(file, [schema.get_field_index(columns.key or columns.names[0])])[1]:
+                _check_rows(file, batch)
                 yield from entries_of_batch(file, batch, columns, first)
                 first += batch.num_rows
         except Exception as error:
@@ -53,6 +56,7 @@ class ArrowReader:
         first = 0
         try:
             for batch in _open(file, [schema.get_field_index(name) for name in columns.names])[1]:
+                _check_rows(file, batch)
                 wanted = batch.slice(max(start - first, 0))
                 if wanted.num_rows:
                     yield from records_of_batch(file, wanted, columns, first + batch.num_rows - wanted.num_rows)
@@ -60,6 +64,17 @@ class ArrowReader:
         except Exception as error:
             text = f"it is damaged, and not read on from row {first}: {reason(file, error)}"
             yield from [BadItem(file.key, file.name, text)][max(start - first, 0) :]
+
+
+def _check_rows(file: SourceFile, batch: Any) -> None:
+    """Check that a batch may have so many rows: some columns take no space, so that it could claim any number.
+
+    Raises:
+        Exception: its buffers are shorter than it claims, or it has too many rows.
+    """
+    batch.validate()
+    if batch.num_rows > max(_HARMLESS_ROWS, 8 * file.size):
+        raise ValueError(f"a batch claims {batch.num_rows} rows in a file of {file.size} bytes")
 
 
 def _open(file: SourceFile, fields: list[int] | None) -> tuple[Any, Iterator[Any]]:

@@ -104,6 +104,7 @@ def _batch_rows(table: Any, chunks: Sequence[Sequence[Chunk]], columns: Columns)
         ValueError: a group claims more than its bytes can hold.
     """
     batch_rows = []
+    total = 0
     for group, own in enumerate(chunks):
         rows = table.metadata.row_group(group).num_rows
         wanted = [chunk for chunk in own if chunk.column in columns.names]
@@ -113,5 +114,8 @@ def _batch_rows(table: Any, chunks: Sequence[Sequence[Chunk]], columns: Columns)
             raise ValueError(
                 f"a group of {rows} rows claims {decoded} bytes in {held}, more than numbers can be packed, or less"
             )
+        total += rows
         batch_rows.append(max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES * rows // max(1, decoded))))
+    if total != table.metadata.num_rows:
+        raise ValueError(f"it claims {table.metadata.num_rows} rows, and its groups have {total}")
     return batch_rows

@@ -206,6 +206,31 @@ def test_groups_of_rows_that_claim_too_much_are_refused(tmp_path: Path, files: A
     assert "more than numbers can be packed" in reason
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_rows_that_take_no_space_are_bounded(tmp_path: Path, files: Any, suffix: str) -> None:
+    """Lists of no elements: a file of some hundred bytes can claim any number of rows."""
+    rows = 1 << 40
+    column = pa.Array.from_buffers(pa.list_(pa.float32(), 0), rows, [None], children=[pa.array([], pa.float32())])
+    batch = pa.RecordBatch.from_arrays([column], ["x"])
+    if suffix == "arrow":
+        options = ipc.IpcWriteOptions(allow_64bit=True)
+        with ipc.new_stream(tmp_path / "t.arrow", batch.schema, options=options) as stream:
+            stream.write_batch(batch)
+    else:
+        parquet.write_table(pa.table({"x": [[1.0]] * 3}), tmp_path / "t.parquet")
+        data = (tmp_path / "t.parquet").read_bytes()
+        length = int.from_bytes(data[-8:-4], "little")
+        # The third field of the footer is the number of rows, 3 as a zigzag number.
+        head, footer = data[: -8 - length], data[-8 - length : -8]
+        place = footer.find(b"\x16\x06\x19")
+        footer = footer[: place + 1] + b"\x80\x80\x80\x80\x80\x40" + footer[place + 2 :]
+        (tmp_path / "t.parquet").write_bytes(head + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    [reason] = files(tmp_path).bad().values()
+    assert "claims" in reason
+    with pytest.raises(FileError, match="claims"):
+        files(tmp_path).entries()
+
+
 def test_a_damaged_group_of_rows_leaves_the_others(tmp_path: Path, files: Any, draw: Any) -> None:
     array = draw(9, 200)
     write_parquet(pa.table({"x": array.tolist()}), tmp_path / "t.parquet")
