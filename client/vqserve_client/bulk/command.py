@@ -212,7 +212,8 @@ def _convert_data_set(client: Client, args: argparse.Namespace, operation: str) 
         _say(f"{len(data.skipped):,} files of types that are not read are left out, such as {data.skipped[0]}")
     try:
         summary = data.run()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
+        # Ctrl-C, or SIGTERM.
         _say(f"stopped: what is whole is in {args.out}; the same command goes on from there")
         raise
     if args.json:
