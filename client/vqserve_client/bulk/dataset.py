@@ -15,12 +15,13 @@ from vqserve.errors import InvalidArgument
 from vqserve_client.bulk.job import Job, Limits
 from vqserve_client.bulk.keys import Keys, Paths, check_unique
 from vqserve_client.bulk.mapping import Mapping
+from vqserve_client.bulk.origins import common_origin
 from vqserve_client.bulk.progress import Counts, Display, short
 from vqserve_client.bulk.records import RESERVED, Records, read_manifest
 from vqserve_client.bulk.tokens import PartFile, output_of
 from vqserve_client.client import Client
 from vqserve_client.conversion import Conversion, ConversionOptions, Decoding, Encoding
-from vqserve_client.provenance import codebook_of, common_origin, description, options_as_made
+from vqserve_client.provenance import codebook_of, description, options_as_made
 from vqserve_data.errors import FileError
 from vqserve_data.items import Entry, Item, Record
 from vqserve_data.readers import reader_of
@@ -253,7 +254,7 @@ class DataSet:
         """Return what made the tokens; None: nothing says it."""
         if self._output is not None:
             return self._output.made_by
-        return common_origin(file.path for file in self.files if file.path is not None and file.path.suffix == ".npy")
+        return common_origin(file.path for file in self.files if file.path is not None)
 
     def _run(self, records: Records) -> None:
         job = Job(

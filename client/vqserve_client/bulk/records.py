@@ -283,8 +283,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
                 f"{path} has form {manifest['form']!r}, and this release reads form {_FORM}: update vqserve"
             )
         job = manifest["job"]
-        if not (is_digest(job["codebook"]["digest"]) and isinstance(job["options"], dict) and job["format"]["name"]):
+        if not (is_digest(job["codebook"]["digest"]) and isinstance(job["options"], dict)):
             raise ValueError("it names no codebook")
+        if not (job["operation"] and job["format"]["name"]):
+            raise ValueError("it names no operation or format")
     return manifest
 
 
