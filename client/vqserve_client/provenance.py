@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,24 +92,6 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{beside}, which says what made {path.name}, cannot be read: {error}") from error
     return content
-
-
-def common_origin(paths: Iterable[Path]) -> dict[str, Any] | None:
-    """Return what made the tokens in these files; None: no sidecar says it.
-
-    Raises:
-        FileError: two codebooks made them, or a sidecar is damaged.
-    """
-    first: tuple[Path, dict[str, Any]] | None = None
-    for path in paths:
-        made_by = read_sidecar(path)
-        if made_by is None:
-            continue
-        if first is None:
-            first = path, made_by
-        elif any(first[1][part] != made_by[part] for part in ("codebook", "options")):
-            raise FileError(f"{first[0]} and {path} were made by other codebooks or options: decode them apart")
-    return None if first is None else first[1]
 
 
 def options_as_made(given: ConversionOptions, made_by: Mapping[str, Any] | None) -> ConversionOptions:

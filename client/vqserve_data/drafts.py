@@ -128,6 +128,11 @@ def write_file(path: Path, content: Iterable[bytes]) -> None:
         draft.remove()
 
 
+def is_draft_of(path: Path, name: str) -> bool:
+    """Return whether a path is that of a draft of a file with this name."""
+    return path.name.startswith(f".{name}.") and path.name.endswith(SUFFIX)
+
+
 def drafts_below(folder: Path) -> Iterator[Path]:
     """Yield the drafts in a folder and its folders: what processes that were killed have left."""
     for path in folder.rglob(f".*{SUFFIX}"):

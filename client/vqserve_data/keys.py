@@ -6,6 +6,8 @@ import re
 
 # Of a part between two slashes: file systems allow 255, and suffixes and the names of drafts come on top.
 MAX_PART_BYTES = 200
+# Of a whole key: paths have at most 4096, with the folder in front of it.
+MAX_KEY_BYTES = 2000
 # Control characters, the backslash, and halves of surrogate pairs, which no encoding can hold.
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]")
 _DOTS = frozenset({"", ".", ".."})
@@ -16,6 +18,8 @@ def problem_of(key: str) -> str | None:
     """Return what is wrong with a key; None: nothing."""
     if _FORBIDDEN.search(key):
         return "has a control character or a backslash"
+    if len(key) > MAX_KEY_BYTES // 4 and len(key.encode()) > MAX_KEY_BYTES:
+        return f"has more than {MAX_KEY_BYTES} bytes"
     for part in key.split("/"):
         if part in _DOTS:
             return f"has a part {part!r} between slashes"

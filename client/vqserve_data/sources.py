@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -60,9 +61,14 @@ class LocalFile:
             FileError: it cannot be opened.
         """
         try:
-            return self.path.open("rb")
+            # A pipe, which may have come in its place since it was found, would be waited for without end.
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return os.fdopen(descriptor, "rb")
+            os.close(descriptor)
         except OSError as error:
             raise FileError(f"cannot read {self.path}: {error.strerror or error}") from error
+        raise FileError(f"cannot read {self.path}: it is no file")
 
 
 class _Path(Protocol):
@@ -117,8 +123,8 @@ def find(arguments: Sequence[str], *, any_suffix: bool = False) -> Found:
             paths, is_named = _list_local(argument)
         known = [path for path in paths if any_suffix or suffix_of(path.name) is not None]
         if not known:
-            what = "of an unknown suffix" if is_named else "and none of its files can be read"
-            raise FileError(f"{argument} is {what}: the suffixes that are read are {', '.join(sorted(SUFFIXES))}")
+            what = "is of an unknown suffix" if is_named else "has no file that can be read"
+            raise FileError(f"{argument} {what}: the suffixes that are read are {', '.join(sorted(SUFFIXES))}")
         skipped += [path.name for path in paths if not any_suffix and suffix_of(path.name) is None]
         for path in sorted(known, key=lambda path: path.relative.split("/")):
             _add(files, path)

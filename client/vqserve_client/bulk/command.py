@@ -23,11 +23,12 @@ from vqserve_client.arguments import (
 )
 from vqserve_client.bulk.dataset import DataSet, JobOptions, Summary
 from vqserve_client.bulk.job import Limits
+from vqserve_client.bulk.origins import common_origin
 from vqserve_client.bulk.progress import short
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig
 from vqserve_client.conversion import Conversion, ConversionOptions, Decoding, Encoding
-from vqserve_client.provenance import codebook_of, description, options_as_made, read_sidecar, with_sidecar
+from vqserve_client.provenance import codebook_of, description, options_as_made, with_sidecar
 from vqserve_client.transfer import Progress, Task, convert_file
 from vqserve_data.errors import FileError
 from vqserve_data.readers.protocol import Selection
@@ -184,7 +185,7 @@ def _convert_file(client: Client, args: argparse.Namespace, operation: str) -> i
     if len(args.sources) > 1:
         raise FileError(f"{args.out} is one file, and there are {len(args.sources)} sources: name a folder to write")
     source = Path(args.sources[0])
-    made_by = read_sidecar(source) if operation == "decode" else None
+    made_by = common_origin([source]) if operation == "decode" else None
     info = codebook_of(
         made_by,
         client.codebooks(),
@@ -221,7 +222,8 @@ def _convert_data_set(client: Client, args: argparse.Namespace, operation: str) 
         _say(f"{len(data.skipped):,} files of types that are not read are left out, such as {data.skipped[0]}")
     try:
         summary = data.run()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
+        # Ctrl-C, or SIGTERM.
         _say(f"stopped: what is whole is in {args.out}; the same command goes on from there")
         raise
     if args.json:

@@ -7,22 +7,23 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
 from vqserve.errors import InvalidArgument
 from vqserve_client.bulk.job import Job, Limits
-from vqserve_client.bulk.keys import Keys, check_unique
+from vqserve_client.bulk.keys import Keys, Paths, check_unique
 from vqserve_client.bulk.mapping import Mapping
+from vqserve_client.bulk.origins import common_origin
 from vqserve_client.bulk.progress import Counts, Display, short
-from vqserve_client.bulk.records import Records, read_manifest
+from vqserve_client.bulk.records import RESERVED, Records, read_manifest
 from vqserve_client.bulk.tokens import PartFile, output_of
 from vqserve_client.client import Client
 from vqserve_client.conversion import Conversion, ConversionOptions, Decoding, Encoding
-from vqserve_client.provenance import codebook_of, common_origin, description, options_as_made
+from vqserve_client.provenance import codebook_of, description, options_as_made
 from vqserve_data.errors import FileError
-from vqserve_data.items import BadItem, Entry, Item
+from vqserve_data.items import Entry, Item, Record
 from vqserve_data.readers import reader_of
 from vqserve_data.readers.protocol import Selection, SourceFile
 from vqserve_data.sources import find
@@ -243,7 +244,7 @@ class DataSet:
         """Return what made the tokens; None: nothing says it."""
         if self._output is not None:
             return self._output.made_by
-        return common_origin(file.path for file in self.files if file.path is not None and file.path.suffix == ".npy")
+        return common_origin(file.path for file in self.files if file.path is not None)
 
     def _run(self, records: Records) -> None:
         job = Job(
@@ -251,6 +252,7 @@ class DataSet:
             self.conversion,
             files=self.files,
             read=self._read,
+            function=self._map,
             writer=self._writer,
             metadata={"vqserve": json.dumps(self.job, separators=(",", ":"))},
             records=records,
@@ -264,22 +266,29 @@ class DataSet:
             raise
         records.finish(self.job)
 
-    def _read(self, file: SourceFile, start: int) -> Iterator[Item | BadItem]:
+    def _read(self, file: SourceFile, start: int) -> Iterator[Record]:
         if isinstance(file, PartFile):
             return file.read(start)
-        records = reader_of(file).read(file, self._select, start=start)
-        # Without a map no reader gives raw items.
-        return cast("Iterator[Item | BadItem]", records) if self._map is None else self._map(records)
+        return reader_of(file).read(file, self._select, start=start)
 
-    def _count_keys(self) -> int | None:
-        """Check that the keys are unique; return the number of items."""
-        if self._output is not None:
-            return sum(file.part.items for file in self.files if isinstance(file, PartFile))
+    def _count_keys(self) -> int:
+        """Check that the keys are unique, and can be the names of files; return the number of items."""
         keys = Keys()
-        for _, entry in self._entries():
-            keys.add(entry.key)
-        check_unique(keys, ((file, entry.key) for file, entry in self._entries()))
+        paths = Paths(self._writer.file_of, RESERVED) if self._writer.names(0) is None else None
+        for file, key in self._keys():
+            keys.add(key)
+            if paths is not None:
+                paths.add(file, key)
+        check_unique(keys, self._keys())
+        if paths is not None:
+            paths.check(self._keys())
         return len(keys)
+
+    def _keys(self) -> Iterator[tuple[SourceFile, str]]:
+        if self._output is None:
+            yield from ((file, entry.key) for file, entry in self._entries())
+        else:
+            yield from ((part, key) for part in self._output.parts() for key in part.item_keys())
 
     def _entries(self) -> Iterator[tuple[SourceFile, Entry]]:
         for file in self.files:

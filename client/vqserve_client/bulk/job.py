@@ -8,12 +8,13 @@ answers, or how often the job was stopped.
 
 from __future__ import annotations
 
+import collections.abc
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -21,12 +22,13 @@ from vqserve.errors import InvalidArgument, VqserveError
 from vqserve.layout import Layout
 from vqserve_client.arrays import Array, Plan
 from vqserve_client.bulk.handoff import Handoff, Stopped
+from vqserve_client.bulk.mapping import Mapping
 from vqserve_client.bulk.progress import Counts
 from vqserve_client.bulk.records import Part, Position, Records, line_of
 from vqserve_client.client import Client
 from vqserve_client.conversion import Conversion, Outline, Piece
 from vqserve_data.errors import FileError
-from vqserve_data.items import BadItem, Item
+from vqserve_data.items import BadItem, Item, Record
 from vqserve_data.readers.protocol import SourceFile
 from vqserve_data.writers.protocol import Shard, Writer, Written
 
@@ -37,8 +39,10 @@ _CHUNK_BYTES = 1 << 20
 _CHUNK_PIECES = 64
 # What a piece costs in a chunk beside its array.
 _PIECE_OVERHEAD = 512
-# How long the threads are waited for after an error or Ctrl-C.
-_STOP_S = 5.0
+# How long the threads are waited for after an error or Ctrl-C. The one that reads may wait for a source or for the
+# user's function, and leaves nothing; the one that writes removes what is not whole.
+_STOP_READING_S = 0.25
+_STOP_WRITING_S = 5.0
 # Items of a part, whose records are in memory; of formats with a file for each item fewer, as all their files wait.
 _SHARD_ITEMS = 100_000
 _MIRRORED_ITEMS = 1000
@@ -46,7 +50,7 @@ _MIRRORED_ITEMS = 1000
 _HASH_DIGITS = 32
 
 # Reads the items of a file, from the one with this number on.
-Read = Callable[[SourceFile, int], Iterator[Item | BadItem]]
+Read = Callable[[SourceFile, int], Iterator[Record]]
 
 
 class TooManyErrors(FileError):
@@ -88,11 +92,16 @@ class _Work:
     key: str
     source: str
     shape: tuple[int, ...] = ()
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    fields: collections.abc.Mapping[str, Any] = field(default_factory=dict)
     outline: Outline = _NOTHING
     left: int = 0
     array: Array | None = None
     reason: str | None = None
+
+    @property
+    def fields_bytes(self) -> int:
+        """About how much memory the fields take, such as a picture beside small latents."""
+        return sum(_size_of(value) for value in self.fields.values())
 
 
 class _Sent(NamedTuple):
@@ -113,8 +122,9 @@ class Job:
         *,
         files: Sequence[SourceFile],
         read: Read,
+        function: Mapping | None,
         writer: Writer,
-        metadata: Mapping[str, str],
+        metadata: dict[str, str],
         records: Records,
         limits: Limits,
         counts: Counts,
@@ -126,6 +136,7 @@ class Job:
             conversion: what is done to each array.
             files: the sources.
             read: what reads them.
+            function: makes the arrays of what is read; None: they are read.
             writer: format of the output.
             metadata: texts for the shards.
             records: records of the output, opened and checked.
@@ -136,6 +147,7 @@ class Job:
         self._conversion = conversion
         self._files = files
         self._read = read
+        self._map = function
         self._records = records
         self._counts = counts
         self._incoming: Handoff[list[_Sent]] = Handoff(_AHEAD_BYTES)
@@ -145,6 +157,7 @@ class Job:
         )
         # Pieces that were sent, and between them items without a piece, in order.
         self._pending: deque[_Sent] = deque()
+        self._results = _Chunk(self._outgoing)
 
     def run(self) -> None:
         """Convert all that is left; what was written stays, however this ends.
@@ -168,8 +181,8 @@ class Job:
             self._incoming.refuse()
             self._outgoing.end(Stopped())
             self._output.stop()
-            for thread in threads:
-                thread.join(_STOP_S)
+            for thread, seconds in zip(threads, (_STOP_READING_S, _STOP_WRITING_S), strict=True):
+                thread.join(seconds)
             self._counts.waited_for_sources_s = self._incoming.waited_to_take_s
             self._counts.waited_for_output_s = self._outgoing.waited_to_put_s
 
@@ -179,20 +192,18 @@ class Job:
         return self._output.open_errors
 
     def _send_all(self) -> None:
-        chunk = _Chunk(self._outgoing)
         for result in self._conversion.many(self._client, self._arrays(), on_error="return"):
-            self._pass_without_piece(chunk)
             sent = self._pending.popleft()
             if isinstance(result, VqserveError) and not isinstance(result, InvalidArgument):
                 # The servers are at fault, not this array: the job must go on here the next time.
                 raise result
-            chunk.add(sent._replace(value=result), getattr(result, "nbytes", 0))
-        self._pass_without_piece(chunk)
-        chunk.flush()
+            self._results.add(sent._replace(value=result), getattr(result, "nbytes", 0))
+            self._pass_without_piece()
+        self._results.flush()
 
-    def _pass_without_piece(self, chunk: _Chunk) -> None:
+    def _pass_without_piece(self) -> None:
         while self._pending and self._pending[0].piece is None:
-            chunk.add(self._pending.popleft(), 0)
+            self._results.add(self._pending.popleft(), 0)
 
     def _arrays(self) -> Iterator[Array]:
         for chunk in self._incoming:
@@ -200,6 +211,9 @@ class Job:
                 self._pending.append(sent._replace(value=None))
                 if sent.piece is not None:
                     yield sent.value
+                else:
+                    # Where every item is bad, no result would ever come.
+                    self._pass_without_piece()
 
     def _read_all(self) -> None:
         try:
@@ -221,13 +235,21 @@ class Job:
             self._incoming.end(error)
 
     def _works(self) -> Iterator[tuple[_Work, Any]]:
+        placed = self._placed()
+        # Without a map no reader gives raw items.
+        items = cast("Iterator[tuple[Position, Item | BadItem]]", placed) if self._map is None else self._map(placed)
+        for end, item in items:
+            self._counts.read_items += 1
+            yield self._work(item, end)
+
+    def _placed(self) -> Iterator[tuple[Position, Record]]:
+        """Yield all that is left in the sources, with the place behind it."""
         start = self._records.end
         for number in range(start.file, len(self._files)):
             file = self._files[number]
             first = start.items if number == start.file else 0
             for count, item in enumerate(self._read(file, first), first + 1):
-                self._counts.read_items += 1
-                yield self._work(item, Position(number, count))
+                yield Position(number, count), item
             if file.changed():
                 raise FileError(
                     f"{file.name} was changed or removed while the job was running: begin anew with --force"
@@ -269,7 +291,7 @@ class _Chunk:
 
     def add(self, sent: _Sent, nbytes: int) -> None:
         self._pieces.append(sent)
-        self._bytes += nbytes + _PIECE_OVERHEAD
+        self._bytes += nbytes + sent.work.fields_bytes + _PIECE_OVERHEAD
         if self._bytes >= _CHUNK_BYTES or len(self._pieces) >= _CHUNK_PIECES:
             self.flush()
 
@@ -288,7 +310,7 @@ class _Output:
         conversion: Conversion,
         *,
         writer: Writer,
-        metadata: Mapping[str, str],
+        metadata: dict[str, str],
         records: Records,
         limits: Limits,
         counts: Counts,
@@ -390,6 +412,20 @@ class _Output:
         self._shard, self._lines, self._items, self._tokens = None, [], 0, 0
         self.open_errors = []
         self._counts.parts += 1
+
+
+def _size_of(value: Any) -> int:
+    match value:
+        case bytes() | str():
+            return len(value)
+        case np.ndarray():
+            return value.nbytes
+        case dict():
+            return sum(map(_size_of, value.values()))
+        case list() | tuple():
+            return sum(map(_size_of, value))
+        case _:
+            return 0
 
 
 def _hash(array: Array) -> str:

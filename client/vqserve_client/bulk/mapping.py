@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from typing import Any
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +26,7 @@ from vqserve_client.arrays import Array
 from vqserve_data.errors import FileError
 from vqserve_data.items import BadItem, Item, RawItem, Record
 
+T = TypeVar("T")
 Function = Callable[[Item | RawItem], Any]
 
 # Items that are ahead of the one that is next, for each process.
@@ -75,33 +79,42 @@ class Mapping:
         self._function = load_function(name)
         self._processes = processes
         self._pool: ProcessPoolExecutor | None = None
+        # The processes end when this end of a pipe is closed, also because this process was killed.
+        self._alive: Connection | None = None
 
-    def __call__(self, items: Iterator[Record]) -> Iterator[Item | BadItem]:
-        """Yield each item with what the function returns for it."""
-        return self._across(items) if self._processes else (apply(self._function, item) for item in items)
+    def __call__(self, items: Iterator[tuple[T, Record]]) -> Iterator[tuple[T, Item | BadItem]]:
+        """Yield each item with what the function returns for it, and with what comes with it, such as its place."""
+        if self._processes:
+            return self._across(items)
+        return ((place, apply(self._function, item)) for place, item in items)
 
     def close(self) -> None:
-        """End the processes."""
-        if self._pool is not None:
+        """End the processes, whatever the function is doing."""
+        if self._pool is not None and self._alive is not None:
+            self._alive.close()
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
 
-    def _across(self, items: Iterator[Record]) -> Iterator[Item | BadItem]:
+    def _across(self, items: Iterator[tuple[T, Record]]) -> Iterator[tuple[T, Item | BadItem]]:
         if self._pool is None:
             # A fork would copy the threads of gRPC and of the job.
-            self._pool = ProcessPoolExecutor(
-                self._processes, multiprocessing.get_context("spawn"), _begin, (self.name, list(sys.path))
-            )
-        ahead: deque[Future[Item | BadItem]] = deque()
+            context = multiprocessing.get_context("spawn")
+            watched, self._alive = context.Pipe(duplex=False)
+            self._pool = ProcessPoolExecutor(self._processes, context, _begin, (self.name, list(sys.path), watched))
+        ahead: deque[tuple[T, Future[Item | BadItem]]] = deque()
         try:
-            for item in items:
-                ahead.append(self._pool.submit(_apply_here, _loaded(item)))
+            for place, item in items:
+                ahead.append((place, self._pool.submit(_apply_here, _loaded(item))))
                 if len(ahead) >= self._processes * _AHEAD:
-                    yield ahead.popleft().result()
+                    yield _result(*ahead.popleft())
             while ahead:
-                yield ahead.popleft().result()
+                yield _result(*ahead.popleft())
         except BrokenProcessPool as error:
             raise FileError(f"--map {self.name}: one of its processes ended: is there enough memory?") from error
+
+
+def _result(place: T, future: Future[Item | BadItem]) -> tuple[T, Item | BadItem]:
+    return place, future.result()
 
 
 def apply(function: Function, item: Record) -> Item | BadItem:
@@ -110,7 +123,7 @@ def apply(function: Function, item: Record) -> Item | BadItem:
         return item
     try:
         array = _array_of(function(item))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return BadItem(item.key, item.source, f"map: {type(error).__name__}: {' '.join(str(error).split())}")
     return Item(item.key, array, item.source, item.fields)
 
@@ -121,9 +134,10 @@ def _array_of(value: Any) -> Array:
     if torch is not None and isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"it returned {type(value).__name__}, not an array")
-    return value
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray) or value.dtype.hasobject:
+        raise TypeError(f"it returned {type(value).__name__}, not an array of numbers")
+    # The function may return the same memory for the next item, before this one is sent.
+    return np.array(value)
 
 
 def _loaded(item: Record) -> Record:
@@ -137,11 +151,18 @@ def _loaded(item: Record) -> Record:
 _here: list[Function] = []
 
 
-def _begin(name: str, path: list[str]) -> None:
+def _begin(name: str, path: list[str], watched: Connection) -> None:
     # Ctrl-C is for the job, which ends its processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_job, args=(watched,), name="vqserve-watching", daemon=True).start()
     sys.path[:] = path
     _here.append(load_function(name))
+
+
+def _end_with_job(watched: Connection) -> None:
+    # Nothing is ever sent.
+    watched.poll(None)
+    os._exit(1)
 
 
 def _apply_here(item: Record) -> Item | BadItem:

@@ -24,14 +24,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vqserve.text import printable
-from vqserve_data.drafts import drafts_below, write_file
+from vqserve.validation import is_digest
+from vqserve_data.drafts import drafts_below, is_draft_of, write_file
 from vqserve_data.errors import FileError
+from vqserve_data.keys import problem_of, quoted
 from vqserve_data.readers.protocol import SourceFile
 from vqserve_data.writers.protocol import Written
 
 MANIFEST = "manifest.json"
 ERRORS = "errors.jsonl"
 _FOLDER = "manifest"
+# Names in the folder of an output that no item may use for a folder of its own.
+RESERVED = frozenset({MANIFEST, ERRORS, _FOLDER})
 _SOURCES = "sources.jsonl"
 _READ_BYTES = 1 << 20
 # Version of the form of these files.
@@ -124,6 +128,8 @@ class Records:
             raise FileError(f"{self.folder} is {what}: name a folder, or NAME.npy to write one array")
         if self.folder.is_dir() and read_manifest(self.folder) is None:
             self._check_empty()
+        if (self.folder / _FOLDER).is_symlink():
+            raise FileError(f"{self.folder / _FOLDER} is a link: the records of an output are in the output")
         with _named(self.folder):
             (self.folder / _FOLDER).mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -138,7 +144,7 @@ class Records:
             return
         differences = _differences(before["job"], json.loads(json.dumps(job)))
         if not differences:
-            differences = _source_differences((self.folder / _FOLDER / _SOURCES).read_text(), listed)
+            differences = self._source_differences(listed)
         if differences:
             shown = "; ".join(differences[:_MOST_LISTED])
             more = f"; and {len(differences) - _MOST_LISTED} more" if len(differences) > _MOST_LISTED else ""
@@ -186,8 +192,10 @@ class Records:
 
     def write_errors(self, more: Iterable[Mapping[str, Any]] = ()) -> None:
         """Write the list of the items without a result, `more` after those of the parts; without any, remove it."""
-        parts = read_parts(self.folder, len(self.parts))
-        bad = map(line_of, chain((line for _, lines in parts for line in lines if "reason" in line), more))
+        # Ctrl-C waits for this, so parts without such items are not read.
+        with_bad = [number for number, part in enumerate(self.parts) if part.bad]
+        lines = (line for number in with_bad for line in read_records(self.folder, number) if "reason" in line)
+        bad = map(line_of, chain(lines, more))
         first = next(bad, None)
         if first is None:
             (self.folder / ERRORS).unlink(missing_ok=True)
@@ -212,32 +220,43 @@ class Records:
             return
 
     def _check_empty(self) -> None:
-        if any(path.name != _FOLDER for path in self.folder.iterdir()):
+        # A job that was killed before it had written its manifest has left the folder, and perhaps a draft.
+        if any(path.name != _FOLDER and not is_draft_of(path, MANIFEST) for path in self.folder.iterdir()):
             raise FileError(
                 f"{self.folder} is not empty, and is no output of a job: name a new folder, or an empty one"
             )
 
+    def _source_differences(self, listed: str) -> list[str]:
+        path = self.folder / _FOLDER / _SOURCES
+        with _readable(path):
+            return _source_differences(path.read_text(encoding="utf-8"), listed)
+
     def _whole_parts(self) -> Iterator[Part]:
-        number = 0
-        while (path := self.folder / _FOLDER / _part_name(number)).exists():
-            with path.open() as lines, _readable(path):
-                yield Part.of_line(next(lines))
-            number += 1
+        return (part for part, _ in read_parts(self.folder))
 
     def _remove(self) -> None:
-        """Remove the output of a job, and nothing else."""
-        (self.folder / MANIFEST).unlink()
-        for part in self._whole_parts():
-            for file in part.files:
-                (self.folder / file.name).unlink(missing_ok=True)
-        for path in [*(self.folder / _FOLDER).iterdir(), self.folder / ERRORS]:
+        """Remove the output of a job, and nothing else.
+
+        The manifest goes last, and the records of parts after their files: a job that is killed meanwhile leaves what
+        the next one with --force can remove.
+
+        Raises:
+            FileError: a record file is damaged, or names a file elsewhere.
+        """
+        paths = [file_below(self.folder, file.name) for part in self._whole_parts() for file in part.files]
+        folders: set[Path] = set()
+        for path in paths:
             path.unlink(missing_ok=True)
+            folders |= {folder for folder in path.parents if folder.is_relative_to(self.folder)}
         for path in drafts_below(self.folder):
             path.unlink()
-        for path in sorted(self.folder.rglob("*"), reverse=True):
-            if path.is_dir() and path != self.folder / _FOLDER:
-                with contextlib.suppress(OSError):
-                    path.rmdir()
+        records = self.folder / _FOLDER
+        for path in [*records.glob("part-*.jsonl"), records / _SOURCES, self.folder / ERRORS, self.folder / MANIFEST]:
+            path.unlink(missing_ok=True)
+        for folder in sorted(folders - {self.folder}, reverse=True):
+            # It stays if somebody else has put something into it.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def _write_manifest(self, job: Mapping[str, Any], *, complete: bool = False, **totals: int) -> None:
         content = {"form": _FORM, "complete": complete, **totals, "job": job}
@@ -263,26 +282,38 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             raise FileError(
                 f"{path} has form {manifest['form']!r}, and this release reads form {_FORM}: update vqserve"
             )
-        if not isinstance(manifest["job"], dict):
-            raise TypeError
+        job = manifest["job"]
+        if not (is_digest(job["codebook"]["digest"]) and isinstance(job["options"], dict)):
+            raise ValueError("it names no codebook")
+        if not (job["operation"] and job["format"]["name"]):
+            raise ValueError("it names no operation or format")
     return manifest
 
 
-def read_parts(folder: Path, count: int | None = None) -> Iterator[tuple[Part, Iterator[dict[str, Any]]]]:
-    """Yield each part of an output, and its records; those of one part are read before the next is asked for.
-
-    Args:
-        folder: the output.
-        count: number of parts; None: all.
+def read_parts(folder: Path) -> Iterator[tuple[Part, Iterator[dict[str, Any]]]]:
+    """Yield each part of an output, and its records.
 
     Raises:
         FileError: a record file cannot be read.
     """
     number = 0
-    while number != count and (path := folder / _FOLDER / _part_name(number)).exists():
-        with path.open(encoding="utf-8") as lines, _readable(path):
-            yield Part.of_line(next(lines)), map(json.loads, lines)
+    while (path := folder / _FOLDER / _part_name(number)).exists():
+        with _readable(path), path.open(encoding="utf-8") as lines:
+            part = Part.of_line(next(lines))
+        yield part, read_records(folder, number)
         number += 1
+
+
+def read_records(folder: Path, number: int) -> Iterator[dict[str, Any]]:
+    """Yield the records of one part.
+
+    Raises:
+        FileError: its record file cannot be read.
+    """
+    path = folder / _FOLDER / _part_name(number)
+    with _readable(path), path.open(encoding="utf-8") as lines:
+        next(lines)
+        yield from map(json.loads, lines)
 
 
 def check_file(folder: Path, file: Written) -> None:
@@ -291,7 +322,7 @@ def check_file(folder: Path, file: Written) -> None:
     Raises:
         FileError: it is missing or was changed.
     """
-    path = folder / file.name
+    path = file_below(folder, file.name)
     sha256 = hashlib.sha256()
     try:
         size = path.stat().st_size
@@ -304,6 +335,18 @@ def check_file(folder: Path, file: Written) -> None:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
     if size != file.nbytes or sha256.hexdigest() != file.sha256:
         raise FileError(f"{path} is not as it was written: it was changed or damaged since")
+
+
+def file_below(folder: Path, name: str) -> Path:
+    """Return the path of a file that the records of an output name.
+
+    Raises:
+        FileError: it is not in the output: the records may be those of a stranger.
+    """
+    path = folder / name
+    if problem_of(name) is not None or not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise FileError(f"{folder} has records that name the file {quoted(name)}, which is not below it")
+    return path
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:
@@ -352,6 +395,8 @@ def _part_number(path: Path) -> int:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, StopIteration, AttributeError) as error:
         raise FileError(f"{path} is damaged, or not a file that vqserve wrote: {error!r}") from error
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from vqserve_client.bulk.records import MANIFEST, Part, check_file, read_manifest, read_parts
+from vqserve_client.bulk.records import MANIFEST, Part, check_file, file_below, read_manifest, read_parts, read_records
 from vqserve_data.errors import FileError
 from vqserve_data.items import BadItem, Item, Record
 from vqserve_data.readers import reader_of
@@ -47,6 +48,10 @@ class PartFile:
         """Yield its items from number `start` on; see Output.read."""
         return self.output.read(self, start)
 
+    def item_keys(self) -> Iterator[str]:
+        """Yield the keys of its items, as the records say them."""
+        return (line["key"] for line in self.output.records(self))
+
     def changed(self) -> bool:
         """Return False: the files were checked before they were read."""
         return False
@@ -81,23 +86,27 @@ class Output:
             raise FileError(f"{folder} is not complete: let the job that writes it come to its end first")
         self.folder = folder
         self.made_by: dict[str, Any] = manifest["job"]
+        self._num_parts: object = manifest.get("parts")
 
     def parts(self) -> list[PartFile]:
         """Return the parts in order.
 
         Raises:
-            FileError: a record file cannot be read.
+            FileError: a record file is missing or cannot be read.
         """
+        parts = [part for part, _ in read_parts(self.folder)]
+        if len(parts) != self._num_parts:
+            raise FileError(f"{self.folder} has records of {len(parts)} parts of {self._num_parts}: it is damaged")
         return [
             PartFile(
                 name=f"{self.folder}, part {number}",
                 size=sum(file.nbytes for file in part.files),
-                version=",".join(file.sha256 for file in part.files[:1]),
+                version=hashlib.sha256("".join(file.sha256 for file in part.files).encode()).hexdigest(),
                 output=self,
                 part=part,
                 number=number,
             )
-            for number, (part, _) in enumerate(read_parts(self.folder))
+            for number, part in enumerate(parts)
         ]
 
     def read(self, part: PartFile, start: int = 0) -> Iterator[Item | BadItem]:
@@ -108,7 +117,7 @@ class Output:
         """
         for file in part.part.files:
             check_file(self.folder, file)
-        lines = [line for line in _lines(self.folder, part.number) if "reason" not in line][start:]
+        lines = list(self.records(part))[start:]
         items = self._items(part, start)
         for line in lines:
             item = next(items, None)
@@ -116,9 +125,19 @@ class Output:
                 raise FileError(f"{part.name} does not have item {line['key']!r}, which its records name")
             yield replace(item, key=line["key"], source=part.name)
 
+    def records(self, part: PartFile) -> Iterator[dict[str, Any]]:
+        """Yield the records of the items of a part.
+
+        Raises:
+            FileError: its record file cannot be read.
+        """
+        return (line for line in read_records(self.folder, part.number) if "reason" not in line)
+
     def _items(self, part: PartFile, start: int) -> Iterator[Record]:
         """Yield what is in the files of a part; their keys are not those of the items."""
-        files = [LocalFile(self.folder / file.name, "part", file.nbytes, file.sha256) for file in part.part.files]
+        files = [
+            LocalFile(file_below(self.folder, file.name), "part", file.nbytes, file.sha256) for file in part.part.files
+        ]
         if not files:
             return iter(())
         if self._format == "npy":
@@ -151,9 +170,3 @@ def output_of(sources: Sequence[str]) -> Output | None:
     if len(sources) > 1:
         raise FileError(f"{outputs[0]} is the output of a job: name it alone")
     return Output(Path(outputs[0]))
-
-
-def _lines(folder: Path, number: int) -> Iterator[Mapping[str, Any]]:
-    for _, lines in islice(read_parts(folder), number, None):
-        yield from lines
-        return

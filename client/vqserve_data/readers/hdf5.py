@@ -31,7 +31,9 @@ class Hdf5Reader(MembersReader):
             import h5py  # noqa: PLC0415
         except ImportError as error:
             raise MissingLibrary("reading HDF5", extra="hdf5") from error
-        source = open_source(file).stream() if file.path is None else str(file.path)
+        # Opened also where its path is given to h5py, which would wait for a pipe.
+        handle = open_source(file)
+        source = handle.stream() if file.path is None else str(file.path)
         opened = h5py.File(source, "r", locking=False) if file.path is not None else h5py.File(source, "r")
         names: list[str] = []
         opened.visititems(lambda name, node: names.append(name) if isinstance(node, h5py.Dataset) else None)

@@ -75,6 +75,20 @@ def test_tokens_of_two_codebooks_never_meet(vqserve, put, source, tmp_path, serv
     assert vqserve("decode", tmp_path / "tokens", "-o", tmp_path / "decoded", "--force")[0] == 0
 
 
+@pytest.mark.parametrize("part", ["b", "*.npy", "a.npy", "shard-00000.npz"])
+def test_nor_do_those_in_files_of_an_output(vqserve, put, source, tmp_path, serving, monkeypatch, part):
+    tokens = tmp_path / "tokens"
+    vqserve("encode", source, "-o", tokens, "--format", "npz" if "shard" in part else "npy")
+    other = serving(put(tmp_path / "other" / "small.safetensors", seed=1, num_codes=300))
+    decode = ("decode", tokens / part, "-o", tmp_path / "decoded")
+    assert vqserve(*decode)[0] == 0
+    monkeypatch.setenv("VQSERVE_TARGET", other.target)
+    for out in ("others", *(["others.npy"] if part == "a.npy" else [])):
+        code, _, said = vqserve("decode", tokens / part, "-o", tmp_path / out)
+        assert code == 1
+        assert "made these tokens" in said
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_same_sources_give_the_same_bytes(vqserve, source, tmp_path, form):
     for name in ("one", "two"):

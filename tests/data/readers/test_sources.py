@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vqserve_data.errors import FileError, MissingLibrary
-from vqserve_data.items import RawItem
+from vqserve_data.items import BadItem, RawItem
 from vqserve_data.readers import SUFFIXES, Selection, add_reader, reader_of, suffix_of
 from vqserve_data.sources import LocalFile, find
 
@@ -75,8 +75,8 @@ def test_a_name_with_the_marks_of_a_pattern_is_a_name(tmp_path: Path) -> None:
         ("none.npy", "there is no such file"),
         ("*.npz", "matches nothing"),
         ("b/readme.txt", "unknown suffix: the suffixes that are read are .* .npy, .npz"),
-        (".hidden2", "none of its files can be read"),
-        ("b/*.txt", "none of its files can be read"),
+        (".hidden2", "has no file that can be read"),
+        ("b/*.txt", "has no file that can be read"),
     ],
 )
 def test_what_names_nothing_is_an_error(tree: Path, argument: str, text: str) -> None:
@@ -225,3 +225,27 @@ def test_a_missing_library_is_named(
     for method in ("read", "entries"):
         with pytest.raises(MissingLibrary, match=rf"pip install 'vqserve\[{extra}\]'"):
             getattr(files(name), method)()
+
+
+@pytest.mark.parametrize("suffix", sorted(set(SUFFIXES) - {".zarr"}))
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(b"x")
+    (file,) = find([str(tmp_path)]).files
+    path.unlink()
+    os.mkfifo(path)
+    assert file.changed()
+    (item,) = reader_of(file).read(file, Selection())
+    assert isinstance(item, BadItem)
+    assert "it is no file" in item.reason
+    with pytest.raises(FileError, match="it is no file"):
+        list(reader_of(file).entries(file, Selection()))
+
+
+def test_keys_have_a_length_that_a_path_can_have(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", **{"/".join(["x" * 190] * 12): np.zeros(2), "b": np.zeros(2)})
+    (file,) = find([str(tmp_path)]).files
+    bad, good = reader_of(file).read(file, Selection())
+    assert isinstance(bad, BadItem)
+    assert bad.reason == "the name of the member has more than 2000 bytes"
+    assert good.key == "a/b"
