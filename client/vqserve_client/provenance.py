@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,15 +94,21 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def common_origin(paths: Iterable[Path]) -> dict[str, Any] | None:
-    """Return what made the tokens in these files; None: no sidecar says it.
+def common_origin(
+    paths: Iterable[Path], origin_of: Callable[[Path], dict[str, Any] | None] = read_sidecar
+) -> dict[str, Any] | None:
+    """Return what made the tokens in these files; None: nothing says it.
+
+    Args:
+        paths: the files.
+        origin_of: returns what made the tokens in one of them, or None.
 
     Raises:
-        FileError: two codebooks made them, or a sidecar is damaged.
+        FileError: two codebooks made them, or what says it is damaged.
     """
     first: tuple[Path, dict[str, Any]] | None = None
     for path in paths:
-        made_by = read_sidecar(path)
+        made_by = origin_of(path)
         if made_by is None:
             continue
         if first is None:

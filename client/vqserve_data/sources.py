@@ -117,8 +117,8 @@ def find(arguments: Sequence[str], *, any_suffix: bool = False) -> Found:
             paths, is_named = _list_local(argument)
         known = [path for path in paths if any_suffix or suffix_of(path.name) is not None]
         if not known:
-            what = "of an unknown suffix" if is_named else "and none of its files can be read"
-            raise FileError(f"{argument} is {what}: the suffixes that are read are {', '.join(sorted(SUFFIXES))}")
+            what = "is of an unknown suffix" if is_named else "has no file that can be read"
+            raise FileError(f"{argument} {what}: the suffixes that are read are {', '.join(sorted(SUFFIXES))}")
         skipped += [path.name for path in paths if not any_suffix and suffix_of(path.name) is None]
         for path in sorted(known, key=lambda path: path.relative.split("/")):
             _add(files, path)
@@ -132,8 +132,10 @@ def _add(files: dict[str, SourceFile], path: _Path) -> None:
     if problem is not None:
         raise FileError(f"{quoted(path.name)}: its key {quoted(key)!r} {problem}: rename it")
     if key in files:
+        if files[key].name == path.name:
+            raise FileError(f"{path.name} is named twice: name it once")
         raise FileError(
-            f"{files[key].name} and {path.name} have one key, {key!r}: name the folder above them, or rename one"
+            f"{files[key].name} and {path.name} have the same key, {key!r}: name the folder above them, or rename one"
         )
     files[key] = path.with_key(key)
 

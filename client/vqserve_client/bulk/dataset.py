@@ -11,13 +11,14 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from vqserve.errors import InvalidArgument
+from vqserve.errors import COMMAND_LINE, InvalidArgument
 from vqserve_client.bulk.job import Job, Limits
 from vqserve_client.bulk.keys import Keys, check_unique
 from vqserve_client.bulk.mapping import Mapping
-from vqserve_client.bulk.progress import Counts, Display, short
-from vqserve_client.bulk.records import Records, read_manifest
-from vqserve_client.bulk.tokens import PartFile, output_of
+from vqserve_client.bulk.outlook import Outlook
+from vqserve_client.bulk.progress import Counts, Display
+from vqserve_client.bulk.records import Records, begun_parts, has_results, read_manifest
+from vqserve_client.bulk.tokens import PartFile, origins, output_of
 from vqserve_client.client import Client
 from vqserve_client.conversion import Conversion, ConversionOptions, Decoding, Encoding
 from vqserve_client.provenance import codebook_of, common_origin, description, options_as_made
@@ -114,12 +115,13 @@ class DataSet:
         self.files: Sequence[SourceFile]
         self.skipped: Sequence[str] = ()
         if self._output is not None:
+            self._check_whole_output(self._output.folder)
             self.files = self._output.parts()
         else:
             found = find(sources, any_suffix=self._map is not None)
             self.files, self.skipped = found.files, found.skipped
         self._check_apart(sources)
-        before = None if options.force else read_manifest(folder)
+        before = read_manifest(folder) if has_results(folder) and not options.force else None
         self._continued: dict[str, Any] | None = None if before is None else before["job"]
         self.conversion = self._conversion(operation)
         self._counts = Counts(total_bytes=sum(file.size for file in self.files))
@@ -172,11 +174,11 @@ class DataSet:
         items, bad, tokens = (sum(getattr(part, name) for part in records.parts) for name in ("items", "bad", "tokens"))
         return Summary(self._folder, items, bad, tokens, counts)
 
-    def outlook(self) -> str:
+    def outlook(self) -> Outlook:
         """Return what would be read and written, without doing it.
 
         Raises:
-            FileError: a source cannot be read.
+            FileError: a source cannot be read, or the folder has the output of another job.
         """
         items = tokens = nbytes = unknown = 0
         keys: list[str] = []
@@ -191,24 +193,30 @@ class DataSet:
             try:
                 outline = self.conversion.outline(entry.shape, entry.dtype)
             except InvalidArgument as error:
-                bad.append(f"{entry.key} in {file.name}: {error.message}")
+                bad.append(f"{entry.key} in {file.name}: {error.statement(COMMAND_LINE)}")
                 continue
             tokens += outline.tokens
             nbytes += math.prod(outline.shape) * self.conversion.dtype.itemsize
+        begun = () if self._options.force else begun_parts(self._folder, self.job, self.files)
         info = self.conversion.info
-        lines = [
-            f"codebook: {info.name}, {info.size}, digest {info.digest}",
-            f"sources: {len(self.files):,} files, {short(self._counts.total_bytes)}B, {items:,} items "
-            f"({', '.join(keys)}{', ...' if items > len(keys) else ''})",
-            f"output: {self._folder}, format {self._options.format}, {short(tokens)}tokens, {self.conversion.dtype}, "
-            f"{short(nbytes)}B" + (f", and {unknown:,} items whose size is not known before" if unknown else ""),
-        ]
-        if self.skipped:
-            lines.append(f"left out: {len(self.skipped):,} files of other types, such as {self.skipped[0]}")
-        lines += [f"no result: {text}" for text in bad[:_SHOWN]]
-        if len(bad) > _SHOWN:
-            lines.append(f"no result: {len(bad) - _SHOWN:,} more")
-        return "\n".join(lines)
+        return Outlook(
+            codebook=info.name,
+            size=str(info.size),
+            digest=info.digest,
+            files=len(self.files),
+            source_bytes=self._counts.total_bytes,
+            items=items,
+            first_keys=keys,
+            begun_items=sum(part.items + part.bad for part in begun),
+            out=str(self._folder),
+            format=self._options.format,
+            tokens=tokens,
+            dtype=str(self.conversion.dtype),
+            result_bytes=nbytes,
+            unknown_items=unknown,
+            skipped=self.skipped,
+            bad=bad,
+        )
 
     @property
     def _limits(self) -> Limits:
@@ -234,6 +242,19 @@ class DataSet:
             return Encoding(info, options.conversion)
         return Decoding(info, options_as_made(options.conversion, made_by))
 
+    def _check_whole_output(self, folder: Path) -> None:
+        """Check that no option chooses arrays of the output of a job, which has one for each item.
+
+        Raises:
+            FileError: an option does.
+        """
+        select = self._options.select
+        if select.column is not None or select.members or select.key is not None:
+            raise FileError(
+                f"{folder} is the output of a job, and is decoded as a whole, without --member, --column and --key: to "
+                "decode a part of it, name files in it"
+            )
+
     def _check_apart(self, sources: Sequence[str]) -> None:
         """Check that what is written is not among what is read: the next run would read it, too.
 
@@ -252,7 +273,7 @@ class DataSet:
         """Return what made the tokens; None: nothing says it."""
         if self._output is not None:
             return self._output.made_by
-        return common_origin(file.path for file in self.files if file.path is not None and file.path.suffix == ".npy")
+        return common_origin((file.path for file in self.files if file.path is not None), origins())
 
     def _run(self, records: Records) -> None:
         job = Job(

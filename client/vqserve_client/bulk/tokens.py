@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
-from vqserve_client.bulk.records import MANIFEST, Part, check_file, read_manifest, read_parts
+from vqserve_client.bulk.records import MANIFEST, Part, check_file, is_output, read_manifest, read_parts
+from vqserve_client.provenance import read_sidecar
 from vqserve_data.errors import FileError
 from vqserve_data.items import BadItem, Item, Record
 from vqserve_data.readers import reader_of
@@ -151,6 +152,29 @@ def output_of(sources: Sequence[str]) -> Output | None:
     if len(sources) > 1:
         raise FileError(f"{outputs[0]} is the output of a job: name it alone")
     return Output(Path(outputs[0]))
+
+
+def origins() -> Callable[[Path], dict[str, Any] | None]:
+    """Return a function that says what made the tokens in a file: its sidecar, or the manifest of a folder above it.
+
+    It reads each manifest once, returns None where nothing says it, and raises a FileError if what says it is damaged.
+    """
+    by_folder: dict[Path, dict[str, Any] | None] = {}
+
+    def above(folder: Path) -> dict[str, Any] | None:
+        if folder not in by_folder:
+            manifest = read_manifest(folder) if is_output(folder) else None
+            if manifest is not None and manifest["job"]["operation"] == "encode":
+                by_folder[folder] = manifest["job"]
+            else:
+                by_folder[folder] = None if folder.parent == folder else above(folder.parent)
+        return by_folder[folder]
+
+    def origin_of(path: Path) -> dict[str, Any] | None:
+        made_by = read_sidecar(path) if path.suffix == ".npy" else None
+        return above(path.absolute().parent) if made_by is None else made_by
+
+    return origin_of
 
 
 def _lines(folder: Path, number: int) -> Iterator[Mapping[str, Any]]:
