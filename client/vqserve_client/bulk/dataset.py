@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -29,6 +30,8 @@ from vqserve_data.readers.protocol import Selection, SourceFile
 from vqserve_data.sources import find
 from vqserve_data.writers import writer_of
 
+# One file, folder, pattern or URL, or several.
+Sources = str | PathLike[str] | Sequence[str | PathLike[str]]
 Form = Literal["bar", "lines", "json", "none"]
 _KINDS = {"encode": "indices", "decode": "latents"}
 # Mirrored files that appear together.
@@ -326,21 +329,25 @@ class DataSet:
                 yield file, Entry(file.key)
 
 
-def encode(client: Client, sources: Sequence[str], folder: Path, options: JobOptions | None = None) -> Summary:
+def encode(client: Client, sources: Sources, folder: str | PathLike[str], options: JobOptions | None = None) -> Summary:
     """Write the indices of a data set of latents into a folder; see `vqserve encode`.
 
     Raises:
         FileError: a source or the output cannot be used.
         VqserveError: see errors.py.
     """
-    return DataSet(client, "encode", sources, folder, options or JobOptions()).run()
+    return DataSet(client, "encode", _names(sources), Path(folder), options or JobOptions()).run()
 
 
-def decode(client: Client, sources: Sequence[str], folder: Path, options: JobOptions | None = None) -> Summary:
+def decode(client: Client, sources: Sources, folder: str | PathLike[str], options: JobOptions | None = None) -> Summary:
     """Write the latents of a data set of indices, or of the output of `encode`; see `vqserve decode`.
 
     Raises:
         FileError: a source or the output cannot be used.
         VqserveError: see errors.py.
     """
-    return DataSet(client, "decode", sources, folder, options or JobOptions()).run()
+    return DataSet(client, "decode", _names(sources), Path(folder), options or JobOptions()).run()
+
+
+def _names(sources: Sources) -> list[str]:
+    return [fspath(each) for each in ([sources] if isinstance(sources, str | PathLike) else sources)]

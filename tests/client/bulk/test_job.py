@@ -132,6 +132,9 @@ def test_from_python(client, source, arrays, tmp_path):
     options = JobOptions(conversion=ConversionOptions(dtype="float16"), limits=Limits(shard_items=4))
     assert bulk.decode(client, [str(tmp_path / "tokens")], tmp_path / "decoded", options).items == len(arrays)
     assert np.load(tmp_path / "decoded" / "b" / "c.npy").dtype == np.float16
+    # One source needs no list, and paths may be strings.
+    assert bulk.encode(client, source / "b", str(tmp_path / "b")).items == 2
+    assert bulk.encode(client, str(source / "b" / "c.npy"), tmp_path / "c").items == 1
 
 
 def test_progress_as_json(vqserve, source, tmp_path):
