@@ -179,10 +179,14 @@ def _terminable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _warnings_of_one_line() -> Iterator[None]:
-    """Print the SDK's warnings as its errors are printed."""
+    """Print the SDK's warnings as its errors are printed, each text once."""
+    shown: set[str] = set()
 
     def show(message: Warning | str, *_: object) -> None:
         text = message.text(COMMAND_LINE) if isinstance(message, LayoutWarning) else str(message)
+        if text in shown:
+            return
+        shown.add(text)
         print(f"vqserve: warning: {printable(text)}", file=sys.stderr)
 
     with warnings.catch_warnings():

@@ -198,7 +198,8 @@ class Encoding(Conversion):
 
     def _outlined(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Outline:
         item_bytes = payload.itemsize(latents_input(np.empty(0, dtype)).dtype)
-        grid, layout = latents_geometry(self._with_batch(shape), self._layout, self.info)
+        batched = self.options.batched
+        grid, layout = latents_geometry(self._with_batch(shape), self._layout, self.info, batched=batched)
         cuts = plan(grid, max(1, PIECE_BYTES // (self.info.input_dim * item_bytes)))
         return Outline(self._own(indices_shape(grid, self.stages, layout)), math.prod(grid), cuts, layout)
 
@@ -229,7 +230,8 @@ class Decoding(Conversion):
 
     def _outlined(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Outline:
         indices_input(np.empty(0, dtype))
-        grid, layout = indices_geometry(self._with_batch(shape), self._layout, self.info, stages=self.stages)
+        whole, batched = self._with_batch(shape), self.options.batched
+        grid, layout = indices_geometry(whole, self._layout, self.info, stages=self.stages, batched=batched)
         cuts = plan(grid, max(1, PIECE_BYTES // (self._width * self.dtype.itemsize)))
         return Outline(self._own(latents_shape(grid, self._width, layout)), math.prod(grid), cuts, layout)
 

@@ -243,6 +243,9 @@ def _named(url: str) -> Iterator[None]:
     except FileError:
         raise
     except FileNotFoundError as error:
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            # fsspec says so of a server that it cannot connect to, too.
+            raise FileError(f"cannot read {url}: {one_line(error.__cause__)}") from error.__cause__
         raise FileError(f"{url}: there is no such file") from error
     except ImportError as error:
         raise FileError(f"{url} needs a library that is not installed: {one_line(error)}") from error

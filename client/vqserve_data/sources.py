@@ -138,8 +138,10 @@ def _add(files: dict[str, SourceFile], path: _Path) -> None:
     if problem is not None:
         raise FileError(f"{quoted(path.name)}: its key {quoted(key)!r} {problem}: rename it")
     if key in files:
+        if files[key].name == path.name:
+            raise FileError(f"{path.name} is named twice: name it once")
         raise FileError(
-            f"{files[key].name} and {path.name} have one key, {key!r}: name the folder above them, or rename one"
+            f"{files[key].name} and {path.name} have the same key, {key!r}: name the folder above them, or rename one"
         )
     files[key] = path.with_key(key)
 

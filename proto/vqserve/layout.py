@@ -80,7 +80,7 @@ def warn_of_an_image(shape: Sequence[int], layout: Layout | None, default: Layou
         warnings.warn(
             LayoutWarning(
                 f"latents of shape {tuple(shape)} are read as (b, s, C); if they are one image, (C, h, w), pass "
-                "latents[None]; if they are sequences, pass {suggestion}",
+                "batched=False (--unbatched); if they are sequences, pass {suggestion}",
                 {"layout": str(Layout.CHANNELS_LAST)},
             ),
             stacklevel=_level_of_the_caller(),

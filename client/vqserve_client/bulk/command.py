@@ -24,7 +24,8 @@ from vqserve_client.arguments import (
 from vqserve_client.bulk.dataset import DataSet, JobOptions, Summary
 from vqserve_client.bulk.job import Limits
 from vqserve_client.bulk.origins import common_origin
-from vqserve_client.bulk.progress import short
+from vqserve_client.bulk.progress import counted, short
+from vqserve_client.bulk.records import ERRORS
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig
 from vqserve_client.conversion import Conversion, ConversionOptions, Decoding, Encoding
@@ -185,6 +186,8 @@ def _convert_file(client: Client, args: argparse.Namespace, operation: str) -> i
     if len(args.sources) > 1:
         raise FileError(f"{args.out} is one file, and there are {len(args.sources)} sources: name a folder to write")
     source = Path(args.sources[0])
+    if source.is_dir():
+        raise FileError(f"{args.out} is one file, and {source} is a folder: name a folder to write")
     made_by = common_origin([source]) if operation == "decode" else None
     info = codebook_of(
         made_by,
@@ -216,10 +219,11 @@ def _convert_file(client: Client, args: argparse.Namespace, operation: str) -> i
 def _convert_data_set(client: Client, args: argparse.Namespace, operation: str) -> int:
     data = DataSet(client, operation, args.sources, args.out, _job_options(args))
     if args.dry_run:
-        print(printable_lines(data.outlook()), flush=True)
+        outlook = data.outlook()
+        print(outlook.json() if args.json else printable_lines(outlook.text()), flush=True)
         return 0
     if data.skipped and not args.quiet:
-        _say(f"{len(data.skipped):,} files of types that are not read are left out, such as {data.skipped[0]}")
+        _say(f"left out: {counted(len(data.skipped), 'file')} of types that are not read, such as {data.skipped[0]}")
     try:
         summary = data.run()
     except (KeyboardInterrupt, SystemExit):
@@ -254,17 +258,25 @@ def _job_options(args: argparse.Namespace) -> JobOptions:
 def _text(summary: Summary, data: DataSet) -> str:
     counts, info = summary.counts, data.conversion.info
     seconds = max(counts.seconds, 1e-9)
+    was_complete = 0 < counts.begun_items == summary.items + summary.bad
     lines = [
-        f"wrote {summary.folder}: {summary.items:,} items, {short(summary.tokens)}tokens, codebook {info.name}, "
-        f"digest {info.digest}",
-        f"{counts.seconds:.1f} s, {short(counts.tokens / seconds)}tokens/s; waited for the sources "
-        f"{counts.waited_for_sources_s / seconds:.0%} of the time, for the output "
-        f"{counts.waited_for_output_s / seconds:.0%}",
+        f"{'complete before: ' if was_complete else 'wrote '}{summary.folder}: {counted(summary.items, 'item')}, "
+        f"{short(summary.tokens)}tokens, codebook {info.name}, digest {info.digest}"
     ]
-    if counts.begun_items:
-        lines.append(f"{counts.begun_items:,} items were there from an earlier run")
+    if not was_complete:
+        lines.append(
+            f"{counts.seconds:.1f} s, {short(counts.tokens / seconds)}tokens/s; waited for the sources "
+            f"{counts.waited_for_sources_s / seconds:.0%} of the time, for the output "
+            f"{counts.waited_for_output_s / seconds:.0%}"
+        )
+        if counts.begun_items:
+            lines.append(f"done before: {counted(counts.begun_items, 'item')}")
     if summary.bad:
-        lines.append(f"{summary.bad:,} items have no result: {summary.folder / 'errors.jsonl'} says why")
+        errors = summary.folder / ERRORS
+        with errors.open(encoding="utf-8") as file:
+            first = json.loads(file.readline())
+        lines.append(f"without a result: {counted(summary.bad, 'item')}; {errors} says why. The first:")
+        lines.append(f"{first['key']} in {first['source']}: {first['reason']}")
     return "\n".join(lines)
 
 

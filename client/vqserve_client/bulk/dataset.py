@@ -6,18 +6,20 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from vqserve.errors import InvalidArgument
+from vqserve.errors import COMMAND_LINE, InvalidArgument
 from vqserve_client.bulk.job import Job, Limits
 from vqserve_client.bulk.keys import Keys, Paths, check_unique
 from vqserve_client.bulk.mapping import Mapping
 from vqserve_client.bulk.origins import common_origin
-from vqserve_client.bulk.progress import Counts, Display, short
-from vqserve_client.bulk.records import RESERVED, Records, read_manifest
+from vqserve_client.bulk.outlook import Outlook
+from vqserve_client.bulk.progress import Counts, Display
+from vqserve_client.bulk.records import RESERVED, Records, begun_parts, has_results, read_manifest
 from vqserve_client.bulk.tokens import PartFile, output_of
 from vqserve_client.client import Client
 from vqserve_client.conversion import Conversion, ConversionOptions, Decoding, Encoding
@@ -29,6 +31,8 @@ from vqserve_data.readers.protocol import Selection, SourceFile
 from vqserve_data.sources import find
 from vqserve_data.writers import writer_of
 
+# One file, folder, pattern or URL, or several.
+Sources = str | PathLike[str] | Sequence[str | PathLike[str]]
 Form = Literal["bar", "lines", "json", "none"]
 _KINDS = {"encode": "indices", "decode": "latents"}
 # Keys that a dry run shows.
@@ -113,12 +117,13 @@ class DataSet:
         self.files: Sequence[SourceFile]
         self.skipped: Sequence[str] = ()
         if self._output is not None:
+            self._check_whole_output(self._output.folder)
             self.files = self._output.parts()
         else:
             found = find(sources, any_suffix=self._map is not None)
             self.files, self.skipped = found.files, found.skipped
         self._check_apart(sources)
-        before = None if options.force else read_manifest(folder)
+        before = read_manifest(folder) if has_results(folder) and not options.force else None
         self._continued: dict[str, Any] | None = None if before is None else before["job"]
         self.conversion = self._conversion(operation)
         self._counts = Counts(total_bytes=sum(file.size for file in self.files))
@@ -171,11 +176,11 @@ class DataSet:
         items, bad, tokens = (sum(getattr(part, name) for part in records.parts) for name in ("items", "bad", "tokens"))
         return Summary(self._folder, items, bad, tokens, counts)
 
-    def outlook(self) -> str:
+    def outlook(self) -> Outlook:
         """Return what would be read and written, without doing it.
 
         Raises:
-            FileError: a source cannot be read.
+            FileError: a source cannot be read, or the folder has the output of another job.
         """
         items = tokens = nbytes = unknown = 0
         keys: list[str] = []
@@ -190,24 +195,30 @@ class DataSet:
             try:
                 outline = self.conversion.outline(entry.shape, entry.dtype)
             except InvalidArgument as error:
-                bad.append(f"{entry.key} in {file.name}: {error.message}")
+                bad.append(f"{entry.key} in {file.name}: {error.statement(COMMAND_LINE)}")
                 continue
             tokens += outline.tokens
             nbytes += math.prod(outline.shape) * self.conversion.dtype.itemsize
+        begun = () if self._options.force else begun_parts(self._folder, self.job, self.files)
         info = self.conversion.info
-        lines = [
-            f"codebook: {info.name}, {info.size}, digest {info.digest}",
-            f"sources: {len(self.files):,} files, {short(self._counts.total_bytes)}B, {items:,} items "
-            f"({', '.join(keys)}{', ...' if items > len(keys) else ''})",
-            f"output: {self._folder}, format {self._options.format}, {short(tokens)}tokens, {self.conversion.dtype}, "
-            f"{short(nbytes)}B" + (f", and {unknown:,} items whose size is not known before" if unknown else ""),
-        ]
-        if self.skipped:
-            lines.append(f"left out: {len(self.skipped):,} files of other types, such as {self.skipped[0]}")
-        lines += [f"no result: {text}" for text in bad[:_SHOWN]]
-        if len(bad) > _SHOWN:
-            lines.append(f"no result: {len(bad) - _SHOWN:,} more")
-        return "\n".join(lines)
+        return Outlook(
+            codebook=info.name,
+            size=str(info.size),
+            digest=info.digest,
+            files=len(self.files),
+            source_bytes=self._counts.total_bytes,
+            items=items,
+            first_keys=keys,
+            begun_items=sum(part.items + part.bad for part in begun),
+            out=str(self._folder),
+            format=self._options.format,
+            tokens=tokens,
+            dtype=str(self.conversion.dtype),
+            result_bytes=nbytes,
+            unknown_items=unknown,
+            skipped=self.skipped,
+            bad=bad,
+        )
 
     def _conversion(self, operation: str) -> Conversion:
         options = self._options
@@ -225,6 +236,19 @@ class DataSet:
         if operation == "encode":
             return Encoding(info, options.conversion)
         return Decoding(info, options_as_made(options.conversion, made_by))
+
+    def _check_whole_output(self, folder: Path) -> None:
+        """Check that no option chooses arrays of the output of a job, which has one for each item.
+
+        Raises:
+            FileError: an option does.
+        """
+        select = self._options.select
+        if select.column is not None or select.members or select.key is not None:
+            raise FileError(
+                f"{folder} is the output of a job, and is decoded as a whole, without --member, --column and --key: to "
+                "decode a part of it, name files in it"
+            )
 
     def _check_apart(self, sources: Sequence[str]) -> None:
         """Check that what is written is not among what is read: the next run would read it, too.
@@ -305,21 +329,25 @@ class DataSet:
                 yield file, Entry(file.key)
 
 
-def encode(client: Client, sources: Sequence[str], folder: Path, options: JobOptions | None = None) -> Summary:
+def encode(client: Client, sources: Sources, folder: str | PathLike[str], options: JobOptions | None = None) -> Summary:
     """Write the indices of a data set of latents into a folder; see `vqserve encode`.
 
     Raises:
         FileError: a source or the output cannot be used.
         VqserveError: see errors.py.
     """
-    return DataSet(client, "encode", sources, folder, options or JobOptions()).run()
+    return DataSet(client, "encode", _names(sources), Path(folder), options or JobOptions()).run()
 
 
-def decode(client: Client, sources: Sequence[str], folder: Path, options: JobOptions | None = None) -> Summary:
+def decode(client: Client, sources: Sources, folder: str | PathLike[str], options: JobOptions | None = None) -> Summary:
     """Write the latents of a data set of indices, or of the output of `encode`; see `vqserve decode`.
 
     Raises:
         FileError: a source or the output cannot be used.
         VqserveError: see errors.py.
     """
-    return DataSet(client, "decode", sources, folder, options or JobOptions()).run()
+    return DataSet(client, "decode", _names(sources), Path(folder), options or JobOptions()).run()
+
+
+def _names(sources: Sources) -> list[str]:
+    return [fspath(each) for each in ([sources] if isinstance(sources, str | PathLike) else sources)]

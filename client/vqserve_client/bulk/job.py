@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from vqserve.errors import InvalidArgument, VqserveError
+from vqserve.errors import COMMAND_LINE, InvalidArgument, VqserveError
 from vqserve.layout import Layout
 from vqserve_client.arrays import Array, Plan
 from vqserve_client.bulk.handoff import Handoff, Stopped
@@ -433,5 +433,5 @@ def _hash(array: Array) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    text = error.message if isinstance(error, VqserveError) else str(error)
+    text = error.statement(COMMAND_LINE) if isinstance(error, VqserveError) else str(error)
     return " ".join(text.split())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -31,6 +32,7 @@ Function = Callable[[Item | RawItem], Any]
 
 # Items that are ahead of the one that is next, for each process.
 _AHEAD = 4
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def load_function(name: str) -> Function:
@@ -124,7 +126,9 @@ def apply(function: Function, item: Record) -> Item | BadItem:
     try:
         array = _array_of(function(item))
     except (Exception, SystemExit) as error:
-        return BadItem(item.key, item.source, f"map: {type(error).__name__}: {' '.join(str(error).split())}")
+        # The same data set gives the same bytes: no addresses of objects.
+        text = _ADDRESS.sub("", " ".join(str(error).split()))
+        return BadItem(item.key, item.source, f"map: {type(error).__name__}: {text}")
     return Item(item.key, array, item.source, item.fields)
 
 

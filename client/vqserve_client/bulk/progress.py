@@ -98,6 +98,11 @@ def short(number: float) -> str:
     return f"{number:.3g} "
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 item", "1,200 items"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 class Display:
     """Shows the counts while its block runs, by a thread of its own.
 

@@ -23,8 +23,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vqserve.text import printable
 from vqserve.validation import is_digest
+from vqserve_client.bulk.differences import job_differences, some_of, source_differences
 from vqserve_data.drafts import drafts_below, is_draft_of, write_file
 from vqserve_data.errors import FileError
 from vqserve_data.keys import problem_of, quoted
@@ -40,8 +40,6 @@ _SOURCES = "sources.jsonl"
 _READ_BYTES = 1 << 20
 # Version of the form of these files.
 _FORM = 1
-# Differences that an error lists.
-_MOST_LISTED = 5
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -133,26 +131,17 @@ class Records:
         with _named(self.folder):
             (self.folder / _FOLDER).mkdir(parents=True, exist_ok=True)
             self._take_lock()
-        listed = "".join(map(_source_line, sources))
         before = read_manifest(self.folder)
-        if before is not None and restart:
+        # The output of a job that has no result, such as one with a wrong option, is nothing to protect.
+        if before is not None and (restart or not has_results(self.folder)):
             self._remove()
             before = None
         if before is None:
-            write_file(self.folder / _FOLDER / _SOURCES, [listed.encode()])
+            listed = map(str.encode, map(_source_line, sources))
+            write_file(self.folder / _FOLDER / _SOURCES, listed)
             self._write_manifest(job)
             return
-        differences = _differences(before["job"], json.loads(json.dumps(job)))
-        if not differences:
-            differences = self._source_differences(listed)
-        if differences:
-            shown = "; ".join(differences[:_MOST_LISTED])
-            more = f"; and {len(differences) - _MOST_LISTED} more" if len(differences) > _MOST_LISTED else ""
-            raise FileError(
-                f"{self.folder} has the output of another job: {shown}{more}. Name another folder, or begin anew "
-                "with --force, which removes that output"
-            )
-        self.parts = list(self._whole_parts())
+        self.parts = begun_parts(self.folder, job, sources)
 
     def check(self, advance: Any = None) -> None:
         """Check that the files of the whole parts are as they were written; remove what belongs to no whole part.
@@ -226,14 +215,6 @@ class Records:
                 f"{self.folder} is not empty, and is no output of a job: name a new folder, or an empty one"
             )
 
-    def _source_differences(self, listed: str) -> list[str]:
-        path = self.folder / _FOLDER / _SOURCES
-        with _readable(path):
-            return _source_differences(path.read_text(encoding="utf-8"), listed)
-
-    def _whole_parts(self) -> Iterator[Part]:
-        return (part for part, _ in read_parts(self.folder))
-
     def _remove(self) -> None:
         """Remove the output of a job, and nothing else.
 
@@ -243,7 +224,7 @@ class Records:
         Raises:
             FileError: a record file is damaged, or names a file elsewhere.
         """
-        paths = [file_below(self.folder, file.name) for part in self._whole_parts() for file in part.files]
+        paths = [file_below(self.folder, file.name) for part, _ in read_parts(self.folder) for file in part.files]
         folders: set[Path] = set()
         for path in paths:
             path.unlink(missing_ok=True)
@@ -316,6 +297,38 @@ def read_records(folder: Path, number: int) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, lines)
 
 
+def has_results(folder: Path) -> bool:
+    """Return whether a job has written a result into a folder.
+
+    Raises:
+        FileError: a record file cannot be read.
+    """
+    return any(part.items for part, _ in read_parts(folder))
+
+
+def begun_parts(folder: Path, job: Mapping[str, Any], sources: Sequence[SourceFile]) -> list[Part]:
+    """Return the whole parts of an output, after a check that they are of this job; without an output there are none.
+
+    Raises:
+        FileError: the folder has the output of another job.
+    """
+    before = read_manifest(folder)
+    if before is None or not has_results(folder):
+        return []
+    differences = job_differences(before["job"], json.loads(json.dumps(job)))
+    if not differences:
+        listed = "".join(map(_source_line, sources))
+        path = folder / _FOLDER / _SOURCES
+        with _readable(path):
+            differences = source_differences(path.read_text(encoding="utf-8"), listed)
+    if differences:
+        raise FileError(
+            f"{folder} has the output of another job: {some_of(differences)}. Name another folder, or begin anew "
+            "with --force, which removes that output"
+        )
+    return [part for part, _ in read_parts(folder)]
+
+
 def check_file(folder: Path, file: Written) -> None:
     """Check that a file of an output is as it was written.
 
@@ -349,26 +362,6 @@ def file_below(folder: Path, name: str) -> Path:
     return path
 
 
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """Return how two values of JSON differ, one text for each difference."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = dict.fromkeys((*before, *now))
-        return [text for key in keys for text in _differences(before.get(key), now.get(key), f"{name} {key}".strip())]
-    if before == now or name == "vqserve":
-        return []
-    return [f"{name} was {_shown(before)} and is {_shown(now)}"]
-
-
-def _source_differences(before: str, now: str) -> list[str]:
-    if before == now:
-        return []
-    old, new = ({line["name"]: line for line in map(json.loads, text.splitlines())} for text in (before, now))
-    gone = [f"source {_shown(name)} is missing" for name in old if name not in new]
-    more = [f"source {_shown(name)} is new" for name in new if name not in old]
-    changed = [f"source {_shown(name)} was changed" for name in new if name in old and old[name] != new[name]]
-    return [*gone, *more, *changed] or ["the sources are in another order"]
-
-
 def _source_line(source: SourceFile) -> str:
     return line_of({"name": source.name, "key": source.key, "bytes": source.size, "version": source.version})
 
@@ -376,10 +369,6 @@ def _source_line(source: SourceFile) -> str:
 def line_of(fields: Mapping[str, Any]) -> str:
     """Return a line of JSON."""
     return _encode(fields) + "\n"
-
-
-def _shown(value: object) -> str:
-    return printable(json.dumps(value, ensure_ascii=False), 100)
 
 
 def _part_name(number: int) -> str:

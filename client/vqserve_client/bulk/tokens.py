@@ -9,7 +9,15 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from vqserve_client.bulk.records import MANIFEST, Part, check_file, file_below, read_manifest, read_parts, read_records
+from vqserve_client.bulk.records import (
+    MANIFEST,
+    Part,
+    check_file,
+    file_below,
+    read_manifest,
+    read_parts,
+    read_records,
+)
 from vqserve_data.errors import FileError
 from vqserve_data.items import BadItem, Item, Record
 from vqserve_data.readers import reader_of

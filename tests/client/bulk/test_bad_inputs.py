@@ -31,7 +31,8 @@ def test_all_others_are_there(vqserve, faulty, arrays, tmp_path):
     code, _, said = vqserve("encode", faulty, "-o", tmp_path / "tokens")
     assert code == 3
     assert "26 items" in said
-    assert f"7 items have no result: {tmp_path / 'tokens' / 'errors.jsonl'} says why" in said
+    assert f"without a result: 7 items; {tmp_path / 'tokens' / 'errors.jsonl'} says why. The first:" in said
+    assert f"channels in {faulty / 'channels.npy'}: latents of shape (1, 5, 2, 2) have 5 channels" in said
     reasons = errors(tmp_path / "tokens")
     assert sorted(reasons) == ["channels", "corrupt", "empty", "integers", "nan", "objects", "text"]
     assert reasons["nan"] == "latents[0, 1, 1, 2] is nan"
@@ -56,6 +57,26 @@ def test_too_many(vqserve, faulty, tmp_path):
     # A higher limit goes on.
     assert vqserve("encode", faulty, "-o", tmp_path / "tokens", "--max-errors", 7)[0] == 3
     assert len(errors(tmp_path / "tokens")) == 7
+
+
+def test_a_job_without_a_result_is_not_in_the_way_of_the_next(vqserve, tmp_path):
+    (tmp_path / "latents").mkdir()
+    np.save(tmp_path / "latents" / "a.npy", np.zeros((4, 8, 8), np.float32))
+    code, _, said = vqserve("encode", tmp_path / "latents", "-o", tmp_path / "tokens")
+    assert code == 3
+    assert "is the batch axis missing? pass --unbatched" in said
+    assert vqserve("encode", tmp_path / "latents", "-o", tmp_path / "tokens", "--unbatched")[0] == 0
+    assert not (tmp_path / "tokens" / "errors.jsonl").exists()
+    assert vqserve("encode", tmp_path / "latents", "-o", tmp_path / "tokens")[0] == 1
+
+
+def test_a_reason_names_the_shape_of_the_array(vqserve, tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((4, 5), np.float32))
+    assert vqserve("encode", tmp_path / "a.npy", "-o", tmp_path / "tokens", "--unbatched")[0] == 3
+    assert errors(tmp_path / "tokens")["a"] == (
+        "latents of shape (4, 5) have 5 channels in layout channels_last, the codebook takes 4: should it be "
+        "--layout channels_first?"
+    )
 
 
 def test_none_of_them_can_be_read(vqserve, tmp_path):

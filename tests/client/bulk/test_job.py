@@ -115,7 +115,7 @@ def test_arrays_without_a_batch_axis(vqserve, client, tmp_path):
     np.save(tmp_path / "latents" / "wrong.npy", generator.standard_normal((1, 3, 6, 5)))
     code, _, said = vqserve("encode", tmp_path / "latents", "-o", tmp_path / "tokens", "--unbatched")
     assert code == 3
-    assert "1 items have no result" in said
+    assert "without a result: 1 item;" in said
     for name, image in images.items():
         indices = np.load(tmp_path / "tokens" / f"{name}.npy")
         assert indices.shape == image.shape[1:]
@@ -146,6 +146,9 @@ def test_from_python(client, source, arrays, tmp_path):
     options = JobOptions(conversion=ConversionOptions(dtype="float16"), limits=Limits(shard_items=4))
     assert bulk.decode(client, [str(tmp_path / "tokens")], tmp_path / "decoded", options).items == len(arrays)
     assert np.load(tmp_path / "decoded" / "b" / "c.npy").dtype == np.float16
+    # One source needs no list, and paths may be strings.
+    assert bulk.encode(client, source / "b", str(tmp_path / "b")).items == 2
+    assert bulk.encode(client, str(source / "b" / "c.npy"), tmp_path / "c").items == 1
 
 
 def test_progress_as_json(vqserve, source, tmp_path):
@@ -164,8 +167,21 @@ def test_a_dry_run_writes_nothing(vqserve, source, tmp_path, book):
     assert f"digest {book.info.digest}" in out
     assert "26 items (a, b/c, b/d, ...)" in out
     assert "553 tokens, uint16, 1.11 kB" in out
-    assert "left out: 1 files of other types" in out
+    assert "left out: 1 file of other types" in out
     assert not (tmp_path / "tokens").exists()
+
+
+def test_a_dry_run_as_json(vqserve, source, tmp_path):
+    code, out, said = vqserve("encode", source, "-o", tmp_path / "tokens", "--dry-run", "--json")
+    assert (code, said) == (0, "")
+    outlook = json.loads(out)
+    assert (outlook["event"], outlook["items"], outlook["tokens"], outlook["begun_items"]) == ("outlook", 26, 553, 0)
+    assert vqserve("encode", source, "-o", tmp_path / "tokens")[0] == 0
+    code, out, _ = vqserve("encode", source, "-o", tmp_path / "tokens", "--dry-run")
+    assert "done before: 26 items" in out
+    code, _, said = vqserve("encode", source, "-o", tmp_path / "tokens", "--dry-run", "--dtype", "int64")
+    assert code == 1
+    assert '--dtype was not given and is "int64"' in said
 
 
 def test_options_for_data_sets_are_not_ignored(vqserve, source, tmp_path):
@@ -175,6 +191,9 @@ def test_options_for_data_sets_are_not_ignored(vqserve, source, tmp_path):
     code, _, said = vqserve("encode", source / "a.npy", source / "e.npy", "-o", tmp_path / "a.npy")
     assert code == 1
     assert "one file, and there are 2 sources" in said
+    code, _, said = vqserve("encode", source, "-o", tmp_path / "a.npy")
+    assert code == 1
+    assert f"is one file, and {source} is a folder" in said
 
 
 def test_two_items_with_one_key(vqserve, source, tmp_path):

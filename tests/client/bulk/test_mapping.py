@@ -23,6 +23,8 @@ def latents(item):
     text = item.fields["txt"].decode()
     if text == "none":
         return None
+    if text == "object":
+        raise RuntimeError(f"{io.BytesIO()} is no picture")
     return np.full((1, 4, 2, 2), float(text), np.float32)
 
 
@@ -61,7 +63,7 @@ def functions(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     monkeypatch.delitem(sys.modules, "functions", raising=False)
     (tmp_path / "texts").mkdir()
-    for name, text in (("a", "0.5"), ("b", "none"), ("c", "words"), ("d", "-1")):
+    for name, text in (("a", "0.5"), ("b", "none"), ("c", "words"), ("d", "-1"), ("e", "object")):
         (tmp_path / "texts" / f"{name}.txt").write_text(text)
 
 
@@ -77,6 +79,7 @@ def test_a_function_makes_the_latents(vqserve, client, tmp_path, processes):
     assert {line["key"]: line["reason"] for line in lines} == {
         "b": "map: TypeError: it returned NoneType, not an array of numbers",
         "c": "map: ValueError: could not convert string to float: 'words'",
+        "e": "map: RuntimeError: <_io.BytesIO object> is no picture",
     }
 
 

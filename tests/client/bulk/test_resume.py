@@ -136,10 +136,11 @@ def test_another_codebook_is_refused(vqserve, serving, put, monkeypatch, source,
 @pytest.mark.parametrize(
     ("options", "difference"),
     [
-        (["--dtype", "int32"], 'options dtype was null and is "int32"'),
-        (["--format", "npz"], 'format name was "npy" and is "npz"'),
-        (["--layout", "channels_last"], 'options layout was null and is "channels_last"'),
-        (["--member", "x"], 'select members was [] and is ["x"]'),
+        (["--dtype", "int32"], '--dtype was not given and is "int32"'),
+        (["--format", "npz"], '--format was "npy" and is "npz"'),
+        (["--layout", "channels_last"], '--layout was not given and is "channels_last"'),
+        (["--unbatched"], "--unbatched was not given and is given"),
+        (["--member", "x"], '--member was not given and is ["x"]'),
     ],
 )
 def test_other_options_are_refused(vqserve, source, tmp_path, options, difference):

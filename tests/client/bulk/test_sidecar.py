@@ -51,6 +51,21 @@ def test_files_of_a_folder_know_it_too(vqserve, tokens, tmp_path):
     assert "made these tokens" in said
 
 
+def test_a_part_of_an_output_is_decoded_as_the_whole_is(vqserve, tmp_path):
+    (tmp_path / "latents").mkdir()
+    for number in range(4):
+        np.save(tmp_path / "latents" / f"{number}.npy", np.full((4, 8, 8), number, np.float32))
+    for form, part in (("npy", "[01].npy"), ("npz", "shard-00000.npz")):
+        out, decoded = tmp_path / form, tmp_path / f"decoded-{form}"
+        options = ("--format", form, "--shard-items", 2, "--unbatched")
+        assert vqserve("encode", tmp_path / "latents", "-o", out, *options)[0] == 0
+        code, _, said = vqserve("decode", out, "-o", decoded, "--member", "0")
+        assert code == 1
+        assert "is decoded as a whole" in said
+        assert vqserve("decode", out / part, "-o", decoded)[0] == 0
+        assert sorted(np.load(path).shape for path in decoded.rglob("*.npy")) == [(4, 8, 8), (4, 8, 8)]
+
+
 def test_a_damaged_one_is_an_error(vqserve, tokens, tmp_path):
     (tokens.parent / "tokens.npy.json").write_text('{"codebook": 1}')
     code, _, said = vqserve("decode", tokens, "-o", tmp_path / "out.npy")

@@ -87,9 +87,9 @@ def test_what_names_nothing_is_an_error(tree: Path, argument: str, text: str) ->
 
 def test_two_files_of_one_key_are_an_error(tree: Path) -> None:
     (tree / "a.npz").write_bytes(b"")
-    with pytest.raises(FileError, match=r"a\.npy and .*a\.npz have one key, 'a'"):
+    with pytest.raises(FileError, match=r"a\.npy and .*a\.npz have the same key, 'a'"):
         find([str(tree)])
-    with pytest.raises(FileError, match="have one key, '10'"):
+    with pytest.raises(FileError, match=r"10\.npy is named twice"):
         find([str(tree / "b"), str(tree / "b" / "10.npy")])
 
 
