@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from support.names import name_server
 from vqserve_client import AsyncClient, Client, Closed
 from vqserve_client.interrupts import SignalsDeferred
 
@@ -220,6 +221,13 @@ def test_fork(tiny, how):
 @pytest.mark.parametrize("how", ["fork", "load"])
 def test_fork_with_several_servers(replicas, how):
     forked(",".join(server.target for server in replicas("127.0.0.1", "127.0.0.2")), how)
+
+
+@pytest.mark.parametrize("how", ["fork", "load"])
+def test_fork_with_the_servers_of_a_name(replicas, how):
+    servers = replicas("127.0.0.1", "127.0.0.2")
+    with name_server("127.0.0.1", "127.0.0.2") as names:
+        forked(names.target(servers[0].target.rpartition(":")[2]), how)
 
 
 def test_a_process_that_ends_without_closing(tiny):
