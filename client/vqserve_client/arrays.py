@@ -65,7 +65,12 @@ class ArrayInput:
             result: the values.
             dtype: their wire type.
         """
-        return to_caller(result if self.batched else result.reshape(result.shape[1:]), dtype, self.device)
+        array = result if self.batched else result.reshape(result.shape[1:])
+        if self.device is None:
+            return array
+        # An array of indices for torch is int64, whatever the type on the wire.
+        known = dtypes.BY_NUMBER[dtype]
+        return dtypes.to_torch(array, known.name if known in dtypes.LATENTS else "int64").to(self.device)
 
     def of_caller(self, error: VqserveError) -> VqserveError:
         """Return an error with a position in this array as one about the caller's array."""
@@ -195,15 +200,6 @@ def empty_latents(shape: tuple[int, ...], dtype: int, device: object) -> Array:
 def store(part: Array, dtype: int, into: Array) -> None:
     """Copy the array of one reply to its place; bit patterns are widened if the place is float32."""
     into[...] = dtypes.BY_NUMBER[dtype].widen(part) if into.dtype == np.float32 else part
-
-
-def to_caller(array: Array, dtype: int, device: object) -> Any:
-    """Return a finished array as the caller's kind: numpy, or torch on this device."""
-    if device is None:
-        return array
-    # An array of indices for torch is int64, whatever the type on the wire.
-    name = dtypes.BY_NUMBER[dtype].name if dtypes.BY_NUMBER[dtype] in dtypes.LATENTS else "int64"
-    return dtypes.to_torch(array, name).to(device)
 
 
 def latents_geometry(

@@ -142,27 +142,23 @@ def choose(
         InvalidOption: several digests begin with these digits.
     """
     try:
-        return _chosen(codebooks, name, digest)
+        holders = [] if digest is None else [info for info in codebooks if info.digest.startswith(digest)]
+        named = [info for info in codebooks if (not info.is_version if name is None else info.name == name)]
+        if name is None and holders and digest is not None:
+            if len({info.digest for info in holders}) > 1:
+                raise ambiguous_digest(digest, holders)
+            return _most_lasting(holders)
+        holder = _most_lasting(holders) if holders else None
+        if len(named) == 1:
+            if digest is not None and named[0] not in holders:
+                raise wrong_digest(digest, info=named[0], holder=holder)
+            return named[0]
+        if name is None and digest is not None and codebooks:
+            raise no_digest(digest, codebooks)
+        raise no_codebook(name, [info.name for info in codebooks], num_codebooks=len(named), holder=holder)
     except VqserveError as error:
         error.target = target
         raise
-
-
-def _chosen(codebooks: Sequence[CodebookInfo], name: str | None, digest: str | None) -> CodebookInfo:
-    holders = [] if digest is None else [info for info in codebooks if info.digest.startswith(digest)]
-    named = [info for info in codebooks if (not info.is_version if name is None else info.name == name)]
-    if name is None and holders and digest is not None:
-        if len({info.digest for info in holders}) > 1:
-            raise ambiguous_digest(digest, holders)
-        return _most_lasting(holders)
-    holder = _most_lasting(holders) if holders else None
-    if len(named) == 1:
-        if digest is not None and named[0] not in holders:
-            raise wrong_digest(digest, info=named[0], holder=holder)
-        return named[0]
-    if name is None and digest is not None and codebooks:
-        raise no_digest(digest, codebooks)
-    raise no_codebook(name, [info.name for info in codebooks], num_codebooks=len(named), holder=holder)
 
 
 def _most_lasting(holders: Sequence[CodebookInfo]) -> CodebookInfo:

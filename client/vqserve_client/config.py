@@ -119,6 +119,10 @@ def client_config(
     )
 
 
+_RAISE: OnError = "raise"
+_LATENTS: OutputName = "latents"
+
+
 @dataclass(frozen=True)
 class CallOptions:
     """The options of one call; for codebook, digest and timeout, None stands for the client's own."""
@@ -144,7 +148,7 @@ def call_options(
     dtype: int = pb.DTYPE_FLOAT32,
     output: int = pb.DECODE_OUTPUT_LATENTS,
     batched: bool = True,
-    on_error: OnError = "raise",
+    on_error: OnError = _RAISE,
 ) -> CallOptions:
     """Return the options of a call, checked here so that `encode_many` raises before it begins.
 
@@ -163,8 +167,11 @@ def call_options(
         InvalidOption: an option has none of its values.
         TypeError: codebook, digest, timeout or batched is of another type.
     """
-    check_batched(batched)
-    check_on_error(on_error)
+    # The usual values cost no call.
+    if batched is not True:
+        check_batched(batched)
+    if on_error is not _RAISE:
+        check_on_error(on_error)
     check_call(codebook=codebook, digest=digest, timeout=timeout, num_quantizers=num_quantizers)
     parsed = None if layout is None else parse_layout(layout)
     return CallOptions(codebook, digest, timeout, parsed, num_quantizers, dtype, output, batched, on_error)
@@ -174,20 +181,21 @@ def decode_options(
     *,
     layout: LayoutName | Layout | None = None,
     dtype: LatentDType = "float32",
-    output: OutputName = "latents",
+    output: OutputName = _LATENTS,
     num_quantizers: int | None = None,
     codebook: str | None = None,
     digest: str | None = None,
     timeout: float | None = None,
     batched: bool = True,
-    on_error: OnError = "raise",
+    on_error: OnError = _RAISE,
 ) -> CallOptions:
     """Return the options of a decode call; see call_options.
 
     Raises:
         InvalidOption, TypeError: as for call_options.
     """
-    check_output(output)
+    if output is not _LATENTS:
+        check_output(output)
     return call_options(
         layout=layout,
         num_quantizers=num_quantizers,

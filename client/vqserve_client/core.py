@@ -36,15 +36,6 @@ class Operation:
     read: Callable[[object], ArrayInput]
     call: type[ArrayCall]
 
-    def input(self, array: object, options: CallOptions) -> ArrayInput:
-        """Return the caller's array as it is sent: with a batch axis.
-
-        Raises:
-            InvalidDtype: it is no array, or has elements of another type.
-        """
-        source = self.read(array)
-        return source if options.batched else source.with_batch_axis()
-
 
 ENCODE = Operation(latents_input, EncodeCall)
 DECODE = Operation(indices_input, DecodeCall)
@@ -68,12 +59,6 @@ class Core:
         config = self.config
         own_digest = config.digest if options.codebook in {None, config.codebook} else None
         return Pin(options.codebook or config.codebook, options.digest or own_digest, target=config.target)
-
-    @property
-    def window(self) -> int:
-        """Return how many requests of one call may be in flight now; a window of one is one, however many servers."""
-        window = self.config.window
-        return window if window == 1 else window * self.pool.size
 
     def deadline(self, options: CallOptions) -> Deadline:
         """Return the end of a call that begins now."""
@@ -99,13 +84,14 @@ class Core:
 
     def convert_one(self, operation: Operation, array: object, options: CallOptions, wake: Wake) -> Steps[Any]:
         """Encode or decode one array, by calls of its own."""
+        source = operation.read(array)
         results = yield from self.convert(
             operation,
-            [operation.input(array, options)],
+            [source if options.batched else source.with_batch_axis()],
             options,
             pin=self.pin(options),
             deadline=self.deadline(options),
-            window=Window(self.window),
+            window=Window(self.pool.window),
             sender=UnarySender(wake),
         )
         return results[0]

@@ -48,7 +48,7 @@ class Pipeline:
         self._wake = wake
         self._sender = StreamSender(self._on_reply)
         self._pin = core.pin(options)
-        self._size = core.window
+        self._size = core.pool.window
         self._window = Window(self._size)
         self._groups: deque[_Group] = deque()
         self.ended = False
@@ -108,7 +108,9 @@ class Pipeline:
 
     def _put(self, key: object, array: object) -> None:
         try:
-            source = self._operation.input(array, self._options)
+            source = self._operation.read(array)
+            if not self._options.batched:
+                source = source.with_batch_axis()
         except VqserveError as error:
             error.item = self._num_put
             raise
@@ -223,7 +225,7 @@ class Pipeline:
 
     def _widen(self) -> None:
         """Let more requests be in flight when servers have joined."""
-        more = self._core.window - self._size
+        more = self._core.pool.window - self._size
         if more > 0:
             self._size += more
             self._window.release(more)

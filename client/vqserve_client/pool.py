@@ -81,6 +81,8 @@ class Pool:
 
     Attributes:
         closed: whether `close` was called.
+        size: number of connections that requests can go to now.
+        window: how many requests of one call may be in flight now; a window of one is one, however many servers.
         identity: what the servers know the client by.
         retry_budget: limits the retries of this process.
     """
@@ -101,8 +103,14 @@ class Pool:
             self._members = [
                 Member(config, address, pool=self) for address in target.addresses for _ in range(config.connections)
             ]
+        self._measure()
         self._reset()
         _pools.add(self)
+
+    def _measure(self) -> None:
+        self.size = len(self._members) or 1
+        window = self._config.window
+        self.window = window if window == 1 else window * self.size
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
@@ -128,11 +136,6 @@ class Pool:
     def has_token_file(self) -> bool:
         """Return whether the client's token may change."""
         return self._config.token_file is not None
-
-    @property
-    def size(self) -> int:
-        """Return the number of connections that requests can go to now."""
-        return len(self._members) or 1
 
     def pick(self, request_bytes: int, *, avoid: Collection[str] = (), digest: str | None = None) -> Connection | None:
         """Return the connection for a request, which is under way from now on; None: ask again in a moment.
@@ -330,6 +333,7 @@ class Pool:
                 for _ in range(self._config.connections)
             ]
             self._members = [one for one in self._members if one not in self._leaving] + new
+            self._measure()
             if not any(one.is_proven for one in self._members):
                 self._patient_until = now + _PATIENCE_S
             self._look_at = 0.0

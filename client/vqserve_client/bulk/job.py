@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections.abc
 import hashlib
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -39,10 +40,10 @@ _CHUNK_BYTES = 1 << 20
 _CHUNK_PIECES = 64
 # What a piece costs in a chunk beside its array.
 _PIECE_OVERHEAD = 512
-# How long the threads are waited for after an error or Ctrl-C. The one that reads may wait for a source or for the
-# user's function, and leaves nothing; the one that writes removes what is not whole.
-_STOP_READING_S = 0.25
-_STOP_WRITING_S = 5.0
+# How long the threads are waited for after an error; the one that writes removes what is not whole. After Ctrl-C the
+# one that reads is not waited for so long: it may wait for a source or for the user's function, and leaves nothing.
+_STOP_S = 5.0
+_INTERRUPT_S = 0.25
 # Items of a part, whose records are in memory; of formats with a file for each item fewer, as all their files wait.
 _SHARD_ITEMS = 100_000
 _MIRRORED_ITEMS = 1000
@@ -181,7 +182,8 @@ class Job:
             self._incoming.refuse()
             self._outgoing.end(Stopped())
             self._output.stop()
-            for thread, seconds in zip(threads, (_STOP_READING_S, _STOP_WRITING_S), strict=True):
+            interrupted = isinstance(sys.exception(), KeyboardInterrupt | SystemExit)
+            for thread, seconds in zip(threads, (_INTERRUPT_S if interrupted else _STOP_S, _STOP_S), strict=True):
                 thread.join(seconds)
             self._counts.waited_for_sources_s = self._incoming.waited_to_take_s
             self._counts.waited_for_output_s = self._outgoing.waited_to_put_s
