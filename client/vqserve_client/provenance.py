@@ -48,6 +48,26 @@ def description(operation: str, info: CodebookInfo, options: ConversionOptions) 
     }
 
 
+def checked(content: Any) -> dict[str, Any]:
+    """Return a description that was read from a file, which anybody may have changed.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is none.
+    """
+    codebook, options = content["codebook"], content["options"]
+    if not (is_digest(codebook["digest"]) and isinstance(codebook["name"], str)):
+        raise ValueError("it names no codebook")
+    stages = options["num_quantizers"]
+    if not (
+        (stages is None or isinstance(stages, int))
+        and isinstance(options["layout"], str | None)
+        and isinstance(options["batched"], bool)
+        and content["operation"] in ("encode", "decode")
+    ):
+        raise ValueError("its options are none of vqserve")
+    return dict(content)
+
+
 def sidecar(path: Path) -> Path:
     """Return the path of the file that says what made the array in `path`."""
     return path.with_name(path.name + _SUFFIX)
@@ -84,12 +104,10 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
     try:
         with beside.open("rb") as file:
             text = file.read(_LARGEST_BYTES)
-        content: dict[str, Any] = json.loads(text)
-        if not is_digest(content["codebook"]["digest"]) or not isinstance(content["options"], dict):
-            raise ValueError("it names no codebook")
+        content = checked(json.loads(text))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FileError(f"{beside}, which says what made {path.name}, cannot be read: {error}") from error
     return content
 

@@ -119,7 +119,7 @@ class RemotePath:
 
 def is_url(argument: str) -> bool:
     """Return whether an argument is a URL and no path."""
-    return "://" in argument and not Path(argument).exists()
+    return "://" in argument and not argument.startswith("file://") and not Path(argument).exists()
 
 
 def path_of(name: str) -> str:

@@ -146,13 +146,18 @@ def _add(files: dict[str, SourceFile], path: _Path) -> None:
     files[key] = path.with_key(key)
 
 
+def local_path(argument: str) -> Path:
+    """Return the path that an argument is if it is no other URL; it may be a pattern."""
+    return Path(argument.removeprefix("file://"))
+
+
 def _list_local(argument: str) -> tuple[Sequence[_Path], bool]:
     """Return what a path or pattern names, and whether it is one file that it names itself.
 
     Raises:
         FileError: there is nothing.
     """
-    path = Path(argument.removeprefix("file://"))
+    path = local_path(argument)
     if _is_folder(path):
         return list(_walk(path, "")), False
     if path.exists() or path.is_symlink():
@@ -196,10 +201,19 @@ def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]] = frozens
     for entry in entries:
         path = folder / entry.name
         relative = f"{prefix}{entry.name}"
-        if entry.is_dir() and _is_folder(path):
+        # Of a link that leads to itself, entry.is_dir raises an error.
+        is_folder = path.is_dir() if entry.is_symlink() else entry.is_dir()
+        if is_folder and _is_folder(path):
             yield from _walk(path, f"{relative}/", above | {own})
-        elif entry.is_dir() or entry.is_file() or (entry.is_symlink() and not path.exists()):
+        elif is_folder or _is_file_or_broken_link(entry):
             yield _LocalPath(path, relative)
+
+
+def _is_file_or_broken_link(entry: os.DirEntry[str]) -> bool:
+    try:
+        return stat.S_ISREG(entry.stat().st_mode)
+    except OSError:
+        return entry.is_symlink()
 
 
 def _stamp(path: Path) -> tuple[int, str]:

@@ -29,9 +29,10 @@ from vqserve_client.bulk.records import ERRORS
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig
 from vqserve_client.conversion import Conversion, ConversionOptions, Decoding, Encoding
-from vqserve_client.provenance import codebook_of, description, options_as_made, with_sidecar
+from vqserve_client.provenance import codebook_of, description, options_as_made, sidecar, with_sidecar
 from vqserve_client.transfer import Progress, Task, convert_file
 from vqserve_data.errors import FileError
+from vqserve_data.files import check_output
 from vqserve_data.readers.protocol import Selection
 from vqserve_data.writers import FORMATS
 
@@ -205,6 +206,7 @@ def _convert_file(client: Client, args: argparse.Namespace, operation: str) -> i
     task = Task(source=source, target=args.out, force=args.force, is_pinned=args.digest is not None)
     with _bar(shown=args.progress and not args.quiet) as progress:
         if operation == "encode":
+            check_output(sidecar(args.out), force=args.force)
             with with_sidecar(args.out, description(operation, info, conversion.options)):
                 done = convert_file(client, task, conversion, progress)
         else:

@@ -28,7 +28,7 @@ from vqserve_data.errors import FileError
 from vqserve_data.items import Entry, Item, Record
 from vqserve_data.readers import reader_of
 from vqserve_data.readers.protocol import Selection, SourceFile
-from vqserve_data.sources import find
+from vqserve_data.sources import find, local_path
 from vqserve_data.writers import writer_of
 
 # One file, folder, pattern or URL, or several.
@@ -257,7 +257,7 @@ class DataSet:
             FileError: the output is in a source, or a source in the output.
         """
         out = self._folder.resolve()
-        inside = next((source for source in sources if out.is_relative_to(Path(source).resolve())), None)
+        inside = next((source for source in sources if out.is_relative_to(local_path(source).resolve())), None)
         if inside is not None:
             raise FileError(f"{self._folder} is in {inside}, which is read: name a folder that is apart from it")
         for folder in {file.path.parent for file in self.files if file.path is not None}:

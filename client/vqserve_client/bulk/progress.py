@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -131,6 +132,11 @@ class Display:
         self._counts.seconds = time.monotonic() - self._began
 
     def _run(self) -> None:
+        # Whoever reads it may have gone: the job goes on.
+        with contextlib.suppress(OSError, ValueError):
+            self._show()
+
+    def _show(self) -> None:
         if self._form == "bar":
             self._draw()
             return

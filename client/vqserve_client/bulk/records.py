@@ -23,8 +23,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vqserve.validation import is_digest
 from vqserve_client.bulk.differences import job_differences, some_of, source_differences
+from vqserve_client.provenance import checked
 from vqserve_data.drafts import drafts_below, is_draft_of, write_file
 from vqserve_data.errors import FileError
 from vqserve_data.keys import problem_of, quoted
@@ -263,11 +263,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             raise FileError(
                 f"{path} has form {manifest['form']!r}, and this release reads form {_FORM}: update vqserve"
             )
-        job = manifest["job"]
-        if not (is_digest(job["codebook"]["digest"]) and isinstance(job["options"], dict)):
-            raise ValueError("it names no codebook")
-        if not (job["operation"] and job["format"]["name"]):
-            raise ValueError("it names no operation or format")
+        if not checked(manifest["job"])["format"]["name"]:
+            raise ValueError("it names no format")
     return manifest
 
 
@@ -386,7 +383,7 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, StopIteration, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, StopIteration, AttributeError, RecursionError) as error:
         raise FileError(f"{path} is damaged, or not a file that vqserve wrote: {error!r}") from error
 
 

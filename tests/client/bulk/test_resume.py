@@ -82,6 +82,16 @@ def test_ctrl_c_says_how_to_go_on(start, vqserve, many, whole, tmp_path):
     assert tree(out) == whole
 
 
+def test_a_reader_of_the_progress_that_goes(start, vqserve, many, whole, tmp_path):
+    out = tmp_path / "tokens"
+    process = start("encode", many, "-o", out, *OPTIONS, "--json")
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 1
+    assert said == ""
+    assert tree(out) == whole
+
+
 def test_a_full_disk(start, vqserve, source, tmp_path):
     out = tmp_path / "tokens"
     np.save(source / "z.npy", np.zeros((8, 4, 100, 100), np.float32))

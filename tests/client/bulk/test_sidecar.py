@@ -66,8 +66,17 @@ def test_a_part_of_an_output_is_decoded_as_the_whole_is(vqserve, tmp_path):
         assert sorted(np.load(path).shape for path in decoded.rglob("*.npy")) == [(4, 8, 8), (4, 8, 8)]
 
 
-def test_a_damaged_one_is_an_error(vqserve, tokens, tmp_path):
-    (tokens.parent / "tokens.npy.json").write_text('{"codebook": 1}')
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"codebook": 1}',
+        f'{{"codebook": {{"digest": "{"0" * 64}"}}, "options": {{}}}}',
+        f'{{"codebook": {{"digest": "{"0" * 64}", "name": "a"}}, "options": {{}}}}',
+        "[" * 100_000,
+    ],
+)
+def test_a_damaged_one_is_an_error(vqserve, tokens, tmp_path, content):
+    (tokens.parent / "tokens.npy.json").write_text(content)
     code, _, said = vqserve("decode", tokens, "-o", tmp_path / "out.npy")
     assert code == 1
     assert "tokens.npy.json, which says what made tokens.npy, cannot be read" in said
@@ -77,3 +86,14 @@ def test_a_run_that_fails_leaves_both(vqserve, tokens, source, tmp_path):
     (source / "a.npy").write_bytes(b"")
     assert vqserve("encode", source / "a.npy", "-o", tokens, "--force")[0] == 1
     assert (np.load(tokens).shape, (tokens.parent / "tokens.npy.json").exists()) == ((2, 4, 6), True)
+
+
+def test_a_file_of_its_name_is_not_replaced(vqserve, source, tmp_path):
+    (tmp_path / "new.npy.json").write_text("mine")
+    encode = ("encode", source / "a.npy", "-o", tmp_path / "new.npy")
+    code, _, said = vqserve(*encode)
+    assert code == 1
+    assert "new.npy.json exists: --force replaces it" in said
+    assert (tmp_path / "new.npy.json").read_text() == "mine"
+    assert not (tmp_path / "new.npy").exists()
+    assert vqserve(*encode, "--force")[0] == 0

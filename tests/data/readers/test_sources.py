@@ -249,3 +249,17 @@ def test_keys_have_a_length_that_a_path_can_have(tmp_path: Path) -> None:
     assert isinstance(bad, BadItem)
     assert bad.reason == "the name of the member has more than 2000 bytes"
     assert good.key == "a/b"
+
+
+def test_a_link_to_itself_is_a_bad_item(tmp_path: Path) -> None:
+    (tmp_path / "a.npy").symlink_to("a.npy")
+    np.save(tmp_path / "b.npy", np.zeros(2))
+    first, second = find([str(tmp_path)]).files
+    (bad,) = reader_of(first).read(first, Selection())
+    assert isinstance(bad, BadItem)
+    assert second.key == "b"
+
+
+def test_file_urls_are_paths(tree: Path) -> None:
+    assert keys(f"file://{tree}") == keys(tree)
+    assert isinstance(find([f"file://{tree}/a.npy"]).files[0], LocalFile)
