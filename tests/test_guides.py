@@ -20,6 +20,7 @@ from support.certificates import free_port
 from support.pages import examples, follow
 from support.waiting import eventually
 from vqserve_client import Client
+from vqserve_data.items import RawItem
 from vqserve_data.stream import TokenStream
 from vqserve_server.codebook_files import DEMO_PATH
 from vqserve_server.tokenizer import Tokenizer
@@ -59,13 +60,20 @@ def images(count):
 
 
 def test_data_set(guide, demo, tmp_path):
-    guide("data-set")
+    assert guide("data-set").endswith("300 0 19200\n")
     latents = np.stack(images(300))
     indices = demo.encode(latents)
     for i, (tokens, decoded) in enumerate(zip(indices, demo.decode(indices), strict=True)):
         assert (np.load(tmp_path / f"tokens/{i:03}.npy") == tokens).all()
         assert (np.load(tmp_path / f"decoded/{i:03}.npy") == decoded).all()
     assert demo.info.digest in (tmp_path / "tokens/manifest.json").read_text()
+    with np.load(tmp_path / "tokens-npz/shard-00000.npz") as shard:
+        assert (np.stack([shard[f"{i:03}"] for i in range(300)]) == indices).all()
+    pictures = runpy.run_path(str(tmp_path / "encoders.py"))["latents"]
+    for i in range(8):
+        content = (tmp_path / f"pictures/{i}.png").read_bytes()
+        expected = demo.encode(pictures(RawItem(f"{i}", "", {"png": content})))
+        assert (np.load(tmp_path / f"picture-tokens/{i}.npy") == expected).all()
 
 
 def test_training(guide, demo, tmp_path):
@@ -93,6 +101,17 @@ def test_datasets(guide, demo, tmp_path):
     latents = np.random.default_rng(0).standard_normal((1000, 16, 8, 8), dtype=np.float32)
     assert (np.array(rows["tokens"]) == demo.encode(latents)).all()
     assert list(rows["label"]) == list(range(1000))
+
+
+def test_the_cache_of_datasets_tells_digests_apart():
+    fingerprint = pytest.importorskip("datasets.fingerprint")
+
+    def hash_of(digest):
+        client = Client("localhost:1", codebook="demo", digest=digest)
+        return fingerprint.Hasher.hash(lambda batch: client.encode(batch["latents"]))
+
+    assert hash_of("ab" * 32) == hash_of("ab" * 32)
+    assert hash_of("ab" * 32) != hash_of("cd" * 32)
 
 
 def test_webdataset(guide, demo, tmp_path):
@@ -154,3 +173,21 @@ def test_fastapi(target, demo, tmp_path):
     finally:
         process.terminate()
         process.wait()
+
+
+def test_one_job_on_many_servers(vqserved, tmp_path, monkeypatch, demo):
+    """Its commands for the nodes, with two servers here in place of theirs."""
+    hosts = ("127.0.0.1", "127.0.0.2")
+    servers = [vqserved(f"book={DEMO_PATH}", "--device", "cpu", "--host", host) for host in hosts]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latents").mkdir()
+    for number, image in enumerate(images(9)):
+        np.save(f"latents/{number}.npy", image)
+    block = next(one for one in examples("docs/guides/many-servers.md", "sh") if "export" in one)
+    setting, *lines = block.splitlines()
+    assert setting.startswith("export VQSERVE_TARGET=gpu-1:50051,gpu-1:50052,")
+    monkeypatch.setenv("VQSERVE_TARGET", ",".join(server.target for server in servers))
+    for line in lines:
+        subprocess.run([sys.executable, "-m", "vqserve_client", *line.split()[1:]], check=True)
+    for number, image in enumerate(images(9)):
+        assert (np.load(f"tokens/{number}.npy") == demo.encode(image, batched=False)).all()

@@ -15,6 +15,7 @@ import selectors
 import signal
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from itertools import cycle, islice
 from types import FrameType
 from typing import Any
 
@@ -134,7 +135,9 @@ async def _sends(job: Job) -> AsyncIterator[Sequence[Send]]:
     identity = Identity(token=config.token, token_file=config.token_file, metadata=config.metadata)
     metadata = identity.metadata("")[1:]
     async with contextlib.AsyncExitStack() as stack:
-        channels = [await stack.enter_async_context(open_channel(config, grpc.aio)) for _ in range(job.connections)]
+        # Of several servers each has its share.
+        addresses = list(islice(cycle(config.address.addresses), job.connections))
+        channels = [await stack.enter_async_context(open_channel(config, grpc.aio, address)) for address in addresses]
         if not job.streams:
             timeout_s = Deadline(config.timeout).grpc_timeout_s()
             yield [unary(channel, job.method, timeout_s, metadata) for channel in channels]

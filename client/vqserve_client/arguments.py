@@ -11,6 +11,7 @@ from typing import Any
 
 from vqserve.validation import check_digest_form, check_timeout
 from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, ClientConfig
+from vqserve_client.target import parse_target
 from vqserve_client.tls import tls_of_environment
 
 LAYOUTS = ("channels_first", "channels_last")
@@ -22,14 +23,31 @@ def add_connection(command: argparse.ArgumentParser) -> None:
         "--target",
         metavar="HOST:PORT",
         type=target,
+        action=_Joined,
         default=os.environ.get("VQSERVE_TARGET") or "localhost:50051",
-        help="the server; dns:///NAME:PORT or HOST:PORT,HOST:PORT for several, unix:PATH for a socket file "
-        "(VQSERVE_TARGET; default localhost:50051)",
+        help="the server; for several servers give it several times, or HOST:PORT,HOST:PORT, or a name with several "
+        "addresses; unix:PATH for a socket file (VQSERVE_TARGET; default localhost:50051)",
     )
     command.add_argument(
         "--timeout", type=seconds, default=60.0, metavar="SECONDS", help="for a call with its retries (60)"
     )
     _add_access(command)
+
+
+class _Joined(argparse.Action):
+    """Joins the texts of an option that is given several times with commas."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Add a text; the first one replaces the default."""
+        given = getattr(namespace, f"given_{self.dest}", ())
+        setattr(namespace, f"given_{self.dest}", (*given, values))
+        setattr(namespace, self.dest, ",".join((*given, values)))
 
 
 def connection(args: argparse.Namespace) -> dict[str, Any]:
@@ -104,6 +122,17 @@ def add_message_limit(command: argparse._ActionsContainer) -> None:
     )
 
 
+def add_connections(command: argparse._ActionsContainer) -> None:
+    """Add the option for connections to each server."""
+    command.add_argument(
+        "--connections",
+        type=integer(1),
+        default=ClientConfig.connections,
+        metavar="N",
+        help=f"to each server, for one that has N workers ({ClientConfig.connections})",
+    )
+
+
 def add_progress(command: argparse.ArgumentParser, what: str) -> None:
     """Add the option that shows progress."""
     command.add_argument(
@@ -141,7 +170,7 @@ def seconds_or_zero(text: str) -> float:
 def target(text: str) -> str:
     """Return a server's address."""
     try:
-        return ClientConfig(target=text).target
+        return parse_target(text).text
     except ValueError as error:
         source = "VQSERVE_TARGET: " if text == os.environ.get("VQSERVE_TARGET") else ""
         raise argparse.ArgumentTypeError(f"{source}{error}") from None

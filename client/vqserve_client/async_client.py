@@ -222,7 +222,7 @@ class AsyncClient(ClientBase):
 
     async def close(self) -> None:
         """Close the connection; calls that run raise Closed. Closing twice is fine."""
-        self._core.connection.close()
+        self._core.pool.close()
 
     async def _convert(self, operation: Operation, array: ArrayT, options: CallOptions) -> ArrayT:
         waker = _Waker()

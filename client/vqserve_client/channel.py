@@ -18,7 +18,7 @@ from vqserve.errors import Closed, InvalidOption
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client.config import ClientConfig
 from vqserve_client.identity import Identity
-from vqserve_client.retries import RetryBudget
+from vqserve_client.target import Address
 from vqserve_client.tls import Tls
 
 # A server that hangs must not block a fork forever; after this time the child may crash.
@@ -86,8 +86,15 @@ os.register_at_fork(
 )
 
 
-def channel_options(config: ClientConfig) -> list[tuple[str, str | int]]:
-    """Return gRPC's channel options."""
+def channel_options(config: ClientConfig, address: Address | None = None) -> list[tuple[str, str | int]]:
+    """Return gRPC's channel options.
+
+    Args:
+        config: the client's options.
+        address: what the channel connects to; None: the first address of the client.
+    """
+    address = address or config.address.addresses[0]
+    is_one_of_several = address.of_name is not None or len(config.address.addresses) > 1
     return [
         ("grpc.max_send_message_length", config.max_message_bytes),
         ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -100,30 +107,38 @@ def channel_options(config: ClientConfig) -> list[tuple[str, str | int]]:
         ("grpc.http2.ping_timeout_ms", 10_000),
         # gRPC's default of a second would make every retry of this client fail on the same lost connection.
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 5_000),
-        # A client that is not used gives back its connections; round_robin would open those again that a server closes.
+        # Of several servers one that comes back is to have its share soon.
+        ("grpc.max_reconnect_backoff_ms", 2_000 if is_one_of_several else 5_000),
+        # A client that is not used gives back its connections.
         ("grpc.client_idle_timeout_ms", 300_000),
         # A name is resolved again when a connection ends; gRPC's default of 30 s is long for a restart.
         ("grpc.dns_min_time_between_resolutions_ms", 2_000),
-        *config.address.options,
-        *_tls_options(config.tls),
+        *([] if config.address.is_proxied and address.of_name is None else [("grpc.enable_http_proxy", 0)]),
+        *_name_options(config.tls, address),
     ]
 
 
-def _tls_options(tls: Tls | None) -> list[tuple[str, str | int]]:
-    return [] if tls is None or tls.server_name is None else [("grpc.ssl_target_name_override", tls.server_name)]
+def _name_options(tls: Tls | None, address: Address) -> list[tuple[str, str | int]]:
+    """Return the options for the name that the server has, where gRPC does not connect to that name."""
+    if tls is not None and tls.server_name is not None:
+        return [("grpc.ssl_target_name_override", tls.server_name)]
+    if address.of_name is None:
+        return []
+    options: list[tuple[str, str | int]] = [("grpc.default_authority", f"{address.of_name}:{address.port}")]
+    return options if tls is None else [*options, ("grpc.ssl_target_name_override", address.of_name)]
 
 
-def open_channel(config: ClientConfig, api: Any = grpc) -> Any:
-    """Return a new channel, of `grpc` or of `grpc.aio`.
+def open_channel(config: ClientConfig, api: Any = grpc, address: Address | None = None) -> Any:
+    """Return a new channel, of `grpc` or of `grpc.aio`, to an address; None: the first one of the client.
 
     Raises:
         InvalidOption: a file of its TLS cannot be used any longer.
     """
-    options = channel_options(config)
+    address = address or config.address.addresses[0]
+    options = channel_options(config, address)
     if config.tls is None:
-        return api.insecure_channel(config.address.uri, options=options)
-    return api.secure_channel(config.address.uri, config.tls.credentials(), options=options)
+        return api.insecure_channel(address.uri, options=options)
+    return api.secure_channel(address.uri, config.tls.credentials(), options=options)
 
 
 # The methods by name, as gRPC calls them. Messages are bytes here: calls.py reads and writes them.
@@ -135,40 +150,44 @@ STREAMED = frozenset(method.name.removesuffix(_STREAM) for method in _SERVICE.me
 
 
 class Connection:
-    """The channel of one client, in each process that uses it.
+    """A channel of one client to one address, in each process that uses it.
 
     Attributes:
+        address: what it connects to.
         closed: whether `close` was called.
+        is_proven, failures: see Member (pool.py); the only connection of a client needs neither.
         has_streams: False once the server has said that it has no streaming methods.
-        retry_budget: limits the retries of this process.
         metadata: returns the metadata of a request, from its id.
     """
 
-    def __init__(self, config: ClientConfig) -> None:
+    is_proven = True
+    failures = 0
+
+    def __init__(self, config: ClientConfig, address: Address | None = None, identity: Identity | None = None) -> None:
+        """Open nothing yet.
+
+        Args:
+            config: the client's options.
+            address: what to connect to; None: the first address of the client.
+            identity: what the server knows the client by; None: what the options say.
+        """
         self._config = config
+        self.address = address or config.address.addresses[0]
         self._lock = threading.Lock()
         self._open: _Open | None = None
         self._tls_version: object = None
         self.closed = False
         self.has_streams = True
-        self.metadata = Identity(token=config.token, token_file=config.token_file, metadata=config.metadata).metadata
-        self.retry_budget = RetryBudget()
+        self.metadata = (identity or identity_of(config)).metadata
         _connections.add(self)
 
     @property
     def target(self) -> str:
         """Return the server's address."""
-        return self._config.target
+        return self._config.target if len(self._config.address.addresses) == 1 else self.address.uri
 
-    @property
-    def is_balanced(self) -> bool:
-        """Return whether the target may stand for several servers."""
-        return self._config.address.is_balanced
-
-    @property
-    def has_token_file(self) -> bool:
-        """Return whether its token may change."""
-        return self._config.token_file is not None
+    def answered(self, request_bytes: int) -> None:
+        """Take note that a request of this size is no longer under way; only one of several connections counts them."""
 
     @property
     def is_encrypted(self) -> bool:
@@ -240,17 +259,21 @@ class Connection:
         tls = self._config.tls
         # First: what is replaced after this is noticed.
         self._tls_version = None if tls is None else tls.version()
-        channel: grpc.Channel = open_channel(self._config)
+        channel: grpc.Channel = open_channel(self._config, address=self.address)
         return channel, {name: channel.unary_unary(f"/{_SERVICE.full_name}/{name}") for name in _METHODS}
 
     def after_fork_in_child(self) -> None:
         """Drop the parent's channel, and locks that one of its threads may have held."""
         self._lock = threading.Lock()
-        self.retry_budget = RetryBudget()
         if self._open is not None:
             # Kept, not dropped: its destructor would use threads and sockets of the parent.
             _inherited.append(self._open)
             self._open = None
+
+
+def identity_of(config: ClientConfig) -> Identity:
+    """Return what a server knows a client by."""
+    return Identity(token=config.token, token_file=config.token_file, metadata=config.metadata)
 
 
 _Open = tuple[grpc.Channel, dict[str, Any]]

@@ -99,16 +99,17 @@ def _status(args: argparse.Namespace) -> int:
     from vqserve_client import health  # noqa: PLC0415
     from vqserve_client.channel import Connection  # noqa: PLC0415
 
-    server = Connection(client_config(**connection(args)))
-    try:
+    config = client_config(**connection(args))
+    with contextlib.ExitStack() as stack:
+        servers = [Connection(config, address) for address in config.address.addresses]
+        for server in servers:
+            stack.callback(server.close)
         if not args.wait:
-            status = health.status(server, timeout_s=args.timeout)
+            status = health.status_of_any(servers, timeout_s=args.timeout)
         else:
-            status = health.wait_until_serving(server, timeout_s=args.wait)
+            status = health.wait_until_any_serves(servers, timeout_s=args.wait)
             if status == health.UNREACHABLE:
-                _print_reason(lambda: health.status(server, timeout_s=args.timeout))
-    finally:
-        server.close()
+                _print_reason(lambda: health.status_of_any(servers, timeout_s=args.timeout))
     info = _server_info(args) if status == health.SERVING and not args.quiet else None
     if args.json:
         print(json.dumps({"status": status, "server": None if info is None else asdict(info)}), flush=True)

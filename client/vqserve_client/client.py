@@ -25,14 +25,16 @@ class Client(ClientBase):
     """A server of codebooks. One client serves many threads, forked processes, and pickles.
 
     Args:
-        target: HOST:PORT, dns:///NAME:PORT for a name of several servers, IP:PORT,IP:PORT for a list of servers, or
-            unix:PATH.
+        target: HOST:PORT, or unix:PATH; a list of HOST:PORT, or one text with commas, for several servers. A name may
+            stand for several servers, too.
         codebook: name of the codebook for calls that name none; None: the server's only one.
         digest: digest that this codebook must have, or at least 8 of its first digits; without a name, the codebook
             that has it.
         timeout: seconds for one whole call, its retries and all of its requests; math.inf: no limit.
         retries: how many times a request is sent again if the server is overloaded or cannot be reached.
-        window: requests of one call that are in flight at once.
+        window: requests of one call that are in flight at once, for each server (and each of its connections); 1: one
+            request at a time, however many servers.
+        connections: connections to each server, for one that has several workers.
         max_message_bytes: largest message, request or reply; larger arrays are cut. The server's must not be smaller.
         tls: True for a connection that is encrypted, with the authorities that the system trusts; a Tls to name others,
             or a certificate of this client; False for a plain connection; None: what VQSERVE_TLS and its variables say.
@@ -322,8 +324,8 @@ class Client(ClientBase):
         return _run(self._core.server_info(options, waker.wake), waker)
 
     def close(self) -> None:
-        """Close the connection; calls that run in other threads raise Closed. Closing twice is fine."""
-        self._core.connection.close()
+        """Close the connections; calls that run in other threads raise Closed. Closing twice is fine."""
+        self._core.pool.close()
 
     def _convert(self, operation: Operation, array: ArrayT, options: CallOptions) -> ArrayT:
         waker = Waker()

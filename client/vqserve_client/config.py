@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -37,6 +37,8 @@ from vqserve_client.tls import Tls, tls_of
 DEFAULT_MAX_MESSAGE_BYTES = 64 << 20
 # Room for the envelope and a row of a small codebook; gRPC takes the limit as a C int.
 _MESSAGE_BYTES = range(1 << 10, 1 << 31)
+# Each has a thread of gRPC while it is used.
+_MOST_CONNECTIONS = 256
 _OUTPUTS: dict[str, int] = {"latents": pb.DECODE_OUTPUT_LATENTS, "code_rows": pb.DECODE_OUTPUT_CODE_ROWS}
 
 
@@ -50,6 +52,7 @@ class ClientConfig:
     timeout: float = 60.0
     retries: int = 3
     window: int = 4
+    connections: int = 1
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     tls: Tls | None = None
     token: str | None = field(default=None, repr=False)
@@ -65,18 +68,13 @@ class ClientConfig:
         object.__setattr__(self, "timeout", check_timeout(self.timeout))
         _check_integer("retries", self.retries, range(1 << 31))
         _check_integer("window", self.window, range(1, 1 << 31))
+        _check_integer("connections", self.connections, range(1, _MOST_CONNECTIONS + 1))
         _check_integer("max_message_bytes", self.max_message_bytes, _MESSAGE_BYTES)
         self._check_access()
 
     def _check_access(self) -> None:
         if self.tls is not None:
             self.tls.check()
-            if len(self.address.hosts) > 1 and self.tls.server_name is None:
-                raise InvalidOption(
-                    "{option} needs the name in the servers' certificates for a list of servers: Tls(server_name=...), "
-                    "or --tls-server-name",
-                    option="tls",
-                )
         check_token(self.token)
         check_token_file(self.token_file)
         has_token = self.token is not None or self.token_file is not None
@@ -88,7 +86,7 @@ class ClientConfig:
 
 
 def client_config(
-    target: str,
+    target: str | Sequence[str],
     *,
     tls: bool | Tls | None = None,
     token: str | None = None,
@@ -112,7 +110,7 @@ def client_config(
     """
     token, path = token_of(token, token_file)
     return ClientConfig(
-        target=target,
+        target=parse_target(target).text,
         tls=tls_of(tls),
         token=token,
         token_file=path,

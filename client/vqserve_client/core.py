@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -15,8 +15,8 @@ from vqserve.errors import CodebookNotFound, DigestMismatch, InvalidArgument, Vq
 from vqserve_client.arrays import ArrayInput, indices_input, joined, latents_input
 from vqserve_client.calls import ArrayCall, DecodeCall, EncodeCall
 from vqserve_client.catalogue import ListRequest, Pin, WrongDigest
-from vqserve_client.channel import Connection
 from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, CallOptions, ClientConfig, client_config
+from vqserve_client.pool import Pool
 from vqserve_client.requests import Deadline, Exchange, Steps, Window
 from vqserve_client.retries import RetryPolicy
 from vqserve_client.server_info import ServerInfo
@@ -51,11 +51,11 @@ DECODE = Operation(indices_input, DecodeCall)
 
 
 class Core:
-    """One client's configuration, connection and cached list of codebooks."""
+    """One client's configuration, connections and cached list of codebooks."""
 
     def __init__(self, config: ClientConfig) -> None:
         self.config = config
-        self.connection = Connection(config)
+        self.pool = Pool(config)
         self._policy = RetryPolicy(config.retries)
         # Replaced as a whole, so that threads need no lock for it.
         self._catalogue: tuple[CodebookInfo, ...] | None = None
@@ -68,6 +68,12 @@ class Core:
         config = self.config
         own_digest = config.digest if options.codebook in {None, config.codebook} else None
         return Pin(options.codebook or config.codebook, options.digest or own_digest, target=config.target)
+
+    @property
+    def window(self) -> int:
+        """Return how many requests of one call may be in flight now; a window of one is one, however many servers."""
+        window = self.config.window
+        return window if window == 1 else window * self.pool.size
 
     def deadline(self, options: CallOptions) -> Deadline:
         """Return the end of a call that begins now."""
@@ -83,11 +89,11 @@ class Core:
 
     def _ask(self, options: CallOptions, wake: Wake) -> Steps[ListRequest]:
         exchange = Exchange(
-            self.connection,
+            self.pool,
             policy=self._policy,
             deadline=self.deadline(options),
             window=Window(1),
-            sender=UnarySender(self.connection, wake),
+            sender=UnarySender(wake),
         )
         return (yield from self._list(exchange))
 
@@ -99,8 +105,8 @@ class Core:
             options,
             pin=self.pin(options),
             deadline=self.deadline(options),
-            window=Window(self.config.window),
-            sender=UnarySender(self.connection, wake),
+            window=Window(self.window),
+            sender=UnarySender(wake),
         )
         return results[0]
 
@@ -120,7 +126,7 @@ class Core:
         # A process that does not trace pays for no call here.
         span = Span(operation.call.method, self.config.target) if TRACING in sys.modules else None
         exchange = Exchange(
-            self.connection,
+            self.pool,
             policy=self._policy,
             deadline=deadline,
             window=window,
@@ -131,7 +137,7 @@ class Core:
             while True:
                 info = pin.info or pin.choose_remembered(self._catalogue)
                 if info is None:
-                    info = pin.choose((yield from self._list(exchange)).codebooks)
+                    info = yield from self._choose(pin, exchange)
                 try:
                     call = operation.call(source, info, options, pin=pin, config=self.config)
                 except InvalidArgument:
@@ -140,7 +146,7 @@ class Core:
                         raise
                     continue
                 try:
-                    yield from exchange.run(call.requests(), info.name)
+                    yield from exchange.run(call.requests(), info.name, info.digest)
                 except (WrongDigest, DigestMismatch, CodebookNotFound) as error:
                     pin.reconsider(info, error)
                 else:
@@ -154,10 +160,26 @@ class Core:
             span.end(codebook=info.name, digest=info.digest, arrays=len(inputs), requests=exchange.sent)
         return results
 
-    def _list(self, exchange: Exchange) -> Steps[ListRequest]:
+    def _choose(self, pin: Pin, exchange: Exchange) -> Steps[CodebookInfo]:
+        """Pin a codebook of the servers' lists: the first list that has one decides."""
+        asked: set[str] = set()
+        while True:
+            request = yield from self._list(exchange, asked)
+            try:
+                return pin.choose(request.codebooks)
+            except (CodebookNotFound, DigestMismatch):
+                if request.connection is not None:
+                    asked.add(request.connection.address.uri)
+                if not self.pool.has_other(asked):
+                    raise
+
+    def _list(self, exchange: Exchange, asked: Collection[str] = ()) -> Steps[ListRequest]:
         request = ListRequest(self.config.target)
+        request.avoid = asked
         yield from exchange.run(iter((request,)), None)
         self._catalogue = request.codebooks
+        if request.connection is not None:
+            self.pool.has_codebooks(request.connection, [info.digest for info in request.codebooks])
         return request
 
 
@@ -166,13 +188,14 @@ class ClientBase:
 
     def __init__(
         self,
-        target: str = "localhost:50051",
+        target: str | Sequence[str] = "localhost:50051",
         *,
         codebook: str | None = None,
         digest: str | None = None,
         timeout: float = 60.0,
         retries: int = 3,
         window: int = 4,
+        connections: int = 1,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         tls: bool | Tls | None = None,
         token: str | None = None,
@@ -188,6 +211,7 @@ class ClientBase:
                 timeout=timeout,
                 retries=retries,
                 window=window,
+                connections=connections,
                 max_message_bytes=max_message_bytes,
                 tls=tls,
                 token=token,
@@ -199,7 +223,7 @@ class ClientBase:
 
     @property
     def target(self) -> str:
-        """The server's address."""
+        """The server's address, or those of several servers with commas between them."""
         return self._core.config.target
 
     def __repr__(self) -> str:
@@ -209,7 +233,7 @@ class ClientBase:
             for key, value in (("codebook", config.codebook), ("digest", config.digest))
             if value is not None
         )
-        closed = ", closed" if self._core.connection.closed else ""
+        closed = ", closed" if self._core.pool.closed else ""
         return f"{type(self).__name__}({config.target!r}{named}, timeout={config.timeout:g}{closed})"
 
     def __getstate__(self) -> ClientConfig:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from vqserve.errors import DeadlineExceeded
+from vqserve.errors import DeadlineExceeded, VqserveError
 from vqserve_client.channel import Connection
 from vqserve_client.requests import Deadline
 from vqserve_client.retries import RetryPolicy
@@ -17,6 +19,43 @@ from vqserve_client.status import Failure, text_metadata
 _Stub: Any = health_pb2_grpc.HealthStub
 SERVING = "SERVING"
 UNREACHABLE = "UNREACHABLE"
+# How long each of several servers is watched in its turn.
+_TURN_S = 0.5
+
+
+def status_of_any(connections: Sequence[Connection], *, timeout_s: float) -> str:
+    """Return "SERVING" if one of several servers serves; else the status of the last one; see `status`.
+
+    Raises:
+        VqserveError: no server answers.
+    """
+    last = UNREACHABLE
+    failure: VqserveError | None = None
+    for connection in connections:
+        try:
+            last = status(connection, timeout_s=timeout_s)
+        except VqserveError as error:
+            failure = error
+        if last == SERVING:
+            return last
+    if last == UNREACHABLE and failure is not None:
+        raise failure
+    return last
+
+
+def wait_until_any_serves(connections: Sequence[Connection], *, timeout_s: float) -> str:
+    """Return "SERVING" as soon as one of several servers reports it; see `wait_until_serving`."""
+    if len(connections) == 1:
+        return wait_until_serving(connections[0], timeout_s=timeout_s)
+    deadline = Deadline(timeout_s)
+    last = UNREACHABLE
+    for connection in cycle(connections):
+        remaining_s = deadline.remaining_s()
+        if remaining_s <= 0 or last == SERVING:
+            break
+        found = wait_until_serving(connection, timeout_s=min(_TURN_S, remaining_s))
+        last = last if found == UNREACHABLE else found
+    return last
 
 
 def status(connection: Connection, *, timeout_s: float) -> str:

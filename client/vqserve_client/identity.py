@@ -167,7 +167,7 @@ def check_secrecy(target: Target, *, is_encrypted: bool, insecure: bool) -> None
     """
     if not (is_encrypted or insecure or target.is_loopback):
         raise InvalidOption(
-            f"the token would be sent to {quoted(target.hosts[0], 200)} without encryption",
+            f"the token would be sent to {quoted(target.host_beyond, 200)} without encryption",
             option="token",
             hint="connect with {tls=}; or, on a network that you trust, with {insecure=}",
         )

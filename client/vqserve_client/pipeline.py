@@ -46,9 +46,9 @@ class Pipeline:
         self._operation = operation
         self._options = options
         self._wake = wake
-        self._sender = StreamSender(core.connection, self._on_reply)
+        self._sender = StreamSender(self._on_reply)
         self._pin = core.pin(options)
-        self._size = core.config.window
+        self._size = core.window
         self._window = Window(self._size)
         self._groups: deque[_Group] = deque()
         self.ended = False
@@ -135,6 +135,7 @@ class Pipeline:
             Closed: in a process that was forked after the pipeline began.
         """
         self._check_process()
+        self._widen()
         # Cleared first, so that a reply that arrives during this is seen now or next time.
         self._changed = False
         self._due_at = math.inf
@@ -219,6 +220,13 @@ class Pipeline:
     def _is_returned(self, error: VqserveError) -> bool:
         """Return whether an error is about one array and takes the place of its result."""
         return self._options.on_error == "return" and concerns_one_array(error, answered=self._pin.answered)
+
+    def _widen(self) -> None:
+        """Let more requests be in flight when servers have joined."""
+        more = self._core.window - self._size
+        if more > 0:
+            self._size += more
+            self._window.release(more)
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:

@@ -11,14 +11,15 @@ import os
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from typing import TypeVar
 
 import grpc
 
-from vqserve.errors import Closed, DeadlineExceeded, ProtocolError, Unauthenticated, VqserveError
+from vqserve.errors import Closed, DeadlineExceeded, Overloaded, ProtocolError, Unauthenticated, VqserveError
 from vqserve_client.channel import Connection
 from vqserve_client.identity import Metadata
+from vqserve_client.pool import Pool
 from vqserve_client.retries import RetryPolicy
 from vqserve_client.status import Failure, text_metadata
 from vqserve_client.transport import ReplyFuture, Sender, StreamFuture
@@ -28,8 +29,10 @@ Steps = Generator[float | None, None, T]
 
 # gRPC's own arithmetic on deadlines is not reliable beyond this: a longer time is sent as no deadline.
 _FOREVER_S = 365 * 86400.0
-# How often a request goes to another server because one has another codebook; other requests take their turns, too.
+# How often a request goes to another server because one has another codebook.
 _MOST_OTHERS = 10
+# How soon a request looks again for a connection, if none of several is open yet.
+_LOOK_AGAIN_S = 0.02
 
 
 class Deadline:
@@ -81,7 +84,10 @@ class Request(ABC):
         method: name of the RPC.
         request_id: names the request in the server's log.
         future: future of the attempt that is in flight; None between attempts.
-        failures: attempts that failed.
+        connection: the connection of the last attempt.
+        avoid: addresses of the servers where it has failed since it waited last.
+        failures: attempts that failed, but for those after which another server was tried at once.
+        others: how often a server had another codebook.
         failure: the last one; of several that reached no server, the one that says most.
         resume_at: when the next attempt may be made, on the monotonic clock.
     """
@@ -89,7 +95,10 @@ class Request(ABC):
     method: str
     request_id = ""
     future: ReplyFuture | None = None
+    connection: Connection | None = None
+    avoid: Collection[str] = ()
     failures = 0
+    others = 0
     failure: Failure | None = None
     resume_at = 0.0
 
@@ -115,7 +124,7 @@ class Exchange:
 
     def __init__(
         self,
-        connection: Connection,
+        pool: Pool,
         *,
         policy: RetryPolicy,
         deadline: Deadline,
@@ -124,23 +133,30 @@ class Exchange:
         trace: Metadata = (),
     ) -> None:
         """Send nothing yet; `trace` is the metadata that tells the server of the call's span."""
-        self._connection = connection
+        self._pool = pool
         self._policy = policy
         self._deadline = deadline
         self._window = window
         self._sender = sender
         self._trace = trace
-        self._budget = connection.retry_budget
+        self._budget = pool.retry_budget
         self._pid = os.getpid()
         self._id = secrets.token_hex(8)
+        self._digest: str | None = None
         self.sent = 0
 
-    def run(self, requests: Iterator[Request], codebook: str | None) -> Steps[None]:
+    def run(self, requests: Iterator[Request], codebook: str | None, digest: str | None = None) -> Steps[None]:
         """Send every request and hand it its reply.
+
+        Args:
+            requests: the requests.
+            codebook: name of the codebook that they are about, for errors.
+            digest: digest that they name: a server that has another is left out.
 
         Raises:
             VqserveError: as soon as one request fails for good; the others are cancelled.
         """
+        self._digest = digest
         running: list[Request] = []
         upcoming = next(requests, None)
         try:
@@ -187,6 +203,9 @@ class Exchange:
             raise
         if self._budget.is_spent:
             self._budget.earn()
+        connection = request.connection
+        if connection is not None and (connection.failures or not connection.is_proven):
+            self._pool.succeeded(connection)
         return True
 
     def _send_if_due(self, request: Request, codebook: str | None) -> float | None:
@@ -196,6 +215,9 @@ class Exchange:
             if wait_s > 0:
                 return wait_s
             self._send(request, codebook)
+            if request.future is None:
+                request.resume_at = time.monotonic() + _LOOK_AGAIN_S
+                return _LOOK_AGAIN_S
         # gRPC enforces the deadline of a call, but not that of a request on a stream.
         return self._time_left(request, codebook) if isinstance(request.future, StreamFuture) else None
 
@@ -204,7 +226,7 @@ class Exchange:
         if left_s is not None and left_s <= 0:
             raise DeadlineExceeded(
                 "the server did not answer in time",
-                target=self._connection.target,
+                target=self._server(request),
                 codebook=codebook,
                 request_id=request.request_id,
             )
@@ -215,22 +237,36 @@ class Exchange:
         if timeout_s is not None and timeout_s <= 0:
             raise DeadlineExceeded(
                 "the time was up before all of the call was sent",
-                target=self._connection.target,
+                target=self._pool.target,
                 codebook=codebook,
             )
         message = request.message()
+        connection = self._pool.pick(len(message), avoid=request.avoid, digest=self._digest)
+        if connection is None:
+            return
+        request.connection = connection
         try:
             request.future = self._sender.send(
-                request.method, message, timeout_s=timeout_s, request_id=request.request_id, trace=self._trace
+                connection,
+                request.method,
+                message,
+                timeout_s=timeout_s,
+                request_id=request.request_id,
+                trace=self._trace,
             )
-        except ValueError as error:
-            if self._connection.closed:
+        except BaseException as error:
+            connection.answered(len(message))
+            if isinstance(error, ValueError) and self._pool.closed:
                 raise self._closed() from error
             raise
 
+    def _server(self, request: Request) -> str:
+        return self._pool.target if request.connection is None else request.connection.target
+
     def _back_off(self, request: Request, future: ReplyFuture, codebook: str | None) -> None:
         """Set the time of the next attempt, or raise the error if there is none."""
-        if self._connection.closed:
+        connection = request.connection
+        if self._pool.closed or connection is None:
             raise self._closed()
         if isinstance(future, StreamFuture) and future.was_skipped:
             # Not an attempt of this request: the failure was counted for the request that failed.
@@ -240,33 +276,53 @@ class Exchange:
             future.code(),
             future.details() or "",
             text_metadata(future.trailing_metadata()),
-            is_encrypted=self._connection.is_encrypted,
+            is_encrypted=self._pool.is_encrypted,
         )
         # A name such as localhost may have two addresses. The one where nothing listens may fail last, and says less.
         if request.failure is None or not (request.failure.is_misunderstood and failure.is_unsent):
             request.failure = failure
+        if failure.is_retried:
+            self._pool.failed(connection, failure)
+        if self._other_server(request, connection, failure, codebook):
+            request.failures -= 1
+            return
         delay_s = self._delay_s(request, failure)
         if delay_s is None or delay_s >= self._deadline.remaining_s():
-            error = request.failure.error(
-                target=self._connection.target, codebook=codebook, request_id=request.request_id
-            )
-            error = request.explain(error)
+            error = self._error(request, request.failure, codebook)
             raise error if request.failures == 1 else error.noted(f"tried {request.failures} times")
         if failure.is_unsent:
-            self._connection.renew()
+            connection.renew()
+        request.avoid = ()
         request.resume_at = time.monotonic() + delay_s
+
+    def _error(self, request: Request, failure: Failure, codebook: str | None) -> VqserveError:
+        # All servers were tried if the last one cannot be reached.
+        target = self._server(request) if failure.is_answered else self._pool.target
+        return request.explain(failure.error(target=target, codebook=codebook, request_id=request.request_id))
+
+    def _other_server(self, request: Request, connection: Connection, failure: Failure, codebook: str | None) -> bool:
+        """Return whether the request goes to another server at once, which is no retry: this one cannot answer it."""
+        if failure.is_of_one_server and self._digest is not None:
+            # While servers get a new codebook one after the other, the next one may have the one that is asked for.
+            self._pool.leave_out(connection, self._digest, self._error(request, failure, codebook))
+            request.others += 1
+            return request.others <= _MOST_OTHERS and self._pool.has_other(request.avoid, self._digest)
+        if not failure.is_retried or failure.error_class is Overloaded:
+            return False
+        request.avoid = {*request.avoid, connection.address.uri}
+        return self._pool.has_other(request.avoid, self._digest)
 
     def _delay_s(self, request: Request, failure: Failure) -> float | None:
         """Return the seconds until the next attempt; None: there is none."""
-        if failure.is_of_one_server and self._connection.is_balanced:
-            # While servers get a new codebook one after the other, the next one may have the one that is asked for.
-            return 0.0 if self._policy.retries and request.failures <= _MOST_OTHERS else None
-        if failure.error_class is Unauthenticated and self._connection.has_token_file and request.failures == 1:
+        if failure.error_class is Unauthenticated and self._pool.has_token_file and request.failures == 1:
             # The token may have been replaced while the request was on its way.
             return self._policy.delay_s(1, None)
         if not failure.is_retried:
             return None
         delay_s = self._policy.delay_s(request.failures, failure.retry_after_s)
+        if delay_s is not None and failure.error_class is Overloaded and self._pool.has_other((), self._digest):
+            # It is one server that is overloaded, and asks for time.
+            delay_s = 0.0
         if delay_s is None or not failure.is_answered:
             return delay_s
         # Only what a server has answered costs it anything.
@@ -276,4 +332,4 @@ class Exchange:
         return delay_s
 
     def _closed(self) -> Closed:
-        return Closed("this client was closed during the call", target=self._connection.target)
+        return Closed("this client was closed during the call", target=self._pool.target)

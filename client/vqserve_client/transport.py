@@ -52,14 +52,22 @@ class ReplyFuture(Protocol):
 
 
 class Sender(Protocol):
-    """Sends requests to the server."""
+    """Sends requests."""
 
     def send(
-        self, method: str, message: bytes, *, timeout_s: float | None, request_id: str, trace: Metadata = ()
+        self,
+        connection: Connection,
+        method: str,
+        message: bytes,
+        *,
+        timeout_s: float | None,
+        request_id: str,
+        trace: Metadata = (),
     ) -> ReplyFuture:
-        """Send a request; the client is woken when the future is done.
+        """Send a request; the client is woken when the future is done, and the request no longer counts as under way.
 
         Args:
+            connection: what it goes over.
             method: name of the RPC.
             message: the request.
             timeout_s: seconds until its deadline; None: no limit.
@@ -75,57 +83,72 @@ class Sender(Protocol):
 class UnarySender:
     """Sends each request as a call of its own."""
 
-    def __init__(self, connection: Connection, wake: Callable[[], None]) -> None:
-        self._connection = connection
+    def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
 
     def send(
-        self, method: str, message: bytes, *, timeout_s: float | None, request_id: str, trace: Metadata = ()
+        self,
+        connection: Connection,
+        method: str,
+        message: bytes,
+        *,
+        timeout_s: float | None,
+        request_id: str,
+        trace: Metadata = (),
     ) -> ReplyFuture:
         """Send a request; see Sender."""
-        call = self._connection.method(method)
+        call = connection.method(method)
         gate.enter()
         try:
-            metadata = (*self._connection.metadata(request_id), *trace)
+            metadata = (*connection.metadata(request_id), *trace)
             future: Any = call.future(message, timeout=timeout_s, metadata=metadata)
         except BaseException:
             gate.leave()
             raise
-        future.add_done_callback(self._on_done)
+        future.add_done_callback(partial(self._on_done, connection, len(message)))
         sent: ReplyFuture = future
         return sent
 
-    def _on_done(self, _future: Any) -> None:
+    def _on_done(self, connection: Connection, request_bytes: int, _future: Any) -> None:
         gate.leave()
+        connection.answered(request_bytes)
         self._wake()
 
 
 class StreamSender:
-    """Sends small requests on one stream per method, opened on demand, and large ones as calls of their own."""
+    """Sends small requests on one stream per connection and method, opened on demand, large ones as calls."""
 
-    def __init__(self, connection: Connection, wake: Callable[[], None]) -> None:
-        self._connection = connection
+    def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
-        self._unary = UnarySender(connection, wake)
-        self._streams: dict[str, _Stream] = {}
+        self._unary = UnarySender(wake)
+        self._streams: dict[tuple[Connection, str], _Stream] = {}
         # Streams that take no more requests, and may still have some without a reply.
         self._ending: list[_Stream] = []
 
     def send(
-        self, method: str, message: bytes, *, timeout_s: float | None, request_id: str, trace: Metadata = ()
+        self,
+        connection: Connection,
+        method: str,
+        message: bytes,
+        *,
+        timeout_s: float | None,
+        request_id: str,
+        trace: Metadata = (),
     ) -> ReplyFuture:
         """Send a request; see Sender. In the server's log and traces a stream is that of its first request."""
-        streamed = self._connection.has_streams and method in STREAMED and len(message) <= LARGEST_STREAMED_BYTES
-        as_call = partial(self._unary.send, method, message, timeout_s=timeout_s, request_id=request_id, trace=trace)
+        streamed = connection.has_streams and method in STREAMED and len(message) <= LARGEST_STREAMED_BYTES
+        as_call = partial(
+            self._unary.send, connection, method, message, timeout_s=timeout_s, request_id=request_id, trace=trace
+        )
         if not streamed:
             return as_call()
-        future = StreamFuture(as_call)
-        stream = self._streams.get(method)
+        future = StreamFuture(as_call, len(message))
+        stream = self._streams.get((connection, method))
         if stream is None or not stream.send(message, future):
             if stream is not None:
                 self._ending = [one for one in (*self._ending, stream) if not one.done]
             first = _Sent(message, future, request_id, trace)
-            self._streams[method] = _Stream(self._connection, method, self._wake, first)
+            self._streams[connection, method] = _Stream(connection, method, self._wake, first)
         return future
 
     def close(self) -> None:
@@ -138,11 +161,13 @@ class StreamFuture:
     """The future of a request on a stream. gRPC has no deadline for it.
 
     Attributes:
+        request_bytes: size of the request.
         was_skipped: the stream ended with the failure of an earlier request; the server has not looked at this one.
     """
 
-    def __init__(self, send_as_call: Callable[[], ReplyFuture]) -> None:
+    def __init__(self, send_as_call: Callable[[], ReplyFuture], request_bytes: int) -> None:
         """Make the future; `send_as_call` sends the request as a call of its own."""
+        self.request_bytes = request_bytes
         self.was_skipped = False
         self._send_as_call: Callable[[], ReplyFuture] | None = send_as_call
         self._outcome: ReplyFuture | _Outcome | None = None
@@ -279,6 +304,7 @@ class _Stream:
                 with self._lock:
                     future = self._futures.popleft()
                 future.resolve(reply)
+                self._connection.answered(future.request_bytes)
                 self._wake()
         except grpc.RpcError:
             failure = self._call.code(), self._call.details() or "", self._call.trailing_metadata()
@@ -305,5 +331,6 @@ class _Stream:
             except Exception:
                 logger.debug("the client was closed meanwhile", exc_info=True)
             future.fail(*failure, skipped=future is not futures[0])
+            self._connection.answered(future.request_bytes)
             failure = grpc.StatusCode.UNAVAILABLE, _CUT_OFF, ()
         self._wake()

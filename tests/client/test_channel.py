@@ -127,10 +127,10 @@ def test_messages_up_to_the_limit_and_no_further(tiny, latents):
     for option in ("grpc.max_send_message_length", "grpc.max_receive_message_length"):
         options = [(name, 4096 if name == option else value) for name, value in OPTIONS]
         with Client(tiny.target, max_message_bytes=1 << 20) as client:
-            client._core.connection._opened()[0].close()
-            client._core.connection._open = None
+            client._core.pool.pick(0)._opened()[0].close()
+            client._core.pool.pick(0)._open = None
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("vqserve_client.channel.channel_options", lambda _, options=options: options)
+                patch.setattr("vqserve_client.channel.channel_options", lambda *_, options=options: options)
                 with pytest.raises(VqserveError, match="larger than the client's limit of 4096 bytes"):
                     client.encode(array)
     assert expected.nbytes > 4096

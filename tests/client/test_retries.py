@@ -343,7 +343,7 @@ def test_an_overloaded_server_gets_few_retries(tiny, connect, failing, latents):
     """No storm: of many calls that are refused, most are not sent again within their timeout."""
     client = connect(tiny.target, timeout=5)
     client.codebooks()
-    client._core.connection.retry_budget = RetryBudget(capacity=5, per_second=0.01)
+    client._core.pool.retry_budget = RetryBudget(capacity=5, per_second=0.01)
     calls = 30
     tiny.script.extend([failing("RESOURCE_EXHAUSTED")] * 4 * calls)
     for _ in range(calls):
@@ -356,4 +356,4 @@ def test_a_server_that_cannot_be_reached_costs_no_budget(connect, latents):
     client = connect("127.0.0.1:1", retries=2)
     with pytest.raises(Unavailable):
         client.encode(latents(2, 4))
-    assert not client._core.connection.retry_budget.is_spent
+    assert not client._core.pool.retry_budget.is_spent

@@ -12,36 +12,44 @@ from vqserve_client.target import parse_target
 
 
 @pytest.mark.parametrize(
-    ("text", "uri", "hosts"),
+    ("given", "addresses"),
     [
-        ("localhost:50051", "localhost:50051", ("localhost",)),
-        ("[::1]:50051", "[::1]:50051", ("::1",)),
-        ("dns:///vq.example:1", "dns:///vq.example:1", ("vq.example",)),
-        ("dns://10.0.0.2:53/vq.example:1", "dns://10.0.0.2:53/vq.example:1", ("vq.example",)),
-        ("10.0.0.1:1, 10.0.0.2:2", "ipv4:10.0.0.1:1,10.0.0.2:2", ("10.0.0.1", "10.0.0.2")),
-        ("localhost:1,localhost:2", "ipv4:127.0.0.1:1,127.0.0.1:2", ("127.0.0.1", "127.0.0.1")),
-        ("ipv4:10.0.0.1:1", "ipv4:10.0.0.1:1", ("10.0.0.1",)),
-        ("[::1]:1,[fd00::2]:1", "ipv6:[::1]:1,[fd00::2]:1", ("::1", "fd00::2")),
-        ("unix:/run/vq.sock", "unix:/run/vq.sock", ()),
+        ("localhost:50051", [("localhost:50051", "localhost", 50051)]),
+        ("[::1]:50051", [("[::1]:50051", "::1", 50051)]),
+        ("dns:///vq.example:1", [("dns:///vq.example:1", "vq.example", 1)]),
+        ("dns://10.0.0.2:53/vq.example:1", [("dns://10.0.0.2:53/vq.example:1", "vq.example", 1)]),
+        ("10.0.0.1:1, vq-1:2", [("10.0.0.1:1", "10.0.0.1", 1), ("vq-1:2", "vq-1", 2)]),
+        (["10.0.0.1:1", "vq-1:2"], [("10.0.0.1:1", "10.0.0.1", 1), ("vq-1:2", "vq-1", 2)]),
+        (
+            ("10.0.0.1:1,vq-1:2", "vq-1:3"),
+            [("10.0.0.1:1", "10.0.0.1", 1), ("vq-1:2", "vq-1", 2), ("vq-1:3", "vq-1", 3)],
+        ),
+        ("localhost:1,localhost:2,localhost:1", [("localhost:1", "localhost", 1), ("localhost:2", "localhost", 2)]),
+        ("ipv4:10.0.0.1:1,10.0.0.2:1", [("10.0.0.1:1", "10.0.0.1", 1), ("10.0.0.2:1", "10.0.0.2", 1)]),
+        ("ipv6:[::1]:1,[fd00::2]:1", [("[::1]:1", "::1", 1), ("[fd00::2]:1", "fd00::2", 1)]),
+        ("10.0.0.1:1,[fd00::2]:1", [("10.0.0.1:1", "10.0.0.1", 1), ("[fd00::2]:1", "fd00::2", 1)]),
+        ("dns:///a:1,b:1", [("dns:///a:1", "a", 1), ("b:1", "b", 1)]),
+        ("unix:/run/vq,1.sock", [("unix:/run/vq,1.sock", None, 0)]),
     ],
 )
-def test_the_forms(text, uri, hosts):
-    target = parse_target(text)
-    assert (target.uri, target.hosts) == (uri, hosts)
+def test_the_forms(given, addresses):
+    target = parse_target(given)
+    assert [(one.uri, one.host, one.port) for one in target.addresses] == addresses
+    # What a pickled client has, and the command line.
+    assert parse_target(target.text) == target
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("host", "must be HOST:PORT, such as 'localhost:50051', dns:///NAME:PORT for a name of several servers"),
+        ("host", "must be HOST:PORT, such as 'localhost:50051', a list of these with commas for several servers"),
         ("dns:///host", "must be HOST:PORT"),
-        ("dns:///host:1,other:1", "must be HOST:PORT"),
+        ("dns:///host:1,other", "must be HOST:PORT"),
         ("http://host:1", "must be HOST:PORT"),
         ("10.0.0.1:1,10.0.0.2", "must be HOST:PORT"),
         ("10.0.0.1:1,", "must be HOST:PORT"),
         ("10.0.0.1:1,10.0.0.2:65536", "must be HOST:PORT"),
-        ("10.0.0.1:1,[::1]:1", "all IPv4 or all IPv6"),
-        ("vq-0:1,vq-1:1", "for a name of several servers, use dns:///NAME:PORT"),
+        ("10.0.0.1:1,unix:/run/vq.sock:1", "must be HOST:PORT"),
     ],
 )
 def test_what_is_none_of_them(text, reason):
@@ -49,6 +57,15 @@ def test_what_is_none_of_them(text, reason):
         Client(text)
     assert reason in str(caught.value)
     assert repr(text) in str(caught.value)
+
+
+def test_the_addresses_of_a_name():
+    (name,) = parse_target("dns:///vq.example:50051").addresses
+    assert name.is_name
+    first, second = name.at("10.0.0.1"), name.at("fd00::2")
+    assert [one.uri for one in (first, second)] == ["10.0.0.1:50051", "[fd00::2]:50051"]
+    assert {one.of_name for one in (first, second)} == {"vq.example"}
+    assert not first.is_name
 
 
 @pytest.mark.parametrize(
@@ -95,7 +112,7 @@ def test_no_proxy_for_this_machine(proxy, replicas, connect, latents, capsys):
 
 def test_names_with_a_dot_go_through_the_proxy(proxy):
     with Client("vq.example:50051", timeout=60) as client:
-        call = client._core.connection.method("ListCodebooks").future(b"", timeout=60)
+        call = client._core.pool.pick(0).method("ListCodebooks").future(b"", timeout=60)
         accepted, _ = proxy.accept()
         with accepted:
             assert accepted.recv(1 << 16).startswith(b"CONNECT vq.example:50051 HTTP/1.1\r\n")

@@ -11,6 +11,8 @@ import grpc
 import pytest
 
 from support.certificates import Authority, Folder, replace
+from support.names import name_server
+from support.waiting import eventually
 from vqserve_client import AsyncClient, Client, InvalidOption, Tls, Unavailable
 from vqserve_client.cli import main
 from vqserve_client.status import Failure
@@ -109,8 +111,22 @@ def test_a_certificate_for_another_name(secure, authority, connect):
     assert connect(server.target, tls=Tls(ca=authority.path, server_name="vq.example")).codebooks()
     several = f"{server.target},127.0.0.1:1"
     assert connect(several, tls=Tls(ca=authority.path, server_name="vq.example")).codebooks()
-    with pytest.raises(InvalidOption, match="needs the name in the servers' certificates for a list of servers"):
-        connect(several, tls=Tls(ca=authority.path))
+    # Without it, each server of a list is to have its own name.
+    with pytest.raises(Unavailable):
+        connect(several, retries=0, tls=Tls(ca=authority.path)).codebooks()
+
+
+def test_servers_of_a_name_are_held_to_the_name(secure, authority, connect, latents):
+    with name_server("127.0.0.1", "127.0.0.2") as names:
+        server = secure(authority.issue("replicas.test"))
+        client = connect(names.target(server.target.rpartition(":")[2]), tls=Tls(ca=authority.path))
+
+        def is_connected_by_address():
+            client.encode(latents(2, 4))
+            return client._core.pool.size == 2 and client._core.pool.has_other(())
+
+        eventually(is_connected_by_address)
+        assert client.encode(latents(2, 4)).shape == (2,)
 
 
 def test_a_server_without_tls(tiny, authority, connect):
@@ -168,9 +184,9 @@ def test_an_authority_that_is_replaced(secure, authority, connect, latents):
     assert client.encode(latents(2, 4)).shape == (2,)
     replace(authority.path, authority.pem + new.pem)
     # The connection that is open stays.
-    opened = client._core.connection.channel()
+    opened = client._core.pool.pick(0).channel()
     assert client.encode(latents(2, 4)).shape == (2,)
-    assert client._core.connection.channel() is opened
+    assert client._core.pool.pick(0).channel() is opened
 
 
 @pytest.mark.parametrize("how", ["none", "another authority", "expired"])

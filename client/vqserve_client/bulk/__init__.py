@@ -8,7 +8,7 @@ from vqserve_client.bulk.dataset import JobOptions, Summary, decode, encode
 from vqserve_client.bulk.job import Limits, TooManyErrors
 from vqserve_client.conversion import ConversionOptions
 from vqserve_data.errors import FileError, MissingLibrary
-from vqserve_data.items import BadItem, Entry, Item
+from vqserve_data.items import BadItem, Entry, Item, RawItem
 from vqserve_data.readers import add_reader
 from vqserve_data.readers.protocol import Reader, Selection, SourceFile
 from vqserve_data.writers import add_writer
@@ -23,6 +23,7 @@ __all__ = [
     "JobOptions",
     "Limits",
     "MissingLibrary",
+    "RawItem",
     "Reader",
     "Selection",
     "Shard",

@@ -15,6 +15,7 @@ from vqserve.errors import InvalidOption
 from vqserve.text import printable
 from vqserve_client.arguments import (
     add_codebook,
+    add_connections,
     add_message_limit,
     add_progress,
     connection,
@@ -91,7 +92,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     _add_selection(command, mapped=operation == "encode")
     output = command.add_argument_group("output of a data set")
     output.add_argument("--format", choices=FORMATS, default="npy", help=f"of the {made} (npy: one file an item)")
-    output.add_argument("--shard-items", type=integer(1), metavar="N", help="items of a shard at most")
+    output.add_argument(
+        "--shard-items", type=integer(1), metavar="N", help="items of a shard at most (100000; npy: 1000)"
+    )
     output.add_argument(
         "--shard-bytes",
         type=byte_count,
@@ -115,6 +118,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help=f"while the server is overloaded or unreachable ({ClientConfig.retries}, half a second; of a data set "
         f"{_RETRIES}, a minute)",
     )
+    add_connections(command)
     command.add_argument("--quiet", action="store_true", help="say nothing but errors")
     command.add_argument("--json", action="store_true", help="progress and result as lines of JSON on stdout")
     add_progress(command, "a progress bar")
@@ -143,7 +147,12 @@ def _add_selection(command: argparse.ArgumentParser, *, mapped: bool) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
     operation = args.command
-    with Client(**connection(args), retries=_retries(args), max_message_bytes=args.max_message_bytes) as client:
+    with Client(
+        **connection(args),
+        retries=_retries(args),
+        max_message_bytes=args.max_message_bytes,
+        connections=args.connections,
+    ) as client:
         if _is_one_file(args):
             return _convert_file(client, args, operation)
         return _convert_data_set(client, args, operation)

@@ -34,8 +34,6 @@ from vqserve_data.writers import writer_of
 Sources = str | PathLike[str] | Sequence[str | PathLike[str]]
 Form = Literal["bar", "lines", "json", "none"]
 _KINDS = {"encode": "indices", "decode": "latents"}
-# Mirrored files that appear together.
-_MIRRORED_ITEMS = 1000
 # Keys that a dry run shows.
 _SHOWN = 3
 
@@ -137,7 +135,7 @@ class DataSet:
         if self._continued is not None and self._continued["codebook"]["digest"] == self.conversion.info.digest:
             # The codebook may have got another version number since.
             made["codebook"] = self._continued["codebook"]
-        limits = self._limits
+        limits = options.limits
         return {
             **made,
             "select": {
@@ -221,13 +219,6 @@ class DataSet:
             bad=bad,
         )
 
-    @property
-    def _limits(self) -> Limits:
-        limits = self._options.limits
-        if self._writer.names(0) is not None or limits.shard_items is not None:
-            return limits
-        return Limits(shard_items=_MIRRORED_ITEMS, shard_bytes=limits.shard_bytes, errors=limits.errors)
-
     def _conversion(self, operation: str) -> Conversion:
         options = self._options
         made_by = self._continued
@@ -287,7 +278,7 @@ class DataSet:
             writer=self._writer,
             metadata={"vqserve": json.dumps(self.job, separators=(",", ":"))},
             records=records,
-            limits=self._limits,
+            limits=self._options.limits,
             counts=self._counts,
         )
         try:

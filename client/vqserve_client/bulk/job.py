@@ -22,7 +22,7 @@ from vqserve.layout import Layout
 from vqserve_client.arrays import Array, Plan
 from vqserve_client.bulk.handoff import Handoff, Stopped
 from vqserve_client.bulk.progress import Counts
-from vqserve_client.bulk.records import Part, Position, Records
+from vqserve_client.bulk.records import Part, Position, Records, line_of
 from vqserve_client.client import Client
 from vqserve_client.conversion import Conversion, Outline, Piece
 from vqserve_data.errors import FileError
@@ -39,6 +39,9 @@ _CHUNK_PIECES = 64
 _PIECE_OVERHEAD = 512
 # How long the threads are waited for after an error or Ctrl-C.
 _STOP_S = 5.0
+# Items of a part, whose records are in memory; of formats with a file for each item fewer, as all their files wait.
+_SHARD_ITEMS = 100_000
+_MIRRORED_ITEMS = 1000
 # Digits of an item's hash: 128 bits.
 _HASH_DIGITS = 32
 
@@ -55,7 +58,7 @@ class Limits:
     """Limits of a job.
 
     Attributes:
-        shard_items: items of a shard at most.
+        shard_items: items of a shard at most; None: 100,000, or of a format with a file for each item 1000.
         shard_bytes: a shard ends when its arrays have this many bytes.
         errors: items without a result at most; None: any number.
     """
@@ -297,7 +300,9 @@ class _Output:
         self._limits = limits
         self._counts = counts
         self._shard: Shard | None = None
-        self._lines: list[dict[str, Any]] = []
+        self._lines: list[str] = []
+        # Records of the items without a result that are in no part yet.
+        self.open_errors: list[dict[str, Any]] = []
         self._end = records.end
         self._items = self._tokens = 0
         self._bad = sum(part.bad for part in records.parts)
@@ -345,9 +350,10 @@ class _Output:
             self._counts.items += 1
         else:
             line["reason"] = work.reason
+            self.open_errors.append(line)
             self._bad += 1
             self._counts.bad += 1
-        self._lines.append(line)
+        self._lines.append(line_of(line))
         self._end = work.end
         work.array = None
         if self._shard is not None and self._is_full(self._shard):
@@ -359,12 +365,8 @@ class _Output:
             )
 
     def _is_full(self, shard: Shard) -> bool:
-        return shard.nbytes >= self._limits.shard_bytes or self._items == self._limits.shard_items
-
-    @property
-    def open_errors(self) -> list[dict[str, Any]]:
-        """Records of the items without a result that are in no part yet."""
-        return [line for line in self._lines if "reason" in line]
+        most = self._limits.shard_items or (_MIRRORED_ITEMS if self._writer.names(0) is None else _SHARD_ITEMS)
+        return shard.nbytes >= self._limits.shard_bytes or self._items >= most
 
     def end(self) -> None:
         """Write the last part."""
@@ -386,6 +388,7 @@ class _Output:
         bad = len(self._lines) - self._items
         self._records.add(Part(tuple(files), self._end, self._items, bad, self._tokens), self._lines)
         self._shard, self._lines, self._items, self._tokens = None, [], 0, 0
+        self.open_errors = []
         self._counts.parts += 1
 
 

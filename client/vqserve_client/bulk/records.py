@@ -66,7 +66,7 @@ class Part:
 
     def line(self) -> str:
         """Return it as a line of JSON."""
-        return _line(
+        return line_of(
             {
                 "files": [{"name": file.name, "bytes": file.nbytes, "sha256": file.sha256} for file in self.files],
                 "end": list(self.end),
@@ -157,14 +157,14 @@ class Records:
             if _part_number(path) >= len(self.parts):
                 path.unlink()
 
-    def add(self, part: Part, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Add a part, whose files are in place.
+    def add(self, part: Part, lines: Iterable[str]) -> None:
+        """Add a part, whose files are in place, with a `line_of` each of its items.
 
         Raises:
             FileError: it cannot be written.
         """
         path = self.folder / _FOLDER / _part_name(len(self.parts))
-        write_file(path, map(str.encode, chain([part.line()], map(_line, lines))))
+        write_file(path, map(str.encode, chain([part.line()], lines)))
         self.parts.append(part)
 
     def finish(self, job: Mapping[str, Any]) -> None:
@@ -176,7 +176,7 @@ class Records:
     def write_errors(self, more: Iterable[Mapping[str, Any]] = ()) -> None:
         """Write the list of the items without a result, `more` after those of the parts; without any, remove it."""
         parts = read_parts(self.folder, len(self.parts))
-        bad = map(_line, chain((line for _, lines in parts for line in lines if "reason" in line), more))
+        bad = map(line_of, chain((line for _, lines in parts for line in lines if "reason" in line), more))
         first = next(bad, None)
         if first is None:
             (self.folder / ERRORS).unlink(missing_ok=True)
@@ -324,10 +324,11 @@ def check_file(folder: Path, file: Written) -> None:
 
 
 def _source_line(source: SourceFile) -> str:
-    return _line({"name": source.name, "key": source.key, "bytes": source.size, "version": source.version})
+    return line_of({"name": source.name, "key": source.key, "bytes": source.size, "version": source.version})
 
 
-def _line(fields: Mapping[str, Any]) -> str:
+def line_of(fields: Mapping[str, Any]) -> str:
+    """Return a line of JSON."""
     return _encode(fields) + "\n"
 
 

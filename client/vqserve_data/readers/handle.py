@@ -27,6 +27,8 @@ WHOLE_BYTES = 32 << 20
 MOST_OF_A_BYTE = 1032
 # Chunks of HDF5 and Zarr, which are unpacked as a whole.
 MAX_CHUNK_BYTES = 1 << 30
+# What is read at once rather than as a header and elements.
+_SMALL_BYTES = 1 << 16
 # Most headers are shorter.
 _HEADER_BYTES = 4096
 LONGEST_HEADER_BYTES = 1 << 17
@@ -231,8 +233,13 @@ def stored_array(
     held = max(0, (handle.size if stop is None else min(stop, handle.size)) - start)
     if array.nbytes > held:
         raise ValueError(f"an array of shape {shape} needs {array.nbytes} bytes and it has {held}: it is incomplete")
-    widened = _Widened(array) if is_bfloat16 else array
-    return widened if array.nbytes > WHOLE_BYTES else widened[()]
+    if array.nbytes > WHOLE_BYTES:
+        return _Widened(array) if is_bfloat16 else array
+    whole: Array = np.empty(shape[::-1] if is_fortran else shape, dtype)
+    if whole.nbytes:
+        handle.read_into(whole.reshape(-1).view(np.uint8).data, start)
+    whole = whole.T if is_fortran else whole
+    return BFLOAT16.widen(whole) if is_bfloat16 else whole
 
 
 def npy_header(handle: Handle, start: int, stop: int) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
@@ -258,6 +265,10 @@ def npy_header(handle: Handle, start: int, stop: int) -> tuple[tuple[int, ...], 
 
 def stored_npy(handle: Handle, start: int, stop: int) -> SourceArray:
     """Return the array in the format of .npy files between two offsets of a source. Raises as `stored_array`."""
+    if stop - start <= min(_SMALL_BYTES, WHOLE_BYTES) and not isinstance(handle, MemoryHandle):
+        # Header and elements are read at once.
+        data = handle.read(start, stop - start)
+        handle, start, stop = MemoryHandle(handle.name, data), 0, len(data)
     shape, is_fortran, dtype, begin = npy_header(handle, start, stop)
     return stored_array(handle, begin, shape, dtype, stop=stop, is_fortran=is_fortran)
 

@@ -41,7 +41,10 @@ class Hdf5Reader(MembersReader):
 
 
 def _look(opened: Any, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    dataset = opened[name]
+    return _outline(opened[name])
+
+
+def _outline(dataset: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
     if dataset.shape is None:
         raise ValueError("it holds no array")
     check_numbers(dataset.dtype)
@@ -49,8 +52,8 @@ def _look(opened: Any, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def _array(file: SourceFile, opened: Any, name: str) -> SourceArray:
-    shape, dtype = _look(opened, name)
     dataset = opened[name]
+    shape, dtype = _outline(dataset)
     if dataset.is_virtual or dataset.external:
         raise ValueError("its numbers are in other files, which are not read")
     nbytes = math.prod(shape) * dtype.itemsize

@@ -15,6 +15,7 @@ from vqserve_data.readers.table import Columns, entries_of_batch, key_of_row, re
 
 # Rows that are decoded at once.
 _BATCH_BYTES = 8 << 20
+_BUFFER_BYTES = 4 << 20
 _MAX_BATCH_ROWS = 1 << 14
 # A group of rows may claim so much, however few bytes it has.
 _HARMLESS_BYTES = 64 << 20
@@ -74,7 +75,10 @@ def _open(file: SourceFile) -> tuple[Any, list[list[Chunk]]]:
     except ImportError as error:
         raise MissingLibrary("reading Parquet", extra="arrow") from error
     handle = open_source(file)
-    return parquet.ParquetFile(handle.stream() if file.path is None else str(file.path)), chunks_of_groups(handle)
+    source = handle.stream() if file.path is None else str(file.path)
+    # Without a buffer, or read in advance, a column of a group is in memory as a whole.
+    table = parquet.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
+    return table, chunks_of_groups(handle)
 
 
 def _read_group(

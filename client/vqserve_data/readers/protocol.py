@@ -50,7 +50,8 @@ class Selection:
 
     Attributes:
         column: column of a table with the arrays; None: the only one that can be.
-        members: patterns (as of a shell) of the names of members of .npz, .safetensors, .pt, HDF5, Zarr and tars;
+        members: patterns (as of a shell) of the names of members of .npz, .safetensors, .pt, HDF5 and Zarr, and of the
+            extensions of a sample of a tar;
             none: all arrays, and of a tar the only one of each sample that is an array.
         key: column of a table with the keys; None: the number of the row.
         fields: whether the fields of the items are wanted; without them less is read.

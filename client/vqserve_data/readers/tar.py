@@ -38,6 +38,8 @@ _MAX_HEADER_BYTES = 1 << 20
 # A member of a compressed tar is in memory as a whole.
 _MAX_UNPACKED_BYTES = 4 << 30
 _PIECE_BYTES = 1 << 20
+# Small members follow each other closely, so several headers are read at once.
+_BUFFER_BYTES = 1 << 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +166,7 @@ def _samples(file: SourceFile, kept: _Kept) -> Iterator[_Sample | BadItem]:
         handle = open_source(file)
         is_compressed = handle.read(0, len(_GZIP)) == _GZIP
         compressed = gzip.GzipFile(fileobj=handle.stream(), mode="rb") if is_compressed else None
-        for info in _members(compressed or handle.stream()):
+        for info in _members(compressed or io.BufferedReader(handle.stream(), _BUFFER_BYTES)):
             match = _KEY_AND_EXTENSION.fullmatch(info.name.removeprefix("./"))
             if match is None or not info.isreg() or info.sparse is not None or _META.match(info.name):
                 continue

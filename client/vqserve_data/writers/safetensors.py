@@ -27,6 +27,7 @@ _HEADER_BYTES = 100_000_000
 # Of a tensor in the header, beside its name and its shape: `:{"dtype":"F32","shape":[],"data_offsets":[,]},`.
 _ENTRY_BYTES = 100
 _COPY_BYTES = 1 << 22
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
 
 class SafetensorsWriter(OneFileWriter):
@@ -44,9 +45,11 @@ class _SafetensorsShard(OneFile):
 
     def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
         super().__init__(path)
-        self._metadata = dict(sorted(metadata.items()))
-        self._header: dict[str, Any] = {}
-        self._header_bytes = len(json.dumps(self._metadata))
+        # JSON as it is written, without its braces: objects of a million items would need ten times as much memory.
+        self._header = bytearray()
+        if metadata:
+            self._add_to_header(_METADATA, dict(sorted(metadata.items())))
+        self._header_bytes = len(self._header)
         self._placed: set[str] = {_METADATA}
         self._elements_draft = Draft.of(path.with_name(f"{path.name}.elements"))
         self._elements = self._elements_draft.open()
@@ -69,20 +72,26 @@ class _SafetensorsShard(OneFile):
 
     def _write(self, key: str, array: Array, fields: Mapping[str, Any]) -> None:
         self._elements.write(bytes_of(array))
-        self._header[key] = {
+        entry = {
             "dtype": _NAMES[array.dtype.name],
-            "shape": list(array.shape),
-            "data_offsets": [self._nbytes, self._nbytes + array.nbytes],
+            "shape": array.shape,
+            "data_offsets": (self._nbytes, self._nbytes + array.nbytes),
         }
+        self._add_to_header(key, entry)
 
     def _finish(self) -> None:
-        metadata = {_METADATA: self._metadata} if self._metadata else {}
-        header = json.dumps({**metadata, **self._header}, separators=(",", ":"), ensure_ascii=False).encode()
-        header += b" " * (-len(header) % 8)
-        self._file.write(len(header).to_bytes(8, "little") + header)
+        header: list[bytes | bytearray] = [b"{", self._header, b"}"]
+        length = sum(map(len, header))
+        padding = -length % 8
+        self._file.write((length + padding).to_bytes(8, "little"))
+        self._file.writelines([*header, b" " * padding])
         self._elements.seek(0)
         shutil.copyfileobj(self._elements, self._file, _COPY_BYTES)
         self._elements.close()
         self._elements_draft.remove()
+
+    def _add_to_header(self, name: str, value: Mapping[str, Any]) -> None:
+        separator = b"," if self._header else b""
+        self._header += b"%b%b:%b" % (separator, _encode(name).encode(), _encode(value).encode())
 
     _format = SafetensorsWriter.name

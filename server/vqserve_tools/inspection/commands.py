@@ -22,6 +22,7 @@ from vqserve_tools.inspection.plot import draw
 from vqserve_tools.inspection.statistics import save_codebook_again, with_statistics
 from vqserve_tools.inspection.text import as_text, as_text_side_by_side
 from vqserve_tools.latents.arguments import SOURCES_HELP, SourceOptions
+from vqserve_tools.latents.array import ArrayRows
 from vqserve_tools.latents.opening import Sources
 from vqserve_tools.latents.rows import LatentRows
 from vqserve_tools.latents.sample import SampledRows, StreamedRows, draw_sample
@@ -138,7 +139,7 @@ def _latents(sources: Sources | None, layout: str | None, codebook: Codebook, *,
         return None
     default = codebook.quantizer.layout
     if sources.array is not None:
-        return sources.read_array(layout, default=default, keeps_float64=True)
+        return ArrayRows.open(sources.array, layout, default=default, keeps_float64=True)
     channels = codebook.quantizer.input_dim
     data = sources.data_set(layout, default=default, channels=channels, keeps_float64=True)
     if sources.options.sample_rows is None:

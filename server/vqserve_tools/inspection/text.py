@@ -168,11 +168,8 @@ def _described(latents: Description) -> str:
         return f"{latents.tokens} tokens: {' x '.join(map(str, latents.shape))} {form}"
     if size is None:
         return f"{latents.tokens} tokens: {form}"
-    bad = f" ({size.bad_items} left out)" if size.bad_items else ""
-    items = f"{size.items} items{bad} of {size.files} files, {form}"
-    if size.is_sampled:
-        return f"a sample of {latents.tokens} of {size.tokens} tokens: {items}"
-    return f"all {latents.tokens} tokens: {items}"
+    which = f"a sample of {latents.tokens} of {size.tokens}" if size.is_sampled else f"all {latents.tokens}"
+    return f"{which} tokens: {size.text}, {form}"
 
 
 def _stage_fit(fit: Fit, number: int) -> str:

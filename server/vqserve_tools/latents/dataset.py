@@ -27,7 +27,7 @@ from vqserve_data.readers.protocol import SourceFile
 from vqserve_server.rows import to_rows
 from vqserve_tools.latents.arguments import SourceOptions
 from vqserve_tools.latents.array import check_finite_as
-from vqserve_tools.latents.rows import Ints, Rows
+from vqserve_tools.latents.rows import Ints, Rows, counted
 from vqserve_tools.progress import progress_of
 
 # Arrays are read in parts of up to this size.
@@ -353,8 +353,8 @@ class DataSet:
             contents.named.append(bad)
         if contents.bad > self.options.max_errors:
             raise InvalidOption(
-                f"{contents.bad} items cannot be used, and {{option}} is {self.options.max_errors}. The last: "
-                f"{escape(bad_text(bad))}",
+                f"{counted(contents.bad, 'item')} cannot be used, and {{option}} is {self.options.max_errors}. "
+                f"The last: {escape(bad_text(bad))}",
                 option="max_errors",
             )
 

@@ -14,8 +14,8 @@ from vqserve_data.sources import Found
 from vqserve_server.codebook_files import SUFFIX
 from vqserve_server.codebooks.file import is_codebook_file
 from vqserve_tools.latents.arguments import SourceOptions, digest_of, find_files, one_array, title_of
-from vqserve_tools.latents.array import ArrayRows
 from vqserve_tools.latents.dataset import DataSet, bad_text
+from vqserve_tools.latents.rows import counted
 
 
 class Sources:
@@ -49,14 +49,6 @@ class Sources:
         read = [file.path for file in self._files if file.path is not None]
         self.paths: list[Path] = read if self.array is None else [self.array]
 
-    def read_array(
-        self, layout: str | None = None, *, default: Layout | None = None, keeps_float64: bool = False
-    ) -> ArrayRows:
-        """Open the .npy file; see `ArrayRows.open`."""
-        if self.array is None:
-            raise AssertionError("a data set is no array")
-        return ArrayRows.open(self.array, layout, default=default, keeps_float64=keeps_float64)
-
     def data_set(
         self,
         layout: str | None = None,
@@ -80,8 +72,7 @@ class Sources:
         """What is read, for people: the name of the file, or how many files of which sources."""
         if self.array is not None:
             return self.array.name
-        count = len(self._files)
-        return f"{', '.join(map(title_of, self.names))} ({count} {'file' if count == 1 else 'files'})"
+        return f"{', '.join(map(title_of, self.names))} ({counted(len(self._files), 'file')})"
 
     def provenance(self) -> Mapping[str, object]:
         """Return what identifies a data set: its names, without folders of this machine, and a digest."""

@@ -32,6 +32,12 @@ class DataSetSize:
     tokens: int
     is_sampled: bool
 
+    @property
+    def text(self) -> str:
+        """How many items and files: "307 items (4 left out) of 301 files"."""
+        bad = f" ({self.bad_items} left out)" if self.bad_items else ""
+        return f"{counted(self.items, 'item')}{bad} of {counted(self.files, 'file')}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
@@ -109,6 +115,11 @@ class RandomRows(LatentRows, Protocol):
         Yields:
             What the groups are, in plural, and the number of each row's group, (n,).
         """
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a count of things: "1 item", "2 items"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 class Subset:

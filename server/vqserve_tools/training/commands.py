@@ -92,7 +92,7 @@ def _story(made: TrainedFile, options: TrainingOptions) -> list[str]:
     size = made.rows.describe().data_set
     if size is not None:
         rows = f"a sample of {len(made.rows)} of {size.tokens} rows" if size.is_sampled else f"all {size.tokens} rows"
-        lines.append(f"read {size.items} items of {size.files} files, {rows}")
+        lines.append(f"read {size.text}, {rows}")
     error = f"mean squared error {quality.mean_squared_error:.6g}"
     perplexity = f"perplexity {quality.perplexity:.1f}"
     used = f"used codes {quality.used_codes} of {options.num_codes}"

@@ -11,7 +11,7 @@ from vqserve_tools.latents.rows import Ints, RandomRows, Subset
 
 # Share of a data set that is held out by default.
 DATA_SET_SHARE = 0.05
-# With fewer groups the figures would be about these groups rather than about new latents.
+# The figures of fewer groups would depend too much on which groups were drawn.
 _LEAST_GROUPS = 5
 
 
@@ -37,10 +37,9 @@ class Split:
 def split(rows: RandomRows, share: float, *, seed: int) -> Split:
     """Hold out a random share of latents.
 
-    Neighbouring rows of one picture or recording are alike. If only some of them were held out, those in the training
-    would tell of them, and the gap of the errors would be too small. So whole items of a data set are held out if the
-    share is at least five of them, otherwise entries of the batch axis if it is at least five of these, otherwise
-    single rows.
+    Neighbouring rows of one picture or recording are alike. If some of them were held out and the others trained on,
+    the gap of the errors would be too small. So whole items of a data set are held out if the share is at least five
+    of them, otherwise entries of the batch axis if it is at least five of these, otherwise single rows.
 
     Args:
         rows: latents.

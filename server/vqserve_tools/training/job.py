@@ -115,7 +115,7 @@ def _read(
     """Return the rows, and what their origin is."""
     says_layout = progress and layout is None
     if found.array is not None:
-        rows = found.read_array(layout)
+        rows = ArrayRows.open(found.array, layout)
         if says_layout and rows.array.ndim > 2:
             # Shown before the training, so that a user who sees a wrong number of channels need not wait for the end.
             _say_layout("latents", rows.array.shape, str(rows.layout), rows.dim)

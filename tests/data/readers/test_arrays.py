@@ -205,6 +205,7 @@ def test_empty_and_other_files_are_bad(tmp_path: Path, files: Any) -> None:
         files(tmp_path).entries()
 
 
+@pytest.mark.long
 def test_damaged_files(tmp_path: Path, files: Any, draw: Any, damaged: Any) -> None:
     np.save(tmp_path / "a.npy", draw(4, 4))
     np.savez_compressed(tmp_path / "b.npz", x=draw(4, 4), y=draw(3, dtype="i4"))

@@ -95,6 +95,7 @@ def test_a_large_data_set_outlives_its_generator(
     np.testing.assert_array_equal(item.array[()], draw(20, 3))
 
 
+@pytest.mark.long
 def test_damaged_files(tmp_path: Path, files: Any, draw: Any, damaged: Any) -> None:
     with h5py.File(tmp_path / "x.h5", "w", libver="latest") as file:
         file.create_dataset("a", data=draw(4, 4), chunks=(2, 4), compression="gzip")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vqserve_data.errors import FileError
+from vqserve_data.errors import FileError, MissingLibrary
 from vqserve_data.items import RawItem
 from vqserve_data.readers import SUFFIXES, Selection, add_reader, reader_of, suffix_of
 from vqserve_data.sources import LocalFile, find
@@ -169,6 +169,14 @@ def test_the_reader_of_the_documentation(tmp_path: Path) -> None:
     """In a process of its own, because it adds a suffix."""
     page = Path(__file__).parents[3] / "docs" / "formats.md"
     code = page.read_text().partition("```python\n")[2].partition("```")[0]
+    code += """
+from vqserve_data.readers import Selection, reader_of
+from vqserve_data.sources import find
+
+for file in find(["data"]).files:
+    for item in reader_of(file).read(file, Selection()):
+        print(item.key, item.array.shape)
+"""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.txt").write_text("1 2 3\n4 5 6\n")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -193,3 +201,27 @@ def test_a_reader_of_ones_own(tmp_path: Path, files: Any) -> None:
     assert item.key == "a"
     assert item.array.tolist() == [1, 2, 3]
     assert ".numbers" in SUFFIXES
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "extra"),
+    [
+        ("a.parquet", "pyarrow", "arrow"),
+        ("a.arrow", "pyarrow", "arrow"),
+        ("a.h5", "h5py", "hdf5"),
+        ("a.zarr", "zarr", "zarr"),
+        ("memory://a.npy", "fsspec", "url"),
+    ],
+)
+def test_a_missing_library_is_named(
+    tmp_path: Path, files: Any, monkeypatch: pytest.MonkeyPatch, name: str, module: str, extra: str
+) -> None:
+    for known in [known for known in sys.modules if known.partition(".")[0] == module]:
+        monkeypatch.setitem(sys.modules, known, None)
+    monkeypatch.setitem(sys.modules, module, None)
+    if "://" not in name:
+        (tmp_path / name).write_bytes(b"")
+        name = str(tmp_path / name)
+    for method in ("read", "entries"):
+        with pytest.raises(MissingLibrary, match=rf"pip install 'vqserve\[{extra}\]'"):
+            getattr(files(name), method)()

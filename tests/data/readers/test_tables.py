@@ -220,6 +220,7 @@ def test_a_damaged_group_of_rows_leaves_the_others(tmp_path: Path, files: Any, d
 
 
 @FORMATS
+@pytest.mark.long
 def test_damaged_tables(tmp_path: Path, draw: Any, damaged: Any, write: Write, suffix: str) -> None:
     path = tmp_path / f"t.{suffix}"
     write(pa.table({"x": pa.array(draw(4, 2, 2).tolist(), pa.list_(pa.list_(pa.float32()))), "s": list("abcd")}), path)
@@ -227,6 +228,7 @@ def test_damaged_tables(tmp_path: Path, draw: Any, damaged: Any, write: Write, s
     assert not any("MemoryError" in reason for reason in reasons), reasons
 
 
+@pytest.mark.long
 def test_a_footer_that_contradicts_itself_does_not_end_the_process(tmp_path: Path, draw: Any) -> None:
     """pyarrow aborts where it is asked for the size statistics of such a file; here it runs in a process of its own."""
     table = pa.table({"x": pa.array(draw(4, 2, 2).tolist(), pa.list_(pa.list_(pa.float32())))})

@@ -198,6 +198,7 @@ def test_sizes_that_lie(tmp_path: Path, files: Any, draw: Any, kind: bytes, size
 
 
 @SUFFIXES
+@pytest.mark.long
 def test_damaged_tars(tmp_path: Path, draw: Any, damaged: Any, suffix: str) -> None:
     path = tmp_path / f"s.{suffix}"
     write(

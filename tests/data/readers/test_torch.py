@@ -80,6 +80,7 @@ def test_a_tensor_that_claims_more_than_it_has(tmp_path: Path, files: Any, save:
     assert "claims" in reason
 
 
+@pytest.mark.long
 def test_damaged_files(tmp_path: Path, draw: Any, damaged: Any, save: Any) -> None:
     save({"x": torch.from_numpy(draw(4, 4)), "y": torch.from_numpy(draw(3))}, tmp_path / "a.pt")
     reasons = damaged(tmp_path / "a.pt", cuts=200, flips=400)

@@ -113,6 +113,7 @@ def test_links_are_not_followed(tmp_path: Path, files: Any, draw: Any) -> None:
 
 
 @FORMATS
+@pytest.mark.long
 def test_damaged_stores(tmp_path: Path, files: Any, draw: Any, zarr_format: int) -> None:
     """Bytes of any file of a store are changed, or the file is cut short."""
     zarr.open_group(tmp_path / "s.zarr", mode="w", zarr_format=zarr_format).create_array("a", data=draw(4, 4))

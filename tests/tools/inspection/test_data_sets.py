@@ -83,7 +83,7 @@ def test_a_sample(book, folder, capsys):
     assert fit_of(capsys, *asked) == fit_of(capsys, *asked)
     # One file is sampled, too.
     text = run(capsys, book, "--latents", folder / "7.npy", "--sample-rows", 10)[1]
-    assert "a sample of 10 of 30 tokens: 1 items of 1 files" in text
+    assert "a sample of 10 of 30 tokens: 1 item of 1 file" in text
 
 
 def test_statistics_of_a_data_set(book, folder, capsys):

@@ -66,6 +66,9 @@ def test_the_file_has_its_provenance(latents: Path, tmp_path: Path) -> None:
     assert story["options"]["steps"] == 30
     assert story["quality"]["used_codes"] == 16
     assert str(tmp_path) not in str(story)
+    # The same file and seed give the same bytes as before there were data sets.
+    assert story.keys() == {"made_by", "latents", "options", "quality"}
+    assert story["latents"].keys() == {"file", "sha256", "shape", "dtype", "layout"}
 
 
 @pytest.mark.parametrize("kind", ["ema", "vq"])

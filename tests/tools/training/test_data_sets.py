@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from vqserve_server.codebooks import load_codebook
 from vqserve_tools.cli import main
@@ -106,8 +110,44 @@ def test_rows_of_one_file_are_sampled_and_held_out_if_asked(tmp_path: Path, caps
     assert load_codebook(out).provenance["latents"]["file"] == "z.npy"
     assert train(tmp_path / "z.npy", "--sample-rows=200", "--force", out=out) == 0
     output = capsys.readouterr().out
-    assert "\nread 1 items of 1 files, a sample of 200 of 600 rows\n" in output
+    assert "\nread 1 item of 1 file, a sample of 200 of 600 rows\n" in output
     assert "\ntrained on 190 rows, held out 10\n" in output
+
+
+def test_all_formats_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    h5py, zarr, pa = (pytest.importorskip(name) for name in ("h5py", "zarr", "pyarrow"))
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+
+    def picture(*shape: int) -> np.ndarray:
+        return rng.normal(size=(4, *(shape or (3, 5)))).astype(np.float32)
+
+    np.save(folder / "a.npy", picture())
+    np.savez_compressed(folder / "b.npz", x=picture(), y=picture(2, 2))
+    save_file({"z": torch.from_numpy(picture()).bfloat16()}, folder / "c.safetensors")
+    torch.save({"z": torch.from_numpy(picture())}, folder / "d.pt")
+    with tarfile.open(folder / "e.tar", "w") as tar:
+        content = io.BytesIO()
+        np.save(content, picture())
+        for name, data in (("s0.npy", content.getvalue()), ("s0.txt", b"a cat")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    pictures = np.stack([picture() for _ in range(3)])
+    pq.write_table(pa.table({"latents": pictures.tolist(), "text": ["x"] * 3}), folder / "f.parquet")
+    with h5py.File(folder / "g.h5", "w") as file:
+        file["group/z"] = picture().astype(np.float16)
+    zarr.create_group(folder / "h.zarr").create_array("z", data=picture())
+
+    out = tmp_path / "book.safetensors"
+    assert train(folder, "--unbatched", "--layout=channels_first", "--held-out=0", out=out) == 0
+    assert f"\nread 11 items of 8 files, all {10 * 15 + 4} rows\n" in capsys.readouterr().out
+    latents = load_codebook(out).provenance["latents"]
+    assert latents["dtypes"] == ["float16", "float32", "float64"]
+    assert latents["unbatched"] is True
 
 
 def test_items_that_cannot_be_used_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +163,7 @@ def test_items_that_cannot_be_used_are_named(folder: Path, tmp_path: Path, capsy
     assert load_codebook(out).provenance["latents"]["bad_items"] == 1
     assert train(folder, "--quiet", "--force", "--max-errors=0", out=out) == 1
     assert capsys.readouterr().err == (
-        f"vqserved: error: 1 items cannot be used, and --max-errors is 0. The last: {folder / '000.npy'}, item 000: "
+        f"vqserved: error: 1 item cannot be used, and --max-errors is 0. The last: {folder / '000.npy'}, item 000: "
         "latents[0, 0, 0, 0] is nan\n"
     )
 
