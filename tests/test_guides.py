@@ -67,6 +67,7 @@ def test_data_set(guide, demo, tmp_path):
         assert (np.load(tmp_path / f"tokens/{i:03}.npy") == tokens).all()
         assert (np.load(tmp_path / f"decoded/{i:03}.npy") == decoded).all()
     assert demo.info.digest in (tmp_path / "tokens/manifest.json").read_text()
+    assert (np.load(tmp_path / "some/004.npy") == np.load(tmp_path / "decoded/004.npy")).all()
     with np.load(tmp_path / "tokens-npz/shard-00000.npz") as shard:
         assert (np.stack([shard[f"{i:03}"] for i in range(300)]) == indices).all()
     pictures = runpy.run_path(str(tmp_path / "encoders.py"))["latents"]
