@@ -98,7 +98,7 @@ PUBLIC = {
         "add_writer",
         "decode",
         "encode",
-            ],
+    ],
     "vqserve_data.stream": ["TokenStream"],
     "vqserve_server": ["Tokenizer", "__version__"],
     "vqserve_server.codebooks": ["Codebook", "codebook_digest", "load_codebook", "save_codebook"],
