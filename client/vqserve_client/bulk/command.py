@@ -25,12 +25,14 @@ from vqserve_client.bulk.dataset import DataSet, JobOptions, Summary
 from vqserve_client.bulk.job import Limits
 from vqserve_client.bulk.progress import counted, short
 from vqserve_client.bulk.records import ERRORS
+from vqserve_client.bulk.tokens import origins
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig
 from vqserve_client.conversion import Conversion, ConversionOptions, Decoding, Encoding
-from vqserve_client.provenance import codebook_of, description, options_as_made, read_sidecar, with_sidecar
+from vqserve_client.provenance import codebook_of, description, options_as_made, with_sidecar
 from vqserve_client.transfer import Progress, Task, convert_file
 from vqserve_data.errors import FileError
+from vqserve_data.readers import suffix_of
 from vqserve_data.readers.protocol import Selection
 from vqserve_data.writers import FORMATS
 
@@ -187,7 +189,7 @@ def _convert_file(client: Client, args: argparse.Namespace, operation: str) -> i
     source = Path(args.sources[0])
     if source.is_dir():
         raise FileError(f"{args.out} is one file, and {source} is a folder: name a folder to write")
-    made_by = read_sidecar(source) if operation == "decode" else None
+    made_by = origins()(source) if operation == "decode" else None
     info = codebook_of(
         made_by,
         client.codebooks(),
@@ -216,6 +218,10 @@ def _convert_file(client: Client, args: argparse.Namespace, operation: str) -> i
 
 
 def _convert_data_set(client: Client, args: argparse.Namespace, operation: str) -> int:
+    if suffix_of(args.out.name) is not None and not args.out.exists():
+        raise FileError(
+            f"{args.out} is the name of a file, and what is written is a folder: name a folder, and its --format"
+        )
     data = DataSet(client, operation, args.sources, args.out, _job_options(args))
     if args.dry_run:
         outlook = data.outlook()
