@@ -152,7 +152,7 @@ def post(port, path, body):
 def test_fastapi(target, demo, tmp_path):
     pytest.importorskip("fastapi")
     [source] = examples("docs/guides/fastapi.md", "python")
-    [command] = examples("docs/guides/fastapi.md", "sh")
+    command, _ = examples("docs/guides/fastapi.md", "sh")
     (tmp_path / "app.py").write_text(source.replace("localhost:50051", target))
     port = free_port()
     words = command.replace("8000", str(port)).split()

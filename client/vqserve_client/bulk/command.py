@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vqserve.dtypes import INDEX_NAMES, LATENT_NAMES
-from vqserve.errors import InvalidOption
+from vqserve.errors import InvalidOption, VqserveError
 from vqserve.text import printable
 from vqserve_client.arguments import (
     add_codebook,
@@ -234,6 +234,9 @@ def _convert_data_set(client: Client, args: argparse.Namespace, operation: str) 
     except KeyboardInterrupt:
         _say(f"stopped: what is whole is in {args.out}; the same command goes on from there")
         raise
+    except VqserveError as error:
+        # The item is a piece of this run: its number says nothing about the data set.
+        raise error.with_fields(item=None).noted("the same command goes on where it was") from error
     if args.json:
         print(_json(summary, data), flush=True)
     elif not args.quiet:
