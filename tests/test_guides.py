@@ -67,6 +67,7 @@ def test_data_set(guide, demo, tmp_path):
         assert (np.load(tmp_path / f"tokens/{i:03}.npy") == tokens).all()
         assert (np.load(tmp_path / f"decoded/{i:03}.npy") == decoded).all()
     assert demo.info.digest in (tmp_path / "tokens/manifest.json").read_text()
+    assert (np.load(tmp_path / "some/004.npy") == np.load(tmp_path / "decoded/004.npy")).all()
     with np.load(tmp_path / "tokens-npz/shard-00000.npz") as shard:
         assert (np.stack([shard[f"{i:03}"] for i in range(300)]) == indices).all()
     pictures = runpy.run_path(str(tmp_path / "encoders.py"))["latents"]
@@ -151,7 +152,7 @@ def post(port, path, body):
 def test_fastapi(target, demo, tmp_path):
     pytest.importorskip("fastapi")
     [source] = examples("docs/guides/fastapi.md", "python")
-    [command] = examples("docs/guides/fastapi.md", "sh")
+    command, _ = examples("docs/guides/fastapi.md", "sh")
     (tmp_path / "app.py").write_text(source.replace("localhost:50051", target))
     port = free_port()
     words = command.replace("8000", str(port)).split()

@@ -123,7 +123,8 @@ def options_as_made(given: ConversionOptions, made_by: Mapping[str, Any] | None)
     made = made_by["options"]
     if given.num_quantizers not in (None, made["num_quantizers"]):
         raise InvalidOption(
-            f"{{option}} is {given.num_quantizers}, and the tokens have {made['num_quantizers']}: leave it out",
+            f"{{option}} is {given.num_quantizers}, and these tokens were made with "
+            f"{made['num_quantizers'] or 'all that the codebook has'}: leave it out",
             option="num_quantizers",
         )
     return replace(

@@ -202,11 +202,11 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """
     prefix = file.read(len(np.lib.format.MAGIC_PREFIX) + 2)
     if not prefix.startswith(np.lib.format.MAGIC_PREFIX):
-        raise ValueError("it does not begin as a .npy file does")
+        raise ValueError("it does not begin as a .npy file does" if prefix else "it is empty")
     version = tuple(prefix[-2:])
     if version not in _PARSERS:
         # 3.0 is for names in UTF-8 of fields of structures.
-        raise ValueError(f"format {version} of .npy is not read")
+        raise ValueError(f"version {version[0]}.{version[1]} of the .npy format is not read: is the file damaged?")
     length_bytes = file.read(2 if version == (1, 0) else 4)
     length = int.from_bytes(length_bytes, "little")
     if length > _MAX_HEADER_BYTES:

@@ -1,4 +1,4 @@
-"""Jobs over data sets: terabytes of latents on disk to tokens on disk, once, right, restartable, on every server.
+"""Jobs over data sets: files of latents to files of tokens, and back. A job that was stopped goes on where it was.
 
 `encode` and `decode` do what `vqserve encode SRC... -o OUT` and `vqserve decode` do. Readers and writers of your own
 are objects with the members of `Reader` and `Writer`; `add_reader` and `add_writer` register them.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vqserve.dtypes import INDEX_NAMES, LATENT_NAMES
-from vqserve.errors import InvalidOption
+from vqserve.errors import InvalidOption, VqserveError
 from vqserve.text import printable
 from vqserve_client.arguments import (
     add_codebook,
@@ -33,6 +33,7 @@ from vqserve_client.provenance import codebook_of, description, options_as_made,
 from vqserve_client.transfer import Progress, Task, convert_file
 from vqserve_data.errors import FileError
 from vqserve_data.files import check_output
+from vqserve_data.readers import suffix_of
 from vqserve_data.readers.protocol import Selection
 from vqserve_data.writers import FORMATS
 
@@ -219,6 +220,10 @@ def _convert_file(client: Client, args: argparse.Namespace, operation: str) -> i
 
 
 def _convert_data_set(client: Client, args: argparse.Namespace, operation: str) -> int:
+    if suffix_of(args.out.name) is not None and not args.out.exists():
+        raise FileError(
+            f"{args.out} is the name of a file, and what is written is a folder: name a folder, and its --format"
+        )
     data = DataSet(client, operation, args.sources, args.out, _job_options(args))
     if args.dry_run:
         outlook = data.outlook()
@@ -232,6 +237,9 @@ def _convert_data_set(client: Client, args: argparse.Namespace, operation: str) 
         # Ctrl-C, or SIGTERM.
         _say(f"stopped: what is whole is in {args.out}; the same command goes on from there")
         raise
+    except VqserveError as error:
+        # The item is a piece of this run: its number says nothing about the data set.
+        raise error.with_fields(item=None).noted("the same command goes on where it was") from error
     if args.json:
         print(_json(summary, data), flush=True)
     elif not args.quiet:

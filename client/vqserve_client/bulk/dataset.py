@@ -53,7 +53,7 @@ class JobOptions:
         map: function between the sources and the server, as "package.module:function".
         map_processes: processes of that function; 0: this one.
         force: whether an output of another job is removed, and tokens may meet another codebook.
-        progress: how it is shown.
+        progress: how it is shown: "bar" on a terminal, "lines" on stderr, "json" on stdout, or "none".
     """
 
     conversion: ConversionOptions = field(default_factory=ConversionOptions)

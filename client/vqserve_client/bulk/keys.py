@@ -52,7 +52,8 @@ def check_unique(keys: Keys, again: Iterator[tuple[SourceFile, str]]) -> None:
         if _hash(key) not in suspects:
             continue
         if key in seen:
-            raise FileError(f"two items have the key {key!r}, one in {seen[key]}, one in {file.name}: keys must differ")
+            where = f"both in {file.name}" if seen[key] == file.name else f"one in {seen[key]}, one in {file.name}"
+            raise FileError(f"two items have the key {key!r}, {where}: keys must differ")
         seen[key] = file.name
 
 

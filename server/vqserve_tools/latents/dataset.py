@@ -247,6 +247,8 @@ class DataSet:
         found = shape[form.axis]
         if found == 0 or (self.dim and found != self.dim):
             before = f", and others have {self.dim}" if self.dim else ""
+            if self.dim and len(shape) == 3 and not self.options.unbatched:
+                before += ": are they (C, h, w)? pass --unbatched"
             raise InvalidShape(
                 f"latents of shape {shape} have {found} channels in layout {form.layout}{before}", array="latents"
             )

@@ -127,7 +127,9 @@ def _read(
     contents = data.contents
     if says_layout and contents.first is not None and len(contents.first[1]) > 2:
         key, shape, first_layout = contents.first
-        _say_layout(f"latents such as {key}", shape, str(first_layout), data.dim)
+        may_be_one_image = len(shape) == 3 and not found.options.unbatched
+        hint = "; if they are (C, h, w), pass --unbatched" if may_be_one_image else ""
+        _say_layout(f"latents such as {key}", shape, str(first_layout), data.dim, hint)
     sizes = {"items": contents.items, "bad_items": contents.bad, "rows": contents.tokens, "sampled_rows": len(sample)}
     forms = {"dtypes": sorted(contents.dtypes), "layouts": sorted(map(str, contents.layouts))}
     return sample, {**found.provenance(), **sizes, **forms}
@@ -139,8 +141,8 @@ def _usual_share(rows: ArrayRows | SampledRows) -> float:
     return DATA_SET_SHARE if is_enough else 0.0
 
 
-def _say_layout(what: str, shape: tuple[int, ...], layout: str, channels: int) -> None:
-    sys.stderr.write(f"{what} {shape} read {layout.replace('_', ' ')}: {channels} channels\n")
+def _say_layout(what: str, shape: tuple[int, ...], layout: str, channels: int, hint: str = "") -> None:
+    sys.stderr.write(f"{what} {shape} read {layout.replace('_', ' ')}: {channels} channels{hint}\n")
 
 
 def _of_split(parts: Split, share: float, trained: Trained) -> dict[str, object]:

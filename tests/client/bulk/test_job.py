@@ -194,6 +194,9 @@ def test_options_for_data_sets_are_not_ignored(vqserve, source, tmp_path):
     code, _, said = vqserve("encode", source, "-o", tmp_path / "a.npy")
     assert code == 1
     assert f"is one file, and {source} is a folder" in said
+    code, _, said = vqserve("encode", source, "-o", tmp_path / "tokens.npz")
+    assert code == 1
+    assert "is the name of a file, and what is written is a folder" in said
 
 
 def test_two_items_with_one_key(vqserve, source, tmp_path):

@@ -129,6 +129,20 @@ def test_the_server_goes(client, server, many, tmp_path):
     assert not list(out.rglob(".*.part"))
 
 
+def test_the_command_says_how_to_go_on_after_its_server_has_gone(start, server, many, tmp_path):
+    out = tmp_path / "tokens"
+    process = start("encode", many, "-o", out, *OPTIONS, "--retries", 0)
+    eventually(lambda: process.poll() is not None or _parts(out) >= 1)
+    process.send_signal(signal.SIGSTOP)
+    server.stop()
+    process.send_signal(signal.SIGCONT)
+    _, said = process.communicate()
+    if process.returncode != 3:  # It may have been at its end.
+        assert process.returncode == 1
+        assert "; the same command goes on where it was (server" in said
+        assert "array " not in said
+
+
 def test_another_codebook_is_refused(vqserve, serving, put, monkeypatch, source, tmp_path, book):
     out = tmp_path / "tokens"
     vqserve("encode", source, "-o", out)

@@ -63,6 +63,9 @@ def test_a_part_of_an_output_is_decoded_as_the_whole_is(vqserve, tmp_path):
         assert code == 1
         assert "is decoded as a whole" in said
         assert vqserve("decode", out / part, "-o", decoded)[0] == 0
+        if form == "npy":
+            assert vqserve("decode", out / "0.npy", "-o", tmp_path / "one.npy")[0] == 0
+            assert np.load(tmp_path / "one.npy").shape == (4, 8, 8)
         assert sorted(np.load(path).shape for path in decoded.rglob("*.npy")) == [(4, 8, 8), (4, 8, 8)]
 
 

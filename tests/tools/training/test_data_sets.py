@@ -78,6 +78,18 @@ def test_a_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"latents such as 000 {shape} read channels first: 4 channels" in lines
 
 
+def test_a_batch_axis_that_may_be_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, width in enumerate((6, 6, 6, 5)):
+        image = np.random.default_rng(number).normal(size=(4, 100, width)).astype(np.float32)
+        np.save(tmp_path / f"{number}.npy", image)
+    assert train(tmp_path, out=tmp_path / "book.safetensors") == 0
+    said = capsys.readouterr().err
+    assert (
+        "latents such as 0 (4, 100, 6) read channels last: 6 channels; if they are (C, h, w), pass --unbatched" in said
+    )
+    assert "5 channels in layout channels_last, and others have 6: are they (C, h, w)? pass --unbatched" in said
+
+
 def test_the_same_sources_and_seed_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     def content(name: str, *more: object) -> bytes:
         out = tmp_path / f"{name}.safetensors"
