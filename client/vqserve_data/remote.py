@@ -122,6 +122,18 @@ def is_url(argument: str) -> bool:
     return "://" in argument and not argument.startswith("file://") and not Path(argument).exists()
 
 
+def without_secrets(url: str) -> str:
+    """Return a URL, or a chain of them, without passwords and signatures: it is written into records and errors."""
+    links = []
+    for link in url.split("::"):
+        scheme, separator, rest = link.partition("://")
+        if separator and scheme in {"http", "https"}:
+            rest = rest.partition("#")[0].partition("?")[0]
+        host, slash, path = rest.partition("/")
+        links.append(f"{scheme}{separator}{host.rpartition('@')[2] if separator else host}{slash}{path}")
+    return "::".join(links)
+
+
 def path_of(name: str) -> str:
     """Return the path in a URL, such as that of the first file of a chain of them; a path as it is."""
     if "://" not in name:
@@ -151,7 +163,7 @@ def list_url(url: str, *, is_file: bool, store: str) -> tuple[list[RemotePath], 
         from fsspec.core import url_to_fs  # noqa: PLC0415
     except ImportError as error:
         raise MissingLibrary(f"reading {url}", extra="url") from error
-    with _named(url):
+    with _named(without_secrets(url)):
         fs, location = url_to_fs(url)
         location = location.rstrip("/")
         is_http = url.startswith(("http://", "https://"))
@@ -161,10 +173,10 @@ def list_url(url: str, *, is_file: bool, store: str) -> tuple[list[RemotePath], 
             return list(_paths(url, fs, base, found, store)), False
         last = location.partition("?")[0].rpartition("/")[2]
         if last.endswith(store):
-            return [RemotePath(url, last, fs, location, None)], True
+            return [RemotePath(without_secrets(url), last, fs, location, None)], True
         info = None if is_http and url.endswith("/") else fs.info(location)
         if info is not None and (is_file or info["type"] != "directory"):
-            return [RemotePath(url, last, fs, location, info)], True
+            return [RemotePath(without_secrets(url), last, fs, location, info)], True
         return list(_paths(url, fs, location, fs.find(location, detail=True), store)), False
 
 
@@ -181,9 +193,9 @@ def _paths(url: str, fs: Any, base: str, found: Mapping[str, Mapping[str, Any]],
             if relative not in stores:
                 stores.add(relative)
                 place = f"{base}/{relative}"
-                yield RemotePath(_url_of(url, fs, place), relative, fs, place, None)
+                yield RemotePath(without_secrets(_url_of(url, fs, place)), relative, fs, place, None)
         elif info["type"] == "file" and not parts[-1].startswith("."):
-            yield RemotePath(_url_of(url, fs, location), relative, fs, location, info)
+            yield RemotePath(without_secrets(_url_of(url, fs, location)), relative, fs, location, info)
 
 
 def _url_of(url: str, fs: Any, location: str) -> str:

@@ -135,7 +135,22 @@ def test_a_file_over_http(url: str, tree: Path, files: Any, draw: Any) -> None:
     for name in ("npy.npy", "npz.npz", "st.safetensors", "parquet.parquet", "feather.feather", "h5.h5", "tar.tar"):
         [array] = files(f"{url}/{name}?token=a.b").arrays().values()
         np.testing.assert_array_equal(array, draw(6, 4), err_msg=name)
-    assert files(f"{url}/npy.npy?token=a.b").files[0].key == "npy"
+    (file,) = files(f"{url}/npy.npy?token=a.b").files
+    # Records and errors have the name: it has no signature in it.
+    assert (file.name, file.key) == (f"{url}/npy.npy", "npy")
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://me:secret@host/a.npy?X-Signature=1#part", "https://host/a.npy"),
+        ("s3://bucket/a?b@c.npy", "s3://bucket/a?b@c.npy"),
+        ("zip://a.npy::https://me:secret@host/b.zip?sig=1", "zip://a.npy::https://host/b.zip"),
+        ("simplecache::s3://bucket/a.npy", "simplecache::s3://bucket/a.npy"),
+    ],
+)
+def test_a_name_has_no_secrets(url: str, name: str) -> None:
+    assert remote.without_secrets(url) == name
 
 
 def test_stores_and_folders_over_http(url: str, files: Any, draw: Any) -> None:
