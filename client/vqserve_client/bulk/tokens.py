@@ -157,7 +157,8 @@ def output_of(sources: Sequence[str]) -> Output | None:
 def origins() -> Callable[[Path], dict[str, Any] | None]:
     """Return a function that says what made the tokens in a file: its sidecar, or the manifest of a folder above it.
 
-    It reads each manifest once, returns None where nothing says it, and raises a FileError if what says it is damaged.
+    It reads each manifest once, and returns None where nothing says it. It raises a FileError if what says it is damaged,
+    or if the file has no tokens without others.
     """
     by_folder: dict[Path, dict[str, Any] | None] = {}
 
@@ -172,7 +173,11 @@ def origins() -> Callable[[Path], dict[str, Any] | None]:
 
     def origin_of(path: Path) -> dict[str, Any] | None:
         made_by = read_sidecar(path) if path.suffix == ".npy" else None
-        return above(path.absolute().parent) if made_by is None else made_by
+        if made_by is None:
+            made_by = above(path.absolute().parent)
+            if made_by is not None and made_by["format"]["name"] == "stream":
+                raise FileError(f"{path} is of a stream of tokens, which is decoded as a whole: name its folder")
+        return made_by
 
     return origin_of
 
