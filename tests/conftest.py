@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add how much the large tests do."""
     parser.addoption("--search-rows", type=int, default=100_000, help="rows of the exactness test, all shapes together")
     parser.addoption("--soak-seconds", type=float, default=4.0, help="how long codebooks are swapped under load")
+    parser.addoption("--job-kills", type=int, default=12, help="how often jobs over data sets are killed")
     parser.addoption("--fuzz-pickles", type=int, default=2_000, help="torch files that are mutated and read")
     parser.addoption("--wire-cases", type=int, default=100_000, help="messages of the test of the wire's codec")
 

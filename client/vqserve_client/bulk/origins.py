@@ -15,7 +15,7 @@ def common_origin(paths: Iterable[Path]) -> dict[str, Any] | None:
     """Return what made the tokens in these files; None: nothing says it.
 
     Raises:
-        FileError: two codebooks made them, or a sidecar is damaged.
+        FileError: two codebooks made them, a sidecar is damaged, or a file has no tokens without others.
     """
     first: tuple[Path, dict[str, Any]] | None = None
     outputs: dict[Path, dict[str, Any] | None] = {}
@@ -25,6 +25,8 @@ def common_origin(paths: Iterable[Path]) -> dict[str, Any] | None:
             if path.parent not in outputs:
                 outputs[path.parent] = _of_output(path.parent)
             made_by = outputs[path.parent]
+            if made_by is not None and made_by["format"]["name"] == "stream":
+                raise FileError(f"{path} is of a stream of tokens, which is decoded as a whole: name its folder")
         if made_by is None:
             continue
         if first is None:

@@ -43,13 +43,15 @@ def whole(vqserve, many, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_job_that_is_killed_goes_on(start, vqserve, many, whole, tmp_path, seed):
+def test_a_job_that_is_killed_goes_on(start, vqserve, many, whole, tmp_path, seed, request):
     out = tmp_path / "tokens"
     chance = random.Random(seed)
-    for _ in range(3):
+    for _ in range(request.config.getoption("--job-kills") // 4):
         process = start("encode", many, "-o", out, *OPTIONS)
-        _wait_for(process, out, chance.randrange(1, 40))
-        time.sleep(chance.random() * 0.02)
+        # In the first moments, or soon after some more parts.
+        more = chance.randrange(10)
+        _wait_for(process, out, _parts(out) + more)
+        time.sleep(chance.random() * (0.02 if more else 1.0))
         process.kill()
         process.communicate()
     assert vqserve("encode", many, "-o", out, *OPTIONS)[0] == 3

@@ -69,6 +69,14 @@ def test_a_part_of_an_output_is_decoded_as_the_whole_is(vqserve, tmp_path):
         assert sorted(np.load(path).shape for path in decoded.rglob("*.npy")) == [(4, 8, 8), (4, 8, 8)]
 
 
+def test_a_part_of_a_stream_is_not_decoded(vqserve, source, tmp_path):
+    out = tmp_path / "stream"
+    assert vqserve("encode", source, "-o", out, "--format", "stream")[0] == 0
+    code, _, said = vqserve("decode", out / "shard-00000.index.npz", "-o", tmp_path / "decoded")
+    assert code == 1
+    assert "is of a stream of tokens, which is decoded as a whole" in said
+
+
 @pytest.mark.parametrize(
     "content",
     [
