@@ -157,8 +157,8 @@ def output_of(sources: Sequence[str]) -> Output | None:
 def origins() -> Callable[[Path], dict[str, Any] | None]:
     """Return a function that says what made the tokens in a file: its sidecar, or the manifest of a folder above it.
 
-    It reads each manifest once, and returns None where nothing says it. It raises a FileError if what says it is damaged,
-    or if the file has no tokens without others.
+    It reads each manifest once, and returns None where nothing says it. It raises a FileError if what says it is
+    damaged, or if the file has no tokens without others.
     """
     by_folder: dict[Path, dict[str, Any] | None] = {}
 
