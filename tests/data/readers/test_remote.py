@@ -138,6 +138,13 @@ def test_a_file_over_http(url: str, tree: Path, files: Any, draw: Any) -> None:
     assert files(f"{url}/npy.npy?token=a.b").files[0].key == "npy"
 
 
+def test_an_empty_file_over_http_is_a_bad_item(url: str, tree: Path, files: Any) -> None:
+    (tree / "empty.npy").write_bytes(b"")
+    [record] = files(f"{url}/empty.npy").read()
+    assert isinstance(record, BadItem)
+    assert record.reason == "it is empty"
+
+
 def test_stores_and_folders_over_http(url: str, files: Any, draw: Any) -> None:
     for name in ("zarr2.zarr", "zarr3.zarr"):
         [array] = files(f"{url}/{name}").arrays().values()
