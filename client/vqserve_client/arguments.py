@@ -108,7 +108,12 @@ def add_codebook(command: argparse.ArgumentParser) -> None:
         help="the digest that the codebook must have, or 8 or more of its first digits; without --codebook, it selects "
         "the codebook that has it",
     )
-    command.add_argument("--layout", choices=LAYOUTS, help="where the channels of the latents are")
+    command.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="where the channels of the latents are (default: the codebook's, or first for images and video, last for "
+        "sequences)",
+    )
 
 
 def add_message_limit(command: argparse._ActionsContainer) -> None:

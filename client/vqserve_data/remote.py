@@ -81,7 +81,8 @@ class RemoteFile:
                 cache_type="background",
                 cache_options={"maxblocks": _MAX_BLOCKS},
             )
-            if file.seekable():
+            # fsspec's file of no size, or of a size that the server does not say, cannot seek, but says that it can.
+            if file.seekable() and self.size:
                 return file
             with file:
                 whole = tempfile.TemporaryFile()  # noqa: SIM115

@@ -66,8 +66,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "sources",
         nargs="+",
         metavar="SRC",
-        help="files, folders, globs or URLs"
-        + ("" if operation == "encode" else "; or the folder of an earlier `vqserve encode`"),
+        help="files, folders, globs or URLs of .npy, .npz, .safetensors, .pt, tars, Parquet, Arrow, HDF5 and Zarr; "
+        + ("with --map of any files" if operation == "encode" else "or the folder that `vqserve encode` wrote"),
     )
     command.add_argument(
         "-o", "--out", type=Path, required=True, metavar="OUT", help="the folder to write; NAME.npy for one .npy file"
@@ -75,7 +75,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--force",
         action="store_true",
-        help="replace what is there" + ("" if operation == "encode" else "; decode with another codebook's tokens"),
+        help="replace what is there" + ("" if operation == "encode" else "; decode tokens of another codebook"),
     )
     add_codebook(command)
     command.add_argument(
@@ -84,7 +84,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="residual codebooks: number of indices for each token (default: all)",
     )
-    command.add_argument("--unbatched", action="store_true", help="arrays have no batch axis: (C, h, w), (s, C)")
+    command.add_argument(
+        "--unbatched", action="store_true", help="arrays have no batch axis: (C, h, w), (C, t, h, w), (s, C)"
+    )
     if operation == "encode":
         command.add_argument("--dtype", choices=INDEX_NAMES, help="of the indices (default: the smallest that fits)")
     else:
@@ -110,9 +112,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         type=integer(0),
         default=Limits.errors,
         metavar="N",
-        help=f"stop when more items than this have no result ({Limits.errors})",
+        help=f"stop when more items than this have no result ({Limits.errors}); with fewer the exit code is 3",
     )
-    output.add_argument("--dry-run", action="store_true", help="say what would be read and written, and its size")
+    output.add_argument(
+        "--dry-run", action="store_true", help="say what would be read and written, and its size, and end"
+    )
     add_message_limit(command)
     command.add_argument(
         "--retries",

@@ -153,6 +153,13 @@ def test_a_name_has_no_secrets(url: str, name: str) -> None:
     assert remote.without_secrets(url) == name
 
 
+def test_an_empty_file_over_http_is_a_bad_item(url: str, tree: Path, files: Any) -> None:
+    (tree / "empty.npy").write_bytes(b"")
+    [record] = files(f"{url}/empty.npy").read()
+    assert isinstance(record, BadItem)
+    assert record.reason == "it is empty"
+
+
 def test_stores_and_folders_over_http(url: str, files: Any, draw: Any) -> None:
     for name in ("zarr2.zarr", "zarr3.zarr"):
         [array] = files(f"{url}/{name}").arrays().values()
