@@ -44,7 +44,7 @@ def test_encode(serving, books, connect, latents, shape, layout, position):
 
 @pytest.mark.parametrize(("shape", "layout", "position"), LATENTS)
 def test_encode_a_file(serving, books, latents, tmp_path, monkeypatch, capsys, shape, layout, position):
-    monkeypatch.setattr("vqserve_client.transfer._PIECE_BYTES", 2000)
+    monkeypatch.setattr("vqserve_client.conversion.PIECE_BYTES", 2000)
     array = latents(*shape)
     array[position] = np.nan
     source, out = tmp_path / "latents.npy", tmp_path / "tokens.npy"
@@ -61,7 +61,7 @@ def test_encode_a_file(serving, books, latents, tmp_path, monkeypatch, capsys, s
     [("plain", (5, 9, 9), (3, 7, 2)), ("plain", (500,), (400,)), ("residual", (9, 3, 30), (7, 2, 29))],
 )
 def test_decode_and_decode_a_file(serving, books, connect, tmp_path, monkeypatch, capsys, name, shape, position):
-    monkeypatch.setattr("vqserve_client.transfer._PIECE_BYTES", 1000)
+    monkeypatch.setattr("vqserve_client.conversion.PIECE_BYTES", 1000)
     indices = np.zeros(shape, np.int64)
     indices[position] = 300
     target = serving(books[name]).target
@@ -78,7 +78,7 @@ def test_decode_and_decode_a_file(serving, books, connect, tmp_path, monkeypatch
 
 
 def test_the_shape_of_a_file_is_the_file_s(serving, books, latents, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("vqserve_client.transfer._PIECE_BYTES", 1000)
+    monkeypatch.setattr("vqserve_client.conversion.PIECE_BYTES", 1000)
     target = serving(books["residual"]).target
     source = tmp_path / "in.npy"
     for command, array, text in (

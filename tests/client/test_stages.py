@@ -145,7 +145,7 @@ def test_overflow_names_the_token(serving, connect, tokenizer):
 
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 def test_files(serving, latents, tokenizer, tmp_path, monkeypatch, layout):
-    monkeypatch.setattr("vqserve_client.transfer._PIECE_BYTES", 256)
+    monkeypatch.setattr("vqserve_client.conversion.PIECE_BYTES", 256)
     target = serving(tokenizer).target
     source, middle, out = (tmp_path / f"{name}.npy" for name in ("in", "middle", "out"))
     array = latents(3, 6, 20, 6)

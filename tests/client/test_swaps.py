@@ -212,7 +212,7 @@ def test_a_file_is_all_of_one_codebook(
 ) -> None:
     monkeypatch.setenv("VQSERVE_TARGET", books.target)
     monkeypatch.delenv("VQSERVE_CODEBOOK", raising=False)
-    monkeypatch.setattr("vqserve_client.transfer._PIECE_BYTES", 1024)
+    monkeypatch.setattr("vqserve_client.conversion.PIECE_BYTES", 1024)
     source, out = tmp_path / "in.npy", tmp_path / "out.npy"
     np.save(source, latents(2000, 4) if command == "encode" else np.arange(2000, dtype=np.uint16) % 40)
     digest = books.first.digest
