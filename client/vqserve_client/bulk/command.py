@@ -98,7 +98,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     output = command.add_argument_group("output of a data set")
     output.add_argument("--format", choices=FORMATS, default="npy", help=f"of the {made} (npy: one file an item)")
     output.add_argument(
-        "--shard-items", type=integer(1), metavar="N", help="items of a shard at most (100000; npy: 1000)"
+        "--shard-items", type=integer(1), metavar="N", help="items of a shard at most (100,000; npy: 1,000)"
     )
     output.add_argument(
         "--shard-bytes",
