@@ -5,7 +5,7 @@ are objects with the members of `Reader` and `Writer`; `add_reader` and `add_wri
 """
 
 from vqserve_client.bulk.dataset import JobOptions, Summary, decode, encode
-from vqserve_client.bulk.job import Limits, TooManyErrors
+from vqserve_client.bulk.parts import Limits, TooManyErrors
 from vqserve_client.conversion import ConversionOptions
 from vqserve_data.errors import FileError, MissingLibrary
 from vqserve_data.items import BadItem, Entry, Item, RawItem

@@ -22,8 +22,8 @@ from vqserve_client.arguments import (
     integer,
 )
 from vqserve_client.bulk.dataset import DataSet, JobOptions, Summary
-from vqserve_client.bulk.job import Limits
 from vqserve_client.bulk.origins import common_origin
+from vqserve_client.bulk.parts import Limits
 from vqserve_client.bulk.progress import counted, short
 from vqserve_client.bulk.records import ERRORS
 from vqserve_client.client import Client

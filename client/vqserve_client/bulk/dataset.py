@@ -13,11 +13,12 @@ from typing import Any, Literal
 import numpy as np
 
 from vqserve.errors import COMMAND_LINE, InvalidArgument
-from vqserve_client.bulk.job import Job, Limits
+from vqserve_client.bulk.job import Job
 from vqserve_client.bulk.keys import Keys, Paths, check_unique
 from vqserve_client.bulk.mapping import Mapping
 from vqserve_client.bulk.origins import common_origin
 from vqserve_client.bulk.outlook import Outlook
+from vqserve_client.bulk.parts import Limits
 from vqserve_client.bulk.progress import Counts, Display
 from vqserve_client.bulk.records import RESERVED, Records, begun_parts, has_results, read_manifest
 from vqserve_client.bulk.tokens import PartFile, output_of
