@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
 
+from vqserve.text import printable
 from vqserve_data.errors import FileError
 from vqserve_data.keys import problem_of, quoted
 from vqserve_data.readers import SUFFIXES, suffix_of
@@ -136,7 +137,7 @@ def _add(files: dict[str, SourceFile], path: _Path) -> None:
     key = path.relative[: len(path.relative) - len(suffix)]
     problem = problem_of(key)
     if problem is not None:
-        raise FileError(f"{quoted(path.name)}: its key {quoted(key)!r} {problem}: rename it")
+        raise FileError(f"{printable(path.name)}: its key {quoted(key)!r} {problem}: rename it")
     if key in files:
         if files[key].name == path.name:
             raise FileError(f"{path.name} is named twice: name it once")
