@@ -95,7 +95,7 @@ def test_the_readme_s_example(target, demo):
 
 
 def test_the_client_s_example(target, demo):
-    source, _, _ = examples("docs/client.md", "python")
+    source, _ = examples("docs/client.md", "python")
     names = run(source, target)
     assert (names["indices"] == demo.encode(names["latents"])).all()
 
@@ -108,13 +108,13 @@ def test_the_client_s_example_with_tls(serving, demo, tmp_path, monkeypatch, cap
     Path("token").write_text(secret)
     replace(tmp_path / "tokens.toml", f'[tokens.me]\nsha256 = "{hash_of(secret)}"\n'.encode())
     server = serving(demo, tokens=tmp_path / "tokens.toml", **files.settings())
-    _, source, _ = examples("docs/client.md", "python")
+    _, source = examples("docs/client.md", "python")
     run(source.replace("vq.example:50051", server.target))
     assert "name='demo'" in capsys.readouterr().out
 
 
 def test_the_client_s_example_in_process(demo, monkeypatch):
-    source, _, _ = examples("docs/client.md", "python")
+    source, _ = examples("docs/client.md", "python")
     [line] = re.findall(r"`(with Tokenizer\.load\(.*\) as client:)`", prose(ROOT / "docs/client.md"))
     monkeypatch.chdir(ROOT)
     names = run("from vqserve_server import Tokenizer\n" + re.sub(r"with Client\(.*", line, source))
