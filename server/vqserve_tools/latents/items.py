@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,19 +97,26 @@ class Chunk:
         rows = np.arange(len(self.rows)) - np.repeat(self._starts, self._lengths) + firsts
         return np.stack([items, rows // rows_per_entry, rows], axis=1)
 
-    @contextmanager
-    def placed(self, start: int) -> Iterator[None]:
+    def placed(self, start: int) -> AbstractContextManager[None]:
         """Convert errors about rows, counted from row `start` of the chunk, to errors about tokens of items."""
-        try:
-            yield
-        except VqserveError as error:
-            if error.row is None:
-                raise
-            row = start + error.row
-            number = int(np.searchsorted(self._starts, row, side="right")) - 1
-            piece = self._pieces[number]
-            with piece.named(row - int(self._starts[number]) + piece.first):
-                raise
+        return row_named(self._named, start)
+
+    def _named(self, row: int) -> AbstractContextManager[None]:
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        piece = self._pieces[number]
+        return piece.named(row - int(self._starts[number]) + piece.first)
+
+
+@contextmanager
+def row_named(named: Callable[[int], AbstractContextManager[None]], start: int) -> Iterator[None]:
+    """Convert errors about rows that the block raises, by what `named` returns for the row, counted from `start`."""
+    try:
+        yield
+    except VqserveError as error:
+        if error.row is None:
+            raise
+        with named(start + error.row):
+            raise
 
 
 def item_name(key: str, source: str) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from vqserve.errors import InvalidOption, InvalidShape, VqserveError
+from vqserve.errors import InvalidOption, InvalidShape
 from vqserve_tools.latents.dataset import DataSet
-from vqserve_tools.latents.items import Chunk
+from vqserve_tools.latents.items import Chunk, row_named
 from vqserve_tools.latents.rows import DataSetSize, Description, Ints, Rows
 
 # Size of a sample if no number of rows is given: as large as the arrays that are read into memory.
@@ -138,17 +138,13 @@ class SampledRows(_DataSetRows):
     def check_finite(self) -> None:
         """Do nothing: the items were checked when they were read."""
 
-    @contextmanager
-    def placed(self, start: int) -> Iterator[None]:
+    def placed(self, start: int) -> AbstractContextManager[None]:
         """See LatentRows."""
-        try:
-            yield
-        except VqserveError as error:
-            if error.row is None:
-                raise
-            item, _, row = map(int, self._origins[start + error.row])
-            with self.data.piece_with(item, row).named(row):
-                raise
+        return row_named(self._named, start)
+
+    def _named(self, row: int) -> AbstractContextManager[None]:
+        item, _, own = map(int, self._origins[row])
+        return self.data.piece_with(item, own).named(own)
 
     def groupings(self) -> Iterator[tuple[str, Ints]]:
         """Group the rows by items, and by entries of the batch axis."""
