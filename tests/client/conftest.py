@@ -17,6 +17,7 @@ import pytest
 from grpc_health.v1 import health, health_pb2_grpc
 
 from support.brute_force import nearest
+from support.names import NameServer, name_server
 from vqserve import payload
 from vqserve.codebook_info import CodebookInfo
 from vqserve.dtypes import BFLOAT16
@@ -255,6 +256,13 @@ def replicas() -> Iterator[Callable[..., list[StreamingServer]]]:
             return servers
 
         yield start
+
+
+@pytest.fixture
+def named() -> Iterator[Callable[..., NameServer]]:
+    """Make a name with these addresses: named(*addresses) -> NameServer."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *addresses: stack.enter_context(name_server(*addresses))
 
 
 @pytest.fixture

@@ -8,28 +8,14 @@ import pickle
 import signal
 import threading
 import time
-from contextlib import ExitStack
 
 import pytest
 
-from support.names import name_server
+from support.names import HERE, port_of
 from support.waiting import eventually
 from vqserve_client import Client, CodebookNotFound, DigestMismatch
 from vqserve_client.resolver import resolve
 from vqserve_client.target import parse_target
-
-HERE = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
-
-
-@pytest.fixture
-def named():
-    """Make a name with these addresses: named(*addresses) -> NameServer."""
-    with ExitStack() as stack:
-        yield lambda *addresses: stack.enter_context(name_server(*addresses))
-
-
-def port_of(server):
-    return server.target.rpartition(":")[2]
 
 
 def until(condition, make, *, most=1_000_000):

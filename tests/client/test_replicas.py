@@ -5,27 +5,13 @@ from __future__ import annotations
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 
 import pytest
 
 from support.load import Load
-from support.names import name_server
+from support.names import HERE, port_of
 from support.waiting import eventually
 from vqserve_client import Client, Unavailable
-
-HERE = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
-
-
-@pytest.fixture
-def named():
-    """Make a name with these addresses: named(*addresses) -> NameServer."""
-    with ExitStack() as stack:
-        yield lambda *addresses: stack.enter_context(name_server(*addresses))
-
-
-def port_of(server):
-    return server.target.rpartition(":")[2]
 
 
 def connected(client, servers, latents):

@@ -1,4 +1,4 @@
-"""A name with several addresses: a small DNS server that gRPC asks by a target of the form dns://SERVER/NAME:PORT."""
+"""A name with several addresses: a small DNS server that is asked by a target of the form dns://SERVER/NAME:PORT."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
+from typing import Any
 
+# Addresses of this machine, for several servers on one port.
+HERE = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 _A = 1
 _NAME_IN_THE_QUESTION = b"\xc0\x0c"
 
@@ -55,6 +58,11 @@ class NameServer:
             _NAME_IN_THE_QUESTION + struct.pack(">HHIH", _A, 1, 0, 4) + socket.inet_aton(one) for one in addresses
         )
         return head + query[12:end] + b"".join(records)
+
+
+def port_of(server: Any) -> str:
+    """Return the port of a server of the tests."""
+    return str(server.target).rpartition(":")[2]
 
 
 @contextlib.contextmanager
