@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from vqserve.errors import InvalidArgument, InvalidOption, of_file
 from vqserve.layout import Layout
+from vqserve_data.sources import SOURCES_HELP
 from vqserve_server.codebooks import Codebook, load_codebook
 from vqserve_tools.flags import add_flags, from_flags
 from vqserve_tools.inspection.inspection import FORMAT, inspect
@@ -21,7 +22,7 @@ from vqserve_tools.inspection.pair import Side, verdict
 from vqserve_tools.inspection.plot import draw
 from vqserve_tools.inspection.statistics import save_codebook_again, with_statistics
 from vqserve_tools.inspection.text import as_text, as_text_side_by_side
-from vqserve_tools.latents.arguments import SOURCES_HELP, SourceOptions
+from vqserve_tools.latents.arguments import SourceOptions
 from vqserve_tools.latents.array import ArrayRows
 from vqserve_tools.latents.opening import Sources
 from vqserve_tools.latents.rows import LatentRows

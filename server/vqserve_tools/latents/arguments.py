@@ -16,8 +16,6 @@ from vqserve_data.readers.protocol import Selection, SourceFile
 from vqserve_data.sources import Found, find
 from vqserve_tools.flags import option
 
-SOURCES_HELP = "files, folders, globs or URLs of .npy, .npz, .safetensors, .pt, tars, Parquet, Arrow, HDF5 and Zarr"
-
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
