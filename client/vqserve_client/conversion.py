@@ -36,6 +36,8 @@ from vqserve_client.client import Client
 
 # Small enough that several pieces in flight need little memory, large enough that calls cost little.
 PIECE_BYTES = 4 << 20
+# What each operation makes.
+RESULTS = {"encode": "indices", "decode": "latents"}
 # Shapes whose cuts are remembered.
 _SHAPES = 256
 

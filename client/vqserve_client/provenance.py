@@ -14,7 +14,7 @@ from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import DigestMismatch, InvalidOption
 from vqserve.validation import is_digest
 from vqserve_client.catalogue import choose
-from vqserve_client.conversion import ConversionOptions
+from vqserve_client.conversion import Conversion, ConversionOptions, Decoding, Encoding
 from vqserve_data.drafts import write_file
 from vqserve_data.errors import FileError
 
@@ -133,6 +133,19 @@ def options_as_made(given: ConversionOptions, made_by: Mapping[str, Any] | None)
         num_quantizers=made["num_quantizers"],
         batched=given.batched and made["batched"],
     )
+
+
+def conversion_of(
+    operation: str, codebook: CodebookInfo, options: ConversionOptions, made_by: Mapping[str, Any] | None
+) -> Conversion:
+    """Return what encodes, or what decodes tokens that were made so.
+
+    Raises:
+        InvalidOption: the options do not fit the codebook, or what made the tokens.
+    """
+    if operation == "encode":
+        return Encoding(codebook, options)
+    return Decoding(codebook, options_as_made(options, made_by))
 
 
 def codebook_of(

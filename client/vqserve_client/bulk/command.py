@@ -28,13 +28,14 @@ from vqserve_client.bulk.progress import counted, short
 from vqserve_client.bulk.records import ERRORS
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig
-from vqserve_client.conversion import Conversion, ConversionOptions, Decoding, Encoding
-from vqserve_client.provenance import codebook_of, description, options_as_made, sidecar, with_sidecar
+from vqserve_client.conversion import RESULTS, ConversionOptions
+from vqserve_client.provenance import codebook_of, conversion_of, description, sidecar, with_sidecar
 from vqserve_client.transfer import Progress, Task, convert_file
 from vqserve_data.errors import FileError
 from vqserve_data.files import check_output
 from vqserve_data.readers import suffix_of
 from vqserve_data.readers.protocol import Selection
+from vqserve_data.sources import SOURCES_HELP
 from vqserve_data.writers import FORMATS
 
 # Exit code of a job that came to its end, with items that have no result.
@@ -61,12 +62,12 @@ _FOR_FOLDERS: dict[str, object] = {
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `encode` or `decode`."""
     operation = command.get_default("command")
-    made = {"encode": "indices", "decode": "latents"}[operation]
+    made = RESULTS[operation]
     command.add_argument(
         "sources",
         nargs="+",
         metavar="SRC",
-        help="files, folders, globs or URLs of .npy, .npz, .safetensors, .pt, tars, Parquet, Arrow, HDF5 and Zarr; "
+        help=f"{SOURCES_HELP}; "
         + ("with --map of any files" if operation == "encode" else "or the folder that `vqserve encode` wrote"),
     )
     command.add_argument(
@@ -203,11 +204,7 @@ def _convert_file(client: Client, args: argparse.Namespace, operation: str) -> i
         target=client.target,
         force=args.force,
     )
-    conversion: Conversion
-    if operation == "encode":
-        conversion = Encoding(info, _options(args))
-    else:
-        conversion = Decoding(info, options_as_made(_options(args), made_by))
+    conversion = conversion_of(operation, info, _options(args), made_by)
     task = Task(source=source, target=args.out, force=args.force, is_pinned=args.digest is not None)
     with _bar(shown=args.progress and not args.quiet) as progress:
         if operation == "encode":

@@ -17,14 +17,14 @@ from vqserve_client.bulk.job import Job
 from vqserve_client.bulk.keys import Keys, Paths, check_unique
 from vqserve_client.bulk.mapping import Mapping
 from vqserve_client.bulk.origins import common_origin
-from vqserve_client.bulk.outlook import Outlook
-from vqserve_client.bulk.parts import Limits
+from vqserve_client.bulk.outlook import SHOWN, Outlook
+from vqserve_client.bulk.parts import Limits, Output
 from vqserve_client.bulk.progress import Counts, Display
 from vqserve_client.bulk.records import RESERVED, Records, begun_parts, has_results, read_manifest
 from vqserve_client.bulk.tokens import PartFile, output_of
 from vqserve_client.client import Client
-from vqserve_client.conversion import Conversion, ConversionOptions, Decoding, Encoding
-from vqserve_client.provenance import codebook_of, description, options_as_made
+from vqserve_client.conversion import RESULTS, Conversion, ConversionOptions
+from vqserve_client.provenance import codebook_of, conversion_of, description
 from vqserve_data.errors import FileError
 from vqserve_data.items import Entry, Item, Record
 from vqserve_data.readers import reader_of
@@ -35,9 +35,6 @@ from vqserve_data.writers import writer_of
 # One file, folder, pattern or URL, or several.
 Sources = str | PathLike[str] | Sequence[str | PathLike[str]]
 Form = Literal["bar", "lines", "json", "none"]
-_KINDS = {"encode": "indices", "decode": "latents"}
-# Keys that a dry run shows.
-_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +107,8 @@ class DataSet:
         self._folder = folder
         self._options = options
         self._writer = writer_of(options.format)
-        if _KINDS[operation] not in self._writer.kinds:
-            raise FileError(f"--format {options.format} cannot hold {_KINDS[operation]}")
+        if RESULTS[operation] not in self._writer.kinds:
+            raise FileError(f"--format {options.format} cannot hold {RESULTS[operation]}")
         self._map = None if options.map is None else Mapping(options.map, options.map_processes)
         self._select = replace(options.select, fields=self._writer.keeps_fields, raw=self._map is not None)
         self._output = output_of(sources) if operation == "decode" else None
@@ -188,7 +185,7 @@ class DataSet:
         bad: list[str] = []
         for file, entry in self._entries():
             items += 1
-            if len(keys) < _SHOWN:
+            if len(keys) < SHOWN:
                 keys.append(entry.key)
             if entry.shape is None or entry.dtype is None or self._map is not None:
                 unknown += 1
@@ -234,9 +231,7 @@ class DataSet:
             target=self._client.target,
             force=options.force,
         )
-        if operation == "encode":
-            return Encoding(info, options.conversion)
-        return Decoding(info, options_as_made(options.conversion, made_by))
+        return conversion_of(operation, info, options.conversion, made_by)
 
     def _check_whole_output(self, folder: Path) -> None:
         """Check that no option chooses arrays of the output of a job, which has one for each item.
@@ -272,22 +267,28 @@ class DataSet:
         return common_origin(file.path for file in self.files if file.path is not None)
 
     def _run(self, records: Records) -> None:
-        job = Job(
-            self._client,
+        output = Output(
             self.conversion,
-            files=self.files,
-            read=self._read,
-            function=self._map,
             writer=self._writer,
             metadata={"vqserve": json.dumps(self.job, separators=(",", ":"))},
             records=records,
             limits=self._options.limits,
             counts=self._counts,
         )
+        job = Job(
+            self._client,
+            self.conversion,
+            files=self.files,
+            start=records.end,
+            read=self._read,
+            function=self._map,
+            output=output,
+            counts=self._counts,
+        )
         try:
             job.run()
         except BaseException:
-            records.write_errors(job.open_errors)
+            records.write_errors(output.open_errors)
             raise
         records.finish(self.job)
 

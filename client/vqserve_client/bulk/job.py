@@ -20,15 +20,14 @@ from vqserve.errors import InvalidArgument, VqserveError
 from vqserve_client.arrays import Array
 from vqserve_client.bulk.handoff import Handoff, Stopped
 from vqserve_client.bulk.mapping import Mapping
-from vqserve_client.bulk.parts import Limits, Output, Sent, Work, one_line
+from vqserve_client.bulk.parts import Output, Sent, Work, one_line
 from vqserve_client.bulk.progress import Counts
-from vqserve_client.bulk.records import Position, Records
+from vqserve_client.bulk.records import Position
 from vqserve_client.client import Client
 from vqserve_client.conversion import Conversion
 from vqserve_data.errors import FileError
 from vqserve_data.items import BadItem, Item, Record
 from vqserve_data.readers.protocol import SourceFile
-from vqserve_data.writers.protocol import Writer
 
 # Bytes that are read ahead, and bytes of results that wait to be written.
 _AHEAD_BYTES = 64 << 20
@@ -55,12 +54,10 @@ class Job:
         conversion: Conversion,
         *,
         files: Sequence[SourceFile],
+        start: Position,
         read: Read,
         function: Mapping | None,
-        writer: Writer,
-        metadata: dict[str, str],
-        records: Records,
-        limits: Limits,
+        output: Output,
         counts: Counts,
     ) -> None:
         """Do nothing yet.
@@ -69,12 +66,10 @@ class Job:
             client: the client, whose servers have the codebook of the conversion.
             conversion: what is done to each array.
             files: the sources.
+            start: place in them where the job begins.
             read: what reads them.
             function: makes the arrays of what is read; None: they are read.
-            writer: format of the output.
-            metadata: texts for the shards.
-            records: records of the output, opened and checked.
-            limits: limits of shards and errors.
+            output: takes the results.
             counts: what is shown meanwhile.
         """
         self._client = client
@@ -82,13 +77,11 @@ class Job:
         self._files = files
         self._read = read
         self._map = function
-        self._records = records
+        self._start = start
+        self._output = output
         self._counts = counts
         self._incoming: Handoff[list[Sent]] = Handoff(_AHEAD_BYTES)
         self._outgoing: Handoff[list[Sent]] = Handoff(_AHEAD_BYTES)
-        self._output = Output(
-            conversion, writer=writer, metadata=metadata, records=records, limits=limits, counts=counts
-        )
         # Pieces that were sent, and between them items without a piece, in order.
         self._pending: deque[Sent] = deque()
         self._results = _Chunk(self._outgoing)
@@ -120,11 +113,6 @@ class Job:
                 thread.join(seconds)
             self._counts.waited_for_sources_s = self._incoming.waited_to_take_s
             self._counts.waited_for_output_s = self._outgoing.waited_to_put_s
-
-    @property
-    def open_errors(self) -> list[dict[str, Any]]:
-        """Records of the items without a result that are in no part yet."""
-        return self._output.open_errors
 
     def _send_all(self) -> None:
         for result in self._conversion.many(self._client, self._arrays(), on_error="return"):
@@ -179,7 +167,7 @@ class Job:
 
     def _placed(self) -> Iterator[tuple[Position, Record]]:
         """Yield all that is left in the sources, with the place behind it."""
-        start = self._records.end
+        start = self._start
         for number in range(start.file, len(self._files)):
             file = self._files[number]
             first = start.items if number == start.file else 0

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from vqserve_data.errors import FileError
-from vqserve_data.items import Entry
 from vqserve_data.readers.protocol import SourceFile
-
-Entries = Iterable[tuple[SourceFile, Entry]]
 
 
 class Keys:

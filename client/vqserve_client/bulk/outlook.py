@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from vqserve_client.bulk.progress import counted, short
 
 # Items and reasons that the text shows.
-_SHOWN = 3
+SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Outlook:
 
     def text(self) -> str:
         """Return it as lines."""
-        keys = ", ".join(self.first_keys[:_SHOWN]) + (", ..." if self.items > _SHOWN else "")
+        keys = ", ".join(self.first_keys[:SHOWN]) + (", ..." if self.items > SHOWN else "")
         unknown = f", and {counted(self.unknown_items, 'item')} of unknown size" if self.unknown_items else ""
         files, items = counted(self.files, "file"), counted(self.items, "item")
         lines = [
@@ -67,9 +67,9 @@ class Outlook:
             lines.append(f"done before: {counted(self.begun_items, 'item')}")
         if self.skipped:
             lines.append(f"left out: {counted(len(self.skipped), 'file')} of other types, such as {self.skipped[0]}")
-        lines += [f"no result: {text}" for text in self.bad[:_SHOWN]]
-        if len(self.bad) > _SHOWN:
-            lines.append(f"no result: {len(self.bad) - _SHOWN:,} more")
+        lines += [f"no result: {text}" for text in self.bad[:SHOWN]]
+        if len(self.bad) > SHOWN:
+            lines.append(f"no result: {len(self.bad) - SHOWN:,} more")
         return "\n".join(lines)
 
     def json(self) -> str:

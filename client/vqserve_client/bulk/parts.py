@@ -102,7 +102,16 @@ class Output:
         limits: Limits,
         counts: Counts,
     ) -> None:
-        """Begin nothing yet; see Job for the arguments."""
+        """Begin nothing yet.
+
+        Args:
+            conversion: what is done to each array.
+            writer: format of the output.
+            metadata: texts for the shards.
+            records: records of the output, opened and checked.
+            limits: limits of shards and errors.
+            counts: what is shown meanwhile.
+        """
         self._conversion = conversion
         self._writer = writer
         self._metadata = metadata

@@ -37,7 +37,6 @@ _FOLDER = "manifest"
 # Names in the folder of an output that no item may use for a folder of its own.
 RESERVED = frozenset({MANIFEST, ERRORS, _FOLDER})
 _SOURCES = "sources.jsonl"
-_READ_BYTES = 1 << 20
 # Version of the form of these files.
 _FORM = 1
 _encode = json.JSONEncoder(separators=(",", ":")).encode
@@ -143,11 +142,8 @@ class Records:
             return
         self.parts = begun_parts(self.folder, job, sources)
 
-    def check(self, advance: Any = None) -> None:
+    def check(self) -> None:
         """Check that the files of the whole parts are as they were written; remove what belongs to no whole part.
-
-        Args:
-            advance: called with the bytes of each file that was checked.
 
         Raises:
             FileError: a file is missing or was changed.
@@ -155,8 +151,6 @@ class Records:
         for part in self.parts:
             for file in part.files:
                 check_file(self.folder, file)
-                if advance is not None:
-                    advance(file.nbytes)
         for path in drafts_below(self.folder):
             path.unlink()
         for path in (self.folder / _FOLDER).glob("part-*.jsonl"):
@@ -333,17 +327,16 @@ def check_file(folder: Path, file: Written) -> None:
         FileError: it is missing or was changed.
     """
     path = file_below(folder, file.name)
-    sha256 = hashlib.sha256()
     try:
-        size = path.stat().st_size
-        with path.open("rb", buffering=0) as data:
-            while size == file.nbytes and (block := data.read(_READ_BYTES)):
-                sha256.update(block)
+        is_same = path.stat().st_size == file.nbytes
+        if is_same:
+            with path.open("rb", buffering=0) as data:
+                is_same = hashlib.file_digest(data, "sha256").hexdigest() == file.sha256
     except FileNotFoundError:
         raise FileError(f"{path} is missing, which was written before") from None
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
-    if size != file.nbytes or sha256.hexdigest() != file.sha256:
+    if not is_same:
         raise FileError(f"{path} is not as it was written: it was changed or damaged since")
 
 

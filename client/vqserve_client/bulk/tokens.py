@@ -18,15 +18,13 @@ from vqserve_client.bulk.records import (
     read_parts,
     read_records,
 )
+from vqserve_client.conversion import RESULTS
 from vqserve_data.errors import FileError
 from vqserve_data.items import BadItem, Item, Record
 from vqserve_data.readers import reader_of
 from vqserve_data.readers.protocol import Selection
 from vqserve_data.sources import LocalFile
 from vqserve_data.stream import TokenStream
-
-# Where the array of an item is, in the formats that have other things beside it.
-_COLUMNS = {"encode": "indices", "decode": "latents"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +151,8 @@ class Output:
         if self._format == "stream":
             stream = TokenStream(files[0].path)
             return (Item("part", stream[number], part.name) for number in range(start, len(stream)))
-        column = _COLUMNS[self.made_by["operation"]]
+        # Where the array of an item is, in the formats that have other things beside it.
+        column = RESULTS[self.made_by["operation"]]
         select = {
             "parquet": Selection(column=column, key="key"),
             "tar": Selection(members=(f"{column}.npy",)),
