@@ -81,7 +81,9 @@ def _compile(root: Path, target: tuple[str, str, dict[str, str]]) -> bytes:
     """Return the library, compiled from the sources below `root`."""
     triple, _, levels = target
     with tempfile.TemporaryDirectory() as scratch:
-        objects = [_compile_one(root, triple, "pool.c", [], Path(scratch) / "pool.o")]
+        objects = [
+            _compile_one(root, triple, f"{name}.c", [], Path(scratch) / f"{name}.o") for name in ("decode", "pool")
+        ]
         for level, flags in levels.items():
             own = [*flags.split(), f"-DLEVEL={level}"]
             objects.append(_compile_one(root, triple, "search.c", own, Path(scratch) / f"{level}.o"))

@@ -25,6 +25,7 @@ class FakeTokenizer:
         self.device = torch.device("cpu")
         self.search = "fake"
         self.probe = None
+        self.native_batch = None
         self.info = CodebookInfo(
             name=name,
             digest=f"{len(codes):064x}",

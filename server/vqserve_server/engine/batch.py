@@ -13,7 +13,7 @@ import torch
 
 from vqserve.errors import InvalidArgument, Overloaded
 from vqserve_server.engine.caller import CANARY
-from vqserve_server.engine.job import Job, Key, RequestTiming
+from vqserve_server.engine.job import EncodeJob, Job, Key, RequestTiming
 from vqserve_server.engine.speed import Speed
 from vqserve_server.event_log import event
 
@@ -77,7 +77,7 @@ class Batch:
         speed: what learns from the time that it takes.
         taken_at: when a device thread took it, in time.monotonic() seconds.
         expired: jobs whose deadline passed while it was computed.
-        computed: its rows and their results, as long as the device thread's memory has them; None: not computed.
+        is_in_place: whether it was computed from the sources of its jobs, without a copy.
     """
 
     def __init__(self, key: Key, speed: Speed | None = None) -> None:
@@ -88,7 +88,8 @@ class Batch:
         self.cost = 0.0
         self.taken_at = 0.0
         self.expired = 0
-        self.computed: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
+        self.is_in_place = False
+        self._computed: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
 
     def add(self, job: Job, rows: int) -> None:
         """Add the next rows of a job."""
@@ -97,17 +98,33 @@ class Batch:
         self._append(job, start, stop)
 
     def compute(self, staging: Staging) -> None:
-        """Compute all parts, and write the results into the replies of their jobs."""
+        """Compute all parts, and write the results into the replies of their jobs.
+
+        A job whose source has an invalid value fails; the others are not affected.
+        """
+        native = self.key.tokenizer.native_batch
+        if native is not None:
+            spans = [part.job.span(part.start, part.stop) for part in self.parts]
+            is_valid = self.key.compute_in_place(native, spans)
+            if is_valid is not None:
+                self.is_in_place = True
+                if not is_valid:
+                    self._reject_invalid()
+                self._expire()
+                return
+        self._reject_invalid()
         rows = staging.rows(self.key, self.rows)
         for part in self.parts:
-            part.job.read(part.start, part.stop, rows[part.rows])
+            if not part.job.is_valid:
+                rows[part.rows] = 0
+            else:
+                part.job.read(part.start, part.stop, rows[part.rows])
         results = self.key.compute(rows)
         if len(results) != self.rows:
             raise RuntimeError(f"{len(results)} results for {self.rows} rows")
-        self.computed = rows, results
-        now = time.monotonic()
+        self._computed = rows, results
+        self._expire()
         for part in self.parts:
-            self.expired += part.job.expire(now)
             if part.job.outcome is not None:
                 continue
             try:
@@ -135,10 +152,26 @@ class Batch:
                 complete.append((part.job, timing))
         return complete
 
-    def traffic(self, rows: list[int]) -> list[int]:
-        """Return those of some rows that are not the server's own."""
-        own = [part.rows for part in self.parts if part.job.caller is CANARY]
-        return [row for row in rows if not any(part.start <= row < part.stop for part in own)] if own else rows
+    def sample(self, chosen: list[int]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
+        """Return chosen rows of callers, and their indices; None if there are none.
+
+        Only after an encode batch was computed, and, if that was not in place, before the next one is.
+        """
+        samples: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
+        for part in self.parts:
+            first, end = part.rows.start, part.rows.stop
+            rows = [row for row in chosen if first <= row < end]
+            if not rows or part.job.caller is CANARY or part.job.is_valid is False:
+                continue
+            if self._computed is not None:
+                # Twice as fast as array[rows] for a few.
+                latents, indices = self._computed
+                samples.append((latents.take(rows, axis=0), indices.take(rows, axis=0)))
+            elif isinstance(part.job, EncodeJob):
+                samples.append(part.job.sample([row - first + part.start for row in rows]))
+        if len(samples) < 2:
+            return samples[0] if samples else None
+        return np.concatenate([sample[0] for sample in samples]), np.concatenate([sample[1] for sample in samples])
 
     def reject(self, error: InvalidArgument) -> None:
         """Fail the job of the only part with an error about that part."""
@@ -169,6 +202,18 @@ class Batch:
                 pieces[-1]._append(part.job, start, stop)
                 start = stop
         return pieces
+
+    def _reject_invalid(self) -> None:
+        for part in self.parts:
+            try:
+                part.job.check()
+            except InvalidArgument as error:
+                part.job.resolve(error)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for part in self.parts:
+            self.expired += part.job.expire(now)
 
     def _append(self, job: Job, start: int, stop: int) -> None:
         rows = stop - start

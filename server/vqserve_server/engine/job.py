@@ -14,14 +14,16 @@ import numpy.typing as npt
 
 from vqserve.dtypes import LATENTS_BY_STORAGE
 from vqserve.errors import Cancelled, DeadlineExceeded, InvalidArgument
-from vqserve.layout import Layout, grid_shape
+from vqserve.layout import Layout, channel_axis, grid_shape
 from vqserve.types import OutputName
-from vqserve.validation import beyond_dtype
+from vqserve.validation import beyond_dtype, check_indices
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine.caller import Caller
 from vqserve_server.engine.copy import first_overflow, read_rows, read_tokens, write_rows, write_tokens
 from vqserve_server.event_log import event
 from vqserve_server.metrics.recorder import OperationMetrics
+from vqserve_server.search.native import NativeBatch, Span
+from vqserve_server.validation import check_finite
 
 if TYPE_CHECKING:
     from vqserve_server.engine.queue import Line
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
-_INDEX_DTYPE = np.dtype(np.int64)
+_INDEX_DTYPE, _WIDE = np.dtype(np.int64), np.dtype(np.float64)
 # A batch to decode may have this many times the rows of one to encode: a lookup costs less than a search.
 _DECODED_PER_ENCODED = 4
 # Guards the outcomes of all jobs; it is held for a few operations only.
@@ -64,6 +66,10 @@ class EncodeKey(NamedTuple):
     def compute(self, rows: Array) -> Array:
         """Return the indices of rows (n, C): (n,) or (n, num_quantizers)."""
         return self.tokenizer.encode_rows(rows, num_quantizers=self.num_quantizers)
+
+    def compute_in_place(self, native: NativeBatch, spans: list[Span]) -> bool | None:
+        """Write the indices of tokens; see `NativeBatch.encode`."""
+        return native.encode(spans, is_wide=self.rows_dtype == _WIDE)
 
 
 class DecodeKey(NamedTuple):
@@ -107,6 +113,10 @@ class DecodeKey(NamedTuple):
         """Return the rows (n, channels) of indices, (n,) or (n, num_quantizers); see `Tokenizer.decode_rows`."""
         return self.tokenizer.decode_rows(indices, output=self.output, dtype=self.dtype)
 
+    def compute_in_place(self, native: NativeBatch, spans: list[Span]) -> bool | None:
+        """Write the rows of indices; see `NativeBatch.decode`."""
+        return native.decode(spans, output=self.output, dtype=self.dtype)
+
 
 # Equal keys are equal tuples; one for encode never equals one for decode, as their lengths differ.
 Key = EncodeKey | DecodeKey
@@ -139,9 +149,11 @@ class Job(ABC):
         line: where the job waits, until all its rows are part of a batch.
         metrics: where its batches are counted; None: they are not.
         outcome: None until there is one; an exception if the job failed.
+        is_valid: whether the values of the source are valid; None: nobody has looked.
     """
 
     metrics: OperationMetrics | None = None
+    is_valid: bool | None = None
 
     def __init__(
         self,
@@ -173,6 +185,29 @@ class Job(ABC):
         self._rows_done = 0
         self._queue_s = self._compute_s = 0.0
         self._batch_requests = self._batch_rows = 0
+
+    def check(self) -> None:
+        """Check the values of the source, unless they are known to be valid.
+
+        Raises:
+            InvalidArgument: names the first offender.
+        """
+        if not self.is_valid:
+            self.is_valid = False
+            self._check()
+            self.is_valid = True
+
+    @abstractmethod
+    def _check(self) -> None:
+        """Check the values of the source.
+
+        Raises:
+            InvalidArgument: names the first offender.
+        """
+
+    @abstractmethod
+    def span(self, start: int, stop: int) -> Span:
+        """Return where the rows [start, stop) are read and their results are written."""
 
     @abstractmethod
     def read(self, start: int, stop: int, into: Array) -> None:
@@ -241,10 +276,24 @@ class Job(ABC):
 class EncodeJob(Job):
     """Latents to indices.
 
-    `source` holds checked latents of a type's `storage` (vqserve.dtypes). `result` holds
+    `source` holds latents of a type's `storage` (vqserve.dtypes). `result` holds
     indices in a type that fits the vocabulary: in the shape of the grid, or, if the key has a number of quantizers, in
     the shape of the latents with a token's indices in place of the channels.
     """
+
+    def _check(self) -> None:
+        check_finite(self.source)
+
+    def span(self, start: int, stop: int) -> Span:
+        """Return where the rows [start, stop) are read and their indices are written."""
+        return Span(self.source, self.result, self.layout, start, stop)
+
+    def sample(self, rows: list[int]) -> tuple[Array, Array]:
+        """Return some rows and their indices, which were written: (n, C) as the key has them, (n,) int64."""
+        latents = np.empty((len(rows), *self.key.row_shape), self.key.rows_dtype)
+        for number, row in enumerate(rows):
+            read_rows(self.source, self.layout, row, row + 1, latents[number : number + 1])
+        return latents, self.result.reshape(-1)[rows].astype(np.int64)
 
     def read(self, start: int, stop: int, into: Array) -> None:
         """Copy the rows [start, stop) into a batch."""
@@ -265,9 +314,18 @@ class EncodeJob(Job):
 class DecodeJob(Job):
     """Indices to latents.
 
-    `source` holds checked indices of any integer type, in one of the shapes of `EncodeJob`'s result. `result` holds
+    `source` holds indices of any integer type, in one of the shapes of `EncodeJob`'s result. `result` holds
     latents: of a type's `storage` (vqserve.dtypes).
     """
+
+    def _check(self) -> None:
+        tokenizer, axis = self.key.tokenizer, channel_axis(self.layout)
+        sizes = tokenizer.info.stage_vocab_sizes
+        check_indices(self.source, decodable=tokenizer.decodable, stage_sizes=sizes, axis=axis)
+
+    def span(self, start: int, stop: int) -> Span:
+        """Return where the rows [start, stop) are read and their latents are written."""
+        return Span(self.result, self.source, self.layout, start, stop)
 
     def read(self, start: int, stop: int, into: Array) -> None:
         """Copy the rows [start, stop) into a batch."""

@@ -151,12 +151,13 @@ class Worker:
 
     def _record(self, batch: Batch, chosen: list[int]) -> None:
         """Let chosen rows of an encode batch be counted, after it was answered: an error here fails no request."""
-        rows = batch.traffic(chosen)
-        if self._usage is None or batch.computed is None or not rows:
+        if self._usage is None:
             return
         tokenizer = batch.key.tokenizer
         try:
-            self._usage.record(tokenizer, *batch.computed, rows)
+            sample = batch.sample(chosen)
+            if sample is not None:
+                self._usage.record(tokenizer, *sample)
         except Exception as error:
             if is_device_failure(error):
                 raise

@@ -22,7 +22,6 @@ from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve.validation import (
     INDEX_RANKS,
     check_has_output,
-    check_indices,
     check_indices_shape,
     check_latents_shape,
     check_num_quantizers,
@@ -40,7 +39,6 @@ from vqserve_server.rpc.messages import (
     layout_of,
     read,
 )
-from vqserve_server.validation import check_finite
 
 RequestT = TypeVar("RequestT", pb.EncodeRequest, pb.DecodeRequest)
 Array = npt.NDArray[Any]
@@ -110,12 +108,16 @@ class RequestHeader(ABC, Generic[RequestT]):
         self.has_name = bool(message.codebook)
         self.codebook = message.codebook or self._tokenizer.info.name.partition(VERSION_MARK)[0]
         self._read(message, payload_bytes, self._tokenizer.info)
+        # The search looks at every value anyway.
+        self._checks_later = self._tokenizer.native_batch is not None
         check_reply_size(self.reply_bytes, max_message_bytes)
 
     def job(
         self, data: memoryview, *, caller: Caller, on_done: Callable[[], None], deadline: float | None
     ) -> tuple[Job, wire.ReplyBuffer]:
-        """Validate a payload, and return the job that reads it and the reply that the job writes.
+        """Return the job that reads a payload, and the reply that the job writes.
+
+        The values are validated here, or, where that costs nothing, when they are computed.
 
         Args:
             data: the payload.
@@ -126,7 +128,7 @@ class RequestHeader(ABC, Generic[RequestT]):
         Raises:
             NonFiniteLatents, IndexOutOfRange: names the first offender.
         """
-        source = self._checked(np.frombuffer(data, self._dtype).reshape(self._shape))
+        source = self._used(np.frombuffer(data, self._dtype).reshape(self._shape))
         reply = wire.ReplyBuffer(self._template)
         result = np.frombuffer(memoryview(reply.memory), self._reply_dtype, offset=self._template.start)
         job = self.job_type(
@@ -140,19 +142,17 @@ class RequestHeader(ABC, Generic[RequestT]):
             deadline=deadline,
         )
         job.metrics = self.metrics
+        if not self._checks_later:
+            job.check()
         return job, reply
 
     @abstractmethod
     def _read(self, message: RequestT, payload_bytes: int, info: CodebookInfo) -> None:
         """Validate what the message asks for; set `rows`, `key`, `_layout`, `_set_request` and `_set_reply`."""
 
-    @abstractmethod
-    def _checked(self, array: Array) -> Array:
-        """Return the part of the payload's array that the engine reads, if its values are valid.
-
-        Raises:
-            InvalidArgument: names the first offender.
-        """
+    def _used(self, array: Array) -> Array:
+        """Return the part of the payload's array that the engine reads."""
+        return array
 
     def _set_request(self, dtype: int, shape: tuple[int, ...]) -> None:
         """Set what the payload of requests holds."""
@@ -198,15 +198,6 @@ class EncodeHeader(RequestHeader[pb.EncodeRequest]):
         rows_dtype = BY_NUMBER[message.dtype].computed
         self.key = EncodeKey(self._tokenizer, rows_dtype, stages)
 
-    def _checked(self, array: Array) -> Array:
-        """Return the latents.
-
-        Raises:
-            NonFiniteLatents: names the first NaN or infinity.
-        """
-        check_finite(array)
-        return array
-
 
 class DecodeHeader(RequestHeader[pb.DecodeRequest]):
     """Header of a DecodeRequest: indices to latents."""
@@ -234,17 +225,10 @@ class DecodeHeader(RequestHeader[pb.DecodeRequest]):
         latents_shape = layout.latents_shape(grid, key.channels, self._layout)
         self._set_reply(latent_dtype, latents_shape, pb.DecodeResponse)
 
-    def _checked(self, array: Array) -> Array:
-        """Return the indices; of a residual codebook those that are used.
-
-        Raises:
-            IndexOutOfRange: names the first offender.
-        """
+    def _used(self, array: Array) -> Array:
+        """Return the indices; of a residual codebook those that are used."""
         count = self.key.num_quantizers
-        used = array if count is None else array[first_channels(count, self._layout)]
-        tokenizer, axis = self._tokenizer, layout.channel_axis(self._layout)
-        check_indices(used, decodable=tokenizer.decodable, stage_sizes=tokenizer.info.stage_vocab_sizes, axis=axis)
-        return used
+        return array if count is None else array[first_channels(count, self._layout)]
 
 
 class HeaderCache(Generic[RequestT]):

@@ -4,7 +4,16 @@
 the code that wins in exact arithmetic on the given numbers, the lowest index among equals.
 """
 
-from vqserve_server.search.backends import available, prepare, why_slower
+from vqserve_server.search.backends import available, compiled, prepare, why_slower
 from vqserve_server.search.searcher import CountingSearcher, Objective, SearchCounts, Searcher
 
-__all__ = ["CountingSearcher", "Objective", "SearchCounts", "Searcher", "available", "prepare", "why_slower"]
+__all__ = [
+    "CountingSearcher",
+    "Objective",
+    "SearchCounts",
+    "Searcher",
+    "available",
+    "compiled",
+    "prepare",
+    "why_slower",
+]

@@ -76,6 +76,18 @@ def prepare(
     return MergedSearcher(distinct, firsts)
 
 
+def compiled(searcher: Searcher) -> tuple[native.NativeSearcher, Tensor | None] | None:
+    """Return the compiled search that a searcher is, and the index of each of its winners; None: it is another.
+
+    The index is None where it is the winner itself.
+    """
+    if isinstance(searcher, native.NativeSearcher):
+        return searcher, None
+    if isinstance(searcher, MergedSearcher) and isinstance(searcher.distinct, native.NativeSearcher):
+        return searcher.distinct, searcher.lowest_index
+    return None
+
+
 def _fits(backend: str, codes: Tensor, bias: Tensor | None, objective: Objective) -> bool:
     if backend == "native":
         return native.fits(codes, bias, objective)

@@ -110,17 +110,22 @@ class CountingSearcher(Searcher):
 
 
 class MergedSearcher(Searcher):
-    """Searches the distinct codes and returns, for each, its lowest index in the codebook."""
+    """Searches the distinct codes and returns, for each, its lowest index in the codebook.
+
+    Attributes:
+        distinct: searches them.
+        lowest_index: (U,) of each.
+    """
 
     def __init__(self, distinct: Searcher, lowest_index: Tensor) -> None:
         """Store a searcher over U distinct codes, and the (U,) codebook index of the first copy of each."""
-        self._distinct = distinct
-        self._lowest_index = lowest_index
+        self.distinct = distinct
+        self.lowest_index = lowest_index
         self.backend = distinct.backend
 
     def search(self, rows: Tensor, counts: SearchCounts | None = None) -> Tensor:
         """Return the winning code of every row; see `Searcher.search`."""
-        return self._lowest_index[self._distinct.search(rows, counts)]
+        return self.lowest_index[self.distinct.search(rows, counts)]
 
 
 def first_of_equals(codes: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -28,6 +28,7 @@ from vqserve_server.device import select_device, to_device, to_host
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.inference.base import FrozenQuantizer, freeze
 from vqserve_server.search import SearchCounts
+from vqserve_server.search.native import NativeBatch
 from vqserve_server.tokenizer.arrays import (
     TORCH_DTYPES,
     Options,
@@ -161,6 +162,11 @@ class Tokenizer:
     def name(self) -> str:
         """The codebook's name."""
         return self.info.name
+
+    @property
+    def native_batch(self) -> NativeBatch | None:
+        """What encodes and decodes the arrays of requests where they are; None: `encode_rows` and `decode_rows` do."""
+        return self._open().native_batch
 
     @property
     def code_groups(self) -> CodeGroups:

@@ -23,17 +23,17 @@ class Recording(LiveUsage):
 
     def __init__(self) -> None:
         super().__init__(memoryview(bytearray(1 << 16)), one_in=1)
-        self.batches: list[tuple[np.ndarray, np.ndarray, list[int]]] = []
+        self.batches: list[tuple[np.ndarray, np.ndarray]] = []
         self.forgotten: list[Any] = []
         self.error: BaseException | None = None
 
     def follow(self, tokenizers: Any) -> None:
         """Fakes have nothing to count."""
 
-    def record(self, tokenizer: Any, rows: Any, indices: Any, chosen: Any) -> None:
+    def record(self, tokenizer: Any, rows: Any, indices: Any) -> None:
         if self.error is not None:
             raise self.error
-        self.batches.append((rows.copy(), indices.copy(), list(chosen)))
+        self.batches.append((rows.copy(), indices.copy()))
 
     def forget(self, tokenizer: Any) -> None:
         self.forgotten.append(tokenizer)
@@ -72,10 +72,9 @@ def test_rows_and_their_indices_are_sampled(
     engine.scheduler.put(job)
     JOBS.result(job)
     eventually(lambda: usage.batches)
-    [(rows, indices, chosen)] = usage.batches
+    [(rows, indices)] = usage.batches
     np.testing.assert_array_equal(rows, job.source)
     np.testing.assert_array_equal(indices, job.result)
-    assert chosen == list(range(7))
 
 
 def test_the_server_s_own_rows_are_not_sampled(
@@ -95,9 +94,7 @@ def test_the_server_s_own_rows_are_not_sampled(
     for job in jobs:
         JOBS.result(job)
     eventually(lambda: len(usage.batches) == 2)
-    rows, _, chosen = usage.batches[1]
-    assert len(rows) == 8
-    np.testing.assert_array_equal(rows[chosen], jobs[1].source)
+    np.testing.assert_array_equal(usage.batches[1][0], jobs[1].source)
     alone = JOBS.encode(tokenizer, latents(5), caller=CANARY)
     engine.scheduler.put(alone)
     JOBS.result(alone)
@@ -117,7 +114,7 @@ def test_decoding_is_not_sampled(fake: Callable[..., Any], start: Callable[..., 
     after = JOBS.encode(tokenizer, latents(2))
     engine.scheduler.put(after)
     eventually(lambda: usage.batches)
-    assert [len(rows) for rows, _, _ in usage.batches] == [2]
+    assert [len(rows) for rows, _ in usage.batches] == [2]
 
 
 def test_a_batch_that_failed_is_not_sampled(
@@ -132,7 +129,7 @@ def test_a_batch_that_failed_is_not_sampled(
         JOBS.result(failed)
     engine.scheduler.put(good)
     eventually(lambda: usage.batches)
-    assert [len(rows) for rows, _, _ in usage.batches] == [2]
+    assert [len(rows) for rows, _ in usage.batches] == [2]
 
 
 def test_an_error_of_sampling_fails_no_request(

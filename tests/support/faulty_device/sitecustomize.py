@@ -84,6 +84,8 @@ def patch_tokenizer(module: object) -> None:
         return decode_rows(self, indices, **options)
 
     tokenizer.encode_rows, tokenizer.decode_rows = encode, decode
+    # What is computed where it is passes neither.
+    tokenizer.native_batch = None
 
 
 def patch_health(module: object) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from vqserve.types import OutputName
 from vqserve_server.quantizers.tensors import autocast_off
 from vqserve_server.search import SearchCounts
+from vqserve_server.search.native import NativeBatch
 
 if TYPE_CHECKING:
     from vqserve_server.quantizers.quantizer import Quantizer
@@ -51,6 +52,11 @@ class FrozenQuantizer(ABC):
     device: torch.device
     num_quantizers: int = 1
     stage_vocab_sizes: tuple[int, ...] = ()
+
+    @property
+    def native_batch(self) -> NativeBatch | None:
+        """What reads and writes the arrays of requests itself; None: this quantizer takes and gives rows only."""
+        return None
 
     @property
     @abstractmethod

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vqserve.dtypes import to_numpy, to_torch
+from vqserve.dtypes import LATENTS, to_numpy, to_torch
 from vqserve.errors import CodebookError
 from vqserve.types import OutputName
 from vqserve.validation import check_output
@@ -18,7 +20,11 @@ from vqserve_server.quantizers.inference.base import FrozenQuantizer, probe_ids
 from vqserve_server.quantizers.objective import SearchProblem
 from vqserve_server.quantizers.projections import Projection, project
 from vqserve_server.quantizers.tensors import are_finite, autocast_off, narrow
-from vqserve_server.search import CountingSearcher, SearchCounts, Searcher
+from vqserve_server.search import CountingSearcher, SearchCounts, Searcher, compiled
+from vqserve_server.search.native import NativeBatch
+
+# By how latents are stored.
+_TORCH_DTYPES = {dtype.storage: getattr(torch, dtype.name) for dtype in LATENTS}
 
 
 class _Rows(NamedTuple):
@@ -72,14 +78,20 @@ class Table:
             (m, width), a copy: of `dtype` where that is narrower than the rows' and all of the table is within its
             range, each value rounded once to nearest even; else of the rows' own.
         """
-        rows = self._by_dtype.get(dtype)
-        if rows is None:
-            rows = self._rounded(dtype)
+        rows = self._rows_for(dtype)
         if rows.array is None:
             return rows.tensor.index_select(0, indices)
         # numpy takes on one core the time that torch takes on two, and torch's idle threads then keep a core busy.
         taken: Tensor = to_torch(rows.array.take(indices.numpy(), axis=0), rows.name)
         return taken
+
+    def array(self, dtype: np.dtype[Any]) -> npt.NDArray[Any] | None:
+        """Return all rows for a type's `storage` (vqserve.dtypes), as `take` does: C order; None: not on the host."""
+        array = self._rows_for(_TORCH_DTYPES[dtype]).array
+        return None if array is None or not array.flags.c_contiguous else array
+
+    def _rows_for(self, dtype: torch.dtype | None) -> _Rows:
+        return self._by_dtype.get(dtype) or self._rounded(dtype)
 
     def _rounded(self, dtype: torch.dtype | None) -> _Rows:
         """Return, and keep, the rows for a type."""
@@ -128,8 +140,29 @@ class FrozenLookup(CodeSearch, FrozenQuantizer):
         """The name of the search backend."""
         return self._searcher.backend
 
+    @cached_property
+    def native_batch(self) -> NativeBatch | None:
+        """Reads and writes the arrays of requests; None: this codebook needs more than one search and one lookup."""
+        found = compiled(self._searcher)
+        if found is None or self._projection is not None:
+            return None
+        searcher, names = found
+        if self._reported is not None:
+            names = self._reported if names is None else self._reported[names]
+            # A sentinel below zero is for replies only that have a sign.
+            if bool((names < 0).any()):
+                return None
+        return NativeBatch(searcher, None if names is None else np.ascontiguousarray(names.numpy()), self._rows_of)
+
+    def _rows_of(self, output: str, dtype: np.dtype[Any]) -> npt.NDArray[Any] | None:
+        table = self._latents if output == "latents" else self._code_rows
+        return table.array(dtype)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_searcher": self.search_backend}
+        state = {**vars(self), "_searcher": self.search_backend}
+        # It has addresses.
+        state.pop("native_batch", None)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _searcher=state["_problem"].prepare(state["_searcher"]))

@@ -1,7 +1,8 @@
-"""Search on the CPU in compiled code: search.c with its headers, and their Python side."""
+"""Search on the CPU in compiled code: search.c and decode.c with their headers, and their Python side."""
 
+from vqserve_server.search.native.batch import NativeBatch, Span
 from vqserve_server.search.native.codebook import fits
 from vqserve_server.search.native.library import levels, why_unusable
 from vqserve_server.search.native.searcher import NativeSearcher
 
-__all__ = ["NativeSearcher", "fits", "levels", "why_unusable"]
+__all__ = ["NativeBatch", "NativeSearcher", "Span", "fits", "levels", "why_unusable"]

@@ -50,6 +50,8 @@ class Library:
     Attributes:
         search: vq_search of layout.h; it runs without the interpreter's lock, and returns how many winners are left
             undecided, as -1, or a negative number if there is no memory.
+        encode: vq_encode of search.c, which works without the interpreter's lock.
+        decode: vq_decode of decode.c, which does, too.
         lanes: codes that are compared at once.
     """
 
@@ -65,6 +67,30 @@ class Library:
             ctypes.c_void_p,  # two int64 to add to: rows that were rechecked, rows that float64 left open
         )
         self.search.restype = ctypes.c_int64
+        self.encode = getattr(library, f"vq_encode_{level}")
+        self.encode.argtypes = (
+            ctypes.c_void_p,  # CodebookStruct
+            ctypes.c_char_p,  # parts (native/batch.py)
+            ctypes.c_int64,  # how many
+            ctypes.c_int64,  # their rows in all
+            ctypes.c_int32,  # whether their latents are float64
+            ctypes.c_void_p,  # (num_codes,) int64, the index of each winner; None: the winner itself
+            ctypes.c_int32,  # threads
+            ctypes.c_void_p,  # four int64 to add to: as for `search`, then undecided rows, and rows that are not finite
+        )
+        self.encode.restype = ctypes.c_int64
+        self.decode = library.vq_decode
+        self.decode.argtypes = (
+            ctypes.c_char_p,  # parts (native/batch.py)
+            ctypes.c_int64,  # how many
+            ctypes.c_int64,  # their rows in all
+            ctypes.c_void_p,  # table (num_codes, width)
+            ctypes.c_int64,  # the number of its type
+            ctypes.c_int64,  # num_codes
+            ctypes.c_int64,  # width
+            ctypes.c_int32,  # threads
+        )
+        self.decode.restype = ctypes.c_int64
         self._panel_vectors = getattr(library, f"vq_panel_vectors_{level}")
         self._panel_vectors.restype = ctypes.c_int64
         lanes = getattr(library, f"vq_lanes_{level}")

@@ -16,8 +16,18 @@ from vqserve_server.search.searcher import Objective, OnDemand, SearchCounts, Se
 _TwoCounts = ctypes.c_int64 * 2
 
 
+def num_threads() -> int:
+    """Return how many threads may share a search."""
+    return torch.get_num_threads()
+
+
 class NativeSearcher(Searcher):
-    """Searches in float32 with error bounds, then in float64 and in twice float64, all in compiled code."""
+    """Searches in float32 with error bounds, then in float64 and in twice float64, all in compiled code.
+
+    Attributes:
+        book: the codebook as the library reads it.
+        library: the library.
+    """
 
     backend = "native"
 
@@ -40,8 +50,8 @@ class NativeSearcher(Searcher):
                 near too many codes.
             level: instruction set, one of `levels()`; None: the best.
         """
-        self._library = load(level or levels()[0])
-        self._book = NativeCodebook(codes, bias, objective, self._library)
+        self.library = load(level or levels()[0])
+        self.book = NativeCodebook(codes, bias, objective, self.library)
         self._fallback = OnDemand(fallback, codes.device)
         self._dim = codes.shape[1]
 
@@ -57,12 +67,12 @@ class NativeSearcher(Searcher):
         rows = rows.detach().resolve_neg().contiguous()
         winners = torch.empty(rows.shape[0], dtype=torch.int64, device="cpu")
         two_counts = _TwoCounts()
-        undecided: int = self._library.search(
-            ctypes.addressof(self._book.struct),
+        undecided: int = self.library.search(
+            ctypes.addressof(self.book.struct),
             rows.data_ptr(),
             rows.dtype == torch.float64,
             rows.shape[0],
-            torch.get_num_threads(),
+            num_threads(),
             winners.data_ptr(),
             ctypes.addressof(two_counts),
         )

@@ -129,6 +129,7 @@ typedef struct {
     int64_t rechecked;   // rows with more than one cell within the float32 bounds
     int64_t expanded;    // rows that float64 left open
     int64_t unresolved;  // rows that must be searched by other means
+    int64_t not_finite;  // rows with NaN or infinity
 } Tally;
 
 // The winner's index, or -1 if the row must be searched by other means.
