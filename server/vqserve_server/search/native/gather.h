@@ -88,16 +88,27 @@ static void gather(const Part *parts, int64_t num_parts, int64_t first, int64_t 
     }
 }
 
+// Little-endian.
+INLINE void write_indices(char *at, const int size, const int64_t *index, int64_t count) {
+    for (int64_t i = 0; i < count; i++) memcpy(at + size * i, &index[i], size);
+}
+
 // Writes the indices of rows [first, first + count) of a batch; `names`, if not null, has the index for each winner.
-static void scatter(const Part *parts, int64_t num_parts, int64_t first, int64_t count, const int64_t *winner,
+static void scatter(const Part *parts, int64_t num_parts, int64_t first, int64_t count, int64_t *winner,
                     const int64_t *names) {
+    if (names)
+        for (int64_t i = 0; i < count; i++) winner[i] = winner[i] < 0 ? winner[i] : names[winner[i]];
     for (const Part *part = parts + part_of(parts, num_parts, first); count; part++) {
         int64_t left = part->rows - (first - part->first);
         if (left > count) left = count;
         int size = size_of(part->index_type);
         char *at = part->indices + size * (part->start + first - part->first);
-        for (int64_t i = 0; i < left; i++)
-            write_index(at + size * i, part->index_type, names && winner[i] >= 0 ? names[winner[i]] : winner[i]);
+        switch (size) {
+            case 1: write_indices(at, 1, winner, left); break;
+            case 2: write_indices(at, 2, winner, left); break;
+            case 4: write_indices(at, 4, winner, left); break;
+            default: write_indices(at, 8, winner, left);
+        }
         winner += left;
         first += left;
         count -= left;

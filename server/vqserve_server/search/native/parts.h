@@ -41,17 +41,6 @@ COPY int64_t part_of(const Part *parts, int64_t count, int64_t row) {
     return low;
 }
 
-COPY void write_index(char *at, int64_t type, int64_t index) {
-    uint64_t bits = (uint64_t)index;
-    // Little-endian.
-    switch (size_of(type)) {
-        case 1: memcpy(at, &bits, 1); break;
-        case 2: memcpy(at, &bits, 2); break;
-        case 4: memcpy(at, &bits, 4); break;
-        default: memcpy(at, &bits, 8);
-    }
-}
-
 // Negative ones are greater than any codebook.
 COPY uint64_t read_index(const char *at, int64_t type) {
     uint64_t bits = 0;

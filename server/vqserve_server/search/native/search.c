@@ -123,16 +123,24 @@ INLINE int64_t settle(const Rows *s, int64_t row, const float *z, int stride, co
         tally->not_finite++;
         return 0;
     }
-    Candidates c = {.upper = INFINITY};
     float upper = least(cells->upper);
     if (!isfinite(length->norm) || !isfinite(upper)) {
         tally->unresolved++;
         return -1;
     }
+    uint32_t near = bits_of(cells->lower <= (vf)upper);
+    int is_known = !bits_of(cells->second <= (vf)upper);
+    if (is_known && near && !(near & (near - 1))) {
+        int lane = __builtin_ctz(near);
+        int64_t slot = only_code(book, cells->block[lane], lane, vectors);
+        if (slot >= 0) return book->id[slot];
+    }
+    Candidates c;
+    c.count = c.overflow = 0;
+    c.upper = INFINITY;
     double *wide = scratch->wide;
     for (int64_t d = 0; d < dim; d++) wide[d] = s->narrow ? (double)s->narrow[row * dim + d] : s->wide[row * dim + d];
-    uint32_t near = bits_of(cells->lower <= (vf)upper);
-    if (!bits_of(cells->second <= (vf)upper)) {
+    if (is_known) {
         tally->rechecked += (near & (near - 1)) != 0;
         for (; near; near &= near - 1) {
             int lane = __builtin_ctz(near);

@@ -84,6 +84,13 @@ INLINE void consider(const Codebook *book, const double *z, double norm, int64_t
     c->lower[c->count++] = score - error;
 }
 
+// The slot of the only code in a cell; -1 if there are several.
+INLINE int64_t only_code(const Codebook *book, int64_t b, int lane, const int vectors) {
+    int64_t first = b * book->block * vectors, count = panels_of(book, b) * vectors;
+    int64_t slot = first * LANES + lane;
+    return count == 1 || slot + LANES >= book->num_codes ? slot : -1;
+}
+
 INLINE void consider_cell(const Codebook *book, const double *z, double norm, int64_t b, int lane, int64_t dim,
                           const int vectors, Candidates *c) {
     int64_t first = b * book->block * vectors, count = panels_of(book, b) * vectors;
