@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import resource
 from collections.abc import Mapping
 
@@ -21,6 +22,11 @@ def worker_number(environ: Mapping[str, str]) -> int | None:
     """Return the number of this process among several that share a port; None if it is no worker."""
     number = environ.get(WORKER_VARIABLE)
     return None if number is None else int(number)
+
+
+def num_cores() -> int:
+    """Return on how many cores this process may run."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def trim_memory() -> None:

@@ -15,6 +15,7 @@ from vqserve_server.codebook_files import latest, version_of, version_order
 from vqserve_server.config import EngineConfig
 from vqserve_server.device import wait_for_stream
 from vqserve_server.engine.admission import Admission, EngineStats
+from vqserve_server.engine.quick import QuickBatches
 from vqserve_server.engine.scheduler import Scheduler
 from vqserve_server.engine.worker import Worker
 from vqserve_server.event_log import event
@@ -139,6 +140,7 @@ class Engine:
         if usage is not None:
             usage.follow(tokenizers)
         self._worker = Worker(self.scheduler, self.stats, threads=threads, on_broken=self._lost, usage=usage)
+        self.quick = QuickBatches(self.scheduler, self._worker)
 
     def swap(self, tokenizers: Iterable[Tokenizer], labels: Mapping[str, str] | None = None) -> None:
         """Serve these codebooks from now on; jobs that were made for others finish with those."""

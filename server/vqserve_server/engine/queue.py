@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from heapq import heapify, heappop, heapreplace
+from typing import NamedTuple
 
 from vqserve_server.config import EngineConfig
 from vqserve_server.engine.batch import Batch
@@ -27,6 +28,18 @@ _SHARED_S = 1.0
 _DELAY = 0.25
 
 
+class QuickLimit(NamedTuple):
+    """How long jobs may take that are computed on the thread that queues them.
+
+    Attributes:
+        job_s: seconds that each of them may be expected to take.
+        waiting_s: seconds that all that wait may be expected to take.
+    """
+
+    job_s: float
+    waiting_s: float
+
+
 class Waiting:
     """What waits with one key, of all callers.
 
@@ -34,6 +47,7 @@ class Waiting:
         key: the key.
         mark: its hash.
         speed: how fast its batches are.
+        is_in_place: whether they are computed in one call of compiled code.
         rows: rows that are not in a batch yet.
         since: when the oldest job may have arrived, in time.monotonic() seconds.
     """
@@ -42,6 +56,7 @@ class Waiting:
         self.key = key
         self.mark = hash(key)
         self.speed = speed
+        self.is_in_place = key.tokenizer.native_batch is not None
         self.rows = 0
         self.since = since
 
@@ -131,6 +146,7 @@ class JobQueue:
     Attributes:
         jobs: how many jobs are not, or not completely, in a batch.
         cost: seconds that they are expected to take.
+        longest: seconds that the longest of those is expected to take that came since the queue was empty.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -140,7 +156,7 @@ class JobQueue:
         self._backlogs: dict[Caller, Backlog] = {}
         self._keys: dict[Key, Waiting] = {}
         self.jobs = 0
-        self.cost = 0.0
+        self.cost = self.longest = 0.0
         self._now = 0.0
         # What the last job was like, and until when the device counts as shared by jobs that are not alike.
         self._last_mark: tuple[int, int] | None = None
@@ -161,6 +177,7 @@ class JobQueue:
         line.cost += cost
         backlog.cost += cost
         self.cost += cost
+        self.longest = max(self.longest, cost)
         waiting.rows += job.rows
         self.jobs += 1
         mark = (waiting.mark, size)
@@ -209,7 +226,7 @@ class JobQueue:
         # And for each turn of its caller each other caller has one.
         return min(self.cost, callers * (ahead + own) - own), own
 
-    def take(self, now: float, *, allow_wait: bool) -> tuple[Batch | None, list[Job]]:
+    def take(self, now: float, *, allow_wait: bool, most_s: float = math.inf) -> tuple[Batch | None, list[Job]]:
         """Return the next batch, and jobs that are dropped because their deadline cannot be met.
 
         The batch has the key of the job whose turn it is, and then the jobs with that key in their turn, with as many
@@ -218,9 +235,10 @@ class JobQueue:
         Args:
             now: time.monotonic() seconds.
             allow_wait: whether a batch that is not full may wait up to max_wait_us for more jobs.
+            most_s: a batch that is expected to take so long is full.
         """
         is_shared = now < self._shared_until
-        most_s = self._batch_s * (1 if is_shared else FULL_BATCH)
+        most_s = min(most_s, self._batch_s * (1 if is_shared else FULL_BATCH))
         may_wait_s = self._may_wait_s if allow_wait else 0.0
         turns = [(backlog.clock, number, backlog) for number, backlog in enumerate(self._backlogs.values())]
         heapify(turns)
@@ -264,6 +282,15 @@ class JobQueue:
             # What is left has waited while a batch was filled: it need not wait again.
             waiting.since = -math.inf
         return batch, late
+
+    def is_quick(self, limit: QuickLimit) -> bool:
+        """Return whether all jobs are computed in place, need not wait for others, and take so little time."""
+        return (
+            self.longest <= limit.job_s
+            and self.cost <= limit.waiting_s
+            and not self._may_wait_s
+            and all(each.is_in_place for each in self._keys.values())
+        )
 
     def ready_at(self) -> float | None:
         """Return when `take` finds a batch although it may wait, in time.monotonic() seconds; None: nothing waits."""
@@ -310,7 +337,7 @@ class JobQueue:
             del self._backlogs[backlog.caller]
         if not self.jobs:
             # Without the errors of many additions.
-            self.cost = 0.0
+            self.cost = self.longest = 0.0
 
 
 def _size(rows: int) -> int:

@@ -13,7 +13,7 @@ from vqserve_server.engine.admission import EngineStats
 from vqserve_server.engine.batch import Batch
 from vqserve_server.engine.caller import Caller
 from vqserve_server.engine.job import Job, Key
-from vqserve_server.engine.queue import JobQueue
+from vqserve_server.engine.queue import JobQueue, QuickLimit
 
 # A request with a deadline may wait at most so long that this many times the wait would be in time. The rest is for
 # what the estimate does not know: those that come later and are first, and the time for message and reply.
@@ -80,8 +80,15 @@ class Scheduler:
         if self._max_wait_s and wait_s > self._max_wait_s:
             self._reject("wait", "the server is too busy: the request would wait too long", wait_s)
 
-    def put(self, job: Job) -> None:
+    def put(self, job: Job, quick: QuickLimit | None = None) -> bool:
         """Queue a job; it gets its outcome exactly once, whatever happens.
+
+        Args:
+            job: the job.
+            quick: see `take_quick`, which the caller can call; None: it cannot.
+
+        Returns:
+            Whether the caller must call `take_quick` soon: nobody else knows of the job.
 
         Raises:
             VqserveError: the reason for which the scheduler was closed.
@@ -90,9 +97,43 @@ class Scheduler:
             if self._closed is not None:
                 raise self._closed.with_fields()
             self._queue.put(job)
-            # A thread that computes takes the next batch without a notification.
-            if self._idle:
-                self._changed.notify()
+            return self._announce(quick)
+
+    def take_quick(self, thread: str, limit: QuickLimit) -> Batch | None:
+        """Return the next batch, for a thread that computes small ones beside its other work.
+
+        None: there is none, or what waits is expected to take longer, or is not computed in place, or a device thread
+        is at work. What waits is then left to the device threads.
+
+        Args:
+            thread: name of the calling thread, which must call `finish_quick` after the batch.
+            limit: of what it computes.
+        """
+        with self._lock:
+            if not self._queue.jobs or not self._announce(limit):
+                return None
+            batch, late = self._queue.take(self._clock(), allow_wait=False, most_s=limit.job_s)
+            if batch is not None:
+                self._begin(thread, batch)
+        if late:
+            self._expire(late)
+        return batch
+
+    def finish_quick(self, thread: str, limit: QuickLimit) -> bool:
+        """Note that a batch of `take_quick` is finished; return whether the caller must call that again."""
+        with self._lock:
+            self._finish(thread)
+            return bool(self._queue.jobs) and self._announce(limit)
+
+    def _announce(self, quick: QuickLimit | None) -> bool:
+        """Let a device thread look for jobs, unless the caller is to compute them; return whether it is."""
+        # A thread that computes takes the next batch without a notification.
+        if not self._idle:
+            return False
+        if quick is not None and not self._on_device and self._queue.is_quick(quick):
+            return True
+        self._changed.notify()
+        return False
 
     def cancel(self, job: Job) -> None:
         """Drop a job whose caller has left."""
@@ -133,11 +174,7 @@ class Scheduler:
                 if self._queue.jobs:
                     batch, late = self._queue.take(self._clock(), allow_wait=self._closed is None)
                 if batch is not None:
-                    batch.taken_at = self._clock()
-                    if not self._on_device:
-                        self._busy_since = batch.taken_at
-                    self._on_device[thread] = batch
-                    self._on_device_s += batch.cost
+                    self._begin(thread, batch)
                     if self._idle and self._queue.jobs:
                         # One notification may announce several batches.
                         self._changed.notify()
@@ -164,6 +201,14 @@ class Scheduler:
         self._idle += 1
         self._changed.wait(seconds)
         self._idle -= 1
+
+    def _begin(self, thread: str, batch: Batch) -> None:
+        """Note that a thread computes a batch from now on."""
+        batch.taken_at = self._clock()
+        if not self._on_device:
+            self._busy_since = batch.taken_at
+        self._on_device[thread] = batch
+        self._on_device_s += batch.cost
 
     def _finish(self, thread: str) -> None:
         """Learn from the batch that a thread has finished, its replies included, how fast the device is."""

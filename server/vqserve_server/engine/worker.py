@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from vqserve.errors import InvalidArgument
 from vqserve_server.device import (
@@ -25,6 +26,18 @@ from vqserve_server.event_log import event
 from vqserve_server.usage.live import LiveUsage, RowSampler
 
 logger = logging.getLogger(__name__)
+
+
+class DeviceThread(NamedTuple):
+    """What a thread that computes batches has of its own.
+
+    Attributes:
+        staging: memory for the rows.
+        sampler: chooses the rows that are sampled; None: none are.
+    """
+
+    staging: Staging
+    sampler: RowSampler | None
 
 
 class Worker:
@@ -65,9 +78,20 @@ class Worker:
             thread.join(max(deadline - time.monotonic(), 0.0))
         return not any(thread.is_alive() for thread in self._threads)
 
+    def device_thread(self) -> DeviceThread:
+        """Return what a further thread needs that computes batches of the CPU."""
+        return DeviceThread(Staging(), None if self._usage is None else self._usage.sampler())
+
+    def serve(self, batch: Batch, of: DeviceThread) -> None:
+        """Compute a batch and answer its jobs on the calling thread, which has that; no error leaves it."""
+        try:
+            self._serve(batch, of.staging, of.sampler)
+        except BaseException as error:
+            self._on_broken(error)
+
     def _run(self) -> None:
-        streams, staging, thread = DeviceStreams(), Staging(), threading.current_thread().name
-        sampler = None if self._usage is None else self._usage.sampler()
+        streams, thread = DeviceStreams(), threading.current_thread().name
+        staging, sampler = self.device_thread()
         try:
             while (batch := self._scheduler.next_batch(thread)) is not None:
                 with streams.on(batch.key.tokenizer.device):

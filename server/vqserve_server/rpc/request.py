@@ -206,7 +206,7 @@ class Requests:
             recipient.ready()
         else:
             try:
-                self._engine.scheduler.put(request.job)
+                self._engine.quick.put(request.job)
             except Exception as error:
                 request.job.resolve(error)
 

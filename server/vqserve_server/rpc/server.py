@@ -161,6 +161,7 @@ class RpcServer:
             reserved=health_calls | dict.fromkeys(self._admin.handlers(), _MOST_ADMIN_CALLS),
             on_refused=self._service.count_refused,
             now_and_then=self._now_and_then,
+            chores=engine.quick,
         )
         # A call does not say on which of a server's ports it came, so these are two servers.
         self._health_transport = None

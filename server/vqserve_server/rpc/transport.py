@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 Handler = Callable[[Call], None]
 # Interval of the check for idle calls.
 _IDLE_CHECK_S = 1.0
+# A deadline that has passed: only what is there already is waited for.
+_AT_ONCE = 0.0
 # Before the server closes, it lets no call end until no call has arrived for so long, and for at most so long.
 _QUIET_S = 0.1
 _MOST_HOLD_S = 0.5
@@ -43,6 +45,22 @@ _MOST_CANCEL_S = 2.0
 # Calls that were refused and have not ended, because their callers do not read. Above that, the caller that has most of
 # them loses its oldest; only while those do not end either, no more calls are taken.
 _MOST_REFUSED = 256
+
+
+class Chores(Protocol):
+    """Work that calls leave behind for the transport's thread, when it has handled what had arrived.
+
+    Attributes:
+        is_due: whether there is any.
+    """
+
+    is_due: bool
+
+    def begin(self) -> None:
+        """Learn that the calling thread is the transport's."""
+
+    def compute(self) -> None:
+        """Do some of it."""
 
 
 class Transport:
@@ -61,6 +79,7 @@ class Transport:
         name: str = "vqserve-grpc",
         on_refused: Callable[[str, Exception, str], None] = lambda method, error, reason: None,
         now_and_then: Callable[[], None] = lambda: None,
+        chores: Chores | None = None,
     ) -> None:
         """Make the transport; `listen` to some addresses before `start`.
 
@@ -77,6 +96,7 @@ class Transport:
             reserved: methods whose calls do not count among the others, and how many of each may be open; above that
                 the caller that has most of them loses its oldest.
             now_and_then: called once per second.
+            chores: done by the thread of the methods that are not reserved; None: there are none.
         """
         self._handlers = handlers
         self._max_calls = max_calls
@@ -84,6 +104,7 @@ class Transport:
         self._idle_s = idle_s
         self._on_refused = on_refused
         self._now_and_then = now_and_then
+        self._chores = chores
         self._refused = Places(_MOST_REFUSED)
         self._places = {method: Places(most) for method, most in (reserved or {}).items()}
         # For the thread of the reserved methods.
@@ -198,13 +219,20 @@ class Transport:
     def _serve(self, name: str, queue: Any, calls: set[Call]) -> None:
         """Handle the events of a queue, whose calls are in that set, until it is shut down."""
         next_check = time.monotonic() + _IDLE_CHECK_S
+        chores = self._chores if queue is self._queue else None
+        if chores is not None:
+            chores.begin()
         while True:
-            completed = queue.poll(time.time() + _IDLE_CHECK_S)
+            # What has arrived is handled first, so that it is computed together.
+            completed = queue.poll(_AT_ONCE if chores is not None and chores.is_due else time.time() + _IDLE_CHECK_S)
             self._turns[name] += 1
             if completed.completion_type == cygrpc.CompletionType.queue_shutdown:
                 return
             try:
-                if completed.completion_type != cygrpc.CompletionType.queue_timeout and completed.tag is not None:
+                if completed.completion_type == cygrpc.CompletionType.queue_timeout:
+                    if chores is not None and chores.is_due:
+                        chores.compute()
+                elif completed.tag is not None:
                     completed.tag(completed)
                 if time.monotonic() >= next_check:
                     next_check = time.monotonic() + _IDLE_CHECK_S

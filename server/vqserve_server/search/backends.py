@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,14 @@ from torch import Tensor
 from vqserve.errors import InvalidOption
 from vqserve_server.search import native, triton
 from vqserve_server.search.denormals import denormals_enabled
-from vqserve_server.search.searcher import MergedSearcher, Objective, Searcher, first_of_equals
+from vqserve_server.search.searcher import (
+    CountingSearcher,
+    MergedSearcher,
+    Objective,
+    SearchCounts,
+    Searcher,
+    first_of_equals,
+)
 from vqserve_server.search.tiled import TiledSearcher
 
 
@@ -76,16 +84,27 @@ def prepare(
     return MergedSearcher(distinct, firsts)
 
 
-def compiled(searcher: Searcher) -> tuple[native.NativeSearcher, Tensor | None] | None:
-    """Return the compiled search that a searcher is, and the index of each of its winners; None: it is another.
+class Compiled(NamedTuple):
+    """The compiled search that a searcher is.
 
-    The index is None where it is the winner itself.
+    Attributes:
+        searcher: the search.
+        lowest_index: (U,) the index of each of its winners; None: the winner itself.
+        counts: what its searches add to; None: they are not counted.
     """
-    if isinstance(searcher, native.NativeSearcher):
-        return searcher, None
-    if isinstance(searcher, MergedSearcher) and isinstance(searcher.distinct, native.NativeSearcher):
-        return searcher.distinct, searcher.lowest_index
-    return None
+
+    searcher: native.NativeSearcher
+    lowest_index: Tensor | None
+    counts: SearchCounts | None
+
+
+def compiled(searcher: Searcher) -> Compiled | None:
+    """Return the compiled search that a searcher is; None: it is another."""
+    counts = searcher.counts if isinstance(searcher, CountingSearcher) else None
+    inner = searcher.searcher if isinstance(searcher, CountingSearcher) else searcher
+    lowest_index = inner.lowest_index if isinstance(inner, MergedSearcher) else None
+    innermost = inner.distinct if isinstance(inner, MergedSearcher) else inner
+    return Compiled(innermost, lowest_index, counts) if isinstance(innermost, native.NativeSearcher) else None
 
 
 def _fits(backend: str, codes: Tensor, bias: Tensor | None, objective: Objective) -> bool:

@@ -96,17 +96,22 @@ class OnDemand:
 
 
 class CountingSearcher(Searcher):
-    """A searcher whose searches all add to the same counters."""
+    """A searcher whose searches all add to the same counters.
+
+    Attributes:
+        searcher: searches.
+        counts: the counters.
+    """
 
     def __init__(self, searcher: Searcher, counts: SearchCounts) -> None:
         """Store the searcher and the counters."""
-        self._searcher = searcher
-        self._counts = counts
+        self.searcher = searcher
+        self.counts = counts
         self.backend = searcher.backend
 
     def search(self, rows: Tensor, counts: SearchCounts | None = None) -> Tensor:
         """Return the winning code of every row; see `Searcher.search`."""
-        return self._searcher.search(rows, self._counts)
+        return self.searcher.search(rows, self.counts)
 
 
 class MergedSearcher(Searcher):

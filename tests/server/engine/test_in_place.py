@@ -18,6 +18,7 @@ from vqserve_server.engine import DecodeJob, DecodeKey, EncodeJob, EncodeKey, Jo
 from vqserve_server.engine.batch import Batch, Staging
 from vqserve_server.engine.caller import CANARY
 from vqserve_server.quantizers import DotQuantizer, VectorQuantizer
+from vqserve_server.search import SearchCounts
 from vqserve_server.search.native import levels
 from vqserve_server.tokenizer import Tokenizer
 
@@ -216,6 +217,25 @@ def test_values_beyond_the_range_of_the_reply() -> None:
     job = EncodeJob(encode_key, CALLER, rows, found, Layout.CHANNELS_LAST, rows=4, on_done=nothing)
     compute(tokenizer, [job], encode_key, np.random.default_rng(0))
     assert found.tolist() == [0, 1, 3, 2]
+
+
+def test_searches_are_counted() -> None:
+    tokenizer = with_duplicates()
+    counts = SearchCounts()
+    tokenizer.count_searches(counts)
+    key = EncodeKey(tokenizer, np.dtype(np.float32))
+    # Halfway between two codes, which float32 and float64 leave open.
+    rows = tokenizer.decode_rows(np.array([0, 1]))
+    latents = np.stack([rows[0], (rows[0] + rows[1]) / 2, rows[1]])
+    found = np.zeros(3, np.uint8)
+    job = EncodeJob(key, CALLER, latents, found, Layout.CHANNELS_LAST, rows=3, on_done=nothing)
+    batch = Batch(key)
+    batch.add(job, 3)
+    batch.compute(Staging())
+    assert batch.is_in_place
+    assert found.tolist() == tokenizer.encode_rows(latents).tolist()
+    assert counts.rows == 6
+    assert counts.rechecked % 2 == counts.arbitrated % 2 == 0
 
 
 def test_what_is_sampled_is_what_was_computed() -> None:

@@ -146,13 +146,14 @@ class FrozenLookup(CodeSearch, FrozenQuantizer):
         found = compiled(self._searcher)
         if found is None or self._projection is not None:
             return None
-        searcher, names = found
+        names = found.lowest_index
         if self._reported is not None:
             names = self._reported if names is None else self._reported[names]
             # A sentinel below zero is for replies only that have a sign.
             if bool((names < 0).any()):
                 return None
-        return NativeBatch(searcher, None if names is None else np.ascontiguousarray(names.numpy()), self._rows_of)
+        reported = None if names is None else np.ascontiguousarray(names.numpy())
+        return NativeBatch(found.searcher, reported, self._rows_of, found.counts)
 
     def _rows_of(self, output: str, dtype: np.dtype[Any]) -> npt.NDArray[Any] | None:
         table = self._latents if output == "latents" else self._code_rows

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from vqserve.dtypes import INDICES, LATENTS
 from vqserve.layout import Layout
 from vqserve_server.search.native.searcher import NativeSearcher, num_threads
+from vqserve_server.search.searcher import SearchCounts
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
@@ -54,7 +55,11 @@ class NativeBatch:
     """One codebook without projections; thread-safe."""
 
     def __init__(
-        self, searcher: NativeSearcher, names: Ints | None, rows_of: Callable[[str, np.dtype[Any]], Array | None]
+        self,
+        searcher: NativeSearcher,
+        names: Ints | None,
+        rows_of: Callable[[str, np.dtype[Any]], Array | None],
+        counts: SearchCounts | None = None,
     ) -> None:
         """Prepare a codebook.
 
@@ -63,10 +68,12 @@ class NativeBatch:
             names: the index that is reported for each winner, not negative; None: the winner itself.
             rows_of: returns the rows (n, width) that indices stand for, in C order, by the output's name and the type
                 (its `storage`) that they are wanted in; of that type, or of another one if it cannot hold them all.
+            counts: every search adds to them.
         """
         self._book, self._library = searcher.book, searcher.library
         self._names = names
         self._rows_of = rows_of
+        self._counts = counts
 
     def encode(self, spans: Sequence[Span], *, is_wide: bool) -> bool | None:
         """Write the indices of all tokens, exactly as the searcher finds them.
@@ -98,8 +105,12 @@ class NativeBatch:
             ctypes.addressof(counts),
         ):
             raise MemoryError("no memory for a search")
-        _, _, undecided, not_finite = counts
-        return None if undecided else not not_finite
+        rechecked, expanded, undecided, not_finite = counts
+        if undecided:
+            return None
+        if self._counts is not None:
+            self._counts.add(rows=rows, rechecked=rechecked, arbitrated=expanded)
+        return not not_finite
 
     def decode(self, spans: Sequence[Span], *, output: str, dtype: np.dtype[Any]) -> bool | None:
         """Write the rows of all indices, each value rounded once.
