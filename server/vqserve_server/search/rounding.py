@@ -63,9 +63,7 @@ class _AffineElements:
         self._wide_bias = to_float64(self._bias)
         relative = gamma(weight.shape[1] + 16, torch.float64)
         self._error_per_norm = relative * norms_above(weight)
-        self._error_constant = (
-            relative * self._wide_bias.abs() + 8.0 * weight.shape[1] * SMALLEST_SUBNORMAL[torch.float64]
-        )
+        self._error_constant = relative * self._wide_bias.abs() + 8.0 * weight.shape[1] * SMALLEST_SUBNORMAL["float64"]
 
     def rounded(self, rows: Tensor) -> Tensor:
         wide = to_float64(rows)
@@ -77,7 +75,7 @@ class _AffineElements:
         is_open = ~(below == above)
         # numpy rounds subnormal results, because torch's threads may flush them to zero.
         size = values.abs_()
-        is_open |= (size < _SAFE_FROM_FLUSHING) & (error.add_(size) >= SMALLEST_SUBNORMAL[torch.float32] / 4)
+        is_open |= (size < _SAFE_FROM_FLUSHING) & (error.add_(size) >= SMALLEST_SUBNORMAL["float32"] / 4)
         if bool(is_open.any()):
             where = torch.nonzero(is_open)
             out[is_open] = torch.from_numpy(self._settle(rows, where)).to(rows.device)

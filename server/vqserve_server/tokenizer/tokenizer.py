@@ -24,7 +24,7 @@ from vqserve_server.code_groups import CodeGroups
 from vqserve_server.codebooks import Codebook, codebook_digest, load_codebook
 from vqserve_server.codebooks.kinds import kind_of
 from vqserve_server.codebooks.statistics import Statistics
-from vqserve_server.device import select_device, to_device, to_host
+from vqserve_server.device import Device, select_device, to_device, to_host
 from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.inference.base import FrozenQuantizer, freeze
 from vqserve_server.search import SearchCounts
@@ -93,7 +93,7 @@ class Tokenizer:
         quantizer: Quantizer,
         name: str,
         digest: str,
-        device: torch.device,
+        device: Device,
         search: str,
         *,
         shares_memory: bool,
