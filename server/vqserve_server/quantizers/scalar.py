@@ -40,7 +40,7 @@ from vqserve_server.quantizers.tensors import (
     to_rows,
     widen,
 )
-from vqserve_server.search.rounding import round_inverse_root
+from vqserve_server.search.quotients import round_inverse_root
 
 
 class ScalarQuantizer(ProjectedModule, Quantizer):
