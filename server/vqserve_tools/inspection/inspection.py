@@ -11,7 +11,6 @@ import numpy as np
 
 from vqserve.codebook_info import of_stages
 from vqserve_server.codebooks import Codebook
-from vqserve_server.codebooks.statistics import code_groups
 from vqserve_server.device import select_device
 from vqserve_server.quantizers import freeze
 from vqserve_tools.inspection.codes import Codes, count_dead_looking, measure_codes
@@ -103,7 +102,7 @@ class SavedStatistics:
         saved = codebook.statistics
         if saved is None:
             return None
-        stages = code_groups(codebook.quantizer).stages
+        stages = codebook.code_groups.stages
         used = tuple(int(np.count_nonzero(saved.usage[stage])) for stage in stages)
         return cls(rows=saved.rows, error=saved.error, source=saved.source, used=used)
 
