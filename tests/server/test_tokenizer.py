@@ -351,7 +351,7 @@ def test_encode_rows_is_encode(tokenizer):
     assert np.array_equal(indices, tokenizer.encode(rows))
     assert np.array_equal(tokenizer.decode_rows(indices), tokenizer.decode(indices))
     assert tokenizer.decode_rows(indices, output="code_rows").dtype == np.float32
-    assert tokenizer.weight_dtype == torch.float32
+    assert tokenizer.weight_dtype == np.float32
 
 
 def test_half_precision_and_subclasses_are_rejected():

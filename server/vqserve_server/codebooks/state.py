@@ -124,6 +124,12 @@ class CodebookState:
         return kind.plain(self.arguments, self.tensors if shares_memory else _copies(self.tensors))
 
     @property
+    def layout(self) -> str | None:
+        """The name of the layout of latents; None: it depends on the number of axes."""
+        layout = self.arguments["layout"]
+        return None if layout is None else str(layout)
+
+    @property
     def num_plain_indices(self) -> int | None:
         """Number of the indices of one codebook without a remap: that of its codes; None: only the class knows."""
         kind = PLAIN_KINDS.get(self.kind)

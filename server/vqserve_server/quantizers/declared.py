@@ -35,6 +35,7 @@ class PlainCodebook:
         bias: (K,) of the codes' type, added to the scores of DOT; None: zero.
         code_rows: (K, O), which are decoded; the same array as `codes` where they are the same.
         cluster_sizes: (K,) moving average of tokens per batch and code; None: the kind has no average.
+        space: the space in which codes and latents are compared.
         initial_bound: b if the constructor draws codes within [-b, b]; None: initial values have no bound.
     """
 
@@ -43,6 +44,7 @@ class PlainCodebook:
     objective: Objective = Objective.L2
     bias: npt.NDArray[np.floating[Any]] | None = None
     cluster_sizes: npt.NDArray[np.floating[Any]] | None = None
+    space: CodeSpace = "latents"
     initial_bound: float | None = None
 
 

@@ -39,4 +39,7 @@ def register_earlier_names() -> None:
 
 
 def _attribute(module: str, name: str) -> object:
+    # Code that walks through all modules, as torch does when it is imported, asks for `__file__`.
+    if name.startswith("__"):
+        raise AttributeError(name)
     return getattr(import_module(f"{_PACKAGE}.{module}"), name)

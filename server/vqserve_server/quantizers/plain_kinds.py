@@ -192,7 +192,7 @@ class CosineKind(LookupKind):
         weight = tensors[WEIGHT]
         unit = normalised_rows(weight).astype(weight.dtype, copy=False)
         rows = unit if arguments["decode_normalized"] else weight
-        return PlainCodebook(codes=unit, code_rows=rows, objective=Objective.DOT)
+        return PlainCodebook(codes=unit, code_rows=rows, objective=Objective.DOT, space="directions")
 
 
 class DotKind(LookupKind):
