@@ -22,8 +22,6 @@ Ints = npt.NDArray[np.int64]
 # Tokens per batch in the running average. A code that gets one token in about a hundred batches has more.
 _DEAD_CLUSTER_SIZE = 0.01
 _ELEMENTS_PER_CHUNK = 1 << 22
-# Elements of the differences of pairs that are in memory at once.
-_DIFFERENCES_AT_ONCE = 1 << 18
 # Up to this number of codes, every pair is compared.
 _FEW = 256
 # Limits of the work, about ten seconds on two cores: products in all searches, and elements that are prepared for them.
@@ -180,15 +178,15 @@ def _among(rows: Floats, bar: Progress) -> Float64s:
 
 
 def _among_few(rows: Float64s) -> Float64s:
-    squares = np.empty(len(rows))
-    step = max(1, _DIFFERENCES_AT_ONCE // rows.size)
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        # Computed from differences, because products would cancel.
-        of_pairs = np.square(rows[part, None] - rows).sum(axis=2)
-        of_pairs[np.arange(len(of_pairs)), np.arange(start, start + len(of_pairs))] = np.inf
-        squares[part] = of_pairs.min(axis=1)
-    return squares
+    # Computed from differences, because products would cancel.
+    squares = np.zeros((len(rows), len(rows)))
+    differences = np.empty_like(squares)
+    for column in rows.T:
+        np.subtract.outer(column, column, out=differences)
+        squares += np.square(differences, out=differences)
+    np.fill_diagonal(squares, np.inf)
+    nearest: Float64s = squares.min(axis=1)
+    return nearest
 
 
 def _to_nearest(rows: Floats, codes: Floats) -> Float64s:
