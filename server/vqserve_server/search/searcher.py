@@ -119,15 +119,20 @@ class CountingSearcher(RowSearcher[ArrayT]):
 
 
 class MergedSearcher(RowSearcher[ArrayT]):
-    """Searches the distinct codes and returns, for each, its lowest index in the codebook."""
+    """Searches the distinct codes and returns, for each, its lowest index in the codebook.
+
+    Attributes:
+        distinct: searches them.
+        lowest_index: (U,) of each.
+    """
 
     def __init__(self, distinct: RowSearcher[ArrayT], lowest_index: ArrayT) -> None:
         """Store a searcher over U distinct codes, and the (U,) codebook index of the first copy of each."""
-        self._distinct = distinct
-        self._lowest_index: Any = lowest_index
+        self.distinct = distinct
+        self.lowest_index: Any = lowest_index
         self.backend = distinct.backend
 
     def search(self, rows: ArrayT, counts: SearchCounts | None = None) -> ArrayT:
         """Return the winning code of every row; see `RowSearcher.search`."""
-        winners: ArrayT = self._lowest_index[self._distinct.search(rows, counts)]
+        winners: ArrayT = self.lowest_index[self.distinct.search(rows, counts)]
         return winners

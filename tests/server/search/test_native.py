@@ -105,13 +105,13 @@ searcher = NativeSearcher(codes.numpy(), None, Objective.L2, fallback=lambda: No
 pages = []
 for name in ("error_slope", "error_base"):
     # The array again, at the end of a page that nothing may be read beyond.
-    array = getattr(searcher._book, name)
+    array = getattr(searcher.book, name)
     pages.append(mmap.mmap(-1, 2 * mmap.PAGESIZE))
     place = np.frombuffer(pages[-1], np.float32, array.size, mmap.PAGESIZE - array.nbytes)
     place[:] = array
     address = place.ctypes.data + array.nbytes
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), mmap.PAGESIZE, 0) == 0
-    setattr(searcher._book.struct, name, place.ctypes.data)
+    setattr(searcher.book.struct, name, place.ctypes.data)
 # So far away that squared distances overflow: every box is in reach, and so would be those that fill a vector up.
 rows = torch.randn(9, 3, generator=torch.Generator().manual_seed(1)) * 1e25
 print(searcher.search(rows.numpy()).tolist())

@@ -27,6 +27,9 @@ for dtype in (np.float32, np.float64):
     assert (prepare_arrays(twice).search(rows.astype(dtype)) == distances.argmin(axis=1)).all()
 dot = prepare_arrays(codes, objective=Objective.DOT, bias=-(codes * codes).sum(axis=1) / 2)
 assert (dot.search(rows) == distances.argmin(axis=1)).all()
+zeros = np.zeros((3, 3), np.float32)
+assert (prepare_arrays(codes, objective=Objective.DOT).search(zeros) == 0).all()
+assert (prepare_arrays(codes, objective=Objective.DOT, bias=codes[:, 0]).search(zeros) == codes[:, 0].argmax()).all()
 assert prepare_arrays(codes.astype(np.float64)) is None
 print(search_threads(), native.levels()[0], "torch" in sys.modules)
 """

@@ -49,11 +49,15 @@ class HostTable:
             (m, width), a copy: of that type where it is narrower and all of the table is within its range, each value
             rounded once to nearest even; else float32.
         """
+        return self.rows_in(storage).take(indices, axis=0)
+
+    def rows_in(self, storage: npt.DTypeLike | None = None) -> Rows:
+        """Return all rows (n, width) in the type that `take` returns."""
         key = None if storage is None else np.dtype(storage)
         rows = self._by_storage.get(key)
         if rows is None:
             rows = self._by_storage[key] = self._rounded(key)
-        return rows.take(indices, axis=0)
+        return rows
 
     def _rounded(self, storage: np.dtype[Any] | None) -> Rows:
         if storage is None or storage.itemsize >= self.rows.itemsize:

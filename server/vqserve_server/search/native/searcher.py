@@ -24,7 +24,12 @@ _TwoCounts = ctypes.c_int64 * 2
 
 
 class NativeSearcher(RowSearcher[Rows]):
-    """Searches in float32 with error bounds, then in float64 and in twice float64, all in compiled code."""
+    """Searches in float32 with error bounds, then in float64 and in twice float64, all in compiled code.
+
+    Attributes:
+        book: the codebook as the library reads it.
+        library: the library.
+    """
 
     backend = "native"
 
@@ -47,10 +52,12 @@ class NativeSearcher(RowSearcher[Rows]):
                 near too many codes. torch is imported for them.
             level: instruction set, one of `levels()`; None: the best.
         """
-        self._library = load(level or levels()[0])
-        self._book = NativeCodebook(codes, bias, objective, self._library)
+        self.library = load(level or levels()[0])
+        self.book = NativeCodebook(codes, bias, objective, self.library)
         self._fallback = OnDemand(fallback, CPU)
         self._dim = codes.shape[1]
+        # A row of zeros, such as padding is, scores the bias of each code: it is as near to all codes without one.
+        self._of_zeros = None if objective is Objective.L2 else 0 if bias is None else int(np.argmax(bias))
 
     def search(self, rows: Rows, counts: SearchCounts | None = None) -> npt.NDArray[np.int64]:
         """Return the winning code of every row; see `RowSearcher.search`."""
@@ -61,8 +68,8 @@ class NativeSearcher(RowSearcher[Rows]):
         rows = np.ascontiguousarray(rows)
         winners = np.empty(len(rows), np.int64)
         two_counts = _TwoCounts()
-        undecided: int = self._library.search(
-            ctypes.addressof(self._book.struct),
+        undecided: int = self.library.search(
+            ctypes.addressof(self.book.struct),
             rows.ctypes.data,
             rows.dtype == np.float64,
             len(rows),
@@ -81,6 +88,17 @@ class NativeSearcher(RowSearcher[Rows]):
         return winners
 
     def _search_open(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """Return the winners of rows that the compiled search left undecided."""
+        if self._of_zeros is None:
+            return self._search_otherwise(rows)
+        winners = np.full(len(rows), self._of_zeros)
+        is_open = rows.any(axis=1)
+        if is_open.any():
+            winners[is_open] = self._search_otherwise(rows[is_open])
+        return winners
+
+    def _search_otherwise(self, rows: Rows) -> npt.NDArray[np.int64]:
         import torch  # noqa: PLC0415
 
-        return self._fallback().search(torch.from_numpy(rows)).numpy()
+        winners: npt.NDArray[np.int64] = self._fallback().search(torch.from_numpy(rows)).numpy()
+        return winners
