@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vqserve.dtypes import LATENTS, to_numpy, to_torch
+from vqserve.dtypes import LATENTS_BY_STORAGE, to_numpy, to_torch
 from vqserve.errors import CodebookError
 from vqserve.types import OutputName
 from vqserve.validation import check_output
@@ -20,11 +20,8 @@ from vqserve_server.quantizers.inference.base import FrozenQuantizer, probe_ids
 from vqserve_server.quantizers.objective import SearchProblem
 from vqserve_server.quantizers.projections import Projection, project
 from vqserve_server.quantizers.tensors import are_finite, autocast_off, narrow
-from vqserve_server.search import CountingSearcher, SearchCounts, Searcher, compiled
+from vqserve_server.search import CountingSearcher, SearchCounts, Searcher
 from vqserve_server.search.native import NativeBatch
-
-# By how latents are stored.
-_TORCH_DTYPES = {dtype.storage: getattr(torch, dtype.name) for dtype in LATENTS}
 
 
 class _Rows(NamedTuple):
@@ -87,7 +84,7 @@ class Table:
 
     def array(self, dtype: np.dtype[Any]) -> npt.NDArray[Any] | None:
         """Return all rows for a type's `storage` (vqserve.dtypes), as `take` does: C order; None: not on the host."""
-        array = self._rows_for(_TORCH_DTYPES[dtype]).array
+        array = self._rows_for(getattr(torch, LATENTS_BY_STORAGE[dtype].name)).array
         return None if array is None or not array.flags.c_contiguous else array
 
     def _rows_for(self, dtype: torch.dtype | None) -> _Rows:
@@ -143,17 +140,17 @@ class FrozenLookup(CodeSearch, FrozenQuantizer):
     @cached_property
     def native_batch(self) -> NativeBatch | None:
         """Reads and writes the arrays of requests; None: this codebook needs more than one search and one lookup."""
-        found = compiled(self._searcher)
+        found = self._searcher.compiled()
         if found is None or self._projection is not None:
             return None
         names = found.lowest_index
         if self._reported is not None:
-            names = self._reported if names is None else self._reported[names]
+            reported = self._reported.numpy()
+            names = reported if names is None else reported[names]
             # A sentinel below zero is for replies only that have a sign.
-            if bool((names < 0).any()):
+            if (names < 0).any():
                 return None
-        reported = None if names is None else np.ascontiguousarray(names.numpy())
-        return NativeBatch(found.searcher, reported, self._rows_of, found.counts)
+        return NativeBatch(found, names, self._rows_of)
 
     def _rows_of(self, output: str, dtype: np.dtype[Any]) -> npt.NDArray[Any] | None:
         table = self._latents if output == "latents" else self._code_rows

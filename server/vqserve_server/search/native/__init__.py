@@ -1,4 +1,7 @@
-"""Search on the CPU in compiled code: search.c and decode.c with their headers, and their Python side."""
+"""Search on the CPU in compiled code: search.c and decode.c with their headers, and their Python side.
+
+It computes on numpy arrays and does not import torch; `tensors` has it for callers with tensors.
+"""
 
 from vqserve_server.search.native.batch import NativeBatch, Span
 from vqserve_server.search.native.codebook import fits

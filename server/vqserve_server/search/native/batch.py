@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from vqserve.dtypes import INDICES, LATENTS
 from vqserve.layout import Layout
-from vqserve_server.search.native.searcher import NativeSearcher, num_threads
-from vqserve_server.search.searcher import SearchCounts
+from vqserve_server.search.searcher import Compiled
+from vqserve_server.search.threads import search_threads
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
@@ -55,25 +55,20 @@ class NativeBatch:
     """One codebook without projections; thread-safe."""
 
     def __init__(
-        self,
-        searcher: NativeSearcher,
-        names: Ints | None,
-        rows_of: Callable[[str, np.dtype[Any]], Array | None],
-        counts: SearchCounts | None = None,
+        self, compiled: Compiled, names: Ints | None, rows_of: Callable[[str, np.dtype[Any]], Array | None]
     ) -> None:
         """Prepare a codebook.
 
         Args:
-            searcher: finds the winners.
+            compiled: finds the winners, and says what all searches add to.
             names: the index that is reported for each winner, not negative; None: the winner itself.
             rows_of: returns the rows (n, width) that indices stand for, in C order, by the output's name and the type
                 (its `storage`) that they are wanted in; of that type, or of another one if it cannot hold them all.
-            counts: every search adds to them.
         """
-        self._book, self._library = searcher.book, searcher.library
-        self._names = names
+        self._book, self._library = compiled.searcher.book, compiled.searcher.library
+        self._names = None if names is None else np.ascontiguousarray(names, np.int64)
         self._rows_of = rows_of
-        self._counts = counts
+        self._counts = compiled.counts
 
     def encode(self, spans: Sequence[Span], *, is_wide: bool) -> bool | None:
         """Write the indices of all tokens, exactly as the searcher finds them.
@@ -101,7 +96,7 @@ class NativeBatch:
             rows,
             is_wide,
             None if self._names is None else self._names.ctypes.data,
-            num_threads(),
+            search_threads(),
             ctypes.addressof(counts),
         ):
             raise MemoryError("no memory for a search")
@@ -132,7 +127,7 @@ class NativeBatch:
             return None
         parts, rows = described
         outside = self._library.decode(
-            parts, len(spans), rows, table.ctypes.data, _LATENTS[table.dtype], *table.shape, num_threads()
+            parts, len(spans), rows, table.ctypes.data, _LATENTS[table.dtype], *table.shape, search_threads()
         )
         return not outside
 
