@@ -6,7 +6,8 @@
 from typing import TYPE_CHECKING
 
 from vqserve import __version__
-from vqserve_server.extra import check_server_extra, missing_package
+from vqserve_server import extra
+from vqserve_server.extra import missing_package
 
 if TYPE_CHECKING:
     from vqserve_server.tokenizer import Tokenizer
@@ -17,7 +18,7 @@ __all__ = ["Tokenizer", "__version__"]
 def __getattr__(name: str) -> object:
     if name == "Tokenizer":
         try:
-            check_server_extra()
+            extra.check_server_extra()
             from vqserve_server.tokenizer import Tokenizer  # noqa: PLC0415
         except ModuleNotFoundError as error:
             text = missing_package(error)
