@@ -1,11 +1,12 @@
 """The vqserve server: codebooks, exact search, batching, gRPC.
 
-`Tokenizer` is imported on first use, so that the command line can say what to install where torch is missing.
+`Tokenizer` is imported on first use, so that the command line can say what to install where the extra is missing.
 """
 
 from typing import TYPE_CHECKING
 
 from vqserve import __version__
+from vqserve_server import extra
 from vqserve_server.extra import missing_package
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ __all__ = ["Tokenizer", "__version__"]
 def __getattr__(name: str) -> object:
     if name == "Tokenizer":
         try:
+            extra.check_server_extra()
             from vqserve_server.tokenizer import Tokenizer  # noqa: PLC0415
         except ModuleNotFoundError as error:
             text = missing_package(error)

@@ -20,7 +20,7 @@ from vqserve.errors import COMMAND_LINE, VqserveError
 from vqserve.text import printable
 from vqserve_server import config as settings
 from vqserve_server import signals
-from vqserve_server.extra import missing_package
+from vqserve_server.extra import check_server_extra, missing_package
 from vqserve_server.process import worker_number
 
 
@@ -31,6 +31,7 @@ class Command:
     Attributes:
         help: one line for the list of commands.
         module: name of the module that adds its parser; imported only if the command is used.
+        needs_extra: whether it needs the extra `server`.
         function: name of the function that adds it to the subparsers. The parser's defaults are `run`, which takes the
             parsed arguments and returns the exit code, and perhaps `explain`, which takes them and unknown words and
             returns an error text or None.
@@ -39,6 +40,7 @@ class Command:
     help: str
     module: str
     function: str
+    needs_extra: bool = True
 
 
 NO_COMMANDS: Mapping[str, Command] = MappingProxyType({})
@@ -103,7 +105,9 @@ def _parser(asked: str, commands: Mapping[str, Command]) -> Parser:
     serve.set_defaults(run=_serve)
     for name, command in commands.items():
         if name == asked:
-            # Import only the module of the used command: it imports torch.
+            if command.needs_extra:
+                check_server_extra()
+            # Import only the module of the used command: it may import torch.
             getattr(importlib.import_module(command.module), command.function)(subparsers)
         else:
             subparsers.add_parser(name, help=command.help)
@@ -115,6 +119,7 @@ def _serve(args: argparse.Namespace) -> int:
     if args.print_config:
         print(settings.settings_file(resolved), end="")
         return 0
+    check_server_extra()
     config, sources = resolved.config, list(resolved.codebooks)
     worker = worker_number(os.environ)
     with signals.sighup_blocked():

@@ -14,7 +14,9 @@ COMMANDS = {
     "inspect": Command(
         "describe a codebook file, and how it fits latents", "vqserve_tools.inspection.commands", "add_inspect_parser"
     ),
-    "token": Command("make a token for a caller", "vqserve_server.access.command", "add_token_parser"),
+    "token": Command(
+        "make a token for a caller", "vqserve_server.access.command", "add_token_parser", needs_extra=False
+    ),
     "train": Command("train a codebook on latents", "vqserve_tools.training.commands", "add_train_parser"),
 }
 
