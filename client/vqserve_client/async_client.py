@@ -24,6 +24,7 @@ from vqserve_client.core import DECODE, ENCODE, ClientBase, Operation, without_f
 from vqserve_client.pipeline import Pipeline
 from vqserve_client.requests import Steps
 from vqserve_client.server_info import ServerInfo
+from vqserve_client.transport import UnarySender
 
 T = TypeVar("T")
 _END = object()
@@ -212,13 +213,13 @@ class AsyncClient(ClientBase):
         """Return the served codebooks, sorted by name; see Client.codebooks."""
         options = call_options(timeout=timeout)
         waker = _Waker()
-        return await _run(self._core.codebooks(options, waker.wake), waker)
+        return await _run(self._core.codebooks(options, UnarySender(waker.wake)), waker)
 
     async def server_info(self, *, timeout: float | None = None) -> ServerInfo | None:
         """Return version, uptime and load of the server that answers; see Client.server_info."""
         options = call_options(timeout=timeout)
         waker = _Waker()
-        return await _run(self._core.server_info(options, waker.wake), waker)
+        return await _run(self._core.server_info(options, UnarySender(waker.wake)), waker)
 
     async def close(self) -> None:
         """Close the connection; calls that run raise Closed. Closing twice is fine."""
@@ -226,7 +227,7 @@ class AsyncClient(ClientBase):
 
     async def _convert(self, operation: Operation, array: ArrayT, options: CallOptions) -> ArrayT:
         waker = _Waker()
-        result: ArrayT = await _run(self._core.convert_one(operation, array, options, waker.wake), waker)
+        result: ArrayT = await _run(self._core.convert_one(operation, array, options, UnarySender(waker.wake)), waker)
         return result
 
     async def _convert_many(

@@ -17,6 +17,7 @@ from vqserve_client.interrupts import SignalsDeferred, Waker
 from vqserve_client.pipeline import Pipeline
 from vqserve_client.requests import Steps
 from vqserve_client.server_info import ServerInfo
+from vqserve_client.transport import BlockingSender
 
 T = TypeVar("T")
 
@@ -311,7 +312,7 @@ class Client(ClientBase):
         """
         options = call_options(timeout=timeout)
         waker = Waker()
-        return _run(self._core.codebooks(options, waker.wake), waker)
+        return _run(self._core.codebooks(options, BlockingSender(waker.wake)), waker)
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo | None:
         """Return version, uptime and load of the server that answers; None: it is too old to say.
@@ -321,7 +322,7 @@ class Client(ClientBase):
         """
         options = call_options(timeout=timeout)
         waker = Waker()
-        return _run(self._core.server_info(options, waker.wake), waker)
+        return _run(self._core.server_info(options, BlockingSender(waker.wake)), waker)
 
     def close(self) -> None:
         """Close the connections; calls that run in other threads raise Closed. Closing twice is fine."""
@@ -329,7 +330,7 @@ class Client(ClientBase):
 
     def _convert(self, operation: Operation, array: ArrayT, options: CallOptions) -> ArrayT:
         waker = Waker()
-        result: ArrayT = _run(self._core.convert_one(operation, array, options, waker.wake), waker)
+        result: ArrayT = _run(self._core.convert_one(operation, array, options, BlockingSender(waker.wake)), waker)
         return result
 
     def _convert_many(

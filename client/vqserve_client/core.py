@@ -22,7 +22,7 @@ from vqserve_client.retries import RetryPolicy
 from vqserve_client.server_info import ServerInfo
 from vqserve_client.tls import Tls
 from vqserve_client.tracing import TRACING, Span
-from vqserve_client.transport import Sender, UnarySender
+from vqserve_client.transport import Sender
 
 Wake = Callable[[], None]
 
@@ -64,25 +64,25 @@ class Core:
         """Return the end of a call that begins now."""
         return Deadline(self.config.timeout if options.timeout is None else options.timeout)
 
-    def codebooks(self, options: CallOptions, wake: Wake) -> Steps[list[CodebookInfo]]:
+    def codebooks(self, options: CallOptions, sender: Sender) -> Steps[list[CodebookInfo]]:
         """Request the list of codebooks."""
-        return list((yield from self._ask(options, wake)).codebooks)
+        return list((yield from self._ask(options, sender)).codebooks)
 
-    def server_info(self, options: CallOptions, wake: Wake) -> Steps[ServerInfo | None]:
+    def server_info(self, options: CallOptions, sender: Sender) -> Steps[ServerInfo | None]:
         """Request what the server says about itself."""
-        return (yield from self._ask(options, wake)).server
+        return (yield from self._ask(options, sender)).server
 
-    def _ask(self, options: CallOptions, wake: Wake) -> Steps[ListRequest]:
+    def _ask(self, options: CallOptions, sender: Sender) -> Steps[ListRequest]:
         exchange = Exchange(
             self.pool,
             policy=self._policy,
             deadline=self.deadline(options),
             window=Window(1),
-            sender=UnarySender(wake),
+            sender=sender,
         )
         return (yield from self._list(exchange))
 
-    def convert_one(self, operation: Operation, array: object, options: CallOptions, wake: Wake) -> Steps[Any]:
+    def convert_one(self, operation: Operation, array: object, options: CallOptions, sender: Sender) -> Steps[Any]:
         """Encode or decode one array, by calls of its own."""
         source = operation.read(array)
         results = yield from self.convert(
@@ -92,7 +92,7 @@ class Core:
             pin=self.pin(options),
             deadline=self.deadline(options),
             window=Window(self.pool.window),
-            sender=UnarySender(wake),
+            sender=sender,
         )
         return results[0]
 

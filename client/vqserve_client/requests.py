@@ -90,6 +90,7 @@ class Request(ABC):
         others: how often a server had another codebook.
         failure: the last one; of several that reached no server, the one that says most.
         resume_at: when the next attempt may be made, on the monotonic clock.
+        is_answered: whether its reply was taken.
     """
 
     method: str
@@ -101,6 +102,7 @@ class Request(ABC):
     others = 0
     failure: Failure | None = None
     resume_at = 0.0
+    is_answered = False
 
     @abstractmethod
     def message(self) -> bytes:
@@ -169,15 +171,14 @@ class Exchange:
                     upcoming = next(requests, None)
                 wait_s: float | None = None
                 progress = False
+                alone = len(running) == 1 and (upcoming is None or self._window.free <= 0)
                 for request in list(running):
-                    future = request.future
-                    if future is not None and future.done() and self._take_reply(request, future, codebook):
+                    due_s = self._advance(request, codebook, alone=alone)
+                    if request.is_answered:
                         running.remove(request)
                         self._window.release()
                         progress = True
-                        continue
-                    due_s = self._send_if_due(request, codebook)
-                    if due_s is not None:
+                    elif due_s is not None:
                         wait_s = due_s if wait_s is None else min(wait_s, due_s)
                 # A place in the window is free again: send the next request before waiting.
                 if not (progress and (upcoming is not None or not running)):
@@ -190,36 +191,53 @@ class Exchange:
                         if request.future is not None:
                             request.future.cancel()
 
-    def _take_reply(self, request: Request, future: ReplyFuture, codebook: str | None) -> bool:
-        """Return whether a future that is done has a reply; else set the time of the next attempt or raise."""
+    def _advance(self, request: Request, codebook: str | None, *, alone: bool) -> float | None:
+        """Send the request if its time has come, take its reply if it is there.
+
+        Returns:
+            The seconds until the request must be looked at again; None: when its reply comes, if there is none yet.
+        """
+        while not request.is_answered:
+            if request.future is None:
+                wait_s = self._send_if_due(request, codebook, alone=alone)
+                if wait_s is not None:
+                    return wait_s
+            future = request.future
+            if future is not None and not future.done():
+                # gRPC enforces the deadline of a call, but not that of a request on a stream.
+                return self._time_left(request, codebook) if isinstance(future, StreamFuture) else None
+            if future is not None:
+                self._take_reply(request, future, codebook)
+        return None
+
+    def _take_reply(self, request: Request, future: ReplyFuture, codebook: str | None) -> None:
+        """Take the reply of a future that is done; if it has none, set the time of the next attempt or raise."""
         request.future = None
         if future.code() is not grpc.StatusCode.OK:
             self._back_off(request, future, codebook)
-            return False
+            return
         try:
             request.accept(future.result())
         except ProtocolError as error:
             error.request_id = request.request_id
             raise
+        request.is_answered = True
         if self._budget.is_spent:
             self._budget.earn()
         connection = request.connection
         if connection is not None and (connection.failures or not connection.is_proven):
             self._pool.succeeded(connection)
-        return True
 
-    def _send_if_due(self, request: Request, codebook: str | None) -> float | None:
-        """Send the request if its time has come; return the seconds until it must be looked at again."""
-        if request.future is None:
-            wait_s = request.resume_at - time.monotonic()
-            if wait_s > 0:
-                return wait_s
-            self._send(request, codebook)
-            if request.future is None:
-                request.resume_at = time.monotonic() + _LOOK_AGAIN_S
-                return _LOOK_AGAIN_S
-        # gRPC enforces the deadline of a call, but not that of a request on a stream.
-        return self._time_left(request, codebook) if isinstance(request.future, StreamFuture) else None
+    def _send_if_due(self, request: Request, codebook: str | None, *, alone: bool) -> float | None:
+        """Send the request if its time has come; return the seconds until then, or until a connection may be there."""
+        wait_s = request.resume_at - time.monotonic() if request.resume_at else 0.0
+        if wait_s > 0:
+            return wait_s
+        self._send(request, codebook, alone=alone)
+        if request.future is not None:
+            return None
+        request.resume_at = time.monotonic() + _LOOK_AGAIN_S
+        return _LOOK_AGAIN_S
 
     def _time_left(self, request: Request, codebook: str | None) -> float | None:
         left_s = self._deadline.grpc_timeout_s()
@@ -232,7 +250,7 @@ class Exchange:
             )
         return left_s
 
-    def _send(self, request: Request, codebook: str | None) -> None:
+    def _send(self, request: Request, codebook: str | None, *, alone: bool) -> None:
         timeout_s = self._deadline.grpc_timeout_s()
         if timeout_s is not None and timeout_s <= 0:
             raise DeadlineExceeded(
@@ -253,6 +271,7 @@ class Exchange:
                 timeout_s=timeout_s,
                 request_id=request.request_id,
                 trace=self._trace,
+                alone=alone,
             )
         except BaseException as error:
             connection.answered(len(message))

@@ -63,6 +63,7 @@ class Sender(Protocol):
         timeout_s: float | None,
         request_id: str,
         trace: Metadata = (),
+        alone: bool = False,
     ) -> ReplyFuture:
         """Send a request; the client is woken when the future is done, and the request no longer counts as under way.
 
@@ -73,6 +74,7 @@ class Sender(Protocol):
             timeout_s: seconds until its deadline; None: no limit.
             request_id: names it in the server's log.
             trace: metadata that tells the server of the caller's span.
+            alone: whether the call has nothing else in flight, and nothing to send before the reply.
 
         Raises:
             Closed: the client was closed.
@@ -95,6 +97,7 @@ class UnarySender:
         timeout_s: float | None,
         request_id: str,
         trace: Metadata = (),
+        alone: bool = False,
     ) -> ReplyFuture:
         """Send a request; see Sender."""
         call = connection.method(method)
@@ -113,6 +116,43 @@ class UnarySender:
         gate.leave()
         connection.answered(request_bytes)
         self._wake()
+
+
+class BlockingSender(UnarySender):
+    """Sends each request as a call of its own, and waits for the reply to one that is alone.
+
+    gRPC receives that reply in the thread of the caller. For a future it starts a thread, which wakes the caller: that
+    takes longer than all else that a small request costs the client.
+    """
+
+    def send(
+        self,
+        connection: Connection,
+        method: str,
+        message: bytes,
+        *,
+        timeout_s: float | None,
+        request_id: str,
+        trace: Metadata = (),
+        alone: bool = False,
+    ) -> ReplyFuture:
+        """Send a request; see Sender. The future of one that is alone is done."""
+        if not alone:
+            return super().send(connection, method, message, timeout_s=timeout_s, request_id=request_id, trace=trace)
+        call = connection.method(method)
+        # The error of gRPC has the methods of a future that is done.
+        outcome: Any
+        gate.enter()
+        try:
+            metadata = (*connection.metadata(request_id), *trace)
+            outcome = _Outcome(grpc.StatusCode.OK, reply=call(message, timeout=timeout_s, metadata=metadata))
+        except grpc.RpcError as error:
+            outcome = error.with_traceback(None)
+        finally:
+            gate.leave()
+        connection.answered(len(message))
+        sent: ReplyFuture = outcome
+        return sent
 
 
 class StreamSender:
@@ -134,6 +174,7 @@ class StreamSender:
         timeout_s: float | None,
         request_id: str,
         trace: Metadata = (),
+        alone: bool = False,
     ) -> ReplyFuture:
         """Send a request; see Sender. In the server's log and traces a stream is that of its first request."""
         streamed = connection.has_streams and method in STREAMED and len(message) <= LARGEST_STREAMED_BYTES
