@@ -162,11 +162,8 @@ def blocking_rows(target: str, cell: Cell, rounds: int, seconds: float) -> list[
     with ExitStack() as stack:
         channel = stack.enter_context(grpc.insecure_channel(target, options=UNLIMITED))
         client = stack.enter_context(Client(target, codebook=cell.book))
-        stub, method = channel.unary_unary(cell.method), getattr(client, cell.operation)
-        calls: dict[str, Callable[[], object]] = {
-            STUB: lambda: stub(cell.request),
-            SDK: lambda: method(cell.array),
-        }
+        stub = channel.unary_unary(cell.method)
+        calls: dict[str, Callable[[], object]] = {STUB: lambda: stub(cell.request), SDK: cell.call(client)}
         return [
             Row(cell, how, in_turn({name: _bound(work, call, seconds) for name, call in calls.items()}, rounds))
             for how, work in (("alone", alone), (f"{THREADS} threads", from_threads))
