@@ -13,7 +13,7 @@ from vqserve.types import ArrayT, DecodeOptions, EncodeOptions, KeyT, LatentDTyp
 from vqserve_client.arrays import iterable_of_arrays
 from vqserve_client.config import CallOptions, call_options, decode_options
 from vqserve_client.core import DECODE, ENCODE, ClientBase, Operation, without_frames
-from vqserve_client.interrupts import SignalsDeferred, Waker
+from vqserve_client.interrupts import SignalsDeferred, Waker, resume
 from vqserve_client.pipeline import Pipeline
 from vqserve_client.requests import Steps
 from vqserve_client.server_info import ServerInfo
@@ -393,9 +393,7 @@ def _run(steps: Steps[T], waker: Waker) -> T:
     """Run the steps of a call, waiting between them, and return its result."""
     try:
         while True:
-            with SignalsDeferred():
-                wait_s = next(steps)
-            waker.wait(wait_s)
+            waker.wait(resume(steps))
     except StopIteration as stop:
         result: T = stop.value
         return result

@@ -8,7 +8,7 @@ client.py with a Waker (interrupts.py), async_client.py with an asyncio.Event. T
 from __future__ import annotations
 
 import os
-import secrets
+import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Generator, Iterator
@@ -23,6 +23,10 @@ from vqserve_client.pool import Pool
 from vqserve_client.retries import RetryPolicy
 from vqserve_client.status import Failure, text_metadata
 from vqserve_client.transport import ReplyFuture, Sender, StreamFuture
+
+# Not the system's source, which costs a call of the kernel. In a child it begins anew, or it would repeat its parent's.
+_ids = random.Random()  # noqa: S311
+os.register_at_fork(after_in_child=_ids.seed)
 
 T = TypeVar("T")
 Steps = Generator[float | None, None, T]
@@ -83,7 +87,7 @@ class Request(ABC):
     Attributes:
         method: name of the RPC.
         request_id: names the request in the server's log.
-        future: future of the attempt that is in flight; None between attempts.
+        future: future of the attempt that is in flight, or its reply; None between attempts.
         connection: the connection of the last attempt.
         avoid: addresses of the servers where it has failed since it waited last.
         failures: attempts that failed, but for those after which another server was tried at once.
@@ -95,7 +99,7 @@ class Request(ABC):
 
     method: str
     request_id = ""
-    future: ReplyFuture | None = None
+    future: ReplyFuture | bytes | None = None
     connection: Connection | None = None
     avoid: Collection[str] = ()
     failures = 0
@@ -143,7 +147,7 @@ class Exchange:
         self._trace = trace
         self._budget = pool.retry_budget
         self._pid = os.getpid()
-        self._id = secrets.token_hex(8)
+        self._id = f"{_ids.getrandbits(64):016x}"
         self._digest: str | None = None
         self.sent = 0
 
@@ -188,7 +192,7 @@ class Exchange:
                 self._window.release(len(running))
                 if os.getpid() == self._pid:
                     for request in running:
-                        if request.future is not None:
+                        if request.future is not None and not isinstance(request.future, bytes):
                             request.future.cancel()
 
     def _advance(self, request: Request, codebook: str | None, *, alone: bool) -> float | None:
@@ -197,27 +201,34 @@ class Exchange:
         Returns:
             The seconds until the request must be looked at again; None: when its reply comes, if there is none yet.
         """
-        while not request.is_answered:
-            if request.future is None:
-                wait_s = self._send_if_due(request, codebook, alone=alone)
-                if wait_s is not None:
-                    return wait_s
+        while True:
             future = request.future
-            if future is not None and not future.done():
+            if future is None:
+                wait_s = request.resume_at - time.monotonic() if request.resume_at else 0.0
+                if wait_s > 0:
+                    return wait_s
+                self._send(request, codebook, alone=alone)
+                future = request.future
+                if future is None:
+                    # No connection is open yet.
+                    request.resume_at = time.monotonic() + _LOOK_AGAIN_S
+                    return _LOOK_AGAIN_S
+            if isinstance(future, bytes):
+                self._take_reply(request, future)
+                return None
+            if not future.done():
                 # gRPC enforces the deadline of a call, but not that of a request on a stream.
                 return self._time_left(request, codebook) if isinstance(future, StreamFuture) else None
-            if future is not None:
-                self._take_reply(request, future, codebook)
-        return None
-
-    def _take_reply(self, request: Request, future: ReplyFuture, codebook: str | None) -> None:
-        """Take the reply of a future that is done; if it has none, set the time of the next attempt or raise."""
-        request.future = None
-        if future.code() is not grpc.StatusCode.OK:
+            if future.code() is grpc.StatusCode.OK:
+                self._take_reply(request, future.result())
+                return None
+            request.future = None
             self._back_off(request, future, codebook)
-            return
+
+    def _take_reply(self, request: Request, reply: bytes) -> None:
+        request.future = None
         try:
-            request.accept(future.result())
+            request.accept(reply)
         except ProtocolError as error:
             error.request_id = request.request_id
             raise
@@ -227,17 +238,6 @@ class Exchange:
         connection = request.connection
         if connection is not None and (connection.failures or not connection.is_proven):
             self._pool.succeeded(connection)
-
-    def _send_if_due(self, request: Request, codebook: str | None, *, alone: bool) -> float | None:
-        """Send the request if its time has come; return the seconds until then, or until a connection may be there."""
-        wait_s = request.resume_at - time.monotonic() if request.resume_at else 0.0
-        if wait_s > 0:
-            return wait_s
-        self._send(request, codebook, alone=alone)
-        if request.future is not None:
-            return None
-        request.resume_at = time.monotonic() + _LOOK_AGAIN_S
-        return _LOOK_AGAIN_S
 
     def _time_left(self, request: Request, codebook: str | None) -> float | None:
         left_s = self._deadline.grpc_timeout_s()

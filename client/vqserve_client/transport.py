@@ -64,7 +64,7 @@ class Sender(Protocol):
         request_id: str,
         trace: Metadata = (),
         alone: bool = False,
-    ) -> ReplyFuture:
+    ) -> ReplyFuture | bytes:
         """Send a request; the client is woken when the future is done, and the request no longer counts as under way.
 
         Args:
@@ -75,6 +75,9 @@ class Sender(Protocol):
             request_id: names it in the server's log.
             trace: metadata that tells the server of the caller's span.
             alone: whether the call has nothing else in flight, and nothing to send before the reply.
+
+        Returns:
+            The future; or the reply, if it was waited for.
 
         Raises:
             Closed: the client was closed.
@@ -113,17 +116,21 @@ class UnarySender:
         return sent
 
     def _on_done(self, connection: Connection, request_bytes: int, _future: Any) -> None:
-        gate.leave()
         connection.answered(request_bytes)
         self._wake()
+        # Last: a fork waits for it.
+        gate.leave()
 
 
-class BlockingSender(UnarySender):
+class BlockingSender:
     """Sends each request as a call of its own, and waits for the reply to one that is alone.
 
     gRPC receives that reply in the thread of the caller. For a future it starts a thread, which wakes the caller: that
     takes longer than all else that a small request costs the client.
     """
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
 
     def send(
         self,
@@ -135,23 +142,25 @@ class BlockingSender(UnarySender):
         request_id: str,
         trace: Metadata = (),
         alone: bool = False,
-    ) -> ReplyFuture:
-        """Send a request; see Sender. The future of one that is alone is done."""
+    ) -> ReplyFuture | bytes:
+        """Send a request; see Sender. For one that is alone, return the reply, or a future that has failed."""
         if not alone:
-            return super().send(connection, method, message, timeout_s=timeout_s, request_id=request_id, trace=trace)
+            return UnarySender(self._wake).send(
+                connection, method, message, timeout_s=timeout_s, request_id=request_id, trace=trace
+            )
         call = connection.method(method)
-        # The error of gRPC has the methods of a future that is done.
         outcome: Any
         gate.enter()
         try:
             metadata = (*connection.metadata(request_id), *trace)
-            outcome = _Outcome(grpc.StatusCode.OK, reply=call(message, timeout=timeout_s, metadata=metadata))
+            outcome = call(message, timeout=timeout_s, metadata=metadata)
         except grpc.RpcError as error:
+            # It has the methods of a future that is done.
             outcome = error.with_traceback(None)
         finally:
             gate.leave()
         connection.answered(len(message))
-        sent: ReplyFuture = outcome
+        sent: ReplyFuture | bytes = outcome
         return sent
 
 

@@ -269,7 +269,7 @@ def test_ctrl_c_while_handlers_are_restored_restores_the_others(monkeypatch):
     def step() -> None:
         with SignalsDeferred():
             signal.raise_signal(signal.SIGTERM)
-            monkeypatch.setattr(signal, "signal", put_back)
+            monkeypatch.setattr("vqserve_client.interrupts.set_handler", put_back)
 
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -365,3 +365,23 @@ def test_a_signal_before_the_wait_is_handled_in_it(tiny, monkeypatch, latents):
         monkeypatch.undo()
         tiny.gate.set()
         assert client.encode(latents(2, 4)).shape == (2,)
+
+
+def test_only_a_call_of_several_requests_starts_threads(tiny, latents, monkeypatch):
+    with Client(tiny.target, max_message_bytes=1024) as client:
+        indices = client.encode(latents(9, 4))
+        started = []
+        start = threading.Thread.start
+
+        def noted(thread: threading.Thread) -> None:
+            # The server, in this process, has a pool.
+            if not thread.name.startswith("ThreadPool"):
+                started.append(thread.name)
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", noted)
+        client.encode(latents(9, 4))
+        client.decode(indices)
+        assert not started
+        client.encode(latents(200, 4))
+        assert started
