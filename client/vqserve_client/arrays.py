@@ -138,9 +138,11 @@ def _array_input(
         result, dtype = _tensor_input(torch, value, what, prepare), value.dtype
     elif isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
         array = np.asarray(value)
-        if prepare is not None:
+        known = dtypes.of_numpy(array.dtype)
+        if known is None and prepare is not None:
             array = prepare(array)
-        result, dtype = ArrayInput(array, _wire_dtype(array)), array.dtype
+        result = ArrayInput(array, _wire_dtype(array) if known is None else known.number)
+        dtype = array.dtype
     else:
         raise not_an_array(what, value)
     if result.dtype not in allowed:
@@ -176,11 +178,9 @@ def _wire_dtype(array: Array) -> int:
 
 
 def _wire_integers(array: Array) -> Array:
-    """Return integers that are not on the wire as a type that is; anything else unchanged."""
-    if dtypes.of_numpy(array.dtype) is not None:
-        return array
+    """Return integers of a type that is not on the wire as one that is; anything else unchanged."""
     native = array.dtype.newbyteorder("=")
-    if native.kind not in "iu":
+    if native.kind not in "iu" or dtypes.of_numpy(native) is not None:
         return array
     wider = dtypes.smallest_holding(native)
     if wider is not None:

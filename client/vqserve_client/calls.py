@@ -46,7 +46,7 @@ class ArrayCall:
         Args:
             inputs: the arrays that `source` is, or was joined from.
         """
-        out, dtype = self.place(None), self.form.reply_dtype
+        out, dtype = self.form.empty() if self._out is None else self._out, self.form.reply_dtype
         if len(inputs) == 1:
             return [self.source.to_caller(out, dtype)]
         results, start = [], 0
