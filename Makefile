@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 PROTO  := vqserve/v1/tokenizer.proto vqserve/v1/admin.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve console-pictures test test-fast test-busy test-search test-grpcio test-old soak coverage bench bench-behaviour bench-capacity bench-data-sets bench-search check format proto lock image image-test sbom docs docs-serve clean
+.PHONY: help setup demo serve console-pictures test test-fast test-busy test-search test-grpcio test-old soak coverage bench bench-behaviour bench-capacity bench-data-sets bench-sdk bench-search check format proto lock image image-test sbom docs docs-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -91,6 +91,9 @@ bench-capacity: $(VENV)/.bench-installed benchmarks/peers/mosec/.venv/.installed
 
 bench-data-sets: $(VENV)/.bench-installed  ## `vqserve encode` of data sets beside the load generator
 	$(BIN)/python benchmarks/data_sets.py $(ARGS)
+
+bench-sdk: $(VENV)/.bench-installed  ## what the SDK adds to a bare gRPC stub
+	$(BIN)/python benchmarks/sdk_cost.py $(CELLS)
 
 bench-behaviour: $(VENV)/.bench-installed  ## latency, random arrivals, batching, workers, memory
 	$(BIN)/python benchmarks/behaviour.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from vqserve import payload
-from vqserve.dtypes import BY_NAME
+from vqserve.dtypes import BY_NAME, LatentDTypeName
 from vqserve.v1 import tokenizer_pb2 as pb
+from vqserve_client import Client
 from vqserve_server import Tokenizer
 from vqserve_server.codebooks import save_codebook
 from vqserve_server.quantizers import VectorQuantizer
@@ -61,6 +63,17 @@ class Cell:
         if self.operation == "decode":
             return self.indices
         return torch.from_numpy(self.latents).bfloat16() if self.dtype == "bf16" else self.latents
+
+    @property
+    def reply_dtype(self) -> LatentDTypeName:
+        """The type of the latents, as `Client.decode` takes it."""
+        return "float32" if self.dtype == "fp32" else "bfloat16"
+
+    def call(self, client: Client) -> Callable[[], object]:
+        """The call of the SDK that a user makes for this request."""
+        if self.operation == "encode":
+            return lambda: client.encode(self.array)
+        return lambda: client.decode(self.array, dtype=self.reply_dtype)
 
     @cached_property
     def indices(self) -> NDArray[np.unsignedinteger]:

@@ -146,6 +146,33 @@ class Ours(Contender):
     def stream_rate(self, cell: Cell, concurrency: int, seconds: float, streams: int) -> float:
         return grpc_rate(self.target, cell.method + "Stream", cell.request, concurrency, seconds, streams=streams)
 
+    def sdk_rate(self, cell: Cell, concurrency: int, seconds: float) -> float:
+        """Calls a second of `Client.encode` or `decode` in threads of this process, as a user has them."""
+        with Client(self.target, codebook=cell.book) as client:
+            call = cell.call(client)
+            counts = [0] * concurrency
+            ready = threading.Barrier(concurrency + 1)
+            began = ended = 0.0
+
+            def work(number: int) -> None:
+                call()
+                ready.wait()
+                ready.wait()
+                while time.perf_counter() < ended:
+                    call()
+                    counts[number] += time.perf_counter() >= began
+
+            threads = [threading.Thread(target=work, args=(number,)) for number in range(concurrency)]
+            for thread in threads:
+                thread.start()
+            ready.wait()
+            began = time.perf_counter() + WARMUP_S
+            ended = began + seconds
+            ready.wait()
+            for thread in threads:
+                thread.join()
+            return sum(counts) / (time.perf_counter() - began)
+
     def many_rate(self, cell: Cell, seconds: float) -> float:
         """Arrays a second of one `encode_many` or `decode_many`, as a job over a dataset has them."""
         with Client(self.target, codebook=cell.book) as client:
@@ -153,7 +180,7 @@ class Ours(Contender):
             if cell.operation == "encode":
                 answers = client.encode_many(arrays)
             else:
-                answers = client.decode_many(arrays, dtype={"fp32": "float32", "bf16": "bfloat16"}[cell.dtype])
+                answers = client.decode_many(arrays, dtype=cell.reply_dtype)
             with closing(answers):
                 starts = time.perf_counter() + WARMUP_S
                 while time.perf_counter() < starts:

@@ -48,7 +48,15 @@ class Row:
     @property
     def efficiency(self) -> float:
         """(t_echo + t_search) / t_served, where client and server share the cores."""
-        return (1 / self.echo + self.search_s) * self.rates["vqserve"]
+        return self._efficiency("vqserve")
+
+    @property
+    def sdk_efficiency(self) -> float:
+        """The same where the SDK calls, in threads of one process."""
+        return self._efficiency("vqserve, SDK")
+
+    def _efficiency(self, name: str) -> float:
+        return (1 / self.echo + self.search_s) * self.rates[name]
 
 
 def search_floor(cell: Cell, tokenizer: Tokenizer) -> Callable[[], float]:
@@ -113,6 +121,7 @@ def measure_cell(
             rates.setdefault("vqserve, streams", []).append(
                 servers[0].stream_rate(cell, CALLERS, options.seconds, STREAMS)
             )
+            rates.setdefault("vqserve, SDK", []).append(servers[0].sdk_rate(cell, CALLERS, options.seconds))
             rates.setdefault("vqserve, many", []).append(servers[0].many_rate(cell, options.seconds))
     row.rates = {name: statistics.median(values) for name, values in rates.items()}
     row.search_s = statistics.median(floors)
@@ -142,6 +151,8 @@ def table(rows: list[Row]) -> list[str]:
         "vqserve/s",
         *(["before/s", "after over before"] if compared else []),
         "**efficiency**",
+        f"by Client.encode or decode in {CALLERS} threads/s",
+        "**its efficiency**",
         "by stream/s",
         "by encode_many or decode_many/s",
         *(f"{p}/s" for p in peers),
@@ -155,6 +166,8 @@ def table(rows: list[Row]) -> list[str]:
             f"{row.rates['vqserve']:.0f}",
             *([f"{row.rates[BEFORE]:.0f}", f"{row.rates['vqserve'] / row.rates[BEFORE]:.2f}"] if compared else []),
             f"**{row.efficiency:.2f}**",
+            f"{row.rates['vqserve, SDK']:.0f}",
+            f"**{row.sdk_efficiency:.2f}**",
             f"{row.rates['vqserve, streams']:.0f}",
             f"{row.rates['vqserve, many']:.0f}",
             *(f"{row.rates[p]:.0f}" if p in row.rates else "-" for p in peers),

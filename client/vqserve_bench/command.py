@@ -24,7 +24,7 @@ from vqserve_bench.trial import Trial
 from vqserve_bench.window import Window
 from vqserve_bench.workload import Workload, grid_text
 from vqserve_client.arguments import connection
-from vqserve_client.catalogue import Pin
+from vqserve_client.catalogue import choose
 from vqserve_client.client import Client
 from vqserve_client.config import ClientConfig, client_config
 from vqserve_data.files import check_output
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     config = client_config(**connection(args), max_message_bytes=args.max_message_bytes)
     with Client(**connection(args)) as client:
-        info = Pin(args.codebook, args.digest, target=args.target).choose(client.codebooks())
+        info = choose(client.codebooks(), args.codebook, args.digest, target=args.target)
     workload = arguments.workload(args)
     jobs = _jobs(args, workload, info, config)
     began = datetime.now(UTC).isoformat(timespec="seconds")

@@ -21,9 +21,10 @@ from vqserve.validation import check_indices_shape, check_latents_shape
 from vqserve_bench.request import Request
 from vqserve_bench.served import ReadStats, decode_stats, encode_stats
 from vqserve_client.arrays import Array, ArrayInput, indices_input, latents_input
-from vqserve_client.calls import DecodeCall, EncodeCall
+from vqserve_client.calls import ArrayCall
 from vqserve_client.catalogue import Pin
 from vqserve_client.config import ClientConfig, call_options, decode_options
+from vqserve_client.forms import DecodeForm, EncodeForm, Form
 from vqserve_data.files import open_array
 
 Grid = tuple[int, ...]
@@ -96,14 +97,14 @@ class Workload:
             )
             source = ArrayInput(BY_NUMBER[wire].narrow(latents), wire)
             options = call_options(layout=self.layout)
-            yield _request(EncodeCall(source, info, options, pin=_pin(info, config), config=config), grid, config)
+            yield _request(source, EncodeForm(source, info, options, config=config), grid, config)
 
     def _decode(self, info: CodebookInfo, config: ClientConfig, tokens: int) -> Iterator[Request]:
         indices = self._indices(info, tokens)
         options = decode_options(layout=self.layout, dtype=self.dtype)
         for grid, start in self._cuts(tokens):
             source = indices_input(self._in_grid(indices[start : start + math.prod(grid)], grid, info))
-            yield _request(DecodeCall(source, info, options, pin=_pin(info, config), config=config), grid, config)
+            yield _request(source, DecodeForm(source, info, options, config=config), grid, config)
 
     def _in_grid(self, tokens: Array, grid: Grid, info: CodebookInfo) -> Array:
         """Return the indices of tokens, (n,) or with stages (n, q), as a request has them."""
@@ -171,14 +172,11 @@ def grid_text(grid: Grid) -> str:
     return "x".join(map(str, grid))
 
 
-def _pin(info: CodebookInfo, config: ClientConfig) -> Pin:
-    return Pin(info.name, None, target=config.target)
-
-
-def _request(call: EncodeCall | DecodeCall, grid: Grid, config: ClientConfig) -> Request:
-    if call.is_cut:
-        raise _too_large(grid, call.info, config)
-    [request] = call.requests()
+def _request(source: ArrayInput, form: Form, grid: Grid, config: ClientConfig) -> Request:
+    if form.is_cut:
+        raise _too_large(grid, form.info, config)
+    pin = Pin(form.info.name, None, target=config.target)
+    [request] = ArrayCall(source, form, pin).requests()
     return Request(request.message(), math.prod(grid))
 
 

@@ -9,8 +9,8 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,10 +36,12 @@ T = TypeVar("T")
 # A part of an array: one slice for each axis.
 Cut = tuple[slice, ...]
 Geometry = tuple[tuple[int, ...], Layout]
+# Up to this size work on an array takes less time than a thread that gives up the interpreter's lock waits to get it
+# back where many threads call: numpy gives it up for more than 500 elements.
+SMALL_BYTES = 32 << 10
 
 
-@dataclass(frozen=True)
-class ArrayInput:
+class ArrayInput(NamedTuple):
     """A caller's array, ready to be cut and sent.
 
     Attributes:
@@ -56,7 +58,7 @@ class ArrayInput:
 
     def with_batch_axis(self) -> ArrayInput:
         """Return an array without a batch axis with one of length 1."""
-        return replace(self, array=self.array[None], batched=False)
+        return self._replace(array=self.array[None], batched=False)
 
     def to_caller(self, result: Array, dtype: int) -> Any:
         """Return a finished result as the kind of this array: numpy, or torch on its device; with its axes.
@@ -120,7 +122,7 @@ def iterable_of_arrays(items: T, verb: str) -> T:
 
 def joined(inputs: Sequence[ArrayInput]) -> ArrayInput:
     """Return arrays that join as one."""
-    return replace(inputs[0], array=np.concatenate([one.array for one in inputs]))
+    return inputs[0]._replace(array=np.concatenate([one.array for one in inputs]))
 
 
 def _array_input(
@@ -136,9 +138,11 @@ def _array_input(
         result, dtype = _tensor_input(torch, value, what, prepare), value.dtype
     elif isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
         array = np.asarray(value)
-        if prepare is not None:
+        known = dtypes.of_numpy(array.dtype)
+        if known is None and prepare is not None:
             array = prepare(array)
-        result, dtype = ArrayInput(array, _wire_dtype(array)), array.dtype
+        result = ArrayInput(array, _wire_dtype(array) if known is None else known.number)
+        dtype = array.dtype
     else:
         raise not_an_array(what, value)
     if result.dtype not in allowed:
@@ -174,7 +178,7 @@ def _wire_dtype(array: Array) -> int:
 
 
 def _wire_integers(array: Array) -> Array:
-    """Return integers that are not on the wire as a type that is; anything else unchanged."""
+    """Return integers of a type that is not on the wire as one that is; anything else unchanged."""
     native = array.dtype.newbyteorder("=")
     if native.kind not in "iu" or dtypes.of_numpy(native) is not None:
         return array
@@ -186,19 +190,22 @@ def _wire_integers(array: Array) -> Array:
     return array.astype(np.int64) if fits else array
 
 
-def empty_indices(shape: tuple[int, ...], dtype: int, device: object) -> Array:
-    """Return an empty array for indices: int64 for a torch device, else the type of the wire."""
-    return np.empty(shape, payload.numpy_dtype(dtype) if device is None else np.int64)
+def indices_storage(dtype: int, device: object) -> np.dtype[Any]:
+    """Return the numpy type of an array of indices: int64 for a torch device, else the type of the wire."""
+    return payload.numpy_dtype(dtype) if device is None else np.dtype(np.int64)
 
 
-def empty_latents(shape: tuple[int, ...], dtype: int, device: object) -> Array:
-    """Return an empty array for latents; for types that numpy lacks, float32, or for a torch device bit patterns."""
+def latents_storage(dtype: int, device: object) -> np.dtype[Any]:
+    """Return the numpy type of latents; for types that numpy lacks, float32, or for a torch device bit patterns."""
     known = dtypes.BY_NUMBER[dtype]
-    return np.empty(shape, np.float32 if device is None and known.coding is not None else known.storage)
+    return np.dtype(np.float32) if device is None and known.coding is not None else known.storage
 
 
 def store(part: Array, dtype: int, into: Array) -> None:
     """Copy the array of one reply to its place; bit patterns are widened if the place is float32."""
+    if part.nbytes <= SMALL_BYTES and part.dtype == into.dtype and part.nbytes and into.flags.c_contiguous:
+        into.data.cast("B")[:] = part.data.cast("B")
+        return
     into[...] = dtypes.BY_NUMBER[dtype].widen(part) if into.dtype == np.float32 else part
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
 from contextlib import closing
 from types import TracebackType
@@ -24,6 +26,7 @@ from vqserve_client.core import DECODE, ENCODE, ClientBase, Operation, without_f
 from vqserve_client.pipeline import Pipeline
 from vqserve_client.requests import Steps
 from vqserve_client.server_info import ServerInfo
+from vqserve_client.transport import UnarySender
 
 T = TypeVar("T")
 _END = object()
@@ -212,13 +215,13 @@ class AsyncClient(ClientBase):
         """Return the served codebooks, sorted by name; see Client.codebooks."""
         options = call_options(timeout=timeout)
         waker = _Waker()
-        return await _run(self._core.codebooks(options, waker.wake), waker)
+        return await _run(self._core.codebooks(options, UnarySender(waker.wake)), waker)
 
     async def server_info(self, *, timeout: float | None = None) -> ServerInfo | None:
         """Return version, uptime and load of the server that answers; see Client.server_info."""
         options = call_options(timeout=timeout)
         waker = _Waker()
-        return await _run(self._core.server_info(options, waker.wake), waker)
+        return await _run(self._core.server_info(options, UnarySender(waker.wake)), waker)
 
     async def close(self) -> None:
         """Close the connection; calls that run raise Closed. Closing twice is fine."""
@@ -226,7 +229,7 @@ class AsyncClient(ClientBase):
 
     async def _convert(self, operation: Operation, array: ArrayT, options: CallOptions) -> ArrayT:
         waker = _Waker()
-        result: ArrayT = await _run(self._core.convert_one(operation, array, options, waker.wake), waker)
+        result: ArrayT = await _run(self._core.convert_one(operation, array, options, UnarySender(waker.wake)), waker)
         return result
 
     async def _convert_many(
@@ -280,23 +283,66 @@ class AsyncClient(ClientBase):
         await self.close()
 
 
-class _Waker:
-    """An event of this event loop that any thread may set."""
+class _Mailbox:
+    """Wakes tasks of one event loop from other threads: once for all replies that come before the loop looks."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._event = asyncio.Event()
+        self._woken: deque[_Waker] = deque()
+        self._is_due = False
+
+    def put(self, waker: _Waker) -> None:
+        """Let the loop wake a task soon."""
+        self._woken.append(waker)
+        if not self._is_due:
+            self._is_due = True
+            # A reply may come after the loop was closed, when nothing waits for it any more.
+            with contextlib.suppress(RuntimeError):
+                waker.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        # First: what is put from now on is delivered now or makes the loop look again.
+        self._is_due = False
+        while self._woken:
+            self._woken.popleft().deliver()
+
+
+class _Waker:
+    """One task of an event loop waits on it, any thread wakes it."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        mailbox = _mailboxes.get(self.loop)
+        if mailbox is None:
+            mailbox = _mailboxes[self.loop] = _Mailbox()
+        self._mailbox = mailbox
+        self._waits: asyncio.Future[None] | None = None
+        self._is_woken = False
 
     def wake(self) -> None:
-        # A reply may come after the loop was closed, when nothing waits for it any more.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._event.set)
+        """End the wait of the task that waits, or the next wait; for any thread."""
+        self._mailbox.put(self)
+
+    def deliver(self) -> None:
+        """End the wait; for the loop's own thread."""
+        self._is_woken = True
+        if self._waits is not None and not self._waits.done():
+            self._waits.set_result(None)
 
     async def wait(self, seconds: float | None) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._event.wait()
-        self._event.clear()
+        """Wait until woken, at most this many seconds; None: no limit."""
+        if not self._is_woken:
+            self._waits = self.loop.create_future()
+            timer = None if seconds is None else self.loop.call_later(max(0.0, seconds), self.deliver)
+            try:
+                await self._waits
+            finally:
+                self._waits = None
+                if timer is not None:
+                    timer.cancel()
+        self._is_woken = False
+
+
+_mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = weakref.WeakKeyDictionary()
 
 
 async def _run(steps: Steps[T], waker: _Waker) -> T:

@@ -47,7 +47,7 @@ class ListRequest(Request):
     """The request for the codebooks that are served.
 
     Attributes:
-        codebooks: the codebooks, after the reply.
+        catalogue: the codebooks, after the reply.
         server: what the server says about itself; None: an older server does not.
     """
 
@@ -55,7 +55,7 @@ class ListRequest(Request):
 
     def __init__(self, target: str) -> None:
         self._target = target
-        self.codebooks: tuple[CodebookInfo, ...] = ()
+        self.catalogue = Catalogue(())
         self.server: ServerInfo | None = None
 
     def message(self) -> bytes:
@@ -81,7 +81,7 @@ class ListRequest(Request):
         if len(set(names)) != len(names):
             twice, _ = Counter(names).most_common(1)[0]
             raise ProtocolError(f"the server lists a codebook twice: {quoted(twice, 200)}", target=self._target)
-        self.codebooks = codebooks
+        self.catalogue = Catalogue(codebooks)
         self.server = ServerInfo.of(listed.server) if listed.HasField("server") else None
 
     def _checked(self, entry: Any) -> CodebookInfo:
@@ -168,6 +168,27 @@ def _most_lasting(holders: Sequence[CodebookInfo]) -> CodebookInfo:
     )
 
 
+class Catalogue:
+    """The codebooks of one list, and what was chosen from it.
+
+    Attributes:
+        codebooks: the codebooks.
+        forms: forms of requests that are about them, by what they depend on.
+    """
+
+    def __init__(self, codebooks: Sequence[CodebookInfo]) -> None:
+        self.codebooks = codebooks
+        self.forms: dict[tuple[object, ...], Any] = {}
+        self._chosen: dict[tuple[str | None, str | None], CodebookInfo] = {}
+
+    def choose(self, name: str | None, digest: str | None, *, target: str) -> CodebookInfo:
+        """Return the codebook of that name and digest; see `choose`."""
+        info = self._chosen.get((name, digest))
+        if info is None:
+            info = self._chosen[name, digest] = choose(self.codebooks, name, digest, target=target)
+        return info
+
+
 class WrongDigest(Exception):
     """A reply was made by another codebook than the request named; Pin.reconsider decides what happens."""
 
@@ -193,27 +214,27 @@ class Pin:
         self.answered = False
         self._remembered = False
 
-    def choose_remembered(self, codebooks: Sequence[CodebookInfo] | None) -> CodebookInfo | None:
+    def choose_remembered(self, catalogue: Catalogue | None) -> CodebookInfo | None:
         """Pin the codebook from a list that an earlier call got; None: the list must be requested.
 
         Args:
-            codebooks: the list; None: there is none.
+            catalogue: the list; None: there is none.
         """
-        if codebooks is None or self._refreshes:
+        if catalogue is None or self._refreshes:
             return None
         try:
-            info = self.choose(codebooks)
+            info = self.info = catalogue.choose(self._codebook, self._digest, target=self._target)
         except (CodebookNotFound, DigestMismatch, InvalidOption):
             self._refresh()
             return None
         self._remembered = True
         return info
 
-    def choose(self, codebooks: Sequence[CodebookInfo]) -> CodebookInfo:
+    def choose(self, catalogue: Catalogue) -> CodebookInfo:
         """Pin the codebook that the caller asked for, unless another item of the call has pinned it.
 
         Args:
-            codebooks: the served codebooks.
+            catalogue: the served codebooks.
 
         Raises:
             CodebookNotFound: it is not there, or none was named and there are several.
@@ -221,7 +242,7 @@ class Pin:
             InvalidOption: the caller's digest is the beginning of several.
         """
         if self.info is None:
-            self.info = choose(codebooks, self._codebook, self._digest, target=self._target)
+            self.info = catalogue.choose(self._codebook, self._digest, target=self._target)
             self._remembered = False
         return self.info
 

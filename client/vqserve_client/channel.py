@@ -32,7 +32,8 @@ class ForkGate:
         self._reset()
 
     def _reset(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._in_flight = 0
         self._enders: set[Callable[[], None]] = set()
         self._closed = False
@@ -43,19 +44,21 @@ class ForkGate:
         Args:
             end_sending: for a stream, which may stay open: asks it to end soon.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: not self._closed)
+        with self._lock:
+            if self._closed:
+                self._changed.wait_for(lambda: not self._closed)
             self._in_flight += 1
             if end_sending is not None:
                 self._enders.add(end_sending)
 
     def leave(self, end_sending: Callable[[], None] | None = None) -> None:
         """End a request that entered with the same argument."""
-        with self._changed:
+        with self._lock:
             self._in_flight -= 1
             if end_sending is not None:
                 self._enders.discard(end_sending)
-            self._changed.notify_all()
+            if self._closed:
+                self._changed.notify_all()
 
     def before_fork(self) -> None:
         """Close the gate and wait until no request is in flight."""

@@ -13,10 +13,11 @@ from vqserve.types import ArrayT, DecodeOptions, EncodeOptions, KeyT, LatentDTyp
 from vqserve_client.arrays import iterable_of_arrays
 from vqserve_client.config import CallOptions, call_options, decode_options
 from vqserve_client.core import DECODE, ENCODE, ClientBase, Operation, without_frames
-from vqserve_client.interrupts import SignalsDeferred, Waker
+from vqserve_client.interrupts import SignalsDeferred, Waker, resume
 from vqserve_client.pipeline import Pipeline
 from vqserve_client.requests import Steps
 from vqserve_client.server_info import ServerInfo
+from vqserve_client.transport import BlockingSender
 
 T = TypeVar("T")
 
@@ -311,7 +312,7 @@ class Client(ClientBase):
         """
         options = call_options(timeout=timeout)
         waker = Waker()
-        return _run(self._core.codebooks(options, waker.wake), waker)
+        return _run(self._core.codebooks(options, BlockingSender(waker.wake)), waker)
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo | None:
         """Return version, uptime and load of the server that answers; None: it is too old to say.
@@ -321,7 +322,7 @@ class Client(ClientBase):
         """
         options = call_options(timeout=timeout)
         waker = Waker()
-        return _run(self._core.server_info(options, waker.wake), waker)
+        return _run(self._core.server_info(options, BlockingSender(waker.wake)), waker)
 
     def close(self) -> None:
         """Close the connections; calls that run in other threads raise Closed. Closing twice is fine."""
@@ -329,7 +330,7 @@ class Client(ClientBase):
 
     def _convert(self, operation: Operation, array: ArrayT, options: CallOptions) -> ArrayT:
         waker = Waker()
-        result: ArrayT = _run(self._core.convert_one(operation, array, options, waker.wake), waker)
+        result: ArrayT = _run(self._core.convert_one(operation, array, options, BlockingSender(waker.wake)), waker)
         return result
 
     def _convert_many(
@@ -392,9 +393,7 @@ def _run(steps: Steps[T], waker: Waker) -> T:
     """Run the steps of a call, waiting between them, and return its result."""
     try:
         while True:
-            with SignalsDeferred():
-                wait_s = next(steps)
-            waker.wait(wait_s)
+            waker.wait(resume(steps))
     except StopIteration as stop:
         result: T = stop.value
         return result

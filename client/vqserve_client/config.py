@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache, wraps
 from os import PathLike
-from typing import Any
+from typing import Any, ParamSpec
 
 from vqserve import payload
 from vqserve.dtypes import latent_dtype_name
@@ -119,13 +120,15 @@ def client_config(
     )
 
 
-_RAISE: OnError = "raise"
-_LATENTS: OutputName = "latents"
+P = ParamSpec("P")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CallOptions:
-    """The options of one call; for codebook, digest and timeout, None stands for the client's own."""
+    """The options of one call; for codebook, digest and timeout, None stands for the client's own.
+
+    Calls with the same options share one object, so that what depends on options is found by it.
+    """
 
     codebook: str | None = None
     digest: str | None = None
@@ -138,6 +141,23 @@ class CallOptions:
     on_error: OnError = "raise"
 
 
+def _remembered(parse: Callable[P, CallOptions]) -> Callable[P, CallOptions]:
+    """Return the function, which checks options that were given before no more."""
+    # Typed: True is not 1, for example.
+    remembered = lru_cache(256, typed=True)(parse)
+
+    @wraps(parse)
+    def options(*args: P.args, **kwargs: P.kwargs) -> CallOptions:
+        try:
+            return remembered(*args, **kwargs)  # type: ignore[arg-type]
+        except TypeError:
+            # An option of a wrong type, which may have no hash: the error is about the option.
+            return parse(*args, **kwargs)
+
+    return options
+
+
+@_remembered
 def call_options(
     *,
     layout: LayoutName | Layout | None = None,
@@ -148,7 +168,7 @@ def call_options(
     dtype: int = pb.DTYPE_FLOAT32,
     output: int = pb.DECODE_OUTPUT_LATENTS,
     batched: bool = True,
-    on_error: OnError = _RAISE,
+    on_error: OnError = "raise",
 ) -> CallOptions:
     """Return the options of a call, checked here so that `encode_many` raises before it begins.
 
@@ -167,35 +187,32 @@ def call_options(
         InvalidOption: an option has none of its values.
         TypeError: codebook, digest, timeout or batched is of another type.
     """
-    # The usual values cost no call.
-    if batched is not True:
-        check_batched(batched)
-    if on_error is not _RAISE:
-        check_on_error(on_error)
+    check_batched(batched)
+    check_on_error(on_error)
     check_call(codebook=codebook, digest=digest, timeout=timeout, num_quantizers=num_quantizers)
     parsed = None if layout is None else parse_layout(layout)
     return CallOptions(codebook, digest, timeout, parsed, num_quantizers, dtype, output, batched, on_error)
 
 
+@_remembered
 def decode_options(
     *,
     layout: LayoutName | Layout | None = None,
     dtype: LatentDType = "float32",
-    output: OutputName = _LATENTS,
+    output: OutputName = "latents",
     num_quantizers: int | None = None,
     codebook: str | None = None,
     digest: str | None = None,
     timeout: float | None = None,
     batched: bool = True,
-    on_error: OnError = _RAISE,
+    on_error: OnError = "raise",
 ) -> CallOptions:
     """Return the options of a decode call; see call_options.
 
     Raises:
         InvalidOption, TypeError: as for call_options.
     """
-    if output is not _LATENTS:
-        check_output(output)
+    check_output(output)
     return call_options(
         layout=layout,
         num_quantizers=num_quantizers,

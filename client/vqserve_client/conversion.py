@@ -22,13 +22,13 @@ from vqserve_client.arrays import (
     Array,
     Cut,
     Plan,
-    empty_latents,
     indices_cut,
     indices_geometry,
     indices_input,
     latents_cut,
     latents_geometry,
     latents_input,
+    latents_storage,
     of_whole,
     plan,
 )
@@ -223,7 +223,7 @@ class Decoding(Conversion):
         super().__init__(info, options)
         self._width = info.code_dim if options.output == "code_rows" else info.output_dim
         self._wire: LatentDTypeName = options.dtype or "float32"  # type: ignore[assignment]
-        self.dtype = empty_latents((0,), payload.dtype_of_name(self._wire), None).dtype
+        self.dtype = latents_storage(payload.dtype_of_name(self._wire), None)
 
     def many(self, client: Client, arrays: Iterable[Array], *, on_error: Any = "raise") -> Generator[Any, None, None]:
         """Yield the latents of each piece."""

@@ -13,16 +13,17 @@ from typing import Any
 from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import CodebookNotFound, DigestMismatch, InvalidArgument, VqserveError
 from vqserve_client.arrays import ArrayInput, indices_input, joined, latents_input
-from vqserve_client.calls import ArrayCall, DecodeCall, EncodeCall
-from vqserve_client.catalogue import ListRequest, Pin, WrongDigest
+from vqserve_client.calls import ArrayCall
+from vqserve_client.catalogue import Catalogue, ListRequest, Pin, WrongDigest
 from vqserve_client.config import DEFAULT_MAX_MESSAGE_BYTES, CallOptions, ClientConfig, client_config
+from vqserve_client.forms import DecodeForm, EncodeForm, Form
 from vqserve_client.pool import Pool
 from vqserve_client.requests import Deadline, Exchange, Steps, Window
 from vqserve_client.retries import RetryPolicy
 from vqserve_client.server_info import ServerInfo
 from vqserve_client.tls import Tls
 from vqserve_client.tracing import TRACING, Span
-from vqserve_client.transport import Sender, UnarySender
+from vqserve_client.transport import Sender
 
 Wake = Callable[[], None]
 
@@ -31,14 +32,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Operation:
-    """Encode or decode: how the caller's array is read, and the class of its call."""
+    """Encode or decode: how the caller's array is read, and the class of its requests' form."""
 
     read: Callable[[object], ArrayInput]
-    call: type[ArrayCall]
+    form: type[Form]
 
 
-ENCODE = Operation(latents_input, EncodeCall)
-DECODE = Operation(indices_input, DecodeCall)
+ENCODE = Operation(latents_input, EncodeForm)
+DECODE = Operation(indices_input, DecodeForm)
+# Forms that are remembered.
+_MOST_FORMS = 256
 
 
 class Core:
@@ -49,7 +52,7 @@ class Core:
         self.pool = Pool(config)
         self._policy = RetryPolicy(config.retries)
         # Replaced as a whole, so that threads need no lock for it.
-        self._catalogue: tuple[CodebookInfo, ...] | None = None
+        self._catalogue: Catalogue | None = None
 
     def pin(self, options: CallOptions) -> Pin:
         """Return the pin of one call.
@@ -64,25 +67,25 @@ class Core:
         """Return the end of a call that begins now."""
         return Deadline(self.config.timeout if options.timeout is None else options.timeout)
 
-    def codebooks(self, options: CallOptions, wake: Wake) -> Steps[list[CodebookInfo]]:
+    def codebooks(self, options: CallOptions, sender: Sender) -> Steps[list[CodebookInfo]]:
         """Request the list of codebooks."""
-        return list((yield from self._ask(options, wake)).codebooks)
+        return list((yield from self._ask(options, sender)).catalogue.codebooks)
 
-    def server_info(self, options: CallOptions, wake: Wake) -> Steps[ServerInfo | None]:
+    def server_info(self, options: CallOptions, sender: Sender) -> Steps[ServerInfo | None]:
         """Request what the server says about itself."""
-        return (yield from self._ask(options, wake)).server
+        return (yield from self._ask(options, sender)).server
 
-    def _ask(self, options: CallOptions, wake: Wake) -> Steps[ListRequest]:
+    def _ask(self, options: CallOptions, sender: Sender) -> Steps[ListRequest]:
         exchange = Exchange(
             self.pool,
             policy=self._policy,
             deadline=self.deadline(options),
             window=Window(1),
-            sender=UnarySender(wake),
+            sender=sender,
         )
         return (yield from self._list(exchange))
 
-    def convert_one(self, operation: Operation, array: object, options: CallOptions, wake: Wake) -> Steps[Any]:
+    def convert_one(self, operation: Operation, array: object, options: CallOptions, sender: Sender) -> Steps[Any]:
         """Encode or decode one array, by calls of its own."""
         source = operation.read(array)
         results = yield from self.convert(
@@ -92,7 +95,7 @@ class Core:
             pin=self.pin(options),
             deadline=self.deadline(options),
             window=Window(self.pool.window),
-            sender=UnarySender(wake),
+            sender=sender,
         )
         return results[0]
 
@@ -110,7 +113,7 @@ class Core:
         """Encode or decode arrays that join, as one."""
         source = inputs[0] if len(inputs) == 1 else joined(inputs)
         # A process that does not trace pays for no call here.
-        span = Span(operation.call.method, self.config.target) if TRACING in sys.modules else None
+        span = Span(operation.form.method, self.config.target) if TRACING in sys.modules else None
         exchange = Exchange(
             self.pool,
             policy=self._policy,
@@ -125,7 +128,7 @@ class Core:
                 if info is None:
                     info = yield from self._choose(pin, exchange)
                 try:
-                    call = operation.call(source, info, options, pin=pin, config=self.config)
+                    call = ArrayCall(source, self.form(operation, source, info, options), pin)
                 except InvalidArgument:
                     # The array may fit the codebook that the server has now.
                     if not pin.may_be_outdated():
@@ -146,13 +149,32 @@ class Core:
             span.end(codebook=info.name, digest=info.digest, arrays=len(inputs), requests=exchange.sent)
         return results
 
+    def form(self, operation: Operation, source: ArrayInput, info: CodebookInfo, options: CallOptions) -> Form:
+        """Return the form of an array's requests, made once for arrays of one shape and type.
+
+        Raises:
+            InvalidArgument: the array does not fit the codebook.
+        """
+        catalogue = self._catalogue
+        forms: dict[tuple[object, ...], Form] = {} if catalogue is None else catalogue.forms
+        # A form has its codebook: while it is remembered, no other object has the same id.
+        key = (operation.form, id(info), options, source.array.shape, source.dtype, source.device is None)
+        form = forms.get(key)
+        if form is None:
+            form = operation.form(source, info, options, config=self.config)
+            if form.is_clear(source):
+                if len(forms) >= _MOST_FORMS:
+                    forms.clear()
+                forms[key] = form
+        return form
+
     def _choose(self, pin: Pin, exchange: Exchange) -> Steps[CodebookInfo]:
         """Pin a codebook of the servers' lists: the first list that has one decides."""
         asked: set[str] = set()
         while True:
             request = yield from self._list(exchange, asked)
             try:
-                return pin.choose(request.codebooks)
+                return pin.choose(request.catalogue)
             except (CodebookNotFound, DigestMismatch):
                 if request.connection is not None:
                     asked.add(request.connection.address.uri)
@@ -163,9 +185,9 @@ class Core:
         request = ListRequest(self.config.target)
         request.avoid = asked
         yield from exchange.run(iter((request,)), None)
-        self._catalogue = request.codebooks
+        self._catalogue = request.catalogue
         if request.connection is not None:
-            self.pool.has_codebooks(request.connection, [info.digest for info in request.codebooks])
+            self.pool.has_codebooks(request.connection, [info.digest for info in request.catalogue.codebooks])
         return request
 
 

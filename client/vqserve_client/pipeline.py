@@ -262,11 +262,11 @@ class Pipeline:
         if info is None or source.array.nbytes > JOINED_BYTES:
             return 0
         try:
-            call = self._operation.call(source, info, self._options, pin=self._pin, config=config)
+            form = self._core.form(self._operation, source, info, self._options)
         except InvalidArgument:
             # It is raised again when the array is converted.
             return 0
-        return call.steps_within(min(JOINED_BYTES, config.max_message_bytes))
+        return form.steps_within(min(JOINED_BYTES, config.max_message_bytes))
 
 
 class _Group:

@@ -8,7 +8,7 @@ client.py with a Waker (interrupts.py), async_client.py with an asyncio.Event. T
 from __future__ import annotations
 
 import os
-import secrets
+import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Generator, Iterator
@@ -23,6 +23,10 @@ from vqserve_client.pool import Pool
 from vqserve_client.retries import RetryPolicy
 from vqserve_client.status import Failure, text_metadata
 from vqserve_client.transport import ReplyFuture, Sender, StreamFuture
+
+# Not the system's source, which costs a call of the kernel. In a child it begins anew, or it would repeat its parent's.
+_ids = random.Random()  # noqa: S311
+os.register_at_fork(after_in_child=_ids.seed)
 
 T = TypeVar("T")
 Steps = Generator[float | None, None, T]
@@ -83,24 +87,26 @@ class Request(ABC):
     Attributes:
         method: name of the RPC.
         request_id: names the request in the server's log.
-        future: future of the attempt that is in flight; None between attempts.
+        future: future of the attempt that is in flight, or its reply; None between attempts.
         connection: the connection of the last attempt.
         avoid: addresses of the servers where it has failed since it waited last.
         failures: attempts that failed, but for those after which another server was tried at once.
         others: how often a server had another codebook.
         failure: the last one; of several that reached no server, the one that says most.
         resume_at: when the next attempt may be made, on the monotonic clock.
+        is_answered: whether its reply was taken.
     """
 
     method: str
     request_id = ""
-    future: ReplyFuture | None = None
+    future: ReplyFuture | bytes | None = None
     connection: Connection | None = None
     avoid: Collection[str] = ()
     failures = 0
     others = 0
     failure: Failure | None = None
     resume_at = 0.0
+    is_answered = False
 
     @abstractmethod
     def message(self) -> bytes:
@@ -141,7 +147,7 @@ class Exchange:
         self._trace = trace
         self._budget = pool.retry_budget
         self._pid = os.getpid()
-        self._id = secrets.token_hex(8)
+        self._id = f"{_ids.getrandbits(64):016x}"
         self._digest: str | None = None
         self.sent = 0
 
@@ -169,15 +175,14 @@ class Exchange:
                     upcoming = next(requests, None)
                 wait_s: float | None = None
                 progress = False
+                alone = len(running) == 1 and (upcoming is None or self._window.free <= 0)
                 for request in list(running):
-                    future = request.future
-                    if future is not None and future.done() and self._take_reply(request, future, codebook):
+                    due_s = self._advance(request, codebook, alone=alone)
+                    if request.is_answered:
                         running.remove(request)
                         self._window.release()
                         progress = True
-                        continue
-                    due_s = self._send_if_due(request, codebook)
-                    if due_s is not None:
+                    elif due_s is not None:
                         wait_s = due_s if wait_s is None else min(wait_s, due_s)
                 # A place in the window is free again: send the next request before waiting.
                 if not (progress and (upcoming is not None or not running)):
@@ -187,39 +192,52 @@ class Exchange:
                 self._window.release(len(running))
                 if os.getpid() == self._pid:
                     for request in running:
-                        if request.future is not None:
+                        if request.future is not None and not isinstance(request.future, bytes):
                             request.future.cancel()
 
-    def _take_reply(self, request: Request, future: ReplyFuture, codebook: str | None) -> bool:
-        """Return whether a future that is done has a reply; else set the time of the next attempt or raise."""
-        request.future = None
-        if future.code() is not grpc.StatusCode.OK:
+    def _advance(self, request: Request, codebook: str | None, *, alone: bool) -> float | None:
+        """Send the request if its time has come, take its reply if it is there.
+
+        Returns:
+            The seconds until the request must be looked at again; None: when its reply comes, if there is none yet.
+        """
+        while True:
+            future = request.future
+            if future is None:
+                wait_s = request.resume_at - time.monotonic() if request.resume_at else 0.0
+                if wait_s > 0:
+                    return wait_s
+                self._send(request, codebook, alone=alone)
+                future = request.future
+                if future is None:
+                    # No connection is open yet.
+                    request.resume_at = time.monotonic() + _LOOK_AGAIN_S
+                    return _LOOK_AGAIN_S
+            if isinstance(future, bytes):
+                self._take_reply(request, future)
+                return None
+            if not future.done():
+                # gRPC enforces the deadline of a call, but not that of a request on a stream.
+                return self._time_left(request, codebook) if isinstance(future, StreamFuture) else None
+            if future.code() is grpc.StatusCode.OK:
+                self._take_reply(request, future.result())
+                return None
+            request.future = None
             self._back_off(request, future, codebook)
-            return False
+
+    def _take_reply(self, request: Request, reply: bytes) -> None:
+        request.future = None
         try:
-            request.accept(future.result())
+            request.accept(reply)
         except ProtocolError as error:
             error.request_id = request.request_id
             raise
+        request.is_answered = True
         if self._budget.is_spent:
             self._budget.earn()
         connection = request.connection
         if connection is not None and (connection.failures or not connection.is_proven):
             self._pool.succeeded(connection)
-        return True
-
-    def _send_if_due(self, request: Request, codebook: str | None) -> float | None:
-        """Send the request if its time has come; return the seconds until it must be looked at again."""
-        if request.future is None:
-            wait_s = request.resume_at - time.monotonic()
-            if wait_s > 0:
-                return wait_s
-            self._send(request, codebook)
-            if request.future is None:
-                request.resume_at = time.monotonic() + _LOOK_AGAIN_S
-                return _LOOK_AGAIN_S
-        # gRPC enforces the deadline of a call, but not that of a request on a stream.
-        return self._time_left(request, codebook) if isinstance(request.future, StreamFuture) else None
 
     def _time_left(self, request: Request, codebook: str | None) -> float | None:
         left_s = self._deadline.grpc_timeout_s()
@@ -232,7 +250,7 @@ class Exchange:
             )
         return left_s
 
-    def _send(self, request: Request, codebook: str | None) -> None:
+    def _send(self, request: Request, codebook: str | None, *, alone: bool) -> None:
         timeout_s = self._deadline.grpc_timeout_s()
         if timeout_s is not None and timeout_s <= 0:
             raise DeadlineExceeded(
@@ -253,6 +271,7 @@ class Exchange:
                 timeout_s=timeout_s,
                 request_id=request.request_id,
                 trace=self._trace,
+                alone=alone,
             )
         except BaseException as error:
             connection.answered(len(message))

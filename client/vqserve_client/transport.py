@@ -63,7 +63,8 @@ class Sender(Protocol):
         timeout_s: float | None,
         request_id: str,
         trace: Metadata = (),
-    ) -> ReplyFuture:
+        alone: bool = False,
+    ) -> ReplyFuture | bytes:
         """Send a request; the client is woken when the future is done, and the request no longer counts as under way.
 
         Args:
@@ -73,6 +74,10 @@ class Sender(Protocol):
             timeout_s: seconds until its deadline; None: no limit.
             request_id: names it in the server's log.
             trace: metadata that tells the server of the caller's span.
+            alone: whether the call has nothing else in flight, and nothing to send before the reply.
+
+        Returns:
+            The future; or the reply, if it was waited for.
 
         Raises:
             Closed: the client was closed.
@@ -95,6 +100,7 @@ class UnarySender:
         timeout_s: float | None,
         request_id: str,
         trace: Metadata = (),
+        alone: bool = False,
     ) -> ReplyFuture:
         """Send a request; see Sender."""
         call = connection.method(method)
@@ -110,9 +116,52 @@ class UnarySender:
         return sent
 
     def _on_done(self, connection: Connection, request_bytes: int, _future: Any) -> None:
-        gate.leave()
         connection.answered(request_bytes)
         self._wake()
+        # Last: a fork waits for it.
+        gate.leave()
+
+
+class BlockingSender:
+    """Sends each request as a call of its own, and waits for the reply to one that is alone.
+
+    gRPC receives that reply in the thread of the caller. For a future it starts a thread, which wakes the caller: that
+    takes longer than all else that a small request costs the client.
+    """
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+
+    def send(
+        self,
+        connection: Connection,
+        method: str,
+        message: bytes,
+        *,
+        timeout_s: float | None,
+        request_id: str,
+        trace: Metadata = (),
+        alone: bool = False,
+    ) -> ReplyFuture | bytes:
+        """Send a request; see Sender. For one that is alone, return the reply, or a future that has failed."""
+        if not alone:
+            return UnarySender(self._wake).send(
+                connection, method, message, timeout_s=timeout_s, request_id=request_id, trace=trace
+            )
+        call = connection.method(method)
+        outcome: Any
+        gate.enter()
+        try:
+            metadata = (*connection.metadata(request_id), *trace)
+            outcome = call(message, timeout=timeout_s, metadata=metadata)
+        except grpc.RpcError as error:
+            # It has the methods of a future that is done.
+            outcome = error.with_traceback(None)
+        finally:
+            gate.leave()
+        connection.answered(len(message))
+        sent: ReplyFuture | bytes = outcome
+        return sent
 
 
 class StreamSender:
@@ -134,6 +183,7 @@ class StreamSender:
         timeout_s: float | None,
         request_id: str,
         trace: Metadata = (),
+        alone: bool = False,
     ) -> ReplyFuture:
         """Send a request; see Sender. In the server's log and traces a stream is that of its first request."""
         streamed = connection.has_streams and method in STREAMED and len(message) <= LARGEST_STREAMED_BYTES

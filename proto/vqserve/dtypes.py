@@ -116,7 +116,7 @@ _UNSIGNED = tuple(dtype.storage for dtype in INDICES if dtype.storage.kind == "u
 
 def of_numpy(dtype: np.dtype[Any]) -> DType | None:
     """Return the type of a numpy type, of any byte order; None if it is not in the table."""
-    return _BY_NUMPY.get(dtype.newbyteorder("<"))
+    return _BY_NUMPY.get(dtype) or _BY_NUMPY.get(dtype.newbyteorder("<"))
 
 
 def of_torch(dtype: object) -> DType | None:

@@ -68,6 +68,11 @@ def resolve_layout(rank: int, layout: Layout | None, default: Layout | None = No
     return Layout.CHANNELS_FIRST if rank >= 4 else Layout.CHANNELS_LAST
 
 
+def may_be_an_image(shape: Sequence[int], layout: Layout | None, default: Layout | None) -> bool:
+    """Return whether latents could be one image without a batch axis as well as sequences; see `warn_of_an_image`."""
+    return len(shape) == 3 and shape[0] == shape[2] and layout is None and default is None
+
+
 def warn_of_an_image(shape: Sequence[int], layout: Layout | None, default: Layout | None) -> None:
     """Warn if latents of 3 axes could be one image (C, h, w) without a batch axis, as well as sequences (b, s, C).
 
@@ -76,7 +81,7 @@ def warn_of_an_image(shape: Sequence[int], layout: Layout | None, default: Layou
         layout: layout that the caller gave; None: the default. With a layout there is no warning.
         default: default of the codebook. With a default there is no warning.
     """
-    if len(shape) == 3 and shape[0] == shape[2] and layout is None and default is None:
+    if may_be_an_image(shape, layout, default):
         warnings.warn(
             LayoutWarning(
                 f"latents of shape {tuple(shape)} are read as (b, s, C); if they are one image, (C, h, w), pass "

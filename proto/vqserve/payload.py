@@ -123,7 +123,8 @@ def check(size: int, dtype: int, shape: Sequence[int]) -> None:
     if expected != size:
         raise PayloadError(f"shape {tuple(shape)} of {dtype_name(dtype)} is {expected} bytes, the payload has {size}")
     # With an axis of length zero the other axes could have any length.
-    if len(shape) > _MOST_AXES or math.prod(max(length, 1) for length in shape) * element_bytes > _LARGEST_ARRAY:
+    largest = size or math.prod(length or 1 for length in shape) * element_bytes
+    if len(shape) > _MOST_AXES or largest > _LARGEST_ARRAY:
         raise PayloadError(f"shape {tuple(shape)} is too large for an array")
 
 

@@ -8,6 +8,7 @@ import grpc
 import numpy as np
 import pytest
 
+from vqserve import payload
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_client import (
     Client,
@@ -45,6 +46,28 @@ def test_a_lying_encode_reply(tiny, connect, lying, latents, lie, text):
         connect(tiny.target).encode(latents(2, 4))
     assert caught.value.codebook == "small"
     assert caught.value.request_id == tiny.request_ids[0]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 33_000])
+@pytest.mark.parametrize("num_codes", [1, 16, 255, 1024, 1000])
+def test_an_index_beyond_the_vocabulary_is_found_wherever_it_is(serve_tiny, codes, latents, num_codes, rows):
+    server = serve_tiny(codes("book", num_codes))
+    dtype = pb.DTYPE_UINT8 if num_codes <= 256 else pb.DTYPE_UINT16
+    indices = np.full(rows, num_codes - 1, payload.numpy_dtype(dtype))
+    digest = server.codes["book"].info.digest
+
+    def reply(*_: object) -> pb.EncodeResponse:
+        return pb.EncodeResponse(digest=digest, dtype=dtype, shape=[rows], indices=indices.tobytes())
+
+    with Client(server.target) as client:
+        server.script.append(reply)
+        np.testing.assert_array_equal(client.encode(latents(rows, 4)), indices)
+        for place in {0, rows // 2, rows - 1}:
+            indices[place] = num_codes
+            server.script.append(reply)
+            with pytest.raises(ProtocolError, match=f"index {num_codes} in a vocabulary of {num_codes}"):
+                client.encode(latents(rows, 4))
+            indices[place] = num_codes - 1
 
 
 @pytest.mark.parametrize(

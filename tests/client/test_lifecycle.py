@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 from support.names import name_server
 from vqserve_client import AsyncClient, Client, Closed
+from vqserve_client.calls import ArrayRequest
 from vqserve_client.interrupts import SignalsDeferred
 
 
@@ -267,7 +269,7 @@ def test_ctrl_c_while_handlers_are_restored_restores_the_others(monkeypatch):
     def step() -> None:
         with SignalsDeferred():
             signal.raise_signal(signal.SIGTERM)
-            monkeypatch.setattr(signal, "signal", put_back)
+            monkeypatch.setattr("vqserve_client.interrupts.set_handler", put_back)
 
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -297,3 +299,89 @@ def test_ctrl_c_ends_a_waiting_call_and_the_client_still_works(tiny, latents):
         assert tiny.cancelled.acquire(timeout=60)
         tiny.gate.set()
         assert client.encode(latents(2, 4)).shape == (2,)
+
+
+INTERRUPTED = """
+import signal, sys, threading, time
+import numpy as np
+from vqserve_client import Client
+
+client = Client(sys.argv[1], timeout=600)
+latents = np.zeros((2, 4), np.float32)
+client.encode(latents)
+came = []
+signal.signal(signal.SIGTERM, lambda *_: came.append("SIGTERM"))
+print("ready", flush=True)
+input()
+try:
+    client.encode(latents)
+except KeyboardInterrupt:
+    print(*came, "Ctrl-C")
+client.close()
+"""
+
+
+def test_handlers_run_while_a_call_waits_and_only_one_that_raises_ends_it(tiny):
+    command = [sys.executable, "-c", INTERRUPTED, tiny.target]
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        )
+        stack.callback(process.kill)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        # The server cannot tell a call that has ended from one that was cancelled.
+        assert tiny.arrived.acquire(timeout=60)
+        assert tiny.cancelled.acquire(timeout=60)
+        tiny.gate.clear()
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert tiny.arrived.acquire(timeout=60)
+        process.send_signal(signal.SIGTERM)
+        # Long enough that the signals usually come apart; nothing depends on it.
+        assert not tiny.cancelled.acquire(timeout=0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[0] == "SIGTERM Ctrl-C\n"
+    assert tiny.cancelled.acquire(timeout=60)
+
+
+def test_a_signal_before_the_wait_is_handled_in_it(tiny, monkeypatch, latents):
+    """It is put off until the request has gone, and must not be put off until the reply."""
+    with Client(tiny.target, timeout=600) as client:
+        client.encode(latents(2, 4))
+        assert tiny.cancelled.acquire(timeout=60)
+        tiny.gate.clear()
+        whole = ArrayRequest.message
+
+        def interrupted(self: ArrayRequest) -> bytes:
+            signal.raise_signal(signal.SIGINT)
+            return whole(self)
+
+        monkeypatch.setattr(ArrayRequest, "message", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.encode(latents(2, 4))
+        assert tiny.cancelled.acquire(timeout=60)
+        monkeypatch.undo()
+        tiny.gate.set()
+        assert client.encode(latents(2, 4)).shape == (2,)
+
+
+def test_only_a_call_of_several_requests_starts_threads(tiny, latents, monkeypatch):
+    with Client(tiny.target, max_message_bytes=1024) as client:
+        indices = client.encode(latents(9, 4))
+        started = []
+        start = threading.Thread.start
+
+        def noted(thread: threading.Thread) -> None:
+            # The server, in this process, has a pool.
+            if not thread.name.startswith("ThreadPool"):
+                started.append(thread.name)
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", noted)
+        client.encode(latents(9, 4))
+        client.decode(indices)
+        assert not started
+        client.encode(latents(200, 4))
+        assert started

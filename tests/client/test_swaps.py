@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vqserve_client import CodebookNotFound, DigestChanged, DigestMismatch
-from vqserve_client.calls import ArrayRequest, EncodeCall
+from vqserve_client.calls import ArrayCall, ArrayRequest
 from vqserve_client.cli import main
 
 pytestmark = pytest.mark.usefixtures("apart")
@@ -131,7 +131,7 @@ def test_swaps_faster_than_a_call_are_followed_while_nothing_is_answered(
 ) -> None:
     client = connect(books.target)
     client.encode(latents(5, 4))
-    made = EncodeCall.__init__
+    made = ArrayCall.__init__
     seeds = iter((2, 3, 4))
     live = []
 
@@ -141,7 +141,7 @@ def test_swaps_faster_than_a_call_are_followed_while_nothing_is_answered(
         if seed is not None:
             live.append(books.swap(seed=seed))
 
-    monkeypatch.setattr(EncodeCall, "__init__", swapped_before_it_is_sent)
+    monkeypatch.setattr(ArrayCall, "__init__", swapped_before_it_is_sent)
     array = latents(50, 4)
     np.testing.assert_array_equal(client.encode(array), live[-1].encode(array))
     assert len(live) == 3
