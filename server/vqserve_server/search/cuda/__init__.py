@@ -1,0 +1,1 @@
+"""Search on CUDA by kernels that were compiled before, or that Triton compiles."""
