@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vqserve.errors import InvalidOption
-from vqserve_server.search import native, triton
+from vqserve_server.search import cuda, native
 from vqserve_server.search.denormals import denormals_enabled
 from vqserve_server.search.searcher import MergedSearcher, Objective, Searcher, first_of_equals
 from vqserve_server.search.tiled import TiledSearcher
@@ -18,7 +18,7 @@ def available(device: torch.device | str) -> tuple[str, ...]:
     """Return the names of the backends that run on this device, in order of preference."""
     device = torch.device(device)
     names = ["torch", "reference"]
-    if triton.is_available(device):
+    if cuda.is_available(device):
         names.insert(0 if device.type == "cuda" else 2, "triton")
     if device.type == "cpu" and native.levels():
         names.insert(0, "native")
@@ -36,7 +36,7 @@ def why_slower(backend: str, device: torch.device) -> str | None:
     if backend in ("none", "triton" if is_cuda else "native"):
         return None
     if is_cuda:
-        return triton.why_unavailable(device) or "triton searches float32 codebooks of less than 2^31 numbers only"
+        return cuda.why_unavailable(device) or "triton searches float32 codebooks of less than 2^31 numbers only"
     return native.why_unusable() or "the compiled search takes float32 codebooks of at most 1024 dimensions only"
 
 
@@ -79,7 +79,7 @@ def prepare(
 def _fits(backend: str, codes: Tensor, bias: Tensor | None, objective: Objective) -> bool:
     if backend == "native":
         return native.fits(codes, bias, objective)
-    return backend != "triton" or triton.fits(codes)
+    return backend != "triton" or cuda.fits(codes)
 
 
 def _build(backend: str, codes: Tensor, bias: Tensor | None, objective: Objective) -> Searcher:
@@ -89,7 +89,7 @@ def _build(backend: str, codes: Tensor, bias: Tensor | None, objective: Objectiv
         case "native":
             return native.NativeSearcher(codes, bias, objective, fallback=reference)
         case "triton":
-            return triton.TritonSearcher(codes, bias, objective, fallback=tiled)
+            return cuda.CudaSearcher(codes, bias, objective, fallback=tiled)
         case "torch":
             return tiled()
         case _:

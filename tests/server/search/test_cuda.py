@@ -1,4 +1,4 @@
-"""The Triton kernel, in Triton's interpreter where there is no GPU."""
+"""The CUDA kernels, in Triton's interpreter where there is no GPU."""
 
 import sys
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vqserve_server.search import Objective, SearchCounts, available
+from vqserve_server.search.cuda import CudaSearcher, fits, is_available
 from vqserve_server.search.tiled import TiledSearcher
-from vqserve_server.search.triton import TritonSearcher, fits, is_available
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 # Triton decides when it is imported whether kernels are interpreted, and asks again when it interprets.
@@ -16,7 +16,7 @@ with pytest.MonkeyPatch.context() as patch:
         assert "triton" not in sys.modules, "imported before the interpreter could be turned on"
         patch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton", reason="Triton is not installed")
-    import vqserve_server.search.triton_kernel  # noqa: F401
+    import vqserve_server.search.cuda.kernels  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def fused(codes, bias=None, objective=Objective.L2):
     def fallback():
         return TiledSearcher(codes, bias, objective, dtype=torch.float64)
 
-    return TritonSearcher(codes, bias, objective, fallback=fallback), fallback()
+    return CudaSearcher(codes, bias, objective, fallback=fallback), fallback()
 
 
 @pytest.mark.parametrize("objective", list(Objective))
@@ -88,7 +88,7 @@ def test_what_is_beyond_the_kernel_s_32_bits_is_rejected_or_cut(monkeypatch):
     searched = []
     search_part = searcher._search_part
     monkeypatch.setattr(searcher, "_search_part", lambda z, *rest: (searched.append(z.numel()), search_part(z, *rest)))
-    monkeypatch.setattr("vqserve_server.search.triton._MOST_ELEMENTS", 699)
+    monkeypatch.setattr("vqserve_server.search.cuda.searcher._MOST_ELEMENTS", 699)
     assert torch.equal(searcher.search(rows), reference.search(rows))
     assert searched == [695, 695, 610]
 
