@@ -89,7 +89,7 @@ def _build(backend: str, codes: Tensor, bias: Tensor | None, objective: Objectiv
         case "native":
             return native.NativeSearcher(codes, bias, objective, fallback=reference)
         case "triton":
-            return cuda.CudaSearcher(codes, bias, objective, fallback=tiled)
+            return cuda.kernel_searcher(codes, bias, objective, fallback=tiled)
         case "torch":
             return tiled()
         case _:

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from vqserve_server.search import Objective, SearchCounts, available
-from vqserve_server.search.cuda import CudaSearcher, fits, is_available
+from vqserve_server.search.cuda import fits, is_available
+from vqserve_server.search.cuda.jit import JitLauncher
+from vqserve_server.search.cuda.searcher import CudaSearcher
 from vqserve_server.search.tiled import TiledSearcher
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -29,7 +31,7 @@ def fused(codes, bias=None, objective=Objective.L2):
     def fallback():
         return TiledSearcher(codes, bias, objective, dtype=torch.float64)
 
-    return CudaSearcher(codes, bias, objective, fallback=fallback), fallback()
+    return CudaSearcher(codes, bias, objective, fallback=fallback, launcher=JitLauncher()), fallback()
 
 
 @pytest.mark.parametrize("objective", list(Objective))

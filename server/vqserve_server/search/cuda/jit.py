@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vqserve_server.search.cuda.launcher import LaunchFailed
 from vqserve_server.search.cuda.variants import Variant
 
 
@@ -15,9 +16,12 @@ class JitLauncher:
 
     def launch(self, variant: Variant, grid: tuple[int, int], args: Sequence[Tensor | int | float]) -> None:
         """Launch a variant; see `Launcher.launch`."""
-        function(variant.kernel)[grid](
-            *args, **dict(variant.constants), num_warps=variant.num_warps, num_stages=variant.num_stages
-        )
+        options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+        try:
+            function(variant.kernel)[grid](*args, **dict(variant.constants), **options)
+        except Exception as error:
+            # Of Triton, of the C compiler that it runs, of the cache's folder, of the driver.
+            raise LaunchFailed(f"{type(error).__name__}: {error}") from error
 
 
 def function(kernel: str) -> Any:

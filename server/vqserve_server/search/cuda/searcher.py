@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from vqserve_server.search.bounds import ScoreBounds, row_norms
-from vqserve_server.search.cuda.jit import JitLauncher
 from vqserve_server.search.cuda.launcher import Launcher
 from vqserve_server.search.cuda.variants import ARCHITECTURES, architecture_of, nearest
 from vqserve_server.search.searcher import Objective, OnDemand, SearchCounts, Searcher
 
 # The kernel indexes in 32 bits, up to one block beyond the end: larger codebooks do not fit, and more rows are split.
 _MOST_ELEMENTS = 2**31 - 2**10
-
-
-def is_available(device: torch.device) -> bool:
-    """Return whether Triton is installed and runs on the device: CUDA, or any device with TRITON_INTERPRET=1."""
-    return why_unavailable(device) is None
-
-
-def why_unavailable(device: torch.device) -> str | None:
-    """Return why Triton cannot be used on the device; None: it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: `pip install triton`"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if device.type != "cuda":
-        return "triton searches on CUDA only"
-    # Triton compiles a launcher at run time.
-    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
-        return "triton finds no C compiler: install gcc or clang, or set CC"
-    return None
 
 
 def fits(codes: Tensor) -> bool:
@@ -56,7 +33,7 @@ class CudaSearcher(Searcher):
         objective: Objective,
         *,
         fallback: Callable[[], Searcher],
-        launcher: Launcher | None = None,
+        launcher: Launcher,
     ) -> None:
         """Prepare a codebook that `fits`.
 
@@ -65,12 +42,12 @@ class CudaSearcher(Searcher):
             bias: (K,) float32, for DOT.
             objective: quantity by which the winning code is chosen.
             fallback: factory of the searcher for rows that float32 cannot decide.
-            launcher: what launches the kernels; None: Triton.
+            launcher: what launches the kernels.
         """
         self._codes = codes.detach().contiguous()
         self._bounds = ScoreBounds.of(codes, bias, objective, torch.float32)
         self._fallback = OnDemand(fallback, codes.device)
-        self._launcher = launcher or JitLauncher()
+        self._launcher = launcher
         is_cuda = codes.device.type == "cuda"
         architecture = architecture_of(torch.cuda.get_device_capability(codes.device)) if is_cuda else ARCHITECTURES[0]
         self._variant = nearest(architecture, codes.shape[1])

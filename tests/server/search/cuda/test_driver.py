@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from support.cubin import parameters_of
 from support.fake_cuda import FakeCuda
 from vqserve_server.search.cuda.driver import Driver, DriverError, Parameters
 
@@ -150,26 +151,6 @@ def compile_with_triton(folder, *values, library=None):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def parameters_of(cubin):
-    """Return offset and size of each parameter in the machine code: EIATTR_KPARAM_INFO of .nv.info.KERNEL."""
-    header = struct.unpack_from("<16sHHIQQQIHHHHHH", cubin)
-    start, size, count, names = header[6], header[11], header[12], header[13]
-    sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, start + i * size) for i in range(count)]
-    found = {}
-    for name, _, _, _, offset, length, *_ in sections:
-        text = cubin[sections[names][4] + name :].split(b"\0", 1)[0]
-        if not text.startswith(b".nv.info."):
-            continue
-        at = offset
-        while at < offset + length:
-            form, attribute, size = struct.unpack_from("<BBH", cubin, at)
-            if (form, attribute) == (4, 0x17):
-                _, ordinal, place, flags = struct.unpack_from("<IHHI", cubin, at + 4)
-                found[ordinal] = place, flags >> 18
-            at += 4 + (size if form == 4 else 0)
-    return [found[i] for i in sorted(found)]
 
 
 def test_the_layout_is_that_of_the_machine_code(tmp_path):
