@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 PROTO  := vqserve/v1/tokenizer.proto vqserve/v1/admin.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve console-pictures test test-fast test-busy test-search test-grpcio test-old soak coverage bench bench-behaviour bench-data-sets bench-gpu bench-search check format proto lock image image-test sbom docs docs-serve clean
+.PHONY: help setup demo serve console-pictures test test-fast test-busy test-search test-grpcio test-old soak coverage bench bench-behaviour bench-capacity bench-data-sets bench-gpu bench-search check format proto lock image image-test sbom docs docs-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -85,6 +85,9 @@ bench-search: $(VENV)/.bench-installed  ## exact search beside the inexact ones 
 PEERS := mosec pytriton
 bench: $(VENV)/.bench-installed $(PEERS:%=benchmarks/peers/%/.venv/.installed)  ## serving beside its floors and peers
 	$(BIN)/python benchmarks/serving.py $(CELLS)
+
+bench-capacity: $(VENV)/.bench-installed benchmarks/peers/mosec/.venv/.installed  ## what one core serves, by h2load (Debian: nghttp2-client); ARGS="--split"
+	$(BIN)/python benchmarks/capacity.py $(ARGS)
 
 bench-data-sets: $(VENV)/.bench-installed  ## `vqserve encode` of data sets beside the load generator
 	$(BIN)/python benchmarks/data_sets.py $(ARGS)

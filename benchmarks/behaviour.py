@@ -1,4 +1,5 @@
-"""What a table of throughputs does not show: latency alone and under random arrivals, batching, workers, memory.
+"""What a table of throughputs does not show: latency alone and under random arrivals, batching, workers, memory,
+the start.
 
 `make bench-behaviour`. Ratios of what was measured in one run.
 """
@@ -19,6 +20,7 @@ import numpy as np
 from cells import Cell, make_books
 from contenders import Echo, Ours
 from serving import CALLERS, RESULTS
+from starting import starting
 
 from vqserve.v1 import tokenizer_pb2 as pb
 from vqserve_bench import ClosedLoop, Measurement, OpenLoop, Request, Schedule, measure
@@ -236,7 +238,8 @@ def main() -> None:
         report += ["", *batching(folder, options.seconds, dict(tokenizers))]
         report += ["", *transports(folder, options.seconds)]
         report += ["", *workers(folder, options.seconds)]
-        report += ["", *memory(folder, options.minutes), ""]
+        report += ["", *memory(folder, options.minutes)]
+        report += ["", *starting(folder), ""]
     print("\n".join(report))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"behaviour-{options.machine}.md").write_text("\n".join(report))

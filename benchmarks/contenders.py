@@ -172,7 +172,7 @@ class Peer(Contender):
 
     def __init__(self, folder: Path, cell: Cell, kernel: str) -> None:
         self.name = f"{self.kind}, {'our search' if kernel == 'ours' else 'plain'}"
-        self._port = free_ports()
+        self.port = free_ports()
         super().__init__(
             [str(environment_of(self.kind)), str(PEERS / self.kind / "server.py")],
             {
@@ -180,7 +180,7 @@ class Peer(Contender):
                 "PEER_CODES": str(folder / f"{cell.book}.npy"),
                 "PEER_SHAPE": ",".join(map(str, cell.shape)),
                 "PEER_OPERATION": cell.operation,
-                "PEER_PORT": str(self._port),
+                "PEER_PORT": str(self.port),
             },
         )
         self._wait(cell)
@@ -204,7 +204,7 @@ class Mosec(Peer):
 
     def rate(self, cell: Cell, concurrency: int, seconds: float) -> float:
         try:
-            return measure_http(self._port, bytes(cell.given), concurrency, seconds)
+            return measure_http(self.port, bytes(cell.given), concurrency, seconds)
         except (RuntimeError, OSError, EOFError) as error:
             raise PeerFailed(str(error)) from None
 
@@ -215,7 +215,7 @@ class PyTriton(Peer):
     def rate(self, cell: Cell, concurrency: int, seconds: float) -> float:
         method = "/inference.GRPCInferenceService/ModelInfer"
         try:
-            return grpc_rate(f"127.0.0.1:{self._port}", method, self._request(cell), concurrency, seconds)
+            return grpc_rate(f"127.0.0.1:{self.port}", method, self._request(cell), concurrency, seconds)
         except (RuntimeError, VqserveError) as error:
             raise PeerFailed(str(error)) from None
 

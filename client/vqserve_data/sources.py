@@ -20,8 +20,6 @@ from vqserve_data.remote import RemoteFile, is_url, list_url
 
 __all__ = ["Found", "LocalFile", "RemoteFile", "find"]
 
-# What a user may name, for the help of commands.
-SOURCES_HELP = "files, folders, globs or URLs of .npy, .npz, .safetensors, .pt, tars, Parquet, Arrow, HDF5 and Zarr"
 # A folder that counts as one file.
 _STORE = ".zarr"
 

@@ -18,7 +18,7 @@ from vqserve_server.device import why_no_cuda
 from vqserve_server.event_log import ONCE, event
 from vqserve_server.file_stamps import CLOCK_S, Stamp, last_change_s, stamp_of
 from vqserve_server.process import trim_memory
-from vqserve_server.search import SearchCounts, why_slower
+from vqserve_server.search import SearchCounts
 from vqserve_server.tokenizer import Tokenizer
 
 # What a reload ends with.
@@ -216,7 +216,11 @@ class Repository:
         if self._counts_of is not None:
             tokenizer.count_searches(self._counts_of(name))
         info = tokenizer.info
-        slower = why_slower(tokenizer.search, tokenizer.device) if self._search == "auto" else None
+        slower = None
+        if self._search == "auto" and tokenizer.search != "native":
+            from vqserve_server.search import why_slower  # noqa: PLC0415
+
+            slower = why_slower(tokenizer.search, tokenizer.device)
         logger.info(
             event(
                 "codebook_loaded",

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 from einops import rearrange
-from torch import Tensor
 
 from vqserve.layout import Layout
 
-ArrayOrTensor = TypeVar("ArrayOrTensor", npt.NDArray[Any], Tensor)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    ArrayOrTensor = TypeVar("ArrayOrTensor", npt.NDArray[Any], Tensor)
+else:
+    ArrayOrTensor = TypeVar("ArrayOrTensor")
 
 
 def to_rows(array: ArrayOrTensor, layout: Layout) -> ArrayOrTensor:
@@ -27,14 +32,14 @@ def to_rows(array: ArrayOrTensor, layout: Layout) -> ArrayOrTensor:
     return rows
 
 
-def from_rows(rows: Tensor, grid: Sequence[int], layout: Layout) -> Tensor:
-    """Return rows (n, c) as a contiguous tensor over a grid of tokens: the inverse of `to_rows`."""
+def from_rows(rows: ArrayOrTensor, grid: Sequence[int], layout: Layout) -> ArrayOrTensor:
+    """Return rows (n, c) as a contiguous array over a grid of tokens: the inverse of `to_rows`."""
     first, *rest = (f"axis{number}" for number in range(len(grid)))
     axes = " ".join(rest)
     to = f"{first} c {axes}" if layout is Layout.CHANNELS_FIRST else f"{first} {axes} c"
     lengths = dict(zip((first, *rest), grid, strict=True))
-    tensor: Tensor = rearrange(rows, f"({first} {axes}) c -> {to}", **lengths)
-    return tensor.contiguous()
+    array: ArrayOrTensor = rearrange(rows, f"({first} {axes}) c -> {to}", **lengths)
+    return np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array.contiguous()
 
 
 def channels_last(array: ArrayOrTensor, layout: Layout) -> ArrayOrTensor:

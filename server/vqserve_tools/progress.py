@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from tqdm import tqdm
-
 _SECONDS_PER_LINE = 10.0
 
 
@@ -39,9 +37,23 @@ def progress_of(what: str, total: int, unit: str, *, shown: bool, is_main: bool 
         yield lines
         if is_main:
             lines.end()
+    elif not shown:
+        yield _Nothing()
     else:
-        with tqdm(total=total, desc=what, unit=unit, disable=not shown, leave=is_main) as bar:
+        from tqdm import tqdm  # noqa: PLC0415
+
+        with tqdm(total=total, desc=what, unit=unit, leave=is_main) as bar:
             yield bar
+
+
+class _Nothing:
+    """Progress that is not shown."""
+
+    def update(self, count: int = 1, /) -> None:
+        pass
+
+    def set_postfix_str(self, text: str, /) -> None:
+        pass
 
 
 class _Lines:

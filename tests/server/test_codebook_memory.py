@@ -14,7 +14,7 @@ import torch
 
 from vqserve_client import Client
 from vqserve_server.codebooks import load_codebook, save_codebook
-from vqserve_server.quantizers import VectorQuantizer
+from vqserve_server.quantizers import VectorQuantizer, freeze
 from vqserve_server.search import Objective, prepare
 from vqserve_server.search.native import codebook as native_codebook
 from vqserve_server.tokenizer import Tokenizer
@@ -69,8 +69,10 @@ def test_rows_are_in_memory_once(tmp_path: Path) -> None:
     save_codebook(VectorQuantizer(16, 4), tmp_path / "book.safetensors")
     codebook = load_codebook(tmp_path / "book.safetensors")
     tokenizer = Tokenizer.of_codebook(codebook, name="book", device="cpu")
-    frozen = tokenizer._open()
+    served = tokenizer._open()
     weight = codebook.quantizer.embedding.weight
+    assert served._table.rows.ctypes.data == served._codebook.codes.ctypes.data == weight.data_ptr()
+    frozen = freeze(codebook.quantizer, device="cpu", shares_memory=True)
     assert frozen._code_rows.rows.data_ptr() == frozen._problem.codes.data_ptr() == weight.data_ptr()
     assert tokenizer.digest == Tokenizer(codebook.quantizer).digest
 

@@ -31,11 +31,11 @@ from vqserve_client.config import ClientConfig
 from vqserve_client.conversion import RESULTS, ConversionOptions
 from vqserve_client.provenance import codebook_of, conversion_of, description, sidecar, with_sidecar
 from vqserve_client.transfer import Progress, Task, convert_file
+from vqserve_data import SOURCES_HELP
 from vqserve_data.errors import FileError
 from vqserve_data.files import check_output
 from vqserve_data.readers import suffix_of
 from vqserve_data.readers.protocol import Selection
-from vqserve_data.sources import SOURCES_HELP
 from vqserve_data.writers import FORMATS
 
 # Exit code of a job that came to its end, with items that have no result.

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
 from vqserve.errors import CodebookError, CodebookFileError, escape
 from vqserve.safetensors_file import ContainerError, read_header, read_tensor, unique_names, write_file
+from vqserve_server.code_groups import CodeGroups
 from vqserve_server.codebook_files import NAME, SUFFIX
 from vqserve_server.codebooks.kinds import KINDS
 from vqserve_server.codebooks.state import CodebookState, StateError, canonical_json
 from vqserve_server.codebooks.statistics import ENTRY, USAGE, Statistics, check_claim, code_groups
-from vqserve_server.quantizers import Quantizer
+
+if TYPE_CHECKING:
+    from vqserve_server.quantizers import Quantizer
 
 # A file with statistics has format 2, so that older servers reject it with a clear text; all others have format 1.
 _FORMAT, _FORMAT_WITH_STATISTICS = "1", "2"
@@ -42,20 +46,37 @@ class Codebook:
     """A codebook file as it was read.
 
     Attributes:
-        quantizer: on the CPU, in eval mode.
-        kind: a key of `KINDS`: "vq", "ema" and so on.
-        arguments: of the quantizer's constructor.
+        state: kind, arguments of the quantizer's constructor, and tensors.
         digest: lower-case hexadecimal SHA-256 of what encode and decode read.
         provenance: origin of the codebook, as its writer gave it; it has no effect.
         statistics: figures of the codebook on some latents, to compare others with; None: there are none.
     """
 
-    quantizer: Quantizer = field(repr=False)
-    kind: str
-    arguments: Mapping[str, object]
+    state: CodebookState = field(repr=False)
     digest: str
     provenance: Mapping[str, object] = field(default_factory=dict)
     statistics: Statistics | None = field(default=None, repr=False)
+
+    @property
+    def kind(self) -> str:
+        """A key of `KINDS`: "vq", "ema" and so on."""
+        return self.state.kind
+
+    @property
+    def arguments(self) -> Mapping[str, object]:
+        """The arguments of the quantizer's constructor."""
+        return self.state.arguments
+
+    @cached_property
+    def quantizer(self) -> Quantizer:
+        """The quantizer, on the CPU, in eval mode and in the memory of `state`; torch is imported for it."""
+        return self.state.build(shares_memory=True)
+
+    @property
+    def code_groups(self) -> CodeGroups:
+        """The counters of the indices that encode gives."""
+        count = self.state.num_plain_indices
+        return code_groups(self.quantizer) if count is None else CodeGroups((count,))
 
 
 def codebook_digest(quantizer: Quantizer) -> str:
@@ -206,12 +227,13 @@ def _read(file: BufferedReader) -> Codebook:
     digest, claimed = state.digest(), entries["digest"]
     if digest != claimed:
         raise StateError(f"its content has the digest {digest} and not {claimed[:64]!r}: it was damaged or changed")
-    quantizer, statistics = state.build(shares_memory=True), None
-    if ENTRY in entries:
-        groups = code_groups(quantizer)
-        check_claim(usage, groups)
-        statistics = Statistics.read(_json_object(ENTRY, entries[ENTRY]), read(USAGE), groups=groups, digest=digest)
-    return Codebook(quantizer, kind, state.arguments, digest, provenance, statistics)
+    codebook = Codebook(state, digest, provenance)
+    if ENTRY not in entries:
+        return codebook
+    groups = codebook.code_groups
+    check_claim(usage, groups)
+    statistics = Statistics.read(_json_object(ENTRY, entries[ENTRY]), read(USAGE), groups=groups, digest=digest)
+    return replace(codebook, statistics=statistics)
 
 
 def _entries(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.overrides import TorchFunctionMode
 
 from vqserve.dtypes import BY_SAFETENSORS, LATENTS
 from vqserve.errors import CodebookError, InvalidOption
 from vqserve.safetensors_file import dtype_name
 from vqserve.validation import LARGEST_VOCABULARY
 from vqserve_server.codebooks.kinds import KINDS, kind_of
-from vqserve_server.quantizers import Quantizer
 from vqserve_server.quantizers.arguments import ArgumentError, check_arguments, written_arguments
+from vqserve_server.quantizers.declared import DIRECTION, NORM, USED, PlainCodebook
+from vqserve_server.quantizers.plain_kinds import PLAIN_KINDS
 from vqserve_server.validation import first_non_finite
+
+if TYPE_CHECKING:
+    from vqserve_server.quantizers import Quantizer
 
 Claim = tuple[str, tuple[int, ...]]
 """Element type (its name in safetensors) and shape of a tensor, from the header."""
 
-WEIGHT = "embedding.weight"
-NORM = "embedding.parametrizations.weight.original0"
-DIRECTION = "embedding.parametrizations.weight.original1"
-USED = "used"
-# What constructors call to fill a weight.
-_FILLERS = frozenset({"uniform_", "normal_", "fill_", "zero_", "copy_"})
+_TOO_LARGE = "the arguments make it larger than any memory"
+_LARGEST_ARRAY = (1 << 63) - 1
 _DIGEST_TAG = b"vqserve codebook digest 1"
 # Older releases of torch have other names for this pair.
 LEGACY_NAMES: Mapping[str, str] = {"embedding.weight_g": NORM, "embedding.weight_v": DIRECTION}
@@ -39,17 +37,6 @@ LEGACY_NAMES: Mapping[str, str] = {"embedding.weight_g": NORM, "embedding.weight
 
 class StateError(ValueError):
     """The arguments or tensors do not fit together, or cannot be served."""
-
-
-class _NoInitialValues(TorchFunctionMode):
-    """Leaves out the initial values of weights: on the device meta, torch needs sympy for them: a second, 150 MB."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(function, "__name__", "") in _FILLERS:
-            return args[0] if args else (kwargs or {})["tensor"]
-        return function(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -121,15 +108,32 @@ class CodebookState:
         Args:
             shares_memory: whether it may use the memory of the tensors, and not copies.
         """
-        # In inference mode parameters would be made that cannot be trained.
-        with torch.inference_mode(False):
-            made = torch.from_numpy if shares_memory else partial(torch.tensor, device="cpu")
-            tensors = {name: made(array) for name, array in self.tensors.items()}
-            quantizer = _shapes(self.kind, self.arguments)
-            # The constructor gets no remap: a state dict brings it. Assigned, because copies would take torch's default
-            # type and device from the constructor.
-            quantizer.load_state_dict(tensors, strict=True, assign=True)
-        return quantizer.eval()
+        from vqserve_server.codebooks.building import built  # noqa: PLC0415
+
+        return built(self.kind, self.arguments, self.tensors, shares_memory=shares_memory)
+
+    def plain(self, *, shares_memory: bool = False) -> PlainCodebook | None:
+        """Return the codebook as arrays of float32; None: only its class can compute it.
+
+        Args:
+            shares_memory: whether it may use the memory of the tensors, and not copies.
+        """
+        kind = PLAIN_KINDS.get(self.kind)
+        if kind is None or any(array.dtype == np.float64 for array in self.tensors.values()):
+            return None
+        return kind.plain(self.arguments, self.tensors if shares_memory else _copies(self.tensors))
+
+    @property
+    def layout(self) -> str | None:
+        """The name of the layout of latents; None: it depends on the number of axes."""
+        layout = self.arguments["layout"]
+        return None if layout is None else str(layout)
+
+    @property
+    def num_plain_indices(self) -> int | None:
+        """Number of the indices of one codebook without a remap: that of its codes; None: only the class knows."""
+        kind = PLAIN_KINDS.get(self.kind)
+        return None if kind is None or USED in self.tensors else kind.num_codes_of(self.arguments)
 
     def digest(self) -> str:
         """Return the digest: equal exactly where encode and decode read the same."""
@@ -142,14 +146,8 @@ class CodebookState:
         return written_arguments(KINDS[self.kind].arguments, self.arguments)
 
 
-def _shapes(kind: str, arguments: Mapping[str, object]) -> Quantizer:
-    """Return a quantizer whose tensors have shapes and no memory."""
-    options: dict[str, Any] = dict(arguments)
-    layout = options.pop("layout")
-    with torch.device("meta"), _NoInitialValues():
-        quantizer = KINDS[kind](**options)
-    quantizer.layout = layout
-    return quantizer
+def _copies(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    return {name: array.copy() for name, array in tensors.items()}
 
 
 def _canonical_names(names: set[str]) -> dict[str, str]:
@@ -179,14 +177,7 @@ def check_claims(kind: str, arguments: Mapping[str, Any], claims: Mapping[str, C
         StateError: the arguments contradict each other, or a tensor is missing, extra, or of another shape or element
             type than it should be.
     """
-    try:
-        model = _shapes(kind, arguments)
-    except InvalidOption as error:
-        raise StateError(f"its arguments do not fit together: {error}") from None
-    except RuntimeError:
-        # A number of bytes beyond 64 bits.
-        raise StateError("the arguments make it larger than any memory") from None
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected, num_codes = _expected(kind, arguments)
     missing = sorted(set(expected) - set(claims))
     if missing:
         raise StateError(f"tensor {missing[0]!r} is missing")
@@ -207,7 +198,29 @@ def check_claims(kind: str, arguments: Mapping[str, Any], claims: Mapping[str, C
             raise StateError(f"tensor {name!r} has shape {list(claims[name][1])}, the arguments make it {list(shape)}")
     if USED in claims:
         _check_used_claim(arguments, *claims[USED])
-    return model.num_codes
+    return num_codes
+
+
+def _expected(kind: str, arguments: Mapping[str, Any]) -> tuple[Mapping[str, tuple[int, ...]], int]:
+    """Return the shape of every tensor but a remap, and K.
+
+    Raises:
+        StateError: the arguments contradict each other.
+    """
+    plain = PLAIN_KINDS.get(kind)
+    if plain is None:
+        from vqserve_server.codebooks.building import sizes_of_class  # noqa: PLC0415
+
+        try:
+            return sizes_of_class(kind, arguments)
+        except InvalidOption as error:
+            raise StateError(f"its arguments do not fit together: {error}") from None
+        except RuntimeError:
+            raise StateError(_TOO_LARGE) from None
+    shapes = plain.tensor_shapes(arguments)
+    if any(4 * math.prod(shape) > _LARGEST_ARRAY for shape in shapes.values()):
+        raise StateError(_TOO_LARGE)
+    return shapes, plain.num_codes_of(arguments)
 
 
 def _check_used_claim(arguments: Mapping[str, Any], dtype: str, shape: tuple[int, ...]) -> None:

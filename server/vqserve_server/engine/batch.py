@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from vqserve.errors import InvalidArgument, Overloaded
 from vqserve_server.engine.caller import CANARY
@@ -36,9 +35,17 @@ class Staging:
         memory = self._memory.get(is_pinned)
         if memory is None or memory.nbytes < nbytes:
             # A power of two, so that it does not grow with every slightly larger batch.
-            memory = torch.empty(1 << (nbytes - 1).bit_length(), dtype=torch.uint8, pin_memory=is_pinned).numpy()
-            self._memory[is_pinned] = memory
+            memory = self._memory[is_pinned] = _allocated(1 << (nbytes - 1).bit_length(), is_pinned=is_pinned)
         return memory[:nbytes].view(dtype).reshape(shape)
+
+
+def _allocated(nbytes: int, *, is_pinned: bool) -> npt.NDArray[np.uint8]:
+    if not is_pinned:
+        return np.empty(nbytes, np.uint8)
+    import torch  # noqa: PLC0415
+
+    memory: npt.NDArray[np.uint8] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+    return memory
 
 
 logger = logging.getLogger(__name__)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vqserve_server.quantizers.abstract import AbstractQuantizer
-from vqserve_server.quantizers.arguments import CODE_DIM, CODES, LAYOUT, LOSS_KEY, UNKNOWN_INDEX, Argument, number
 from vqserve_server.quantizers.perplexity import count_codes, perplexity_of_counts
-from vqserve_server.quantizers.quantizer import Metric
+from vqserve_server.quantizers.plain_kinds import EMAKind
 from vqserve_server.quantizers.remap import Remap, UnknownIndex
 from vqserve_server.quantizers.tensors import autocast_off, check_not_empty, from_rows, grid_of, to_rows, widened
 
@@ -102,27 +98,12 @@ def _replace(parameter: nn.Parameter, new: Tensor, keep: Tensor | None) -> None:
     parameter.copy_(new if keep is None else torch.where(keep, parameter, new))
 
 
-class EMAVectorQuantizer(AbstractQuantizer):
+class EMAVectorQuantizer(EMAKind, AbstractQuantizer):
     """Nearest code, the codebook a moving average of its tokens (van den Oord et al. 2017, appendix A.1).
 
     State: `embedding.weight` (K, D), `embedding.cluster_size` (K,), `embedding.embed_avg` (K, D), and `used` (U,) with
     a remap. See `EmbeddingEMA` for codes that no token reaches, and for training on several processes.
     """
-
-    kind: ClassVar[str] = "ema"
-    arguments: ClassVar[Mapping[str, Argument]] = {
-        "n_embed": CODES,
-        "embedding_dim": CODE_DIM,
-        # The constructor has no default: this is the original paper's (https://arxiv.org/abs/1711.00937).
-        "beta": Argument(number, default=0.25),
-        "decay": Argument(number, default=0.99, attribute="embedding.decay"),
-        "eps": Argument(number, default=1e-5, attribute="embedding.eps"),
-        "unknown_index": UNKNOWN_INDEX,
-        "loss_key": LOSS_KEY,
-        "layout": LAYOUT,
-    }
-    training_tensors: ClassVar[frozenset[str]] = frozenset({"embedding.cluster_size", "embedding.embed_avg"})
-    metric: ClassVar[Metric | None] = "l2"
 
     def __init__(  # noqa: PLR0917
         self,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -13,18 +10,8 @@ from torch.nn import functional
 from vqserve.errors import InvalidOption
 from vqserve.layout import channel_axis
 from vqserve_server.quantizers.abstract import AbstractQuantizer
-from vqserve_server.quantizers.arguments import (
-    CODE_DIM,
-    CODES,
-    INPUT_DIM,
-    LAYOUT,
-    LOSS_KEY,
-    UNKNOWN_INDEX,
-    Argument,
-    flag,
-    number,
-)
 from vqserve_server.quantizers.objective import SearchProblem
+from vqserve_server.quantizers.plain_kinds import GumbelKind
 from vqserve_server.quantizers.quantizer import Quantizer
 from vqserve_server.quantizers.remap import Remap, UnknownIndex
 from vqserve_server.quantizers.tensors import (
@@ -41,7 +28,7 @@ from vqserve_server.quantizers.tensors import (
 from vqserve_server.search import Objective
 
 
-class GumbelQuantizer(AbstractQuantizer):
+class GumbelQuantizer(GumbelKind, AbstractQuantizer):
     """Codes drawn from logits (Jang, Gu, Poole 2016, arXiv:1611.01144); encode takes the greatest logit.
 
     Under a remap only the used codes take part, in the order of `used`, so that every index is a position in `used` and
@@ -50,21 +37,6 @@ class GumbelQuantizer(AbstractQuantizer):
     State: `proj.weight` (K, H, 1, 1), `proj.bias` (K,), `embed.weight` (K, D), and `used` (U,) with a remap. The
     temperature is a plain attribute, which trainers anneal and no checkpoint keeps.
     """
-
-    kind: ClassVar[str] = "gumbel"
-    arguments: ClassVar[Mapping[str, Argument]] = {
-        "num_hiddens": INPUT_DIM,
-        "embedding_dim": CODE_DIM,
-        "n_embed": CODES,
-        "straight_through": Argument(flag, default=True),
-        "kl_weight": Argument(number, default=5e-4),
-        # Trainers anneal the temperature: a quantizer that is loaded goes on with this one's.
-        "temp_init": Argument(number, default=1.0, attribute="temperature"),
-        "unknown_index": UNKNOWN_INDEX,
-        "loss_key": LOSS_KEY,
-        "layout": LAYOUT,
-    }
-    is_approximate = False
 
     def __init__(  # noqa: PLR0917
         self,
@@ -172,17 +144,6 @@ class GumbelQuantizer(AbstractQuantizer):
         return SearchProblem(
             codes=weight[self.used], objective=Objective.DOT, bias=bias[self.used], reports_full_ids=False
         )
-
-    @classmethod
-    def served_arguments(cls, arguments: Mapping[str, object], *, remapped: bool) -> dict[str, object]:
-        """Return what `Quantizer.served_arguments` does.
-
-        Under a remap no unknown id is ever reported: it matters only whether decode takes the extra index.
-        """
-        served = super().served_arguments(arguments, remapped=remapped)
-        if remapped and served["unknown_index"] != "extra":
-            served["unknown_index"] = "random"
-        return served
 
     @property
     def num_reachable(self) -> int:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vqserve_server.quantizers.abstract import AbstractQuantizer
-from vqserve_server.quantizers.arguments import CODE_DIM, CODES, FLAG, LAYOUT, PROJECTIONS, UNKNOWN_INDEX, Argument
+from vqserve_server.quantizers.declared import CodeSpace
 from vqserve_server.quantizers.objective import SearchProblem
+from vqserve_server.quantizers.plain_kinds import CosineKind, DotKind
 from vqserve_server.quantizers.projections import ProjectedModule, projection
-from vqserve_server.quantizers.quantizer import CodeSpace, Metric
 from vqserve_server.quantizers.remap import Remap, UnknownIndex
 from vqserve_server.quantizers.tensors import widen
 from vqserve_server.search import Objective
@@ -80,7 +79,7 @@ class LookupQuantizer(ProjectedModule, AbstractQuantizer):
         return self.embedding.weight.dtype
 
 
-class CosineQuantizer(LookupQuantizer):
+class CosineQuantizer(CosineKind, LookupQuantizer):
     """index = argmax_j z . u_j with u_j = e_j / |e_j|, each element of u rounded once to float32.
 
     The latent is not normalised: its length is positive and common to all codes, so that it decides nothing, and what
@@ -92,17 +91,6 @@ class CosineQuantizer(LookupQuantizer):
     Attributes:
         decode_normalized: whether code rows are u_j (LlamaGen) or e_j (DAC, lucidrains).
     """
-
-    kind: ClassVar[str] = "cosine"
-    arguments: ClassVar[Mapping[str, Argument]] = {
-        "n_e": CODES,
-        "e_dim": CODE_DIM,
-        "decode_normalized": FLAG,
-        **PROJECTIONS,
-        "unknown_index": UNKNOWN_INDEX,
-        "layout": LAYOUT,
-    }
-    metric: ClassVar[Metric | None] = "cosine"
 
     def __init__(self, n_e: int, e_dim: int, decode_normalized: bool = False, **kwargs: Any) -> None:
         """Draw a codebook; a state dict is to follow.
@@ -148,22 +136,12 @@ class CosineQuantizer(LookupQuantizer):
         return normalise(weight)
 
 
-class DotQuantizer(LookupQuantizer):
+class DotQuantizer(DotKind, LookupQuantizer):
     """index = argmax_j z . e_j, decoded as e_j.
 
     How index backpropagation quantization searches: its logits are z . e_j without a bias (Shi et al. 2024,
     arXiv:2412.02692). See `LookupQuantizer` for arguments and state.
     """
-
-    kind: ClassVar[str] = "dot"
-    arguments: ClassVar[Mapping[str, Argument]] = {
-        "n_e": CODES,
-        "e_dim": CODE_DIM,
-        **PROJECTIONS,
-        "unknown_index": UNKNOWN_INDEX,
-        "layout": LAYOUT,
-    }
-    metric: ClassVar[Metric | None] = "dot"
 
     def search_problem(self) -> SearchProblem:
         """Return the search for the greatest dot product."""

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from vqserve.errors import CodebookError
 from vqserve_server import search
+from vqserve_server.quantizers.inference.served import is_no_worse
 from vqserve_server.quantizers.tensors import are_finite
-
-# Far more than the roundings of a sum of any length that fits a codebook.
-_FLOAT64_ROOM = 2.0**-30
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,20 +47,10 @@ class SearchProblem:
         return self._searcher(backend)
 
     def is_no_worse(self, found: Tensor, asked: Tensor) -> Tensor:
-        """Return whether code `found` (n,) answers the row of code `asked` (n,) as well as that code does: bool (n,).
-
-        Of L2 only an equal code is. Scores are compared in float64, within its rounding.
-        """
-        rows, codes = self.codes[asked].double(), self.codes[found].double()
-        if self.objective is search.Objective.L2:
-            return (rows == codes).all(dim=1)
-        margin = rows * codes - rows * rows
-        room = (rows * codes).abs() + rows * rows
-        better, size = margin.sum(dim=1), room.sum(dim=1)
-        if self.bias is not None:
-            of_found, of_asked = self.bias[found].double(), self.bias[asked].double()
-            better, size = better + of_found - of_asked, size + of_found.abs() + of_asked.abs()
-        return better >= -_FLOAT64_ROOM * size
+        """Return whether codes `found` (n,) answer the rows of codes `asked` (n,) as well as these do: bool (n,)."""
+        biases = None if self.bias is None else (self.bias[found].double(), self.bias[asked].double())
+        answer: Tensor = is_no_worse(self.codes[found].double(), self.codes[asked].double(), self.objective, biases)
+        return answer
 
     def search_in_training(self, rows: Tensor) -> Tensor:
         """Return the winning code (N,) int64 of every row (N, D), codes with NaN or infinity never winning.

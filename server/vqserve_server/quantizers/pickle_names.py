@@ -6,7 +6,9 @@ A pickle names the module of each class. A name is kept here for one release aft
 from __future__ import annotations
 
 import sys
+from functools import partial
 from importlib import import_module
+from types import ModuleType
 
 _PACKAGE = "vqserve_server.quantizers"
 _NEW_NAMES = {
@@ -29,6 +31,15 @@ _NEW_NAMES = {
 
 
 def register_earlier_names() -> None:
-    """Let each earlier name import the module that has its classes now."""
+    """Let each earlier name give what the module has that its classes are in now, which is imported when it is used."""
     for earlier, now in _NEW_NAMES.items():
-        sys.modules.setdefault(f"{_PACKAGE}.{earlier}", import_module(f"{_PACKAGE}.{now}"))
+        module = ModuleType(f"{_PACKAGE}.{earlier}")
+        module.__getattr__ = partial(_attribute, now)  # type: ignore[method-assign]
+        sys.modules.setdefault(module.__name__, module)
+
+
+def _attribute(module: str, name: str) -> object:
+    # Code that walks through all modules, as torch does when it is imported, asks for `__file__`.
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return getattr(import_module(f"{_PACKAGE}.{module}"), name)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vqserve.errors import CodebookError
 from vqserve_server.quantizers.arguments import CODE_DIM, CODES, INPUT_DIM, OUTPUT_PROJECTION, Argument, number
+from vqserve_server.quantizers.plain_kinds import VECTOR_ARGUMENTS
 from vqserve_server.quantizers.projections import ProjectedModule, projection
 from vqserve_server.quantizers.tensors import (
     apply_layer,
@@ -22,7 +23,7 @@ from vqserve_server.quantizers.tensors import (
     to_rows,
     widen,
 )
-from vqserve_server.quantizers.vector import VECTOR_ARGUMENTS, VectorQuantizer
+from vqserve_server.quantizers.vector import VectorQuantizer
 from vqserve_server.search.rounding import affine
 
 

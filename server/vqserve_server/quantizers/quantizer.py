@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vqserve.layout import Layout, parse_layout
-from vqserve_server.quantizers.arguments import Argument, written_arguments
+from vqserve_server.quantizers.declared import CodeSpace, Declared
 from vqserve_server.quantizers.inference.base import FrozenQuantizer
 from vqserve_server.quantizers.projections import Projection
 
@@ -20,19 +20,12 @@ if TYPE_CHECKING:
     from vqserve_server.quantizers.inference.scalar import Channel
     from vqserve_server.quantizers.residual import ResidualPart
 
-Metric = Literal["l2", "cosine", "dot"]
-CodeSpace = Literal["latents", "directions", "bounded latents"]
 
-
-class Quantizer(nn.Module, ABC):
+class Quantizer(Declared, nn.Module, ABC):
     """Latents in, indices out, and back.
 
     Attributes:
-        kind: the name of the class in files and on the wire.
-        arguments: the constructor's arguments that a file holds, `layout` included.
-        training_tensors: names in the state dict that neither encode nor decode reads.
-        metric: how codes are searched; None: not by one metric that all quantizers of the class share.
-        is_approximate: whether codes approximate latents, so that the distance between the two is an error.
+        kind, arguments, training_tensors, metric, is_approximate: see `Declared`.
         num_codes: K, the indices that encode can give (of each stage, if there are several; of the largest, where
             they differ).
         input_dim: channels that encode takes.
@@ -41,11 +34,6 @@ class Quantizer(nn.Module, ABC):
         num_quantizers: indices per token: 1 but for residual quantizers.
     """
 
-    kind: ClassVar[str]
-    arguments: ClassVar[Mapping[str, Argument]]
-    training_tensors: ClassVar[frozenset[str]] = frozenset()
-    metric: ClassVar[Metric | None] = None
-    is_approximate: bool = True
     num_codes: int
     input_dim: int
     code_dim: int
@@ -125,28 +113,6 @@ class Quantizer(nn.Module, ABC):
     def current_arguments(self) -> dict[str, object]:
         """Return the arguments, not checked, by which the constructor makes a quantizer like this one as it is now."""
         return {name: attrgetter(argument.attribute or name)(self) for name, argument in self.arguments.items()}
-
-    @classmethod
-    def canonical_arguments(cls, arguments: Mapping[str, object]) -> dict[str, object]:
-        """Return checked arguments in the form that files and digests have, where a value can be given in several."""
-        return dict(arguments)
-
-    @classmethod
-    def served_arguments(cls, arguments: Mapping[str, object], *, remapped: bool) -> dict[str, object]:
-        """Return the arguments that encode and decode depend on, in the form that the digest has them.
-
-        Args:
-            arguments: all arguments, checked.
-            remapped: whether there is a remap: without one `unknown_index` has no effect.
-        """
-        served = {
-            name: value
-            for name, value in written_arguments(cls.arguments, arguments).items()
-            if cls.arguments[name].served
-        }
-        if not remapped:
-            served.pop("unknown_index", None)
-        return served
 
     # What tools that inspect and compare codebooks need.
 

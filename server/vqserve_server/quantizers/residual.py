@@ -24,6 +24,7 @@ from vqserve_server.quantizers.arguments import (
     integer,
     served,
 )
+from vqserve_server.quantizers.declared import Metric
 from vqserve_server.quantizers.inference.residual import (
     MAX_QUANTIZERS,
     FrozenPart,
@@ -38,7 +39,6 @@ from vqserve_server.quantizers.inference.residual import (
 from vqserve_server.quantizers.lookup import CosineQuantizer, DotQuantizer
 from vqserve_server.quantizers.projected import VectorQuantizerWithInputProjection
 from vqserve_server.quantizers.projections import ProjectedModule, on_device, projection
-from vqserve_server.quantizers.quantizer import Metric
 from vqserve_server.quantizers.staged import StagedQuantizer
 from vqserve_server.quantizers.vector import VectorQuantizer
 

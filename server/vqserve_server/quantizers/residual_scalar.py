@@ -26,7 +26,7 @@ from vqserve_server.quantizers.staged import StagedQuantizer
 from vqserve_server.quantizers.tensors import (
     check_size,
 )
-from vqserve_server.search.rounding import round_fraction
+from vqserve_server.search.quotients import round_fraction
 
 ResidualBound = Literal["atanh_twice", "atanh", "symmetric", "soft_clamp"]
 Scales = Literal["levels_minus_one", "levels"]

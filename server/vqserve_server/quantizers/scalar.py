@@ -25,11 +25,12 @@ from vqserve_server.quantizers.arguments import (
     integer,
     served,
 )
+from vqserve_server.quantizers.declared import CodeSpace
 from vqserve_server.quantizers.fsq_boundaries import EPS, Bound, boundaries
 from vqserve_server.quantizers.inference.base import freeze
 from vqserve_server.quantizers.inference.scalar import Channel, FrozenScalar
 from vqserve_server.quantizers.projections import ProjectedModule, projection
-from vqserve_server.quantizers.quantizer import CodeSpace, Quantizer
+from vqserve_server.quantizers.quantizer import Quantizer
 from vqserve_server.quantizers.tensors import (
     check_finite,
     check_size,
@@ -40,7 +41,7 @@ from vqserve_server.quantizers.tensors import (
     to_rows,
     widen,
 )
-from vqserve_server.search.rounding import round_inverse_root
+from vqserve_server.search.quotients import round_inverse_root
 
 
 class ScalarQuantizer(ProjectedModule, Quantizer):

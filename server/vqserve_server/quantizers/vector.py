@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vqserve_server.quantizers.abstract import AbstractQuantizer
-from vqserve_server.quantizers.arguments import (
-    CODE_DIM,
-    CODES,
-    FLAG,
-    LAYOUT,
-    LOSS_KEY,
-    UNKNOWN_INDEX,
-    Argument,
-    flag,
-    number,
-)
 from vqserve_server.quantizers.perplexity import count_codes, perplexity_of_counts
-from vqserve_server.quantizers.quantizer import Metric
+from vqserve_server.quantizers.plain_kinds import VectorKind
 from vqserve_server.quantizers.remap import Remap, UnknownIndex
 from vqserve_server.quantizers.tensors import autocast_off, check_not_empty, from_rows, grid_of, to_rows, widen, widened
 from vqserve_server.search import rounding
@@ -112,31 +101,13 @@ def _legacy_name(name: str) -> str:
     return name
 
 
-VECTOR_ARGUMENTS: Mapping[str, Argument] = {
-    "unknown_index": UNKNOWN_INDEX,
-    "sane_index_shape": Argument(flag, default=False),
-    "log_perplexity": Argument(flag, default=False),
-    "embedding_weight_norm": FLAG,
-    "loss_key": LOSS_KEY,
-    "layout": LAYOUT,
-}
-
-
-class VectorQuantizer(AbstractQuantizer):
+class VectorQuantizer(VectorKind, AbstractQuantizer):
     """Nearest code, learnt by gradient (van den Oord, Vinyals, Kavukcuoglu 2017, arXiv:1711.00937).
 
     State: `embedding.weight` (K, D), and `used` (U,) with a remap; with `embedding_weight_norm`
     `embedding.parametrizations.weight.original0` (1, D) and `.original1` (K, D) in place of the weight.
     """
 
-    kind: ClassVar[str] = "vq"
-    arguments: ClassVar[Mapping[str, Argument]] = {
-        "n_e": CODES,
-        "e_dim": CODE_DIM,
-        "beta": Argument(number, default=0.25),
-        **VECTOR_ARGUMENTS,
-    }
-    metric: ClassVar[Metric | None] = "l2"
     embedding: nn.Embedding
 
     def __init__(  # noqa: PLR0917

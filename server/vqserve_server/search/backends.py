@@ -1,4 +1,4 @@
-"""The search backends by name, and the choice of one."""
+"""The search backends by name, and the choice of one, for codebooks that are tensors."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from vqserve.errors import InvalidOption
+from vqserve_server.device import AnyDevice
 from vqserve_server.search import cuda, native
 from vqserve_server.search.denormals import denormals_enabled
-from vqserve_server.search.searcher import MergedSearcher, Objective, Searcher, first_of_equals
+from vqserve_server.search.equals import first_of_equal_tensors
+from vqserve_server.search.native.tensors import TensorSearcher
+from vqserve_server.search.searcher import MergedSearcher, Objective, Searcher
 from vqserve_server.search.tiled import TiledSearcher
 
 
-def available(device: torch.device | str) -> tuple[str, ...]:
+def available(device: AnyDevice | str) -> tuple[str, ...]:
     """Return the names of the backends that run on this device, in order of preference."""
     device = torch.device(device)
     names = ["torch", "reference"]
@@ -25,7 +28,7 @@ def available(device: torch.device | str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def why_slower(backend: str, device: torch.device) -> str | None:
+def why_slower(backend: str, device: AnyDevice) -> str | None:
     """Return why "auto" did not choose the fastest backend of a device for a codebook; None: it did.
 
     Args:
@@ -36,7 +39,8 @@ def why_slower(backend: str, device: torch.device) -> str | None:
     if backend in ("none", "triton" if is_cuda else "native"):
         return None
     if is_cuda:
-        return cuda.why_unavailable(device) or "triton searches float32 codebooks of less than 2^31 numbers only"
+        reason = cuda.why_unavailable(torch.device(device))
+        return reason or "triton searches float32 codebooks of less than 2^31 numbers only"
     return native.why_unusable() or "the compiled search takes float32 codebooks of at most 1024 dimensions only"
 
 
@@ -69,7 +73,7 @@ def prepare(
     if backend not in ("auto", *able):
         raise InvalidOption(f"search backend {backend!r} can't take this codebook: choose one of {', '.join(able)}")
     chosen = able[0] if backend == "auto" else backend
-    firsts = first_of_equals(codes, bias)
+    firsts = first_of_equal_tensors(codes, bias)
     if firsts is None:
         return _build(chosen, codes, bias, objective)
     distinct = _build(chosen, codes[firsts], None if bias is None else bias[firsts], objective)
@@ -78,7 +82,7 @@ def prepare(
 
 def _fits(backend: str, codes: Tensor, bias: Tensor | None, objective: Objective) -> bool:
     if backend == "native":
-        return native.fits(codes, bias, objective)
+        return native.fits(codes.detach().numpy(), None if bias is None else bias.detach().numpy(), objective)
     return backend != "triton" or cuda.fits(codes)
 
 
@@ -87,7 +91,8 @@ def _build(backend: str, codes: Tensor, bias: Tensor | None, objective: Objectiv
     tiled = functools.partial(TiledSearcher, codes, bias, objective, dtype=torch.float32, fallback=reference)
     match backend:
         case "native":
-            return native.NativeSearcher(codes, bias, objective, fallback=reference)
+            arrays = codes.detach().numpy(), None if bias is None else bias.detach().numpy()
+            return TensorSearcher(native.NativeSearcher(*arrays, objective, fallback=reference))
         case "triton":
             return cuda.kernel_searcher(codes, bias, objective, fallback=tiled)
         case "torch":

@@ -10,10 +10,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -22,6 +24,9 @@ def denormals_enabled() -> Iterator[None]:
     if sys.float_info.min / 2 != 0.0:
         yield
         return
+    # It changes the processor's setting, whoever made it.
+    import torch  # noqa: PLC0415
+
     torch.set_flush_denormal(False)
     try:
         yield
@@ -31,6 +36,8 @@ def denormals_enabled() -> Iterator[None]:
 
 def to_float64(numbers: Tensor) -> Tensor:
     """Return float32 or float64 numbers as float64, exactly."""
+    import torch  # noqa: PLC0415
+
     if numbers.dtype == torch.float64:
         return numbers
     return copy_as_float64(torch.empty(numbers.shape, dtype=torch.float64, device=numbers.device), numbers)
@@ -38,7 +45,7 @@ def to_float64(numbers: Tensor) -> Tensor:
 
 def copy_as_float64(wide: Tensor, numbers: Tensor) -> Tensor:
     """Copy float32 or float64 numbers into a float64 tensor, exactly, and return that tensor."""
-    if numbers.dtype == torch.float64 or numbers.device.type != "cpu":
+    if numbers.dtype == wide.dtype or numbers.device.type != "cpu":
         return wide.copy_(numbers)
     # torch would copy on its own threads, which may flush denormals; numpy copies on this thread.
     with denormals_enabled():

@@ -1,18 +1,21 @@
-"""The caller's options and arrays, numpy or torch: checked, flattened, encoded or decoded; answers in their kind."""
+"""The caller's options and numpy arrays: checked, flattened, encoded or decoded.
+
+`tensors` has the same for torch, which is imported only for a caller that has a tensor.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from vqserve import dtypes
 from vqserve.codebook_info import CodebookInfo
+from vqserve.dtypes import DType
 from vqserve.errors import rows_placed
 from vqserve.layout import Layout, channel_axis, first_channels, grid_shape, parse_layout, warn_of_an_image
 from vqserve.types import OutputName
@@ -27,22 +30,20 @@ from vqserve.validation import (
     check_num_quantizers,
     check_output,
     not_an_array,
-    not_dense,
     not_indices,
     not_latents,
     not_several,
 )
-from vqserve_server.device import to_device
-from vqserve_server.quantizers import tensors
-from vqserve_server.quantizers.inference.base import FrozenQuantizer
-from vqserve_server.rows import from_rows, to_rows
+from vqserve_server.quantizers.inference.served import Served
+from vqserve_server.rows import ArrayOrTensor, from_rows, to_rows
 from vqserve_server.validation import check_finite
 
-T = TypeVar("T")
-Indices = TypeVar("Indices", npt.NDArray[Any], Tensor)
+if TYPE_CHECKING:
+    from torch import Tensor
 
-# By how latents are stored.
-TORCH_DTYPES: dict[np.dtype[Any], torch.dtype] = {dtype.storage: getattr(torch, dtype.name) for dtype in dtypes.LATENTS}
+    from vqserve_server.tokenizer.tensors import GivenTensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Options:
     """The validated options of a call, so that `encode_many` rejects invalid options before it begins."""
 
     layout: Layout | None
-    dtype: torch.dtype
+    dtype: DType
     output: OutputName
     num_quantizers: int
     codebook: str | None
@@ -82,12 +83,12 @@ def options(
     check_has_output(output, info=info)
     count = check_num_quantizers(num_quantizers, available=info.num_quantizers)
     wanted: OutputName = "code_rows" if output == "code_rows" else "latents"
-    torch_dtype = getattr(torch, dtypes.latent_dtype_name(dtype))
-    return Options(parse_layout(layout), torch_dtype, wanted, count, codebook, digest, batched)
+    element = dtypes.BY_NAME[dtypes.latent_dtype_name(dtype)]
+    return Options(parse_layout(layout), element, wanted, count, codebook, digest, batched)
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenArray:
     """The caller's array, validated for a codebook.
 
     Attributes:
@@ -95,33 +96,50 @@ class Given:
             residual codebook (n, q), those of them that are requested.
         grid: shape of the tokens in the caller's array, with its batch axis or the one that was added to it.
         layout: layout of the latents, given or requested.
-        device: the tensor's; None for numpy.
         batched: False: a batch axis was added, and is not in answers.
     """
 
-    tokens: Tensor
+    tokens: npt.NDArray[Any]
     grid: tuple[int, ...]
     layout: Layout
-    device: torch.device | None = None
     batched: bool = True
 
-    def indices(self, indices: Tensor, *, vocab_size: int) -> Any:
-        """Return indices as the caller's kind: torch int64, numpy of the smallest type that holds the vocabulary."""
-        indices = self._of_caller(indices)
-        if self.device is not None:
-            return indices.to(self.device)
-        return indices.cpu().numpy().astype(dtypes.smallest_unsigned(vocab_size))
+    def encoded(self, served: Served, asked: Options, *, info: CodebookInfo) -> npt.NDArray[Any]:
+        """Return the indices of latents, of the smallest type that holds the vocabulary.
 
-    def latents(self, latents: Tensor) -> Any:
-        """Return latents as the caller's kind; float32 holds the values of types that numpy lacks."""
-        latents = self._of_caller(latents)
-        if self.device is not None:
-            return latents.to(self.device)
-        dtype = dtypes.of_torch(latents.dtype)
-        return (latents if dtype is None or dtype.coding is None else latents.float()).cpu().numpy()
+        Raises:
+            NonFiniteLatents: names a token that leaves float32's range on its way to the codes.
+        """
+        with rows_placed(self.grid):
+            found = served.encode_rows(self.tokens, num_quantizers=asked.num_quantizers)
+        indices = from_rows(found, self.grid, self.layout) if info.has_stages else found.reshape(self.grid)
+        return self._of_caller(indices.astype(dtypes.smallest_unsigned(info.vocab_size)))
 
-    def _of_caller(self, answer: Tensor) -> Tensor:
+    def decoded(self, served: Served, asked: Options) -> npt.NDArray[Any]:
+        """Return the latents of indices, in the resolved layout; float32 holds the values of types that numpy lacks.
+
+        Raises:
+            InvalidOption: names an index with a value beyond the range of the requested type.
+        """
+        rows = served.decode_rows(self.tokens, output=asked.output, dtype=asked.dtype.storage)
+        if rows.dtype != asked.dtype.storage:
+            overflowed = (np.abs(rows) >= asked.dtype.overflow).any(axis=1)
+            if overflowed.any():
+                row, has_stages = int(overflowed.argmax()), self.tokens.ndim > 1
+                raise beyond_dtype(row, asked.dtype.name, has_stages=has_stages).placed(self.grid)
+            rows = _rounded(rows, asked.dtype)
+        return self._of_caller(from_rows(asked.dtype.widen(rows), self.grid, self.layout))
+
+    def _of_caller(self, answer: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return answer if self.batched else answer.squeeze(0)
+
+
+def _rounded(rows: npt.NDArray[Any], dtype: DType) -> npt.NDArray[Any]:
+    """Return float32 or float64 rows in the storage of a type, each value rounded once to nearest even."""
+    with np.errstate(under="ignore"):
+        if dtype.coding is not None and rows.dtype == np.float64:
+            rows = dtypes.round_to_odd(rows.astype(np.float32), rows, np)
+        return dtype.narrow(rows)
 
 
 def several(items: T, verb: str) -> T:
@@ -130,12 +148,18 @@ def several(items: T, verb: str) -> T:
     Raises:
         NotAnArray: it is one array, whose first axis would be taken apart.
     """
-    if isinstance(items, np.ndarray | Tensor):
+    if isinstance(items, np.ndarray) or is_tensor(items):
         raise not_several(verb)
     return items
 
 
-def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Given:
+def is_tensor(value: object) -> TypeGuard[Tensor]:
+    """Return whether a value is a tensor, without importing torch: whoever has one has imported it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> GivenArray | GivenTensor:
     """Return latents that the codebook takes.
 
     Raises:
@@ -144,39 +168,32 @@ def given_latents(latents: object, asked: Options, *, info: CodebookInfo) -> Giv
         InvalidShape: the rank or the channel count is not the codebook's.
         NonFiniteLatents: names the position of a NaN or an infinity.
     """
-    if isinstance(latents, Tensor):
-        _check_dense(latents, "latents")
-        dtype = dtypes.of_torch(latents.dtype)
-        if dtype is None or dtype not in dtypes.LATENTS:
-            raise not_latents(latents.dtype)
-        if not asked.batched:
-            latents = latents[None]
-        resolved = _layout(latents.shape, asked, info)
-        wide = latents.detach().to(getattr(torch, dtype.computed.name))
-        tensors.check_finite(wide)
-        rows, grid = to_rows(wide, resolved).contiguous(), grid_shape(latents.shape, resolved)
-        return Given(rows, grid, resolved, latents.device, asked.batched)
+    if is_tensor(latents):
+        from vqserve_server.tokenizer import tensors  # noqa: PLC0415
+
+        return tensors.given_latents(latents, asked, info=info)
     array = _plain_array(latents, "latents")
     if dtypes.of_numpy(array.dtype) not in dtypes.LATENTS:
         raise not_latents(array.dtype)
     if not asked.batched:
         array = array[None]
-    resolved = _layout(array.shape, asked, info)
+    layout = layout_of_latents(array.shape, asked, info)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     check_finite(array)
-    flat = to_rows(array, resolved)
-    wide = to_device(np.ascontiguousarray(flat, np.result_type(flat, np.float32)), torch.device("cpu"))
-    return Given(wide, grid_shape(array.shape, resolved), resolved, batched=asked.batched)
+    flat = to_rows(array, layout)
+    rows = np.ascontiguousarray(flat, np.result_type(flat, np.float32))
+    return GivenArray(rows, grid_shape(array.shape, layout), layout, asked.batched)
 
 
-def _layout(shape: Sequence[int], asked: Options, info: CodebookInfo) -> Layout:
+def layout_of_latents(shape: Sequence[int], asked: Options, info: CodebookInfo) -> Layout:
+    """Return the layout of latents, checked with their shape."""
     resolved = check_latents_shape(shape, asked.layout, info=info, batched=asked.batched)
     if asked.batched:
         warn_of_an_image(shape, asked.layout, info.layout)
     return resolved
 
 
-def given_indices(indices: object, asked: Options, *, info: CodebookInfo, decodable: int) -> Given:
+def given_indices(indices: object, asked: Options, *, info: CodebookInfo, decodable: int) -> GivenArray | GivenTensor:
     """Return indices that the codebook decodes.
 
     Raises:
@@ -185,75 +202,36 @@ def given_indices(indices: object, asked: Options, *, info: CodebookInfo, decoda
         InvalidShape: the rank, or the number of indices for a token, is not the codebook's.
         IndexOutOfRange: names the position, the value and the range.
     """
-    if isinstance(indices, Tensor):
-        _check_dense(indices, "indices")
-        tensors.check_integers(indices)
-        if not asked.batched:
-            indices = indices[None]
-        layout = _layout_of_indices(indices.shape, asked, info)
-        used_ids = _used(indices.detach(), layout, asked, info)
-        axis = channel_axis(layout)
-        ids = tensors.checked_indices(used_ids, decodable, info.stage_vocab_sizes, axis)
-        device: torch.device | None = indices.device
-    else:
-        array = _plain_array(indices, "indices")
-        if array.dtype.kind not in "iu":
-            raise not_indices(array.dtype)
-        if not asked.batched:
-            array = array[None]
-        layout = _layout_of_indices(array.shape, asked, info)
-        used = _used(array, layout, asked, info)
-        check_indices(used, decodable=decodable, stage_sizes=info.stage_vocab_sizes, axis=channel_axis(layout))
-        ids, device = torch.from_numpy(used.astype(np.int64)), None
+    if is_tensor(indices):
+        from vqserve_server.tokenizer import tensors  # noqa: PLC0415
+
+        return tensors.given_indices(indices, asked, info=info, decodable=decodable)
+    array = _plain_array(indices, "indices")
+    if array.dtype.kind not in "iu":
+        raise not_indices(array.dtype)
+    if not asked.batched:
+        array = array[None]
+    layout = layout_of_indices(array.shape, asked, info)
+    used = used_indices(array, layout, asked, info)
+    check_indices(used, decodable=decodable, stage_sizes=info.stage_vocab_sizes, axis=channel_axis(layout))
+    return GivenArray(*as_tokens(used.astype(np.int64), layout, info), layout, asked.batched)
+
+
+def as_tokens(indices: ArrayOrTensor, layout: Layout, info: CodebookInfo) -> tuple[ArrayOrTensor, tuple[int, ...]]:
+    """Return indices as tokens, and the shape of their grid."""
     if not info.has_stages:
-        return Given(ids.reshape(-1), tuple(ids.shape), layout, device, asked.batched)
-    grid = grid_shape(ids.shape, layout)
-    return Given(to_rows(ids, layout), grid, layout, device, asked.batched)
+        return indices.reshape(-1), tuple(indices.shape)
+    return to_rows(indices, layout), grid_shape(indices.shape, layout)
 
 
-def encode_grid(frozen: FrozenQuantizer, latents: Given, asked: Options, *, has_stages: bool) -> Tensor:
-    """Return the indices of latents in their grid, int64 on the codebook's device.
-
-    Args:
-        frozen: the codebook.
-        latents: the array to encode.
-        asked: how many indices each token is to have, if they have stages.
-        has_stages: whether a token's indices are an axis, in the place of the channels.
-
-    Raises:
-        NonFiniteLatents: names a token that leaves float32's range on its way to the codes.
-    """
-    rows = latents.tokens.to(frozen.device)
-    with rows_placed(latents.grid):
-        indices = frozen.encode_rows(rows, num_quantizers=asked.num_quantizers)
-    if not has_stages:
-        return indices.reshape(latents.grid)
-    return from_rows(indices, latents.grid, latents.layout)
-
-
-def decode_grid(frozen: FrozenQuantizer, indices: Given, asked: Options) -> Tensor:
-    """Decode indices, in the resolved layout, on the codebook's device.
-
-    Raises:
-        InvalidOption: names an index with a value beyond the range of the requested type.
-    """
-    rows = frozen.decode_rows(indices.tokens.to(frozen.device), output=asked.output, dtype=asked.dtype)
-    narrowed = tensors.narrow(rows, asked.dtype)
-    if narrowed.dtype.itemsize < rows.dtype.itemsize:
-        overflowed = ~tensors.is_finite(narrowed).all(dim=1)
-        if bool(overflowed.any()):
-            row, dtype = int(torch.nonzero(overflowed)[0, 0]), str(asked.dtype).removeprefix("torch.")
-            raise beyond_dtype(row, dtype, has_stages=indices.tokens.ndim > 1).placed(indices.grid)
-    return from_rows(narrowed, indices.grid, indices.layout)
-
-
-def _layout_of_indices(shape: Sequence[int], asked: Options, info: CodebookInfo) -> Layout:
+def layout_of_indices(shape: Sequence[int], asked: Options, info: CodebookInfo) -> Layout:
+    """Return the layout of indices, checked with their shape."""
     return check_indices_shape(
         shape, asked.layout, info=info, num_quantizers=asked.num_quantizers, batched=asked.batched
     )
 
 
-def _used(indices: Indices, layout: Layout, asked: Options, info: CodebookInfo) -> Indices:
+def used_indices(indices: ArrayOrTensor, layout: Layout, asked: Options, info: CodebookInfo) -> ArrayOrTensor:
     """Return the requested indices of each token."""
     return indices[first_channels(asked.num_quantizers, layout)] if info.has_stages else indices
 
@@ -263,8 +241,3 @@ def _plain_array(value: object, what: str) -> npt.NDArray[Any]:
     if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
         raise not_an_array(what, value)
     return np.asarray(value)
-
-
-def _check_dense(tensor: Tensor, what: str) -> None:
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        raise not_dense(what, dtype=tensor.dtype, layout=tensor.layout, device=tensor.device)

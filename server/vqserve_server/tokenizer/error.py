@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from vqserve_server.device import to_device, to_host
-from vqserve_server.quantizers import FrozenQuantizer, Quantizer
-from vqserve_server.quantizers.comparison import Comparison
+from vqserve_server.quantizers.declared import CodeSpace
+from vqserve_server.quantizers.inference.served import Served
+
+Rows = npt.NDArray[np.floating[Any]]
+Ints = npt.NDArray[np.int64]
+Float64s = npt.NDArray[np.float64]
 
 
-class CodeErrors:
+class CodeErrors(ABC):
     """Measures errors in the space in which the codebook compares rows and codes (`Comparison`).
 
     Attributes:
         space: name of that space.
     """
 
-    def __init__(self, quantizer: Quantizer, frozen: FrozenQuantizer) -> None:
-        """Take a quantizer whose codes approximate latents (`is_approximate`), and its frozen form."""
-        self._comparison = Comparison(quantizer, frozen)
-        self._decodable = frozen.decodable
-        self._has_stages = quantizer.has_stages
-        self._device = frozen.device
-        self.space = self._comparison.name
+    def __init__(self, space: str, *, decodable: int, has_stages: bool) -> None:
+        self.space = space
+        self._decodable = decodable
+        self._has_stages = has_stages
 
-    @torch.no_grad()
-    def of(self, rows: npt.NDArray[np.floating[Any]], indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    def of(self, rows: Rows, indices: Ints) -> Float64s:
         """Return the mean squared error of the channels of each row.
 
         Args:
@@ -42,7 +41,33 @@ class CodeErrors:
         # A sentinel occurs only where a token has one index.
         stands_for_code = np.all((indices >= 0) & (indices < self._decodable), axis=1)
         chosen = np.where(stands_for_code[:, None], indices, 0)
-        found = to_device(chosen if self._has_stages else chosen[:, 0], self._device)
-        wanted = self._comparison.wanted(to_device(rows, self._device))
-        errors: npt.NDArray[np.float64] = to_host((self._comparison.found(found) - wanted).square().mean(dim=1)).numpy()
+        errors = self._mean_squares(rows, chosen if self._has_stages else chosen[:, 0])
         return np.where(stands_for_code, errors, np.nan)
+
+    @abstractmethod
+    def _mean_squares(self, rows: Rows, indices: Ints) -> Float64s:
+        """Return the mean squared error (n,) of rows and of indices that stand for codes, (n,) or (n, q)."""
+
+
+class PlainErrors(CodeErrors):
+    """Of a plain codebook, in numpy."""
+
+    def __init__(self, served: Served, space: CodeSpace) -> None:
+        """Take a plain codebook whose codes approximate latents, and the space in which they are compared."""
+        super().__init__(space, decodable=served.sizes.decodable, has_stages=False)
+        self._served = served
+
+    def _mean_squares(self, rows: Rows, indices: Ints) -> Float64s:
+        wanted = rows.astype(np.float64)
+        found = self._served.decode_rows(indices, output="code_rows").astype(np.float64)
+        if self.space == "directions":
+            wanted, found = _directions(wanted), _directions(found)
+        with np.errstate(over="ignore"):
+            errors: Float64s = np.square(found - wanted).mean(axis=1)
+        return errors
+
+
+def _directions(rows: Float64s) -> Float64s:
+    lengths: Float64s = np.sqrt(np.square(rows).sum(axis=1, keepdims=True))
+    directions: Float64s = rows / np.maximum(lengths, np.finfo(np.float64).tiny)
+    return directions

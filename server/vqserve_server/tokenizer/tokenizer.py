@@ -7,39 +7,34 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from vqserve import dtypes
 from vqserve.codebook_info import CodebookInfo
 from vqserve.errors import Closed, VqserveError
-from vqserve.layout import Layout
+from vqserve.layout import Layout, parse_layout
 from vqserve.many import concerns_one_array, keyed, with_key
 from vqserve.types import ArrayT, DecodeOptions, EncodeOptions, KeyT, LatentDType, LayoutName, OnError, OutputName
 from vqserve.validation import check_call, check_on_error, no_codebook, wrong_digest
 from vqserve_server.code_groups import CodeGroups
-from vqserve_server.codebooks import Codebook, codebook_digest, load_codebook
-from vqserve_server.codebooks.kinds import kind_of
+from vqserve_server.codebooks import Codebook, load_codebook
+from vqserve_server.codebooks.kinds import KINDS
+from vqserve_server.codebooks.state import CodebookState
 from vqserve_server.codebooks.statistics import Statistics
-from vqserve_server.device import select_device, to_device, to_host
-from vqserve_server.quantizers import Quantizer
-from vqserve_server.quantizers.inference.base import FrozenQuantizer, freeze
+from vqserve_server.device import select_device
+from vqserve_server.quantizers.inference.host import HostLookup
+from vqserve_server.quantizers.inference.served import Served
 from vqserve_server.search import SearchCounts
-from vqserve_server.tokenizer.arrays import (
-    TORCH_DTYPES,
-    Options,
-    decode_grid,
-    encode_grid,
-    given_indices,
-    given_latents,
-    options,
-    several,
-)
-from vqserve_server.tokenizer.error import CodeErrors
+from vqserve_server.tokenizer.arrays import Options, given_indices, given_latents, options, several
+from vqserve_server.tokenizer.error import CodeErrors, PlainErrors
 from vqserve_server.tokenizer.probe import Probe, probe
+
+if TYPE_CHECKING:
+    import torch
+
+    from vqserve_server.quantizers import Quantizer
 
 
 class Tokenizer:
@@ -52,9 +47,9 @@ class Tokenizer:
     Attributes:
         info: description of the codebook, the same as `Client.codebooks` returns.
         decodable: the exclusive bound of the indices that decode accepts: a sentinel for unknown codes can lie beyond.
-        device: where the codebook is and the search runs.
+        device: where the codebook is and the search runs: a name, such as "cuda:0", which torch takes as a device.
         search: name of the search backend.
-        weight_dtype: element type of the codebook, and of `decode_rows`.
+        weight_dtype: element type of the codebook, and of `decode_rows`, as numpy has it.
         probe: rows and the indices that they must have, from `check_itself` on.
         errors: measures the quantization error; None: the codes do not approximate latents.
         statistics: what the codebook's file says about other latents; None: nothing.
@@ -85,42 +80,78 @@ class Tokenizer:
                 decode beyond float32's range.
             InvalidOption: there is no such device or search backend here.
         """
-        digest = codebook_digest(quantizer)
-        self._prepare(quantizer, name, digest, select_device(device), search, shares_memory=False)
+        state = CodebookState.of(quantizer)
+        self._prepare(state, name, state.digest(), device=device, search=search, quantizer=quantizer)
 
     def _prepare(
         self,
-        quantizer: Quantizer,
+        state: CodebookState,
         name: str,
         digest: str,
-        device: torch.device,
-        search: str,
         *,
-        shares_memory: bool,
+        device: str | torch.device,
+        search: str,
+        quantizer: Quantizer | None = None,
     ) -> None:
-        self.device = device
-        frozen = freeze(quantizer, device=device, search=search, shares_memory=shares_memory)
+        """Make a codebook ready.
+
+        Args:
+            state: its arguments and arrays.
+            name: what `info` calls it.
+            digest: of the state.
+            device: as in the constructor.
+            search: as in the constructor.
+            quantizer: has the state, and may change later; None: nothing changes the state.
+        """
+        self.device = select_device(device)
+        self._served: Served | None = None
+        self.errors = None
+        if self.device.type == "cpu" and search in ("auto", "native"):
+            self._serve_plain(state, shares_memory=quantizer is None)
+        served = self._served or self._serve_any(state, search, quantizer)
+        sizes = served.sizes
         self.info = CodebookInfo(
             name=name,
             digest=digest,
-            kind=kind_of(quantizer),
-            num_codes=frozen.num_codes,
-            vocab_size=frozen.vocab_size,
-            input_dim=frozen.input_dim,
-            code_dim=frozen.code_dim,
-            output_dim=frozen.output_dim,
-            num_quantizers=frozen.num_quantizers,
-            stage_vocab_sizes=frozen.stage_vocab_sizes,
-            layout=quantizer.layout,
+            kind=state.kind,
+            num_codes=sizes.num_codes,
+            vocab_size=sizes.vocab_size,
+            input_dim=sizes.input_dim,
+            code_dim=sizes.code_dim,
+            output_dim=sizes.output_dim,
+            num_quantizers=sizes.num_quantizers,
+            stage_vocab_sizes=sizes.stage_vocab_sizes,
+            layout=parse_layout(state.layout),
         )
-        self.decodable = frozen.decodable
-        self.search = frozen.search_backend
-        self.weight_dtype = frozen.weight_dtype
+        self.decodable = sizes.decodable
+        self.search = served.search_backend
+        self.weight_dtype = served.dtype
         self.probe: Probe | None = None
-        self.errors = None
-        if quantizer.is_approximate:
-            self.errors = CodeErrors(quantizer if shares_memory else copy.deepcopy(quantizer), frozen)
-        self._frozen: FrozenQuantizer | None = frozen
+
+    def _serve_plain(self, state: CodebookState, *, shares_memory: bool) -> None:
+        """Serve a plain codebook by the compiled search alone, where that can."""
+        plain = state.plain(shares_memory=shares_memory)
+        served = None if plain is None else HostLookup.of(plain)
+        if plain is not None and served is not None:
+            self._served = served
+            if KINDS[state.kind].is_approximate:
+                self.errors = PlainErrors(served, plain.space)
+
+    def _serve_any(self, state: CodebookState, search: str, quantizer: Quantizer | None) -> Served:
+        """Serve what needs torch: other kinds, devices and search backends."""
+        import torch  # noqa: PLC0415
+
+        from vqserve_server.quantizers.inference.base import freeze  # noqa: PLC0415
+        from vqserve_server.quantizers.inference.on_device import OnDevice  # noqa: PLC0415
+        from vqserve_server.tokenizer.device_errors import DeviceErrors  # noqa: PLC0415
+
+        with torch.inference_mode(False):
+            unchanging = state.build(shares_memory=True) if quantizer is None else copy.deepcopy(quantizer).cpu()
+        frozen = freeze(unchanging, device=self.device, search=search, shares_memory=True)
+        self._served = OnDevice(frozen)
+        if unchanging.is_approximate:
+            self.errors = DeviceErrors(unchanging, frozen)
+        return self._served
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "auto", search: str = "auto") -> Self:
@@ -153,7 +184,7 @@ class Tokenizer:
             CodebookError, InvalidOption: as the constructor.
         """
         made = cls.__new__(cls)
-        made._prepare(codebook.quantizer, name, codebook.digest, select_device(device), search, shares_memory=True)
+        made._prepare(codebook.state, name, codebook.digest, device=device, search=search)
         made.statistics = codebook.statistics
         return made
 
@@ -397,7 +428,7 @@ class Tokenizer:
 
     def close(self) -> None:
         """Free the codebook's memory. Later calls raise Closed, running calls finish; closing twice is allowed."""
-        self._frozen = self.errors = None
+        self._served = self.errors = None
 
     def encode_rows(
         self, rows: npt.NDArray[np.floating[Any]], *, num_quantizers: int | None = None
@@ -411,8 +442,7 @@ class Tokenizer:
         Returns:
             int64: (n,), of a residual codebook (n, num_quantizers).
         """
-        found = self._open().encode_rows(to_device(rows, self.device), num_quantizers=num_quantizers)
-        return to_host(found).numpy()
+        return self._open().encode_rows(rows, num_quantizers=num_quantizers)
 
     def decode_rows(
         self, indices: npt.NDArray[np.int64], *, output: OutputName = "latents", dtype: npt.DTypeLike | None = None
@@ -428,13 +458,11 @@ class Tokenizer:
         Returns:
             (n, output_dim) or (n, code_dim) of the codebook's own element type, or already rounded to `dtype`.
         """
-        wanted = None if dtype is None else TORCH_DTYPES[np.dtype(dtype)]
-        rows = to_host(self._open().decode_rows(to_device(indices, self.device), output=output, dtype=wanted))
-        return dtypes.to_numpy(rows)
+        return self._open().decode_rows(indices, output=output, dtype=dtype)
 
     def count_searches(self, counts: SearchCounts) -> None:
         """Let every later search add to counters: a residual codebook adds for each of its stages."""
-        self._frozen = self._open().counting([counts] * self.info.num_quantizers)
+        self._served = self._open().counting(counts)
 
     def check_itself(self) -> None:
         """Encode and decode once, so that nothing is left to be made ready, look for some of the codes, make the probe.
@@ -449,30 +477,30 @@ class Tokenizer:
         self.probe = probe(self)
 
     def _encode(self, latents: ArrayT, asked: Options) -> ArrayT:
-        frozen = self._open(asked.codebook, asked.digest)
+        served = self._open(asked.codebook, asked.digest)
         with self._named(asked):
-            given = given_latents(latents, asked, info=self.info)
-            found = encode_grid(frozen, given, asked, has_stages=self.info.has_stages)
-        indices: ArrayT = given.indices(found, vocab_size=self.info.vocab_size)
-        return indices
+            indices: Any = given_latents(latents, asked, info=self.info).encoded(served, asked, info=self.info)
+        answer: ArrayT = indices
+        return answer
 
     def _decode(self, indices: ArrayT, asked: Options) -> ArrayT:
-        frozen = self._open(asked.codebook, asked.digest)
+        served = self._open(asked.codebook, asked.digest)
         with self._named(asked):
             given = given_indices(indices, asked, info=self.info, decodable=self.decodable)
-            latents: ArrayT = given.latents(decode_grid(frozen, given, asked))
-        return latents
+            latents: Any = given.decoded(served, asked)
+        answer: ArrayT = latents
+        return answer
 
-    def _open(self, codebook: str | None = None, digest: str | None = None) -> FrozenQuantizer:
+    def _open(self, codebook: str | None = None, digest: str | None = None) -> Served:
         """Return the codebook, if it is still there and the one that is meant."""
-        frozen = self._frozen
-        if frozen is None:
+        served = self._served
+        if served is None:
             raise Closed("the tokenizer was closed")
         if codebook is not None and codebook != self.info.name:
             raise no_codebook(codebook, [self.info.name], num_codebooks=1)
         if digest is not None and not self.info.digest.startswith(digest):
             raise wrong_digest(digest, info=self.info)
-        return frozen
+        return served
 
     @contextmanager
     def _named(self, asked: Options) -> Iterator[None]:
@@ -485,6 +513,18 @@ class Tokenizer:
                 raise
             raise error.without_batch_axis() from None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        # Earlier releases pickled the form with tensors.
+        frozen = vars(self).pop("_frozen", None)
+        if frozen is not None:
+            from vqserve_server.quantizers.inference.on_device import OnDevice  # noqa: PLC0415
+
+            self._served = OnDevice(frozen)
+            self.device, self.weight_dtype = self._served.device, self._served.dtype
+        elif "_served" not in state:
+            self._served = None
+
     def __enter__(self) -> Self:
         return self
 
@@ -495,7 +535,7 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         info = self.info
-        closed = "" if self._frozen is not None else ", closed"
+        closed = "" if self._served is not None else ", closed"
         return (
             f"Tokenizer({info.name!r}, kind={info.kind!r}, num_codes={info.num_codes}, code_dim={info.code_dim}, "
             f"digest={info.digest[:12]!r}, device={str(self.device)!r}, search={self.search!r}{closed})"

@@ -12,7 +12,7 @@ from vqserve.codebook_info import of_stages
 from vqserve.errors import ForeignCheckpointError
 from vqserve.text import printable
 from vqserve_server.codebooks.file import save_state
-from vqserve_server.codebooks.state import USED
+from vqserve_server.quantizers.declared import USED
 from vqserve_tools.flags import add_flags, from_flags
 from vqserve_tools.importing.families.name_lists import modules_of
 from vqserve_tools.importing.families.names import is_part, is_running

@@ -13,8 +13,7 @@ from typing import Any
 
 from vqserve.errors import ForeignCheckpointError
 from vqserve_server.codebooks.kinds import KINDS
-from vqserve_server.codebooks.state import WEIGHT
-from vqserve_server.quantizers.quantizer import Metric
+from vqserve_server.quantizers.declared import WEIGHT, Metric
 from vqserve_tools.importing.config_models import INNER, ROWS, UNKNOWN, Row, is_size
 from vqserve_tools.importing.families.options import Options
 from vqserve_tools.importing.files import has_one_model

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vqserve_server.quantizers.quantizer import Metric
+from vqserve_server.quantizers.declared import Metric
 
 _LARGEST = 1 << 32
 # Where models have the configuration of a codec inside.

@@ -13,7 +13,7 @@ from vqserve.errors import ForeignCheckpointError
 from vqserve_server.codebooks.kinds import KINDS
 from vqserve_server.codebooks.state import CodebookState, StateError
 from vqserve_server.quantizers import Quantizer
-from vqserve_server.search.searcher import first_of_equals
+from vqserve_server.search.equals import first_of_equal_tensors
 from vqserve_tools.importing.beside import check_left
 from vqserve_tools.importing.candidates import candidates_text
 from vqserve_tools.importing.config import config_of
@@ -287,7 +287,7 @@ def _note_duplicates(checkpoint: Checkpoint, quantizer: Quantizer) -> None:
     for codebook in quantizer.codebooks():
         # Compare the searched codes, not the stored ones: for cosine the length of a code does not matter.
         problem = codebook.search_problem()
-        firsts = first_of_equals(problem.codes, problem.bias)
+        firsts = first_of_equal_tensors(problem.codes, problem.bias)
         count += 0 if firsts is None else len(problem.codes) - len(firsts)
     if count:
         what = "code is a duplicate" if count == 1 else "codes are duplicates"

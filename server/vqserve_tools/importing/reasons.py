@@ -16,10 +16,10 @@ from torch import Tensor
 from vqserve.errors import CodebookError, InvalidArgument
 from vqserve.layout import Layout
 from vqserve_server.codebooks.kinds import KINDS
-from vqserve_server.codebooks.state import WEIGHT, CodebookState
+from vqserve_server.codebooks.state import CodebookState
 from vqserve_server.quantizers import Quantizer, ResidualFiniteScalarQuantizer
+from vqserve_server.quantizers.declared import WEIGHT, Metric
 from vqserve_server.quantizers.fsq_boundaries import Bound
-from vqserve_server.quantizers.quantizer import Metric
 from vqserve_server.quantizers.residual_scalar import ResidualBound, Scales
 from vqserve_server.quantizers.scalar import BitOrder
 from vqserve_server.quantizers.tensors import to_rows, widen

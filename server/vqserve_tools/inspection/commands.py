@@ -14,22 +14,19 @@ from typing import TYPE_CHECKING
 
 from vqserve.errors import InvalidArgument, InvalidOption, of_file
 from vqserve.layout import Layout
-from vqserve_data.sources import SOURCES_HELP
+from vqserve_data import SOURCES_HELP
 from vqserve_server.codebooks import Codebook, load_codebook
 from vqserve_tools.flags import add_flags, from_flags
 from vqserve_tools.inspection.inspection import FORMAT, inspect
 from vqserve_tools.inspection.pair import Side, verdict
-from vqserve_tools.inspection.plot import draw
-from vqserve_tools.inspection.statistics import save_codebook_again, with_statistics
 from vqserve_tools.inspection.text import as_text, as_text_side_by_side
-from vqserve_tools.latents.arguments import SourceOptions
-from vqserve_tools.latents.array import ArrayRows
-from vqserve_tools.latents.opening import Sources
+from vqserve_tools.latents.options import SourceOptions
 from vqserve_tools.latents.rows import LatentRows
-from vqserve_tools.latents.sample import SampledRows, StreamedRows, draw_sample
 from vqserve_tools.output import check_output, check_plot, png_path
 
 if TYPE_CHECKING:
+    from vqserve_tools.latents.opening import Sources
+
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
@@ -81,7 +78,7 @@ def run_inspect(args: argparse.Namespace) -> int:
         raise InvalidOption(f"{len(files)} files are given: name one to describe it, or two to compare them")
     if args.latents is None:
         _check_without_latents(args, reading)
-    sources = None if args.latents is None else Sources(args.latents, reading)
+    sources = None if args.latents is None else _opened(args.latents, reading)
     paths = [] if sources is None else sources.paths
     if args.save_stats:
         _check_save(args, paths)
@@ -95,6 +92,8 @@ def run_inspect(args: argparse.Namespace) -> int:
     if args.save_stats and latents[0] is not None and sources is not None:
         with of_file(array):
             source = sources.title if reading.sample_rows is None else f"a sample of {sources.title}"
+            from vqserve_tools.inspection.statistics import save_codebook_again, with_statistics  # noqa: PLC0415
+
             codebooks[0] = with_statistics(codebooks[0], latents[0], source, progress=progress)
         save_codebook_again(codebooks[0], files[0])
     names = _names(files)
@@ -102,9 +101,11 @@ def run_inspect(args: argparse.Namespace) -> int:
     for name, codebook, rows in zip(names, codebooks, latents, strict=True):
         with of_file(array), _of_codebook(name if len(files) > 1 else None):
             inspections.append(inspect(codebook, rows, progress=progress))
-    if sources is not None and isinstance(latents[0], SampledRows | StreamedRows):
-        sources.tell_of_left_out(latents[0].data)
+    if sources is not None:
+        _tell_of_left_out(sources, latents[0])
     if args.plot is not None:
+        from vqserve_tools.inspection.plot import draw  # noqa: PLC0415
+
         draw(list(zip(names, inspections, strict=True)), args.plot)
     columns = shutil.get_terminal_size(fallback=(120, 0)).columns
     reports = [inspection.report for inspection in inspections]
@@ -117,6 +118,20 @@ def run_inspect(args: argparse.Namespace) -> int:
         text = as_text_side_by_side(names, reports, line, columns)
     sys.stdout.write(f"{json.dumps(whole, allow_nan=False)}\n" if args.json else text)
     return 0
+
+
+def _opened(names: Sequence[str], reading: SourceOptions) -> Sources:
+    # The readers of all formats take as long to import as a small codebook to describe.
+    from vqserve_tools.latents.opening import Sources  # noqa: PLC0415
+
+    return Sources(names, reading)
+
+
+def _tell_of_left_out(sources: Sources, rows: LatentRows | None) -> None:
+    from vqserve_tools.latents.sample import SampledRows, StreamedRows  # noqa: PLC0415
+
+    if isinstance(rows, SampledRows | StreamedRows):
+        sources.tell_of_left_out(rows.data)
 
 
 def _check_without_latents(args: argparse.Namespace, reading: SourceOptions) -> None:
@@ -138,6 +153,9 @@ def _check_save(args: argparse.Namespace, paths: Sequence[Path]) -> None:
 def _latents(sources: Sources | None, layout: str | None, codebook: Codebook, *, progress: bool) -> LatentRows | None:
     if sources is None:
         return None
+    from vqserve_tools.latents.array import ArrayRows  # noqa: PLC0415
+    from vqserve_tools.latents.sample import StreamedRows, draw_sample  # noqa: PLC0415
+
     default = codebook.quantizer.layout
     if sources.array is not None:
         return ArrayRows.open(sources.array, layout, default=default, keeps_float64=True)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vqserve.codebook_info import of_stages
 from vqserve_server.codebooks import Codebook
-from vqserve_server.codebooks.statistics import code_groups
 from vqserve_server.device import select_device
-from vqserve_server.quantizers import freeze
-from vqserve_tools.inspection.codes import Codes, count_dead_looking, measure_codes
-from vqserve_tools.inspection.fit import Fit, FitTally, check_latents, measure_fit
+from vqserve_server.quantizers.inference.host import HostLookup
+from vqserve_server.quantizers.inference.served import Served
+from vqserve_tools.inspection.codes import Codes, count_dead_looking, measure_codes, stored_codes
 from vqserve_tools.inspection.wrong_import import signs_of_wrong_import
 from vqserve_tools.latents.rows import LatentRows
+
+if TYPE_CHECKING:
+    from vqserve_server.quantizers.inference.on_device import OnDevice
+    from vqserve_tools.inspection.fit import Fit, FitTally
 
 # Version of the JSON report: increased when a field is removed or changes its meaning, not when one is added.
 FORMAT = 1
@@ -103,7 +106,7 @@ class SavedStatistics:
         saved = codebook.statistics
         if saved is None:
             return None
-        stages = code_groups(codebook.quantizer).stages
+        stages = codebook.code_groups.stages
         used = tuple(int(np.count_nonzero(saved.usage[stage])) for stage in stages)
         return cls(rows=saved.rows, error=saved.error, source=saved.source, used=used)
 
@@ -203,29 +206,35 @@ def inspect(codebook: Codebook, latents: LatentRows | None = None, *, progress: 
         InvalidShape: the latents have another channel count, or no tokens.
         NonFiniteLatents: the latents hold NaN or infinity, or their projection overflows float32.
     """
-    quantizer = codebook.quantizer
     if latents is not None:
-        check_latents(latents, quantizer)
+        from vqserve_tools.inspection.fit import check_latents  # noqa: PLC0415
+
+        check_latents(latents, codebook.quantizer)
     device = select_device("auto")
-    frozen = {name: freeze(quantizer, device=name) for name in sorted({"cpu", device.type})}
-    form = frozen[device.type]
-    codes = measure_codes(quantizer.codebooks(), progress=progress)
+    plain = _plain_form(codebook) if latents is None and device.type == "cpu" else None
+    by_torch = {} if plain is not None else _forms_by_torch(codebook, sorted({"cpu", device.type}))
+    forms: Mapping[str, Served] = by_torch if plain is None else {"cpu": plain}
+    served = forms[device.type]
+    stages = stored_codes(codebook)
+    codes = measure_codes(stages, progress=progress)
     figures = CodeFigures.of(codes) if codes else None
-    dead_looking, means = count_dead_looking(codebook)
-    tally = None if latents is None else FitTally(quantizer, form)
-    fit = None if tally is None or latents is None else measure_fit(tally, latents, progress=progress)
+    dead_looking, means = count_dead_looking(codebook, stages)
+    tally = fit = None
+    if latents is not None:
+        tally, fit = _measured_fit(codebook, by_torch[device.type], latents, progress=progress)
+    sizes = served.sizes
     report = Report(
         kind=codebook.kind,
         digest=codebook.digest,
-        num_codes=form.num_codes,
-        stage_vocab_sizes=form.stage_vocab_sizes,
-        vocab_size=form.vocab_size,
-        num_quantizers=form.num_quantizers,
-        layout=None if quantizer.layout is None else str(quantizer.layout),
-        input_dim=form.input_dim,
-        code_dim=form.code_dim,
-        output_dim=form.output_dim,
-        dtype=str(form.weight_dtype).removeprefix("torch."),
+        num_codes=sizes.num_codes,
+        stage_vocab_sizes=sizes.stage_vocab_sizes,
+        vocab_size=sizes.vocab_size,
+        num_quantizers=sizes.num_quantizers,
+        layout=codebook.state.layout,
+        input_dim=sizes.input_dim,
+        code_dim=sizes.code_dim,
+        output_dim=sizes.output_dim,
+        dtype=served.dtype.name,
         arguments=dict(codebook.arguments),
         provenance=dict(codebook.provenance),
         statistics=SavedStatistics.of(codebook),
@@ -235,11 +244,31 @@ def inspect(codebook: Codebook, latents: LatentRows | None = None, *, progress: 
         stages=tuple(CodeFigures.of([one]) for one in codes) if len(codes) > 1 else (),
         dead_looking=dead_looking,
         dead_looking_means=means,
-        search={name: one.search_backend for name, one in frozen.items()},
+        search={name: one.search_backend for name, one in forms.items()},
         fit=fit,
-        warnings=signs_of_wrong_import(codebook, codes, dead_looking=dead_looking, fit=fit),
+        warnings=signs_of_wrong_import(stages, codes, dead_looking=dead_looking, fit=fit),
     )
     return Inspection(report, codes, tally)
+
+
+def _plain_form(codebook: Codebook) -> Served | None:
+    """Return what serves a plain codebook on the CPU, without torch."""
+    plain = codebook.state.plain(shares_memory=True)
+    return None if plain is None else HostLookup.of(plain)
+
+
+def _forms_by_torch(codebook: Codebook, devices: Sequence[str]) -> dict[str, OnDevice]:
+    from vqserve_server.quantizers.inference.base import freeze  # noqa: PLC0415
+    from vqserve_server.quantizers.inference.on_device import OnDevice  # noqa: PLC0415
+
+    return {name: OnDevice(freeze(codebook.quantizer, device=name)) for name in devices}
+
+
+def _measured_fit(codebook: Codebook, form: OnDevice, latents: LatentRows, *, progress: bool) -> tuple[FitTally, Fit]:
+    from vqserve_tools.inspection.fit import FitTally, measure_fit  # noqa: PLC0415
+
+    tally = FitTally(codebook.quantizer, form.frozen)
+    return tally, measure_fit(tally, latents, progress=progress)
 
 
 def _plain(value: Any) -> Any:

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from vqserve.codebook_info import of_stages
 from vqserve_server.codebooks import Codebook
 from vqserve_server.codebooks.kinds import KINDS
+from vqserve_tools.inspection.codes import stored_codes
 from vqserve_tools.inspection.inspection import Report
 from vqserve_tools.latents.rows import LatentRows
 
@@ -50,7 +50,7 @@ def verdict(a: Side, b: Side, latents: LatentRows | None = None) -> str:
 
 
 def _difference(a: Codebook, b: Codebook) -> str:
-    ours, theirs = ([book.code_rows().detach().cpu().numpy() for book in one.quantizer.codebooks()] for one in (a, b))
+    ours, theirs = ([stage.rows for stage in stored_codes(one)] for one in (a, b))
     if not ours or not theirs:
         return f"different codebooks: {_changed_arguments(a, b)}"
     if [rows.shape for rows in ours] == [rows.shape for rows in theirs]:
@@ -117,6 +117,8 @@ def _better(a: Side, b: Side, latents: LatentRows | None) -> list[str]:
         return []
     parts = []
     if a.report.num_quantizers == b.report.num_quantizers:
+        import torch  # noqa: PLC0415
+
         rows = next(iter(latents.chunks(_MAX_ROWS)))
         found = [
             np.asarray(side.codebook.quantizer.encode(torch.from_numpy(rows))).reshape(len(rows), -1) for side in (a, b)

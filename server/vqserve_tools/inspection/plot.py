@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vqserve.errors import InvalidOption
-from vqserve_tools.inspection.error import ErrorTally
-from vqserve_tools.inspection.fit import UsageTally
 from vqserve_tools.inspection.inspection import Inspection
+
+if TYPE_CHECKING:
+    from vqserve_tools.inspection.error import ErrorTally
+    from vqserve_tools.inspection.fit import UsageTally
 
 # Odd, so that equal values are in the middle of one bin.
 _BINS = 61

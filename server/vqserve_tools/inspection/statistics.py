@@ -8,7 +8,6 @@ from pathlib import Path
 from vqserve_server.codebooks import Codebook, save_codebook
 from vqserve_server.codebooks.statistics import StatisticsTally
 from vqserve_server.tokenizer import Tokenizer
-from vqserve_tools.inspection.fit import check_latents
 from vqserve_tools.latents.rows import LatentRows
 from vqserve_tools.progress import progress_of
 
@@ -29,6 +28,8 @@ def with_statistics(codebook: Codebook, rows: LatentRows, source: str, *, progre
         InvalidShape: the latents have another channel count, or no tokens.
         NonFiniteLatents: the latents hold NaN or infinity, or their projection overflows float32.
     """
+    from vqserve_tools.inspection.fit import check_latents  # noqa: PLC0415
+
     check_latents(rows, codebook.quantizer)
     tokenizer = Tokenizer.of_codebook(codebook, name="codebook")
     tally = StatisticsTally(tokenizer.code_groups)

@@ -6,13 +6,16 @@ import json
 import math
 import textwrap
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from vqserve.text import printable
-from vqserve_tools.inspection.error import QuantizationError
-from vqserve_tools.inspection.fit import Fit, Usage, UsageBin
 from vqserve_tools.inspection.inspection import CodeFigures, Neighbours, Norms, Report
-from vqserve_tools.inspection.rounding import Changed
 from vqserve_tools.latents.rows import Description
+
+if TYPE_CHECKING:
+    from vqserve_tools.inspection.error import QuantizationError
+    from vqserve_tools.inspection.fit import Fit, Usage, UsageBin
+    from vqserve_tools.inspection.rounding import Changed
 
 # The longest name of an argument fits; names in the provenance can have any length.
 _NAME_COLUMNS = 32

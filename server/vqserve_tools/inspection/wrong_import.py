@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vqserve_server.codebooks import Codebook
-from vqserve_server.quantizers import AbstractQuantizer
-from vqserve_tools.inspection.codes import Codes
-from vqserve_tools.inspection.fit import Fit
+from vqserve_tools.inspection.codes import Codes, StoredCodes
+
+if TYPE_CHECKING:
+    from vqserve_tools.inspection.fit import Fit
 
 # Lengths of rows that a model normalised in float32 or bfloat16 differ from 1 by no more than this.
 _ONE_WITHIN = 1e-2
@@ -22,21 +23,20 @@ _FILLED = 0.98
 
 
 def signs_of_wrong_import(
-    codebook: Codebook, codes: Sequence[Codes], *, dead_looking: int | None, fit: Fit | None
+    books: Sequence[StoredCodes], codes: Sequence[Codes], *, dead_looking: int | None, fit: Fit | None
 ) -> tuple[str, ...]:
     """Return a sentence for each sign; none of them is a proof.
 
     Args:
-        codebook: codebook from a file.
+        books: codes of each stage; empty if codes are computed.
         codes: measurements of the codebook of each stage; empty if codes are computed.
         dead_looking: number of codes that training seems never to have used; None: unknown.
         fit: fit to latents; None: not measured.
     """
-    books = codebook.quantizer.codebooks()
     return tuple(
         sign
         for signs in (
-            _never_trained(codebook, books, dead_looking),
+            _never_trained(books, dead_looking),
             _normalised(books, codes),
             _orientation(books),
             _equal_stages(books),
@@ -47,8 +47,8 @@ def signs_of_wrong_import(
     )
 
 
-def _never_trained(codebook: Codebook, books: Sequence[AbstractQuantizer], dead_looking: int | None) -> Iterator[str]:
-    if dead_looking == codebook.quantizer.num_codes or any(map(_is_initial, books)):
+def _never_trained(books: Sequence[StoredCodes], dead_looking: int | None) -> Iterator[str]:
+    if (dead_looking is not None and dead_looking == len(books[0].rows)) or any(map(_is_initial, books)):
         which = [f"stage {number}" for number, book in enumerate(books, 1) if _is_initial(book) and len(books) > 1]
         yield (
             f"{' and '.join(which) or 'the codebook'} looks untrained, in every code: is this the array of the trained "
@@ -56,13 +56,13 @@ def _never_trained(codebook: Codebook, books: Sequence[AbstractQuantizer], dead_
         )
 
 
-def _is_initial(book: AbstractQuantizer) -> bool:
+def _is_initial(book: StoredCodes) -> bool:
     """Return whether the codes fill the range that they are drawn from, and none is outside."""
-    bound = book.initial_bound()
-    return bound is not None and _FILLED * bound <= float(book.code_rows().abs().max()) <= bound * (1 + 1e-6)
+    bound = book.initial_bound
+    return bound is not None and _FILLED * bound <= float(np.abs(book.rows).max()) <= bound * (1 + 1e-6)
 
 
-def _normalised(books: Sequence[AbstractQuantizer], codes: Sequence[Codes]) -> Iterator[str]:
+def _normalised(books: Sequence[StoredCodes], codes: Sequence[Codes]) -> Iterator[str]:
     if not codes or any(book.metric != "l2" for book in books):
         return
     if all(one.norms.size > 1 and np.abs(one.norms - 1).max() <= _ONE_WITHIN for one in codes):
@@ -72,9 +72,9 @@ def _normalised(books: Sequence[AbstractQuantizer], codes: Sequence[Codes]) -> I
         )
 
 
-def _orientation(books: Sequence[AbstractQuantizer]) -> Iterator[str]:
+def _orientation(books: Sequence[StoredCodes]) -> Iterator[str]:
     for book in books[:1]:
-        count, width = book.code_rows().shape
+        count, width = book.rows.shape
         if width > count > 1:
             yield (
                 f"{count} codes of width {width}: a codebook rarely has more columns than codes; if the model has "
@@ -82,11 +82,10 @@ def _orientation(books: Sequence[AbstractQuantizer]) -> Iterator[str]:
             )
 
 
-def _equal_stages(books: Sequence[AbstractQuantizer]) -> Iterator[str]:
+def _equal_stages(books: Sequence[StoredCodes]) -> Iterator[str]:
     first: dict[bytes, int] = {}
     for number, book in enumerate(books, 1):
-        rows = book.code_rows().detach().cpu().numpy()
-        earlier = first.setdefault(f"{rows.shape}".encode() + rows.tobytes(), number)
+        earlier = first.setdefault(f"{book.rows.shape}".encode() + book.rows.tobytes(), number)
         if earlier != number:
             yield f"stages {earlier} and {number} have equal codes: does the model share one codebook between them?"
 

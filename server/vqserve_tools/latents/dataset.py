@@ -25,8 +25,8 @@ from vqserve_data.items import BadItem, Item
 from vqserve_data.readers import reader_of
 from vqserve_data.readers.protocol import SourceFile
 from vqserve_server.rows import to_rows
-from vqserve_tools.latents.arguments import SourceOptions
 from vqserve_tools.latents.items import Chunk, Form, Piece, checked, is_one_part, item_name, parts
+from vqserve_tools.latents.options import SourceOptions
 from vqserve_tools.latents.rows import counted
 from vqserve_tools.progress import progress_of
 

@@ -13,8 +13,9 @@ from vqserve_data.readers.protocol import SourceFile
 from vqserve_data.sources import Found
 from vqserve_server.codebook_files import SUFFIX
 from vqserve_server.codebooks.file import is_codebook_file
-from vqserve_tools.latents.arguments import SourceOptions, digest_of, find_files, one_array, title_of
+from vqserve_tools.latents.arguments import digest_of, find_files, one_array, title_of
 from vqserve_tools.latents.dataset import DataSet, bad_text
+from vqserve_tools.latents.options import SourceOptions
 from vqserve_tools.latents.rows import counted
 
 

@@ -7,9 +7,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from vqserve.layout import Layout
-from vqserve_data.sources import SOURCES_HELP
+from vqserve_data import SOURCES_HELP
 from vqserve_tools.flags import add_flags, from_flags
-from vqserve_tools.latents.arguments import SourceOptions
+from vqserve_tools.latents.options import SourceOptions
 from vqserve_tools.output import add_output, png_path
 from vqserve_tools.training.options import TrainingOptions
 

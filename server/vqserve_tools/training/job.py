@@ -11,9 +11,9 @@ from pathlib import Path
 import vqserve
 from vqserve.errors import InvalidOption, of_file
 from vqserve_server.codebooks import save_codebook
-from vqserve_tools.latents.arguments import SourceOptions
 from vqserve_tools.latents.array import ArrayRows
 from vqserve_tools.latents.opening import Sources
+from vqserve_tools.latents.options import SourceOptions
 from vqserve_tools.latents.rows import RandomRows
 from vqserve_tools.latents.sample import SampledRows, draw_sample
 from vqserve_tools.output import check_output, check_plot

@@ -96,7 +96,7 @@ def train(
     rows.check_finite()
     plan = options.plan(len(rows))
     rng = np.random.default_rng(options.seed)
-    with _repeatable(select_device(options.device)) as device:
+    with _repeatable(torch.device(select_device(options.device))) as device:
         first = initial_codes(
             rows, options.num_codes, options.initialisation, rng=rng, device=device, progress=progress
         )

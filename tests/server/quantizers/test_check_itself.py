@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from kinds import with_every_kind
+from vqserve_server.codebooks.state import CodebookState
 from vqserve_server.errors import CodebookError
 from vqserve_server.quantizers import (
     CosineQuantizer,
@@ -22,7 +25,8 @@ from vqserve_server.quantizers import (
     VectorQuantizerWithInputProjection,
 )
 from vqserve_server.quantizers.inference.base import freeze, probe_ids
-from vqserve_server.search import Searcher
+from vqserve_server.quantizers.inference.host import HostLookup
+from vqserve_server.search import RowSearcher, Searcher, native
 
 KINDS = with_every_kind(
     {
@@ -84,6 +88,34 @@ def test_a_search_that_is_wrong_is_found_out(kind: str, answer: int) -> None:
     wrong = replace(frozen, _searcher=Off(frozen._searcher, last, answer))
     with pytest.raises(CodebookError, match=f"code {last} is not found at its own place by search 'off'"):
         wrong.check_itself()
+
+
+class OffArrays(RowSearcher[Any]):
+    """The same of arrays."""
+
+    backend = "off"
+
+    def __init__(self, right: RowSearcher[Any], code: int, answer: int) -> None:
+        self._right, self._code, self._answer = right, code, answer
+
+    def search(self, rows: Any, counts: object = None) -> Any:
+        winners = self._right.search(rows)
+        return np.where(winners == self._code, self._answer, winners)
+
+
+@pytest.mark.skipif(not native.levels(), reason="the compiled search was not built for this platform")
+@pytest.mark.parametrize("answer", [3, -1, 300, 1 << 40])
+@pytest.mark.parametrize("kind", ["vq", "cosine"])
+def test_a_compiled_search_that_is_wrong_is_found_out(kind: str, answer: int) -> None:
+    torch.manual_seed(0)
+    plain = CodebookState.of(KINDS[kind]()).plain()
+    assert plain is not None
+    served = HostLookup.of(plain)
+    assert served is not None
+    served.check_itself()
+    last = served.num_codes - 1
+    with pytest.raises(CodebookError, match=f"code {last} is not found at its own place by search 'off'"):
+        replace(served, _searcher=OffArrays(served._searcher, last, answer)).check_itself()
 
 
 def test_a_table_that_is_not_what_is_searched_is_found_out() -> None:

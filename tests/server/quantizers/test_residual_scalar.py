@@ -27,7 +27,7 @@ from vqserve_server.errors import (
 from vqserve_server.quantizers import FiniteScalarQuantizer, ResidualFiniteScalarQuantizer, freeze
 from vqserve_server.quantizers.fsq_boundaries import stage_boundaries
 from vqserve_server.quantizers.inference.first_bound import Curve, FirstBound
-from vqserve_server.search.rounding import round_fraction
+from vqserve_server.search.quotients import round_fraction
 
 FAST = settings(max_examples=40, derandomize=True, database=None, deadline=None)
 BOUNDS = ("atanh_twice", "atanh", "symmetric", "soft_clamp")

@@ -8,6 +8,8 @@ from fractions import Fraction
 import pytest
 import torch
 
+from vqserve.dtypes import BY_NAME, to_numpy
+from vqserve_server.quantizers.inference.host import HostTable
 from vqserve_server.quantizers.inference.lookup import Table
 
 WIDE = [torch.float32, torch.float64]
@@ -85,3 +87,19 @@ def test_it_pickles_without_what_can_be_made_again():
     assert len(pickle.dumps(table)) == len(pickled)
     again = pickle.loads(pickled)  # noqa: S301
     assert torch.equal(again.take(torch.arange(200), torch.float16), expected)
+
+
+@pytest.mark.parametrize("wanted", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("largest", [1.0, 65520.0])
+def test_a_table_of_arrays_is_the_same(wanted, largest):
+    rows = rows_of(torch.float32)
+    rows[17, 2] = largest
+    indices = torch.randperm(200, generator=torch.Generator().manual_seed(1))
+    expected = to_numpy(Table(rows).take(indices, getattr(torch, wanted)))
+    table = HostTable(rows.numpy())
+    for again in (table, pickle.loads(pickle.dumps(table))):  # noqa: S301
+        taken = again.take(indices.numpy(), BY_NAME[wanted].storage)
+        assert taken.dtype == expected.dtype
+        assert taken.tobytes() == expected.tobytes()
+        taken[:] = 0
+        assert again.take(indices.numpy(), BY_NAME[wanted].storage).tobytes() == expected.tobytes()

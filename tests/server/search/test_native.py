@@ -11,6 +11,7 @@ import torch
 from vqserve_server.errors import InvalidArgument
 from vqserve_server.search import Objective, SearchCounts, available, prepare
 from vqserve_server.search.native import NativeSearcher, levels
+from vqserve_server.search.native.tensors import TensorSearcher
 from vqserve_server.search.tiled import TiledSearcher
 
 pytestmark = pytest.mark.skipif(not levels(), reason="the compiled search was not built for this platform")
@@ -21,7 +22,12 @@ def reference(codes, bias=None, objective=Objective.L2):
 
 
 def native(codes, bias=None, objective=Objective.L2, level=None):
-    return NativeSearcher(codes, bias, objective, fallback=lambda: reference(codes, bias, objective), level=level)
+    return compiled(codes, bias, objective, lambda: reference(codes, bias, objective), level)
+
+
+def compiled(codes, bias, objective, fallback, level=None):
+    arrays = codes.numpy(), None if bias is None else bias.numpy()
+    return TensorSearcher(NativeSearcher(*arrays, objective, fallback=fallback, level=level))
 
 
 def test_it_is_the_first_choice_on_a_cpu():
@@ -95,20 +101,20 @@ import numpy as np, torch
 from vqserve_server.search import Objective
 from vqserve_server.search.native import NativeSearcher
 codes = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
-searcher = NativeSearcher(codes, None, Objective.L2, fallback=lambda: None, level=sys.argv[1])
+searcher = NativeSearcher(codes.numpy(), None, Objective.L2, fallback=lambda: None, level=sys.argv[1])
 pages = []
 for name in ("error_slope", "error_base"):
     # The array again, at the end of a page that nothing may be read beyond.
-    array = getattr(searcher._book, name)
+    array = getattr(searcher.book, name)
     pages.append(mmap.mmap(-1, 2 * mmap.PAGESIZE))
     place = np.frombuffer(pages[-1], np.float32, array.size, mmap.PAGESIZE - array.nbytes)
     place[:] = array
     address = place.ctypes.data + array.nbytes
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), mmap.PAGESIZE, 0) == 0
-    setattr(searcher._book.struct, name, place.ctypes.data)
+    setattr(searcher.book.struct, name, place.ctypes.data)
 # So far away that squared distances overflow: every box is in reach, and so would be those that fill a vector up.
 rows = torch.randn(9, 3, generator=torch.Generator().manual_seed(1)) * 1e25
-print(searcher.search(rows).tolist())
+print(searcher.search(rows.numpy()).tolist())
 """
     command = [sys.executable, "-c", script, level]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=True)
@@ -128,7 +134,7 @@ def test_a_lattice_is_settled_in_compiled_code(level, dtype):
     codes = torch.cartesian_prod(axis, axis, axis)
     # Centres of cells are as near to eight codes, outside to four or two; only the last corner is near to one.
     rows = codes.to(dtype) + 0.5
-    searcher = NativeSearcher(codes, None, Objective.L2, fallback=reject, level=level)
+    searcher = compiled(codes, None, Objective.L2, reject, level)
     counts = SearchCounts()
     winners = searcher.search(rows, counts)
     assert torch.equal(winners, reference(codes).search(rows))
@@ -145,7 +151,7 @@ def test_float64_rows_a_hair_from_the_middle_are_settled_in_compiled_code(level,
     middle = (codes[:-1].double() + codes[1:].double()) / 2
     above = torch.nextafter(middle, torch.full_like(middle, torch.inf))
     rows = torch.cat([middle, above, middle * (1 + 2.0**-40)])
-    searcher = NativeSearcher(codes, None, Objective.L2, fallback=reject, level=level)
+    searcher = compiled(codes, None, Objective.L2, reject, level)
     assert torch.equal(searcher.search(rows), reference(codes).search(rows))
 
 
@@ -196,7 +202,7 @@ def test_rows_with_more_near_codes_than_it_keeps_go_to_the_fallback():
             left.append(len(rows))
             return reference(corners).search(rows)
 
-    searcher = NativeSearcher(corners, None, Objective.L2, fallback=Fallback)
+    searcher = compiled(corners, None, Objective.L2, Fallback)
     rows = torch.cat([torch.zeros(3, 8), corners[7:9]])
     assert searcher.search(rows).tolist() == [0, 0, 0, 7, 8]
     assert left == [3]

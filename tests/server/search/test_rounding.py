@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqserve_server.search.exact import sum_of_products
-from vqserve_server.search.rounding import affine, round_fraction, round_to_float32, weight_norm
+from vqserve_server.search.quotients import round_fraction, round_to_float32
+from vqserve_server.search.rounding import affine, weight_norm
 
 F32_MAX = float(np.finfo(np.float32).max)
 

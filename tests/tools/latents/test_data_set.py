@@ -11,9 +11,10 @@ import pytest
 
 from vqserve.errors import InvalidOption, NonFiniteLatents, TokenBeyondRange
 from vqserve_tools.latents import dataset, items
-from vqserve_tools.latents.arguments import SourceOptions, one_array, title_of
+from vqserve_tools.latents.arguments import one_array, title_of
 from vqserve_tools.latents.dataset import DataSet
 from vqserve_tools.latents.opening import Sources
+from vqserve_tools.latents.options import SourceOptions
 from vqserve_tools.latents.sample import Reservoir, StreamedRows, draw_sample
 
 DIM = 3

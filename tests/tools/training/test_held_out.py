@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from vqserve.errors import InvalidOption
-from vqserve_tools.latents.arguments import SourceOptions
 from vqserve_tools.latents.array import ArrayRows
 from vqserve_tools.latents.dataset import DataSet
+from vqserve_tools.latents.options import SourceOptions
 from vqserve_tools.latents.rows import RandomRows, Subset
 from vqserve_tools.latents.sample import SampledRows
 from vqserve_tools.training.held_out import split

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vqserve.types import OutputName
+from vqserve_server.quantizers.inference.served import MAX_PROBES, Sizes
 from vqserve_server.quantizers.tensors import autocast_off
 from vqserve_server.search import SearchCounts
 
@@ -19,38 +20,17 @@ if TYPE_CHECKING:
     from vqserve_server.quantizers.quantizer import Quantizer
 
 
-# How many codes `check_itself` searches for.
-_MAX_PROBES = 256
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
-class FrozenQuantizer(ABC):
+class FrozenQuantizer(Sizes, ABC):
     """A quantizer that serves, on one device, made by `freeze`. It is thread-safe and can be pickled.
 
     Attributes:
-        num_codes: K.
-        vocab_size: encode reports indices in [0, vocab_size) (an integer sentinel below zero aside).
-        decodable: decode takes indices in [0, decodable).
-        input_dim: C, the width of the rows that encode takes.
-        code_dim: D, the width of a code row.
-        output_dim: the width of a decoded row.
         weight_dtype: the type of decoded rows.
         device: where rows, indices and tables are.
-        num_quantizers: indices per token.
-        stage_vocab_sizes: the exclusive bound of each stage's indices where these differ; empty: `vocab_size` bounds
-            all indices.
     """
 
-    num_codes: int
-    vocab_size: int
-    decodable: int
-    input_dim: int
-    code_dim: int
-    output_dim: int
     weight_dtype: torch.dtype
     device: torch.device
-    num_quantizers: int = 1
-    stage_vocab_sizes: tuple[int, ...] = ()
 
     @property
     @abstractmethod
@@ -111,7 +91,7 @@ class FrozenQuantizer(ABC):
 
 def probe_ids(count: int, device: torch.device) -> Tensor:
     """Return the ids, int64, that a self-test of `count` codes uses: the first, the last, and evenly spaced ones."""
-    return torch.linspace(0, count - 1, min(count, _MAX_PROBES), dtype=torch.float64).round().long().to(device)
+    return torch.linspace(0, count - 1, min(count, MAX_PROBES), dtype=torch.float64).round().long().to(device)
 
 
 @torch.no_grad()

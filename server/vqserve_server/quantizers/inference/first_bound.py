@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vqserve_server.quantizers.fsq_boundaries import half_and_offset
 from vqserve_server.search.denormals import denormals_enabled, to_float64
-from vqserve_server.search.rounding import round_fraction
+from vqserve_server.search.quotients import round_fraction
 
 # Beyond this number f differs from its limit by less than 1e-24. The limit is a fraction with a denominator of at most
 # 2^16, so that it is a number of float32, or further than that from every number half-way between two of them.

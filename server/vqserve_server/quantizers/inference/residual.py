@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from vqserve.errors import CodebookError, InvalidOption, TokenBeyondRange
+from vqserve_server.quantizers.declared import Metric
 from vqserve_server.quantizers.inference.lookup import FrozenLookup
 from vqserve_server.quantizers.inference.staged import FrozenStages
 from vqserve_server.quantizers.projections import Projection, largest_projected, project
-from vqserve_server.quantizers.quantizer import Metric
 from vqserve_server.quantizers.tensors import check_size, widen, widened
 from vqserve_server.search import SearchCounts
 from vqserve_server.search.rounding import affine, normalise

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from vqserve_server.search.bounds import ScoreBounds
 from vqserve_server.search.native.library import CodebookStruct, Library
 from vqserve_server.search.searcher import Objective
 
+Floats = npt.NDArray[np.floating[Any]]
 Float32s = npt.NDArray[np.float32]
 Float64s = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -34,45 +34,44 @@ _LARGEST_UNSCALED = 2.0**40
 _LARGEST_SUM = 2.0**125
 
 
-def fits(codes: Tensor, bias: Tensor | None, objective: Objective) -> bool:
+def fits(codes: Floats, bias: Floats | None, objective: Objective) -> bool:
     """Return whether the compiled search supports a codebook: float32, D <= 1024, and for DOT not too large numbers."""
-    if codes.dtype != torch.float32 or codes.shape[1] > 1024 or codes.device.type != "cpu":
+    if codes.dtype != np.float32 or codes.shape[1] > 1024:
         return False
-    if bias is not None and (bias.dtype != torch.float32 or float(bias.abs().max()) > _LARGEST_UNSCALED**2):
+    if bias is not None and (bias.dtype != np.float32 or float(np.abs(bias).max()) > _LARGEST_UNSCALED**2):
         return False
-    return objective is Objective.L2 or _largest(codes.detach().numpy()) <= _LARGEST_UNSCALED
+    return objective is Objective.L2 or _largest(codes) <= _LARGEST_UNSCALED
 
 
 class NativeCodebook:
     """Holds the arrays that `struct` points to."""
 
-    def __init__(self, codes: Tensor, bias: Tensor | None, objective: Objective, library: Library) -> None:
+    def __init__(self, codes: Float32s, bias: Float32s | None, objective: Objective, library: Library) -> None:
         """Prepare codes (K, D) and, for DOT, bias (K,), that `fits` accepts."""
-        array = codes.detach().numpy()
-        num_codes, dim = array.shape
+        num_codes, dim = codes.shape
         boxed = objective is Objective.L2 and dim <= MAX_BOXED_DIM and num_codes >= _LEAST_BOXED_CODES
         vectors, lanes = library.panel_vectors(is_boxed=boxed), library.lanes
         width = vectors * lanes
         block = 1 if boxed else max(1, _UNBOXED_COMPONENTS // (dim + 1))
-        order = _order(array, width, lanes, boxed=boxed)
+        order = _order(codes, width, lanes, boxed=boxed)
         # Not a copy where the codes stay in their order.
-        self.codes = np.ascontiguousarray(array[order])
+        self.codes = np.ascontiguousarray(codes[order])
         self.bias = None if objective is Objective.L2 else np.zeros(num_codes, np.float32)
         if self.bias is not None and bias is not None:
-            self.bias[:] = bias.detach().numpy()[order]
+            self.bias[:] = bias[order]
 
-        largest = _largest(array)
+        largest = _largest(codes)
         scale = 2.0 ** -math.floor(math.log2(largest)) if objective is Objective.L2 and largest > 0 else 1.0
         # The smallest codes stay subnormal even when scaled: they are searched with wide bounds.
         scale = min(max(scale, 2.0**-126), 2.0**126)
         scaled = self.codes if scale == 1.0 else self.codes * np.float32(scale)
-        narrow = _bounds(scaled, self.bias, objective, torch.float32)
+        narrow = ScoreBounds.of(scaled, self.bias, objective, np.float32)
         panels = -(-num_codes // width)
         blocks = -(-panels // block)
         # If squared distances overflow, a row visits every box, also the padding of the last group.
         visited = -(-blocks // lanes) * lanes
-        self.error_slope = _block_max(narrow.slope.numpy(), visited, block * width)
-        self.error_base = _block_max(narrow.base.numpy(), visited, block * width)
+        self.error_slope = _block_max(narrow.slope, visited, block * width)
+        self.error_base = _block_max(narrow.base, visited, block * width)
         self.boxes = self.outer = None
         if boxed:
             starts = np.arange(blocks) * width
@@ -81,10 +80,10 @@ class NativeCodebook:
             self.outer, _, _ = _boxes(low, high, lanes)
         # A codebook may be gigabytes: its scaled copy is freed before the next copy is made.
         del scaled
-        self.panel = _panels(self.codes, scale, -narrow.offset.numpy(), panels, width)
+        self.panel = _panels(self.codes, scale, -narrow.offset, panels, width)
 
-        wide = _bounds(self.codes, self.bias, objective, torch.float64)
-        self.offset, self.wide_slope, self.wide_base = -wide.offset.numpy(), wide.slope.numpy(), wide.base.numpy()
+        wide = ScoreBounds.of(self.codes, self.bias, objective, np.float64)
+        self.offset, self.wide_slope, self.wide_base = -wide.offset, wide.slope, wide.base
         self.id = np.arange(num_codes, dtype=np.int64)[order]
         self.struct = CodebookStruct(
             num_codes=num_codes,
@@ -108,10 +107,6 @@ class NativeCodebook:
             wide_base=self.wide_base.ctypes.data,
             id=self.id.ctypes.data,
         )
-
-
-def _bounds(codes: Float32s, bias: Float32s | None, objective: Objective, dtype: torch.dtype) -> ScoreBounds:
-    return ScoreBounds.of(torch.from_numpy(codes), None if bias is None else torch.from_numpy(bias), objective, dtype)
 
 
 def _panels(codes: Float32s, scale: float, offset: Float32s, panels: int, width: int) -> Float32s:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 import platform
 from pathlib import Path
-
-import torch
 
 from vqserve_server.event_log import ONCE, event
 
 logger = logging.getLogger(__name__)
 
 _PATH = Path(__file__).with_name("libsearch.so")
+# The instruction sets beside "default", best first, and what /proc/cpuinfo lists for a processor that has them: the
+# levels x86-64-v4 and x86-64-v3, for which they are compiled.
+_AVX2 = frozenset(("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"))
+_LEVELS = {"avx512": _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}, "avx2": _AVX2}
 
 
 class CodebookStruct(ctypes.Structure):
@@ -99,10 +102,21 @@ def levels() -> tuple[str, ...]:
         return ()
     if platform.machine() != "x86_64":
         return ("default",)
-    known = ("avx512", "avx2", "default")
-    # Ask torch, so that the variable ATEN_CPU_CAPABILITY lowers the level of torch and of this library.
-    best = torch.backends.cpu.get_cpu_capability().lower()
-    return known[known.index(best) :] if best in known else ("default",)
+    flags = _processor_flags()
+    able = [*(level for level, needed in _LEVELS.items() if needed <= flags), "default"]
+    # The variable lowers the level of torch and of this library.
+    most = os.environ.get("ATEN_CPU_CAPABILITY", "").lower()
+    return tuple(able[able.index(most) :] if most in able else able)
+
+
+def _processor_flags() -> frozenset[str]:
+    """Return what the first processor can do; the system leaves out what it does not let programs use."""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="ascii", errors="replace") as lines:
+            flags = next((line for line in lines if line.startswith("flags")), "")
+    except OSError:
+        return frozenset()
+    return frozenset(flags.partition(":")[2].split())
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vqserve_server.codebooks.state import USED
+from vqserve_server.quantizers.declared import USED
 from vqserve_tools.importing.families.checkpoint import Checkpoint, places_of
 from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.options import Options

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from vqserve_server.quantizers.quantizer import Metric
+from vqserve_server.quantizers.declared import Metric
 from vqserve_tools.importing.families.checkpoint import (
     Checkpoint,
     Floats,

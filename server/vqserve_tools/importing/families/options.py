@@ -12,8 +12,8 @@ from vqserve.errors import ForeignCheckpointError
 from vqserve.layout import Layout
 from vqserve_server.codebooks.kinds import KINDS
 from vqserve_server.quantizers.arguments import check_unknown_index
+from vqserve_server.quantizers.declared import Metric
 from vqserve_server.quantizers.fsq_boundaries import Bound
-from vqserve_server.quantizers.quantizer import Metric
 from vqserve_server.quantizers.residual_scalar import ResidualBound, Scales
 from vqserve_server.quantizers.scalar import BOUNDS, BitOrder
 from vqserve_tools.flags import option

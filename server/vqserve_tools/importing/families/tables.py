@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vqserve_server.codebooks.state import USED, WEIGHT
-from vqserve_server.quantizers.quantizer import Metric
+from vqserve_server.quantizers.declared import USED, WEIGHT, Metric
 from vqserve_tools.importing.families.checkpoint import (
     Checkpoint,
     Floats,

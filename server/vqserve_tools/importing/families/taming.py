@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from vqserve_server.codebooks.state import DIRECTION, LEGACY_NAMES, NORM, USED, WEIGHT
+from vqserve_server.codebooks.state import LEGACY_NAMES
+from vqserve_server.quantizers.declared import DIRECTION, NORM, USED, WEIGHT
 from vqserve_tools.importing.families.checkpoint import Checkpoint, Layer, layer_names, places_of, read_layer
 from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.name_lists import keys_text

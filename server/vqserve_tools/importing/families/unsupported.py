@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NoReturn
 
-from vqserve_server.codebooks.state import WEIGHT
+from vqserve_server.quantizers.declared import WEIGHT
 from vqserve_tools.importing.families.checkpoint import Checkpoint, places_of
 from vqserve_tools.importing.families.family import Family
 from vqserve_tools.importing.families.options import Options

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vqserve_server.codebooks.state import WEIGHT
+from vqserve_server.quantizers.declared import WEIGHT
 from vqserve_tools.importing.families.checkpoint import Checkpoint, Floats, places_of, shape_text
 from vqserve_tools.importing.families.family import Family, Reading
 from vqserve_tools.importing.families.named import arrays_of_codes
