@@ -10,6 +10,7 @@ Without a GPU (`--device cpu`, with few rows) it runs from end to end, too: that
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import platform
 import statistics
@@ -63,6 +64,11 @@ class Run:
     def has_time(self, share: float = 1.0) -> bool:
         """Return whether this share of the time is not over."""
         return time.monotonic() - self.started < share * self.options.minutes * 60
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note a warning: a search that has fallen back is exact, too, but is not what is to be measured."""
+        self.say(record.getMessage())
+        self.write("Warnings", [*self.sections.get("Warnings", []), f"- {record.getMessage()}"])
 
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self.started:6.1f} s  {text}", flush=True)
@@ -333,6 +339,9 @@ def main() -> None:
         options.machine = torch.cuda.get_device_name(options.device) if is_cuda else "none"
     options.machine = options.machine.replace(" ", "-")
     run = Run(options)
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = run.emit  # type: ignore[method-assign]
+    logging.getLogger("vqserve_server").addHandler(handler)
     run.say(about(run.device)[0])
     for part in (exactness, searching, serving):
         part(run)
