@@ -44,7 +44,7 @@ class CudaSearcher(Searcher):
             fallback: factory of the searcher for rows that float32 cannot decide.
             launcher: what launches the kernels.
         """
-        self._codes = codes.detach().contiguous()
+        self._codes = _aligned(codes.detach().contiguous())
         self._bounds = ScoreBounds.of(codes, bias, objective, torch.float32)
         self._fallback = OnDemand(fallback, codes.device)
         self._launcher = launcher
@@ -60,8 +60,10 @@ class CudaSearcher(Searcher):
             return winners
         is_open = torch.ones(count, dtype=torch.int8, device=rows.device)
         norms = row_norms(rows, torch.float32)
-        for start in range(0, count, _MOST_ELEMENTS // dim):
-            part = slice(start, start + _MOST_ELEMENTS // dim)
+        # All arrays of a part begin at a multiple of 16 bytes, as the kernels' signatures say.
+        step = max(16, _MOST_ELEMENTS // dim // 16 * 16)
+        for start in range(0, count, step):
+            part = slice(start, start + step)
             self._search_part(rows[part], norms[part], winners[part], is_open[part])
         # The bound does not hold where sums may overflow.
         again = torch.nonzero((is_open != 0) | ~(norms <= self._bounds.longest_row))[:, 0]
@@ -80,7 +82,7 @@ class CudaSearcher(Searcher):
                 self._variant,
                 (-(-count // self._variant.block_rows), 1),
                 [
-                    rows.detach().resolve_neg().float().contiguous(),
+                    _aligned(rows.detach().resolve_neg().float().contiguous()),
                     norms,
                     self._codes,
                     self._bounds.offset,
@@ -93,3 +95,8 @@ class CudaSearcher(Searcher):
                     dim,
                 ],
             )
+
+
+def _aligned(array: Tensor) -> Tensor:
+    """Return an array that begins at a multiple of 16 bytes; a slice of another array may not."""
+    return array.clone() if array.data_ptr() % 16 else array
