@@ -30,14 +30,29 @@ COPY hatch_build.py ./
 COPY server/vqserve_server/search/native/*.[ch] server/vqserve_server/search/native/
 RUN /opt/pip/bin/python hatch_build.py /build/libsearch.so
 
+# The kernels of the search on NVIDIA's GPUs. Triton compiles them without a GPU, and stays here: the image has no use for
+# it. Where it has no wheel the image has no kernels.
+FROM tools AS kernels
+ARG PIP_FIND_LINKS=
+ARG PIP_NO_INDEX=
+WORKDIR /build
+COPY --from=requirements /requirements/out/kernels ./
+RUN /opt/pip/bin/pip install --no-compile --no-cache-dir --only-binary :all: -c constraints.txt -r requirements.txt
+COPY server/vqserve_server/search/cuda/cubins.py server/vqserve_server/search/cuda/kernels.py \
+    server/vqserve_server/search/cuda/variants.py vqserve_server/search/cuda/
+RUN mkdir compiled \
+    && if /opt/pip/bin/pip show --quiet triton; then \
+        /opt/pip/bin/python -m vqserve_server.search.cuda.cubins compiled; fi
+
 # The wheel, unpacked where it can be laid over the environment. pip's own .pyc files would hold times; these hold
 # hashes, so that two builds are equal.
 FROM search AS project
 # The time of the files in the wheel.
 ARG SOURCE_DATE_EPOCH=
 COPY . .
+COPY --from=kernels /build/compiled /kernels
 RUN python3 -m venv --without-pip /opt/vqserve \
-    && VQSERVE_LIBSEARCH=/build/libsearch.so /opt/pip/bin/pip wheel --no-deps --no-build-isolation -w dist . \
+    && VQSERVE_LIBSEARCH=/build/libsearch.so VQSERVE_KERNELS=/kernels /opt/pip/bin/pip wheel --no-deps --no-build-isolation -w dist . \
     && /opt/pip/bin/pip --python /opt/vqserve/bin/python install --no-compile --no-deps --prefix /project dist/*.whl \
     && python3 -m compileall -q --invalidation-mode unchecked-hash -s /project -p /opt/vqserve /project/lib
 
@@ -63,6 +78,8 @@ RUN --mount=type=bind,from=tools,source=/opt/pip,target=/opt/pip \
     && /opt/pip/bin/pip --python bin/python install --no-compile --no-cache-dir --only-binary :all: \
         --root-user-action ignore -c constraints.txt -r requirements.txt \
     && /opt/pip/bin/pip --python bin/python check \
+    # torch's wheel for CUDA asks for it, and uses it for torch.compile alone. It weighs 690 MB.
+    && /opt/pip/bin/pip --python bin/python uninstall --yes --root-user-action ignore triton \
     # torch has a file in the syntax of a newer Python: like pip, go on without it.
     && { python3 -m compileall -qq -j 0 --invalidation-mode unchecked-hash lib || true; }
 WORKDIR /

@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 PROTO  := vqserve/v1/tokenizer.proto vqserve/v1/admin.proto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve console-pictures test test-fast test-busy test-search test-grpcio test-old soak coverage bench bench-behaviour bench-capacity bench-data-sets bench-sdk bench-search check format proto lock image image-test sbom docs docs-serve clean
+.PHONY: help setup demo serve console-pictures test test-fast test-busy test-search test-grpcio test-old soak coverage bench bench-behaviour bench-capacity bench-data-sets bench-gpu bench-sdk bench-search check format proto lock image image-test sbom docs docs-serve clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -94,6 +94,10 @@ bench-data-sets: $(VENV)/.bench-installed  ## `vqserve encode` of data sets besi
 
 bench-sdk: $(VENV)/.bench-installed  ## what the SDK adds to a bare gRPC stub
 	$(BIN)/python benchmarks/sdk_cost.py $(CELLS)
+
+MINUTES ?= 8
+bench-gpu: $(VENV)/.installed  ## exactness, search and server on a GPU, in MINUTES (ARGS)
+	$(BIN)/python benchmarks/gpu.py --minutes $(MINUTES) $(ARGS)
 
 bench-behaviour: $(VENV)/.bench-installed  ## latency, random arrivals, batching, workers, memory
 	$(BIN)/python benchmarks/behaviour.py

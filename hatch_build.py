@@ -4,7 +4,9 @@ The compiler is zig's (a build requirement from the package index), so that a so
 not bring and the library runs on systems older than the one that built it.
 
 `python hatch_build.py FILE` compiles the library alone, and a build for which `VQSERVE_LIBSEARCH` names such a file
-packs it as it is: the Dockerfile compiles in a stage that changes of Python do not reach.
+packs it as it is: the Dockerfile compiles in a stage that changes of Python do not reach. `VQSERVE_KERNELS` names a
+folder of kernels for GPUs to pack, which `python -m vqserve_server.search.cuda.cubins` makes; without it the wheel has
+none, and Triton compiles them at run time.
 """
 
 from __future__ import annotations
@@ -58,6 +60,9 @@ class CompileSearch(BuildHookInterface[Any]):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile before the build; on a machine without a target the wheel has no library and torch searches."""
+        kernels = os.environ.get("VQSERVE_KERNELS")
+        if self.target_name == "wheel" and kernels:
+            build_data["force_include"][kernels] = "vqserve_server/search/cuda/compiled"
         target = _target()
         if self.target_name != "wheel" or target is None:
             return

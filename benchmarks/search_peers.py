@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -34,8 +35,8 @@ def tiled(codes: torch.Tensor) -> Search:
 
 
 def compiled(codes: torch.Tensor) -> Search:
-    """torch.compile of the translation."""
-    return torch.compile(translation(codes), dynamic=False)
+    """torch.compile of the translation, for any number of rows: compiled once."""
+    return torch.compile(translation(codes), dynamic=True)
 
 
 def faiss_flat(codes: torch.Tensor, blas_threshold: int) -> Search:
@@ -68,17 +69,55 @@ def cuvs_brute_force(codes: torch.Tensor) -> Search:
     return lambda rows: brute_force.search(index, rows, 1)[1]
 
 
-def peers(codes: torch.Tensor) -> dict[str, Search]:
-    """Return what can run on the codes' device, by name."""
+def faiss_on_gpu(codes: torch.Tensor) -> Search:
+    """FAISS's exhaustive index in the GPU's memory; rows and results stay there."""
+    import faiss
+    import faiss.contrib.torch_utils
+
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise ImportError("this faiss was built without CUDA")
+    resources = faiss.StandardGpuResources()
+    index = faiss.GpuIndexFlatL2(resources, codes.shape[1])
+    index.add(codes)
+
+    def search(rows: torch.Tensor) -> object:
+        return resources, index.search(rows, 1)[1]
+
+    return search
+
+
+def flash_kmeans(codes: torch.Tensor) -> Search:
+    """The assignment step of flash-kmeans: a Triton kernel that computes products of float32 in TensorFloat-32."""
+    from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
+    needs_norms = "x_sq" in inspect.signature(euclid_assign_triton).parameters
+
+    def search(rows: torch.Tensor) -> object:
+        norms = {"x_sq": (rows**2).sum(1)[None]} if needs_norms else {}
+        return euclid_assign_triton(rows[None], codes[None], **norms)
+
+    return search
+
+
+def peers(codes: torch.Tensor, names: Collection[str] | None = None) -> dict[str, Search]:
+    """Return what can run on the codes' device, by name; of these names only, if there are any."""
     found: dict[str, Search] = {"translation": translation(codes), "torch tiled": tiled(codes)}
     optional: dict[str, Callable[[], Search]] = {}
     if codes.device.type == "cuda":
-        optional = {"torch.compile": lambda: compiled(codes), "cuVS": lambda: cuvs_brute_force(codes)}
+        optional = {
+            "torch.compile": lambda: compiled(codes),
+            "flash-kmeans": lambda: flash_kmeans(codes),
+            "cuVS": lambda: cuvs_brute_force(codes),
+            "FAISS on the GPU": lambda: faiss_on_gpu(codes),
+        }
     else:
         # 20 is FAISS's default; the other keeps its fused kernel at every size.
         optional = {"FAISS": lambda: faiss_flat(codes, 20), "FAISS fused": lambda: faiss_flat(codes, 1)}
         if codes.shape[1] <= 8:
             optional["k-d tree"] = lambda: k_d_tree(codes)
+    if names is not None:
+        found = {name: search for name, search in found.items() if name in names}
+        optional = {name: make for name, make in optional.items() if name in names}
     for name, make in optional.items():
         try:
             found[name] = make()

@@ -138,7 +138,7 @@ def download_wheels(context: Path, folder: Path) -> None:
     """Download what the image installs, as pip is configured here (PIP_FIND_LINKS: wheels of torch for the CPU)."""
     with tempfile.TemporaryDirectory() as scratch:
         run(sys.executable, "scripts/image_requirements.py", scratch, cwd=context)
-        for part in ("runtime", "build"):
+        for part in ("runtime", "build", "kernels"):
             files = [
                 f"-{flag}{scratch}/{part}/{name}.txt" for flag, name in (("c", "constraints"), ("r", "requirements"))
             ]
@@ -155,4 +155,4 @@ def copy_context(root: Path, target: Path) -> None:
     for name in ("README.md", "LICENSE"):
         shutil.copy2(root / name, target / name)
     for name in ("scripts", "proto", "server", "client"):
-        shutil.copytree(root / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        shutil.copytree(root / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "compiled"))

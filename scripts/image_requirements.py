@@ -2,7 +2,8 @@
 
     python scripts/image_requirements.py DIR
 
-DIR/runtime is for the daemon, DIR/build for the wheel; both have a requirements.txt and a constraints.txt. Needs
+DIR/runtime is for the daemon, DIR/build for the wheel, DIR/kernels for compiling the kernels of the GPU; all have a
+requirements.txt and a constraints.txt. Needs
 nothing but Python, and reads pyproject.toml and constraints.txt of the working folder.
 """
 
@@ -16,6 +17,8 @@ from typing import Any
 # The parts of constraints.txt begin with these lines (scripts/lock.py).
 RUNTIME = "# Made by `make lock`, for the daemon:"
 BUILD = "# Made by `make lock`, for building the wheel:"
+# What compiles the kernels. The image does not have it, although torch's wheel for CUDA asks for it.
+COMPILER = "triton"
 DEVELOPMENT = "# Made by `make lock`, for development alone:"
 
 
@@ -25,6 +28,8 @@ def main(folder: Path) -> None:
     runtime, others = Path("constraints.txt").read_text().split(f"{BUILD}\n")
     build = others.partition(DEVELOPMENT)[0]
     _write(folder / "runtime", runtime_requirements(pyproject), runtime)
+    development = pyproject["project"]["optional-dependencies"]["dev"]
+    _write(folder / "kernels", [line for line in development if line.startswith(f"{COMPILER}>")], runtime)
     _write(folder / "build", pyproject["build-system"]["requires"], runtime + build)
 
 

@@ -111,7 +111,10 @@ def _has_what_it_needs(buildah: Buildah, base: str, scratch: Path) -> None:
         after = {path: _stamp(path, root) for path in _files(root)}
         [packages] = root.glob("opt/vqserve/lib/python3*/site-packages")
         installed = {canonicalize_name(one.name): one.version for one in metadata.distributions(path=[str(packages)])}
+        kernels = packages / "vqserve_server/search/cuda/compiled/index.json"
+        assert kernels.exists(), "the image has no kernels for GPUs"
         times = [path for path in _files(packages) if path.suffix == ".pyc" and not _has_hash(packages / path)]
+    assert "triton" not in installed
     changed = {path for path in after if after[path] != before.get(path)}
     others = {str(path) for path in changed if path.parts[:2] != ("opt", "vqserve")}
     assert others == {"etc/group", "etc/passwd"}, f"beside the environment the build left {sorted(others)}"

@@ -18,7 +18,7 @@ import venv
 from importlib import metadata
 from pathlib import Path
 
-from image_requirements import runtime_requirements
+from image_requirements import COMPILER, runtime_requirements
 from lock import closure
 from packaging.utils import canonicalize_name
 
@@ -38,7 +38,7 @@ def main(target: Path) -> int:
         environment = Path(scratch)
         venv.create(environment, with_pip=False)
         packages = Path(sysconfig.get_path("purelib", "venv", {"base": scratch}))
-        for name in closure(runtime_requirements(pyproject), requires):
+        for name in closure(runtime_requirements(pyproject), requires) - {canonicalize_name(COMPILER)}:
             folder = Path(str(installed[name].locate_file("."))) / _folder(installed[name])
             (packages / folder.name).symlink_to(folder, target_is_directory=True)
         command = [sys.executable, "-m", "cyclonedx_py", "environment", "--pyproject", str(_ROOT / "pyproject.toml")]

@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 import vqserve.__main__
 import vqserve_client.cli
 from vqserve_server import config
+from vqserve_server.search.cuda import cubins
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -164,6 +165,7 @@ def test_the_wheel_can_be_built_from_what_enters_the_build():
         "out/demo.png",
         # Compiled here, for this machine: the image compiles its own.
         "server/vqserve_server/search/native/compiled.so",
+        "server/vqserve_server/search/cuda/compiled/index.json",
         "server/vqserve_server/__pycache__/cli.cpython-311.pyc",
         "proto/stale.pyc",
     ],
@@ -204,11 +206,29 @@ def test_a_tool_of_the_developers_changes_nothing_that_the_image_installs(requir
 def test_what_the_stages_install(requirements):
     written = requirements()
     assert sorted(written) == [
-        f"{part}/{name}.txt" for part in ("build", "runtime") for name in ("constraints", "requirements")
+        f"{part}/{name}.txt" for part in ("build", "kernels", "runtime") for name in ("constraints", "requirements")
     ]
     server = PROJECT["project"]["optional-dependencies"]["server"]
     assert written["runtime/requirements.txt"].splitlines() == [*PROJECT["project"]["dependencies"], *server]
     assert written["build/requirements.txt"].splitlines() == PROJECT["build-system"]["requires"]
+    [compiler] = written["kernels/requirements.txt"].splitlines()
+    assert compiler.startswith("triton>=")
+    assert "\ntriton==" in written["kernels/constraints.txt"]
+
+
+def test_the_stage_of_the_kernels_has_what_compiles_them_and_the_image_does_not():
+    [copied] = [rest for word, rest in INSTRUCTIONS if word == "COPY" and "search/cuda" in rest]
+    folder = ROOT / "server/vqserve_server/search/cuda"
+    names = [Path(path).name for path in copied.split()[:-1]]
+    # What decides how they are compiled, and the program: it imports no other file of ours.
+    assert sorted(names) == sorted({"cubins.py", *cubins._SOURCES})
+    for name in names:
+        imported = re.findall(r"from (vqserve\S*) import (\w+)", (folder / name).read_text())
+        modules = [f"{module}.{first}" if module.endswith(".cuda") else module for module, first in imported]
+        assert {f"{module.rpartition('.')[2]}.py" for module in modules} <= set(names)
+        assert all(module.startswith("vqserve_server.search.cuda.") for module in modules)
+    [install] = [rest for rest in shipped("RUN") if re.search(r"\bpip\b", rest)]
+    assert re.search(r"uninstall --yes .*\btriton\b", install)
 
 
 def test_every_package_of_the_image_is_pinned_where_the_image_sees_it(requirements):

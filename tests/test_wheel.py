@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ["vqserve", "vqserve_bench", "vqserve_client", "vqserve_data", "vqserve_server", "vqserve_tools"]
 PLATFORMS = {"x86_64": "manylinux_2_28_x86_64", "aarch64": "manylinux_2_28_aarch64"}
 COMPILED = PLATFORMS.get(platform.machine()) if sys.platform == "linux" else None
+KERNELS = "vqserve_server/search/cuda/compiled/index.json"
 LIBRARY = "vqserve_server/search/native/libsearch.so"
 DIST_INFO = f"vqserve-{vqserve.__version__}.dist-info"
 
@@ -31,11 +33,14 @@ pytestmark = pytest.mark.slow
 def wheel(tmp_path_factory):
     # A copy without anything that was built: the build writes its library into the tree, which others are using.
     source = tmp_path_factory.mktemp("checkout") / "vqserve"
-    built = shutil.ignore_patterns(".*", "*.so", "*.egg-info", "__pycache__", "build", "dist", "out")
+    built = shutil.ignore_patterns(".*", "*.so", "*.egg-info", "__pycache__", "build", "dist", "out", "compiled")
     shutil.copytree(ROOT, source, ignore=built)
     folder = tmp_path_factory.mktemp("wheel")
+    kernels = tmp_path_factory.mktemp("kernels")
+    (kernels / "index.json").write_text("{}")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), "."]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "VQSERVE_KERNELS": str(kernels)}
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = folder.iterdir()
     return path
@@ -62,10 +67,10 @@ def test_it_holds_every_file_of_the_sources(names):
         path.relative_to((ROOT / folder).parent).as_posix()
         for folder in folders["packages"]
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so" and "compiled" not in path.parts
     }
     packed = {name for name in names if not name.startswith(DIST_INFO)}
-    assert packed == sources | ({LIBRARY} if COMPILED else set())
+    assert packed == sources | {KERNELS} | ({LIBRARY} if COMPILED else set())
 
 
 @pytest.mark.parametrize(

@@ -206,13 +206,15 @@ def test_a_codebook_that_the_faster_search_does_not_take_is_reported(
 
 
 def test_a_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = torch.device("cuda")
+    cuda = torch.device("cuda", 0)
+    none = "this installation has no compiled kernels"
+    monkeypatch.setattr("vqserve_server.search.cuda.cubins.FOLDER", Path("no-such-folder"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert why_slower("torch", cuda) == "triton is not installed: `pip install triton`"
+    assert why_slower("torch", cuda) == f"{none}, and Triton is not installed: `pip install triton`"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert why_slower("torch", cuda) == "triton finds no C compiler: install gcc or clang, or set CC"
+    assert why_slower("torch", cuda) == f"{none}, and Triton finds no C compiler: install gcc or clang, or set CC"
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/cc")
     assert "float32" in str(why_slower("torch", cuda))
     assert why_slower("triton", cuda) is None

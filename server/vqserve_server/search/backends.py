@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqserve.errors import InvalidOption
 from vqserve_server.device import AnyDevice
-from vqserve_server.search import native, triton
+from vqserve_server.search import cuda, native
 from vqserve_server.search.denormals import denormals_enabled
 from vqserve_server.search.equals import first_of_equal_tensors
 from vqserve_server.search.native.tensors import TensorSearcher
@@ -21,7 +21,7 @@ def available(device: AnyDevice | str) -> tuple[str, ...]:
     """Return the names of the backends that run on this device, in order of preference."""
     device = torch.device(device)
     names = ["torch", "reference"]
-    if triton.is_available(device):
+    if cuda.is_available(device):
         names.insert(0 if device.type == "cuda" else 2, "triton")
     if device.type == "cpu" and native.levels():
         names.insert(0, "native")
@@ -39,7 +39,7 @@ def why_slower(backend: str, device: AnyDevice) -> str | None:
     if backend in ("none", "triton" if is_cuda else "native"):
         return None
     if is_cuda:
-        reason = triton.why_unavailable(torch.device(device))
+        reason = cuda.why_unavailable(torch.device(device))
         return reason or "triton searches float32 codebooks of less than 2^31 numbers only"
     return native.why_unusable() or "the compiled search takes float32 codebooks of at most 1024 dimensions only"
 
@@ -83,7 +83,7 @@ def prepare(
 def _fits(backend: str, codes: Tensor, bias: Tensor | None, objective: Objective) -> bool:
     if backend == "native":
         return native.fits(codes.detach().numpy(), None if bias is None else bias.detach().numpy(), objective)
-    return backend != "triton" or triton.fits(codes)
+    return backend != "triton" or cuda.fits(codes)
 
 
 def _build(backend: str, codes: Tensor, bias: Tensor | None, objective: Objective) -> Searcher:
@@ -94,7 +94,7 @@ def _build(backend: str, codes: Tensor, bias: Tensor | None, objective: Objectiv
             arrays = codes.detach().numpy(), None if bias is None else bias.detach().numpy()
             return TensorSearcher(native.NativeSearcher(*arrays, objective, fallback=reference))
         case "triton":
-            return triton.TritonSearcher(codes, bias, objective, fallback=tiled)
+            return cuda.kernel_searcher(codes, bias, objective, fallback=tiled)
         case "torch":
             return tiled()
         case _:

@@ -8,6 +8,7 @@ Two helpers that backends share are here as well: `OnDemand` makes a searcher wh
 
 from __future__ import annotations
 
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -19,6 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve_server.device import wait_for_stream
+from vqserve_server.event_log import event
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +110,10 @@ Searcher: TypeAlias = RowSearcher["Tensor"]
 
 
 class OnDemand:
-    """Makes a searcher at the first call and returns the same one at every later call; thread-safe."""
+    """Makes a searcher at the first call and returns the same one at every later call; thread-safe.
+
+    It is the slower searcher to which a faster one leaves some rows: the first call logs why.
+    """
 
     def __init__(self, make: Callable[[], Searcher], device: AnyDevice) -> None:
         """Store the factory of the searcher and the device of its codebook."""
@@ -115,14 +122,19 @@ class OnDemand:
         self._lock = threading.Lock()
         self._searcher: Searcher | None = None
 
-    def __call__(self) -> Searcher:
-        """Return the searcher."""
+    def __call__(self, reason: str = "rows that the faster search cannot decide") -> Searcher:
+        """Return the searcher.
+
+        Args:
+            reason: what is left to this searcher.
+        """
         with self._lock:
             if self._searcher is None:
                 searcher = self._make()
                 # Other threads use other CUDA streams: the searcher's tables must be complete before they read them.
                 wait_for_stream(self._device)
                 self._searcher = searcher
+                logger.info(event("search_falls_back", to=searcher.backend, device=self._device, reason=reason))
             return self._searcher
 
 

@@ -17,6 +17,8 @@ from vqserve_server.search.searcher import Objective, OnDemand, SearchCounts, Se
 # Most bytes of one (rows, codes) tile, and of its codes. About five tiles are in memory at once. On the CPU a tile
 # should stay in the caches. On CUDA it costs about sixty launches, so it should keep the device busy for longer.
 _TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+# Where a GPU has little memory left, a tile takes at most this share of it.
+_SHARE_OF_FREE = 8
 # A row goes to the fallback if more codes than this are within the bound, or if its sums may overflow.
 _CROWD = 64
 
@@ -74,13 +76,15 @@ class TiledSearcher(Searcher):
         self._codes = codes.detach()
         self._bounds = ScoreBounds.of(codes, bias, objective, dtype)
         num_codes, dim = codes.shape
-        self._tile_rows, self._tile_codes = tile_shape(num_codes, dim, dtype, codes.device)
+        free = free_bytes(codes.device)
+        self._tile_rows, self._tile_codes = tile_shape(num_codes, dim, dtype, codes.device, free)
 
     @denormals_enabled()
     def search(self, rows: Tensor, counts: SearchCounts | None = None) -> Tensor:
         """Return the winning code of every row; see `Searcher.search`."""
         if self._dtype == torch.float32 and self._fallback is not None and _may_be_reduced(rows.device):
-            return self._fallback().search(rows, counts)
+            reason = "the process allows float32 products of fewer bits, as by torch.set_float32_matmul_precision"
+            return self._fallback(reason).search(rows, counts)
         counts = counts or SearchCounts()
         winners = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
         space = _Workspace.of(min(rows.shape[0], self._tile_rows), self._tile_codes, self._codes, self._dtype)
@@ -147,14 +151,16 @@ class TiledSearcher(Searcher):
         # Rows that are near very many codes are often equal, for example all zeros: search each distinct row once.
         distinct, inverse = torch.unique(rows, dim=0, return_inverse=True)
         if self._fallback is not None:
-            return self._fallback().search(distinct)[inverse]
+            return self._fallback(f"rows that are near more than {_CROWD} codes, or too long").search(distinct)[inverse]
         every_code = np.arange(self._codes.shape[0])
         first = np.zeros_like(every_code)
         winners = [self._arbiter.settle(row[None].cpu().numpy(), first, every_code) for row in distinct]
         return torch.from_numpy(np.concatenate(winners)).to(rows.device)[inverse]
 
 
-def tile_shape(num_codes: int, dim: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+def tile_shape(
+    num_codes: int, dim: int, dtype: torch.dtype, device: torch.device, free: int | None = None
+) -> tuple[int, int]:
     """Return the numbers of rows and of codes of one tile.
 
     Args:
@@ -162,10 +168,23 @@ def tile_shape(num_codes: int, dim: int, dtype: torch.dtype, device: torch.devic
         dim: components of a code.
         dtype: type of the scores.
         device: device that computes them.
+        free: bytes of its memory that are free; None: more than enough.
     """
-    most = _TILE_BYTES.get(device.type, _TILE_BYTES["cpu"]) // dtype.itemsize
+    size = _TILE_BYTES.get(device.type, _TILE_BYTES["cpu"])
+    if free is not None:
+        size = max(_TILE_BYTES["cpu"], min(size, free // _SHARE_OF_FREE))
+    most = size // dtype.itemsize
     codes = max(1, min(num_codes, most // dim))
     return max(1, most // codes), codes
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the bytes that can be allocated on a CUDA device; None for other devices."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    # What torch keeps of memory that it has freed can be allocated as well.
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _may_be_reduced(device: torch.device) -> bool:

@@ -196,6 +196,8 @@ def test_rows_with_more_near_codes_than_it_keeps_go_to_the_fallback():
     left = []
 
     class Fallback:
+        backend = "reference"
+
         def search(self, rows):
             left.append(len(rows))
             return reference(corners).search(rows)

@@ -1,9 +1,12 @@
 """Torch's tiles: what they do when float32 cannot be trusted, and with more codes than a tile holds."""
 
+import logging
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vqserve_server.search import Objective, SearchCounts, prepare
+from vqserve_server.search import Objective, SearchCounts, prepare, tiled
 from vqserve_server.search.tiled import TiledSearcher, tile_shape
 
 MIB = 1 << 20
@@ -25,12 +28,15 @@ def precision():
 
 
 @pytest.mark.parametrize(("way", "expected"), [("none", []), ("older", [50]), ("newer", [50])])
-def test_products_of_fewer_bits_are_not_used(precision, way, expected):
+def test_products_of_fewer_bits_are_not_used(precision, caplog, way, expected):
+    caplog.set_level(logging.INFO)
     codes = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
     reference = TiledSearcher(codes, None, Objective.L2, dtype=torch.float64)
     searched = []
 
     class Spy:
+        backend = "reference"
+
         def search(self, rows, counts=None):
             searched.append(len(rows))
             return reference.search(rows, counts)
@@ -39,6 +45,10 @@ def test_products_of_fewer_bits_are_not_used(precision, way, expected):
     precision(way)
     assert torch.equal(searcher.search(codes[:50]), torch.arange(50))
     assert searched == expected
+    searcher.search(codes[:50])
+    told = [line for line in caplog.messages if line.startswith("search_falls_back ")]
+    assert len(told) == len(expected)
+    assert all("to=reference" in line and "set_float32_matmul_precision" in line for line in told)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -91,3 +101,44 @@ def test_tiles_are_larger_on_cuda(device, num_codes, dim, tiles):
 
 def test_one_row_and_one_code_are_a_tile_however_long_they_are():
     assert tile_shape(2, 4 * MIB, torch.float64, torch.device("cpu")) == (524288, 1)
+
+
+@pytest.mark.parametrize(("free", "size"), [(80 << 30, 256), (800 * MIB, 100), (MIB, 4)])
+def test_tiles_fit_what_the_device_has_free(free, size):
+    rows, codes = tile_shape(16384, 4, torch.float32, torch.device("cuda"), free)
+    assert (rows * codes * 4, codes) == (size * MIB, 16384)
+
+
+# Operations that only make a view, or memory, start nothing on the device.
+_NO_LAUNCH = {"aten::detach", "aten::slice", "aten::select", "aten::t", "aten::unsqueeze", "aten::empty", "aten::alias"}
+_NO_LAUNCH |= {"aten::view", "aten::transpose", "aten::expand", "aten::permute", "aten::as_strided", "aten::unbind"}
+# Those whose result the host waits for.
+_SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::_unique2", "aten::unique_dim"}
+
+
+class Counted(TorchDispatchMode):
+    """Counts what a search would start on a GPU and wait for there."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = self.syncs = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().partition(".")[0]
+        self.launches += name not in _NO_LAUNCH
+        self.syncs += name in _SYNCS
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_full_batch_is_few_launches_on_cuda(monkeypatch):
+    # As many tiles as a batch of 16384 rows has on CUDA with the 16384 codes of ldm-f8; both are 32 times fewer here.
+    monkeypatch.setitem(tiled._TILE_BYTES, "cpu", (256 * MIB) // 32**2)
+    g = torch.Generator().manual_seed(3)
+    codes, rows = torch.randn(512, 4, generator=g), torch.randn(512, 4, generator=g)
+    searcher = TiledSearcher(codes, None, Objective.L2, dtype=torch.float32)
+    with Counted() as counted:
+        winners = searcher.search(rows)
+    assert torch.equal(winners, prepare(codes).search(rows))
+    # With the CPU's tiles there were 14,742 and 1,566 of them.
+    assert counted.launches < 300
+    assert counted.syncs < 40

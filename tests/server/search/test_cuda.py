@@ -1,4 +1,4 @@
-"""The Triton kernel, in Triton's interpreter where there is no GPU."""
+"""The CUDA kernels, in Triton's interpreter where there is no GPU."""
 
 import sys
 
@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from vqserve_server.search import Objective, SearchCounts, available
+from vqserve_server.search.cuda import fits, is_available
+from vqserve_server.search.cuda.jit import JitLauncher
+from vqserve_server.search.cuda.searcher import CudaSearcher
 from vqserve_server.search.tiled import TiledSearcher
-from vqserve_server.search.triton import TritonSearcher, fits, is_available
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 # Triton decides when it is imported whether kernels are interpreted, and asks again when it interprets.
@@ -16,7 +18,7 @@ with pytest.MonkeyPatch.context() as patch:
         assert "triton" not in sys.modules, "imported before the interpreter could be turned on"
         patch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton", reason="Triton is not installed")
-    import vqserve_server.search.triton_kernel  # noqa: F401
+    import vqserve_server.search.cuda.kernels  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +31,7 @@ def fused(codes, bias=None, objective=Objective.L2):
     def fallback():
         return TiledSearcher(codes, bias, objective, dtype=torch.float64)
 
-    return TritonSearcher(codes, bias, objective, fallback=fallback), fallback()
+    return CudaSearcher(codes, bias, objective, fallback=fallback, launcher=JitLauncher()), fallback()
 
 
 @pytest.mark.parametrize("objective", list(Objective))
@@ -88,9 +90,9 @@ def test_what_is_beyond_the_kernel_s_32_bits_is_rejected_or_cut(monkeypatch):
     searched = []
     search_part = searcher._search_part
     monkeypatch.setattr(searcher, "_search_part", lambda z, *rest: (searched.append(z.numel()), search_part(z, *rest)))
-    monkeypatch.setattr("vqserve_server.search.triton._MOST_ELEMENTS", 699)
+    monkeypatch.setattr("vqserve_server.search.cuda.searcher._MOST_ELEMENTS", 699)
     assert torch.equal(searcher.search(rows), reference.search(rows))
-    assert searched == [695, 695, 610]
+    assert searched == [640, 640, 640, 80]
 
 
 def test_it_is_listed_where_it_runs(monkeypatch):
@@ -99,3 +101,20 @@ def test_it_is_listed_where_it_runs(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert is_available(torch.device("cpu"))
     assert available("cpu")[-2:] == ("reference", "triton")
+
+
+def test_rows_may_begin_anywhere_in_memory():
+    device = DEVICES[-1]
+    g = torch.Generator().manual_seed(5)
+    codes, rows = torch.randn(31, 3, generator=g).to(device)[1:], torch.randn(40, 3, generator=g).to(device)[1:]
+    began = []
+
+    class Noting(JitLauncher):
+        def launch(self, variant, grid, args):
+            began.extend(one.data_ptr() % 16 for one in args if isinstance(one, torch.Tensor))
+            super().launch(variant, grid, args)
+
+    _, reference = fused(codes)
+    searcher = CudaSearcher(codes, None, Objective.L2, fallback=lambda: reference, launcher=Noting())
+    assert torch.equal(searcher.search(rows), reference.search(rows))
+    assert set(began) == {0}

@@ -1,10 +1,10 @@
-"""The Triton kernel of triton.py; this module needs Triton at import."""
+"""The CUDA kernels, in Triton: imported only where they are compiled or interpreted, because it needs Triton."""
 
 import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "num_codes", "dim"])
 def nearest(  # noqa: PLR0917
     rows,
     norms,
