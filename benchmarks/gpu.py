@@ -282,7 +282,7 @@ def serving(run: Run) -> None:
     for cell in wanted:
         if not run.has_time():
             return
-        with Echo("aio", cell.reply_bytes + 120) as echo:
+        with Echo("sync", cell.reply_bytes + 120) as echo:
             rate = load_of(run, echo.target, "/bench.Echo/Echo", cell, connections=2, processes=1)
         rates[cell.name]["echo"] = f"{rate:.0f}"
         run.say(f"serving: {cell.name}, echo: {rate:.0f} requests/s")

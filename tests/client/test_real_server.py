@@ -129,6 +129,9 @@ class HeldServer:
         for tokenizer in tokenizers:
             for name in ("encode_rows", "decode_rows"):
                 monkeypatch.setattr(tokenizer, name, partial(self._compute, getattr(tokenizer, name)))
+            native = tokenizer.native_batch
+            for name in ("encode", "decode") if native else ():
+                monkeypatch.setattr(native, name, partial(self._compute, getattr(native, name)))
         # While it waits the device seems to be slow: that must not make batches small.
         self.server = serving(*tokenizers, max_batch_ms=0)
         scheduler = self.server.app.engine.scheduler
@@ -154,7 +157,8 @@ class HeldServer:
         self._gate.wait()
         return plain(*args, **options)
 
-    def _put(self, plain, job):
+    def _put(self, plain, job, *_):
+        # The thread that receives the calls must not wait: no job is one that it may compute.
         plain(job)
         self._submitted.release()
 

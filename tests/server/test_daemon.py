@@ -420,8 +420,7 @@ from vqserve_server import app
 class Stubborn:
     device = torch.device("cpu")
     search = "none"
-    probe = None
-    search = "none"
+    probe = native_batch = None
     info = CodebookInfo(
         name="stubborn", digest="", kind="vq", num_codes=2, vocab_size=2, input_dim=1, code_dim=1, output_dim=1
     )

@@ -283,7 +283,7 @@ from vqserve_server import app
 class Stuck:
     device = torch.device("cpu")
     search = "none"
-    probe = None
+    probe = native_batch = None
     info = CodebookInfo(
         name="stuck", digest="", kind="vq", num_codes=2, vocab_size=2, input_dim=1, code_dim=1, output_dim=1
     )
