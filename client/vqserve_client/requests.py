@@ -22,7 +22,7 @@ from vqserve_client.identity import Metadata
 from vqserve_client.pool import Pool
 from vqserve_client.retries import RetryPolicy
 from vqserve_client.status import Failure, text_metadata
-from vqserve_client.transport import ReplyFuture, Sender, StreamFuture
+from vqserve_client.transport import Outgoing, ReplyFuture, Sender, StreamFuture
 
 # Not the system's source, which costs a call of the kernel. In a child it begins anew, or it would repeat its parent's.
 _ids = random.Random()  # noqa: S311
@@ -264,15 +264,8 @@ class Exchange:
             return
         request.connection = connection
         try:
-            request.future = self._sender.send(
-                connection,
-                request.method,
-                message,
-                timeout_s=timeout_s,
-                request_id=request.request_id,
-                trace=self._trace,
-                alone=alone,
-            )
+            outgoing = Outgoing(request.method, message, timeout_s, request.request_id, self._trace)
+            request.future = self._sender.send(connection, outgoing, alone=alone)
         except BaseException as error:
             connection.answered(len(message))
             if isinstance(error, ValueError) and self._pool.closed:

@@ -51,29 +51,37 @@ class ReplyFuture(Protocol):
         """Cancel the request."""
 
 
+class Outgoing(NamedTuple):
+    """A request as it is sent.
+
+    Attributes:
+        method: name of the RPC.
+        message: the request's bytes.
+        timeout_s: seconds until its deadline; None: no limit.
+        request_id: names it in the server's log.
+        trace: metadata that tells the server of the caller's span.
+    """
+
+    method: str
+    message: bytes
+    timeout_s: float | None
+    request_id: str
+    trace: Metadata = ()
+
+    def metadata(self, connection: Connection) -> Metadata:
+        """Return the metadata of the request on a connection."""
+        return (*connection.metadata(self.request_id), *self.trace)
+
+
 class Sender(Protocol):
     """Sends requests."""
 
-    def send(
-        self,
-        connection: Connection,
-        method: str,
-        message: bytes,
-        *,
-        timeout_s: float | None,
-        request_id: str,
-        trace: Metadata = (),
-        alone: bool = False,
-    ) -> ReplyFuture | bytes:
+    def send(self, connection: Connection, request: Outgoing, *, alone: bool = False) -> ReplyFuture | bytes:
         """Send a request; the client is woken when the future is done, and the request no longer counts as under way.
 
         Args:
             connection: what it goes over.
-            method: name of the RPC.
-            message: the request.
-            timeout_s: seconds until its deadline; None: no limit.
-            request_id: names it in the server's log.
-            trace: metadata that tells the server of the caller's span.
+            request: what is sent.
             alone: whether the call has nothing else in flight, and nothing to send before the reply.
 
         Returns:
@@ -91,27 +99,16 @@ class UnarySender:
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
 
-    def send(
-        self,
-        connection: Connection,
-        method: str,
-        message: bytes,
-        *,
-        timeout_s: float | None,
-        request_id: str,
-        trace: Metadata = (),
-        alone: bool = False,
-    ) -> ReplyFuture:
+    def send(self, connection: Connection, request: Outgoing, *, alone: bool = False) -> ReplyFuture:
         """Send a request; see Sender."""
-        call = connection.method(method)
+        call = connection.method(request.method)
         gate.enter()
         try:
-            metadata = (*connection.metadata(request_id), *trace)
-            future: Any = call.future(message, timeout=timeout_s, metadata=metadata)
+            future: Any = call.future(request.message, timeout=request.timeout_s, metadata=request.metadata(connection))
         except BaseException:
             gate.leave()
             raise
-        future.add_done_callback(partial(self._on_done, connection, len(message)))
+        future.add_done_callback(partial(self._on_done, connection, len(request.message)))
         sent: ReplyFuture = future
         return sent
 
@@ -132,34 +129,21 @@ class BlockingSender:
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
 
-    def send(
-        self,
-        connection: Connection,
-        method: str,
-        message: bytes,
-        *,
-        timeout_s: float | None,
-        request_id: str,
-        trace: Metadata = (),
-        alone: bool = False,
-    ) -> ReplyFuture | bytes:
+    def send(self, connection: Connection, request: Outgoing, *, alone: bool = False) -> ReplyFuture | bytes:
         """Send a request; see Sender. For one that is alone, return the reply, or a future that has failed."""
         if not alone:
-            return UnarySender(self._wake).send(
-                connection, method, message, timeout_s=timeout_s, request_id=request_id, trace=trace
-            )
-        call = connection.method(method)
+            return UnarySender(self._wake).send(connection, request)
+        call = connection.method(request.method)
         outcome: Any
         gate.enter()
         try:
-            metadata = (*connection.metadata(request_id), *trace)
-            outcome = call(message, timeout=timeout_s, metadata=metadata)
+            outcome = call(request.message, timeout=request.timeout_s, metadata=request.metadata(connection))
         except grpc.RpcError as error:
             # It has the methods of a future that is done.
             outcome = error.with_traceback(None)
         finally:
             gate.leave()
-        connection.answered(len(message))
+        connection.answered(len(request.message))
         sent: ReplyFuture | bytes = outcome
         return sent
 
@@ -174,31 +158,17 @@ class StreamSender:
         # Streams that take no more requests, and may still have some without a reply.
         self._ending: list[_Stream] = []
 
-    def send(
-        self,
-        connection: Connection,
-        method: str,
-        message: bytes,
-        *,
-        timeout_s: float | None,
-        request_id: str,
-        trace: Metadata = (),
-        alone: bool = False,
-    ) -> ReplyFuture:
+    def send(self, connection: Connection, request: Outgoing, *, alone: bool = False) -> ReplyFuture:
         """Send a request; see Sender. In the server's log and traces a stream is that of its first request."""
-        streamed = connection.has_streams and method in STREAMED and len(message) <= LARGEST_STREAMED_BYTES
-        as_call = partial(
-            self._unary.send, connection, method, message, timeout_s=timeout_s, request_id=request_id, trace=trace
-        )
-        if not streamed:
-            return as_call()
-        future = StreamFuture(as_call, len(message))
+        method, size = request.method, len(request.message)
+        if not connection.has_streams or method not in STREAMED or size > LARGEST_STREAMED_BYTES:
+            return self._unary.send(connection, request)
+        future = StreamFuture(partial(self._unary.send, connection, request), size)
         stream = self._streams.get((connection, method))
-        if stream is None or not stream.send(message, future):
+        if stream is None or not stream.send(request.message, future):
             if stream is not None:
                 self._ending = [one for one in (*self._ending, stream) if not one.done]
-            first = _Sent(message, future, request_id, trace)
-            self._streams[connection, method] = _Stream(connection, method, self._wake, first)
+            self._streams[connection, method] = _Stream(connection, self._wake, request, future)
         return future
 
     def close(self) -> None:
@@ -262,13 +232,6 @@ class StreamFuture:
             self._outcome.cancel()
 
 
-class _Sent(NamedTuple):
-    message: bytes
-    future: StreamFuture
-    request_id: str
-    trace: Metadata
-
-
 class _Outcome(NamedTuple):
     """A reply or a failure, with the methods of a ReplyFuture that is done."""
 
@@ -303,21 +266,20 @@ class _Stream:
         done: whether all of its requests have an outcome and it takes no more.
     """
 
-    def __init__(self, connection: Connection, method: str, wake: Callable[[], None], first: _Sent) -> None:
+    def __init__(self, connection: Connection, wake: Callable[[], None], first: Outgoing, future: StreamFuture) -> None:
         """Open the stream and send the first request with it; if the call fails, that request fails too."""
         self._connection = connection
         self._wake = wake
         self._lock = threading.Lock()
         self.done = self._ended = False
         self._ends_at = time.monotonic() + STREAM_S
-        self._futures: deque[StreamFuture] = deque((first.future,))
+        self._futures: deque[StreamFuture] = deque((future,))
         self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._messages.put(first.message)
-        call = connection.stream(method)
+        call = connection.stream(first.method)
         gate.enter(self.end_sending)
         try:
-            metadata = (*connection.metadata(first.request_id), *first.trace)
-            self._call = call(iter(self._messages.get, None), metadata=metadata)
+            self._call = call(iter(self._messages.get, None), metadata=first.metadata(connection))
             threading.Thread(target=self._read, name="vqserve-stream", daemon=True).start()
         except BaseException:
             gate.leave(self.end_sending)
