@@ -127,11 +127,6 @@ def payload_tag(nbytes: int) -> bytes:
     return _PAYLOAD_TAG + varint(nbytes)
 
 
-def message(head: Buffer, payload: Buffer, nbytes: int) -> bytes:
-    """Return the message with a head and a payload of `nbytes` bytes; the payload is copied once."""
-    return b"".join((head, _PAYLOAD_TAG, varint(nbytes), payload))
-
-
 def varint(value: int) -> bytes:
     """Return a non-negative integer as protobuf writes it."""
     if value < 0x80:

@@ -165,7 +165,7 @@ def test_strange_fields_before_and_behind_the_payload(field):
 def test_it_writes_what_protobuf_writes(kind, size):
     payload = bytes(size)
     head = kind(dtype=3, shape=[1, size])
-    raw = wire.message(head.SerializeToString(), payload, size)
+    raw = head.SerializeToString() + wire.payload_tag(size) + payload
     assert kind.FromString(raw) == kind(dtype=3, shape=[1, size], **{KINDS[kind]: payload})
     message, data = wire.read(kind, raw)
     assert message == head
