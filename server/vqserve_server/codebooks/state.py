@@ -18,7 +18,7 @@ from vqserve.safetensors_file import dtype_name
 from vqserve.validation import LARGEST_VOCABULARY
 from vqserve_server.codebooks.kinds import KINDS, kind_of
 from vqserve_server.quantizers.arguments import ArgumentError, check_arguments, written_arguments
-from vqserve_server.quantizers.declared import DIRECTION, NORM, USED, PlainCodebook
+from vqserve_server.quantizers.declared import DIRECTION, NORM, USED, PlainCodebook, PlainKind
 from vqserve_server.quantizers.plain_kinds import PLAIN_KINDS
 from vqserve_server.validation import first_non_finite
 
@@ -113,12 +113,12 @@ class CodebookState:
         return built(self.kind, self.arguments, self.tensors, shares_memory=shares_memory)
 
     def plain(self, *, shares_memory: bool = False) -> PlainCodebook | None:
-        """Return the codebook as arrays of float32; None: only its class can compute it.
+        """Return the codebook as arrays of float32; None: only its class can compute it, with a remap for example.
 
         Args:
             shares_memory: whether it may use the memory of the tensors, and not copies.
         """
-        kind = PLAIN_KINDS.get(self.kind)
+        kind = self._unmapped_kind
         if kind is None or any(array.dtype == np.float64 for array in self.tensors.values()):
             return None
         return kind.plain(self.arguments, self.tensors if shares_memory else _copies(self.tensors))
@@ -132,8 +132,13 @@ class CodebookState:
     @property
     def num_plain_indices(self) -> int | None:
         """Number of the indices of one codebook without a remap: that of its codes; None: only the class knows."""
-        kind = PLAIN_KINDS.get(self.kind)
-        return None if kind is None or USED in self.tensors else kind.num_codes_of(self.arguments)
+        kind = self._unmapped_kind
+        return None if kind is None else kind.num_codes_of(self.arguments)
+
+    @property
+    def _unmapped_kind(self) -> type[PlainKind] | None:
+        """What is declared of the kind; None: only the class knows, or there is a remap."""
+        return None if USED in self.tensors else PLAIN_KINDS.get(self.kind)
 
     def digest(self) -> str:
         """Return the digest: equal exactly where encode and decode read the same."""

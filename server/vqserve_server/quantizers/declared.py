@@ -103,7 +103,10 @@ class PlainKind(Declared, ABC):
     @classmethod
     @abstractmethod
     def plain(cls, arguments: Mapping[str, Any], tensors: Tensors) -> PlainCodebook | None:
-        """Return the codebook of checked arguments and tensors, in their memory if possible; None: it is not plain."""
+        """Return the codebook of checked arguments and tensors without a remap; None: it has projections.
+
+        It is in the memory of the tensors if possible.
+        """
 
     @classmethod
     def num_codes_of(cls, arguments: Mapping[str, Any]) -> int:

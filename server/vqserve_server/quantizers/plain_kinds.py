@@ -21,7 +21,6 @@ from vqserve_server.quantizers.arguments import (
 from vqserve_server.quantizers.declared import (
     DIRECTION,
     NORM,
-    USED,
     WEIGHT,
     Metric,
     PlainCodebook,
@@ -58,7 +57,7 @@ class VectorKind(PlainKind):
 
     @classmethod
     def tensor_shapes(cls, arguments: Mapping[str, Any]) -> Shapes:
-        """Return the shapes of the weight, or of norms and directions; see `Declared`."""
+        """Return the shapes of the weight, or of norms and directions; see `PlainKind`."""
         codes, dim = arguments["n_e"], arguments["e_dim"]
         if arguments["embedding_weight_norm"]:
             return {NORM: (1, dim), DIRECTION: (codes, dim)}
@@ -66,9 +65,7 @@ class VectorKind(PlainKind):
 
     @classmethod
     def plain(cls, arguments: Mapping[str, Any], tensors: Tensors) -> PlainCodebook | None:
-        """Return the codebook without a remap; see `Declared`."""
-        if USED in tensors:
-            return None
+        """Return the codebook; see `PlainKind`."""
         if arguments["embedding_weight_norm"]:
             directions = tensors[DIRECTION]
             weight = normalised_columns(directions, tensors[NORM]).astype(directions.dtype, copy=False)
@@ -97,15 +94,13 @@ class EMAKind(PlainKind):
 
     @classmethod
     def tensor_shapes(cls, arguments: Mapping[str, Any]) -> Shapes:
-        """Return the shapes of the weight and its averages; see `Declared`."""
+        """Return the shapes of the weight and its averages; see `PlainKind`."""
         codes, dim = arguments["n_embed"], arguments["embedding_dim"]
         return {WEIGHT: (codes, dim), _CLUSTER_SIZES: (codes,), _SUMS: (codes, dim)}
 
     @classmethod
     def plain(cls, arguments: Mapping[str, Any], tensors: Tensors) -> PlainCodebook | None:
-        """Return the codebook without a remap; see `Declared`."""
-        if USED in tensors:
-            return None
+        """Return the codebook; see `PlainKind`."""
         return PlainCodebook(codes=tensors[WEIGHT], code_rows=tensors[WEIGHT], cluster_sizes=tensors[_CLUSTER_SIZES])
 
 
@@ -140,15 +135,13 @@ class GumbelKind(PlainKind):
 
     @classmethod
     def tensor_shapes(cls, arguments: Mapping[str, Any]) -> Shapes:
-        """Return the shapes of the logits' projection and of the weight; see `Declared`."""
+        """Return the shapes of the logits' projection and of the weight; see `PlainKind`."""
         codes, hidden, dim = arguments["n_embed"], arguments["num_hiddens"], arguments["embedding_dim"]
         return {"proj.weight": (codes, hidden, 1, 1), "proj.bias": (codes,), "embed.weight": (codes, dim)}
 
     @classmethod
     def plain(cls, arguments: Mapping[str, Any], tensors: Tensors) -> PlainCodebook | None:
-        """Return the codebook without a remap; see `Declared`."""
-        if USED in tensors:
-            return None
+        """Return the codebook; see `PlainKind`."""
         weight, rows = tensors["proj.weight"], tensors["embed.weight"]
         codes = weight.reshape(weight.shape[:2])
         return PlainCodebook(codes=codes, code_rows=rows, objective=Objective.DOT, bias=tensors["proj.bias"])
@@ -159,7 +152,7 @@ class LookupKind(PlainKind):
 
     @classmethod
     def tensor_shapes(cls, arguments: Mapping[str, Any]) -> Shapes:
-        """Return the shapes of the weight and of the projections that there are; see `Declared`."""
+        """Return the shapes of the weight and of the projections that there are; see `PlainKind`."""
         codes, dim = arguments["n_e"], arguments["e_dim"]
         inputs, outputs = arguments["input_dim"], arguments["output_dim"]
         shapes: dict[str, tuple[int, ...]] = {WEIGHT: (codes, dim)}
@@ -186,7 +179,7 @@ class CosineKind(LookupKind):
 
     @classmethod
     def plain(cls, arguments: Mapping[str, Any], tensors: Tensors) -> PlainCodebook | None:
-        """Return the codebook without projections and remap; see `Declared`."""
+        """Return the codebook without projections; see `PlainKind`."""
         if not _is_bare(tensors):
             return None
         weight = tensors[WEIGHT]
@@ -210,14 +203,14 @@ class DotKind(LookupKind):
 
     @classmethod
     def plain(cls, arguments: Mapping[str, Any], tensors: Tensors) -> PlainCodebook | None:
-        """Return the codebook without projections and remap; see `Declared`."""
+        """Return the codebook without projections; see `PlainKind`."""
         if not _is_bare(tensors):
             return None
         return PlainCodebook(codes=tensors[WEIGHT], code_rows=tensors[WEIGHT], objective=Objective.DOT)
 
 
 def _is_bare(tensors: Tensors) -> bool:
-    """Return whether there are neither projections nor a remap."""
+    """Return whether there are no projections."""
     return set(tensors) == {WEIGHT}
 
 
