@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -17,6 +18,8 @@ from vqserve.layout import Layout, grid_shape, num_rows, resolve_layout
 from vqserve.validation import check_channels, not_an_index, not_finite, not_indices, not_latents
 from vqserve_server import rows as token_rows
 
+# The types of latents, by how they are stored.
+TORCH_DTYPES: dict[np.dtype[Any], torch.dtype] = {dtype.storage: getattr(torch, dtype.name) for dtype in LATENTS}
 _INTEGER_DTYPES = (
     torch.uint8,
     torch.int8,

@@ -24,8 +24,9 @@ from vqserve_server.quantizers import (
     VectorQuantizer,
     VectorQuantizerWithInputProjection,
 )
-from vqserve_server.quantizers.inference.base import freeze, probe_ids
+from vqserve_server.quantizers.inference.base import freeze
 from vqserve_server.quantizers.inference.host import HostLookup
+from vqserve_server.quantizers.inference.served import probe_ids
 from vqserve_server.search import RowSearcher, Searcher, native
 
 KINDS = with_every_kind(
@@ -147,10 +148,10 @@ def test_boundaries_that_are_wrong_are_found_out() -> None:
 
 @pytest.mark.parametrize(("count", "expected"), [(1, [0]), (3, [0, 1, 2]), (256, list(range(256)))])
 def test_few_codes_are_all_probed(count: int, expected: list[int]) -> None:
-    assert probe_ids(count, torch.device("cpu")).tolist() == expected
+    assert probe_ids(count).tolist() == expected
 
 
 def test_of_many_codes_some_are_probed() -> None:
-    probes = probe_ids(1 << 32, torch.device("cpu"))
-    assert probes.unique().numel() == 256
+    probes = probe_ids(1 << 32)
+    assert len(np.unique(probes)) == 256
     assert (probes[0].item(), probes[-1].item()) == (0, (1 << 32) - 1)

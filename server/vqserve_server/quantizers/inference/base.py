@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vqserve.types import OutputName
-from vqserve_server.quantizers.inference.served import MAX_PROBES, Sizes
+from vqserve_server.quantizers.inference.served import Sizes
 from vqserve_server.quantizers.tensors import autocast_off
 from vqserve_server.search import SearchCounts
 from vqserve_server.search.native import NativeBatch
@@ -93,11 +93,6 @@ class FrozenQuantizer(Sizes, ABC):
         Raises:
             CodebookError: one did not: this codebook would give wrong tokens on this machine.
         """
-
-
-def probe_ids(count: int, device: torch.device) -> Tensor:
-    """Return the ids, int64, that a self-test of `count` codes uses: the first, the last, and evenly spaced ones."""
-    return torch.linspace(0, count - 1, min(count, MAX_PROBES), dtype=torch.float64).round().long().to(device)
 
 
 @torch.no_grad()

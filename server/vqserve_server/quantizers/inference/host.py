@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vqserve.dtypes import LATENTS_BY_STORAGE
-from vqserve.errors import CodebookError, InvalidOption
+from vqserve.errors import InvalidOption
 from vqserve.types import OutputName
 from vqserve.validation import check_output
 from vqserve_server.device import CPU, Device
 from vqserve_server.quantizers.declared import PlainCodebook
-from vqserve_server.quantizers.inference.served import MAX_PROBES, Served, Sizes, is_no_worse
+from vqserve_server.quantizers.inference.served import Served, Sizes, is_no_worse, misplaced, probe_ids
 from vqserve_server.search import CountingSearcher, RowSearcher, SearchCounts, prepare_arrays
 from vqserve_server.search.native import NativeBatch
 from vqserve_server.validation import first_non_finite
@@ -161,7 +161,7 @@ class HostLookup(Sizes, Served):
             CodebookError: the search found a worse one.
         """
         codes, bias = self._codebook.codes, self._codebook.bias
-        probes = np.linspace(0, len(codes) - 1, min(len(codes), MAX_PROBES)).round().astype(np.int64)
+        probes = probe_ids(len(codes))
         winners = self._searcher.search(codes[probes])
         is_right = (winners >= 0) & (winners < len(codes))
         if is_right.all():
@@ -169,8 +169,7 @@ class HostLookup(Sizes, Served):
             found, asked = codes[winners].astype(np.float64), codes[probes].astype(np.float64)
             is_right = is_no_worse(found, asked, self._codebook.objective, biases)
         if not is_right.all():
-            code = int(probes[~is_right][0])
-            raise CodebookError(f"code {code} is not found at its own place by search {self.search_backend!r}")
+            raise misplaced(int(probes[~is_right][0]), self.search_backend)
 
 
 def _prepared(codebook: PlainCodebook) -> RowSearcher[Rows] | None:

@@ -12,14 +12,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vqserve.dtypes import LATENTS_BY_STORAGE, to_numpy, to_torch
-from vqserve.errors import CodebookError
+from vqserve.dtypes import to_numpy, to_torch
 from vqserve.types import OutputName
 from vqserve.validation import check_output
-from vqserve_server.quantizers.inference.base import FrozenQuantizer, probe_ids
+from vqserve_server.quantizers.inference.base import FrozenQuantizer
+from vqserve_server.quantizers.inference.served import misplaced, probe_ids
 from vqserve_server.quantizers.objective import SearchProblem
 from vqserve_server.quantizers.projections import Projection, project
-from vqserve_server.quantizers.tensors import are_finite, autocast_off, narrow
+from vqserve_server.quantizers.tensors import TORCH_DTYPES, are_finite, autocast_off, narrow
 from vqserve_server.search import CountingSearcher, SearchCounts, Searcher
 from vqserve_server.search.native import NativeBatch
 
@@ -84,7 +84,7 @@ class Table:
 
     def array(self, dtype: np.dtype[Any]) -> npt.NDArray[Any] | None:
         """Return all rows for a type's `storage` (vqserve.dtypes), as `take` does: C order; None: not on the host."""
-        array = self._rows_for(getattr(torch, LATENTS_BY_STORAGE[dtype].name)).array
+        array = self._rows_for(TORCH_DTYPES[dtype]).array
         return None if array is None or not array.flags.c_contiguous else array
 
     def _rows_for(self, dtype: torch.dtype | None) -> _Rows:
@@ -184,15 +184,14 @@ class FrozenLookup(CodeSearch, FrozenQuantizer):
             CodebookError: the search found a worse one.
         """
         problem = self._problem
-        probes = probe_ids(problem.codes.shape[0], self.device)
+        probes = torch.from_numpy(probe_ids(problem.codes.shape[0])).to(self.device)
         with autocast_off(self.device):
             winners = self._searcher.search(problem.codes[probes])
             is_right = (winners >= 0) & (winners < problem.codes.shape[0])
             if bool(is_right.all()):
                 is_right = problem.is_no_worse(winners, probes)
         if not bool(is_right.all()):
-            code = int(probes[~is_right][0])
-            raise CodebookError(f"code {code} is not found at its own place by search {self.search_backend!r}")
+            raise misplaced(int(probes[~is_right][0]), self.search_backend)
 
     def largest_latents(self) -> Tensor:
         """Return the greatest magnitude (output_dim,) float64 of each channel of the decoded rows."""

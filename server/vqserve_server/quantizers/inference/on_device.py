@@ -7,20 +7,15 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from vqserve import dtypes
 from vqserve.types import OutputName
 from vqserve_server.device import Device, to_device, to_host
 from vqserve_server.quantizers.inference.base import FrozenQuantizer
 from vqserve_server.quantizers.inference.served import Served, Sizes
+from vqserve_server.quantizers.tensors import TORCH_DTYPES
 from vqserve_server.search import SearchCounts
 from vqserve_server.search.native import NativeBatch
-
-# By how latents are stored.
-_TORCH_DTYPES: dict[np.dtype[Any], torch.dtype] = {
-    dtype.storage: getattr(torch, dtype.name) for dtype in dtypes.LATENTS
-}
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class OnDevice(Served):
         self, indices: npt.NDArray[np.int64], *, output: OutputName = "latents", dtype: npt.DTypeLike | None = None
     ) -> npt.NDArray[Any]:
         """Return the rows of indices; see `Served.decode_rows`."""
-        wanted = None if dtype is None else _TORCH_DTYPES[np.dtype(dtype)]
+        wanted = None if dtype is None else TORCH_DTYPES[np.dtype(dtype)]
         rows = self.frozen.decode_rows(to_device(indices, self.frozen.device), output=output, dtype=wanted)
         return dtypes.to_numpy(to_host(rows))
 

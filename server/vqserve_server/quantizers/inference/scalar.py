@@ -14,7 +14,8 @@ from torch import Tensor
 from vqserve.errors import CodebookError, InvalidOption
 from vqserve.types import OutputName
 from vqserve.validation import check_output
-from vqserve_server.quantizers.inference.base import FrozenQuantizer, probe_ids
+from vqserve_server.quantizers.inference.base import FrozenQuantizer
+from vqserve_server.quantizers.inference.served import probe_ids
 from vqserve_server.quantizers.projections import Projection, largest_projected, on_device, project
 from vqserve_server.quantizers.tensors import autocast_off
 from vqserve_server.search import available
@@ -141,7 +142,7 @@ class FrozenScalar(FrozenQuantizer):
         Raises:
             CodebookError: another index came out.
         """
-        probes = probe_ids(self.num_codes, self.device)
+        probes = torch.from_numpy(probe_ids(self.num_codes)).to(self.device)
         digits = probes[:, None] // self._weights % self._levels
         edge = torch.full((self.code_dim, 1), torch.inf, dtype=torch.float64, device=self.device)
         channels = torch.arange(self.code_dim, device=self.device)

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vqserve.errors import CodebookError
 from vqserve.types import OutputName
 from vqserve_server.device import Device
 from vqserve_server.search.native import NativeBatch
 from vqserve_server.search.searcher import Objective, SearchCounts
 
 # How many codes a self-test searches for.
-MAX_PROBES = 256
+_MAX_PROBES = 256
 # Far more than the roundings of a sum of any length that fits a codebook.
 _FLOAT64_ROOM = 2.0**-30
 
@@ -97,6 +98,16 @@ class Served(ABC):
         Raises:
             CodebookError: one did not: this codebook would give wrong tokens on this machine.
         """
+
+
+def probe_ids(count: int) -> npt.NDArray[np.int64]:
+    """Return the ids that a self-test of `count` codes uses: the first, the last, and evenly spaced ones."""
+    return np.linspace(0, count - 1, min(count, _MAX_PROBES)).round().astype(np.int64)
+
+
+def misplaced(code: int, backend: str) -> CodebookError:
+    """Return the error of a code for whose row a search backend finds a worse one."""
+    return CodebookError(f"code {code} is not found at its own place by search {backend!r}")
 
 
 def is_no_worse(found: Any, asked: Any, objective: Objective, biases: tuple[Any, Any] | None = None) -> Any:
