@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import re
 import statistics
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from cells import Cell, make_books
 from contenders import Echo, Ours
+from machine import add_machine
 from serving import CALLERS, RESULTS
 from starting import starting
 
@@ -225,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=2.0, help="length of each of the three windows")
     parser.add_argument("--minutes", type=float, default=10.0, help="at the peak, for the memory")
-    parser.add_argument("--machine", default=f"{platform.machine()}-{os.cpu_count()}cores", help="name for the results")
+    add_machine(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -24,6 +23,7 @@ from pathlib import Path
 import grpc
 from cells import Cell, make_books
 from contenders import BEFORE, Contender, Echo, Mosec, Ours, environment_of, wait_for_idle
+from machine import add_machine
 from profile_split import split
 from tqdm import tqdm
 
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="another checkout, installed, whose server is measured in turn")
     parser.add_argument("--experiments", action="store_true", help="gRPC's experiments for large messages instead")
     parser.add_argument("--split", action="store_true", help="where the server's time goes, by perf")
-    parser.add_argument("--machine", default=f"{platform.machine()}-{os.cpu_count()}cores", help="name for the results")
+    add_machine(parser)
     options = parser.parse_args()
     if shutil.which("h2load") is None:
         sys.exit("h2load is not installed: `apt-get install nghttp2-client`")

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -23,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from cells import Cell, make_books
 from contenders import Ours, grpc_rate, wait_for_idle
+from machine import add_machine
 from tqdm import tqdm
 
 from vqserve_client import Client, bulk
@@ -123,7 +122,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=20, help="of each data set of images")
     parser.add_argument("--small", type=int, default=1_000_000, help="items of 16 tokens")
     parser.add_argument("--rounds", type=int, default=3, help="pairs of load generator and job")
-    parser.add_argument("--machine", default=f"{platform.machine()}-{os.cpu_count()}cores", help="name for the results")
+    add_machine(parser)
     options = parser.parse_args()
     if options.work:
         work(*options.work)

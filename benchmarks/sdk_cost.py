@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import platform
 import statistics
 import tempfile
 import threading
@@ -26,6 +24,7 @@ import grpc
 import grpc.aio
 from cells import Cell, make_books
 from contenders import Ours
+from machine import add_machine
 
 from vqserve_client import AsyncClient, Client
 
@@ -205,7 +204,7 @@ def main() -> None:
     parser.add_argument("cells", nargs="*", help="only those whose names contain one of these")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.5, help="of each window")
-    parser.add_argument("--machine", default=f"{platform.machine()}-{os.cpu_count()}cores", help="name for the results")
+    add_machine(parser)
     options = parser.parse_args()
     lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
     print("\n".join(lines), flush=True)

@@ -6,8 +6,6 @@ Every cell compares in one process and one run, in turns; figures are medians. C
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import add_machine
 from search_peers import MAX_MATRIX_BYTES, Search, peers
 from tqdm import tqdm
 
@@ -203,7 +202,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shapes", nargs="*", help="only these of the seven")
     parser.add_argument("--rows", nargs="*", type=int, default=ROWS)
-    parser.add_argument("--machine", default=f"{platform.machine()}-{os.cpu_count()}cores", help="name for the results")
+    add_machine(parser)
     options = parser.parse_args()
     device = torch.device(options.device)
     generator = torch.Generator().manual_seed(1)

@@ -7,8 +7,6 @@ is worth reporting is their ratio.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import shlex
 import statistics
 import tempfile
@@ -21,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from cells import BOOKS, Cell, make_books
 from contenders import BEFORE, PEER_KINDS, Contender, Echo, Ours, PeerFailed, environment_of, wait_for_idle
+from machine import add_machine
 from tqdm import tqdm
 
 from vqserve_server import Tokenizer
@@ -206,7 +205,7 @@ def main() -> None:
         default="",
         help='flags of that server, which without --before is this checkout\'s: "--metrics-port 0 --sample-one-in 0"',
     )
-    parser.add_argument("--machine", default=f"{platform.machine()}-{os.cpu_count()}cores", help="name for the results")
+    add_machine(parser)
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
