@@ -1,7 +1,7 @@
 """The variants of the kernels: how each is compiled, by architecture, code dimension and row dtype.
 
 This is a table and no tuning at run time: a variant can be compiled when the image is built, and its registers and
-memory can be looked at on a machine without a GPU (`make gpu-report`). Nothing here needs Triton.
+memory can be looked at on a machine without a GPU. Nothing here needs Triton.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from vqserve_server.search.tiled import TiledSearcher
 
 SOURCES = Path(cubins.__file__).parent
 CUDA = torch.device("cuda", 0)
-# One variant is enough to see how they are made: `make gpu-report` compiles all.
+# One variant is enough to see how they are made; all take half a minute.
 COMPILE = """
 import sys
 from vqserve_server.search.cuda import cubins
