@@ -75,10 +75,14 @@ class DType:
         return values
 
     def narrow(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return values in `storage`, each rounded once from float32 to nearest even; bit patterns stay."""
+        """Return values in `storage`, each rounded once to nearest even; bit patterns stay.
+
+        Args:
+            values: of any type of latents that numpy has, or already in `storage`.
+        """
         if self.coding is None or values.dtype == self.storage:
             return values.astype(self.storage, copy=False)
-        return self.coding.round_bits(values.astype(np.float32, copy=False))
+        return self.coding.round_bits(_for_rounding(values))
 
 
 LATENTS = (
@@ -159,6 +163,16 @@ def smallest_holding(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     """Return the narrowest integer type of the table that holds all values of another integer type; None: none does."""
     wider = (known.storage for known in INDICES if np.can_cast(dtype, known.storage, "safe"))
     return min(wider, key=lambda known: known.itemsize, default=None)
+
+
+def _for_rounding(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Return values as float32 that a second rounding makes what one rounding would."""
+    if values.dtype != np.float64:
+        return values.astype(np.float32, copy=False)
+    with np.errstate(over="ignore", under="ignore"):
+        nearest = values.astype(np.float32)
+    odd: npt.NDArray[np.float32] = round_to_odd(nearest, values, np)
+    return odd
 
 
 def round_to_odd(nearest: Any, values: Any, library: ModuleType) -> Any:

@@ -48,6 +48,17 @@ def test_rounding_is_torchs(values):
     assert (BFLOAT16.narrow(values) == torch_bits(values)).all()
 
 
+def test_float64_is_rounded_once():
+    """Next to the middle of two patterns float32 would land on the middle, and the tie would go to the even one."""
+    below = np.arange(0x0080, 0x7F7F, dtype=np.uint16)
+    low, high = (BFLOAT16.widen(bits).astype(np.float64) for bits in (below, below + np.uint16(1)))
+    middle = (low + high) / 2
+    for sign, bit in ((1, 0), (-1, 0x8000)):
+        assert (BFLOAT16.narrow(sign * np.nextafter(middle, 0)) == below | bit).all()
+        assert (BFLOAT16.narrow(sign * np.nextafter(middle, np.inf)) == below + 1 | bit).all()
+        assert (BFLOAT16.narrow(sign * middle) == below + (below & 1) | bit).all()
+
+
 @given(hnp.arrays(np.uint32, st.integers(1, 50)))
 def test_a_nan_stays_one_whatever_its_bits(bits):
     values = (bits | np.uint32(0x7F800001)).view(np.float32)

@@ -100,9 +100,9 @@ def write_rows(rows: Array, latents: Array, layout: Layout, start: int) -> None:
         layout: which of the two.
         start: the first token, in C order of the grid.
     """
-    coding = dtypes.LATENTS_BY_STORAGE[latents.dtype].coding
-    if coding is not None and rows.dtype != latents.dtype:
-        rows = coding.round_bits(_to_float32(rows))
+    dtype = dtypes.LATENTS_BY_STORAGE[latents.dtype]
+    if dtype.coding is not None:
+        rows = dtype.narrow(rows)
     if rows.dtype == latents.dtype:
         write_tokens(rows, latents, layout, start)
         return
@@ -123,13 +123,3 @@ def first_overflow(rows: Array, dtype: np.dtype[Any]) -> int | None:
     if rows.max() < limit and rows.min() > -limit:
         return None
     return int((np.abs(rows) >= limit).any(axis=1).argmax())
-
-
-def _to_float32(values: Array) -> npt.NDArray[np.float32]:
-    """Return values as float32 that a second rounding makes what one rounding would."""
-    if values.dtype == np.float32:
-        return values
-    with np.errstate(over="ignore", under="ignore"):
-        nearest = values.astype(np.float32)
-    odd: npt.NDArray[np.float32] = dtypes.round_to_odd(nearest, values, np)
-    return odd

@@ -127,19 +127,12 @@ class GivenArray:
             if overflowed.any():
                 row, has_stages = int(overflowed.argmax()), self.tokens.ndim > 1
                 raise beyond_dtype(row, asked.dtype.name, has_stages=has_stages).placed(self.grid)
-            rows = _rounded(rows, asked.dtype)
+            with np.errstate(under="ignore"):
+                rows = asked.dtype.narrow(rows)
         return self._of_caller(from_rows(asked.dtype.widen(rows), self.grid, self.layout))
 
     def _of_caller(self, answer: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return answer if self.batched else answer.squeeze(0)
-
-
-def _rounded(rows: npt.NDArray[Any], dtype: DType) -> npt.NDArray[Any]:
-    """Return float32 or float64 rows in the storage of a type, each value rounded once to nearest even."""
-    with np.errstate(under="ignore"):
-        if dtype.coding is not None and rows.dtype == np.float64:
-            rows = dtypes.round_to_odd(rows.astype(np.float32), rows, np)
-        return dtype.narrow(rows)
 
 
 def several(items: T, verb: str) -> T:
